@@ -50,6 +50,7 @@ def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
     """
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such run directory")
+    # the last file that a run writes: with it everything else is there
     if not (run_dir / RECEIPT).is_file():
         raise ConfigError(
             f"{run_dir} is not a finished run (it has no receipt.json); only a finished one goes to the hub"
@@ -64,6 +65,7 @@ def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
         files |= {f"{folder.name}/{p.name}": p for p in _matching_files(folder, ADAPTER_FILES)}
     _require_weights(run_dir, files)
     # samples are rows of somebody's data, which nobody asked to publish
+    # rows of the training data stay here, whatever page is made of the run
     run = replace(read_run(run_dir), samples=())
     card_file = run_dir / CARD
     is_generated = not card_file.is_file() or not card.is_edited_card(

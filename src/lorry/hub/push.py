@@ -69,6 +69,7 @@ def push_run(
         for note in _upload_notes(run_dir, find_private_paths(files)):
             tell(f"note: {note}")
         # only once all files are collected and checked: a refused run leaves no empty repository
+        # None, not False: then the default of the account decides, and no repository turns public
         api.create_repo(owned, private=private or None, exist_ok=True)
         # exist_ok leaves a repository that exists as it is, public too
         if private and not api.repo_info(owned).private:

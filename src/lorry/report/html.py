@@ -49,6 +49,7 @@ def _html_document(title: str, body: SafeHtml) -> str:
         SafeHtml(resources.files(__package__).joinpath(name).read_text("utf-8"))
         for name in ("page.css", "hover.js")
     )
+    # only a script of these bytes runs, so that one in an answer of a model does not
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     head = (
@@ -103,11 +104,11 @@ def _damaged_runs(damaged: Sequence[DamagedRun]) -> SafeHtml | None:
     """The runs that were asked for and cannot be read, and why."""
     if not damaged:
         return None
-    said = [
+    reasons = [
         html_tag("p", f"{one.name} is damaged and left out: {one.why}", class_="lead notes")
         for one in damaged
     ]
-    return html_tag("section", html_tag("h2", "Damaged"), *said, id="damaged")
+    return html_tag("section", html_tag("h2", "Damaged"), *reasons, id="damaged")
 
 
 def _run_badges(run: RunRecord, name: str) -> Iterator[SafeHtml]:
@@ -270,7 +271,7 @@ def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         charts.append(html_tag("figure", drawing, class_="wide" if wide else None))
     lead = "Thin lines are single steps, thick lines the mean of the steps around; circles are evaluations."
     left_out = (
-        html_tag("p", said, class_="lead notes") if (said := describe_undrawn(runs)) else None
+        html_tag("p", undrawn, class_="lead notes") if (undrawn := describe_undrawn(runs)) else None
     )
     return html_tag(
         "section",

@@ -144,17 +144,17 @@ def runs_table(found: Sequence[status.RunState], now: float, width: int) -> Tabl
         for name in dict.fromkeys(name for row in rows for name in row)
         if any(row.get(name) for row in rows)
     ]
-    taken = {
+    widths = {
         name: max(len(name), *(len(row.get(name, "")) for row in rows)) + COLUMN_GAP
         for name in columns
     }
-    taken["what"] = 10 + COLUMN_GAP  # it may wrap
+    widths["what"] = 10 + COLUMN_GAP  # it may wrap
     named = sum(
         max(len(text) for text in texts) + COLUMN_GAP
         for texts in zip(*((s.name, s.state) for s in found), strict=True)
     )
     for name in OPTIONAL_COLUMNS:
-        if name in columns and named + sum(taken[one] for one in columns) > width:
+        if name in columns and named + sum(widths[one] for one in columns) > width:
             columns.remove(name)
     table = _new_table("Runs", "run", "state", *columns)
     for column in table.columns[:-1]:

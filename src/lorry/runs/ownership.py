@@ -163,8 +163,8 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> Path:
         raise ConfigError(
             f"{previous} is no directory, and what {folder} holds has to move there; give it another name"
         )
-    taken = [int(path.name) for path in _folder_entries(previous) if path.name.isdigit()]
-    aside = previous / str(max(taken, default=0) + 1)
+    numbers = [int(path.name) for path in _folder_entries(previous) if path.name.isdigit()]
+    aside = previous / str(max(numbers, default=0) + 1)
     for name in names:
         durable.make_directory((aside / name).parent)
         durable.rename_path(folder / name, aside / name)

@@ -139,7 +139,7 @@ def run_state_of(run: RunRecord) -> RunState:
     written = _last_written(run.path)
     state, detail = _judge_state(run, process, step, saved, written)
     total = process.total_steps if process else step if state == "finished" else None
-    losses, said = run.log.series("loss")[1], describe_run_subject(run)
+    losses, subject = run.log.series("loss")[1], describe_run_subject(run)
     live = state == "running"
     return RunState(
         path=run.path,
@@ -154,9 +154,9 @@ def run_state_of(run: RunRecord) -> RunState:
         elapsed=_elapsed_seconds(run.log, process, live, written),
         eta=_remaining_seconds(process, step, written) if live else None,
         written=written,
-        model=said.get("model", ""),
-        data=said.get("data", ""),
-        adapter=said.get("adapter", ""),
+        model=subject.get("model", ""),
+        data=subject.get("data", ""),
+        adapter=subject.get("adapter", ""),
         best=_best_evaluation(run),
         checkpoint=saved,
     )

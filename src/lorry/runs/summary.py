@@ -171,14 +171,14 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
     if "lora" in run.config and run.config["lora"] is None:
         trained = config.get("trainable") or "all"
         adapter = f"none: {trained if isinstance(trained, str) else ', '.join(trained)} of the base trained"
-    said = {
+    subject = {
         "task": config.get("task"),
         "model": config.get("model.name", config.get("model")),
         "data": config.get("data.path") or config.get("data.mix") or config.get("data"),
     }
     return {
         name: _plain_value(value)
-        for name, value in {**said, "adapter": adapter}.items()
+        for name, value in {**subject, "adapter": adapter}.items()
         if value not in (None, "")
     }
 

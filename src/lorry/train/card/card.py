@@ -154,6 +154,7 @@ def is_edited_card(text: str) -> bool:
 
 
 def _card_digest(text: str) -> str:
+    # tells an edited card from ours, and needs no more digits: it is no proof of origin
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -231,10 +232,10 @@ def _data_section(run: RunRecord, hide: list[str]) -> str:
         for one in left
         for reason, n in (one.get("left_out") or {}).items()
     }
-    said = "\n".join(
+    left_out = "\n".join(
         f"- left out: {escape_markdown(n)} rows ({reason})" for reason, n in lost.items()
     )
-    return markdown_table(head, rows) + (f"\n\n{said}" if said else "")
+    return markdown_table(head, rows) + (f"\n\n{left_out}" if left_out else "")
 
 
 def _lora_section(run: RunRecord, hide: list[str]) -> str:
@@ -351,12 +352,12 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
         f"base = AutoModelForCausalLM.from_pretrained({base})",
         f"model = PeftModel.from_pretrained(base, {place}{folder})",
     ]  # fmt: skip
-    said = (
+    caveat = (
         ""
         if base_id(run)
         else "; the base was not read from the hub, so give the place where you have it"
     )
-    return f"{ours}\n\nor with PEFT{said}:\n\n{fenced_code('python', theirs)}"
+    return f"{ours}\n\nor with PEFT{caveat}:\n\n{fenced_code('python', theirs)}"
 
 
 def _quote_literal(text: object) -> str:
@@ -366,13 +367,13 @@ def _quote_literal(text: object) -> str:
 
 def _contracts_section(run: RunRecord, hide: list[str]) -> str:
     """What was promised of this run, and whether it held."""
-    told = [
+    outcomes = [
         (c.status.replace("_", " "), c.name, strip_directories(c.detail, hide))
         for c in run.contracts
     ]
     return "\n".join(
         f"- {escape_markdown(status)}: {escape_markdown(name)} ({escape_markdown(detail)})"
-        for status, name, detail in told
+        for status, name, detail in outcomes
     )
 
 

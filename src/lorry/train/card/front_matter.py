@@ -85,7 +85,7 @@ def _eval_results(run: RunRecord, sets: NamedSets) -> list[EvalResult]:
         for name in changes
     }
     shared = {kind for kind, count in Counter(kinds.values()).items() if count > 1}
-    found, taken = list[EvalResult](), set[tuple[str | None, str | None]]()
+    results, identifiers = list[EvalResult](), set[tuple[str | None, str | None]]()
     for name, metrics in changes.items():
         # The library puts results of one (type, config) under the name of the first of them:
         # rounds of ANLI, or two files called test.jsonl, would all be the first one's.
@@ -93,11 +93,11 @@ def _eval_results(run: RunRecord, sets: NamedSets) -> list[EvalResult]:
         if kinds[name] in shared:
             own = (sets[name].config if name in sets else None) or _metadata_slug(name)
             config = own
-            while (kinds[name], config) in taken:
+            while (kinds[name], config) in identifiers:
                 number += 1
                 config = f"{_metadata_slug(name)}-{number}"
-        taken.add((kinds[name], config))
-        found += [
+        identifiers.add((kinds[name], config))
+        results += [
             EvalResult(
                 task_type="text-generation",
                 dataset_type=kinds[name],
@@ -110,7 +110,7 @@ def _eval_results(run: RunRecord, sets: NamedSets) -> list[EvalResult]:
             for metric, change in metrics.items()
             if change.after is not None
         ]
-    return found
+    return results
 
 
 def _metadata_slug(name: str) -> str:
@@ -253,7 +253,7 @@ def private_directories(run: RunRecord) -> list[str]:
 
 def strip_directories(text: object, hide: list[str]) -> str:
     """A message of the run without the directories that `private_directories` found."""
-    said = str(text)
+    message = str(text)
     for folder in hide:
-        said = said.replace(folder, "")
-    return said
+        message = message.replace(folder, "")
+    return message
