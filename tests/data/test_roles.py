@@ -1,0 +1,116 @@
+"""Micro-batches of several row sets: every row to forget once an epoch, a retained row beside each
+and none twice before all were there, alternates in the group of their row; all of it a function of
+the step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.stream.dataset import TrainStream
+from lorry.data.stream.report import DataReport
+from lorry.data.stream.roles import Alternates, RoleStream
+from lorry.errors import DataError
+
+
+def token_set(rows: int, first: int, lengths: int = 3) -> TokenSet:
+    """Rows of a few tokens; the second token tells which row it is."""
+    tokens = np.array([[0, first + row] + [9] * lengths for row in range(rows)], dtype=np.int32)
+    weights = np.array([[0, 0] + [1] * lengths] * rows, dtype=np.float32)
+    edges = np.arange(rows + 1, dtype=np.int64) * (lengths + 2)
+    where = tuple(f"set:{row + 1}" for row in range(rows))
+    return TokenSet(
+        tokens.ravel(), weights.ravel(), edges, np.full(rows, -1), where, DataReport("set")
+    )
+
+
+def stream(
+    forget: int, retain: int, *, batch: int, accumulation: int, seed: int, packing: bool = False,
+    variants: int = 0,
+) -> RoleStream:  # fmt: skip
+    first = TrainStream(
+        token_set(forget, 1000), seed=seed, rows_per_batch=batch, packing=packing,
+        gradient_accumulation_steps=accumulation, max_tokens=12,
+    )  # fmt: skip
+    others = [[row * variants + v for v in range(variants)] for row in range(forget)]
+    alternates = {"forget": Alternates(token_set(forget * variants, 5000), others)}
+    return RoleStream(
+        first, "forget", beside={"retain": token_set(retain, 2000)},
+        alternates=alternates if variants else {}, seed=seed,
+    )  # fmt: skip
+
+
+def named(made: RoleStream, step: int) -> list[list[tuple[str, int, int, int]]]:
+    """(role, which row, group, key) of each sequence of each micro-batch."""
+    return [
+        [
+            (role, int(batch.tokens[start + 1]), int(group), int(key))
+            for role, (start, _), group, key in zip(
+                batch.role, batch.segments, batch.group, batch.key, strict=True
+            )
+        ]
+        for batch in made.batches(step)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    forget=st.integers(1, 9),
+    retain=st.integers(1, 9),
+    batch=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    seed=st.integers(0, 5),
+    packing=st.booleans(),
+)
+def test_rows_are_drawn_in_turn(
+    forget: int, retain: int, batch: int, accumulation: int, seed: int, packing: bool
+) -> None:
+    made = stream(
+        forget, retain, batch=batch, accumulation=accumulation, seed=seed, packing=packing
+    )
+    steps = made.total_steps(3)
+    seen = [named(made, step) for step in range(steps)]
+    for micro_batches in seen:
+        for rows in micro_batches:
+            roles = Counter(role for role, *_ in rows)
+            assert roles["forget"] == roles["retain"]
+    flat = [row for micro_batches in seen for rows in micro_batches for row in rows]
+    of_forget = [row for role, row, *_ in flat if role == "forget"]
+    assert Counter(of_forget) == dict.fromkeys(range(1000, 1000 + forget), 3)
+    drawn = [row for role, row, *_ in flat if role == "retain"]
+    for lap in range(0, len(drawn), retain):  # no row again before all were there
+        assert len(set(drawn[lap : lap + retain])) == len(drawn[lap : lap + retain])
+    again = stream(
+        forget, retain, batch=batch, accumulation=accumulation, seed=seed, packing=packing
+    )
+    for step in reversed(range(steps)):  # whatever was asked before
+        assert named(again, step) == seen[step]
+
+
+@settings(max_examples=30, deadline=None)
+@given(forget=st.integers(1, 6), variants=st.integers(1, 4), seed=st.integers(0, 5))
+def test_alternates_stand_in_the_group_of_their_row(forget: int, variants: int, seed: int) -> None:
+    made = stream(forget, 4, batch=3, accumulation=1, seed=seed, variants=variants)
+    for step in range(made.total_steps(2)):
+        for rows in named(made, step):
+            asked = {group: row - 1000 for role, row, group, _ in rows if role == "forget"}
+            others = {group: row - 5000 for role, row, group, _ in rows if role == "alternate"}
+            assert asked.keys() == others.keys()
+            assert {g: other // variants for g, other in others.items()} == asked
+            assert {group for role, _, group, _ in rows if role == "retain"} == {-1}
+            keys = [key for *_, key in rows]
+            assert len(set(keys)) == len(keys)  # each has dropout of its own
+
+
+def test_another_set_is_refused_on_resume() -> None:
+    made = stream(4, 5, batch=2, accumulation=1, seed=0)
+    made.load_state(made.state())
+    with pytest.raises(DataError, match="not the retain rows"):
+        stream(4, 6, batch=2, accumulation=1, seed=0).load_state(made.state())
