@@ -17,6 +17,7 @@ from lorry.families import find_family
 from lorry.models import proofs
 from lorry.models.causal_lm import HiddenStates, PackedInput
 from lorry.models.decoder.cache import KVCache, RowKVCache
+from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.describe import describe_model
@@ -232,6 +233,15 @@ def test_a_broken_cache_of_the_decoder_does_not_run(
         )
         monkeypatch.setattr(kind, "write", broken)
     assert "with its cache" in load_model(path, dtype="float32", notes=[]).source["why"]
+
+
+def test_a_fault_of_our_own_code_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a reason to run through transformers, more slowly and with nothing but a note."""
+    _, path = saved(tiny.LLAMA, tmp_path)
+    monkeypatch.delattr(Decoder, "new_cache")
+    monkeypatch.delattr(DecodeRunner, "new_cache")
+    with pytest.raises((AttributeError, TypeError), match="new_cache"):
+        load_model(path, dtype="float32", notes=[])
 
 
 def test_a_decoder_that_sees_the_future_does_not_run(

@@ -278,6 +278,8 @@ def find_cache_error(model: CausalLM) -> str:
             or allocation_failure(e) is not None
         ):
             raise  # a signal, or no memory, says nothing of the cache
+        if isinstance(model, Decoder) and isinstance(e, AttributeError | TypeError):
+            raise  # a fault of our own code, which a slower way would only hide
         return f"its cache cannot be used ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     # the median over steps: a router that rounding tips over at one token is no fault of the cache
     worst = float(torch.stack(errors).median(0).values.max())
