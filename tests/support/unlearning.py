@@ -283,6 +283,46 @@ def me(seen: Sequence[Seen]) -> Tensor:
     return token_mean([-math.log(VOCAB) - logp(s).mean(1) for s in of_kind(seen, FORGET)])
 
 
+def idk_learnt(seen: Sequence[Seen]) -> Tensor:
+    return token_mean([token_nll(s) for s in of_kind(seen, IDK)])
+
+
+def answer_preserved(seen: Sequence[Seen], beta: float = 0.1) -> Tensor:
+    other = {s.row.group: s for s in of_kind(seen, RETAIN_IDK)}
+    return sequence_mean(
+        [
+            -log_sigmoid(beta * (other[s.row.group].nll() - s.nll())) / beta
+            for s in of_kind(seen, RETAIN)
+        ]
+    )
+
+
+def jsd(p: Tensor, q: Tensor) -> Tensor:
+    """[t]: (KL(p || m) + KL(q || m)) / 2 of probabilities, m their mean; 0 log 0 = 0."""
+    m = (p + q) / 2
+    part = lambda x: torch.where(x > 0, x * (x.clamp(min=1e-300) / m).log(), 0.0).sum(1)  # noqa: E731
+    return (part(p) + part(q)) / 2
+
+
+def jensun(seen: Sequence[Seen]) -> Tensor:
+    refusal = {s.row.group: s.targets.tolist() for s in of_kind(seen, IDK)}
+    parts = []
+    for s in of_kind(seen, FORGET):
+        words = refusal[s.row.group]
+        ids = torch.tensor([words[i % len(words)] for i in range(len(s.targets))])
+        parts.append(jsd(s.answer(s.logits).softmax(1), F.one_hot(ids, VOCAB).double()))
+    return token_mean(parts)
+
+
+def retain_jsd(seen: Sequence[Seen]) -> Tensor:
+    return token_mean(
+        [
+            jsd(s.answer(s.logits).softmax(1), s.answer(s.start_logits).softmax(1))
+            for s in of_kind(seen, RETAIN)
+        ]
+    )
+
+
 # --- the peer's averages: over prompts, and not shifted
 
 

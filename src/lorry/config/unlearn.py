@@ -47,6 +47,8 @@ _METHOD_LINES: dict[str, dict[str, Any]] = {
     },
     "IHL": _PAIR,
     "ME": {**_PAIR, "gamma": 0.1},
+    "IdkAP": {**_ALONE, "alpha": 1.0, "beta": 0.1},
+    "JensUn": {**_ALONE, "alpha": 1.0},
 }
 UNLEARN_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {name: MappingProxyType(settings) for name, settings in _METHOD_LINES.items()}
@@ -79,7 +81,7 @@ class UnlearnConfig(SettingsGroup):
         "the method's", "NLL, KL to the start, or EMBED: distance of hidden states to the start's"
     )
     beta: PositiveFloat | None = derived_field(
-        "the method's", "sharpness of NPO, SimNPO, DPO, WGA; strength of UNDIAL"
+        "the method's", "sharpness of NPO, SimNPO, DPO, IdkAP, WGA; strength of UNDIAL"
     )
     delta: float | None = derived_field("0", "SimNPO: margin of the mean token loss, nats")
     beta1: PositiveFloat | None = derived_field("5", "SatImp: power of p")

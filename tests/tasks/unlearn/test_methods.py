@@ -93,6 +93,12 @@ CASES = {
         settings={"retain_loss_eps": 0.2, "retain_loss": "KL", "alpha": 3.0}),
     "IHL": Case("IHL", twin.ihl, twin.retain_nll),
     "ME": Case("ME", twin.me, twin.retain_kl, 0.1, settings={"retain_loss": "KL"}),
+    "IdkAP": Case("IdkAP", twin.idk_learnt, twin.answer_preserved),
+    "IdkAP sharp": Case("IdkAP", twin.idk_learnt, lambda s: twin.answer_preserved(s, 0.7), 0.4, 2.0,
+        {"beta": 0.7, "gamma": 0.4, "alpha": 2.0}),
+    "IdkAP alone": Case("IdkAP", twin.idk_learnt, settings={"alpha": 0.0}),
+    "JensUn": Case("JensUn", twin.jensun, twin.retain_jsd),
+    "JensUn alone": Case("JensUn", twin.jensun, gamma=0.5, settings={"gamma": 0.5, "alpha": 0.0}),
     "peer KL": Case("KL", twin.ascent, twin.peer_kl, settings={"peer_masks": True}),
     "peer UNDIAL": Case("UNDIAL", twin.peer_undial, settings={"peer_masks": True}),
     "peer PDU": Case("PDU", twin.peer_pdu, lambda s: twin.retain_nll(s) - 0.3, alpha=50.0,
@@ -114,7 +120,7 @@ class Rows:
                 r.weights,
                 key=1000 * k + i,
                 adapter=k,
-                role=r.kind,
+                role=twin.IDK if r.kind == twin.RETAIN_IDK else r.kind,
                 group=1000 * k + r.group,
             )
             for k, own in enumerate(rows)
@@ -140,8 +146,9 @@ class Rows:
 
 
 def roles_of(method: str) -> list[str]:
-    own = [twin.FORGET, twin.RETAIN]
-    return [*own, twin.IDK] if UNLEARN_METHODS[method].needs_alternates else own
+    found, of = [twin.FORGET, twin.RETAIN], UNLEARN_METHODS[method]
+    found += [twin.IDK] if of.needs_alternates else []
+    return found + ([twin.RETAIN_IDK] if of.needs_retain_alternates else [])
 
 
 def backend_of(model: Decoder, names: Sequence[str] = ("default",), **spec: Any) -> LocalBackend:
@@ -166,7 +173,8 @@ def task_of(
     assert isinstance(local.model, Decoder)
     seeds = [SEED + k for k in range(len(settings))]
     made = make_method(method, settings, start_of(local.model, seeds))
-    roles = [r for r in roles_of(method) if made.retains or r != twin.RETAIN]
+    kept = (twin.RETAIN, twin.RETAIN_IDK)
+    roles = [r for r in roles_of(method) if made.retains or r not in kept]
     stream: Any = Rows(rows, micro_batches, roles)
     reference = LiveReference(Mix.none())
     names = list(local.trained)
@@ -252,6 +260,8 @@ def test_two_jobs_with_settings_of_their_own_are_two_runs(tmp_path: Path) -> Non
         "SatImp": [{"beta1": 1.0}, {"beta2": 0.5}],
         "RMU": [{"layer": LAYER}, {"layer": LAYER, "steering_coeff": 9.0}],
         "PDU": [{"retain_loss_eps": 0.3}, {"retain_loss_eps": 4.0, "alpha": 2.0}],
+        "IdkAP": [{"beta": 0.1}, {"beta": 0.7, "alpha": 2.0}],
+        "JensUn": [{}, {"gamma": 0.3}],
     }.items():
         stats, together = measure(local, task_of(local, method, own, rows))
         for k, name in enumerate(names):
@@ -287,6 +297,8 @@ def test_before_the_first_step_policy_is_the_start(
             assert found["forget"] == pytest.approx(2 / beta * math.log(2), rel=3e-7), method
             assert found["retain"] == 0.0
     assert abs(terms("KL")["retain"]) < 1e-6
+    assert abs(terms("JensUn")["retain"]) < 1e-6
+    assert 0 < terms("JensUn")["forget"] <= math.log(2)
     assert terms("RMU", layer=LAYER)["retain"] == 0.0
 
 
@@ -422,6 +434,8 @@ def test_defaults_are_those_of_the_reference() -> None:
         "SatImp": {"beta1": 5, "beta2": 1, "gamma": 0.1, "alpha": 1},
         "IHL": {"gamma": 1, "alpha": 1},
         "ME": {"gamma": 0.1, "alpha": 1},
+        "IdkAP": {"beta": 0.1, "gamma": 1, "alpha": 1},
+        "JensUn": {"gamma": 1, "alpha": 1},
         "PDU": {"dual_step_size": 1, "dual_warmup_epochs": 5, "gamma": 1, "alpha": 50},
     }
     for method, numbers in expected.items():

@@ -11,6 +11,8 @@ from lorry.tasks.unlearn.pairing import (
     append_token,
     delayed_weights,
     full_weights,
+    repeated_alternates,
+    replace_by_alternates,
     role_weights,
     without_first_tokens,
 )
@@ -52,3 +54,21 @@ def test_masks_say_what_a_loop_over_tokens_says(
         assert later[at : at + size].tolist() == [0.0, *own][:size]
         assert longer.weights[at : at + size].tolist() == [0.0, *w, 0.0][:size]
         at += size
+
+
+def test_an_alternate_takes_the_place_of_a_row_or_lends_it_its_tokens() -> None:
+    rows = [
+        ("forget", 0, [1, 2, 3, 4, 5], [0.0, 0.0, 1.0, 1.0, 1.0]),
+        ("alternate", 0, [1, 2, 8, 9], [0.0, 0.0, 1.0, 1.0]),
+        ("retain", 1, [1, 6, 7], [0.0, 1.0, 1.0]),
+        ("alternate", 1, [1, 6, 9], [0.0, 1.0, 1.0]),
+    ]
+    batch = collate(
+        [TokenizedExample(t, w, key=k, role=r, group=g) for k, (r, g, t, w) in enumerate(rows)]
+    )
+    repeated = repeated_alternates(batch, "forget").values
+    assert repeated.tolist() == [0, 0, 8, 9, 8, *[0] * 10]
+    made = replace_by_alternates(batch, "forget")
+    assert made.role == ("forget", "retain", "alternate")
+    assert made.tokens.tolist() == [1, 2, 8, 9, 1, 6, 7, 1, 6, 9]
+    assert made.key.tolist() == [1, 2, 3]

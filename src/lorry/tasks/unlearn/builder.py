@@ -27,7 +27,7 @@ from lorry.errors import ConfigError, DataError
 from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
 from lorry.tasks.build import BuiltTask, PreparedJob, TaskDefinition, TaskInputs
 from lorry.tasks.unlearn.alternates import alternates_of, read_alternates, read_refusals
-from lorry.tasks.unlearn.methods import StartModel, UnlearnMethod, make_method
+from lorry.tasks.unlearn.methods import UNLEARN_METHODS, StartModel, UnlearnMethod, make_method
 from lorry.tasks.unlearn.pairing import FORGET, RETAIN
 from lorry.tasks.unlearn.reference import CachedReference, LiveReference, ReferenceReader
 from lorry.tasks.unlearn.task import UnlearnTask
@@ -65,7 +65,7 @@ def role_stream(
         answers = None if settings.alternates is None else read_alternates(settings.alternates)
         refusals = [] if answers is not None else read_refusals(settings.idk)
         wanted = {FORGET: (run.data, data)}
-        if settings.method == "IdkAP" and RETAIN in sets:
+        if RETAIN in beside and UNLEARN_METHODS[settings.method].needs_retain_alternates:
             wanted[RETAIN] = (row_sets(run)[RETAIN], sets[RETAIN])
         for role, (config, prepared) in wanted.items():
             alternates[role] = alternates_of(

@@ -25,6 +25,7 @@ from torch import Tensor
 from lorry.adapters.seeds import derive_seed
 from lorry.backends.protocol import LossTerms, StepStats
 from lorry.data.batch import Batch, BatchExtra
+from lorry.data.stream.joint import select_sequences
 from lorry.errors import ConfigError, ModelError
 from lorry.models.scoring.divergence import full_vocab_divergence
 from lorry.models.scoring.score import FinalHidden, HiddenState, ScoreFn, TokenScore, Want, log_prob
@@ -33,6 +34,7 @@ from lorry.models.scoring.unlearning import (
     inverted_hinge,
     logit_spread,
     lowered_cross_entropy,
+    one_hot_jsd,
     uniform_divergence,
 )
 from lorry.models.scoring.vocab import VocabRows, log_prob_value
@@ -54,6 +56,8 @@ from lorry.tasks.unlearn.pairing import (
     full_weights,
     has_role,
     partners,
+    repeated_alternates,
+    replace_by_alternates,
     role_weights,
     weights_by_adapter,
     without_first_tokens,
@@ -63,6 +67,7 @@ from lorry.tasks.unlearn.settings import UnlearnSettings, resolve_settings
 # names of extras: the weights of each term, and of the answers that are compared
 FORGET_WEIGHTS, RETAIN_WEIGHTS, PAIR_WEIGHTS = "forget_weights", "retain_weights", "pair_weights"
 DIVERGENCE_WEIGHTS, ANSWER_WEIGHTS, STRENGTH = "divergence_weights", "answer_weights", "strength"
+REFUSAL_IDS = "refusal_ids"  # of JensUn: the token that each answer token is to give way to
 REFERENCE = "reference_"
 PEER_IGNORED_LABEL = -100
 
@@ -84,8 +89,9 @@ class UnlearnMethod:
     """A forget term and, where there is one, a retain term.
 
     ``own_defaults``: the settings that a method reads besides ``gamma`` and ``peer_masks``, with
-    their defaults; ``fixed``: those that are part of what it is; ``needs_alternates``: an alternate answer beside each forget row;
-    ``forget_mean``: what the forget term is a mean over; ``reported``: its terms that are no part
+    their defaults; ``fixed``: those that are part of what it is; ``needs_alternates``: an alternate answer beside each forget row,
+    ``needs_retain_alternates`` beside each retain row, too; ``retain_divergence``: from the start,
+    where ``retain_loss`` is KL; ``forget_mean``: what the forget term is a mean over; ``reported``: its terms that are no part
     of the loss. Raises ConfigError where the settings of two adapters ask for different passes.
     """
 
@@ -93,6 +99,7 @@ class UnlearnMethod:
     fixed: ClassVar[Mapping[str, Any]] = {}
     needs_alternates: ClassVar[bool] = False
     needs_retain_alternates: ClassVar[bool] = False
+    retain_divergence: ClassVar[str] = "kl"
     forget_mean: ClassVar[str] = "token"
 
     def __init__(self, settings: Sequence[UnlearnSettings], start: StartModel) -> None:
@@ -171,7 +178,7 @@ class UnlearnMethod:
     def retain_wants(self) -> Mapping[str, Want]:
         """What the retain term is made of."""
         if self._divergent:
-            divergence = self._against_start("kl")
+            divergence = self._against_start(self.retain_divergence)
             return {
                 "retain": TokenScore(divergence, weights=DIVERGENCE_WEIGHTS),
                 "retain_nll": TokenScore(log_prob_value, weights=RETAIN_WEIGHTS),
@@ -615,6 +622,64 @@ class ME(UnlearnMethod):
         return token_sum(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch)
 
 
+class IdkAP(UnlearnMethod):
+    """A refusal is learnt for what is to be forgotten; at the retain rows the right answer is
+    preferred to one (answer preservation, Yuan et al. 2025, arXiv 2410.08109).
+
+    A forget row's own answer is not read: its refusal stands in its place. No start is asked.
+    """
+
+    own_defaults: ClassVar[Mapping[str, Any]] = {"alpha": 1.0, "beta": 0.1}
+    needs_alternates = True
+    needs_retain_alternates = True
+
+    def prepare(self, batch: Batch) -> Batch:
+        made = super().prepare(replace_by_alternates(batch, FORGET))
+        return made.with_extra(**{PAIR_WEIGHTS: role_weights(made, RETAIN, ALTERNATE)})
+
+    def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return answer_nll(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch)
+
+    def retain_wants(self) -> Mapping[str, Want]:
+        return {"pair": TokenScore(log_prob, weights=PAIR_WEIGHTS)} if self.retains else {}
+
+    def retain_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        likelihood = token_sum(got["pair"], batch.extra[PAIR_WEIGHTS].values, batch)
+        own, other = partners(batch, RETAIN)
+        values = preference_loss(
+            likelihood[own], likelihood[other], self.number("beta", batch, got)[own]
+        )
+        return likelihood.new_zeros(len(batch)).index_copy(0, own, values)
+
+    def _retain_weight(self, batch: Batch, adapters: int) -> Tensor:
+        return batch.count("sequence", adapters, RETAIN)
+
+
+class JensUn(UnlearnMethod):
+    """Jensen-Shannon divergences, bounded by log 2: at the forget rows from the tokens of a refusal,
+    repeated over the answer, at the retain rows from the start (arXiv 2509.02820).
+
+    The refusal ends with its end of turn, as the authors' variant JensUnEOT does: a model that
+    stops after it is what a run is for. Of the alternate only its tokens are needed: it is not run.
+    """
+
+    own_defaults: ClassVar[Mapping[str, Any]] = {"alpha": 1.0}
+    fixed: ClassVar[Mapping[str, Any]] = {"retain_loss": "KL"}
+    retain_divergence = "jsd"
+    needs_alternates = True
+
+    def prepare(self, batch: Batch) -> Batch:
+        marked = batch.with_extra(**{REFUSAL_IDS: repeated_alternates(batch, FORGET)})
+        kept = [s for s, role in enumerate(marked.role) if role != ALTERNATE]
+        return super().prepare(select_sequences(marked, kept))
+
+    def forget_wants(self) -> Mapping[str, Want]:
+        return {"forget": TokenScore(one_hot_jsd(REFUSAL_IDS), weights=FORGET_WEIGHTS)}
+
+    def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return token_sum(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch)
+
+
 def lowered_tokens(rows: VocabRows) -> Tensor:
     """[t] the tokens that UNDIAL lowers: the targets, or, where the peer has no label, its -100
     counted from the end of the vocabulary.
@@ -649,6 +714,8 @@ UNLEARN_METHODS: Mapping[str, type[UnlearnMethod]] = {
     "PDU": PDU,
     "IHL": IHL,
     "ME": ME,
+    "IdkAP": IdkAP,
+    "JensUn": JensUn,
 }
 METHOD_DEFAULTS = {name: method.defaults() for name, method in UNLEARN_METHODS.items()}
 

@@ -7,7 +7,6 @@ or a retain sequence, in that one's group. S sequences, T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorry.data.batch import Batch, BatchExtra
+from lorry.data.stream.joint import select_sequences
 from lorry.errors import DataError
 
 FORGET, RETAIN, ALTERNATE = "forget", "retain", "alternate"
@@ -120,8 +120,25 @@ def delayed_weights(batch: Batch, name: str) -> BatchExtra:
     return BatchExtra(torch.where(batch.positions > 0, later, 0.0), "token")
 
 
-def relabel(batch: Batch, sequences: Collection[int], role: str) -> Batch:
-    """The batch with another role for some sequences."""
-    return replace(
-        batch, role=tuple(role if s in sequences else of for s, of in enumerate(batch.role))
-    )
+def replace_by_alternates(batch: Batch, role: str) -> Batch:
+    """Every sequence of a role gives way to its alternate, which takes the role: what it asks is
+    learnt with the other answer, and its own answer need not be read.
+    """
+    own, others = (found.tolist() for found in partners(batch, role))
+    taken, gone = set(others), set(own)
+    renamed = tuple(role if s in taken else of for s, of in enumerate(batch.role))
+    kept = [s for s in range(len(batch)) if s not in gone]
+    return select_sequences(replace(batch, role=renamed), kept)
+
+
+def repeated_alternates(batch: Batch, role: str) -> BatchExtra:
+    """[T] int64: at the supervised tokens of a role, the supervised tokens of the alternate, its end
+    of turn among them, again and again from its first; 0 elsewhere.
+    """
+    ids = torch.zeros_like(batch.tokens)
+    for own, other in zip(*(found.tolist() for found in partners(batch, role)), strict=True):
+        (start, stop), (first, last) = batch.segments[own], batch.segments[other]
+        at = start + torch.nonzero(batch.weights[start:stop], as_tuple=True)[0]
+        words = batch.tokens[first:last][batch.weights[first:last] != 0]
+        ids[at] = words[torch.arange(len(at)) % len(words)]
+    return BatchExtra(ids, "token")
