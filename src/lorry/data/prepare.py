@@ -218,6 +218,7 @@ def _open_data_source(
         on_bad_row=data.on_bad_row,
         quarantine=aside,
         limit=limit,
+        local=data.local,
     )
 
 

@@ -12,7 +12,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from lorry.data.reading.rows import (
     SourcePart,
     not_utf8,
 )
+from lorry.data.reading.suite_splits import is_split_name, locate_split, part_of_stream
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError, suggest_nearest
 
@@ -117,9 +118,11 @@ class DataSource:
 def open_source(
     path_or_id: str | Path | Sequence[str | Path], *, name: str | None = None, split: str = "train", streaming: bool = False,
     on_bad_row: OnBadRow = "error", quarantine: str | Path | None = None, limit: int | None = None, converted: str | None = None,
+    local: Mapping[str, str] | None = None,
 ) -> DataSource:  # fmt: skip
     """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or
-    a hub data set.
+    a hub data set, or rows of a benchmark by name (``tofu:forget10``, suite_splits.py; ``local`` says
+    where it lies).
 
     Every file is read lazily, a JSON array element by element. In a folder whose files are named
     after splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data
@@ -132,7 +135,7 @@ def open_source(
     several = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
     if not several:
         raise DataError("no data given: a file, a folder or a hub name is needed")
-    opened = [_open_one(one, name, split, streaming, converted) for one in several]
+    opened = [_open_one(one, name, split, streaming, converted, local or {}) for one in several]
     parts = tuple(part for parts, _ in opened for part in parts)
     files = (
         tuple(file for _, files in opened for file in files)
@@ -152,7 +155,12 @@ def open_source(
 
 
 def _open_one(
-    path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None
+    path_or_id: str | Path,
+    name: str | None,
+    split: str,
+    streaming: bool,
+    converted: str | None,
+    local: Mapping[str, str],
 ) -> tuple[list[SourcePart], list[Path]]:
     """The parts of one path or name, and the files that they read (none for a hub data set)."""
     path = Path(path_or_id).expanduser()
@@ -165,6 +173,8 @@ def _open_one(
     if path.exists():
         return [_file_part(path)], [path]
     text = str(path_or_id)
+    if is_split_name(text) and not isinstance(path_or_id, Path):
+        return _open_suite_split(text, name, streaming, local)
     if (
         isinstance(path_or_id, Path)
         or path.suffix.lower() in READERS
@@ -172,6 +182,26 @@ def _open_one(
     ):
         raise _missing_path_error(path)
     return [lambda select: _hub_rows(text, name, split, streaming, converted, select)], []
+
+
+def _open_suite_split(
+    text: str, name: str | None, streaming: bool, local: Mapping[str, str]
+) -> tuple[list[SourcePart], list[Path]]:
+    """The same of ``SUITE:SPLIT``."""
+    if name is not None:
+        raise DataError(f"{text} says which rows are read; leave data.name={name} out")
+    place = locate_split(text, local)
+    if is_split_name(place.path):  # of local.SUITE=..., which would go round in a circle
+        raise DataError(f"{text}: {place.path} is no file or folder")
+    parts, files = _open_one(place.path, place.config, place.split, streaming, None, {})
+    if place.rows is None:
+        return parts, files
+
+    def rows(select: ColumnSelector | None) -> RowStream:
+        whole = (item for part in parts for item in part(select))
+        return part_of_stream(whole, place, text)
+
+    return [rows], files
 
 
 def _file_part(path: Path) -> SourcePart:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorry.data.reading.suite_splits import FORGET_ROWS
 from lorry.disk import documents
 from lorry.errors import DataError, shortlist_names
-from lorry.evaluate.unlearning.rows import FORGET_ROWS, SuiteSet
+from lorry.evaluate.unlearning.rows import SuiteSet
 
 # open-unlearning's configuration file writes the second, its result files the first
 TRUTH_RATIO_NAMES = ("forget_truth_ratio", "forget_Truth_Ratio")

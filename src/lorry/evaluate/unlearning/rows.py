@@ -2,11 +2,8 @@
 
 Try: ``load_tofu_split("retain95", {"tofu": "data/tofu"})`` is the first 3,800 rows of full.json.
 
-**A split that is not on disk is derived from one that is**, since TOFU's are parts of each other:
-retainNN is the beginning of full, forgetNN the end of full or of a larger forget split. A holdout
-(rows that were never trained on) is not part of full: where there is none, the rows of forget10 just
-before forgetNN stand in, with a note, since they are a holdout of a start that was trained on
-retain90 and forgetNN alone and of no other.
+Where a split lies, or what it is derived from, is read in data/reading/suite_splits.py, which
+training asks as well: what is forgotten and what is measured are the same rows.
 """
 
 from __future__ import annotations
@@ -15,21 +12,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorry.data.reading.rows import DataRow
 from lorry.data.reading.sources import open_source
+from lorry.data.reading.suite_splits import FORGET_ROWS, PERTURBED, TOFU, locate_split
 from lorry.errors import ConfigError, DataError
 
-TOFU = "tofu"
-TOFU_HUB = "locuslab/TOFU"
-# 200 authors of 20 rows; the forget splits are ends of full, the retain splits what is before them
-FORGET_ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}
-RETAIN_ROWS = {"retain99": 3960, "retain95": 3800, "retain90": 3600}
 HOLDOUT_OF = {name: f"holdout{name.removeprefix('forget')}" for name in FORGET_ROWS}
-PERTURBED = "_perturbed"
-FILE_KINDS = (".json", ".jsonl", ".parquet", "")  # the last: a folder
 ANSWER, PARAPHRASED, WRONG = "answer", "paraphrased_answer", "perturbed_answer"
 ANSWER_FIELDS = (ANSWER, PARAPHRASED, WRONG)
 
@@ -61,62 +51,9 @@ def load_tofu_split(name: str, local: Mapping[str, str]) -> tuple[list[DataRow],
     without the first the hub's. Raises ConfigError for a split that neither is there nor can be
     derived, DataError for a file that cannot be read.
     """
-    if (path := local_tofu_path(name, local)) is not None:
-        return list(open_source(path)), ""
-    if TOFU not in local and not name.startswith("holdout"):
-        return list(open_source(TOFU_HUB, name=name)), ""
-    if (derived := _derive(name, local)) is not None:
-        return derived
-    if name.startswith("holdout"):
-        raise ConfigError(
-            f"no {name}: membership (mia_*, privleak) needs rows that were never trained on; give "
-            f"local.tofu.{name}=FILE, or ask for other metrics"
-        )
-    raise ConfigError(
-        f"local.tofu={local[TOFU]} has no {name}.json, and nothing to derive it from; give "
-        f"local.tofu.{name}=FILE"
-    )
-
-
-def local_tofu_path(name: str, local: Mapping[str, str]) -> str | None:
-    """Where a split lies as a file or folder of its own; None where it does not. Raises ConfigError
-    for a folder that is not there.
-    """
-    if f"{TOFU}.{name}" in local:
-        return local[f"{TOFU}.{name}"]
-    if TOFU not in local:
-        return None
-    folder = Path(local[TOFU]).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"local.tofu={local[TOFU]} is no folder; give the one that holds TOFU's splits"
-        )
-    found = (folder / f"{name}{kind}" for kind in FILE_KINDS)
-    return next((str(path) for path in found if path.exists()), None)
-
-
-def _derive(name: str, local: Mapping[str, str]) -> tuple[list[DataRow], str] | None:
-    """A part of a split that is there; None where there is none."""
-    stem, kind = name.removesuffix(PERTURBED), PERTURBED if name.endswith(PERTURBED) else ""
-    if stem in FORGET_ROWS:
-        rows = FORGET_ROWS[stem]
-        larger = [split for split, count in FORGET_ROWS.items() if count > rows]
-        for whole in ("full", *reversed(larger)):
-            if (path := local_tofu_path(whole + kind, local)) is not None:
-                return list(open_source(path))[-rows:], ""
-    if stem in RETAIN_ROWS and not kind and (path := local_tofu_path("full", local)) is not None:
-        return list(open_source(path, limit=RETAIN_ROWS[stem])), ""
-    if stem not in ("holdout01", "holdout05"):  # forget10 has nothing beside itself
-        return None
-    if (path := local_tofu_path("forget10", local)) is None:
-        return None
-    forget = stem.replace("holdout", "forget")
-    rows = FORGET_ROWS[forget]
-    note = (
-        f"no {stem} on disk: the {rows} rows of forget10 before {forget} stand in; they are a "
-        "holdout only of a start that was not trained on them (TOFU's own full models were)"
-    )
-    return list(open_source(path))[-2 * rows : -rows], note
+    reference = f"{TOFU}:{name}"
+    note = locate_split(reference, local).note
+    return list(open_source(reference, local=local)), note
 
 
 def load_tofu_sets(

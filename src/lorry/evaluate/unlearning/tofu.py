@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from lorry.data.reading.suite_splits import TOFU
 from lorry.errors import DataError
 from lorry.evaluate.metrics import membership
 from lorry.evaluate.metrics.fluency import repeated_ngrams, token_entropy
@@ -29,7 +30,7 @@ from lorry.evaluate.metrics.unlearning import (
 )
 from lorry.evaluate.metrics.words import rouge_l, rouge_n
 from lorry.evaluate.unlearning.retain_logs import RetainLogs
-from lorry.evaluate.unlearning.rows import ANSWER, PARAPHRASED, TOFU, WRONG, SuiteSet
+from lorry.evaluate.unlearning.rows import ANSWER, PARAPHRASED, WRONG, SuiteSet
 from lorry.evaluate.unlearning.scores import AnswerScores
 from lorry.evaluate.unlearning.suite import MetricRecord, Suite, SuiteInputs, SuiteMetric
 

@@ -87,7 +87,12 @@ def alternates_of(
     places = {where: row for row, where in enumerate(tokens.where)}
     # what is wrong with its rows was said when the tokens were read
     source = open_source(
-        data.path or [], name=data.name, split=data.split, on_bad_row="skip", limit=data.n
+        data.path or [],
+        name=data.name,
+        split=data.split,
+        on_bad_row="skip",
+        limit=data.n,
+        local=data.local,
     )
     form = format_named(data.format, data.text_field)
     of: list[list[int]] = [[] for _ in tokens.where]
