@@ -159,14 +159,55 @@ def test_another_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: 
         load_adapter(other, tmp_path / "new", "second")
     with pytest.raises(ModelError, match="over the bare base"):
         load_adapter(other, saved, "third")
-    weights = saved / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    weights = tmp_path / "new/start_adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ModelError, match="not the adapter that"):
         load_adapter(tiny("llama"), tmp_path / "new")
-    weights.unlink()
+    weights.unlink()  # then the directory that was named
+    load_adapter(tiny("llama"), tmp_path / "new")
+    (saved / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="which is not there"):
+        load_adapter(tiny("llama"), tmp_path / "new")
+
+
+def test_the_copy_is_enough(
+    tiny: Any, shake: Any, tmp_path: Path, saved: Path, ids: Tensor, logits: Any
+) -> None:
+    """Two starts, and neither directory is where it was."""
+    second = tiny("llama")
+    load_start(second, saved)
+    save_adapter(with_new(second, shake), tmp_path / "second", "new")
+    third = tiny("llama")
+    load_start(third, tmp_path / "second")
+    attach(third, NEW, "third", seed=4)
+    shake(lora_parameters(third), 11)
+    save_adapter(third, tmp_path / "third", "third")
+    for folder in (saved, tmp_path / "second"):
+        folder.rename(folder.with_name(f"{folder.name}-moved"))
+    again = tiny("llama")
+    load_adapter(again, tmp_path / "third")
+    assert torch.equal(logits(again, ids), logits(third, ids))
+    assert len(get_bank(again).base_adapters) == 2
+    (tmp_path / "copied").mkdir()
+    save_adapter(again, tmp_path / "copied")  # and once more, from the copies
+    assert (tmp_path / "copied/start_adapter/start_adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_start_of_itself_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: Path) -> None:
+    model = tiny("llama")
+    load_start(model, saved)
+    save_adapter(with_new(model, shake), tmp_path / "new", "new")
+    for file in (tmp_path / "new/start_adapter").iterdir():
+        file.unlink()
+    (tmp_path / "new/start_adapter").rmdir()
+    facts = tmp_path / "new/lorry_adapter.json"
+    itself = {
+        "path": str(tmp_path / "new"),
+        "sha256": file_digest(tmp_path / "new/adapter_model.safetensors"),
+    }
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "start": itself}))
+    with pytest.raises(ModelError, match="leads back to"):
         load_adapter(tiny("llama"), tmp_path / "new")
 
 

@@ -61,7 +61,9 @@ SHARED_SETTINGS = frozenset(
 ) | {"lora.adapter_name"}
 # names in a run directory that are not an adapter's
 # cannot import runs/layout.py, a room below; tests/test_layout.py holds the two equal
-RESERVED_NAMES = frozenset(["checkpoints", "previous", "evals", "tensorboard", "data"])
+RESERVED_NAMES = frozenset(
+    ["checkpoints", "previous", "evals", "start_adapter", "tensorboard", "data"]
+)
 # of files in a run directory: a folder with such a name would be taken for one
 FILE_SUFFIXES = frozenset(
     [".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"]

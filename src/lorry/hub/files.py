@@ -31,7 +31,9 @@ from lorry.runs.layout import (
     RECEIPT,
     REPORT,
     SHARDS,
+    START,
     TOKENIZER_FILES,
+    list_adapter_subfolders,
 )
 from lorry.runs.read import read_run
 from lorry.train.card import card
@@ -61,8 +63,13 @@ def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
             run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER_FILES, *PUBLISHED)
         )
     }
-    for folder in published_adapter_folders(run_dir):
-        files |= {f"{folder.name}/{p.name}": p for p in _matching_files(folder, ADAPTER_FILES)}
+    for folder in (run_dir, *published_adapter_folders(run_dir)):
+        inside = "" if folder == run_dir else f"{folder.name}/"
+        files |= {f"{inside}{p.name}": p for p in _matching_files(folder, ADAPTER_FILES)}
+        # without what it was trained over, an adapter from the hub could not be opened
+        while (folder := folder / START).is_dir():
+            inside += f"{START}/"
+            files |= {f"{inside}{p.name}": p for p in _matching_files(folder, ADAPTER_FILES)}
     _require_weights(run_dir, files)
     # samples are rows of somebody's data, which nobody asked to publish
     # rows of the training data stay here, whatever page is made of the run
@@ -82,9 +89,7 @@ def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
 
 def published_adapter_folders(run_dir: Path) -> list[Path]:
     """The folders of a run of several adapters."""
-    return sorted(
-        p.parent for p in run_dir.glob("*/adapter_config.json") if p.parent.name not in NOT_ADAPTERS
-    )
+    return [path for path in list_adapter_subfolders(run_dir) if path.name not in NOT_ADAPTERS]
 
 
 def _matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:

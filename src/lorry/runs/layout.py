@@ -29,6 +29,8 @@ CARD = "README.md"
 REPORT, PLOT = "report.html", "report.png"
 CHECKPOINTS, PREVIOUS = "checkpoints", "previous"
 SUITES = "evals"  # a folder for what `lorry eval suite=...` writes
+# in an adapter's folder: the adapter that it was trained over, so that a run is whole by itself
+START = "start_adapter"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, as the next
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "lorry_adapter.json"  # the base's digest and what else PEFT's file has no field for
@@ -77,8 +79,15 @@ PUBLISHED = (
     EVALUATION,
 )
 # folders of a run that are no adapter's
-NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, SUITES, "tensorboard", "data"})
+NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, SUITES, START, "tensorboard", "data"})
 STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
+
+
+def list_adapter_subfolders(folder: Path) -> list[Path]:
+    """The folders in a directory that are adapters, as PEFT and runs of several lay them out. What
+    one was trained over is none of them: alone it is another model."""
+    found = (path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return sorted(path for path in found if path.name != START)
 
 
 @dataclass(frozen=True)

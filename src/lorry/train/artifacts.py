@@ -66,6 +66,16 @@ def write_adapters(
     return digests
 
 
+def write_start(run_dir: Path, files: Mapping[str, bytes], names: Sequence[str]) -> None:
+    """Copies of the adapter that this run's are trained over, in the folder of each: the directory
+    it was read from may move or change. Raises DiskError."""
+    for name in names if files else ():
+        inside = "" if len(names) == 1 else f"{name}/"
+        if inside:
+            durable.make_directory(run_dir / name, parents=False)
+        ownership.write_owned_files(run_dir, {inside + file: files[file] for file in files})
+
+
 def build_receipt(
     *,
     data: Mapping[str, Any],

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorry.adapters.attach import attach, get_bank, list_skipped_modules
-from lorry.adapters.peft.files import base_digest
+from lorry.adapters.peft.files import base_digest, start_files
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
@@ -113,7 +113,10 @@ def train_run(
         opened = open_base(run, notes)
         jobs = prepare_jobs(run, attach_jobs(run, opened, notes), opened, notebook)
         engine = build_engine(run, opened, jobs, notebook, BenchmarkEvaluator(run, opened, exams))
+        # read before an earlier run moves, which may be what this one begins with
+        over = start_files(opened.model)
         resume_or_make_room(engine, resume_from, run, notebook)
+        artifacts.write_start(run.output_dir, over, list(jobs))
         process.begin(engine.progress.step, engine.total)
         result = _train_and_finish(run, opened, jobs, engine, process.home)
         notebook.tell(record_step_rate(run, opened, times))
@@ -162,7 +165,11 @@ def open_base(run: RunConfig, notes: list[str]) -> OpenedModel:
         raise ConfigError(
             f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"
         )
-    if Path(opened.source["path"]).resolve() == run.output_dir.resolve():
+    begins_with = {Path(opened.source["path"]).resolve()}
+    if TASKS[run.task].over_start:
+        adapters = (opened.source.get("adapter"), run.model.adapter)
+        begins_with |= {Path(path).resolve() for path in adapters if path}
+    if run.output_dir.resolve() in begins_with:
         raise ConfigError(
             f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir"
         )

@@ -28,6 +28,7 @@ from lorry.runs.layout import (
     RUN_FILE,
     SHARDS,
     STAGED,
+    START,
     TOKENIZER_FILES,
 )
 from lorry.runs.read import read_contracts
@@ -125,6 +126,8 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     if is_full_finetune_dir(folder) or not (folder / "config.json").exists():
         patterns += TOKENIZER_FILES
     names = [*_recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
+    if not going_on and (folder / START / ADAPTER_CONFIG).is_file():
+        names.append(START)
     if going_on:
         names = [
             name
@@ -152,10 +155,11 @@ def _is_run_marker(path: Path) -> bool:
 
 def _written_patterns(jobs: list[str]) -> list[str]:
     """Every name that a run writes in its directory, as patterns."""
-    folders = [f"{job}/{file}" for job in jobs for file in ADAPTER_FILES] if len(jobs) > 1 else []
+    inside = [START] if len(jobs) < 2 else [p for job in jobs for p in (job, f"{job}/{START}")]
+    nested = [f"{folder}/{file}" for folder in inside for file in ADAPTER_FILES]
     return [
         *RESULTS, *TOKENIZER_FILES, *MODEL_FILES, SHARDS, STAGED,
-        METRICS, RUN_FILE, CHECKPOINTS, "quarantine*.jsonl", *folders,
+        METRICS, RUN_FILE, CHECKPOINTS, "quarantine*.jsonl", *nested,
     ]  # fmt: skip
 
 

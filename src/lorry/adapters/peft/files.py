@@ -6,6 +6,10 @@ completely or refused.
 
 `lorry_adapter.json` holds what only Lorry knows (its version, the base's digest); PEFT never sees
 it, since PEFT stops at keys it does not know.
+
+An adapter that was trained over another one (its start, `AdapterBank.move_to_base`) names that by
+directory and SHA-256, and has a copy of its files in a folder `start_adapter` of its own, which may have
+one in turn. The copy goes before the directory; neither is used unless its digest is the named one.
 """
 
 from __future__ import annotations
@@ -43,9 +47,16 @@ from lorry.adapters.peft.tensors import (
     sort_lora_tensors,
 )
 from lorry.disk import durable
-from lorry.disk.integrity import file_digest
+from lorry.disk.integrity import file_digest, read_content
 from lorry.errors import ConfigError, ModelError
-from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, ADAPTER_WEIGHTS
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FACTS,
+    ADAPTER_FILES,
+    ADAPTER_WEIGHTS,
+    START,
+    list_adapter_subfolders,
+)
 
 _ORIGIN = ("path", "sha256")
 DIGEST_SAMPLES = 4096  # values of each base tensor that the digest looks at
@@ -135,9 +146,61 @@ def save_adapter(
     files = adapter_files(
         model, names[0] if name is None else name, base_name=base_name, extra=extra
     )
+    over = start_files(model)
     durable.make_directory(Path(path))
+    write_start_files(Path(path), over)
     # all three at once: tensors beside another version's config would be another adapter
     durable.write_files(Path(path), files)
+
+
+def start_files(model: nn.Module) -> dict[str, bytes]:
+    """The files of the adapters that a model's are trained over, {name below an adapter's folder:
+    content}, ``start_adapter/adapter_config.json`` the first; none without a start. Raises ModelError where
+    they are no longer there, or others.
+    """
+    start = get_bank(model, create=True).start
+    files = dict[str, bytes]()
+    if start is None:
+        return files
+    inside = ""
+    for folder, origin in [(Path(start.path), start), *start_chain(Path(start.path))]:
+        inside += f"{START}/"
+        _verify_start(folder, origin, "the model")
+        files |= {
+            inside + name: read_content(folder / name)
+            for name in ADAPTER_FILES
+            if (folder / name).is_file()
+        }
+    return files
+
+
+def write_start_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write what `start_files` gave into an adapter's folder. Raises DiskError."""
+    by_folder = dict[Path, dict[str, durable.FileContent]]()
+    for name, content in files.items():
+        by_folder.setdefault((folder / name).parent, {})[Path(name).name] = content
+    for inner, contents in by_folder.items():
+        durable.make_directory(inner)
+        durable.write_files(inner, contents)
+
+
+def start_chain(folder: Path) -> list[tuple[Path, AdapterOrigin]]:
+    """(where its files are, what they must be) of every adapter that the one in ``folder`` was
+    trained over, the nearest first. A copy beside an adapter goes before the directory that its
+    files name. Raises ModelError for files that lead back to themselves.
+    """
+    chain, seen = list[tuple[Path, AdapterOrigin]](), {folder.resolve()}
+    while (origin := _read_start(folder)) is not None:
+        copy = folder / START
+        place = copy if (copy / ADAPTER_WEIGHTS).is_file() else Path(origin.path)
+        if place.resolve() in seen:
+            raise ModelError(f"{folder / ADAPTER_FACTS}: its start leads back to {place}")
+        seen.add(place.resolve())
+        chain.append((place, origin))
+        folder = place
+        if not (folder / ADAPTER_CONFIG).is_file():
+            break
+    return chain
 
 
 def load_adapter(
@@ -159,7 +222,7 @@ def load_adapter(
     plain LoRA.
     """
     folder, name = find_adapter(path, name)
-    start = _read_start(folder)
+    start = next(iter(start_chain(folder)), None)
     _check_start(model, folder, start)
     where = str(folder / ADAPTER_CONFIG)
     layers = list_adaptable_layers(model)
@@ -177,7 +240,7 @@ def load_adapter(
         # everything is read and checked before `attach` touches the model
         values = read_lora_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
     if start is not None and get_bank(model, create=True).start is None:
-        load_start(model, start.path, other_base=other_base)
+        load_start(model, start[0], other_base=other_base)
     adapter = attach(model, spec, name, modules=[p for p in layers if p in parts])
     with torch.no_grad():
         for key, view in adapter.tensors().items():
@@ -220,8 +283,9 @@ def _read_start(folder: Path) -> AdapterOrigin | None:
     return AdapterOrigin(said["path"], said["sha256"])
 
 
-def _check_start(model: nn.Module, folder: Path, start: AdapterOrigin | None) -> None:
+def _check_start(model: nn.Module, folder: Path, found: tuple[Path, AdapterOrigin] | None) -> None:
     """Refuse an adapter over another start than the model has. Raises ModelError."""
+    start = None if found is None else found[1]
     bank = get_bank(model, create=True)
     if bank.start is not None:
         if start is None or start.sha256 != bank.start.sha256:
@@ -231,22 +295,27 @@ def _check_start(model: nn.Module, folder: Path, start: AdapterOrigin | None) ->
                 "open it on its own start"
             )
         return
-    if start is None:
+    if found is None or start is None:
         return
     if bank.adapters:
         raise ModelError(
             f"{folder}: this adapter was trained over the adapter {start.path}, and the model has "
             f"{', '.join(bank.adapters)} on the bare base; open it by itself"
         )
-    weights = Path(start.path) / ADAPTER_WEIGHTS
+    _verify_start(found[0], start, str(folder))
+
+
+def _verify_start(place: Path, start: AdapterOrigin, whose: str) -> None:
+    """Raise ModelError unless the adapter in ``place`` is the one that ``whose`` was trained over."""
+    weights = place / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ModelError(
-            f"{folder}: this adapter was trained over the adapter {start.path}, which is not there; put it "
-            f"back (SHA-256 of its {ADAPTER_WEIGHTS}: {start.sha256[:16]}...)"
+            f"{whose}: trained over the adapter {start.path}, which is not there; put it back there, or a copy "
+            f"into the folder {START} beside it (SHA-256 of its {ADAPTER_WEIGHTS}: {start.sha256[:16]}...)"
         )
-    if (found := file_digest(weights)) != start.sha256:
+    if (digest := file_digest(weights)) != start.sha256:
         raise ModelError(
-            f"{weights}: not the adapter that {folder} was trained over (SHA-256 {found[:16]}..., "
+            f"{weights}: not the adapter that {whose} was trained over (SHA-256 {digest[:16]}..., "
             f"then {start.sha256[:16]}...); without it the model would be another"
         )
 
@@ -272,7 +341,7 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
                 f"{root / ADAPTER_FACTS}: adapter={saved!r:.80} cannot be an adapter's name"
             )
         return root, name or saved
-    subfolders = sorted(p.parent.name for p in root.glob(f"*/{ADAPTER_CONFIG}"))
+    subfolders = [path.name for path in list_adapter_subfolders(root)]
     if len(subfolders) == 1 and name is None:
         return root / subfolders[0], check_adapter_name(subfolders[0])
     choice = (

@@ -20,7 +20,7 @@ from lorry.models.loading.load import load_model, trained_dtype
 from lorry.models.loading.sources import resolve_model
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
 from lorry.models.loading.weights import FLOAT_DTYPES, read_tensor_entries
-from lorry.runs.layout import ADAPTER_CONFIG, RUN_FILE
+from lorry.runs.layout import ADAPTER_CONFIG, RUN_FILE, list_adapter_subfolders
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -124,7 +124,7 @@ def list_adapter_folders(path: Path) -> list[Path]:
     """
     if (path / ADAPTER_CONFIG).is_file():
         return [path]
-    folders = sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}")) if path.is_dir() else []
+    folders = list_adapter_subfolders(path) if path.is_dir() else []
     if not folders:
         raise ModelError(
             f"{path} holds no adapter ({ADAPTER_CONFIG} is missing); give a run or adapter directory"

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from lorry.errors import ModelError, suggest_nearest
 from lorry.models.gguf.embedded import EMBEDDED, convert_gguf, resolve_embedded_model
 from lorry.models.loading.describe import read_model_json
-from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE
+from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE, list_adapter_subfolders
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 # No .bin: pickles are never opened. Python files are added only where they may run.
@@ -88,11 +88,7 @@ def find_adapters_in(path: Path) -> list[Path]:
     """
     if (path / ADAPTER_CONFIG).is_file():
         return [path]
-    return (
-        []
-        if (path / "config.json").is_file()
-        else sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}"))
-    )
+    return [] if (path / "config.json").is_file() else list_adapter_subfolders(path)
 
 
 def _locate_adapter_base(path: Path, notes: list[str], base_only: bool) -> ModelLocation | None:
