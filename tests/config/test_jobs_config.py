@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lorry.config import (
     RunConfig,
     SweepSettings,
+    UnlearnRunConfig,
     build_settings,
     dump_settings,
     parse_settings,
@@ -275,7 +276,60 @@ def test_no_adapter_for_the_jobs() -> None:
 
 
 def test_every_shared_setting_exists() -> None:
-    assert schema_names(RunConfig).fields.keys() >= SHARED_SETTINGS
+    known = {name for kind in (RunConfig, UnlearnRunConfig) for name in schema_names(kind).fields}
+    assert known >= SHARED_SETTINGS
+
+
+# --- jobs of a run with a group of its own
+
+
+def unlearn(*argv: str) -> UnlearnRunConfig:
+    return parse_settings(UnlearnRunConfig, ["retain=r.jsonl", *argv], [])
+
+
+def test_a_grid_over_a_methods_numbers_is_so_many_runs() -> None:
+    made = unlearn("forget=f.jsonl", "beta=0.1,0.5", "learning_rate=1e-4,1e-3")
+    assert [job.name for job in made.jobs] == [
+        "beta0.1-lr1e-4", "beta0.1-lr1e-3", "beta0.5-lr1e-4", "beta0.5-lr1e-3",
+    ]  # fmt: skip
+    for name, one in runs_by_adapter(made).items():
+        own = name.partition("-")
+        alone = unlearn("forget=f.jsonl", f"beta={own[0][4:]}", f"learning_rate={own[2][2:]}",
+                        f"adapter_name={name}", f"output_dir={made.output_dir / name}")  # fmt: skip
+        assert one == alone
+    assert unlearn("forget=f.jsonl", "sweep={beta: [0.1, 0.5]}").jobs[1].unlearn == {"beta": 0.5}
+    assert "sweep" not in dump_settings(made)
+
+
+@pytest.mark.parametrize("word", ["jobs", "subjects"])
+def test_subjects_are_jobs_with_rows_of_their_own(word: str, tmp_path: Path) -> None:
+    given = f"{word}=[{{name: a, forget: a.jsonl}}, {{name: b, forget: b.jsonl, unlearn: {{gamma: 2}}}}]"
+    made = unlearn(given, "output_dir=runs/x")
+    alone = runs_by_adapter(made)
+    assert [(one.data.path, one.unlearn.forget) for one in alone.values()] == [
+        ("a.jsonl", "a.jsonl"), ("b.jsonl", "b.jsonl"),
+    ]  # fmt: skip
+    assert [one.unlearn.gamma for one in alone.values()] == [1.0, 2.0]
+    assert [one.unlearn.retain for one in alone.values()] == ["r.jsonl", "r.jsonl"]
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_settings(made))
+    assert parse_settings(UnlearnRunConfig, [str(file)], []) == made
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["forget=f", "jobs=[{name: a, method: KL}]"], "unlearn.method is the same for all jobs"),
+        (["forget=f", "layer=3,5"], "unlearn.layer is the same for all jobs"),
+        (["forget=f", "delta=1,2"], "job 'delta1'.*delta is not read by NPO"),
+        (["jobs=[{name: a, forget: f}, {name: b, r: 2}]"], "job 'b': unlearn.forget is missing"),
+        (["forget=f", "jobs=[{name: a, data: g}]"], "job 'a'.*reads forget=FILE|both say what"),
+        (["forget=f", "jobs=[{name: a}]", "subjects=[{name: a}]"], "both set jobs"),
+    ],
+)  # fmt: skip
+def test_jobs_that_cannot_forget_together(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        unlearn(*argv)
 
 
 @settings(max_examples=60)

@@ -206,6 +206,40 @@ def test_the_base_itself_unlearns(world: Path, tmp_path: Path) -> None:
     assert first["loss_forget"] == pytest.approx(20 * 0.6931471805599453, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["DPO", "PDU"])
+def test_jobs_are_the_runs_alone(method: str, world: Path, tmp_path: Path) -> None:
+    """Two subjects with numbers of their own, in one pass: each adapter is the one of its own run,
+    to rounding of other shapes."""
+    everything = tinyrun.rows(FORGET + RETAIN)
+    tinyrun.write_rows(tmp_path / "few.jsonl", everything[:3])
+    own = {
+        "a": {"forget": str(tmp_path / "few.jsonl"), "gamma": 0.5},
+        "b": {"learning_rate": 1e-3, "alpha": 2.0, "max_steps": 4},
+    }
+    shared: dict[str, Any] = {"method": method, "layer": 0, "eval_on_start": True}
+    if method == "PDU":
+        shared |= {"dual_warmup_epochs": 0, "retain_loss_eps": 0.1}
+    jobs = [{"name": name, **settings} for name, settings in own.items()]
+    together = unlearn(world, tmp_path / "together", subjects=jobs, **shared)
+    assert {c["status"] for c in together.contracts} == {"held"}
+    for name, settings in own.items():
+        alone = unlearn(world, tmp_path / name, adapter_name=name, **shared, **settings)
+        for tensor, value in bank_tensors(alone, name).items():
+            close = bank_tensors(together, name)[tensor]
+            assert torch.allclose(close, value, rtol=1e-3, atol=2e-5), (name, tensor)
+    last = [r["adapters"] for r in records(tmp_path / "together") if "eval_balance" in r][-1]
+    assert {"eval_retain_kept", "eval_forget_probability"} <= last["a"].keys()
+    again = open_model(ModelConfig(name=str(tmp_path / "together"), dtype="float32"), [])
+    assert set(again.adapters) == {"a", "b"}
+    both = logits(again, Mix.constants({"a": 1.0, "b": 1.0}))
+    assert not torch.equal(both, logits(again, Mix.one("a")))
+
+
+def bank_tensors(result: TrainResult, name: str) -> dict[str, Tensor]:
+    adapter = get_bank(result.model)[name]
+    return adapter.split_like(adapter.values)
+
+
 def test_collapse_is_said(world: Path, tmp_path: Path) -> None:
     heard = tinyrun.Heard()
     run = described(world, tmp_path / "run", method="GradAscent", learning_rate=0.2, max_steps=12)

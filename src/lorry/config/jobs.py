@@ -19,10 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from lorry.config.base import SettingsGroup
-from lorry.config.parsing.names import SchemaNames, schema_names, show_value, union_members
+from lorry.config.parsing.names import SchemaNames, show_value, union_members
 from lorry.config.parsing.place import (
     GivenSetting,
     PlacedSetting,
@@ -30,15 +27,14 @@ from lorry.config.parsing.place import (
     parse_typed_list,
     place_setting,
 )
-from lorry.config.schema import JOBS, DataConfig, LoraConfig, RunConfig, TrainConfig
+from lorry.config.schema import JOBS, RunConfig
 from lorry.errors import ConfigError
 
 # what base weights that train (lora=null) are called where an adapter would have a name
 BASE_JOB = "base"
 MOST_JOBS = 1000  # a grid of three axes of 100 values would be a million runs: a slip of the hand
 EXPANDED_KEYS = ("jobs", "sweep")  # settings that stand for jobs
-JOB_GROUPS = ("lora", "data", "train")
-# What a pass does once for all its jobs. Everything else of lora, data and train may differ.
+# What a pass does once for all its jobs. Everything else of a run's `job_groups` may differ.
 SHARED_SETTINGS = frozenset(
     f"train.{name}"
     for name in (
@@ -58,7 +54,14 @@ SHARED_SETTINGS = frozenset(
             "eval_n_shot",
         ],
     )
-) | {"lora.adapter_name"}
+) | {
+    "lora.adapter_name",
+    # one method asks model and start about the sequences of all jobs at once
+    *[
+        f"unlearn.{name}"
+        for name in ("method", "retain_loss", "layer", "adaptive", "peer_masks", "reference")
+    ],
+}
 # names in a run directory that are not an adapter's
 # cannot import runs/layout.py, a room below; tests/test_layout.py holds the two equal
 RESERVED_NAMES = frozenset(
@@ -89,14 +92,6 @@ SHORT_LABELS = {
     "path": "",
     "data": "",
 }
-
-
-class JobSettings(SettingsGroup):
-    """The names that a job's settings may have."""
-
-    lora: LoraConfig
-    data: DataConfig
-    train: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -153,11 +148,11 @@ def set_in_tree(tree: dict[str, Any], placed: PlacedSetting) -> None:
 # --- what was given, as items
 
 
-def is_sweep_axis(given: GivenSetting) -> bool:
+def is_sweep_axis(job_names: SchemaNames, given: GivenSetting) -> bool:
     """Whether a typed setting is several values to try: ``r=8,16``, for a field that takes neither
-    text nor a list of its own.
+    text nor a list of its own. ``job_names``: of the settings that a job may have.
     """
-    target = flag_field(schema_names(JobSettings), given.key)
+    target = flag_field(job_names, given.key)
     if target is None or not given.typed or not isinstance(given.value, str):
         return False
     kinds = union_members(target.annotation)
@@ -169,12 +164,14 @@ def is_sweep_axis(given: GivenSetting) -> bool:
 
 
 def expand_jobs(
-    expanded: Mapping[str, GivenSetting], axes: Sequence[GivenSetting]
+    expanded: Mapping[str, GivenSetting], axes: Sequence[GivenSetting], groups: Sequence[str]
 ) -> list[JobItem]:
-    """The jobs that are meant. Raises ConfigError where both a list of jobs and a sweep are given."""
+    """The jobs that are meant, with settings of some ``groups``. Raises ConfigError where both a
+    list of jobs and a sweep are given.
+    """
     jobs, sweep = expanded.get("jobs"), expanded.get("sweep")
-    listed = [] if jobs is None or jobs.value is None else _listed_jobs(jobs)
-    sweep_items = _sweep_jobs(sweep, axes)
+    listed = [] if jobs is None or jobs.value is None else _listed_jobs(jobs, groups)
+    sweep_items = _sweep_jobs(sweep, axes, groups)
     if listed and sweep_items:
         raise ConfigError(
             f"{sweep_items[0].where}: a list of jobs and a sweep are both given; keep one"
@@ -196,15 +193,17 @@ def expand_jobs(
     return items
 
 
-def _listed_jobs(given: GivenSetting) -> list[JobItem]:
+def _listed_jobs(given: GivenSetting, groups: Sequence[str]) -> list[JobItem]:
     if not isinstance(given.value, list) or not all(
         isinstance(job, Mapping) for job in given.value
     ):
         raise ConfigError(f"{given.where}: jobs: got {show_value(given.value)}; give {JOBS}")
-    return [_make_job_item(given, number, job) for number, job in enumerate(given.value)]
+    return [_make_job_item(given, number, job, groups) for number, job in enumerate(given.value)]
 
 
-def _make_job_item(given: GivenSetting, number: int, job: Mapping[str, Any]) -> JobItem:
+def _make_job_item(
+    given: GivenSetting, number: int, job: Mapping[str, Any], groups: Sequence[str]
+) -> JobItem:
     where = given.inner.get(str(number), given.where)
     # int: YAML reads name: 8 as a number
     if not isinstance(job.get("name"), (str, int)):
@@ -220,21 +219,25 @@ def _make_job_item(given: GivenSetting, number: int, job: Mapping[str, Any]) -> 
         each
         for key, value in job.items()
         if key != "name"
-        for each in _spread_group(given, f"{number}.", key, value)
+        for each in _spread_group(given, f"{number}.", key, value, groups)
     ]
     return JobItem(name, settings, where)
 
 
-def _spread_group(given: GivenSetting, prefix: str, key: str, value: Any) -> list[GivenSetting]:
+def _spread_group(
+    given: GivenSetting, prefix: str, key: str, value: Any, groups: Sequence[str]
+) -> list[GivenSetting]:
     """One setting per field of a group that a job has as a map."""
     where = given.inner.get(f"{prefix}{key}", given.where)
-    if key in JOB_GROUPS and isinstance(value, Mapping):
+    if key in groups and isinstance(value, Mapping):
         lines = {inner: given.inner.get(f"{prefix}{key}.{inner}", where) for inner in value}
         return [GivenSetting(f"{key}.{inner}", each, lines[inner]) for inner, each in value.items()]
     return [GivenSetting(key, value, where)]
 
 
-def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> list[JobItem]:
+def _sweep_jobs(
+    sweep: GivenSetting | None, axes: Sequence[GivenSetting], groups: Sequence[str]
+) -> list[JobItem]:
     """Every combination of a map of lists, or the maps of a list as they are; names are made from
     the values.
     """
@@ -249,7 +252,7 @@ def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> lis
                 [
                     each
                     for k, v in combination.items()
-                    for each in _spread_group(sweep, f"{n}.", k, v)
+                    for each in _spread_group(sweep, f"{n}.", k, v, groups)
                 ]
                 for n, combination in enumerate(value)
             ]
@@ -261,7 +264,7 @@ def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> lis
     given = (
         []
         if sweep is None or not value
-        else [each for k, v in value.items() for each in _spread_group(sweep, "", k, v)]
+        else [each for k, v in value.items() for each in _spread_group(sweep, "", k, v, groups)]
     )
     typed = [GivenSetting(axis.key, parse_typed_list(axis.value), axis.where) for axis in axes]
     # keyed, so that an axis typed on the command line replaces the file's of that name
@@ -328,12 +331,13 @@ def _value_label(given: GivenSetting) -> str:
 # --- from items to a run's jobs, and back
 
 
-def resolve_job_overrides(names: SchemaNames, item: JobItem, notes: list[str]) -> JobOverrides:
-    """A job's settings under their full names. Raises ConfigError for one that is unknown, or the
-    same for all jobs.
+def resolve_job_overrides(
+    names: SchemaNames, job_names: SchemaNames, item: JobItem, notes: list[str]
+) -> JobOverrides:
+    """A job's settings under their full names: ``names`` those of the run, ``job_names`` what of
+    them a job may have. Raises ConfigError for one that is unknown, or the same for all jobs.
     """
-    job_names = schema_names(JobSettings)
-    own = JobOverrides(item.name, {"lora": {}, "data": {}, "train": {}})
+    own = JobOverrides(item.name, {group: {} for group in job_names.groups})
     for given in item.settings:
         if (
             flag_field(job_names, given.key) is None
@@ -379,7 +383,7 @@ def _refuse_setting(given: GivenSetting, dotted: str) -> None:
     )
 
 
-def job_differences(run: BaseModel, job_run: BaseModel) -> dict[str, dict[str, Any]]:
+def job_differences(run: RunConfig, job_run: RunConfig) -> dict[str, dict[str, Any]]:
     """{group: {setting: value}} of a job where it is not the run's, in plain values."""
     # dumped values, not what was given: a default that follows from another setting (lora_alpha of
     # r) differs, too
@@ -390,7 +394,7 @@ def job_differences(run: BaseModel, job_run: BaseModel) -> dict[str, dict[str, A
             for setting, v in job_values[group].items()
             if v != run_values[group][setting]
         }
-        for group in JOB_GROUPS
+        for group in run.job_groups
     }
 
 
@@ -409,7 +413,7 @@ def runs_by_adapter(run: RunConfig) -> dict[str, RunConfig]:
     runs = {}
     for job in run.jobs:
         job_values: dict[str, Any] = {
-            group: {**shared_values[group], **getattr(job, group)} for group in JOB_GROUPS
+            group: {**shared_values[group], **getattr(job, group)} for group in run.job_groups
         }
         # the job's name is its adapter's; it cannot be given beside
         job_values["lora"]["adapter_name"] = job.name

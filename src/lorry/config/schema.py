@@ -285,13 +285,20 @@ class JobConfig(SettingsGroup):
     data: dict[str, Any] = config_field({}, "what is not the run's")
     train: dict[str, Any] = config_field({}, "what is not the run's")
 
+    def own_settings(self) -> dict[str, Any]:
+        """{dotted name: value} of all that is not the run's."""
+        groups = self.model_dump(mode="json", exclude={"name"})
+        return {f"{group}.{key}": v for group, own in groups.items() for key, v in own.items()}
+
 
 class RunConfig(SettingsGroup):
     """A training run: which model, which adapter, which data, how, where. ``always_evaluates``:
-    whether the task has something to look at without rows that were held out.
+    whether the task has something to look at without rows that were held out; ``job_groups``: those
+    whose settings one of several jobs may have of its own.
     """
 
     always_evaluates: ClassVar[bool] = False
+    job_groups: ClassVar[tuple[str, ...]] = ("lora", "data", "train")
     task: Literal["sft"] = config_field("sft", "fixed by the verb")
     model: ModelConfig = ModelConfig()
     lora: LoraConfig | None = LoraConfig()

@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt, PositiveFloat, field_validator
 from pydantic import model_validator as validate_model
 
 from lorry.config.base import PathText, SettingsGroup, config_field, derived_field
-from lorry.config.schema import RunConfig, TrainConfig
+from lorry.config.schema import JOBS, JobConfig, RunConfig, TrainConfig
 from lorry.errors import suggest_nearest
 
 RetainLossName = Literal["NLL", "KL", "EMBED"]
@@ -188,14 +188,40 @@ class UnlearnConfig(SettingsGroup):
         return {name: getattr(self, name) for name in UNLEARN_METHODS[self.method]}
 
 
+class UnlearnJobConfig(JobConfig):
+    """One of several adapters that forget in one pass: with numbers of the method, or rows, of its
+    own.
+    """
+
+    unlearn: dict[str, Any] = config_field({}, "what is not the run's")
+
+
 class UnlearnRunConfig(RunConfig):
     """A model forgets some rows and keeps others: a base, a fine-tuned model, or a run whose
     adapter becomes a frozen part of the base.
+
+    Several jobs are several adapters over it: subjects forgotten apart (`subjects=[{name: a, forget:
+    F1}, ...]` is `jobs`), or numbers to compare (`beta=0.1,0.5`).
     """
 
     always_evaluates: ClassVar[bool] = True  # at the rows to forget, and those to keep
+    job_groups: ClassVar[tuple[str, ...]] = (*RunConfig.job_groups, "unlearn")
     task: Literal["unlearn"] = config_field("unlearn", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
     unlearn: UnlearnConfig
+    jobs: list[UnlearnJobConfig] = config_field(  # type: ignore[assignment]  # its jobs have a group more
+        [],
+        "several adapters in one pass: maps of a name and the settings that are its own; also subjects=[...]",
+        json_schema_extra={"allowed": JOBS},
+    )
+    # read into jobs; kept out of what is written, which has those
+    sweep: dict[str, Any] | list[dict[str, Any]] = config_field(
+        {},
+        "lists of values by setting, every combination of which is a job; or a list of combinations",
+        exclude=True,
+        json_schema_extra={
+            "allowed": "a map of lists, such as {beta: [0.1, 0.5]}, or a list of maps"
+        },
+    )
 
     @validate_model(mode="before")
     @classmethod
@@ -234,8 +260,6 @@ class UnlearnRunConfig(RunConfig):
             raise ValueError(
                 "data.eval, data.test_size: an unlearning run looks at its forget and retain rows; leave them out"
             )
-        if self.jobs:
-            raise ValueError("jobs: an unlearning run makes one adapter; run several")
         own = self.unlearn
         if own.reference == "live" and self.lora is None:
             raise ValueError(

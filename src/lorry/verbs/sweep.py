@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.config import SweepSettings
-from lorry.config.schema import JobConfig, RunConfig
+from lorry.config.schema import RunConfig
 from lorry.console import VisibleConsole
 from lorry.disk import durable
 from lorry.errors import ConfigError
@@ -87,7 +87,7 @@ def sweep_rows(
         {
             "name": name,
             "path": str(RunDir(run.output_dir).adapter(name, len(adapters))),
-            "settings": own_job_settings(job_by_name[name]),
+            "settings": job_by_name[name].own_settings(),
             "steps": outcome.jobs[name].steps,
             "loss": outcome.jobs[name].final_loss,
             "best_step": outcome.jobs[name].best_step,
@@ -96,15 +96,6 @@ def sweep_rows(
         }
         for name in adapters
     ]
-
-
-def own_job_settings(job: JobConfig) -> dict[str, Any]:
-    """What of a job is not the run's, by dotted name."""
-    return {
-        f"{group}.{key}": value
-        for group in ("lora", "data", "train")
-        for key, value in getattr(job, group).items()
-    }
 
 
 def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:

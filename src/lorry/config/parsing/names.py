@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,6 +65,12 @@ class SchemaNames:
             return [f"{key}.{main}"] if main else []
         return self.leaves.get(key, [])
 
+    def within(self, groups: Sequence[str]) -> SchemaNames:
+        """Those of some groups alone."""
+        fields = {name: f for name, f in self.fields.items() if name.partition(".")[0] in groups}
+        kept = {name: kind for name, kind in self.groups.items() if name in groups}
+        return SchemaNames(kept, fields, _by_leaf(fields))
+
 
 @cache
 def schema_names(schema: type[BaseModel]) -> SchemaNames:
@@ -85,10 +91,15 @@ def schema_names(schema: type[BaseModel]) -> SchemaNames:
         else:
             groups[name] = inner
             fields |= {f"{name}.{leaf}": each for leaf, each in inner.model_fields.items()}
+    return SchemaNames(groups, fields, _by_leaf(fields))
+
+
+def _by_leaf(fields: Iterable[str]) -> dict[str, list[str]]:
+    """Dotted names by their last part."""
     leaves: dict[str, list[str]] = {}
     for dotted in fields:
         leaves.setdefault(dotted.rpartition(".")[2], []).append(dotted)
-    return SchemaNames(groups, fields, leaves)
+    return leaves
 
 
 def union_members(annotation: Any) -> list[Any]:

@@ -27,10 +27,17 @@ from lorry.config.parsing.explain import explain_validation
 from lorry.config.parsing.files import DescriptionFile, read_description_file, write_yaml
 from lorry.config.parsing.names import SchemaNames, schema_names
 from lorry.config.parsing.place import GivenSetting, PlacedSetting, place_setting
+from lorry.config.schema import RunConfig
 from lorry.errors import ConfigError
 
 MOST_ERRORS = 40  # lines of one refusal; another tool's description may have more
-ROW_SOURCES = frozenset(["path", "mix"])  # of data: either says what is read
+# settings, by group, of which one says what is read; a job may have it where the run has none
+ROW_SOURCES = {
+    "data": [("path", "mix")],
+    "unlearn": [("forget",), ("retain",), ("alternates",)],
+}
+# of data: what says which rows of a source are meant
+ROW_CHOICES = {"data": ("name", "split")}
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -112,6 +119,8 @@ def _resolve_settings(
     on top of the run's.
     """
     names = schema_names(schema)
+    groups: Sequence[str] = schema.job_groups if issubclass(schema, RunConfig) else ()
+    job_names = names.within(groups)
     tree, origins = dict[str, Any](), dict[str, str]()
     expanded = dict[str, GivenSetting]()
     axes, errors = list[GivenSetting](), list[str]()
@@ -119,7 +128,7 @@ def _resolve_settings(
         # of one source: the command line may use another name than the file that it overrides
         name_by_setting: dict[str, str] = {}
         for given in source:
-            if "sweep" in names.fields and is_sweep_axis(given):
+            if "sweep" in names.fields and is_sweep_axis(job_names, given):
                 axes.append(given)
                 continue
             with _collect_errors(errors):
@@ -139,9 +148,9 @@ def _resolve_settings(
                     origins[placed.dotted] = placed.given.where
     job_notes, jobs = list[str](), list[JobOverrides]()
     with _collect_errors(errors):
-        for item in expand_jobs(expanded, axes):
+        for item in expand_jobs(expanded, axes, groups):
             with _collect_errors(errors):
-                jobs.append(resolve_job_overrides(names, item, job_notes))
+                jobs.append(resolve_job_overrides(names, job_names, item, job_notes))
     # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
     if errors:
         raise ConfigError(_list_errors(errors))
@@ -150,7 +159,7 @@ def _resolve_settings(
     settings = _adopt_job_rows(tree, jobs)
     # without its jobs first, so that an error of the run is not told once for each of them
     run = _validate_schema(schema, names, settings, origins)
-    if not jobs:
+    if not jobs or not isinstance(run, RunConfig):
         return run
     return _validate_schema(
         schema,
@@ -161,35 +170,30 @@ def _resolve_settings(
 
 
 def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> dict[str, Any]:
-    """The run's settings; where every job brings its own rows, those of the first stand for the
+    """The run's settings; where every job brings rows of its own, those of the first stand for the
     run's. Nothing else of its data does: what one job is given is no other's. Raises ConfigError
-    for a job without rows.
+    for a job without rows that the others bring.
     """
-    data = tree.get("data", {})
-    job_data = [job.tree.get("data", {}) for job in jobs]
-    if (
-        not jobs
-        or not isinstance(data, dict)
-        or ROW_SOURCES & data.keys()
-        or not any(ROW_SOURCES & rows.keys() for rows in job_data)
-    ):
-        return dict(tree)
-    for job, rows in zip(jobs, job_data, strict=True):
-        if not ROW_SOURCES & rows.keys():
-            raise ConfigError(
-                f"job {job.name!r}: data.path is missing: the run has no rows of its own, and this job brings none"
-            )
-    return {
-        **tree,
-        "data": {
-            **{
-                key: job_data[0][key]
-                for key in sorted(ROW_SOURCES | {"name", "split"})
-                if key in job_data[0]
-            },
-            **data,
-        },
-    }
+    adopted = dict(tree)
+    for group, several in ROW_SOURCES.items():
+        for sources in several:
+            given = adopted.get(group, {})
+            own = [job.tree.get(group, {}) for job in jobs]
+            if (
+                not isinstance(given, dict)
+                or set(sources) & given.keys()
+                or not any(set(sources) & rows.keys() for rows in own)
+            ):
+                continue
+            for job, rows in zip(jobs, own, strict=True):
+                if not set(sources) & rows.keys():
+                    raise ConfigError(
+                        f"job {job.name!r}: {group}.{sources[0]} is missing: the run has no rows of its own, and "
+                        "this job brings none"
+                    )
+            chosen = (*sources, *ROW_CHOICES.get(group, ()))
+            adopted[group] = {**{k: own[0][k] for k in chosen if k in own[0]}, **given}
+    return adopted
 
 
 @contextlib.contextmanager
@@ -225,7 +229,7 @@ def _validate_schema(
 
 def _validate_jobs(
     names: SchemaNames,
-    run: BaseModel,
+    run: RunConfig,
     tree: Mapping[str, Any],
     origins: Mapping[str, str],
     jobs: Sequence[JobOverrides],

@@ -87,16 +87,23 @@ def _tokens(prepared: PreparedData) -> TokenSet:
     return prepared.tokens
 
 
+# (mean probability of an answer, mean token loss in nats) of the start, by the digest of a set and
+# the rows of a batch: jobs that read the same ask once
+StartMeasures = dict[tuple[str, int], tuple[float, float]]
+
+
 class RetentionMonitor:
     """What an evaluation measures of a job: the probability of answers to forget and to retain, and
     how they stand to the start's. Says loudly when the model has collapsed.
     """
 
-    def __init__(self, job: PreparedJob, inputs: TaskInputs) -> None:
-        self.backend, self.tell = inputs.backend, inputs.tell
+    def __init__(self, job: PreparedJob, inputs: TaskInputs, start: StartMeasures) -> None:
+        self.backend, self.tell, self.of_start = inputs.backend, inputs.tell, start
+        self.several = len(inputs.jobs) > 1
         self.stop_below = _settings_of(job.run).stop_below
         sets = {FORGET: job.data, **job.row_sets}
         rows = job.run.train.per_device_eval_batch_size
+        self.digests = {role: (data.digest, rows) for role, data in sets.items()}
         self.batches = {role: _spread_batches(_tokens(data), rows) for role, data in sets.items()}
 
     @cached_property
@@ -104,7 +111,10 @@ class RetentionMonitor:
         """{role: (mean probability of an answer, mean token loss in nats)} of the start: asked
         before the first step, since base weights that train are the start no longer after it.
         """
-        return {role: self._measure(batches, Mix.none()) for role, batches in self.batches.items()}
+        for role, batches in self.batches.items():
+            if self.digests[role] not in self.of_start:
+                self.of_start[self.digests[role]] = self._measure(batches, Mix.none())
+        return {role: self.of_start[digest] for role, digest in self.digests.items()}
 
     def _measure(self, batches: Sequence[Batch], mix: Mix) -> tuple[float, float]:
         probabilities, nll, tokens = list[float](), 0.0, 0.0
@@ -129,8 +139,9 @@ class RetentionMonitor:
             kept = now[RETAIN][0] / max(self.start[RETAIN][0], 1e-12)
             found["eval_retain_kept"] = kept
             if kept < self.stop_below:
+                whose = f"{adapter}: " if self.several else ""
                 self.tell(
-                    f"COLLAPSE: retained answers have {kept:.0%} of the probability that the start gave them "
+                    f"COLLAPSE: {whose}retained answers have {kept:.0%} of the probability that the start gave them "
                     f"(stop_below={self.stop_below:g}): the model forgets everything, not only these rows. Lower "
                     "learning_rate or gamma, or raise alpha"
                 )
@@ -151,11 +162,13 @@ def _spread_batches(tokens: TokenSet, rows: int) -> list[Batch]:
 def build_unlearn(given: TaskInputs) -> BuiltTask:
     """The task. Raises ConfigError, DataError."""
     model, jobs = given.opened.model, given.jobs
-    monitors = {name: RetentionMonitor(job, given) for name, job in jobs.items()}
+    measured = StartMeasures()
+    monitors = {name: RetentionMonitor(job, given, measured) for name, job in jobs.items()}
     notes = list[str]()
     for name, job in jobs.items():
         refuse_overlap(job)
-        notes += [_start_note(role, *seen) for role, seen in monitors[name].start.items()]
+        whose = f"{name}: " if len(jobs) > 1 else ""
+        notes += [whose + _start_note(role, *seen) for role, seen in monitors[name].start.items()]
     bank = get_bank(model, create=True)
     if bank.start is not None:
         notes.append(f"the adapter of {bank.start.path} is a frozen part of the base")
@@ -185,7 +198,11 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
         models={"self": given.backend},
         epoch_of={name: job.stream.epoch_of for name, job in jobs.items()},
     )
-    digests = {role: data.digest for job in jobs.values() for role, data in job.row_sets.items()}
+    digests = {
+        role if len(jobs) == 1 else f"{name}/{role}": data.digest
+        for name, job in jobs.items()
+        for role, data in job.row_sets.items()
+    }
     if bank.start is not None:
         digests["start"] = bank.start.sha256
     return BuiltTask(task, {}, digests, notes, lambda name: monitors[name](name))

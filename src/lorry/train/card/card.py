@@ -253,7 +253,7 @@ def _lora_section(run: RunRecord, hide: list[str]) -> str:
         for name in run.job_names
     ]
     groups = {
-        job["name"]: {g: job[g] for g in ("lora", "data", "train") if job.get(g)}
+        job["name"]: {group: own for group, own in job.items() if group != "name" and own}
         for job in run.jobs
     }
     own = [
