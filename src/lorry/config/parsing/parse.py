@@ -32,12 +32,12 @@ from lorry.errors import ConfigError
 
 MOST_ERRORS = 40  # lines of one refusal; another tool's description may have more
 # settings, by group, of which one says what is read; a job may have it where the run has none
-ROW_SOURCES = {
+ROW_SOURCES: dict[str, list[tuple[str, ...]]] = {
     "data": [("path", "mix")],
     "unlearn": [("forget",), ("retain",), ("alternates",)],
 }
 # of data: what says which rows of a source are meant
-ROW_CHOICES = {"data": ("name", "split")}
+ROW_CHOICES: dict[str, tuple[str, ...]] = {"data": ("name", "split")}
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
