@@ -35,8 +35,20 @@ SUITE_FIELDS = (
     "retain_logs_path",
     "metrics",
     "question_key",
+    "corpus",
     "peer_masks",
 )
+# what only some suites read; a setting that is not read is an error
+SUITES_OF_FIELDS = {
+    "forget_split": ("tofu",),
+    "holdout_split": ("tofu",),
+    "question_key": ("tofu",),
+    "corpus": ("muse",),
+    "retain_logs_path": ("tofu", "muse"),
+    "peer_masks": ("tofu", "muse"),
+    "limit": ("tofu", "muse"),
+    "max_new_tokens": ("tofu", "muse"),
+}
 # settings of data that mean something with a file only
 FILE_FIELDS = (
     "name",
@@ -86,9 +98,10 @@ class EvalSettings(SettingsGroup):
     catalog: PathText | None = config_field(
         None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"
     )
-    suite: Literal["tofu"] | None = config_field(
+    suite: Literal["tofu", "muse", "wmdp"] | None = config_field(
         None,
-        "a suite of unlearning instead, from local.tofu=FOLDER or the hub; writes TOFU_EVAL.json and TOFU_SUMMARY.json",
+        "a suite of unlearning instead: tofu, muse or wmdp, from local.tofu=FOLDER (or muse, wmdp) or the hub; "
+        "writes TOFU_EVAL.json and TOFU_SUMMARY.json (MUSE_, LMEval_)",
     )
     forget_split: str = config_field(
         "forget10", "suite: the rows that were to be forgotten: forget01, forget05 or forget10"
@@ -107,6 +120,7 @@ class EvalSettings(SettingsGroup):
         "question",
         "suite: the column asked of forget and retain rows, such as paraphrased_question",
     )
+    corpus: Literal["News", "Books"] = config_field("News", "suite: which corpus of MUSE")
     peer_masks: bool = config_field(
         False,
         "suite: extraction strength with open-unlearning's floor, 1/n for a total miss instead of 0",
@@ -145,14 +159,21 @@ class EvalSettings(SettingsGroup):
     def _something_to_ask(self) -> EvalSettings:
         if [self.data.path is None, not self.tasks, self.suite is None].count(False) != 1:
             raise ValueError(
-                "say what to evaluate on: data=FILE, or tasks=[...] with named sets, or suite=tofu; one of these"
+                "say what to evaluate on: data=FILE, or tasks=[...] with named sets, or suite=tofu, muse or wmdp; one of these"
             )
         return self
 
     @model_validator(mode="after")
     def _suites_are_fixed(self) -> EvalSettings:
         if self.suite is None and (odd := _first_changed(self, SUITE_FIELDS)):
-            raise ValueError(f"{odd} is for suite=tofu")
+            raise ValueError(f"{odd} is for suite={SUITES_OF_FIELDS.get(odd, ('tofu',))[0]}")
+        if self.suite is not None:
+            unread = [name for name, suites in SUITES_OF_FIELDS.items() if self.suite not in suites]
+            if odd := _first_changed(self, unread):
+                raise ValueError(
+                    f"{odd} is not read by suite={self.suite}; it is a setting of "
+                    f"suite={', '.join(SUITES_OF_FIELDS[odd])}"
+                )
         if self.suite is not None and (odd := _first_changed(self, NOT_OF_SUITES)):
             raise ValueError(f"{odd} is for tasks=[...]; how suite={self.suite} asks is fixed")
         if self.suite is not None and self.output_dir is not None and self.output_dir.suffix:

@@ -1,4 +1,4 @@
-"""`lorry eval RUN suite=tofu`: a suite of unlearning, asked of a run's adapter (of a base without
+"""`lorry eval RUN suite=tofu|muse|wmdp`: a suite of unlearning, asked of a run's adapter (of a base without
 one), into open-unlearning's two files.
 
 Everything that can be wrong with settings, rows and the oracle's logs is told before a model is
@@ -27,30 +27,34 @@ from lorry.visible import make_visible
 if TYPE_CHECKING:
     from lorry.evaluate.unlearning.retain_logs import RetainLogs
     from lorry.evaluate.unlearning.rows import SuiteSet
-    from lorry.evaluate.unlearning.suite import MetricRecord
+    from lorry.evaluate.unlearning.suite import MetricRecord, Suite
     from lorry.models.loading.open import OpenedModel
 
 
 def evaluate_suite(settings: EvalSettings) -> int:
     """Read, measure what is not measured yet, write after every metric, print the values."""
+    from lorry.evaluate.unlearning.measures import check_retain_logs
     from lorry.evaluate.unlearning.results import eval_file, refuse_foreign_suite
     from lorry.evaluate.unlearning.retain_logs import RetainLogs
-    from lorry.evaluate.unlearning.rows import load_tofu_sets
-    from lorry.evaluate.unlearning.tofu import TOFU_SUITE, check_retain_logs
+    from lorry.evaluate.unlearning.suite import SuiteRequest
+    from lorry.evaluate.unlearning.suites import SUITES as BY_NAME
 
+    assert settings.suite is not None
+    suite = BY_NAME[settings.suite]
     folder = suite_folder(settings)
-    refuse_foreign_suite(folder, TOFU_SUITE.title)
+    refuse_foreign_suite(folder, suite.title)
     path = settings.retain_logs_path
-    names, notes = TOFU_SUITE.choose(settings.metrics, logs=path is not None)
+    names, notes = suite.choose(settings.metrics, logs=path is not None)
     for note in notes:
         print_note(f"note: {note}")
-    sets = load_tofu_sets(
-        TOFU_SUITE.roles(names),
+    request = SuiteRequest(
         local=settings.local,
         forget_split=settings.forget_split,
         holdout_split=settings.holdout_split,
         question_key=settings.question_key,
+        corpus=settings.corpus,
     )
+    sets = suite.load(suite.roles(names), request)
     logs = None if path is None else RetainLogs.read(Path(path))
     if logs is not None:
         check_retain_logs(names, logs, sets)
@@ -63,12 +67,12 @@ def evaluate_suite(settings: EvalSettings) -> int:
     # which adapters there are is known only now, and theirs are files that may be somebody's, too
     places = [folder if len(sides) == 1 else folder / str(adapter) for adapter in sides]
     for place in places:
-        refuse_foreign_suite(place, TOFU_SUITE.title)
+        refuse_foreign_suite(place, suite.title)
     for adapter, place in zip(sides, places, strict=True):
-        records = measure_side(settings, found, adapter, names, sets, logs, place)
+        records = measure_side(settings, suite, found, adapter, names, sets, logs, place)
         title = settings.model.name if adapter is None else f"{settings.model.name} ({adapter})"
         VisibleConsole(soft_wrap=True).print(suite_table(title, names, records))
-        print_note(f"written to {place / eval_file(TOFU_SUITE.title)}")
+        print_note(f"written to {place / eval_file(suite.title)}")
     return 0
 
 
@@ -88,6 +92,7 @@ def suite_folder(settings: EvalSettings) -> Path:
 
 def measure_side(
     settings: EvalSettings,
+    suite: Suite,
     found: OpenedModel,
     adapter: str | None,
     names: Sequence[str],
@@ -101,7 +106,6 @@ def measure_side(
     from lorry.evaluate.unlearning.results import SuiteResults, digest_of
     from lorry.evaluate.unlearning.scores import SuiteModel
     from lorry.evaluate.unlearning.suite import measure_suite
-    from lorry.evaluate.unlearning.tofu import TOFU_SUITE as suite
 
     encoder = ExampleEncoder(
         found.tokenizer,
@@ -115,7 +119,7 @@ def measure_side(
         dict(sets),
         Mix.none() if adapter is None else Mix.one(adapter),
         start=None if adapter is None else Mix.none(),
-        max_new_tokens=settings.max_new_tokens or suite.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         limit=settings.limit,
         batch_rows=settings.batch_size,
         moments=any(suite.metrics[name].moments for name in names),
@@ -124,7 +128,10 @@ def measure_side(
     rows = {name: {role: sets[role].digest for role in suite.roles_of(name)} for name in names}
     how = {
         name: {
-            "generation": [asked.max_new_tokens, asked.limit]
+            "generation": [
+                [asked.max_new_tokens or sets[role].new_tokens for role in suite.roles_of(name)],
+                asked.limit,
+            ]
             if suite.flag(name, "generates")
             else None,
             "logs": logs.digest if logs is not None and suite.flag(name, "reads_logs") else None,

@@ -164,8 +164,9 @@ def _locate_muse(name: str, local: Mapping[str, str]) -> SplitLocation:
             f"muse:{name}: MUSE's rows are named muse:CORPUS/KIND/SPLIT, such as muse:News/raw/forget; CORPUS is "
             f"{' or '.join(MUSE_CORPORA)}, KIND one of {', '.join(MUSE_KINDS)}"
         )
-    if (path := local_split_path(MUSE, name, local)) is not None:
-        return SplitLocation(path)
+    for place in (name, f"{corpus.lower()}/{rest}"):  # as the hub has it; as muse_bench writes it
+        if (path := local_split_path(MUSE, place, local)) is not None:
+            return SplitLocation(path)
     if MUSE in local:
         raise ConfigError(
             f"local.muse={local[MUSE]} has no {name}.json; muse_bench writes CORPUS/KIND/SPLIT.json"

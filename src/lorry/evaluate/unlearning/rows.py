@@ -20,17 +20,24 @@ from lorry.data.reading.suite_splits import FORGET_ROWS, PERTURBED, TOFU, locate
 from lorry.errors import ConfigError, DataError
 
 HOLDOUT_OF = {name: f"holdout{name.removeprefix('forget')}" for name in FORGET_ROWS}
+TOFU_NEW_TOKENS = 200
 ANSWER, PARAPHRASED, WRONG = "answer", "paraphrased_answer", "perturbed_answer"
+CHOICES = "choices"
 ANSWER_FIELDS = (ANSWER, PARAPHRASED, WRONG)
 
 
 @dataclass(frozen=True)
 class SuiteRow:
-    """A question; ``answers``: {field: one or several texts}; ``where`` it stands."""
+    """A question; ``answers``: {field: one or several texts}; ``where`` it stands. ``plain``: the
+    question is the text before the answer, without a template around and an end of turn behind;
+    ``right``: the number of the right answer among choices.
+    """
 
     where: str
     question: str
     answers: Mapping[str, tuple[str, ...]]
+    plain: bool = False
+    right: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,20 @@ class SuiteSet:
     """The rows of one part of a suite. ``name``: its split; ``note``: what to know of it, or "";
     ``digest``: SHA-256 of the questions asked and of all their answers, whichever are needed this
     time, not of where they stand: equal digests are the same rows.
+
+    ``new_tokens``: longest answer; ``stops``: texts an answer is cut at, one after the other;
+    ``gold_tokens``: an answer is compared with so many first tokens of the right one;
+    ``answer_tokens``: of an answer to a plain row so many are scored. None: all.
     """
 
     name: str
     rows: tuple[SuiteRow, ...]
     digest: str
     note: str = ""
+    new_tokens: int = TOFU_NEW_TOKENS
+    stops: tuple[str, ...] = ()
+    gold_tokens: int | None = None
+    answer_tokens: int | None = None
 
 
 def load_tofu_split(name: str, local: Mapping[str, str]) -> tuple[list[DataRow], str]:
@@ -93,16 +108,22 @@ def load_tofu_sets(
 
 
 def _suite_row(row: DataRow, key: str, fields: tuple[str, ...], name: str) -> SuiteRow:
-    answers = {field: _texts(row, field, name) for field in fields}
-    return SuiteRow(f"{name} {row.where}", _texts(row, key, name)[0], answers)
+    answers = {field: row_texts(row, field, name) for field in fields}
+    return SuiteRow(f"{name} {row.where}", row_texts(row, key, name)[0], answers)
 
 
 def _rows_digest(rows: Sequence[DataRow], key: str) -> str:
-    content = [[row.values.get(column) for column in (key, *ANSWER_FIELDS)] for row in rows]
+    return content_digest(
+        [[row.values.get(column) for column in (key, *ANSWER_FIELDS)] for row in rows]
+    )
+
+
+def content_digest(content: object) -> str:
+    """SHA-256 of what is asked and of the answers."""
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-def _texts(row: DataRow, field: str, name: str) -> tuple[str, ...]:
+def row_texts(row: DataRow, field: str, name: str) -> tuple[str, ...]:
     """The text, or texts, of a column. Raises DataError."""
     value: Any = row.values.get(field)
     texts = value if isinstance(value, list) else [value]

@@ -24,8 +24,10 @@ from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.errors import ConfigError, DataError, NonFiniteError
+from lorry.evaluate.benchmarks.likelihood import loglikelihoods
+from lorry.evaluate.benchmarks.until import cut_at_stops
 from lorry.evaluate.metrics.memorization import mean_loss
-from lorry.evaluate.unlearning.rows import SuiteRow, SuiteSet
+from lorry.evaluate.unlearning.rows import CHOICES, SuiteRow, SuiteSet
 from lorry.generation.engine import evaluation_mode, generate_completions
 from lorry.generation.sampling import SamplingParams
 from lorry.generation.scorer import ModelScorer
@@ -79,6 +81,7 @@ class SuiteModel:
 
     ``start``: the mix of what unlearning began from, for its perplexity of answers; None where
     there is no other. ``limit``: rows that are answered by generation; scores are always of all.
+    ``max_new_tokens`` of an answer; None: as the suite has it.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class SuiteModel:
         mix: Mix,
         *,
         start: Mix | None = None,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         limit: int | None = None,
         batch_rows: int = 8,
         moments: bool = False,
@@ -120,19 +123,27 @@ class SuiteModel:
         if (role, field) not in self._answers:
             rows = self.sets[role].rows
             asked = [(row, text) for row in rows for text in row.answers[field]]
-            found = iter(self.score(asked, self.mix, moments=self.moments))
+            first = self.sets[role].answer_tokens
+            found = iter(self.score(asked, self.mix, moments=self.moments, answer_tokens=first))
             self._answers[role, field] = [[next(found) for _ in row.answers[field]] for row in rows]
         return self._answers[role, field]
 
     def score(
-        self, asked: Sequence[tuple[SuiteRow, str]], mix: Mix, *, moments: bool = False
+        self,
+        asked: Sequence[tuple[SuiteRow, str]],
+        mix: Mix,
+        *,
+        moments: bool = False,
+        answer_tokens: int | None = None,
     ) -> list[AnswerScores]:
-        """Scores of (row, answer) pairs. Raises DataError for one that cannot be encoded or does not
+        """Scores of (row, answer) pairs; ``answer_tokens``: as in `SuiteSet`. Raises DataError for one that cannot be encoded or does not
         fit the context, NonFiniteError.
         """
         with evaluation_mode(self.model):
             scorer = ModelScorer(self.model)
-            return score_answer_tokens(scorer, self.encoder, asked, mix, moments=moments)
+            return score_answer_tokens(
+                scorer, self.encoder, asked, mix, moments=moments, answer_tokens=answer_tokens
+            )
 
     def gradient_norms(self, role: str, field: str) -> list[list[float]]:
         """Per row, of its answer's mean loss without the end of turn, the gradient's L2 norm at each
@@ -166,24 +177,41 @@ class SuiteModel:
         prompt that leaves no room in the context.
         """
         if role not in self._generated:
-            prompts = [
-                self.encoder.prompt(_conversation(row.question, "."))
-                for row in self.sets[role].rows[: self.limit]
-            ]
-            stops = self.encoder.stop_tokens()
+            asked = self.sets[role]
+            prompts = [_prompt(self.encoder, row) for row in asked.rows[: self.limit]]
+            ends = self.encoder.stop_tokens()
             made = generate_completions(
                 self.model,
                 prompts,
                 SamplingParams(
                     temperature=0.0,
-                    max_new_tokens=self.max_new_tokens,
-                    stop_token_ids=frozenset(stops),
+                    max_new_tokens=self.max_new_tokens or asked.new_tokens,
+                    stop_token_ids=frozenset(ends),
                 ),
                 adapters=self.mix,
                 batch_rows=self.batch_rows,
             )
-            self._generated[role] = [_generated(self.encoder, one.tokens, stops) for one in made]
+            self._generated[role] = [
+                _generated(self.encoder, one.tokens, ends, asked.stops) for one in made
+            ]
         return self._generated[role]
+
+    def gold(self, role: str, text: str) -> str:
+        """What an answer is compared with: the text, or its first tokens."""
+        first = self.sets[role].gold_tokens
+        if first is None:
+            return text
+        ids = self.encoder.tokens.one(text).ids[:first]
+        return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def choice_log_probs(self, role: str) -> list[list[float]]:
+        """Per row the log-probability of each of its choices, behind a space, after the question;
+        tokens as in lm-eval, letters read off one pass. Raises DataError, NonFiniteError.
+        """
+        rows = self.sets[role].rows
+        pairs = [(row.question, f" {text}") for row in rows for text in row.answers[CHOICES]]
+        found = iter(loglikelihoods(self.model, self.encoder.tokenizer, pairs, self.mix))
+        return [[next(found).total for _ in row.answers[CHOICES]] for row in rows]
 
     def start_perplexities(self, role: str) -> list[float | None]:
         """The start's perplexity of each generated answer; None where there is no other start, or
@@ -206,9 +234,10 @@ def score_answer_tokens(
     mix: Mix,
     *,
     moments: bool = False,
+    answer_tokens: int | None = None,
 ) -> list[AnswerScores]:
     """Scores of (row, answer) pairs in their order. Raises as `SuiteModel.score`."""
-    laid = [_lay_out(encoder, row, text) for row, text in asked]
+    laid = [_lay_out(encoder, row, text, answer_tokens) for row, text in asked]
     wants = {**LOSS_WANTS, **(MOMENT_WANTS if moments else {})}
     closings = closing_sequences(encoder)
     out: dict[int, AnswerScores] = {}
@@ -230,7 +259,8 @@ def score_answer_tokens(
             out[number] = AnswerScores(
                 columns["log_prob"],
                 [bool(hit) for hit in columns["correct"]],
-                _closing_length(laid[number][0], closings),
+                # a text that is scored as it stands ends as it does
+                0 if asked[number][0].plain else _closing_length(laid[number][0], closings),
                 columns.get("mean", []),
                 columns.get("variance", []),
             )
@@ -247,17 +277,60 @@ def _conversation(question: str, answer: str) -> Conversation:
     return Conversation((ChatMessage("user", question), ChatMessage("assistant", answer)))
 
 
-def _lay_out(encoder: ExampleEncoder, row: SuiteRow, text: str) -> tuple[list[int], list[float]]:
+def _prompt(encoder: ExampleEncoder, row: SuiteRow) -> list[int]:
+    """What an answer to a row is generated from."""
+    if row.plain:
+        return _plain_tokens(encoder, row.question)
+    return encoder.prompt(_conversation(row.question, "."))
+
+
+def _plain_tokens(encoder: ExampleEncoder, text: str) -> list[int]:
+    """A text as it stands, behind what the tokenizer puts before every text."""
+    ids = [*encoder.tokens.opening, *(encoder.tokens.one(text).ids if text else [])]
+    encoder.expect_known(ids)
+    return ids
+
+
+def _lay_out_plain(
+    encoder: ExampleEncoder, row: SuiteRow, text: str, answer_tokens: int | None
+) -> tuple[list[int], list[float]]:
+    """(tokens, weights) of a text behind another, a space between as open-unlearning's
+    CompletionDataset has it; no end of text.
+    """
+    before = _plain_tokens(encoder, row.question)
+    whole = _plain_tokens(encoder, f"{row.question} {text}" if row.question else text)
+    # tokens across the border are rare (a space is between): then each side has its own
+    if whole[: len(before)] != before:
+        whole = [*before, *encoder.tokens.one(f" {text}").ids]
+    start = max(len(before), 1)  # nothing comes before a text's first token
+    kept = whole[: None if answer_tokens is None else len(before) + answer_tokens]
+    if len(kept) <= start:
+        raise DataError(f"{row.where}: the text is too short to be scored")
+    return kept, [0.0] * start + [1.0] * (len(kept) - start)
+
+
+def _lay_out(
+    encoder: ExampleEncoder, row: SuiteRow, text: str, answer_tokens: int | None = None
+) -> tuple[list[int], list[float]]:
     """(tokens, weights): the row as it would be trained, the answer and its end of turn weighted."""
+    if row.plain:
+        tokens, weights = _lay_out_plain(encoder, row, text, answer_tokens)
+        if len(tokens) > encoder.max_length:
+            raise DataError(_too_long(encoder, row))
+        return tokens, weights
     made = encoder.encode(_conversation(row.question, text))
     if isinstance(made, BadRow):
         raise DataError(f"{row.where}: cannot be scored: {made.reason}")
     if made[-1].cut or made[-1].skipped:
-        raise DataError(
-            f"{row.where}: question and answer are longer than the model's context of "
-            f"{encoder.max_length} tokens; no number of a cut question is comparable"
-        )
+        raise DataError(_too_long(encoder, row))
     return made[-1].tokens, [float(weight != 0) for weight in made[-1].weights]
+
+
+def _too_long(encoder: ExampleEncoder, row: SuiteRow) -> str:
+    return (
+        f"{row.where}: question and answer are longer than the model's context of "
+        f"{encoder.max_length} tokens; no number of a cut question is comparable"
+    )
 
 
 def closing_sequences(encoder: ExampleEncoder) -> list[list[int]]:
@@ -279,12 +352,12 @@ def _closing_length(tokens: Sequence[int], closings: Sequence[Sequence[int]]) ->
 
 
 def _generated(
-    encoder: ExampleEncoder, tokens: Sequence[int], stops: Sequence[int]
+    encoder: ExampleEncoder, tokens: Sequence[int], ends: Sequence[int], stops: Sequence[str]
 ) -> GeneratedAnswer:
+    said = "".join(IncrementalDetokenizer(encoder).decode_all(tokens))
+    end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
     # stripped as `lorry chat` and open-unlearning do: a leading space is no part of an answer
-    text = "".join(IncrementalDetokenizer(encoder).decode_all(tokens)).strip()
-    end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
-    return GeneratedAnswer(text, list(tokens[:end]))
+    return GeneratedAnswer(cut_at_stops(said, stops).strip(), list(tokens[:end]))
 
 
 def _batches(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -16,9 +16,23 @@ from typing import Any, Protocol
 
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.evaluate.unlearning.retain_logs import RetainLogs
+from lorry.evaluate.unlearning.rows import SuiteSet
 from lorry.evaluate.unlearning.scores import SuiteModel
 
 MetricRecord = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SuiteRequest:
+    """Which rows of a suite are asked. ``local``: {suite, or suite.SPLIT: folder or file}; TOFU's
+    splits and the column that is asked; ``corpus``: of MUSE, News or Books.
+    """
+
+    local: Mapping[str, str]
+    forget_split: str = "forget10"
+    holdout_split: str | None = None
+    question_key: str = "question"
+    corpus: str = "News"
 
 
 @dataclass(frozen=True)
@@ -52,14 +66,14 @@ class SuiteMetric:
 @dataclass(frozen=True)
 class Suite:
     """A benchmark of unlearning. ``metrics``: all there are; ``default``: those measured unless some
-    are named; ``title``: what its files are called.
+    are named; ``title``: what its files are called; ``load(roles, request)``: its rows by role.
     """
 
     name: str
     title: str
     metrics: Mapping[str, SuiteMetric]
     default: tuple[str, ...]
-    max_new_tokens: int
+    load: Callable[[Mapping[str, tuple[str, ...]], SuiteRequest], dict[str, SuiteSet]]
 
     def choose(self, asked: Sequence[str], *, logs: bool) -> tuple[list[str], list[str]]:
         """(names to measure, parts first; notes). Raises ConfigError for an unknown one, or one

@@ -6,35 +6,34 @@ facts; holdout rows were never trained on. The bare question is asked through th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from lorry.data.reading.suite_splits import TOFU
-from lorry.errors import DataError
-from lorry.evaluate.metrics import membership
-from lorry.evaluate.metrics.fluency import repeated_ngrams, token_entropy
-from lorry.evaluate.metrics.memorization import (
-    exact_memorization,
-    extraction_strength,
-    probability,
-    probability_with_options,
+from lorry.evaluate.metrics.memorization import exact_memorization
+from lorry.evaluate.metrics.unlearning import model_utility
+from lorry.evaluate.unlearning import measures
+from lorry.evaluate.unlearning.measures import (
+    ATTACK_SCORES,
+    measure_probability,
+    measure_rouge,
+    role_metric,
 )
-from lorry.evaluate.metrics.unlearning import (
-    TRUTH_RATIO_FORMS,
-    forget_quality,
-    model_utility,
-    relative_difference,
-    truth_ratio,
+from lorry.evaluate.unlearning.rows import (
+    ANSWER,
+    PARAPHRASED,
+    WRONG,
+    SuiteSet,
+    load_tofu_sets,
 )
-from lorry.evaluate.metrics.words import rouge_l, rouge_n
-from lorry.evaluate.unlearning.retain_logs import RetainLogs
-from lorry.evaluate.unlearning.rows import ANSWER, PARAPHRASED, WRONG, SuiteSet
-from lorry.evaluate.unlearning.scores import AnswerScores
-from lorry.evaluate.unlearning.suite import MetricRecord, Suite, SuiteInputs, SuiteMetric
+from lorry.evaluate.unlearning.suite import (
+    MetricRecord,
+    Suite,
+    SuiteInputs,
+    SuiteMetric,
+    SuiteRequest,
+)
 
-TOFU_NEW_TOKENS = 200
 UTILITY_PARTS = tuple(
     f"{role}_{part}"
     for role in ("retain", "ra", "wf")
@@ -44,142 +43,6 @@ UTILITY_PARTS = tuple(
         "Truth_Ratio",
     )
 )
-GIBBERISH_NOTE = (
-    "agg_value is the token entropy of the answers; it is not open-unlearning's classifier"
-)
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean of values; of none a DataError."""
-    listed = list(values)
-    if not listed:
-        raise DataError("there is no row to take a mean of")
-    return math.fsum(listed) / len(listed)
-
-
-def record_rows(rows: Sequence[Mapping[str, Any]], value: float) -> MetricRecord:
-    """open-unlearning's shape: a value over all, and each row's under its number."""
-    return {"agg_value": value, "value_by_index": {str(at): row for at, row in enumerate(rows)}}
-
-
-def score_rows(scores: Sequence[float]) -> MetricRecord:
-    """A record of one score a row."""
-    return record_rows([{"score": score} for score in scores], mean(scores))
-
-
-def measure_probability(inputs: SuiteInputs, role: str, field: str) -> MetricRecord:
-    """exp(-mean loss), the end of turn counted; of several answers the mean, and lists by row."""
-    rows, values = [], []
-    for answers in inputs.asked.answers(role, field):
-        losses = [one.loss for one in answers]
-        probabilities = [probability(loss) for loss in losses]
-        several = field == WRONG
-        rows.append(
-            {
-                "prob": probabilities if several else probabilities[0],
-                "avg_loss": losses if several else losses[0],
-            }
-        )
-        values.append(mean(probabilities if several else probabilities[:1]))
-    return record_rows(rows, mean(values))
-
-
-def measure_normalised_probability(inputs: SuiteInputs, right: str, wrong: str) -> MetricRecord:
-    """p / (p + sum of the wrong answers' p), from two records of probability."""
-    pairs = _losses(inputs, right, wrong)
-    values = [probability_with_options(loss, others) for loss, others in pairs]
-    return record_rows([{"prob": value} for value in values], mean(values))
-
-
-def measure_truth_ratio(inputs: SuiteInputs, form: str, right: str, wrong: str) -> MetricRecord:
-    """t by row, its aggregate in the set's form, and beside it in all three."""
-    ratios = [truth_ratio(loss, others) for loss, others in _losses(inputs, right, wrong)]
-    forms = {
-        name: mean(value(ratio) for ratio in ratios) for name, value in TRUTH_RATIO_FORMS.items()
-    }
-    return score_rows(ratios) | {"agg_value": forms[form], "agg_by_form": forms}
-
-
-def _losses(inputs: SuiteInputs, right: str, wrong: str) -> list[tuple[float, list[float]]]:
-    """(loss of the right answer, of the wrong ones) by row, from two records."""
-    pairs = zip(
-        inputs.records[right]["value_by_index"].values(),
-        inputs.records[wrong]["value_by_index"].values(),
-        strict=True,
-    )
-    return [(good["avg_loss"], bad["avg_loss"]) for good, bad in pairs]
-
-
-def measure_rouge(inputs: SuiteInputs, role: str, field: str) -> MetricRecord:
-    """ROUGE-1 and -L of the greedy answer against a field's, with stemmer; the aggregate is ROUGE-L
-    recall.
-    """
-    rows: list[dict[str, Any]] = []
-    recalls: list[float] = []
-    said = inputs.asked.generated(role)
-    for row, one in zip(inputs.asked.sets[role].rows, said, strict=False):
-        columns: dict[str, list[float]] = {
-            "rouge1_recall": [],
-            "rougeL_f1": [],
-            "rougeL_recall": [],
-        }
-        for gold in row.answers[field]:
-            longest = rouge_l(one.text, gold, stemmer=True)
-            columns["rouge1_recall"].append(rouge_n(one.text, gold, 1, stemmer=True).recall)
-            columns["rougeL_f1"].append(longest.fmeasure)
-            columns["rougeL_recall"].append(longest.recall)
-        recalls.append(mean(columns["rougeL_recall"]))
-        several = field == WRONG
-        rows.append(
-            {name: values if several else values[0] for name, values in columns.items()}
-            | {
-                "input": row.question,
-                "ground_truth": list(row.answers[field]) if several else row.answers[field][0],
-                "generation": one.text,
-            }
-        )
-    return record_rows(rows, mean(recalls))
-
-
-def measure_gibberish(inputs: SuiteInputs, role: str) -> MetricRecord:
-    """Token entropy, repeated 4-grams and the start's perplexity of the greedy answers."""
-    said = inputs.asked.generated(role)
-    perplexities = inputs.asked.start_perplexities(role)
-    rows = [
-        {
-            "token_entropy": token_entropy(one.tokens),
-            "repeated_4grams": repeated_ngrams(one.tokens),
-            "start_perplexity": perplexity,
-            "generation": one.text,
-        }
-        for one, perplexity in zip(said, perplexities, strict=True)
-    ]
-    value = mean(token_entropy(one.tokens) for one in said)
-    return record_rows(rows, value) | {"note": GIBBERISH_NOTE}
-
-
-def measure_memorization(inputs: SuiteInputs, metric: Callable[..., float]) -> MetricRecord:
-    """EM or ES of the forget answers, the end of turn left out."""
-    return score_rows(
-        [metric(answers[0].correct[answers[0].answer]) for answers in _forget(inputs)]
-    )
-
-
-def measure_extraction(inputs: SuiteInputs) -> MetricRecord:
-    """Extraction strength, with open-unlearning's floor if asked for."""
-    return measure_memorization(inputs, partial(extraction_strength, peer_floor=inputs.peer_floor))
-
-
-def _forget(inputs: SuiteInputs) -> list[list[AnswerScores]]:
-    return inputs.asked.answers("forget", ANSWER)
-
-
-def measure_forget_quality(inputs: SuiteInputs) -> MetricRecord:
-    """p of the KS test against the oracle's truth ratios of the same rows."""
-    assert inputs.logs is not None
-    rows = inputs.records["forget_truth_ratio"]["value_by_index"]
-    oracle = inputs.logs.truth_ratios(inputs.asked.sets["forget"])
-    return {"agg_value": forget_quality([row["score"] for row in rows.values()], oracle)}
 
 
 def measure_utility(inputs: SuiteInputs) -> MetricRecord:
@@ -188,177 +51,69 @@ def measure_utility(inputs: SuiteInputs) -> MetricRecord:
     return {"agg_value": model_utility(list(parts.values())), "parts": parts}
 
 
-RowScore = Callable[[AnswerScores, str], float]
-
-
-def _min_k(one: AnswerScores, text: str) -> float:
-    return membership.min_k_score(one.log_probs[one.answer])
-
-
-def _min_k_plus_plus(one: AnswerScores, text: str) -> float:
-    part = one.answer
-    return membership.min_k_plus_plus_score(
-        one.log_probs[part], one.means[part], one.variances[part]
-    )
-
-
-ATTACK_SCORES: dict[str, RowScore] = {
-    "mia_loss": lambda one, text: membership.loss_score(one.log_probs),
-    "mia_zlib": lambda one, text: membership.zlib_score(one.log_probs, text),
-    "mia_min_k": _min_k,
-    "mia_min_k_plus_plus": _min_k_plus_plus,
-}
-
-
-def measure_attack(inputs: SuiteInputs, score: RowScore) -> MetricRecord:
-    """Scores of forget rows and of rows never seen, AUC and ROC."""
-    scores = {}
-    for role in ("forget", "holdout"):
-        rows = inputs.asked.sets[role].rows
-        answers = inputs.asked.answers(role, ANSWER)
-        scores[role] = [
-            score(one[0], row.answers[ANSWER][0]) for row, one in zip(rows, answers, strict=True)
-        ]
-    return _attack_record(scores)
-
-
-def measure_reference_attack(inputs: SuiteInputs) -> MetricRecord:
-    """Mean loss less the oracle's, whose mia_loss the logs hold."""
-    assert inputs.logs is not None
-    scores = {}
-    for role in ("forget", "holdout"):
-        oracle = inputs.logs.losses(inputs.asked.sets[role], role)
-        ours = inputs.records["mia_loss"][role]["value_by_index"].values()
-        scores[role] = [row["score"] - theirs for row, theirs in zip(ours, oracle, strict=True)]
-    return _attack_record(scores)
-
-
-def measure_gradient_attack(inputs: SuiteInputs) -> MetricRecord:
-    """Mean norm of the gradient at the adapter's matrices, the end of turn left out."""
-    return _attack_record(
-        {
-            role: [
-                membership.gradient_norm_score(norms)
-                for norms in inputs.asked.gradient_norms(role, ANSWER)
-            ]
-            for role in ("forget", "holdout")
-        }
-    )
-
-
-def _attack_record(scores: dict[str, list[float]]) -> MetricRecord:
-    auc = membership.attack_auc(scores["forget"], scores["holdout"])
-    roc = membership.attack_roc(scores["forget"], scores["holdout"])
-    return {
-        "agg_value": auc,
-        "auc": auc,
-        **{role: score_rows(values) for role, values in scores.items()},
-        "roc": [list(point) for point in roc],
-    }
-
-
-def measure_privacy_leakage(inputs: SuiteInputs) -> MetricRecord:
-    """PrivLeak of Min-K%; without the oracle's logs against an AUC of 0.5, which is said."""
-    auc = inputs.records["mia_min_k"]["auc"]
-    # of a model that cannot tell; MUSE's and open-unlearning's default
-    oracle = membership.CHANCE_AUC
-    if inputs.logs is not None:
-        oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets["forget"])
-    value = membership.privacy_leakage(auc, oracle)
-    return {"agg_value": value, "auc": auc, "oracle_auc": oracle}
-
-
-def measure_relative_difference(inputs: SuiteInputs) -> MetricRecord:
-    """Relative difference of Min-K%'s AUC from the oracle's, percent."""
-    assert inputs.logs is not None
-    auc = inputs.records["mia_min_k"]["auc"]
-    oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets["forget"])
-    return {"agg_value": relative_difference(auc, oracle), "auc": auc, "oracle_auc": oracle}
-
-
-def check_retain_logs(names: Sequence[str], logs: RetainLogs, sets: Mapping[str, SuiteSet]) -> None:
-    """Whether the oracle's logs hold what these metrics compare with, asked before a model is
-    loaded. Raises DataError.
-    """
-    if "forget_quality" in names:
-        logs.truth_ratios(sets["forget"])
-    if {"privleak", "rel_diff"} & set(names):
-        logs.attack_auc("mia_min_k", sets["forget"])
-    if "mia_reference" in names:
-        for role in ("forget", "holdout"):
-            logs.losses(sets[role], role)
-
-
 def _role_metrics(role: str) -> dict[str, SuiteMetric]:
     """Probability, ROUGE and truth ratio of one set."""
     made = {
-        f"{role}_Q_A_Prob": _asking(measure_probability, role, ANSWER),
-        f"{role}_Q_A_PERT_Prob": _asking(measure_probability, role, WRONG),
-        f"{role}_Q_A_ROUGE": _asking(measure_rouge, role, ANSWER, generates=True),
+        f"{role}_Q_A_Prob": role_metric(measure_probability, role, ANSWER),
+        f"{role}_Q_A_PERT_Prob": role_metric(measure_probability, role, WRONG),
+        f"{role}_Q_A_ROUGE": role_metric(measure_rouge, role, ANSWER, generates=True),
     }
     right = f"{role}_Q_A_Prob"
     if role in ("forget", "retain"):
         right = f"{role}_Q_A_PARA_Prob"
-        made[right] = _asking(measure_probability, role, PARAPHRASED)
+        made[right] = role_metric(measure_probability, role, PARAPHRASED)
     parents = (right, f"{role}_Q_A_PERT_Prob")
     form = "closer_to_1_better" if role == "forget" else "true_better"
     name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
     made[name] = SuiteMetric(
-        partial(measure_truth_ratio, form=form, right=parents[0], wrong=parents[1]), parents
+        partial(measures.measure_truth_ratio, form=form, right=parents[0], wrong=parents[1]),
+        parents,
     )
     if role in ("ra", "wf"):
         made[f"{role}_Q_A_Prob_normalised"] = SuiteMetric(
-            partial(measure_normalised_probability, right=parents[0], wrong=parents[1]), parents
+            partial(measures.measure_normalised_probability, right=parents[0], wrong=parents[1]),
+            parents,
         )
     return made
 
 
-def _asking(
-    measure: Callable[..., MetricRecord], role: str, field: str, *, generates: bool = False
-) -> SuiteMetric:
-    return SuiteMetric(
-        partial(measure, role=role, field=field), fields={role: (field,)}, generates=generates
-    )
-
-
 FORGET_ANSWERS = {"forget": (ANSWER,)}
-ATTACKED = {"forget": (ANSWER,), "holdout": (ANSWER,)}
+
 TOFU_METRICS: dict[str, SuiteMetric] = {
     "forget_quality": SuiteMetric(
-        measure_forget_quality, ("forget_truth_ratio",), needs_logs=True, reads_logs=True
+        measures.measure_forget_quality, ("forget_truth_ratio",), needs_logs=True, reads_logs=True
     ),
     **{
         name: one
         for role in ("forget", "retain", "ra", "wf")
         for name, one in _role_metrics(role).items()
     },
-    "forget_Q_A_PARA_ROUGE": _asking(measure_rouge, "forget", PARAPHRASED, generates=True),
-    "forget_Q_A_PERT_ROUGE": _asking(measure_rouge, "forget", WRONG, generates=True),
+    "forget_Q_A_PARA_ROUGE": role_metric(measure_rouge, "forget", PARAPHRASED, generates=True),
+    "forget_Q_A_PERT_ROUGE": role_metric(measure_rouge, "forget", WRONG, generates=True),
     "forget_Q_A_gibberish": SuiteMetric(
-        partial(measure_gibberish, role="forget"), fields={"forget": ()}, generates=True
+        partial(measures.measure_gibberish, role="forget"), fields={"forget": ()}, generates=True
     ),
     "model_utility": SuiteMetric(measure_utility, UTILITY_PARTS),
-    "extraction_strength": SuiteMetric(measure_extraction, fields=FORGET_ANSWERS),
+    "extraction_strength": SuiteMetric(measures.measure_extraction, fields=FORGET_ANSWERS),
     "exact_memorization": SuiteMetric(
-        partial(measure_memorization, metric=exact_memorization), fields=FORGET_ANSWERS
+        partial(measures.measure_memorization, metric=exact_memorization), fields=FORGET_ANSWERS
     ),
-    **{
-        name: SuiteMetric(
-            partial(measure_attack, score=score),
-            fields=ATTACKED,
-            moments=name == "mia_min_k_plus_plus",
-        )
-        for name, score in ATTACK_SCORES.items()
-    },
-    "mia_gradnorm": SuiteMetric(measure_gradient_attack, fields=ATTACKED),
-    "mia_reference": SuiteMetric(
-        measure_reference_attack, ("mia_loss",), needs_logs=True, reads_logs=True
-    ),
-    "privleak": SuiteMetric(measure_privacy_leakage, ("mia_min_k",), reads_logs=True),
-    "rel_diff": SuiteMetric(
-        measure_relative_difference, ("mia_min_k",), needs_logs=True, reads_logs=True
-    ),
+    **measures.attack_metrics(list(ATTACK_SCORES)),
+    "mia_gradnorm": SuiteMetric(measures.measure_gradient_attack, fields=measures.ATTACKED),
 }
+
+
+def load_sets(roles: Mapping[str, tuple[str, ...]], request: SuiteRequest) -> dict[str, SuiteSet]:
+    """As `load_tofu_sets`."""
+    return load_tofu_sets(
+        roles,
+        local=request.local,
+        forget_split=request.forget_split,
+        holdout_split=request.holdout_split,
+        question_key=request.question_key,
+    )
+
+
 TOFU_SUITE = Suite(
     name=TOFU,
     title="TOFU",
@@ -373,5 +128,5 @@ TOFU_SUITE = Suite(
         "extraction_strength",
         "exact_memorization",
     ),
-    max_new_tokens=TOFU_NEW_TOKENS,
+    load=load_sets,
 )
