@@ -247,6 +247,22 @@ def test_collapse_is_said(world: Path, tmp_path: Path) -> None:
     assert any(note.startswith("COLLAPSE") for note in heard.notes), heard.notes
 
 
+def test_a_collapse_ends_the_run_with_the_last_good_adapter(world: Path, tmp_path: Path) -> None:
+    """It is the adapter of the evaluation before, not the one that balances best."""
+    own: dict[str, Any] = {"method": "GradAscent", "learning_rate": 2e-2, "lr_scheduler_type": "constant",
+                           "eval_strategy": "steps", "eval_steps": 1, "max_steps": 40}  # fmt: skip
+    result = unlearn(world, tmp_path / "run", early_stop="collapse", **own)
+    kept = [r["eval_retain_kept"] for r in records(tmp_path / "run") if "eval_balance" in r]
+    stopped = len(kept)
+    assert 2 <= stopped < 40, kept
+    assert min(kept[:-1]) >= 0.5 > kept[-1]
+    assert result.outcome.steps == stopped
+    assert result.outcome.best_step == stopped - 1
+    shorter = unlearn(world, tmp_path / "short", **{**own, "max_steps": stopped - 1})
+    for tensor, value in bank_tensors(shorter, "default").items():
+        assert torch.equal(bank_tensors(result, "default")[tensor], value), tensor
+
+
 def wrong(world: Path, tmp_path: Path, match: str, **settings: Any) -> None:
     with pytest.raises(LorryError, match=match):
         unlearn(world, tmp_path / "run", **settings)
@@ -263,6 +279,12 @@ def test_bad_settings(world: Path, tmp_path: Path) -> None:
         "alternates is missing": {"method": "AltPO"},
         "forget=FILE": {"forget": None, "data": {"path": str(world / "all.jsonl")}},
         "streaming": {"streaming": True},
+        "early_stop=collapse looks at": {
+            "method": "GradAscent",
+            "retain": None,
+            "early_stop": "collapse",
+        },
+        "both end a run": {"early_stop": "collapse", "early_stopping_patience": 2},
     }
     for match, settings in bad.items():
         wrong(world, tmp_path, match, **settings)

@@ -126,6 +126,11 @@ class UnlearnConfig(SettingsGroup):
         lt=1,
     )
 
+    early_stop: Literal["collapse"] | None = config_field(
+        None,
+        "collapse: stop at the first evaluation below stop_below, and keep the adapter of the one before",
+    )
+
     @field_validator("forget", "retain")
     @classmethod
     def _some_path(cls, value: str | list[str] | None) -> str | list[str] | None:
@@ -167,6 +172,10 @@ class UnlearnConfig(SettingsGroup):
             raise ValueError(f"unlearn.idk is not read by {self.method}")
         if self.alternates is not None and self.idk is not None:
             raise ValueError("unlearn.alternates and unlearn.idk both give other answers; keep one")
+        if self.early_stop and self.retain is None:
+            raise ValueError(
+                "unlearn.early_stop=collapse looks at retained answers; give retain=FILE"
+            )
         if self.method == "AltPO" and self.alternates is None:
             raise ValueError(
                 "unlearn.alternates is missing: AltPO learns other answers; give alternates=FILE, or method=IdkDPO"
@@ -268,6 +277,15 @@ class UnlearnRunConfig(RunConfig):
         if own.reference is None:
             kind = "cached" if self.lora is None else "live"
             object.__setattr__(self, "unlearn", own.model_copy(update={"reference": kind}))
+        if own.early_stop:
+            if self.train.early_stopping_patience is not None:
+                raise ValueError(
+                    "unlearn.early_stop and train.early_stopping_patience both end a run; keep one"
+                )
+            # the last good adapter is a checkpoint's, which has to be there and be taken back
+            object.__setattr__(
+                self, "train", self.train.model_copy(update={"load_best_model_at_end": True})
+            )
         steered = own.method == "RMU" and (own.retain_loss == "EMBED" or not own.alpha)
         if steered and self.lora is not None and self.lora.layers_to_transform is None:
             # above the layer that is steered no adapter would ever train

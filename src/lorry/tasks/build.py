@@ -32,6 +32,9 @@ class PreparedJob:
     stream: BatchStream
 
 
+# What an evaluation of a task may hold: 1 or 0, whether the model is still any good. Then the latest
+# step that is becomes the best one, and the first that is not ends the job.
+USABLE = "eval_usable"
 PreparedJobs = Mapping[str, PreparedJob]  # by adapter
 # (run, opened model, notes) -> what makes the encoder of its rows
 EncoderFactory = Callable[[RunConfig, OpenedModel, list[str]], Callable[..., ExampleEncoder]]

@@ -19,6 +19,7 @@ from lorry.backends.protocol import Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
 from lorry.errors import ConfigError, ModelError
+from lorry.tasks.build import USABLE
 from lorry.train.schedule import learning_rate_at, warmup_steps
 
 
@@ -100,8 +101,8 @@ class JobProgress:
     stopped_early: bool = False
 
     def judge(self, found: Mapping[str, float], train: TrainConfig) -> bool:
-        """Take an evaluation into account. Returns whether it is the best so far. Raises
-        ConfigError for an unknown metric.
+        """Take an evaluation into account. Returns whether it is the best so far, or the latest that
+        is `USABLE`. Raises ConfigError for an unknown metric.
         """
         name = train.metric_for_best_model
         name = name if name.startswith("eval_") else f"eval_{name}"
@@ -114,8 +115,12 @@ class JobProgress:
             value > self.best if train.greater_is_better else value < self.best
         )
         better = ahead and math.isfinite(value)
+        if USABLE in found:
+            better = found[USABLE] > 0
         if better:
             self.best, self.best_step, self.waited = value, self.steps, 0
+        elif USABLE in found:
+            self.stopped_early = True
         else:
             self.waited += 1
             patience = train.early_stopping_patience

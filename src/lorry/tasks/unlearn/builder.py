@@ -25,7 +25,7 @@ from lorry.data.stream.dataset import BatchStream, TrainStream
 from lorry.data.stream.roles import Alternates, RoleStream
 from lorry.errors import ConfigError, DataError
 from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
-from lorry.tasks.build import BuiltTask, PreparedJob, TaskDefinition, TaskInputs
+from lorry.tasks.build import USABLE, BuiltTask, PreparedJob, TaskDefinition, TaskInputs
 from lorry.tasks.unlearn.alternates import alternates_of, read_alternates, read_refusals
 from lorry.tasks.unlearn.methods import UNLEARN_METHODS, StartModel, UnlearnMethod, make_method
 from lorry.tasks.unlearn.pairing import FORGET, RETAIN
@@ -36,6 +36,10 @@ from lorry.tasks.unlearn.task import UnlearnTask
 MEASURED_ROWS = 200
 ANSWERED_ROWS = 4  # rows of each set that are answered at the end, before and after
 MOST_VARIANTS = 20  # refusals of a row, one an epoch; from then on they come again
+STOPPED = (
+    "; this ends here (early_stop=collapse), with the adapter of the last evaluation above it, if "
+    "there was one"
+)
 PDU_MARGIN = 0.1  # nats above the start's retain loss that retain_loss_eps=auto allows
 
 
@@ -100,7 +104,8 @@ class RetentionMonitor:
     def __init__(self, job: PreparedJob, inputs: TaskInputs, start: StartMeasures) -> None:
         self.backend, self.tell, self.of_start = inputs.backend, inputs.tell, start
         self.several = len(inputs.jobs) > 1
-        self.stop_below = _settings_of(job.run).stop_below
+        settings = _settings_of(job.run)
+        self.stop_below, self.stops = settings.stop_below, settings.early_stop == "collapse"
         sets = {FORGET: job.data, **job.row_sets}
         rows = job.run.train.per_device_eval_batch_size
         self.digests = {role: (data.digest, rows) for role, data in sets.items()}
@@ -138,12 +143,15 @@ class RetentionMonitor:
         if RETAIN in now:
             kept = now[RETAIN][0] / max(self.start[RETAIN][0], 1e-12)
             found["eval_retain_kept"] = kept
-            if kept < self.stop_below:
+            collapsed = not kept >= self.stop_below  # a probability that is NaN has collapsed, too
+            if self.stops:
+                found[USABLE] = float(not collapsed)
+            if collapsed:
                 whose = f"{adapter}: " if self.several else ""
                 self.tell(
                     f"COLLAPSE: {whose}retained answers have {kept:.0%} of the probability that the start gave them "
                     f"(stop_below={self.stop_below:g}): the model forgets everything, not only these rows. Lower "
-                    "learning_rate or gamma, or raise alpha"
+                    "learning_rate or gamma, or raise alpha" + (STOPPED if self.stops else "")
                 )
         kept = min(kept, 1.0)
         found["eval_balance"] = (
