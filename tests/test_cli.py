@@ -100,6 +100,7 @@ def test_help_lists_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert {v.name for v in cli.VERBS} == {
         "sft",
         "distill",
+        "unlearn",
         "push",
         "compare",
         "runs",

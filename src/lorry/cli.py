@@ -194,6 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     on a wrong command.
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if any(word.endswith(".py") for word in args):
+        # imported only now: it imports pydantic, which `lorry --help` does without
+        from lorry.config.parsing.open_unlearning import verb_of_launcher
+
+        args = verb_of_launcher(args)
     args[0] = make_visible(args[0])  # typer prints a verb that it does not know
     # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy
     # machine starves the very thread they wait for (the demo fell from 600 to 40 tokens/s beside

@@ -87,6 +87,7 @@ class EvalSettings(SettingsGroup):
     """
 
     positional: ClassVar[str] = "model"
+    experiment_kind: ClassVar[str] = "eval"
     model: ModelConfig = ModelConfig()
     data: EvalData = EvalData()
     tasks: list[str] = config_field(

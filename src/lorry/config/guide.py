@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from lorry.config.parsing.experiments import experiment_names
 from lorry.config.parsing.names import schema_names, union_members
 
 INDENT, COLUMN = "  ", 32  # settings are indented, their help starts in this column
@@ -33,6 +34,10 @@ def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
             f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else "")
         )
         page += [*_help_rows(inner.model_fields, width), ""]
+    if kind := getattr(schema, "experiment_kind", ""):
+        listed = ", ".join(experiment_names(kind))
+        text = f"experiment=NAME gives all settings of a published experiment, under those that are typed: {listed}"
+        page += [*textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False), ""]
     page += [
         "A setting may be written alone (r=8) where its name is unique, with its group (lora.r=8), or as a flag (--lora_r 8).",
         "--dump-config prints the resolved settings as YAML and exits.",

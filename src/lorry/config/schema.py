@@ -294,9 +294,11 @@ class JobConfig(SettingsGroup):
 class RunConfig(SettingsGroup):
     """A training run: which model, which adapter, which data, how, where. ``always_evaluates``:
     whether the task has something to look at without rows that were held out; ``job_groups``: those
-    whose settings one of several jobs may have of its own.
+    whose settings one of several jobs may have of its own; ``experiment_kind``: the folder of the
+    verb's experiments.
     """
 
+    experiment_kind: ClassVar[str] = "finetune"
     always_evaluates: ClassVar[bool] = False
     job_groups: ClassVar[tuple[str, ...]] = ("lora", "data", "train")
     task: Literal["sft"] = config_field("sft", "fixed by the verb")

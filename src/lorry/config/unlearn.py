@@ -63,7 +63,8 @@ class UnlearnConfig(SettingsGroup):
 
     main: ClassVar[str] = "method"
     forget: PathText | list[PathText] = config_field(
-        ..., "rows to forget: file, directory or hub id, or a list of them"
+        ...,
+        "rows to forget: file, directory or hub id, or a list of them; or of a benchmark by name: tofu:forget10",
     )
     retain: PathText | list[PathText] | None = config_field(
         None, "rows whose answers are kept; a method with alpha above 0 needs them"
@@ -213,6 +214,7 @@ class UnlearnRunConfig(RunConfig):
     F1}, ...]` is `jobs`), or numbers to compare (`beta=0.1,0.5`).
     """
 
+    experiment_kind: ClassVar[str] = "unlearn"
     always_evaluates: ClassVar[bool] = True  # at the rows to forget, and those to keep
     job_groups: ClassVar[tuple[str, ...]] = (*RunConfig.job_groups, "unlearn")
     task: Literal["unlearn"] = config_field("unlearn", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's

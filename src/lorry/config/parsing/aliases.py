@@ -9,6 +9,7 @@ known but not built, and are let through only at a value that asks for what Lorr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -185,7 +186,20 @@ def _lora_bias(value: Any) -> tuple[str, Any] | None:
     return None if value is False or value is None else ("lora.bias", value)
 
 
+def _steered_layer(regex: Any) -> tuple[str, Any]:
+    r"""open-unlearning's ``model\.layers\.7`` of RMU as the number of the layer."""
+    found = re.fullmatch(r".*layers(?:\\?\.)(\d+)", str(regex))
+    if found is None:
+        raise ValueError("is understood as model\\.layers\\.N only; give layer=N")
+    return "unlearn.layer", int(found[1])
+
+
 ALIAS_READERS: dict[str, AliasReader] = {
+    "retain_loss_type": lambda name: (
+        "unlearn.retain_loss",
+        "EMBED" if name == "EMBED_DIFF" else name,
+    ),
+    "module_regex": _steered_layer,
     "lora_bias": _lora_bias,
     "datasets": _axolotl_datasets,
     "use_cpu": _switch_meaning("model.device", "cpu"),
@@ -308,6 +322,14 @@ IGNORED_ALIASES: dict[str, str] = {
         _REPORT,
     ),
     **dict.fromkeys(
+        ["holdout_split", "retain_logs_path", "question_key"],
+        "`lorry eval RUN suite=tofu` reads it; training looks at the probabilities of its rows",
+    ),
+    "device_map": "a model is on one device, which device says",
+    "do_eval": "eval_strategy says when to evaluate",
+    "bf16_full_eval": "evaluation has the dtype of training",
+    "overwrite": "a suite measures what is not measured yet",
+    **dict.fromkeys(
         ["save_only_model", "save_on_each_node"], "a checkpoint holds all that resuming needs"
     ),
     **dict.fromkeys(
@@ -356,9 +378,6 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
             "processes",
             "tensor_parallel",
             "pipeline_parallel",
-            "forget",
-            "retain",
-            "method",
             "fsdp",
             "fsdp_config",
             "deepspeed",
@@ -424,8 +443,11 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
 }
 
 # settings of another verb than the one they are given to
+_SPLIT_OWNERS = "experiments (experiment=unlearn/tofu/lora); by itself: forget=tofu:forget10 retain=tofu:retain90"
 OTHER_VERB_SETTINGS: dict[str, str] = {
     "teacher": "lorry distill",
+    **dict.fromkeys(["forget", "retain", "method", "trainer"], "lorry unlearn"),
+    **dict.fromkeys(["forget_split", "retain_split", "data_split", "data_sub_set"], _SPLIT_OWNERS),
     "tasks": "lorry eval; in training they are called eval_tasks",
 }
 

@@ -104,7 +104,7 @@ def _read_flag(names: SchemaNames, word: str, remaining: list[str], greedy: bool
         and accepts_type(opposite, bool)
     ):
         return GivenSetting(key[3:], "false", word, typed=True)
-    if field is None and key != "config":
+    if field is None and key not in ("config", "experiment"):
         # an unknown flag must not swallow the next word: its error would name the wrong one
         if not is_known_setting(names, key):
             raise unknown_setting_error(names, key, word)

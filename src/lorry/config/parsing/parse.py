@@ -1,6 +1,7 @@
 """From what a person typed or wrote to one checked, frozen description; and back to YAML.
 
-Sources, later over earlier: CONFIG.yaml, then ``key=value`` and ``--key value`` in their order.
+Sources, later over earlier: an experiment's file, CONFIG.yaml, then ``key=value`` and ``--key value``
+in their order.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from lorry.config.jobs import (
     set_in_tree,
 )
 from lorry.config.parsing.argv import read_argv
+from lorry.config.parsing.experiments import take_experiment
 from lorry.config.parsing.explain import explain_validation
 from lorry.config.parsing.files import DescriptionFile, read_description_file, write_yaml
 from lorry.config.parsing.names import SchemaNames, schema_names
+from lorry.config.parsing.open_unlearning import strip_launcher, translate_settings
 from lorry.config.parsing.place import GivenSetting, PlacedSetting, place_setting
 from lorry.config.schema import RunConfig
 from lorry.errors import ConfigError
@@ -48,7 +51,7 @@ def parse_settings(schema: type[Schema], argv: Sequence[str], notes: list[str]) 
     Raises ConfigError: an unknown or ambiguous name, a value that is not allowed, settings that
     exclude each other, a bad file.
     """
-    config, settings = read_argv(schema, argv)
+    config, settings = read_argv(schema, strip_launcher(_experiment_kind(schema), argv, notes))
     return _resolve_settings(
         schema, [_from_file(schema, config), settings] if config else [settings], notes
     )
@@ -75,7 +78,12 @@ def dump_settings(settings: BaseModel) -> str:
 
 
 def _from_file(schema: type[BaseModel], path: Path) -> list[GivenSetting]:
-    described = read_description_file(path)
+    return _described_settings(schema, read_description_file(path), path)
+
+
+def _described_settings(
+    schema: type[BaseModel], described: DescriptionFile, path: Path
+) -> list[GivenSetting]:
     settings = [
         (key, given)
         for key, value in described.values.items()
@@ -112,6 +120,25 @@ def _spread_map(schema: type[BaseModel], key: str, value: Any) -> list[GivenSett
     return [GivenSetting(key, value, key)]
 
 
+def _experiment_kind(schema: type[BaseModel]) -> str:
+    return getattr(schema, "experiment_kind", "")
+
+
+def _with_experiment(
+    schema: type[BaseModel], sources: Iterable[Iterable[GivenSetting]], notes: list[str]
+) -> list[list[GivenSetting]]:
+    """The sources under our names, after that of the experiment that one of them names."""
+    kind = _experiment_kind(schema)
+    given = [list(source) for source in sources]
+    if not kind:
+        return given
+    experiment, rest = take_experiment(kind, given, notes)
+    if experiment is not None:
+        rest.insert(0, _described_settings(schema, experiment.described, experiment.path))
+    names = schema_names(schema)
+    return [made for source in rest for made in translate_settings(names, source, notes)]
+
+
 def _resolve_settings(
     schema: type[Schema], sources: Iterable[Iterable[GivenSetting]], notes: list[str]
 ) -> Schema:
@@ -124,7 +151,7 @@ def _resolve_settings(
     tree, origins = dict[str, Any](), dict[str, str]()
     expanded = dict[str, GivenSetting]()
     axes, errors = list[GivenSetting](), list[str]()
-    for source in sources:
+    for source in _with_experiment(schema, sources, notes):
         # of one source: the command line may use another name than the file that it overrides
         name_by_setting: dict[str, str] = {}
         for given in source:

@@ -1,0 +1,173 @@
+"""Command lines of open-unlearning as they are typed: `python src/train.py --config-name=unlearn
+@experiment=unlearn/tofu/lora trainer.args.learning_rate=1e-4 model=Llama-2-7b-hf-lora`.
+
+What Hydra needs before the settings is taken off with a note, settings are known by their last part,
+and models by the names of its configurations. Single words that mean the same for every verb
+(`device_map`, `retain_loss_type`) are aliases like those of other tools (aliases.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lorry.config.parsing.experiments import VERB_OF_KIND
+from lorry.config.parsing.names import SchemaNames
+from lorry.config.parsing.place import GivenSetting
+from lorry.errors import ConfigError
+
+# before a script: an interpreter or launcher, or a variable of the environment
+LAUNCHER = re.compile(r"(.*/)?(python[\d.]*|accelerate|torchrun|deepspeed)|[A-Z_]+=.*")
+SCRIPT = re.compile(r"(.*/)?src/(train|eval)\.py")
+CONFIG_NAME = re.compile(r"(?:--config-name|-cn)(?:=(.*))?", re.DOTALL)
+KIND_OF_CONFIG = {"train": "finetune", "unlearn": "unlearn", "eval": "eval"}
+# + adds a setting in Hydra, ++ adds or changes one; @ is how the requirement's page writes it
+HYDRA_MARK = re.compile(r"(@|\+{1,2})([A-Za-z_][\w.]*=.*)", re.DOTALL)
+# the group of ours that a group of theirs is; settings without such a place are taken by themselves
+GROUPS = {
+    "trainer.args": "train",
+    "trainer.method_args": "unlearn",
+    "model.model_args": "model",
+    "model.tokenizer_args": "model",
+    "model.lora_config": "lora",
+    "eval.tofu": "",
+    "eval.muse": "",
+    "eval.wmdp": "",
+    "paths": "",
+}
+WEIGHTS = "model.model_args.pretrained_model_name_or_path"
+TASK_NAME, TRAINER, FINETUNE = "task_name", "trainer", "finetune"
+HUB_IDS = {
+    "Llama-2-7b-hf": "meta-llama/Llama-2-7b-hf",
+    "Llama-2-7b-chat-hf": "meta-llama/Llama-2-7b-chat-hf",
+    "Llama-2-13b-hf": "meta-llama/Llama-2-13b-hf",
+    "Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "Llama-3.2-1B-Instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "Llama-3.2-3B-Instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "Phi-3.5-mini-instruct": "microsoft/Phi-3.5-mini-instruct",
+    "Qwen2.5-1.5B-Instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen2.5-3B-Instruct": "Qwen/Qwen2.5-3B-Instruct",
+    "Qwen2.5-7B-Instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "gemma-7b-it": "google/gemma-7b-it",
+    "zephyr-7b-beta": "HuggingFaceH4/zephyr-7b-beta",
+}
+ADAPTED = "-lora"  # behind the name of a configuration that brings an adapter's settings
+ADAPTER_SETTINGS = {
+    "lora.r": 128,
+    "lora.lora_alpha": 128,
+    "lora.lora_dropout": 0.05,
+    "lora.target_modules": [
+        *["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    ],
+}
+
+
+def verb_of_launcher(args: Sequence[str]) -> list[str]:
+    """Arguments of `lorry` with the verb in front, where they begin as the peer's command does:
+    that of --config-name, else of the script; other arguments as they are.
+    """
+    script = next((SCRIPT.fullmatch(word) for word in args if SCRIPT.fullmatch(word)), None)
+    if script is None or not LAUNCHER.fullmatch(args[0]):
+        return list(args)
+    config = next((name for name, _ in _config_names(args)), script[2])
+    kind = KIND_OF_CONFIG.get(config, KIND_OF_CONFIG[script[2]])
+    return [VERB_OF_KIND[kind].partition(" ")[2], *args]
+
+
+def strip_launcher(kind: str, argv: Sequence[str], notes: list[str]) -> list[str]:
+    """The words that are settings. ``kind``: of the verb's experiments, "" for a verb without.
+    Raises ConfigError for a --config-name of another verb.
+    """
+    if not kind:
+        return list(argv)
+    words = list(argv)
+    scripts = [at for at, word in enumerate(words) if SCRIPT.fullmatch(word)]
+    if scripts and LAUNCHER.fullmatch(words[0]):
+        notes.append(f"{' '.join(words[: scripts[0] + 1])} changes nothing: the verb says it")
+        del words[: scripts[0] + 1]
+    for config, given in reversed(_config_names(words)):
+        if KIND_OF_CONFIG.get(config, kind) != kind:
+            verb = VERB_OF_KIND[KIND_OF_CONFIG[config]]
+            raise ConfigError(f"--config-name={config} is what `{verb}` does")
+        notes.append(f"--config-name={config} changes nothing: the verb says it")
+        del words[given]
+    kept = []
+    for word in words:
+        if found := HYDRA_MARK.fullmatch(word):
+            notes.append(f"{found[1]} before {found[2].partition('=')[0]} is not needed")
+            word = found[2]
+        kept.append(word)
+    return kept
+
+
+def _config_names(words: Sequence[str]) -> list[tuple[str, slice]]:
+    """[(name without .yaml, where it stands)] of every --config-name."""
+    found = []
+    for at, word in enumerate(words):
+        if not (match := CONFIG_NAME.fullmatch(word)):
+            continue
+        apart = match[1] is None
+        name = (words[at + 1] if at + 1 < len(words) else "") if apart else match[1]
+        found.append((name.removesuffix(".yaml"), slice(at, at + 1 + apart)))
+    return found
+
+
+def translate_settings(
+    names: SchemaNames, source: Sequence[GivenSetting], notes: list[str]
+) -> list[list[GivenSetting]]:
+    """A source of settings under our names; before it one of an adapter, where a model is named
+    that brings one along.
+    """
+    weights = any(given.key == WEIGHTS for given in source)
+    adapter, own = list[GivenSetting](), list[GivenSetting]()
+    for given in source:
+        name = given.value if isinstance(given.value, str) else ""
+        if given.key in ("model", "model.name") and _is_configuration(name):
+            if name.endswith(ADAPTED) and "lora.r" in names.fields:
+                adapter = [GivenSetting(k, v, given.where) for k, v in ADAPTER_SETTINGS.items()]
+            if weights:
+                notes.append(f"{given.where} names no weights: those of {WEIGHTS} are taken")
+                continue
+            given = replace(given, value=HUB_IDS[name.removesuffix(ADAPTED)])
+            notes.append(f"model={name} is read as model={given.value}{_adapter_note(adapter)}")
+        elif given.key == TRAINER and name == FINETUNE and "unlearn.method" not in names.fields:
+            notes.append(f"{TRAINER}={FINETUNE} changes nothing: the verb says it")
+            continue
+        elif given.key == TRAINER and "unlearn.method" in names.fields:
+            given = replace(given, key="unlearn.method")
+            notes.append(f"{TRAINER} is read as {given.key}")
+        elif given.key == TASK_NAME:
+            given = _task_name(names, given)
+            notes.append(f"{TASK_NAME} is read as {given.key}={given.value}")
+        else:
+            given = _without_group(names, given, notes)
+        own.append(given)
+    return [adapter, own] if adapter else [own]
+
+
+def _is_configuration(name: str) -> bool:
+    # a folder of that name is the model that is meant
+    return name.removesuffix(ADAPTED) in HUB_IDS and not Path(name).exists()
+
+
+def _adapter_note(adapter: Sequence[GivenSetting]) -> str:
+    return " with r=128 lora_alpha=128 lora_dropout=0.05, lm_head too" if adapter else ""
+
+
+def _task_name(names: SchemaNames, given: GivenSetting) -> GivenSetting:
+    if "train.run_name" in names.fields:
+        return replace(given, key="train.run_name")
+    return replace(given, key="output_dir", value=f"evals/{given.value}")
+
+
+def _without_group(names: SchemaNames, given: GivenSetting, notes: list[str]) -> GivenSetting:
+    """``trainer.args.seed`` as ``train.seed``; what our group has not is an alias or unknown."""
+    group, _, leaf = given.key.rpartition(".")
+    if group not in GROUPS:
+        return given
+    ours = f"{GROUPS[group]}.{leaf}"
+    key = ours if ours in names.fields else leaf
+    notes.append(f"{given.key} is read as {key}")
+    return replace(given, key=key)
