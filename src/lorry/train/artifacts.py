@@ -27,6 +27,7 @@ def write_json(run_dir: Path, name: str, value: Any) -> None:
 
 def json_text(value: Any) -> str:
     """A value as the JSON files of a run have it."""
+    # ensure_ascii off: people read these files, in any language
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -54,7 +55,9 @@ def write_adapters(
         ownership.write_owned_files(
             run_dir, {f"{inside}{file}": content for file, content in files.items()}
         )
+        # of the bytes that were written, not of what a file may hold by the time it is read
         digests[name] = hashlib.sha256(files[ADAPTER_WEIGHTS]).hexdigest()
+    # its writer takes a directory and writes over what is there: it gets one of its own first
     with durable.scratch_directory(run_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
         contents = {
@@ -89,6 +92,7 @@ def build_receipt(
     {"weights": {file: SHA-256}} of a whole model; ``sizes``: trainable and total parameters, and
     the bytes of what was saved.
     """
+    # those that make a run's numbers and tokens
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     return {
         "data": dict(data),

@@ -25,6 +25,7 @@ def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
         return []
     catalog, exams = open_catalog(run.data.catalog), list[Benchmark]()
     places = DataLocations(run.data.local, catalog=catalog)
+    # of every job: the exams are asked of each adapter, whichever job learns the rows
     spots = [spot for one in runs_by_adapter(run).values() for spot in training_locations(one.data)]
     for name in catalog.expand_suites(run.train.eval_tasks):
         exam = load_benchmark(
@@ -35,6 +36,7 @@ def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
             seed=run.train.seed,
             on_bad_row="error" if run.data.on_bad_row == "error" else "skip",
         )
+        # by place and not by name: the same file under another name is as much a leak
         refuse_leak(spots, places, exam.named_set, exam.split, "leave it out of train.eval_tasks")
         exams.append(exam)
     return exams
@@ -61,6 +63,7 @@ class BenchmarkEvaluator:
 
     def __init__(self, run: RunConfig, opened: OpenedModel, exams: list[Benchmark]) -> None:
         self.run, self.opened, self.exams = run, opened, exams
+        # a model that says no context takes any length: 2^20 tokens stand for no limit
         context = opened.model.context
         rows = opened.model.vocab_size
         self.encoder = ExampleEncoder(
@@ -68,6 +71,7 @@ class BenchmarkEvaluator:
         )
 
     def __call__(self, name: str) -> Mapping[str, float]:
+        # base weights that train go by a job's name, too, and have no adapter of that name
         mix = (
             Mix.one(name)
             if name in get_bank(self.opened.model, create=True).names()

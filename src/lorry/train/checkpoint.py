@@ -49,8 +49,10 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = "lorry-checkpoint/1"
 STATE_FILE = "state.safetensors"
 META_FILE = "meta.json"
+# other tools' checkpoints; named, so that the error says why instead of "no manifest"
 CHECKPOINT_PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
 
+# the format's names; a dtype that is not here (complex, quantized) is refused before writing
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -65,9 +67,8 @@ _SAFETENSORS_DTYPES = {
 }
 
 # Settings that change where and how often a run writes, and nothing it computes: they may differ on
-# resuming. Whatever
-# decides which steps are evaluated is not among them: the best adapter and an early stop hang on
-# it.
+# resuming. What decides which steps are evaluated is not among them: the best adapter and an early
+# stop hang on it.
 FREE_SETTINGS = frozenset(
     [
         *[
@@ -124,9 +125,11 @@ def save_checkpoint(
         STATE_FILE: _safetensors_chunks(tensors),
         META_FILE: _meta_text(step, meta),
     }
+    # a run directory that somebody moved must not be made anew under its old name
     durable.make_directory(folder, parents=False)
     durable.recover_writes(folder)
     durable.write_directory(path, files, manifest=True, replace=True)
+    # Only now, when this one is durable: a kill at any moment leaves a whole checkpoint.
     remove_checkpoints_after(run_dir, step)
     _prune_checkpoints(run_dir, keep, protect)
     return path
@@ -138,6 +141,7 @@ def remove_checkpoints_after(run_dir: Path, step: int) -> None:
     """
     for later, path in _list_checkpoints(run_dir):
         if later > step:
+            # with digests: what lies beyond is rare, and a damaged one may be wanted for a rescue
             _remove_or_set_aside(path, digests=True)
 
 
@@ -162,6 +166,8 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
     is whole, and DiskError where one could not be read.
     """
     damage = list[str]()
+    # newest first; DiskError is not caught: unread is not damaged, and nothing is passed over for
+    # it
     for _, path in reversed(_list_checkpoints(run_dir)):
         try:
             _read_meta(path)
@@ -186,7 +192,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises ModelError naming the damaged, missing or linked file, when it is no checkpoint of this
     format, or lies under the name of another step; DiskError when it could not be read.
     """
+    # before anything is opened
     _refuse_pickle(path)
+    # every digest is checked before safetensors parses a byte
     meta = _read_meta(path)
     try:
         with integrity.translate_read_errors(path / STATE_FILE):
@@ -201,6 +209,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     Raises as `load_checkpoint` does.
     """
     names = integrity.verify_directory(path)
+    # a manifest that holds, but of another kind of directory of ours
     if set(names) != {STATE_FILE, META_FILE}:
         raise ModelError(
             f"{path} lists {', '.join(sorted(names))}; a checkpoint holds {STATE_FILE} and {META_FILE} and nothing else"
@@ -214,10 +223,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
             f"{path / META_FILE}: format {found!r}, this version of Lorry reads {CHECKPOINT_FORMAT!r}"
         )
     step, named = meta.get("step"), _named_step(path)
+    # type, not isinstance: true is an int in Python
     if type(step) is not int or step < 0:
         raise ModelError(
             f"{path / META_FILE}: step {str(step)[:40]!r} is no whole number of 0 or more; this was not written by Lorry"
         )
+    # copies by other tools may have any name; only a name of ours that says another step is wrong
     if named is not None and step != named:
         raise ModelError(
             f"{path} holds step {step}: directories were exchanged or renamed; give it back the name of its step"
@@ -243,6 +254,7 @@ def refuse_other_run(meta: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     refused: list[str] = []
     notes: list[str] = []
     for field, old, new in _setting_differences(meta["config"], current["config"]):
+        # by any part of the dotted field: a group may be free as a whole, such as `backend`
         parts = field.split(".")
         if FREE_SETTINGS.isdisjoint(parts):
             (refused if DEVICE_SETTINGS.isdisjoint(parts) else notes).append(
@@ -250,6 +262,7 @@ def refuse_other_run(meta: Mapping[str, Any], current: Mapping[str, Any]) -> lis
             )
     for field, old, new in _setting_differences(meta["digests"], current["digests"]):
         if field != "config":
+            # other code may give other bits, but a bug fix must not strand a run
             (notes if field == "code" else refused).append(f"{field} {old} -> {new}")
     notes += [
         f"{field} {old} -> {new}"
@@ -261,6 +274,7 @@ def refuse_other_run(meta: Mapping[str, Any], current: Mapping[str, Any]) -> lis
             f"cannot resume, the checkpoint belongs to another run:{listed}\nrestore these or use a new output_dir; {CHANGEABLE_SETTINGS_MESSAGE}"
             + (
                 f". {LONGER_RUN_MESSAGE}"
+                # "train.max_steps 10 -> 20": the setting's own name
                 if LENGTH_SETTINGS & {line.partition(" ")[0].rpartition(".")[2] for line in refused}
                 else ""
             )
@@ -295,6 +309,7 @@ def _named_step(path: Path) -> int | None:
     """The step that a directory's name says, also of one set aside for a replacement; None for a
     name that says none.
     """
+    # a kill between two renames leaves the old one under its temporary name: still a checkpoint
     match = STEP.fullmatch(durable.replaced_name(path.name) or path.name)
     return int(match[1]) if match else None
 
@@ -324,6 +339,7 @@ def _prune_checkpoints(run_dir: Path, keep: int | None, protect: Collection[int]
         return
     saved = _list_checkpoints(run_dir)
     stay = {
+        # without digests: at every save all of them would be read whole
         *[step for step, path in saved if not _is_damaged(path, digests=False)][-keep:],
         *protect,
     }
@@ -339,6 +355,7 @@ def _remove_or_set_aside(path: Path, *, digests: bool) -> None:
     if not _is_damaged(path, digests=digests):
         durable.remove_directory(path)
         return
+    # step-N.damaged, then -1, -2: a step that is damaged twice loses neither
     taken = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in count())
     durable.rename_path(path, next(target for target in taken if not os.path.lexists(target)))
 
@@ -363,6 +380,7 @@ def _refuse_pickle(path: Path) -> None:
         if path.suffix in CHECKPOINT_PICKLE_SUFFIXES
         else sorted(p for p in path.glob("*") if p.suffix in CHECKPOINT_PICKLE_SUFFIXES)
     )
+    # beside a manifest of ours it is somebody's file, which nothing here reads
     if found and not (path / manifest.MANIFEST_NAME).exists():
         raise ModelError(
             f"{found[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only"
@@ -399,6 +417,7 @@ def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
             "data_offsets": [start, offset],
         }
     text = json.dumps(header).encode()
+    # the data begin at a multiple of 8 bytes, so every tensor is aligned to its item size
     text += b" " * (-len(text) % 8)
     return chain(
         [len(text).to_bytes(8, "little") + text], (_tensor_bytes(tensors[name]) for name in names)
@@ -415,6 +434,7 @@ def _tensor_bytes(t: Tensor) -> memoryview:
 def _meta_text(step: int, meta: Mapping[str, Any]) -> bytes:
     if absent := {"config", "digests", "environment"} - meta.keys():
         raise ValueError(f"a checkpoint's meta needs {', '.join(sorted(absent))}")
+    # in this order: a caller's own "step" cannot contradict the directory's name
     full = {"format": CHECKPOINT_FORMAT, **meta, "step": step}
     if changed := list(_unstorable_paths(full, "meta")):
         raise ContractError(
@@ -449,6 +469,7 @@ def _setting_differences(
     old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
     """(dotted field, old value, new value) of every leaf that differs, as text."""
+    # ``old`` comes from JSON; ``new`` has to go through it once before they compare
     before, after = dict(_flatten_leaves(old)), dict(_flatten_leaves(json.loads(json.dumps(new))))
     for field in sorted(before.keys() | after.keys()):
         if field not in before or field not in after or before[field] != after[field]:
@@ -468,4 +489,5 @@ def _format_leaf(leaves: Mapping[str, Any], field: str) -> str:
     if field not in leaves:
         return "absent"
     text = json.dumps(leaves[field])
+    # a SHA-256; twelve of its digits tell two apart, and fit in a line
     return text[1:13] if re.fullmatch(r'"[0-9a-f]{64}"', text) else text

@@ -26,6 +26,7 @@ from lorry.evaluate.loss import packed_loss_difference, packing_leak
 from lorry.models.loading.weights import is_finite
 from lorry.train.jobs import StepCount, validate_strict
 
+# numbers and order are those of docs/architecture.md, and stand in every contracts.json
 CONTRACT_NAMES = {
     1: "every target matched",
     2: "trainable = optimized = saved, what is frozen unchanged",
@@ -137,6 +138,7 @@ class ContractChecks:
             f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}{besides}",
         )
         self._inspection = self._same_sets(backend)
+        # a resumed run took them before it loaded the checkpoint's weights: earlier moves count
         if not self._start:
             self._start = _parameter_fingerprints(backend)
             self._silent = {name: set(modules) for name, modules in targets.items()}
@@ -168,6 +170,7 @@ class ContractChecks:
 
     def _same_sets(self, backend: Backend) -> ParameterInspection:
         seen = backend.inspect()
+        # each pair has its own remedy, so each has its own words
         for one, other, words in (
             (seen.trainable, seen.optimized, "is trainable but no optimizer holds it"),
             (seen.optimized, seen.trainable, "is optimized but not trainable"),
@@ -190,6 +193,7 @@ class ContractChecks:
         of which one must be supervised in each of its sequences (empty: any)."""
         for batch in batches:
             for s, (start, stop) in enumerate(batch.segments):
+                # [tokens of s], bool; the weight of token t is that of t as target
                 supervised = batch.weights[start:stop] != 0
                 if not supervised.any():
                     raise self.fail(
@@ -203,7 +207,10 @@ class ContractChecks:
                     )
         # the first of those with the most adapters
         shared = max(batches, key=lambda batch: len(batch.adapter.unique()))
+        # neighbours of different adapters: a leak between jobs would not show within one
         first = interleave_adapters(shared, len(ends)) if len(ends) > 1 else shared
+        # a few sequences suffice, at least one of each adapter: the mask is made the same way for
+        # all
         if leaked := packing_leak(backend, first, max(4, len(ends))):
             raise self.fail(
                 4,
@@ -213,6 +220,7 @@ class ContractChecks:
         if math.isnan(difference):
             # scores that are not finite are another contract's business: the loss is looked at next
             return
+        # not `>`: written this way NaN would fail as well
         if not difference <= tolerance:
             raise self.fail(
                 4,
@@ -237,6 +245,7 @@ class ContractChecks:
             if rates.get(n, 0.0) > 0 and self._proof.get(n, PROOF_STEPS) < PROOF_STEPS
         ]
         for name in stepped:
+            # what had a gradient in any step so far is silent no more
             self._silent[name] &= set(norms.silent.get(name, ()))
             self._proof[name] += 1
         self._prove(backend, [name for name in stepped if self._proof[name] == PROOF_STEPS])
@@ -246,6 +255,8 @@ class ContractChecks:
         before others are loaded.
         """
         for name, steps in self._proof.items():
+            # without a step that could move anything nothing was shown; a run as short as that is
+            # wrong
             if steps == 0:
                 raise self.fail(
                     3,
@@ -271,6 +282,7 @@ class ContractChecks:
                 raise self.fail(
                     3, f"no gradient reached {where[0]}{whose}: it would never train; {remedy}"
                 )
+        # hashes of every tensor that trains: only when there is something to prove
         now = _parameter_fingerprints(backend) if names else {}
         for name in names:
             stuck = [t for t in self._moving(name) if now[t] == self._start[t]]
@@ -280,6 +292,7 @@ class ContractChecks:
                     f"{stuck[0]} did not move in {self._proof[name]} steps ({len(stuck)} tensors): it does not train",
                 )
             self._moved[name] = len(self._moving(name))
+        # held only when the last adapter was proven
         if names and len(self._moved) == len(self._proof):
             whose = f" of {len(self._moved)} adapters" if len(self._moved) > 1 else ""
             moved, steps = sum(self._moved.values()), max(self._proof.values())
@@ -298,6 +311,7 @@ class ContractChecks:
         modules = {
             t.removeprefix(prefix).rpartition(".")[0] for t in self._start if t.startswith(prefix)
         }
+        # with a leading dot, so that "proj" is no end of "q_proj"
         live = [f".{module}" for module in modules - set(silent)]
         ends = []
         for module in silent:
@@ -318,6 +332,7 @@ class ContractChecks:
         if not self._low_rank(name):
             return [t for t in self._start if t.startswith(f"weights/{name}/")]
         mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
+        # The matrix at zero is where a first gradient shows; the other moves only after it.
         zero = [t for t in mine if self._start[t] == ZERO_FINGERPRINT]
         return zero or [t for t in mine if t.endswith("lora_B")]
 
@@ -331,6 +346,7 @@ class ContractChecks:
 
         Raises NonFiniteError naming the tensors.
         """
+        # masters, moments and counts; the random state is bytes
         floats = {name: t for name, t in backend.state().items() if t.is_floating_point()}
         odd = [name for name, t in floats.items() if not is_finite(t)]
         if odd:
@@ -347,6 +363,7 @@ class ContractChecks:
         """Contracts 2 and 7 at the end."""
         assert self._inspection is not None
         now = self._same_sets(backend)
+        # a digest of a sample: the whole base would take as long as loading it
         if now.base_digest != self._inspection.base_digest:
             raise self.fail(2, "a base weight changed during training")
         whose = (
@@ -374,6 +391,7 @@ def _parameter_fingerprints(backend: Backend) -> dict[str, str]:
 
 def tensor_fingerprint(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, or that it is all zeros."""
+    # [numel], as bytes: numpy has no bfloat16
     flat = tensor.contiguous().reshape(-1)
     return (
         hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

@@ -99,6 +99,8 @@ class TrainingEngine:
         """
         durable.make_directory(self.run_dir)
         durable.recover_writes(self.run_dir)
+        # Steps behind the checkpoint are made again, and so are their lines. At the start not even
+        # the line of step 0 stays, of an evaluation before training (hence -1).
         drop_metrics_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
         with (
             RunDirectoryHandle(self.run_dir) as self.home,
@@ -114,6 +116,7 @@ class TrainingEngine:
                     self._after(metrics, stop)
             finally:
                 self._tell("finish")
+        # Before the best adapter is put back: both speak of the weights that training ended with.
         self.checks.finite(self.backend, self.progress.step)
         self.checks.prove(self.backend)
         best = {
@@ -136,6 +139,7 @@ class TrainingEngine:
         began, step, active = time.perf_counter(), self.progress.step, self.active()
         self.epochs = {job.name: job.epoch_of(step) for job in active}
         batches = self._batches(step, active)
+        # once in a run's life: what a checkpoint's checks found is not checked again after resuming
         if 4 not in self.checks.found:
             self.checks.first_batches(
                 self.backend,
@@ -150,6 +154,7 @@ class TrainingEngine:
             stats = self.backend.forward_backward(batches, self.task, step)
             norms = self.backend.step(rates)
         except NonFiniteError as error:
+            # nobody was updated; contracts.json has to say which contract broke
             self.checks.fail(7, str(error))
             raise
         self.task.after_step(stats)
@@ -158,8 +163,10 @@ class TrainingEngine:
         for job in active:
             standing = self._standing(job.name)
             standing.steps = self.progress.step
+            # a job without a supervised token in this step keeps its last loss
             standing.loss = stats.loss[job.name] if job.name in stats.present else standing.loss
         record = self._record(stats, norms, rates, batches, time.perf_counter() - began)
+        # after the work and before the line: under the old name nothing may be made anew
         self._check_home()
         metrics.write(record)
         self._tell("step", record)
@@ -186,18 +193,21 @@ class TrainingEngine:
         well for several.
         """
         names, step = [name for name in self.jobs if name in stats.present], self.progress.step
+        # several jobs have no common epoch: the line shows the one that goes on longest
         longest = max((self.jobs[name] for name in rates), key=lambda job: job.total)
         record: dict[str, Any] = {
             "step": step,
             "epoch": longest.epochs(step),
             "loss": mean_value([stats.loss[n] for n in names]) if names else 0.0,
             "learning_rate": max(rates.values()),
+            # the norm of all adapters' gradients as one vector; each is clipped by its own
             "grad_norm": sum(n * n for n in norms.norms.values()) ** 0.5,
             "tokens": stats.tokens,
             "supervised_tokens": stats.supervised,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory(),
         }
+        # a single term is the loss, and would only say it twice
         if len(stats.terms) > 1:
             record |= {
                 f"loss_{term}": sum(values[n] for n in names) / max(len(names), 1)
@@ -222,20 +232,25 @@ class TrainingEngine:
     # --- between steps
 
     def _after(self, metrics: MetricsWriter, stop: StopRequest) -> None:
+        # of the jobs in the step just made: one that has ended with it is no longer active, but due
         train = {name: self.jobs[name].train for name in self.epochs}
+        # evaluation before saving: a checkpoint of this step knows whether it was the best so far
         asked = [n for n, t in train.items() if self._due(n, t.eval_strategy, t.eval_steps)]
         found = self._evaluate(metrics, asked)
         improved = [n for n, values in found.items() if self._standing(n).judge(values, train[n])]
         finished, strategy = not self.active(), self.train.save_strategy
+        # the last step is always saved, whatever save_steps divides
         due = strategy != "no" and (
             finished
             or any(self._due(name, strategy, self.train.save_steps) for name in self.epochs)
         )
+        # without its checkpoint there would be nothing to go back to at the end
         keep_best = any(
             self.jobs[name].train.load_best_model_at_end or strategy != "no" for name in improved
         )
         if due or keep_best or stop.requested or stop.take_save():
             self.save()
+        # a signal during the last step changes nothing: the run is complete and ends as such
         if stop.requested and not finished:
             raise RunInterruptedError(
                 f"{stop.requested} arrived; step {self.progress.step} of {self.total} is saved in {self.run_dir}. "
@@ -277,6 +292,7 @@ class TrainingEngine:
         """What was logged when a step was evaluated (None: the last evaluation, if any), by this
         process or an earlier one.
         """
+        # from the file, not from memory: it may be of an earlier life of this run
         several = len(self.jobs) > 1
         lines = (
             (r["step"], r.get("adapters", {}).get(name, {}) if several else r)
@@ -306,6 +322,7 @@ class TrainingEngine:
             "task": self.task.state(),
             "checks": self.checks.state(),
         }
+        # metrics first: no checkpoint may be durable whose steps have no lines on the disk
         durable.sync_file(self.run_dir / METRICS)
         self.newest = checkpoint.save_checkpoint(
             self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept()
@@ -321,6 +338,7 @@ class TrainingEngine:
 
     def _kept(self) -> dict[str, Any]:
         """Which checkpoints stay: the newest few, and the best one of every job."""
+        # also where save_total_limit=1: the best may be far older than the newest
         best = {standing.best_step for standing in self.progress.jobs.values()}
         return {
             "keep": self.train.save_total_limit,
@@ -336,6 +354,7 @@ class TrainingEngine:
             self._tell("note", note)
         try:
             progress = RunProgress.of(meta.get("progress"), self.jobs, meta["step"])
+            # before the weights: its fingerprints are of the adapters as the run began with them
             self.checks.resume(self.backend, meta.get("checks"))
             self.backend.load_state(tensors)
             self.task.load_state(meta.get("task", {}))
@@ -347,8 +366,10 @@ class TrainingEngine:
             raise ModelError(
                 f"{path / checkpoint.META_FILE}: task is not what this task writes there ({error!r})"
             ) from None
+        # Only when all of it was taken is anything removed from disk.
         self.progress = progress
         checkpoint.tidy_checkpoints(self.run_dir, self.progress.step, **self._kept())
+        # a start from another run's checkpoint has none of this step here until it saves
         here = RunDir(self.run_dir).checkpoint(self.progress.step)
         self.newest, self.origin = here if here.is_dir() else path, path
         self._tell(
@@ -358,6 +379,7 @@ class TrainingEngine:
     def _load_best(self, steps: Mapping[str, int]) -> None:
         """Put each job's adapter, with its moments, back to the step that was its best."""
         state = self.backend.state()
+        # jobs that share a best step share the reading of its checkpoint
         for step in sorted(set(steps.values())):
             path = RunDir(self.run_dir).checkpoint(step)
             # the best step lies before a start from another run's checkpoint
@@ -367,6 +389,7 @@ class TrainingEngine:
             state |= {
                 key: t
                 for key, t in checkpoint.load_checkpoint(path)[0].items()
+                # KIND/NAME/TENSOR and adam_count/NAME: the second part is the adapter's
                 if key.split("/")[1] in names
             }
             whose = f", of {', '.join(names)}" if len(self.jobs) > 1 else ""

@@ -58,6 +58,7 @@ def write_and_check_adapters(
     file}; where the base's own weights were trained, the whole model's, by file."""
     if get_base_weights(opened.model) is not None:
         return full.write_and_check_model(run_dir, opened, checks, prepared)
+    # what `TrainResult.model` is returned with: the first adapter answers
     get_bank(opened.model).activate(Mix.one(next(iter(prepared))))
     digests = artifacts.write_adapters(
         run_dir, opened.model, opened.tokenizer, list(prepared), base_model_name(opened)
@@ -66,6 +67,7 @@ def write_and_check_adapters(
         check_adapter_reload(checks, opened.model, name, folder, prepared[name])
         for name, folder in _adapter_folder_list(run_dir, prepared)
     ]
+    # of values, not tensors: it is the number that trainable_parameters has in the receipt
     values = sum(get_bank(opened.model)[name].values.numel() for name in prepared)
     whose = f" of {len(prepared)} adapters" if len(prepared) > 1 else ""
     batches = " and the scores of a batch" if all(scored) else ""
@@ -86,15 +88,18 @@ def check_adapter_reload(
     Returns whether there was a batch to score.
     """
     bank = get_bank(model)
+    # A name that no adapter has, shortened so that the suffix fits the longest one allowed.
     again = next(
         n
         for n in (f"{name[:50]}.reloaded{i or ''}" for i in range(len(bank.names()) + 1))
         if n not in bank.names()
     )
     try:
+        # From the file and by the reader that `lorry.load` uses, beside the one still in memory.
         load_adapter(model, folder, again)
         if not torch.equal(bank[name].values.cpu(), bank[again].values.cpu()):
             raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
+        # a stream does not go back to its first rows: without held-out ones the values have to do
         batch = next(iter(prepared.evaluation), None) or (
             prepared.stream.batches(0)[0] if prepared.tokens else None
         )
@@ -104,6 +109,7 @@ def check_adapter_reload(
                 scorer.score([batch], {"s": TokenScore(log_prob)}, Mix.one(n))[0]["s"]
                 for n in (name, again)
             ]
+            # equal, not close: a tolerance would hide a bit that was lost
             if not torch.equal(*scores):
                 raise checks.fail(5, f"{folder}: the adapter read back gives other logits")
     except ModelError as error:
@@ -120,6 +126,7 @@ def check_newest_checkpoint(checks: ContractChecks, newest: Path | None) -> None
         checks.skipped(6, "the run wrote no checkpoint (save_strategy=no)")
         return
     try:
+        # reads every byte and compares digests; the tensors are dropped at once
         checkpoint.load_checkpoint(newest)
     except ModelError as error:
         raise checks.fail(6, str(error)) from error
@@ -141,6 +148,7 @@ def collect_samples(
     shown = set[str]()
     for name, job in jobs.items():
         data = job.data
+        # jobs on the same data would show the same rows; a streamed source has none to show again
         new = data.tokens is not None and data.digest not in shown
         shown.add(data.digest)
         rows = build_samples(
@@ -169,6 +177,7 @@ def run_receipt(
     """
     data = {name: _data_receipt(job.data, job.row_sets) for name, job in jobs.items()}
     seeds = {name: job.run.train.seed for name, job in jobs.items()}
+    # with lora=null the base in memory is the trained one: its digest was taken as the run began
     weights, one = get_base_weights(opened.model), len(jobs) == 1
     base = {
         **opened.source,
@@ -208,5 +217,6 @@ def base_model_name(opened: OpenedModel) -> str:
     it was read from.
     """
     source = opened.source
+    # with an adapter the name is the adapter's repository, and PEFT would look for weights there
     on_hub = source["kind"] == "hub" and not source.get("adapter")
     return str(source["name"]) if on_hub else str(Path(source["path"]).resolve())

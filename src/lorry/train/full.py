@@ -52,11 +52,13 @@ def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) 
         raise ConfigError(
             f"{run.model.name} has an adapter, and lora=null trains the base; merge it first, or leave lora out"
         )
+    # the start is a term beside W: written as plain weights the model would lack it
     if get_bank(opened.model, create=True).start is not None:
         raise ConfigError(
             f"{run.model.name} stands on an adapter, which the base's weights would not hold; merge it first "
             "(lorry merge), and give the merged model"
         )
+    # a run of this kind moves its own earlier model aside; another's would be displaced unasked
     if (run.output_dir / "config.json").exists() and not is_full_finetune_dir(run.output_dir):
         raise ConfigError(
             f"{run.output_dir} holds a model that no run of this kind wrote and this one would replace; give another"
@@ -92,7 +94,9 @@ def write_and_check_model(
     try:
         save_model(opened.model, staged, tokenizer=opened.tokenizer)
         scored = check_model_reload(checks, opened.model, staged, next(iter(prepared.values())))
+        # of the bytes on disk after they were read back, which the receipt then vouches for
         digests = {file.name: file_digest(file) for file in sorted(staged.glob("*.safetensors"))}
+    # also on Ctrl-C: what was not verified must not lie there as if it were a model
     except BaseException:
         if staged.is_dir():
             durable.remove_directory(staged)
@@ -110,9 +114,11 @@ def publish_model_files(staged: Path, run_dir: Path) -> None:
     """Move a model's files into a run directory, config.json last. A kill in between leaves files
     that resuming writes again.
     """
+    # without config.json no reader takes the directory for a model, however many shards it has
     names = sorted(
         (p.name for p in staged.iterdir()), key=lambda name: (name == "config.json", name)
     )
+    # what is there to the bit already is of a life that was killed while it moved files
     ownership.displace_entries(
         run_dir, [name for name in names if ownership.differs_from(run_dir / name, staged / name)]
     )
@@ -127,6 +133,7 @@ def check_model_reload(
 ) -> bool:
     """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits.
     Returns whether there was a batch to score."""
+    # code of a model that the person has trusted when the run began; reading back asks no more
     foreign = isinstance(model, HfModel) and type(model.inner).__module__.startswith(
         "transformers_modules"
     )
@@ -141,6 +148,7 @@ def check_model_reload(
         ).model
     except ModelError as error:
         raise checks.fail(5, str(error)) from error
+    # names and values of all tensors; ^ names what only one side has
     mine, read = dict(model.named_parameters()), dict(again.named_parameters())
     odd = sorted(mine.keys() ^ read.keys()) + [
         n for n in mine if n in read and not torch.equal(mine[n], read[n])
@@ -157,6 +165,7 @@ def check_model_reload(
         return False
     with torch.no_grad():
         for name, param in read.items():
+            # bit for bit only where both products take the same kernel, see there
             param.data = align_like(param.data, mine[name])
         want = {"s": TokenScore(log_prob)}
         scores = [
@@ -175,5 +184,6 @@ def align_like(tensor: Tensor, like: Tensor) -> Tensor:
     room = torch.empty(
         tensor.numel() + skip + CACHE_LINE_BYTES, dtype=tensor.dtype, device=tensor.device
     )
+    # elements up to the next multiple of 64 bytes, and from there as many as ``like`` is off by
     first = -(room.data_ptr() % CACHE_LINE_BYTES) % CACHE_LINE_BYTES // tensor.element_size() + skip
     return room[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)

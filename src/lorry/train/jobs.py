@@ -45,6 +45,7 @@ class TrainingJob:
         if self.train.warmup_epochs and self.steps_per_epoch:
             # whole steps, rounded down, as open-unlearning counts them
             return int(self.train.warmup_epochs * self.steps_per_epoch)
+        # rounded up, a small ratio of one step is that step: it would have rate 0 and learn nothing
         share = min(warmup_steps(self.total, self.train.warmup_ratio), max(self.total - 1, 0))
         return self.train.warmup_steps or share
 
@@ -79,6 +80,7 @@ class TrainingJob:
         """
         if strategy == "steps":
             return bool(every) and steps % int(every or 1) == 0
+        # epoch_of(steps) is of the step to come: larger than the last one's, a pass is over
         if strategy == "epoch":
             return steps == self.total or self.epoch_of(steps) > epoch
         return False
@@ -111,9 +113,11 @@ class JobProgress:
                 f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}"
             )
         value = found[name]
+        # strictly ahead: of equal values the earlier step stays, as in transformers
         ahead = self.best is None or (
             value > self.best if train.greater_is_better else value < self.best
         )
+        # infinity is "greater" than anything, and a first NaN would never be beaten
         better = ahead and math.isfinite(value)
         if USABLE in found:
             better = found[USABLE] > 0
@@ -150,6 +154,7 @@ class RunProgress:
         ModelError for what no such run could have written: another step, more steps than there are,
         other jobs, a value of another kind.
         """
+        # anybody can make a file with a digest that fits: each value is looked at
         read: RunProgress = validate_strict(_RUN_PROGRESS_ADAPTER, "progress", state)
         total = max(job.total for job in jobs.values())
         if read.step != step:
@@ -161,10 +166,12 @@ class RunProgress:
                 f"progress.jobs are {', '.join(read.jobs) or 'none'}; the run's are {', '.join(jobs)}"
             )
         for name, standing in read.jobs.items():
+            # a job may have ended before the run's step, never after it
             if standing.steps > min(read.step, jobs[name].total):
                 raise ModelError(
                     f"progress.jobs.{name}.steps is {standing.steps} at step {read.step} of {jobs[name].total}"
                 )
+            # both or neither, of a step that was made: its checkpoint is loaded at the end
             if (standing.best_step is None) != (standing.best is None) or (
                 standing.best_step or 0
             ) > standing.steps:
@@ -182,6 +189,7 @@ def validate_strict(kind: TypeAdapter[Any], what: str, state: object) -> Any:
     ModelError naming the field.
     """
     try:
+        # strict and through JSON: pydantic would otherwise take "3", 3.0 or true for a step count
         return kind.validate_json(json.dumps(state), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -211,6 +219,7 @@ class RunOutcome:
         return cls(
             max(o.steps for o in ended),
             mean_value(losses) if losses else None,
+            # several jobs have no common best step; each says its own in ``jobs``
             ended[0].best_step if one else None,
             all(o.stopped_early for o in ended),
             mean_evaluations([o.last_evaluation for o in ended if o.last_evaluation]),
@@ -224,6 +233,7 @@ class HeldOutTask:
     def __init__(self, task: Task, adapter: int) -> None:
         self.adapters, self.wants, self.loss = task.adapters, task.wants, task.loss
         self.reported = task.reported
+        # held-out batches are made for each job by itself, so the first sequence speaks for all
         self.batches = [b for b in task.eval_batches() if int(b.adapter[0]) == adapter]
 
     def eval_batches(self) -> list[Batch]:
@@ -238,6 +248,7 @@ def held_out_task(task: Task, name: str) -> Task:
 
 def mean_value(values: Sequence[float]) -> float:
     """The arithmetic mean; of one value, that value to the bit."""
+    # x / 1 is x: a run of one job logs the very value that its evaluation gave
     return sum(values) / len(values)
 
 

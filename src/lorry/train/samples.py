@@ -13,6 +13,7 @@ from lorry.data.batch import Batch
 from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
 from lorry.generation.sampling import SamplingParams
 
+# as many as a person looks through; generation at the end should take seconds
 SAMPLE_ANSWERS, SAMPLE_ROWS, SAMPLE_NEW_TOKENS = 4, 3, 48
 WeightedSequence = tuple[list[int], list[float]]
 
@@ -62,6 +63,7 @@ def sample_answers(
     """Up to four rows: what stands before the last answer, asked of base and adapter."""
     asked = []
     for tokens, weights in split_sequences(batch, SAMPLE_ANSWERS):
+        # [start, stop) is the last run of learnt tokens: the last answer of a chat of several turns
         stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 0)
         # 1: everything is learnt, there is nothing to ask
@@ -76,6 +78,7 @@ def sample_answers(
         else {"before": Mix.none(), "after": Mix.one(adapter)}
     )
     params = SamplingParams(max_new_tokens=SAMPLE_NEW_TOKENS, stop_token_ids=ends)
+    # greedy for both: a difference is the adapter's and not the dice's
     said = {side: backend.generate(prompts, params, adapters=mix) for side, mix in sides.items()}
     return [
         {

@@ -41,6 +41,7 @@ def learning_rate_at(step: int, total: int, *, kind: str, base: float, warmup: i
         )
     if step < 0 or total < 0 or warmup < 0:
         raise ValueError(f"step, total and warmup count from 0, got {step}, {total} and {warmup}")
+    # the factor first, as torch's LambdaLR has it: another order would round otherwise
     if step < warmup:
         return base * (step / warmup)
     return base * SCHEDULE_SHAPES[kind](step - warmup, total - warmup)

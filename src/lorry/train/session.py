@@ -70,6 +70,7 @@ from lorry.train.start import (
     is_own_checkpoint,
 )
 
+# how far the loss packed and alone may differ (contract 4); of half precision 1e-2
 SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 # tokens from which a pass over the base gains nothing more from having others beside them
 MIN_BATCH_TOKENS = {
@@ -102,10 +103,13 @@ def train_run(
 ) -> TrainResult:
     """Train as described, whatever the task, and write the run directory. Raises LorryError of the
     kind that fits; contracts.json is written even then, once the run has begun."""
+    # first of all: a directory with somebody's files is refused before a second is spent
     claim_output_dir(run)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
         run, exams = _prepare_run(run, notes)
+        # before the model is loaded: an unfinished run that is not resumed is refused here
         resume_from = find_resume_checkpoint(run)
+        # a listener like the others; what it heard corrects `lorry plan` at the end
         times = StepTimes()
         trackers = open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))
         notebook = Notebook(notes, [*listeners, times, *trackers])
@@ -118,6 +122,7 @@ def train_run(
         resume_or_make_room(engine, resume_from, run, notebook)
         artifacts.write_start(run.output_dir, over, list(jobs))
         process.begin(engine.progress.step, engine.total)
+        # the run's own files are all written in there; the rate below is of this machine
         result = _train_and_finish(run, opened, jobs, engine, process.home)
         notebook.tell(record_step_rate(run, opened, times))
         return result
@@ -146,6 +151,7 @@ def _prepare_run(run: RunConfig, notes: list[str]) -> tuple[RunConfig, list[Benc
 
 
 def _set_up_torch(run: RunConfig) -> None:
+    # before torch allocates or compiles anything: both settings are read once
     tune_allocator()
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
@@ -165,6 +171,7 @@ def open_base(run: RunConfig, notes: list[str]) -> OpenedModel:
         raise ConfigError(
             f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"
         )
+    # the files to read would be moved to previous/N, or written over at the end
     begins_with = {Path(opened.source["path"]).resolve()}
     if TASKS[run.task].over_start:
         adapters = (opened.source.get("adapter"), run.model.adapter)
@@ -208,6 +215,7 @@ def resume_or_make_room(
         _resume_engine(engine, start, run.output_dir)
     if is_own_checkpoint(start, run.output_dir):
         return
+    # "auto" without any checkpoint: stopped before the first one, so its files are this run's own
     going_on = start is None and run.train.resume_from_checkpoint == "auto"
     if (aside := archive_previous_run(run.output_dir, going_on=going_on)) is not None:
         notebook.tell(f"{run.output_dir} held an earlier run; it is in {aside} now")
@@ -242,6 +250,7 @@ def _train_and_finish(
         {name: job.data for name, job in jobs.items()},
     )
     home.check()
+    # From here on the directory is a run's by its mark, whatever happens next.
     artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
     try:
         checks.begin(
@@ -249,6 +258,7 @@ def _train_and_finish(
             finish.contract_targets(opened.model, list(jobs)),
             finish.describe_unadapted(opened.model, list(jobs)),
         )
+        # now already: a run that breaks off has its rows accounted for as well
         checks.held(8, _row_accounting(jobs))
         outcome = engine.run()
         checks.held(8, _row_accounting(jobs))  # a streamed source knows more now
@@ -262,6 +272,7 @@ def _train_and_finish(
             finish.collect_samples(backend, jobs, opened.model.context, TASKS[run.task].samples),
         )
     finally:
+        # also after an error, which it explains; not under the name of a directory that moved
         if home.is_there():
             artifacts.write_json(run.output_dir, CONTRACTS, checks.report())
     home.check()
@@ -272,9 +283,11 @@ def _train_and_finish(
     receipt = finish.run_receipt(
         run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher")
     )
+    # the receipt is what tells a finished run from an unfinished one: after all that it vouches for
     artifacts.write_json(run.output_dir, RECEIPT, receipt)
     if os.path.lexists(run.output_dir / EVALUATION) and not _is_readable_evaluation(run.output_dir):
         ownership.displace_entries(run.output_dir, [EVALUATION])  # the card would read it
+    # last of all: it is made from the files above, as `lorry push` would make it again
     artifacts.write_text(run.output_dir, CARD, render_run_card(run.output_dir))
     return TrainResult(
         run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs)
@@ -305,10 +318,12 @@ def prepare_jobs(
     """What every job reads; data that several of them share is read once. Raises what
     `prepare_data` raises.
     """
+    # known: encoded rows by what they hang on, so that jobs with the same data read it once
     task, known = TASKS[run.task], dict[str, EncodedRows]()
     make = partial(task.encoder(run, opened, notebook.notes), tell=lambda text: notebook.tell(text))
 
     def prepare(one: RunConfig, data: DataConfig, name: str) -> PreparedData:
+        # a second set of rows makes the name part of the file's, or one would write over the other
         aside = RunDir(run.output_dir).quarantine(name, len(attached) + len(task.row_sets(one)))
         return prepare_data(
             data, one.train, opened.tokenizer, quarantine=aside, known=known, make=make
@@ -343,6 +358,7 @@ def _row_accounting(jobs: PreparedJobs) -> str:
     lines = [
         data.report.lines() for job in jobs.values() for data in (job.data, *job.row_sets.values())
     ]
+    # one line in contracts.json: the first facts of a single set, of several the counts of each
     return "; ".join(lines[0][:3] if len(lines) == 1 else dict.fromkeys(one[0] for one in lines))
 
 
@@ -370,6 +386,7 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str
         raise ConfigError(
             f"{run.model.name} holds several adapters ({', '.join(opened.adapters)}); name one of their folders"
         )
+    # by value and not by what was given: settings equal to the defaults ask for nothing else
     if run.lora != LoraConfig(adapter_name=run.lora.adapter_name):
         raise ConfigError(
             f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings"
@@ -401,6 +418,7 @@ def build_engine(
     )
     training = [_training_job(name, job) for name, job in jobs.items()]
     inputs = _task_inputs(run, opened, jobs, training, backend)
+    # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
     built = TASKS[run.task].build(replace(inputs, tell=notebook.repeat))
     notebook.notes += [*built.notes, *(note for job in training if (note := job.warmup_note()))]
     notebook.tell()
@@ -436,11 +454,13 @@ def _task_inputs(
 ) -> TaskInputs:
     """The jobs' rows as one stream, and the held-out ones of all of them."""
     seeds = {name: job.run.train.seed for name, job in jobs.items()}
+    # a kind of device without a number is taken for the fastest, which needs the most
     room = run.joint_tokens or MIN_BATCH_TOKENS.get(
         backend.device.type, max(MIN_BATCH_TOKENS.values())
     )
     stream = JointStream({name: job.stream for name, job in jobs.items()}, seeds, room)
     held = [
+        # held-out rows carry their job's number, by which `held_out_task` tells them apart again
         assign_adapter(batch, number, seeds[name])
         for number, (name, job) in enumerate(jobs.items())
         for batch in job.data.evaluation
@@ -455,6 +475,7 @@ def _run_identity(
     """What a checkpoint remembers of its run, and resuming compares."""
     digests = {name: job.data.digest for name, job in jobs.items()}
     return {
+        # as JSON gives it back: a checkpoint's meta holds no tuples and no paths
         "config": json.loads(run.model_dump_json()),
         "digests": {
             "data": digests if len(jobs) > 1 else next(iter(digests.values())),

@@ -53,6 +53,7 @@ def claim_output_dir(run: RunConfig) -> None:
     folder = run.output_dir
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is no directory; give another one")
+    # the directory of a run of ours is judged file by file when each name is written
     if not ownership.is_run(folder):
         names = _matching_names(folder, _written_patterns([job.name for job in run.jobs]))
         ownership.refuse_foreign(
@@ -73,7 +74,9 @@ def find_resume_checkpoint(run: RunConfig) -> Path | None:
     if (
         unfinished
         and not is_own_checkpoint(start, folder)
+        # a broken contract ends a run as surely as its last step does: nothing is lost by a new one
         and not broken_contracts(folder)
+        # asked last, for it reads and hashes a checkpoint whole
         and checkpoint.find_latest_checkpoint(folder)
     ):
         raise ConfigError(
@@ -97,6 +100,7 @@ def _requested_checkpoint(run: RunConfig) -> Path | None:
 
 def is_own_checkpoint(start: Path | None, folder: Path) -> bool:
     """Whether a checkpoint is one of the run directory's own."""
+    # resolved: the same directory may be reached through a link, or by a relative path
     return start is not None and start.resolve().parent == (folder / CHECKPOINTS).resolve()
 
 
@@ -120,6 +124,7 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     rest. Raises DiskError.
     """
     patterns = [*RESULTS, METRICS, CHECKPOINTS, RUN_FILE]
+    # in any other directory config.json and weights are a model that somebody put there
     if is_full_finetune_dir(folder):
         patterns += [*MODEL_FILES, SHARDS]
     # else the tokenizer is of a model that is not the run's
@@ -128,12 +133,14 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     names = [*_recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
     if not going_on and (folder / START / ADAPTER_CONFIG).is_file():
         names.append(START)
+    # metrics and checkpoints of the earlier lives stay where resuming looks for them
     if going_on:
         names = [
             name
             for name in names
             if name not in RUN_MARKER_FILES or not _is_run_marker(folder / name)
         ]
+    # the receipt last: without it, checkpoints still there would look like an unfinished run's
     marks = [CHECKPOINTS, RUN_FILE, RECEIPT]
     names.sort(key=lambda name: marks.index(name) if name in marks else -1)
     return ownership.move_to_previous(folder, names) if names else None
@@ -150,6 +157,7 @@ def _is_run_marker(path: Path) -> bool:
     """Whether a file of `RUN_MARKER_FILES` is what a run of ours writes there."""
     if path.name == RUN_FILE:
         return bool(ownership.read_run_description(path))
+    # metrics and checkpoints have readers of their own, which refuse what they do not know
     return ownership.is_contracts(path) if path.name == CONTRACTS else True
 
 
@@ -165,6 +173,7 @@ def _written_patterns(jobs: list[str]) -> list[str]:
 
 def _matching_names(folder: Path, patterns: list[str]) -> list[str]:
     """The names in a directory that match one of the patterns; ``a/b`` is looked for as it is."""
+    # only the names in it, never a walk: whatever else lies below is not ours to look at
     here = os.listdir(folder) if folder.is_dir() else []
     nested = [
         pattern for pattern in patterns if "/" in pattern and os.path.lexists(folder / pattern)
@@ -186,5 +195,6 @@ def _recorded_adapter_folders(folder: Path) -> list[str]:
     return [
         n
         for n in names
+        # a run.yaml is text that anybody may have written: no path, no "." and ".." moves a folder
         if n == os.path.basename(n) and n.strip(".") and (folder / n / ADAPTER_CONFIG).is_file()
     ]

@@ -51,6 +51,7 @@ class PlainListener:
         self.total = total
 
     def step(self, record: StepRecord) -> None:
+        # the last step always: a log should end with the loss that the run ended with
         if record["step"] % self.every == 0 or record["step"] == self.total:
             self._line(f"step {record['step']}/{self.total}  {format_step_figures(record)}")
 
@@ -62,6 +63,7 @@ class PlainListener:
         self._line(text)
 
     def _line(self, text: str) -> None:
+        # a full disk behind `> log`, or a reader that has gone: no reason to lose a run
         with contextlib.suppress(OSError):
             print(make_visible(text), file=self.out, flush=True)
 
@@ -84,6 +86,7 @@ class ProgressBarListener:
         self.progress = Progress(
             *columns, TextColumn("{task.fields[figures]}"), console=self.console
         )
+        # hidden until `start`: loading and reading tell notes, and a bar at 0 would mislead
         self.bar = self.progress.add_task("train", figures="", visible=False)
 
     def start(self, done: int, total: int) -> None:
@@ -127,6 +130,7 @@ def format_evaluation(record: StepRecord) -> list[str]:
         name: "  ".join(
             f"{metric} {value:.4f}"
             for metric, value in one.items()
+            # counts are logged but are no result
             if metric != "step" and isinstance(value, float)
         )
         for name, one in several.items()

@@ -50,7 +50,9 @@ class RunProcessRecorder:
 
     def __init__(self, run_dir: Path, home: RunDirectoryHandle) -> None:
         self.run_dir, self.path, self.home = run_dir, run_dir / PROCESS, home
+        # of the last life, put back where this one fails before it touched anything
         self.before = self.path.read_bytes() if self.path.is_file() else None
+        # a process number is used again after its process; with its birth it is one process only
         born = psutil.Process().create_time()
         self.process = RunProcess(
             os.getpid(),
@@ -74,6 +76,7 @@ class RunProcessRecorder:
         directory has moved away.
         """
         self.home.check()
+        # last of all: whoever waits for the run's end must find its log complete
         after_last_line(self._remove)
 
     def fail(self, error: BaseException) -> None:
@@ -118,6 +121,7 @@ class RunProcessRecorder:
                 durable.disk.unlink(self.path)
             durable.disk.fsync_dir(self.run_dir)
         except OSError as error:
+            # with the path: the system's own text names none after fsync
             raise durable.DiskError(error.errno, error.strerror, str(self.path)) from error
 
 
@@ -131,6 +135,7 @@ def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
     """
     made = not os.path.isdir(run_dir)
     durable.make_directory(run_dir)
+    # the lock outermost: it is held until process.json says how this process ended
     with _directory_lock(run_dir), raise_on_signals(), RunDirectoryHandle(run_dir) as home:
         here = RunProcessRecorder(run_dir, home)
         try:
@@ -139,6 +144,7 @@ def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
             # the error itself is what matters, also where the disk takes no more
             with contextlib.suppress(OSError):
                 here.fail(error)
+                # a directory that we made and left empty is no trace worth keeping
                 if made and home.is_there() and not os.listdir(run_dir):
                     durable.disk.rmdir(run_dir)
             raise
@@ -150,6 +156,7 @@ def _directory_lock(run_dir: Path) -> Iterator[None]:
     """Hold the directory's lock: of two that start at the same moment one is refused. The kernel
     frees it, however we end.
     """
+    # process.json first: it names the process, which a lock cannot
     refuse_second(run_dir)
     folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -182,6 +189,7 @@ def redact_secrets(words: Sequence[str]) -> list[str]:
         name, equals, _ = word.partition("=")
         secret = names_secret(name)
         kept.append("***" if hide else f"{name}=***" if secret and equals else mask_secrets(word))
+        # "--token VALUE": the secret is the next word
         hide = secret and not equals and word.startswith("--")
     return kept
 

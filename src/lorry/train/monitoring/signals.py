@@ -55,8 +55,10 @@ class StopRequest:
         if number == signal.SIGHUP:
             _detach_terminal()
         self._interrupts += number == signal.SIGINT
+        # a person who presses Ctrl-C twice wants out now, with the last checkpoint as it is
         if self._interrupts > 1:
             raise KeyboardInterrupt
+        # the first one's name: a scheduler's SIGTERM is the reason, not what follows it
         self.requested = self.requested or signal.Signals(number).name
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
@@ -84,6 +86,7 @@ def watch_signals() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in wanted}
     try:
         for number, handler in wanted.items():
+            # ignored by the parent's wish (nohup, `command &`): not ours to undo
             if before[number] is not signal.SIG_IGN:
                 signal.signal(number, handler)
         yield stop
@@ -121,6 +124,7 @@ class _RaiseHandler:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if _count_unsafe_frames(frame) > self.imports:
+            # one timer per signal, or a signal that is sent often would start threads without end
             if number not in self.remembered or not self.remembered[number].is_alive():
                 self.remember(number)
             return
@@ -144,6 +148,7 @@ class _RaiseHandler:
         timer = self.remembered[number] = threading.Timer(
             RESEND_SECONDS, signal.pthread_kill, (main, number)
         )
+        # a process that ends otherwise must not wait for it
         timer.daemon = True
         timer.start()
 
@@ -151,6 +156,7 @@ class _RaiseHandler:
         """Send nothing again; the signals that were remembered and never told."""
         numbers = list(self.remembered)
         for timer in self.remembered.values():
+            # joined as well: a timer that has fired already delivers before we go on, not after
             timer.cancel()
             timer.join()
         self.remembered.clear()
@@ -233,6 +239,7 @@ def _detach_terminal() -> None:
         except OSError:
             continue  # closed
         if gone:
+            # dup2 keeps the numbers 1 and 2, which libraries in C write to directly
             nowhere = os.open(os.devnull, os.O_RDWR)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)

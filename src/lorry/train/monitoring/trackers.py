@@ -32,6 +32,7 @@ class TrackerListener:
 
     def evaluation(self, record: StepRecord) -> None:
         named = {
+            # "train/" and "eval/" are the groups that these tools draw panels by
             name.replace("eval_", "eval/", 1): value
             for name, value in _numeric_values(record).items()
         }
@@ -62,6 +63,7 @@ def _numeric_values(record: StepRecord) -> dict[str, float]:
 
 def _require_package(module: str, package: str) -> Any:
     try:
+        # imported only when asked for: each takes seconds, and none is required
         return importlib.import_module(module)
     except ImportError as e:
         raise ConfigError(

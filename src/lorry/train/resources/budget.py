@@ -32,6 +32,7 @@ def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
     A function of the description, the config and the device's kind, so that a resumed run settles
     on the same. Raises ConfigError when nothing fits, naming the smallest budget that would do.
     """
+    # lora=null is refused with words of its own by `refuse_adapter_settings`
     if run.memory_budget is None or run.lora is None:
         return run
     if run.jobs:
@@ -39,6 +40,7 @@ def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
             "memory_budget is not planned for several jobs yet; leave out memory_budget or jobs"
         )
     model = run.model
+    # config.json and headers alone: nothing that weighs is read before there is a plan
     place = resolve_model(
         model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, notes=[]
     )
@@ -53,6 +55,7 @@ def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
     where = pick_device(model.device)
     device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
     precision = str(pick_dtype(model.dtype, where)).removeprefix("torch.")
+    # an adapter that is trained further has its rank already; only the batch is left to choose
     existing = _adapter_rank(place.adapter or (Path(model.adapter) if model.adapter else None))
     options = open_choices(run, shape, [precision], rank=existing)  # type: ignore[list-item]
     found = find_fitting_choice(

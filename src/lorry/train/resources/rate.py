@@ -28,9 +28,8 @@ from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.shapes import read_model_shape
 
 # Rows and side of a product [rows, side] @ [side, side], the shape of a layer's: the first that
-# lasts
-# long enough for the clock and for what starting it costs, so that one still fits between two turns
-# of somebody else (some milliseconds). A longer one measures the neighbours.
+# lasts long enough for the clock and for what starting it costs, so that one still fits between two
+# turns of somebody else (some milliseconds). A longer one measures the neighbours.
 MATRIX_SIZES, MIN_PRODUCT_SECONDS = ((128, 1024), (512, 2048), (2048, 2048)), 0.002
 MAX_REPEATS, MAX_RATE_SECONDS = 500, 2.0  # products at most, and how long they may take altogether
 MIN_PRODUCTS = 5  # products, however long they take
@@ -76,6 +75,7 @@ def measure_matrix_rate(device: str, precision: str, threads: int | None) -> Rat
 
         def product(rows: int, side: int) -> Callable[[], float]:
             kind = getattr(torch, precision)
+            # drawn once and outside the clock; made in fp32, since not every dtype can be drawn
             a, b = (torch.randn(n, side, device=device).to(kind) for n in (rows, side))
             return lambda: _product_seconds(a, b, device)
 
@@ -97,6 +97,7 @@ def best_product_rate(
             break
     while len(taken) < MAX_REPEATS and sum(taken) < MAX_RATE_SECONDS:
         taken.append(make())
+    # FLOPs of [rows, side] @ [side, side]; 1e-9 s: a clock may not have moved
     rate, load = 2 * rows * side**2 / max(min(taken), 1e-9), machine.load_average()
     return RateMeasurement(
         rate=rate, at=rates.utc_timestamp(), repeats=len(taken), load=load, waited=waited()
@@ -155,6 +156,7 @@ def tokens_per_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] |
     ]
     if len(counted) < MIN_TIMED_STEPS or sum(seconds for _, seconds in counted) < MIN_TIMED_SECONDS:
         return None
+    # seconds per token, so that short steps are not taken for fast ones; half, rounded up
     fast = sorted(counted, key=lambda one: one[1] / one[0])[: -(-len(counted) // 2)]
     return sum(tokens for tokens, _ in fast) / sum(seconds for _, seconds in fast), len(counted)
 
@@ -193,6 +195,7 @@ def _achieved_rate(
     speed, count = found
     shape = read_model_shape(model.config, where=run.model.name)
     steps = len(times.steps) * run.train.gradient_accumulation_steps
+    # tokens of a mean micro-batch, which is what a plan counts FLOPs and memory of
     tokens = max(1, round(sum(tokens for tokens, _ in times.steps) / steps))
     length = min(run.data.max_length, max(1, tokens // run.train.per_device_train_batch_size))
     setup = MemorySetup(
