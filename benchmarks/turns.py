@@ -88,8 +88,12 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def in_fresh_process(engine: str, folder: Path, case: Case) -> dict[str, Any]:
-    """`work` in a process of its own. Where it fails, what it said last, under ``failed``."""
+def in_fresh_process(
+    engine: str, folder: Path, case: Case, script: str = __file__
+) -> dict[str, Any]:
+    """A script's `work` in a process of its own. Where it fails, what it said last, under
+    ``failed``.
+    """
     quiet = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -103,7 +107,7 @@ def in_fresh_process(engine: str, folder: Path, case: Case) -> dict[str, Any]:
     env = {**os.environ, **quiet, **cache, "OMP_NUM_THREADS": str(case.threads)}
     before = os.getloadavg()[0]
     done = subprocess.run(
-        [sys.executable, __file__, engine, str(folder)], capture_output=True, text=True, env=env
+        [sys.executable, script, engine, str(folder)], capture_output=True, text=True, env=env
     )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
