@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from lorry import cli, config
 from lorry.config import parse_settings
+from lorry.config.parsing.open_unlearning import verb_of_launcher
 from lorry.data.catalog import shipped_catalog
 from lorry.errors import LorryError
 from tests.support.hub_standin import Hub
@@ -183,6 +184,52 @@ def test_both_sides_of_a_pair_are_the_same_run(
         return
     expected = parse_settings(config.RunConfig, [*shlex.split(ours or ""), *rest], [])
     assert parse_settings(config.RunConfig, [str(file), *rest], []) == expected
+
+
+# open-unlearning's are whole commands in one table and single settings in the other, both of which are
+# tried in an experiment
+UNLEARNING = SECTIONS["open-unlearning"]
+COMMANDS = re.findall(
+    r"^\| `(\S* ?[^`]*src/\w+\.py [^`]+)` \| `lorry ([^`]+)` \|", UNLEARNING, flags=re.M
+)
+SETTINGS = re.findall(r"^\| `([^`]+=[^`]+)` \| (?:`([^`]+)`|nothing) \|", UNLEARNING, flags=re.M)
+SETTINGS = [pair for pair in SETTINGS if "src/" not in pair[0]]
+
+
+def parsed(words: list[str], notes: list[str]) -> Any:
+    schema = next(verb.schema for verb in cli.VERBS if verb.name == words[0])
+    return parse_settings(getattr(config, schema), words[1:], notes)
+
+
+def test_every_row_of_open_unlearning_is_tried() -> None:
+    rows = [line for line in UNLEARNING.splitlines() if line[:3] == "| `"]
+    assert len(COMMANDS) >= 17
+    assert len(SETTINGS) >= 23
+    assert len(rows) == len(COMMANDS) + len(SETTINGS)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), COMMANDS)
+def test_a_command_of_open_unlearning_is_the_one_beside_it(theirs: str, ours: str) -> None:
+    notes = list[str]()
+    pasted = parsed(verb_of_launcher(shlex.split(theirs)), notes)
+    assert pasted == parsed(shlex.split(ours), [])
+    assert notes
+    # the same behind the verb, and with what Hydra needs left out
+    verb, *words = verb_of_launcher(shlex.split(theirs))
+    assert verb == ours.split()[0]
+    script = next(at for at, word in enumerate(words) if word.endswith(".py"))
+    assert parsed([verb, *words[script + 1 :]], []) == pasted
+
+
+@pytest.mark.parametrize(("theirs", "ours"), SETTINGS)
+def test_a_setting_of_open_unlearning_is_the_one_beside_it(theirs: str, ours: str) -> None:
+    # shlex would take the backslash of a regular expression
+    before, after = (
+        ["unlearn", "experiment=unlearn/tofu/lora", *text.split()] for text in (theirs, ours)
+    )
+    notes = list[str]()
+    assert parsed(before, notes) == parsed(after, [])
+    assert any(theirs.lstrip("+").partition("=")[0] in note for note in notes)
 
 
 def test_the_program_for_people_who_use_peft_runs_and_peft_reads_what_it_wrote(

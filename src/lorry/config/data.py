@@ -24,7 +24,7 @@ class DataConfig(SettingsGroup):
     needs_rows: ClassVar[bool] = True
     path: PathText | list[PathText] | None = config_field(
         None,
-        "file, directory or hub id, or a list of them",
+        "file, directory or hub id, or a list of them; or rows of a benchmark by name: tofu:full",
         json_schema_extra={"shown": "required, or mix"},
     )
     mix: list[str] = config_field(
@@ -36,7 +36,8 @@ class DataConfig(SettingsGroup):
         "share of each named set of mix in an epoch, by name or in order; null: every row once",
     )
     local: dict[str, PathText] = config_field(
-        {}, "files of named sets: local.NAME=path, or of one split: local.NAME.train=path"
+        {},
+        "files of named sets: local.NAME=path, or of one split: local.NAME.train=path; folders of tofu, muse, wmdp",
     )
     catalog: PathText | None = config_field(
         None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"

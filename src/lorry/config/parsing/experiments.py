@@ -63,7 +63,8 @@ def take_experiment(
     values = {key: value for key, value in described.values.items() if key != PARAMETERS}
     filled = DescriptionFile(_fill_in(values, parameters), described.lines)
     name = path.relative_to(SHIPPED_EXPERIMENTS).with_suffix("").as_posix()
-    notes.append(f"{EXPERIMENT}={name} stands for the settings of {path}")
+    shown = "".join(f", {key}={word}" for key, word in parameters.items())
+    notes.append(f"{EXPERIMENT}={name}{shown}: the settings of {path}, under those given here")
     return Experiment(path, filled), rest
 
 
