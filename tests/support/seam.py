@@ -14,7 +14,8 @@ from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.families import find_family
 from lorry.models.decoder.model import Decoder
 from lorry.models.scoring.score import TokenScore, Want, log_prob
-from lorry.tasks.losses import nll_loss, npo_loss
+from lorry.tasks.losses import nll_loss
+from lorry.tasks.unlearn.losses import npo_loss
 
 VOCAB = 61
 CONFIG = {
@@ -119,7 +120,9 @@ class Npo(Fixed):
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         forget = torch.tensor([r == "forget" for r in batch.role])
         terms = (
-            npo_loss(got["logprob"], batch.extra["reference"].values, batch, self.beta),
+            npo_loss(
+                got["logprob"], batch.extra["reference"].values, batch.weights, batch, self.beta
+            ),
             nll_loss(got["logprob"], batch),
         )
         return {
