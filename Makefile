@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -98,6 +98,10 @@ study-instruct: setup
 	$(BIN)/python benchmarks/instruct.py --ask-only --ways full mlp distil-r4 base && wait $$first
 	$(BIN)/python benchmarks/instruct.py
 	$(BIN)/python benchmarks/results.py
+
+# Unlearning TOFU's forget05: hours. In sittings of twenty minutes, each of which goes on where the last one stopped.
+study-tofu: setup
+	until $(BIN)/python benchmarks/unlearn_study.py; do test $$? -eq 75 || exit 1; done
 
 # TRL is only ever compared with, so it is not part of setup.
 bench-setup: setup
