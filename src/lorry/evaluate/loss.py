@@ -24,6 +24,7 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
     batches = task.eval_batches()
     if not batches:
         return {}
+    # over all batches before the first is scored: the mean is of the set, not of batch means
     totals = {name: float(total.sum()) for name, total in term_totals(batches).items()}
     sums = dict.fromkeys(totals, 0.0)
     tokens = hits = nll = 0.0
@@ -74,6 +75,7 @@ def packed_loss_difference(backend: ScoringBackend, batch: Batch, sequences: int
         mean_nll(backend, [collate(parts)]),
         mean_nll(backend, [collate([p]) for p in parts]),
     )
+    # per token, and relative above a loss of 1: rounding grows with the loss
     return abs(packed - alone) / max(tokens, alone)
 
 
@@ -86,8 +88,7 @@ def packing_leak(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> f
     # first the even sequences change and the odd are watched, then the other way round
     for parity in (0, 1):
         neighbours_reversed = [
-            # reversed and not drawn anew: the same tokens, so experts and vocabulary tiles see no
-            # others
+            # reversed and not drawn anew: experts and vocabulary tiles see the same tokens
             replace(p, tokens=list(p.tokens)[::-1]) if s % 2 == parity else p
             for s, p in enumerate(parts)
         ]

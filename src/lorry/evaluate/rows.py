@@ -117,6 +117,7 @@ class EvalRows:
             raise DataError(
                 f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}"
             )
+        # [sequences]: a long text is cut into several pieces, which are one row of the results
         owners = [number for number, (_, pieces) in enumerate(encoded_rows) for _ in pieces]
         return cls(
             [_eval_row(example, encoder) for example, _ in encoded_rows], tokens, owners, encoder
@@ -133,6 +134,7 @@ class EvalRows:
             try:
                 fits = (
                     context is None
+                    # left out rather than cut: an answer to half a question would count as wrong
                     or len(self.encoder.prompt(row.content)) + max_new_tokens <= context
                 )
             except TemplateRefusedError:
@@ -151,6 +153,7 @@ class EvalRows:
 def _eval_row(example: DataExample, encoder: ExampleEncoder) -> EvalRow:
     if not isinstance(example.content, Conversation):
         return EvalRow(example.where, example.content)
+    # the last turn that is learnt, which need not be the last turn
     messages, learnt = example.content.messages, reference_answer(example.content)
     last = max(
         number
@@ -185,6 +188,7 @@ def _acceptable_answers(values: Mapping[str, Any], learnt: str) -> list[str]:
 
 def _strip_end_of_turn(text: str, encoder: ExampleEncoder) -> str:
     """Without an end of turn that the data wrote out; an answer is decoded without it, too."""
+    # in this order: EOS may stand behind the end of turn, and both may be the same text
     for end in (encoder.template.end_of_turn, encoder.tokenizer.eos_token):
         text = text.rstrip().removesuffix(end) if end else text
     return text
@@ -202,6 +206,7 @@ def score_teacher_forced(
         )[0]
         supervised = (batch.weights != 0).double()
         sums = (
+            # float64: sums over long texts of values with seven digits
             batch.sum_by_sequence(-token_scores["logprob"].double() * batch.weights.double()),
             batch.sum_by_sequence(batch.weights.double()),
             batch.sum_by_sequence(supervised),
@@ -231,6 +236,7 @@ def evaluate_rows(
     # a base without adapters answers under Mix.none() too, which needs a bank
     get_bank(model, create=True)
     teacher_forced = score_teacher_forced(ModelScorer(model), rows, mix, batch_rows)
+    # sums first, one quotient at the end: a mean of rows' means would favour short rows
     metrics = sum(teacher_forced, TeacherForcedScore()).metrics()
     if not asked:
         return EvaluationResult(metrics, {}, teacher_forced)

@@ -46,6 +46,7 @@ def own_encoder(
     """Rows are read by the model's own tokenizer; a token without an embedding makes a bad row."""
 
     def make(*args: Any, **settings: Any) -> ExampleEncoder:
+        # the model's rows and not the tokenizer's length, which may be either way off
         return ExampleEncoder(*args, **settings, embeddings=opened.model.vocab_size)
 
     return make

@@ -19,4 +19,5 @@ def distillation_loss(divergence: Tensor, taught: Tensor, batch: Batch) -> Tenso
     """[S]: sum over the supervised tokens a teacher speaks of (``taught`` [T] is 1 there) of weight
     * divergence.
     """
+    # where and not times 0: an infinity at a token that nobody taught would become NaN
     return batch.sum_by_sequence(torch.where(taught > 0, divergence, 0.0) * batch.weights)

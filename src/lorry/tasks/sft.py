@@ -32,6 +32,7 @@ class SftTask:
         total_steps: int,
         adapters: Sequence[str],
     ) -> None:
+        # a list: held-out batches are read at every evaluation, and must be the same ones
         self.stream, self.evaluation = stream, list(evaluation)
         self.total_steps, self.adapters = total_steps, adapters
 
@@ -63,6 +64,7 @@ class SftTask:
         self.stream.load_state(state)
 
     def _weigh(self, batch: Batch) -> Batch:
+        # [K]: supervised weight per adapter, by which the backend divides the sums of a whole step
         return batch.with_terms(nll=batch.count("token", len(self.adapters)))
 
 

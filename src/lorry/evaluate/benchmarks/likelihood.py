@@ -84,6 +84,7 @@ class HarnessTokenizer:
     def pair(self, context: str, continuation: str) -> TokenPair:
         """Raises DataError when nothing is left to be scored."""
         if context == "":
+            # without special tokens: the prefix stands for them, unless the text brings it along
             ids = self._encode(continuation, False)
             pair_ids = (
                 TokenPair(ids[:1], ids[1:])
@@ -95,10 +96,12 @@ class HarnessTokenizer:
             # a lone space two others
             context_ids, whole_ids = self.ids(context.rstrip()), self.ids(context + continuation)
             pair_ids = (
+                # cut by number of tokens, as the harness does, even where a token spans the seam
                 TokenPair(context_ids, whole_ids[len(context_ids) :])
                 if context_ids
                 else TokenPair([self.prefix], whole_ids)
             )
+        # it would score 0, and be the likeliest of all options
         if not pair_ids.continuation:
             raise DataError(
                 f"the continuation {continuation!r} of {context[-60:]!r} has no tokens of its own; nothing to score"
@@ -174,8 +177,7 @@ def score_pairs(
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     for batch in batch_scoring_rows(group_scoring_rows(pairs, limit), batch_tokens):
         with torch.no_grad(), evaluation_mode(model):
-            # all of a batch before it is handed out: the model must not be left in evaluation mode
-            # between
+            # a whole batch before it is handed out: in between the model must be as it was
             scores = list(_score_batch(model, batch, mix))
         yield from scores
 
@@ -242,6 +244,7 @@ def _score_batch(
         [top_statistic, log_prob, *(_final_statistic(j) for j in range(1, width))],
         call,
     )
+    # table [scored tokens, 1 + k]: the likeliest token's id, then log p of the k last tokens
     lines, likeliest = table[:, 1:].double().cpu(), table[:, 0].long().cpu()
     start = 0
     for row in rows:
@@ -268,6 +271,7 @@ def _pair_likelihoods(
                 f"the log-likelihood of continuation {number} is not a number; the model's weights or an adapter's hold NaN or "
                 "infinity, or overflow in this dtype"
             )
+        # count - 1 shared tokens and the pair's own last one
         greedy = all(hits[len(hits) - (count - 1) :]) and likeliest[-1] == row.finals[final]
         yield number, ContinuationLikelihood(math.fsum(values), count, greedy)
 

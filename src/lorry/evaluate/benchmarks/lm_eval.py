@@ -65,6 +65,7 @@ __all__ = ["LorryLM", "evaluate", "lm", "loglikelihoods"]
 
 HARNESS_MODEL_NAME = "lorry"
 BASE_SIDE = "base"
+# the harness' own default, where a task says nothing
 MAX_GEN_TOKS = 256
 HARNESS_SETTINGS = ("batch_tokens", "batch_rows", "max_gen_toks", "max_length", "chat", "seed")
 # sequences are packed by batch_tokens, and answers wait for batch_rows
@@ -110,6 +111,7 @@ class LorryLM(LM):
             if max_length is None
             else min(max_length, max_model_length(model))
         )
+        # a module that is not ours need not say how many embeddings it has
         rows = model.vocab_size if isinstance(model, (Decoder, HfModel)) else None
         self.encoder = ExampleEncoder(tokenizer, max_length=NO_TOKEN_LIMIT, embeddings=rows)
         self.wording, self.chat = HarnessTokenizer(tokenizer), chat
@@ -129,6 +131,7 @@ class LorryLM(LM):
     ) -> LorryLM:
         """path (or name, pretrained), adapter (``base``: without any), what `lorry.load` takes, and
         what `lm` takes. Raises ConfigError for anything else."""
+        # the harness passes every option of its command line, also those that nobody gave
         command_line = {
             name: value for name, value in (additional_config or {}).items() if value is not None
         }
@@ -181,6 +184,7 @@ class LorryLM(LM):
         owners: list[int] = []
         for at, request in enumerate(requests):
             tokens = self.wording.ids(request.args[0])
+            # context_len=1 as in HFLM: published perplexities hang on it
             windows = get_rolling_token_windows(
                 tokens, self.wording.prefix, max_seq_len=self.max_length, context_len=1
             )
@@ -236,6 +240,7 @@ class LorryLM(LM):
             if add_generation_prompt:
                 return template.prompt(messages)
             text = template.render(messages).text
+            # the last message is the beginning of an answer: no end of turn may follow it
             return text[: locate_message(template, messages, len(messages) - 1, text)[1]]
         except TemplateRefusedError as error:
             raise DataError(str(error)) from error
@@ -289,6 +294,7 @@ class LorryLM(LM):
                 self.tokenizer,
                 [prompt[-room:] for prompt in prompts],
                 replace(params, stop_token_ids=eos),
+                # texts as well: an end of turn may be several tokens, none of which ends anything
                 stops=[*stops, *self._end_texts()],
                 adapters=self.mix,
                 batch_rows=self.batch_rows,

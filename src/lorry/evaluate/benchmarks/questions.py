@@ -175,5 +175,6 @@ def _draw_shots(
             f"{name}: n_shot={count} needs as many other rows; the split for examples has {len(others)}"
         )
     # of the set's name too, so that two sets with as many rows do not draw alike
+    # and of the question's place: a limit changes nobody's examples
     order = epoch_order(len(others), seed, position, name=f"shots/{name}")
     return tuple(others[at].item for at in order[:count])

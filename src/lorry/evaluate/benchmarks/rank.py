@@ -69,6 +69,7 @@ def answer_likelihoods(
 ) -> list[list[AnswerLikelihood]]:
     """Of the last answer of each conversation, without the end of turn behind it (``closed``: with
     it). Raises DataError for one that cannot be encoded."""
+    # a perplexity counts the end of turn, as training does; a ranking does not
     ends = frozenset(() if closed else encoder.stop_tokens())
     sequences = [
         [_answer_sequence(encoder, conversation, ends) for conversation in group]
@@ -80,6 +81,7 @@ def answer_likelihoods(
     likelihoods = list[list[AnswerLikelihood]]()
     for group in merged:
         rows = [next(scores) for _ in group]
+        # merged: one sequence with a score per option; else a sequence per option with one score
         values = rows[0] if group[0].options else [row[0] for row in rows]
         lengths = (
             [len(s.tokens) - s.start for s in group] if not group[0].options else [1] * len(values)
@@ -100,6 +102,7 @@ def _answer_sequence(
         raise DataError(f"a question cannot be asked: {encoded.reason}")
     tokens, weights = encoded[-1].tokens, encoded[-1].weights
     stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
+    # [start, stop) is the last run of learnt tokens; 1: a first token has no probability
     start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 1)
     # every model gives its end of turn after any option; it would only add noise to the ranking
     while stop - 1 > start and tokens[stop - 1] in ends:
@@ -135,6 +138,7 @@ def truncate_prompt(
 def _merge_options(group: Sequence[AnswerSequence]) -> list[AnswerSequence]:
     """One sequence for options that differ in their only token; else the group as it is."""
     first = group[0]
+    # one token each after the same prompt
     same = all(len(s.tokens) == s.start + 1 and s.tokens[:-1] == first.tokens[:-1] for s in group)
     if len(group) < 2 or not same:
         return list(group)
@@ -154,6 +158,7 @@ def _score_sequences(
     for width in sorted({len(s.options) for s in sequences}):
         same_width = sorted(
             (n for n, s in enumerate(sequences) if len(s.options) == width),
+            # long ones first: what does not fit into memory shows at once
             key=lambda n: -len(sequences[n].tokens),
         )
         for numbers in _batch_numbers(same_width, [len(s.tokens) for s in sequences]):
@@ -183,6 +188,7 @@ def _batch_numbers(numbers: Iterable[int], lengths: Sequence[int]) -> Iterator[l
 
 
 def _ranking_example(sequence: AnswerSequence, key: int) -> TokenizedExample:
+    # 1 at every token of the answer, whatever the row weighs it by in training
     weights = [0.0] * sequence.start + [1.0] * (len(sequence.tokens) - sequence.start)
     ids = torch.tensor([sequence.options] * len(sequence.tokens))
     extra = {"options": BatchExtra(ids, "token")} if sequence.options else {}

@@ -31,8 +31,7 @@ from lorry.generation.scorer import ModelScorer
 from lorry.generation.text import generate_continuations
 from lorry.models.causal_lm import CausalLM
 
-# between worked examples in plain text: what follows it is the model asking itself the next
-# question
+# between worked examples in plain text: behind it the model asks itself the next question
 BLANK_LINE = "\n\n"
 
 
@@ -60,6 +59,7 @@ def evaluate_benchmark(
     Raises ModelError for a prompt that cannot be cut to the context, ConfigError or DataError for a
     metric not to be had.
     """
+    # `Mix.none()` needs a bank, also of a base without adapters
     get_bank(model, create=True)
     scorer = ModelScorer(model)
     if benchmark.is_choice:
@@ -133,6 +133,7 @@ def _evaluate_generated(
     references, concepts = benchmark.references, benchmark.concepts
     # the answer needs its place in the context, too
     room = None if model.context is None else model.context - params.max_new_tokens
+    # some answer has to stand there for the template to render a turn; it is cut off again
     prompts = [truncate_prompt(encoder, question.conversation("."), room) for question in questions]
     texts = generate_continuations(
         model,
@@ -154,6 +155,7 @@ def _evaluate_generated(
         for one in (question.conversation() for question in questions)
         if answer_fits(encoder, one)
     ]
+    # closed: the perplexity is that of training, whose loss counts the end of turn
     forced = answer_likelihoods(scorer, encoder, [[one] for one in right], mix, closed=True)
     metrics["perplexity"] = measure_perplexity([row[0] for row in forced], seed)
     rows = [
@@ -184,6 +186,7 @@ def measure_perplexity(likelihoods: Sequence[AnswerLikelihood], seed: int = 0) -
     if not likelihoods:
         return MetricEstimate(math.nan, (math.nan, math.nan))
     table = numpy.array([[-likelihood.total, likelihood.tokens] for likelihood in likelihoods])
+    # table [answers, 2]: negative log-likelihood, tokens
     value = float(numpy.exp(table[:, 0].sum() / table[:, 1].sum()))
     # no resampling of an infinity: every sample would be NaN or the same
     if not math.isfinite(value):

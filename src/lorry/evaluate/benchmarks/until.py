@@ -73,6 +73,7 @@ def parse_generation_kwargs(
     if unknown := {
         name: value
         for name, value in remaining.items()
+        # num_beams=1 stands in many tasks and asks for nothing
         if value is not None and (name, value) != ("num_beams", 1)
     }:
         name = next(iter(unknown))
@@ -94,6 +95,7 @@ def generate_until_stops(
 ) -> Iterator[tuple[int, str]]:
     """(number of the prompt, its answer as text), as answers end. An answer is cut before the first
     stop string in it and holds no special tokens. The rest is as in `generation.engine`."""
+    # "" is in every text and would end an answer before it began
     stops = [stop for stop in stops if stop]
     # bytes: a byte-level tokenizer may spend a token on each
     window = max((len(stop.encode()) for stop in stops), default=0) + STOP_MARGIN_TOKENS

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+# numpy is for those who measure: the report reads this room without it
 if TYPE_CHECKING:
     import numpy
 
+# each end of the interval, 2.5%, rests on 25 of them
 BOOTSTRAP_RESAMPLES = 1000
 CONFIDENCE_LEVEL = 0.95
-# ten that agree leave a 30% share of others possible (95%, the rule of three); with fewer nothing
-# is said
+# ten that agree leave a 30% share of others possible (95%, the rule of three)
 MIN_INTERVAL_ROWS = 10
 TOO_FEW_ROWS_MESSAGE = f"too few rows for an interval (fewer than {MIN_INTERVAL_ROWS})"
 NO_INTERVAL = (math.nan, math.nan)
@@ -121,6 +122,7 @@ def bootstrap_draws(rows: int, seed: int, resamples: int) -> Iterator[numpy.ndar
     numbers each, of ``resamples`` lines in all. The blocks' size changes nothing that is drawn."""
     import numpy
 
+    # 8 MiB of numbers at a time, however many rows there are
     random, most = numpy.random.default_rng(seed), max((1 << 20) // rows, 1)
     return (
         random.integers(rows, size=(min(most, resamples - at), rows))

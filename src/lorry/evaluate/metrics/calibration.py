@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy
 
 OPTION_METRICS = ("accuracy", "ece", "brier", "confidence")
+# the value hangs on it, so it is no setting (Guo et al. report 15)
 CALIBRATION_BINS = 10
 
 
@@ -47,6 +48,7 @@ def measure_options(
     for number, (values, correct) in enumerate(zip(loglikelihoods, right, strict=True)):
         _check_options(number, values, correct)
         probabilities = softmax_probabilities(values)
+        # max takes the first of equals
         chosen = max(range(len(values)), key=probabilities.__getitem__)
         share = 1 / len(set(correct))
         accuracy.append(float(chosen in correct))
@@ -71,6 +73,7 @@ def softmax_probabilities(loglikelihoods: Sequence[float]) -> list[float]:
     """Probabilities in proportion to exp of finite values or -inf, one of them finite; they sum to
     1.
     """
+    # less the greatest, or sums of long options would all be exp(-hundreds) = 0
     top = max(loglikelihoods)
     weights = [math.exp(value - top) for value in loglikelihoods]
     total = math.fsum(weights)
@@ -85,6 +88,7 @@ def _calibration_gaps(confidence: Sequence[float], accuracy: Sequence[float]) ->
 
     gaps = numpy.zeros((len(confidence), CALIBRATION_BINS))
     for row, (sure, hit) in enumerate(zip(confidence, accuracy, strict=True)):
+        # signed, divided by all rows: summed by bin, the absolute value is that bin's weighted gap
         gaps[row, max(math.ceil(sure * CALIBRATION_BINS) - 1, 0)] = (hit - sure) / len(confidence)
     return gaps
 

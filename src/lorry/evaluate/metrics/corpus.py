@@ -71,6 +71,7 @@ def _corpus_estimate(
     columns = [
         [row[n] if n < len(row) else None for row in rows] for n in range(max(map(len, rows)))
     ]
+    # private, but the only place where sacreBLEU has counts by row; the tests hold its public score
     statistics = metric._extract_corpus_statistics(predictions, columns)
     value = float(metric._aggregate_and_compute(statistics).score)
     return MetricEstimate(
@@ -94,6 +95,7 @@ def bleu_of_sums(sums: numpy.ndarray, orders: int = 4) -> numpy.ndarray:
         sums[:, 2 : 2 + orders],
         sums[:, 2 + orders :],
     )
+    # cumsum: the k-th order without a match counts 1 / 2^k
     smoothed = numpy.where(shared > 0, shared, 0.5 ** numpy.cumsum(shared == 0, axis=1))
     logs = numpy.log(smoothed / numpy.maximum(total, 1)).mean(axis=1)
     brevity = numpy.minimum(0.0, 1 - expected / numpy.maximum(said, 1))
@@ -114,5 +116,6 @@ def chrf_of_sums(sums: numpy.ndarray, beta: float = 2.0) -> numpy.ndarray:
     orders = numpy.maximum(both.sum(axis=1), 1)
     precision = (shared / numpy.maximum(said, 1) * both).sum(axis=1) / orders
     recall = (shared / numpy.maximum(expected, 1) * both).sum(axis=1) / orders
+    # 0 only where both are: the quotient is 0 there and divides by 1
     below = beta**2 * precision + recall
     return 100 * (1 + beta**2) * precision * recall / numpy.where(below > 0, below, 1.0)

@@ -53,6 +53,7 @@ def _is_inflection(concept: str, word: str) -> bool:
     return len(word) > len(concept) and _stem_of(word) == _stem_of(concept)
 
 
+# sentences of one set use the same few thousand words again and again
 @lru_cache(maxsize=1 << 16)
 def _lemma_of(word: str) -> str:
     """The lemma of a lower-case word; the word itself where the dictionary lacks it."""

@@ -24,6 +24,7 @@ def token_entropy(tokens: Sequence[int]) -> float:
     if len(tokens) < 2:
         return 0.0
     shares = [count / len(tokens) for count in Counter(tokens).values()]
+    # abs: a sum of negative terms, and 0.0 rather than -0.0 for a single token repeated
     return abs(math.fsum(p * math.log2(p) for p in shares)) / math.log2(len(tokens))
 
 

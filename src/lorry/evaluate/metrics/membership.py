@@ -80,6 +80,7 @@ def attack_auc(members: Sequence[float], others: Sequence[float]) -> float:
     """
     _check_scores(members, others)
     wins, below = 0.0, 0  # of others: members below, and half of those that are equal
+    # one pass over all scores in order instead of members x others comparisons
     steps = sorted([(value, 0) for value in members] + [(value, 1) for value in others])
     at = 0
     while at < len(steps):

@@ -181,6 +181,7 @@ def corpus_perplexity(nll_sum: float, count: float) -> float:
             f"perplexity needs at least one supervised token, got {count}; check that the rows have answers"
         )
     mean = nll_sum / count
+    # exp(709.78) is the largest double; NaN is unequal to itself and must stay NaN
     return math.exp(mean) if mean < 709.0 else math.inf if mean == mean else math.nan
 
 
@@ -204,6 +205,7 @@ def score_each(
         "exact_match_strict": [exact_match(p, r, strict=True) for p, r in pairs],
         "token_f1": [token_f1(p, r) for p, r in pairs],
         "rouge_l": [r.fmeasure for r in rouge],
+        # TOFU's ROUGE is the recall
         "rouge_l_recall": [r.recall for r in rouge],
     }
 

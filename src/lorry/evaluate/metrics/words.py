@@ -87,6 +87,7 @@ def token_f1(prediction: str, references: ReferenceTexts) -> float:
 
 def _f1(predicted: list[str], expected: list[str]) -> float:
     if not predicted or not expected:
+        # SQuAD's rule: two empty texts agree
         return float(predicted == expected)
     shared = sum((Counter(predicted) & Counter(expected)).values())
     return 2 * shared / (len(predicted) + len(expected))
@@ -118,6 +119,7 @@ def _rouge_score(
     scores = []
     for reference in as_list(references):
         letters = [c for c in reference if c.isalpha()]
+        # by the reference alone: what a model answers must not choose how it is scored
         any_script = sum(c.isascii() for c in letters) * 2 < len(letters)
         scores.append(_rouge_scorer(kind, stemmer, any_script).score(reference, prediction)[kind])
     return RougeScore(*(float(max(column)) for column in zip(*scores, strict=True)))

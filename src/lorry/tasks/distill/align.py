@@ -42,6 +42,7 @@ def sequence_digest(
     tokens: Sequence[int] | np.ndarray, weights: Sequence[float] | np.ndarray
 ) -> bytes:
     """A sequence's name: 16 bytes of SHA-256 over its tokens and which of them are supervised."""
+    # a fixed width and byte order: a cache on disk is found by this name on any machine
     digest = hashlib.sha256(np.asarray(tokens, dtype="<i4").tobytes())
     digest.update(np.packbits(np.asarray(weights) != 0).tobytes())
     return digest.digest()[:16]
@@ -58,6 +59,7 @@ def sequence_digests(batch: Batch) -> list[bytes]:
 def identity_view(tokens: Sequence[int], weights: Sequence[float]) -> TeacherView:
     """Of a teacher that reads the same tokens: every supervised one, from the token before it."""
     targets = [t for t, weight in enumerate(weights) if weight]
+    # what stands after token t - 1 is the distribution of token t
     return TeacherView(tokens, targets, [t - 1 for t in targets])
 
 
@@ -66,11 +68,13 @@ def align_sequences(student: EncodedSequence, teacher: EncodedSequence) -> Teach
     many.
     """
     ours, theirs = _supervised_runs(student.weights), _supervised_runs(teacher.weights)
+    # a template that splits a turn in two leaves no way to tell which answer is which
     if len(ours) != len(theirs):
         return None
     pairs = [
         (a + i, b + i)
         for (a, a_end), (b, b_end) in zip(ours, theirs, strict=True)
+        # the longer run is cut: two tokenizers agree on where an answer begins, and on no more
         for i in range(min(a_end - a, b_end - b))
     ]
     return TeacherView(
@@ -81,6 +85,7 @@ def align_sequences(student: EncodedSequence, teacher: EncodedSequence) -> Teach
 def _supervised_runs(weights: Sequence[float]) -> list[tuple[int, int]]:
     """(start, stop) of each stretch of supervised tokens."""
     marks = np.flatnonzero(
+        # framed by zeros, so that every run has both its edges; marks alternate start, stop
         np.diff(np.concatenate([[0], np.asarray(weights) != 0, [0]]).astype(np.int8))
     )
     return [(int(a), int(b)) for a, b in zip(marks[::2], marks[1::2], strict=True)]
@@ -102,6 +107,7 @@ class PairedEncoder(ExampleEncoder):
         """As `ExampleEncoder.encode_many`; the views are kept aside."""
         made = super().encode_many(contents)
         for ours, theirs in zip(made, self.theirs.encode_many(contents), strict=True):
+            # only what is bad for the student is left out; else it is learnt without a teacher
             if not isinstance(ours, BadRow):
                 self._pair(ours, [] if isinstance(theirs, BadRow) else theirs)
         return made

@@ -55,6 +55,7 @@ def make_encoder_factory(
     own = own_encoder(run, opened, notes)
     assert isinstance(run, DistillRunConfig)
     place = _locate_teacher(run, opened, notes)
+    # the student's own base reads the very tokens that the student does
     if place.shared:
         return own
     theirs = place.tokenizer(notes)
@@ -63,6 +64,7 @@ def make_encoder_factory(
     except ConfigError:
         if run.distill.loss != "uld":
             raise
+        # supervised runs are matched one by one, so both sides must supervise the same turns
         only = True if run.data.completion_only_loss is None else run.data.completion_only_loss
         reads = ExampleEncoder(
             theirs,
@@ -73,6 +75,7 @@ def make_encoder_factory(
         )
         return partial(PairedEncoder, theirs=reads, embeddings=opened.model.vocab_size)
     ours = opened.model.vocab_size
+    # equal tokenizers, tables of different length: a token must have a row in both
     return partial(ExampleEncoder, embeddings=min(ours, place.vocab_size() or ours))
 
 
@@ -81,6 +84,7 @@ def build_distill(given: TaskInputs) -> BuiltTask:
     run = given.run
     assert isinstance(run, DistillRunConfig)
     notes: list[str] = []
+    # a distillation has one job: the config refuses `jobs` for it
     (adapter, job), aim = next(iter(given.jobs.items())), distill_objective_of(run.distill)
     prepared = job.data
     place = _locate_teacher(run, given.opened, notes)
@@ -90,6 +94,7 @@ def build_distill(given: TaskInputs) -> BuiltTask:
         raise ConfigError(
             f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir"
         )
+    # part of the digest, since the dtype changes what the teacher says
     dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
     digest = place.digest(run.distill, dtype)
     models: dict[str, ScoringBackend] = {}
@@ -181,8 +186,10 @@ def _open_cached_teacher(
     columns = _teacher_columns(config, given.opened)
     facts = cache.teacher_cache_facts(_all_batches(given, prepared), digest, config.top_k, columns)
     folder = cache.teacher_cache_folder(Path(config.cache), facts)
+    # the name has the digests of data and teacher in it: there, it is the same answers
     if not folder.exists():
         scorer = open_teacher(place, config, given.opened, notes)
+        # at temperature 1: what is stored serves any temperature
         head = scorer.head(1.0, columns)
         cache.write_teacher_cache(
             folder,
@@ -220,6 +227,7 @@ def _missing(
     """
     if prepared.tokens is None:
         return []
+    # asked of every sequence and not by counting views: the teacher's context leaves some out
     of = [
         speaks(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
         for batch in _all_batches(given, prepared)

@@ -53,6 +53,7 @@ def teacher_cache_facts(
     """What a cache of these sequences by this teacher (its digest) says of itself. ``columns``: how
     many of its logits count, as the student has it; None: all."""
     total = hashlib.sha256(
+        # sorted, each once: neither order nor repetition changes what a teacher says
         b"".join(sorted({name for batch in batches for name in sequence_digests(batch)}))
     )
     return {
@@ -86,6 +87,7 @@ def write_teacher_cache(
     seen, edges, parts = dict[bytes, None](), [0], list[tuple[Tensor, TruncatedDistribution]]()
     for batch in batches:
         at, hidden = reader.read(batch, scorer)
+        # [t]: the sequence of each place that the teacher speaks of
         whose = batch.sequence_of[at]
         for s, name in enumerate(sequence_digests(batch)):
             mine = whose == s
@@ -94,6 +96,8 @@ def write_teacher_cache(
             seen[name] = None
             edges.append(edges[-1] + int(mine.sum()))
             parts += [
+                # places from the sequence's start, since packing moves it; logits of a chunk at a
+                # time, [256, V]
                 (places - batch.starts[s], TruncatedDistribution.of(head(rows), facts["k"]))
                 for places, rows in zip(
                     at[mine].split(TOP_K_CHUNK), hidden[mine].split(TOP_K_CHUNK), strict=True
@@ -112,6 +116,7 @@ def write_teacher_cache(
         "rest": torch.cat([kept.rest for _, kept in parts]),
     }
     durable.make_directory(folder.parent)
+    # built under a temporary name, renamed when whole: a kill leaves no half cache to be read
     with durable.build_directory(folder) as work:
         save_file(tensors, work / CACHE_TENSORS_FILE)
         said = {
@@ -144,6 +149,7 @@ class CachedTeacher:
                 f"{error}; move {folder} away, and the next run writes it anew"
             ) from error
         self.facts = documents.read_object(folder / CACHE_FACTS_FILE, error=ModelError)
+        # the folder's name has twelve digits of each; here all of them are compared
         for key, expected in facts.items():
             if self.facts.get(key) != expected:
                 raise ConfigError(
@@ -154,6 +160,7 @@ class CachedTeacher:
             aim.temperature,
             top_k_divergence(aim.loss, TEACHER_IDS, TEACHER_LOG_PROBS, aim.beta),
         )
+        # opened, not loaded: a batch reads the slices of its sequences
         self.file = safe_open(folder / CACHE_TENSORS_FILE, framework="pt")
         self.edges: list[int] = self.file.get_tensor("edges").tolist()
         self.known = {
@@ -173,6 +180,7 @@ class CachedTeacher:
                     {key: part[self.edges[n] : self.edges[n + 1]] for key, part in slices.items()}
                 )
                 at.append(found[-1]["place"].long() + start)
+        # the extras all the same: the loss reads them of every batch
         if not found:
             k = slices["ids"].get_shape()[1]
             return attach_top_k(

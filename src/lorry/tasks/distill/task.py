@@ -100,6 +100,7 @@ class DistillTask(SftTask):
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         """Both terms, with their factors."""
+        # a factor of 0 leaves the term out: its score would cost a pass over the vocabulary
         plain = {"nll": self.aim.ce * nll_loss(got["logprob"], batch)} if self.aim.ce else {}
         taught = batch.extra[TAUGHT_MASK].values
         return {
@@ -112,6 +113,7 @@ class DistillTask(SftTask):
     def _weigh(self, batch: Batch) -> Batch:
         each, taught = (
             len(self.adapters),
+            # the divergence is a mean over the tokens taught, not over all that are supervised
             replaced(batch, weights=batch.weights * batch.extra[TAUGHT_MASK].values),
         )
         plain = {"nll": batch.count("token", each)} if self.aim.ce else {}
@@ -151,8 +153,10 @@ class TeacherReader:
             view = self.view(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
             if view is None:
                 continue
+            # weights 0: hidden states are asked of every place, no score of any token
             examples.append(TokenizedExample(view.tokens, [0.0] * len(view.tokens)))
             at += [start + target for target in view.targets]
+            # places in the teacher's own packed batch, whose sequences may be shorter or longer
             sources += [offset + source for source in view.sources]
             offset += len(view.tokens)
         if not examples:  # the width of nothing is asked for all the same
@@ -180,6 +184,7 @@ class LiveTeacher:
 
     def attach(self, batches: Sequence[Batch], models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The batches with the extras."""
+        # without a model of its own the teacher is the student's, under the reader's mix
         scorer = models["teacher"] if "teacher" in models else models["self"]
         return [self._attached(batch, *self.reader.read(batch, scorer)) for batch in batches]
 
@@ -199,6 +204,7 @@ class LiveTeacher:
         """[t,k] ids, [t,k] log-probabilities at the temperature, likeliest first."""
         parts = (
             [
+                # fp32, as the student's side is; 256 rows at a time, since [t, V] may be gigabytes
                 self.head(part).float().log_softmax(1).topk(k, 1)
                 for part in hidden.split(TOP_K_CHUNK)
             ]
@@ -215,7 +221,9 @@ def attach_top_k(batch: Batch, at: Tensor, ids: Tensor, log_probs: Tensor) -> Ba
     that are distinct.
     """
     size, k = batch.tokens.numel(), ids.shape[1]
+    # distinct ids where nobody speaks: of equal ones the student's rest would fall below 0
     tokens = torch.arange(k).repeat(size, 1).index_copy_(0, at, ids)
+    # 1 / (k + 1) each, and as much for the rest: a proper distribution, of weight 0
     placed = torch.full((size, k), -torch.tensor(k + 1.0).log().item()).index_copy_(
         0, at, log_probs
     )

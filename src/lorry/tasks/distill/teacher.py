@@ -66,10 +66,12 @@ class TeacherLocation:
             raise ConfigError(
                 f"the teacher would have {len(folders)} adapters ({', '.join(map(str, folders[:3]))}); name the folder of one"
             )
+        # by place: the same files loaded again would be a second model in memory that says the same
         same = (
             place.directory.resolve() == base.directory.resolve()
             and config.teacher_quantize is None
         )
+        # in another dtype the base would say something else, and has to be loaded in it
         kind = str(
             pick_dtype(config.teacher_dtype, pick_device(opened.source["device"]))
         ).removeprefix("torch.")
@@ -95,6 +97,7 @@ class TeacherLocation:
         """
         path = self.place.directory / "config.json"
         config = read_model_json(path) if path.is_file() else {}
+        # configs of multimodal models keep the text part's numbers there
         nested = config.get("text_config")
         size = config.get(
             "vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None
@@ -132,6 +135,7 @@ class TeacherScorer(ModelScorer):
             ready, left = scale_by_temperature(
                 self.model, hidden.to(self.model.device), temperature
             )
+            # columns that the student lacks are padding of the embedding, not tokens
             found = self.model.logits(ready, AdapterContext(self.mix))[:, :columns].to(
                 hidden.device
             )
@@ -152,6 +156,7 @@ def open_teacher(
         if place.adapter is None:
             return TeacherScorer(opened.model, Mix.none())
         name = pick_adapter_name(place.adapter, _adapter_bank_names(opened))
+        # beside the student's adapters, under a name of its own, and in no optimizer
         load_adapter(opened.model, place.adapter, name, trainable=False)
         notes.append(
             f"the teacher is the student's base with the adapter of {place.adapter}: no second model"
