@@ -156,10 +156,19 @@ def test_the_table_of_settings_is_the_methods_own() -> None:
     assert set(UNLEARN_METHODS) == set(methods.UNLEARN_METHODS)
 
 
-@pytest.mark.parametrize("method", ["NPO", "PDU"])
-def test_killed_and_resumed_bit_for_bit(method: str, world: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"method": method, "save_steps": 2, "lora_dropout": 0.1}
-    own |= {"dual_warmup_epochs": 0, "layer": 0} if method == "PDU" else {}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "NPO", "gradient": "sam"},
+        {"method": "NPO", "gradient": "gru"},
+        {"method": "PDU", "dual_warmup_epochs": 0, "layer": 0},
+    ],
+    ids=str,
+)
+def test_killed_and_resumed_bit_for_bit(
+    settings: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
+    own: dict[str, Any] = {**settings, "save_steps": 2, "lora_dropout": 0.1}
     unlearn(world, tmp_path / "whole", **own)
     out = tmp_path / "resumed"
 
@@ -284,6 +293,8 @@ def test_bad_settings(world: Path, tmp_path: Path) -> None:
             "retain": None,
             "early_stop": "collapse",
         },
+        "sam_rho is read with gradient=sam": {"sam_rho": 0.1},
+        "gradient=gru goes by the retain loss": {"gradient": "gru", "alpha": 0},
         "both end a run": {"early_stop": "collapse", "early_stopping_patience": 2},
     }
     for match, settings in bad.items():

@@ -15,7 +15,14 @@ from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.trainable import ParameterSet, parameter_set
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
-from lorry.backends.protocol import GradientNorms, ParameterInspection, StepStats, Task, term_totals
+from lorry.backends.protocol import (
+    GradientNorms,
+    GradientRule,
+    ParameterInspection,
+    StepStats,
+    Task,
+    term_totals,
+)
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
 from lorry.generation.engine import generate_completions
@@ -29,7 +36,9 @@ from lorry.models.scoring.score import Want, evaluate_wants
 
 class LocalBackend:
     """One model on one device. ``trained``: the adapters this run steps (others of the bank stay
-    frozen), or the name of the base weights that `make_weights_trainable` has switched on."""
+    frozen), or the name of the base weights that `make_weights_trainable` has switched on;
+    ``gradient``: how a step's gradient is made; None: it is that of the loss.
+    """
 
     def __init__(
         self,
@@ -38,8 +47,9 @@ class LocalBackend:
         optim: OptimSettings | Mapping[str, OptimSettings],
         *,
         seed: int = 0,
+        gradient: GradientRule | None = None,
     ) -> None:
-        self.model, self.seed = model, seed
+        self.model, self.seed, self.gradient = model, seed, gradient
         self.bank: AdapterBank = get_bank(model)
         self.trained = list(trained)
         self.owners: dict[str, ParameterSet] = {
@@ -49,6 +59,8 @@ class LocalBackend:
         self.optimizers = {
             name: ParameterSetOptimizer(owner, each[name]) for name, owner in self.owners.items()
         }
+        if gradient is not None:
+            gradient.bind(self.owners)
         self.present: frozenset[str] = frozenset()
         self.at, self.keys = 0, list[int]()  # the step being made and its sequences, for messages
 
@@ -73,11 +85,17 @@ class LocalBackend:
         for owner in self.owners.values():
             owner.bind_grads()
         sums = {term: torch.zeros(len(task.adapters), dtype=torch.float64) for term in totals}
-        for batch in batches:
-            for term, values in self._micro_batch(
-                batch.to(self.device), task, step, totals
-            ).items():
-                sums[term] += values
+
+        def add(some: Sequence[Batch], counted: bool = True) -> None:
+            for batch in some:
+                found = self._micro_batch(batch.to(self.device), task, step, totals)
+                for term, values in found.items():
+                    sums[term] += values if counted else 0.0
+
+        if self.gradient is None:
+            add(batches)
+        else:
+            self.gradient.make(batches, add)
         # a reported term makes no gradient: an adapter with nothing else does not step
         weights = torch.stack([w for term, w in totals.items() if term not in task.reported]).sum(0)
         self.present = frozenset(
@@ -228,7 +246,7 @@ class LocalBackend:
 
     def state(self) -> dict[str, Tensor]:
         """adapter/NAME/MODULE.lora_A (of base weights weights/NAME/TENSOR), adam_m/..., adam_v/...,
-        adam_count/NAME and rng/cpu: everything a resumed run needs.
+        adam_count/NAME, what a gradient rule keeps, and rng/cpu: everything a resumed run needs.
 
         On a CPU these are the tensors in use, not copies (K adapters with their moments would be
         held twice): who wants to keep them beyond the next step clones them.
@@ -246,7 +264,8 @@ class LocalBackend:
     def _flat_tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
         owner, (m, v, _) = self.owners[name], self.optimizers[name].moments()
-        return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v)]
+        kept = {} if self.gradient is None else self.gradient.buffers(name)
+        return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v), *kept.items()]
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.mix import Mix
+from lorry.adapters.trainable import ParameterSet
 from lorry.data.batch import Batch
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
@@ -94,6 +95,29 @@ class Task(Protocol):
     def after_step(self, stats: StepStats) -> None: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class AddGradients(Protocol):
+    """Forward and backward over some micro-batches of a step, each term divided by the whole step's
+    weight: their gradients are added to the flat ``grads`` of what trains. ``counted``: whether the
+    values of the terms are those of `StepStats`.
+    """
+
+    def __call__(self, batches: Sequence[Batch], counted: bool = True) -> None: ...
+
+
+class GradientRule(Protocol):
+    """How the gradient of a step is made where it is not that of the loss.
+
+    ``bind``: what trains, before the first step; ``make``: by calls of ``add``, each micro-batch
+    counted once, leave in every ``grads``, 0 before, what the optimizer is to see, and ``values`` as
+    they were; ``buffers``: {kind: [P]} that it keeps for one of them between steps, part of
+    `Backend.state`.
+    """
+
+    def bind(self, params: Mapping[str, ParameterSet]) -> None: ...
+    def make(self, batches: Sequence[Batch], add: AddGradients) -> None: ...
+    def buffers(self, name: str) -> Mapping[str, Tensor]: ...
 
 
 class Backend(ScoringBackend, Protocol):

@@ -59,7 +59,15 @@ SHARED_SETTINGS = frozenset(
     # one method asks model and start about the sequences of all jobs at once
     *[
         f"unlearn.{name}"
-        for name in ("method", "retain_loss", "layer", "adaptive", "peer_masks", "reference")
+        for name in (
+            "method",
+            "retain_loss",
+            "layer",
+            "adaptive",
+            "peer_masks",
+            "reference",
+            "gradient",
+        )
     ],
 }
 # names in a run directory that are not an adapter's

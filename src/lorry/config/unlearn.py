@@ -116,6 +116,13 @@ class UnlearnConfig(SettingsGroup):
         None, "file of other answers: rows of question and alternate; AltPO, DPO, IdkAP, JensUn"
     )
     idk: PathText | None = config_field(None, "file of refusals, one a line; null: our own lines")
+    gradient: Literal["plain", "sam", "gru"] = config_field(
+        "plain",
+        "sam: the forget loss where it is steepest nearby; gru: its gradient without what undoes the retained; plain: neither",
+    )
+    sam_rho: PositiveFloat | None = derived_field(
+        "0.01", "gradient=sam: how far off; 0.01 to 0.1 with all weights"
+    )
     reference: Literal["live", "cached"] | None = derived_field(
         "live; cached with lora=null",
         "when the start is asked: with every batch, or of each row once, before training",
@@ -173,6 +180,14 @@ class UnlearnConfig(SettingsGroup):
             raise ValueError(f"unlearn.idk is not read by {self.method}")
         if self.alternates is not None and self.idk is not None:
             raise ValueError("unlearn.alternates and unlearn.idk both give other answers; keep one")
+        if self.sam_rho is not None and self.gradient != "sam":
+            raise ValueError("unlearn.sam_rho is read with gradient=sam alone")
+        if self.gradient == "sam" and self.sam_rho is None:
+            object.__setattr__(self, "sam_rho", 0.01)
+        if self.gradient == "gru" and not self.retains:
+            raise ValueError(
+                f"unlearn.gradient=gru goes by the retain loss, and {self.method} has none here; give alpha above 0"
+            )
         if self.early_stop and self.retain is None:
             raise ValueError(
                 "unlearn.early_stop=collapse looks at retained answers; give retain=FILE"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorry.backends.protocol import Backend, ScoringBackend, Task
+from lorry.backends.protocol import Backend, GradientRule, ScoringBackend, Task
 from lorry.config import RunConfig
 from lorry.config.schema import DataConfig
 from lorry.data.batch import Batch
@@ -99,7 +99,8 @@ class TaskDefinition:
     """A task before there is one. ``build``: makes it; ``encoder``: what reads its rows;
     ``row_sets(run)``: what it reads besides the data group, by role; ``stream``: a job's
     micro-batches from its rows; ``samples``: rows of a job that are answered at its end, by the
-    name of their group; ``over_start``: an adapter that the model has becomes a part of the
+    name of their group; ``gradient(runs)``: how a step's gradient is made, from the run that each job
+    would be alone (None: it is that of the loss); ``over_start``: an adapter that the model has becomes a part of the
     frozen base, where other tasks go on training it.
     """
 
@@ -110,4 +111,5 @@ class TaskDefinition:
         own_stream
     )
     samples: Callable[[PreparedJob], Mapping[str, Batch]] = held_out_rows
+    gradient: Callable[[Mapping[str, RunConfig]], GradientRule | None] = lambda runs: None
     over_start: bool = False

@@ -415,6 +415,7 @@ def build_engine(
         opened.model,
         list(jobs),
         {name: optim_settings_of(job.run.train) for name, job in jobs.items()},
+        gradient=TASKS[run.task].gradient({name: job.run for name, job in jobs.items()}),
     )
     training = [_training_job(name, job) for name, job in jobs.items()]
     inputs = _task_inputs(run, opened, jobs, training, backend)

@@ -15,6 +15,7 @@ import torch
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.backends.protocol import GradientRule
 from lorry.config import RunConfig
 from lorry.config.schema import DataConfig
 from lorry.config.unlearn import NEED_ALTERNATES, UnlearnConfig, UnlearnRunConfig
@@ -27,6 +28,7 @@ from lorry.errors import ConfigError, DataError
 from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
 from lorry.tasks.build import USABLE, BuiltTask, PreparedJob, TaskDefinition, TaskInputs
 from lorry.tasks.unlearn.alternates import alternates_of, read_alternates, read_refusals
+from lorry.tasks.unlearn.gradients import make_gradient_rule
 from lorry.tasks.unlearn.methods import UNLEARN_METHODS, StartModel, UnlearnMethod, make_method
 from lorry.tasks.unlearn.pairing import FORGET, RETAIN
 from lorry.tasks.unlearn.reference import CachedReference, LiveReference, ReferenceReader
@@ -205,6 +207,7 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
         reference=reference,
         models={"self": given.backend},
         epoch_of={name: job.stream.epoch_of for name, job in jobs.items()},
+        split=config.gradient != "plain",
     )
     digests = {
         role if len(jobs) == 1 else f"{name}/{role}": data.digest
@@ -299,6 +302,18 @@ def answered_rows(job: PreparedJob) -> dict[str, Batch]:
     }
 
 
+def gradient_rule(runs: Mapping[str, RunConfig]) -> GradientRule | None:
+    """That of `unlearn.gradient`, which is the same for all jobs."""
+    settings = {name: _settings_of(run) for name, run in runs.items()}
+    radius = {name: own.sam_rho for name, own in settings.items() if own.sam_rho is not None}
+    return make_gradient_rule(next(iter(settings.values())).gradient, radius)
+
+
 UNLEARN = TaskDefinition(
-    build_unlearn, row_sets=row_sets, stream=role_stream, samples=answered_rows, over_start=True
+    build_unlearn,
+    row_sets=row_sets,
+    stream=role_stream,
+    samples=answered_rows,
+    gradient=gradient_rule,
+    over_start=True,
 )

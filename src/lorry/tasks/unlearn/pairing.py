@@ -120,6 +120,20 @@ def delayed_weights(batch: Batch, name: str) -> BatchExtra:
     return BatchExtra(torch.where(batch.positions > 0, later, 0.0), "token")
 
 
+def split_parts(batch: Batch) -> list[Batch]:
+    """The sequences of a batch that are about what is to be forgotten, and those about what is to be
+    retained, alternates with the row they belong to; a part without any is left out.
+    """
+    places = list(zip(batch.group.tolist(), batch.adapter.tolist(), strict=True))
+    kept = {place for place, role in zip(places, batch.role, strict=True) if role == RETAIN}
+    retain = [
+        role == RETAIN or (role == ALTERNATE and place in kept)
+        for place, role in zip(places, batch.role, strict=True)
+    ]
+    parts = [[s for s, of in enumerate(retain) if of == which] for which in (False, True)]
+    return [select_sequences(batch, part) for part in parts if part]
+
+
 def replace_by_alternates(batch: Batch, role: str) -> Batch:
     """Every sequence of a role gives way to its alternate, which takes the role: what it asks is
     learnt with the other answer, and its own answer need not be read.

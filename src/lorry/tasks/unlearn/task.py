@@ -19,22 +19,24 @@ from lorry.data.stream.joint import JointStream
 from lorry.models.scoring.score import Want
 from lorry.tasks.sft import SftTask
 from lorry.tasks.unlearn.methods import UnlearnMethod
+from lorry.tasks.unlearn.pairing import split_parts
 from lorry.tasks.unlearn.reference import ReferenceReader
 
 
 class UnlearnTask(SftTask):
     """`SftTask` with a method and a start. ``models``: who scores the held-out rows, once, as
     `step_batches` is given it for those of a step; ``epoch_of``: by adapter, the epoch a step
-    belongs to, both counted from 0.
+    belongs to, both counted from 0; ``split``: micro-batches of what is to be forgotten and of what
+    is to be retained, as `gradients.py` needs them.
     """
 
     def __init__(
         self, stream: JointStream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str], *,
         method: UnlearnMethod, reference: ReferenceReader, models: Mapping[str, ScoringBackend],
-        epoch_of: Mapping[str, Callable[[int], int]] | None = None,
+        epoch_of: Mapping[str, Callable[[int], int]] | None = None, split: bool = False,
     ) -> None:  # fmt: skip
         self.method, self.reference = method, reference
-        self.reported = method.reported
+        self.reported, self.split = method.reported, split
         self.epoch_of = epoch_of or {name: lambda step: 0 for name in adapters}
         self.steps = 0  # made so far
         super().__init__(stream, [], total_steps, adapters)
@@ -46,7 +48,9 @@ class UnlearnTask(SftTask):
 
     def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The micro-batches of a step, with what the start says of them."""
-        return [self._weigh(self._attached(b, models)) for b in self.stream.batches(step)]
+        read = self.stream.batches(step)
+        parts = [part for batch in read for part in split_parts(batch)] if self.split else read
+        return [self._weigh(self._attached(part, models)) for part in parts]
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         """The method's terms, factors inside."""
