@@ -103,7 +103,7 @@ class AddGradients(Protocol):
     values of the terms are those of `StepStats`.
     """
 
-    def __call__(self, batches: Sequence[Batch], counted: bool = True) -> None: ...
+    def __call__(self, batches: Sequence[Batch], /, counted: bool = True) -> None: ...
 
 
 class GradientRule(Protocol):
