@@ -80,9 +80,11 @@ class LocalBackend:
         """The micro-batches of one optimizer step. Raises NonFiniteError, naming the sequences,
         before any update.
         """
+        # over all micro-batches first: how rows are spread over them changes nothing
         totals = term_totals(batches)
         self.at, self.keys = step, [key for batch in batches for key in batch.key.tolist()]
         for owner in self.owners.values():
+            # AdamW is given views of this buffer: autograd must write into it, not beside it
             owner.bind_grads()
         sums = {term: torch.zeros(len(task.adapters), dtype=torch.float64) for term in totals}
 
@@ -122,6 +124,7 @@ class LocalBackend:
         """Forward, loss, backward. Returns each term's normalised sum per adapter, [K] float64 on
         the CPU.
         """
+        # [S]; BASE is -1 and no index: its sequences are left out of every sum below
         owner = batch.adapter.clamp(min=0)
         call = AdapterContext(
             self.mix_of(batch, task.adapters), self._noise(batch, task.adapters, step)
@@ -130,6 +133,7 @@ class LocalBackend:
         total, seen = torch.zeros((), device=self.device), {}
         for term, values in losses.items():
             weight = totals[term].to(self.device)[owner]
+            # [S]: over the term's total of the sequence's adapter, 0 for those left out
             share = torch.where(
                 (weight > 0) & (batch.adapter >= 0),
                 values / weight.clamp(min=1e-30).to(values.dtype),
@@ -137,10 +141,12 @@ class LocalBackend:
             )
             if term not in task.reported:
                 total = total + share.sum()
+            # before backward, where an infinity would reach all that share the batch
             self._finite(values, batch, term, step)
             seen[term] = torch.zeros(len(task.adapters), dtype=torch.float64).index_add_(
                 0, owner.cpu(), share.detach().double().cpu()
             )
+        # a batch without a sequence of what trains has nothing to differentiate
         if total.requires_grad:
             total.backward()
         return seen
@@ -178,7 +184,9 @@ class LocalBackend:
         """Update every adapter that was present, at its own rate. Raises NonFiniteError, and
         updates nobody, if any gradient is not finite."""
         norms = self._norms()
+        # all of them before the first steps: nobody is updated by a step that failed for one
         for name, norm in norms.norms.items():
+            # not `>=`: written this way NaN is caught as well
             if not norm < float("inf"):
                 owner = self.owners[name]
                 where = [
@@ -221,6 +229,7 @@ class LocalBackend:
         """
         out = []
         for batch in batches:
+            # a batch at a time, results on the CPU: a set may be larger than the device
             moved = batch.to(self.device)
             call = AdapterContext(self.mix_of(batch, self.trained) if mix is None else mix)
             out.append(
@@ -272,6 +281,7 @@ class LocalBackend:
         """Take back what `state` gave. Raises ModelError unless names and shapes are exactly those
         of this run and every value is finite."""
         mine = self.state()
+        # everything is compared before anything is copied: a refused checkpoint changes nothing
         if odd := sorted(set(mine) ^ set(state)):
             raise ModelError(
                 f"the checkpoint and this run disagree about {odd[0]!r} ({len(odd)} tensors in all)"
@@ -290,6 +300,7 @@ class LocalBackend:
             for kind, flat in self._flat_tensors(name):
                 for tensor, view in owner.split_like(flat).items():
                     view.copy_(state[f"{kind}/{name}/{tensor}"])
+            # compute copies are remade from the masters before the next forward
             owner.touch()
             self.optimizers[name].set_step(state[f"adam_count/{name}"])
         torch.set_rng_state(state["rng/cpu"])
@@ -304,6 +315,7 @@ class LocalBackend:
             held = [
                 p for group in self.optimizers[name].adamw.param_groups for p in group["params"]
             ]
+            # by memory and not by name: a name may lead to a tensor that nobody trains
             masters, own = owner.masters(), owner.base_parameters()
             trainable = {f"{name}/{n}" if n in own else n for n in trainable}
             trainable |= {f"{name}/{tensor}" for tensor in owner.wanting_gradients()}

@@ -141,6 +141,7 @@ def term_totals(batches: Sequence[Batch]) -> dict[str, Tensor]:
     """{term: [K]} weights added over micro-batches. Raises ValueError if the batches declare
     different terms.
     """
+    # a term that one batch lacks would have too small a total, and too large a gradient
     names = list(batches[0].terms)
     if any(list(b.terms) != names for b in batches):
         raise ValueError("the micro-batches of one step must declare the same loss terms")

@@ -42,6 +42,7 @@ MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
 )
+# as transformers names them
 SHARDS = "model-*-of-*.safetensors"
 STAGED = "model.unverified"  # a whole model before it was read back
 TOKENIZER_FILES = (
@@ -80,6 +81,7 @@ PUBLISHED = (
 )
 # folders of a run that are no adapter's
 NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, SUITES, START, "tensorboard", "data"})
+# eight digits or more: names sort like their steps, beyond 99,999,999 by number
 STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
 
 

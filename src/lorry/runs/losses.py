@@ -38,6 +38,7 @@ def _empty_lists() -> dict[str, list[Any]]:
 def _add_record(lists: dict[str, list[Any]], step: int, values: Mapping[str, Any]) -> None:
     for at, name in (("step", "loss"), ("eval_step", "eval_loss")):
         value = values.get(name)
+        # a line holds the one or the other: each name has steps of its own
         if isinstance(value, int | float):
             lists[at].append(step)
             lists[name].append(value if math.isfinite(value) else None)

@@ -46,6 +46,7 @@ def iter_metrics(path: Path) -> Iterator[tuple[int, MetricsRecord]]:
             f"{path} is missing: the run that writes it has it there from its first step on"
         ) from None
     for number, line in enumerate(lines, 1):
+        # split: behind the last line end there is one more piece, empty where the file is whole
         unfinished = number == len(lines)
         if not line.strip() or (unfinished and not _is_whole_line(line)):
             continue
@@ -84,6 +85,7 @@ def _parse_record(line: bytes, path: str, number: int = 1) -> MetricsRecord:
 
 
 def _refuse_step(step: Any, where: str) -> None:
+    # 2^53: beyond it a JSON number is not exact for every reader
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
         raise DataError(
             f"{where}: 'step' must be a whole number of 0 or more, got {str(step)[:40]!r}"
@@ -95,6 +97,7 @@ def _decode_value(value: Any) -> Any:
         return {name: _decode_value(inner) for name, inner in value.items()}
     if isinstance(value, str):
         return _BEYOND_JSON.get(value, value)
+    # 2^1023 and more need not fit a double, whose largest is just below 2^1024
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**1023:
         # an integer that no float can hold would break every calculation later
         return math.inf if value > 0 else -math.inf
@@ -112,8 +115,10 @@ def drop_metrics_after(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     lines = path.read_bytes().split(b"\n")
+    # the lines' own bytes: written anew their numbers might be spelt otherwise
     kept = [lines[number - 1] for number, record in iter_metrics(path) if record["step"] <= step]
     dropped = sum(bool(line.strip()) for line in lines) - len(kept)
+    # a whole last line without its end is kept, and gets its end
     if dropped or lines[-1]:
         durable.write_files(path.parent, {path.name: b"".join(line + b"\n" for line in kept)})
     return dropped
@@ -137,6 +142,7 @@ class MetricsWriter(CloseableResource):
 
     def _open(self) -> None:
         try:
+            # O_RDWR, to put a removed file back; O_APPEND: a line always lands at the end
             self._file = os.open(
                 self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
             )
@@ -163,6 +169,7 @@ class MetricsWriter(CloseableResource):
         """Whether the file is still what was written to it, under its name. Raises DiskError where
         it is not.
         """
+        # the file held open and the one that bears the name now
         held = os.fstat(self._file)
         try:
             named = os.stat(self._path, follow_symlinks=True)
@@ -186,6 +193,7 @@ class MetricsWriter(CloseableResource):
     def _append(self, data: bytes) -> None:
         rest = memoryview(data)
         try:
+            # a write may take a part only, on a full disk or after a signal
             while rest:
                 done = durable.disk.write(self._file, rest)
                 self._size += done

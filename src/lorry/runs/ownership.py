@@ -77,6 +77,7 @@ def read_run_description(path: Path) -> dict[str, Any]:
     What is longer than one can be, or has not its groups at the left edge, is not parsed: megabytes
     of strange YAML take minutes.
     """
+    # a look at the text first: parsing is what takes long
     text = _bounded_content(path, MOST_DESCRIPTION)
     if not text or not all(
         re.search(rb"^%s:" % name, text, re.MULTILINE) for name in (*_GROUPS, b"output_dir")
@@ -88,6 +89,7 @@ def read_run_description(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict) or not isinstance(found.get("output_dir"), str):
         return {}
+    # settings that every resolved description has, and no other tool's run.yaml all of
     asked = {
         "model": {"name", "dtype"},
         "data": {"max_length"},
@@ -139,6 +141,7 @@ def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) ->
 
     ``advice``: what to do instead. Raises DiskError where one cannot be read.
     """
+    # all of them before the first is told: the person then mends it once
     foreign = [path for path, is_ours in paths.items() if _exists(path) and not is_ours(path)]
     if foreign:
         folders = {path.parent for path in foreign}
@@ -163,6 +166,7 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> Path:
         raise ConfigError(
             f"{previous} is no directory, and what {folder} holds has to move there; give it another name"
         )
+    # one more than the highest, not the first that is free: N is the order in which runs were moved
     numbers = [int(path.name) for path in _folder_entries(previous) if path.name.isdigit()]
     aside = previous / str(max(numbers, default=0) + 1)
     for name in names:
@@ -188,6 +192,7 @@ def write_owned_files(
             if differs_from(folder / n, content) and not ours(folder / n)
         ],
     )
+    # the files of a folder together: its directory is synced once
     by_folder: dict[Path, dict[str, durable.FileContent]] = {}
     for name, content in files.items():
         by_folder.setdefault((folder / name).parent, {})[Path(name).name] = content
@@ -216,6 +221,7 @@ def differs_from(path: Path, content: bytes | Path) -> bool:
     Raises DiskError where the disk does not say: what cannot be read is neither moved nor replaced.
     """
     try:
+        # lstat: a link is somebody's, whatever it leads to
         with translate_read_errors(path):
             found = durable.disk.lstat(path)
     except ModelError:
@@ -223,6 +229,7 @@ def differs_from(path: Path, content: bytes | Path) -> bool:
     if not stat.S_ISREG(found.st_mode):
         return True
     if isinstance(content, bytes):
+        # the size first: it answers most questions without reading a byte
         return found.st_size != len(content) or integrity.read_content(path) != content
     return found.st_size != integrity.plain_size(content) or integrity.file_digest(
         path
@@ -256,6 +263,8 @@ def _first_bytes(path: Path) -> bytes:
             try:
                 return (
                     durable.disk.read(fd, HEAD_LENGTH)
+                    # by the open descriptor: the name may mean something else by now; a pipe would
+                    # wait for ever
                     if stat.S_ISREG(os.fstat(fd).st_mode)
                     else b""
                 )
@@ -314,6 +323,7 @@ def _is_checkpoint(path: Path) -> bool:
     return bool(STEP.match(path.name)) and any(
         recognise_mark(mark)(path / name)
         for name, mark in (
+            # either: a kill may have left one of the two
             ("manifest.json", b'"lorry-manifest/'),
             ("meta.json", b'"lorry-checkpoint/'),
         )

@@ -79,6 +79,7 @@ def read_process(run_dir: Path) -> RunProcess | None:
 def _process_from_json(found: Any) -> RunProcess | None:
     """A process from its JSON, or None where that holds something else."""
     try:
+        # unknown keys are TypeErrors of the constructors: the fields are listed once
         ended = ProcessEnding(**found["ended"]) if found["ended"] is not None else None
         process = RunProcess(**{**found, "ended": ended})
         times = [
@@ -91,6 +92,7 @@ def _process_from_json(found: Any) -> RunProcess | None:
             process.total_steps or 0,
             ended.exit_code if ended else 0,
         ]
+        # type, not isinstance: true is an int in Python
         sound = all(datetime.fromisoformat(at).tzinfo for at in times) and all(
             type(n) is int and abs(n) < 2**31 for n in whole
         )
@@ -115,6 +117,7 @@ def is_process_alive(process: RunProcess, run_dir: Path) -> bool | None:
     """Whether a process is at work in this directory; None: it belongs to another machine, which
     cannot be asked from here.
     """
+    # a copied directory has another inode: the process is at work in the original
     if process.ended is not None or process.folder != directory_identity(run_dir):
         return False
     if process.host != platform.node():
@@ -122,6 +125,7 @@ def is_process_alive(process: RunProcess, run_dir: Path) -> bool | None:
     try:
         found = psutil.Process(process.pid)
         return (
+            # a zombie has ended, and its parent has not looked yet
             found.status() != psutil.STATUS_ZOMBIE
             and abs(found.create_time() - process.born) < CLOCK_SLACK
         )
@@ -194,6 +198,7 @@ class RunDirectoryHandle(CloseableResource):
         (Linux does).
         """
         try:
+            # the kernel keeps an open directory's name up to date, with "(deleted)" once it is
             path = Path(os.readlink(f"/proc/self/fd/{self._held}"))
             here, there = os.fstat(self._held), os.stat(path)
         except OSError:

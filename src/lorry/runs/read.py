@@ -184,6 +184,7 @@ def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[Dam
 
 
 def _distinct_names(paths: list[Path]) -> list[str]:
+    # as few parents as tell all of them apart
     for depth in range(1, max(len(p.parts) for p in paths) + 1):
         names = ["/".join(p.parts[-depth:]) for p in paths]
         if len(set(names)) == len(names):
@@ -216,6 +217,7 @@ def _read_run_files(path: Path, name: str) -> RunRecord:
     return RunRecord(
         path=path,
         name=name,
+        # in this order: the first file that is damaged is the one that is named
         log=series.read_metrics(path / METRICS),
         config=_parse_config(config_text, path / RUN_FILE),
         config_text=config_text,
@@ -277,6 +279,7 @@ def _read_list(path: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
     listed: list[Any] = content or []
     if len(listed) > most:
         raise DataError(f"{path}: {len(listed)} items; a run writes at most {most} there")
+    # counted from 1, as a person counts the items of a list
     items = [(f"{path}: item {index}", item) for index, item in enumerate(listed, 1)]
     for where, item in items:
         if not isinstance(item, dict):
@@ -289,6 +292,7 @@ def _take_field(
 ) -> Any:
     """item[key] of a given type, or ``default`` where it is absent or null."""
     value = item.get(key)
+    # null counts as absent
     if value is None and default is not None:
         return default
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -346,6 +350,7 @@ def _read_evaluation(item: dict[str, Any], where: str) -> EvaluationRecord:
             f"{where} has {len(given)} metrics; a run writes at most {MOST_METRICS} there"
         )
     for name, pair in given.items():
+        # a plain number is a measurement of the trained model alone
         sides = pair if isinstance(pair, dict) else {"after": pair}
         metrics[name] = MetricChange(
             _optional_number(sides.get("before"), name, where),

@@ -89,6 +89,7 @@ class _NameLimit:
 
     def keep(self, values: dict[str, Any]) -> dict[str, Any]:
         """The values of the names that are shown."""
+        # nothing new in nearly every line: it is passed on without a copy
         new = values.keys() - self.kept
         if not new:
             return values
@@ -96,6 +97,7 @@ class _NameLimit:
             if len(name) <= LONGEST_NAME and len(self.kept) < self.most:
                 self.kept.add(name)
             else:
+                # hashes: millions of long names are possible, and only their number is told
                 self.left_out.add(hash(name))
         return {name: value for name, value in values.items() if name in self.kept}
 
@@ -132,6 +134,7 @@ def read_metrics(path: Path) -> MetricsLog:
             record = {**record, ADAPTERS_KEY: of_adapters}
         if not is_evaluation_record(record):
             step = record["step"]
+            # an evaluation before the first step is of step 0, and no training step
             if step <= last:
                 log.records = [r for r in log.records if r["step"] < step]
                 log.notes.append(

@@ -93,6 +93,7 @@ class RunState:
 def list_run_states(folder: Path) -> list[RunState]:
     """The state of every run at or below a folder, the one written to last first."""
     found = [_state_or_why(path, _relative_name(path, folder)) for path in find_runs(folder)]
+    # the name too, so that runs written in the same second keep their order
     return sorted(found, key=lambda state: (-(state.written or 0.0), state.name))
 
 
@@ -135,9 +136,11 @@ def run_state_of(run: RunRecord) -> RunState:
         # this process reports its own run, which is complete; only the others are to wait for its
         # last line
         process = None
+    # the last line, or after a resume without one yet what the process began with
     step = training[-1]["step"] if training else process.done if process else 0
     written = _last_written(run.path)
     state, detail = _judge_state(run, process, step, saved, written)
+    # a finished run took its process.json away: it made as many steps as it had
     total = process.total_steps if process else step if state == "finished" else None
     losses, subject = run.log.series("loss")[1], describe_run_subject(run)
     live = state == "running"
@@ -189,6 +192,7 @@ def _judge_state(
         else "there is no checkpoint to go on from"
     )
     at_work = False if process is None else is_process_alive(process, run.path)
+    # of another machine nothing is known but what it writes, and when
     if process is not None and at_work is None:
         at_work = (
             process.ended is None
@@ -201,8 +205,10 @@ def _judge_state(
         return "running", ""
     if process is not None and process.ended is not None:
         if process.ended.exit_code in _STOPPED_CODES:
+            # the reason goes on with advice of its own time, which may no longer hold
             return "interrupted", f"{process.ended.reason.split(';')[0]}; {go_on}"
         return "failed", process.ended.reason
+    # after the process: one at work, or that failed, over a finished run is not that run's end
     if run.receipt is not None:
         return "finished", ""
     if broken := [c for c in run.contracts if c.status == "failed"]:
@@ -264,6 +270,7 @@ def _remaining_seconds(
         or written is None
     ):
         return None
+    # of this process alone: earlier lives may have had another machine; clocks may be set back
     pace = max(0.0, written - _seconds_of_time(process.begun)) / (step - process.done)
     return max(0.0, pace * (process.total_steps - step) - (_seconds_now() - written))
 
@@ -277,6 +284,7 @@ def _best_evaluation(run: RunRecord) -> tuple[str, float, int] | None:
     ]
     if not pairs:
         return None
+    # of equal values the earlier step, as the run itself judges
     value, step = (max if config.get("train.greater_is_better") is True else min)(
         pairs, key=lambda pair: pair[0]
     )

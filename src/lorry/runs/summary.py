@@ -53,6 +53,7 @@ def _loss_figures(log: MetricsLog) -> Iterable[RunFigure]:
         lowest = min((v for v in losses if math.isfinite(v)), default=losses[-1])
         best = (
             f", lowest {format_number(lowest)} at step {format_number(steps[losses.index(lowest)])}"
+            # only where it says something: the last one is often the lowest
             if lowest < losses[-1]
             else ""
         )
@@ -66,6 +67,7 @@ def _loss_figures(log: MetricsLog) -> Iterable[RunFigure]:
 def _train_loss_figures(steps: Sequence[float], losses: Sequence[float]) -> Iterable[RunFigure]:
     """The train loss is what TRL and transformers call so, the mean over all steps; a single step's
     is mostly noise, and has a name of its own wherever it is shown: last loss."""
+    # divided first: a sum of losses near the largest double would overflow
     mean = sum(v / len(losses) for v in losses)
     yield RunFigure(
         "train loss",
@@ -99,6 +101,7 @@ def _cost_figures(log: MetricsLog) -> Iterable[RunFigure]:
 def _extent_figures(log: MetricsLog) -> Iterable[RunFigure]:
     if not log.training:
         return
+    # sums of the lines: a step's tokens are its own, not those so far
     totals = [
         (sum(log.series(name)[1]), what)
         for name, what in (("tokens", "tokens"), ("supervised_tokens", "supervised"))
@@ -158,6 +161,7 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
         for name, value in config.items()
         if name.startswith("lora.")
     }
+    # what `auto` came to, which says more than the word
     if config.get("resolved.target_modules"):
         lora["target_modules"] = config["resolved.target_modules"]
     adapter = ", ".join(
@@ -202,6 +206,7 @@ def run_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     directory always differs.
     """
     flat = [flatten_config(run.config) for run in runs]
+    # every setting once, in the order of the first run that has it
     names = [
         name for name in dict.fromkeys(name for one in flat for name in one) if name != "output_dir"
     ]
