@@ -96,6 +96,13 @@ VERBS = (
         "measure a model on a file, or on named sets",
         "Use",
     ),
+    CliVerb(
+        "attack",
+        "AttackSettings",
+        "RUN relearn|quantize|rephrase",
+        "whether what was unlearned comes back",
+        "Use",
+    ),
     CliVerb("merge", "MergeSettings", "RUN", "fold an adapter into its base's weights", "Ship"),
     CliVerb(
         "unmerge",

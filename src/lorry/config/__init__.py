@@ -2,6 +2,7 @@
 No torch here.
 """
 
+from lorry.config.attack import AttackSettings
 from lorry.config.distill import DistillConfig, DistillRunConfig
 from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import runs_by_adapter
@@ -31,6 +32,7 @@ from lorry.config.settings import (
 from lorry.config.unlearn import UnlearnConfig, UnlearnRunConfig
 
 __all__ = [
+    "AttackSettings",
     "BackendConfig",
     "ChatSettings",
     "CompareSettings",

@@ -139,7 +139,7 @@ def derived_field(shown: str, description: str, **limits: Any) -> Any:
 
 class SettingsGroup(BaseModel):
     """Settings that belong together. ``main`` is the field that ``group=value`` means;
-    ``positional`` takes bare words.
+    ``positional`` takes bare words; of several names in it, each one word.
     """
 
     # frozen: several jobs share one description, and run.yaml says what it was; extra="forbid": a

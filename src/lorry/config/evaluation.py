@@ -166,16 +166,16 @@ class EvalSettings(SettingsGroup):
 
     @model_validator(mode="after")
     def _suites_are_fixed(self) -> EvalSettings:
-        if self.suite is None and (odd := _first_changed(self, SUITE_FIELDS)):
+        if self.suite is None and (odd := first_changed(self, SUITE_FIELDS)):
             raise ValueError(f"{odd} is for suite={SUITES_OF_FIELDS.get(odd, ('tofu',))[0]}")
         if self.suite is not None:
             unread = [name for name, suites in SUITES_OF_FIELDS.items() if self.suite not in suites]
-            if odd := _first_changed(self, unread):
+            if odd := first_changed(self, unread):
                 raise ValueError(
                     f"{odd} is not read by suite={self.suite}; it is a setting of "
                     f"suite={', '.join(SUITES_OF_FIELDS[odd])}"
                 )
-        if self.suite is not None and (odd := _first_changed(self, NOT_OF_SUITES)):
+        if self.suite is not None and (odd := first_changed(self, NOT_OF_SUITES)):
             raise ValueError(f"{odd} is for tasks=[...]; how suite={self.suite} asks is fixed")
         if self.suite is not None and self.output_dir is not None and self.output_dir.suffix:
             raise ValueError(
@@ -187,18 +187,18 @@ class EvalSettings(SettingsGroup):
     def _nothing_is_ignored(self) -> EvalSettings:
         # by value, not by whether it was written: run descriptions that were dumped list every
         # field
-        if self.data.path and (unused := _first_changed(self, TASK_FIELDS)):
+        if self.data.path and (unused := first_changed(self, TASK_FIELDS)):
             raise ValueError(
                 f"{unused} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand"
             )
-        if not self.data.path and (unused := _first_changed(self.data, FILE_FIELDS)):
+        if not self.data.path and (unused := first_changed(self.data, FILE_FIELDS)):
             hint = (
                 "; task_split says which rows are asked" if self.tasks and unused == "split" else ""
             )
             raise ValueError(
                 f"data.{unused} is for data=FILE; named sets know how they are read{hint}"
             )
-        if self.temperature == 0 and (unused := _first_changed(self, ("top_p", "top_k"))):
+        if self.temperature == 0 and (unused := first_changed(self, ("top_p", "top_k"))):
             raise ValueError(
                 f"{unused} is for sampled answers; give temperature=1 or another above 0 with it"
             )
@@ -209,7 +209,7 @@ class EvalSettings(SettingsGroup):
         return self
 
 
-def _first_changed(group: SettingsGroup, names: Sequence[str]) -> str:
+def first_changed(group: SettingsGroup, names: Sequence[str]) -> str:
     """The first of these settings that is not its default, or an empty string."""
     fields = type(group).model_fields
     return next(

@@ -28,7 +28,8 @@ SWEEP = "sweep.json"
 CARD = "README.md"
 REPORT, PLOT = "report.html", "report.png"
 CHECKPOINTS, PREVIOUS = "checkpoints", "previous"
-SUITES = "evals"  # a folder for what `lorry eval suite=...` writes
+SUITES = "evals"  # a folder for what `lorry eval suite=...` and `lorry attack` write
+ATTACKS = "attacks.json"
 # in an adapter's folder: the adapter that it was trained over, so that a run is whole by itself
 START = "start_adapter"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, as the next

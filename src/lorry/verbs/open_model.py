@@ -21,12 +21,16 @@ def print_note(text: str) -> None:
     print(make_visible(text), file=sys.stderr, flush=True)
 
 
-def open_with_adapters(config: ModelConfig, *, adapters: Sequence[str] = ()) -> OpenedModel:
-    """The model with its adapters and its tokenizer. Raises ModelError when there is none."""
+def open_with_adapters(
+    config: ModelConfig, *, adapters: Sequence[str] = (), as_start: bool = False
+) -> OpenedModel:
+    """The model with its adapters (``as_start``: its one as a part of the frozen base) and its
+    tokenizer. Raises ModelError when there is none.
+    """
     from lorry.models.loading.open import open_model
 
     notes: list[str] = []
-    opened = open_model(config, notes, adapters=adapters)
+    opened = open_model(config, notes, adapters=adapters, as_start=as_start)
     for note in notes:
         print_note(f"note: {note}")
     # `lorry.load` gives such a model to Python; every verb reads or writes text

@@ -67,8 +67,8 @@ def _positional_name(schema: type[BaseModel]) -> str:
 
 
 def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]:
-    """Bare words belong to the schema's positional setting: one word, or any number where it is a
-    list.
+    """Bare words belong to the schema's positional settings: one word each, or any number where it
+    is a list.
     """
     if not words:
         return []
@@ -77,14 +77,14 @@ def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]
             f"{words[0]}: unexpected word; settings are key=value without spaces, after an optional CONFIG.yaml"
         )
     names = schema_names(schema)
-    dotted = names.candidates(_positional_name(schema))[0]
-    if accepts_type(names.fields[dotted], list):
-        return [GivenSetting(dotted, words, " ".join(words))]
-    if len(words) > 1:
+    dotted = [names.candidates(name)[0] for name in _positional_name(schema).split()]
+    if accepts_type(names.fields[dotted[0]], list):
+        return [GivenSetting(dotted[0], words, " ".join(words))]
+    if len(words) > len(dotted):
         raise ConfigError(
-            f"{words[1]}: one word too many after {words[0]!r}; settings are key=value without spaces"
+            f"{words[len(dotted)]}: one word too many after {words[len(dotted) - 1]!r}; settings are key=value without spaces"
         )
-    return [GivenSetting(dotted, words[0], words[0])]
+    return [GivenSetting(name, word, word) for name, word in zip(dotted, words, strict=False)]
 
 
 def _is_bare(words: list[str]) -> bool:

@@ -100,11 +100,25 @@ def load_tofu_sets(
         rows, note = load_tofu_split(names[role], local)
         # real authors, world facts and holdouts have no other wording
         key = question_key if role in ("forget", "retain") else "question"
-        if not rows:
-            raise DataError(f"{names[role]}: there are no rows")
-        asked = tuple(_suite_row(row, key, fields, names[role]) for row in rows)
-        made[role] = SuiteSet(names[role], asked, _rows_digest(rows, key), note)
+        made[role] = question_set(names[role], rows, fields, key=key, note=note)
     return made
+
+
+def question_set(
+    name: str,
+    rows: Sequence[DataRow],
+    fields: tuple[str, ...],
+    *,
+    key: str = "question",
+    note: str = "",
+) -> SuiteSet:
+    """Rows with a question in ``key`` and answers in ``fields``. Raises DataError for no rows, or
+    one without a field.
+    """
+    if not rows:
+        raise DataError(f"{name}: there are no rows")
+    asked = tuple(_suite_row(row, key, fields, name) for row in rows)
+    return SuiteSet(name, asked, _rows_digest(rows, key), note)
 
 
 def _suite_row(row: DataRow, key: str, fields: tuple[str, ...], name: str) -> SuiteRow:

@@ -159,7 +159,7 @@ class SuiteModel:
             )
         closings, call, found = closing_sequences(self.encoder), AdapterContext(self.mix), []
         for row in self.sets[role].rows:
-            tokens, weights = _lay_out(self.encoder, row, row.answers[field][0])
+            tokens, weights = lay_out_answer(self.encoder, row, row.answers[field][0])
             # one row at a time: the norm of a sum of rows says nothing of one of them
             kept = len(tokens) - _closing_length(tokens, closings)
             example = TokenizedExample(tokens[:kept], weights[:kept], adapter=BASE)
@@ -237,7 +237,7 @@ def score_answer_tokens(
     answer_tokens: int | None = None,
 ) -> list[AnswerScores]:
     """Scores of (row, answer) pairs in their order. Raises as `SuiteModel.score`."""
-    laid = [_lay_out(encoder, row, text, answer_tokens) for row, text in asked]
+    laid = [lay_out_answer(encoder, row, text, answer_tokens) for row, text in asked]
     wants = {**LOSS_WANTS, **(MOMENT_WANTS if moments else {})}
     closings = closing_sequences(encoder)
     out: dict[int, AnswerScores] = {}
@@ -309,7 +309,7 @@ def _lay_out_plain(
     return kept, [0.0] * start + [1.0] * (len(kept) - start)
 
 
-def _lay_out(
+def lay_out_answer(
     encoder: ExampleEncoder, row: SuiteRow, text: str, answer_tokens: int | None = None
 ) -> tuple[list[int], list[float]]:
     """(tokens, weights): the row as it would be trained, the answer and its end of turn weighted."""

@@ -1,0 +1,288 @@
+"""`lorry attack RUN relearn|quantize|rephrase`: try to get back what a run has unlearned; a table, and
+a part of attacks.json.
+
+All that can be wrong with settings and rows is told before a model is loaded, and nothing is written
+then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from lorry.config.attack import AttackSettings
+from lorry.config.schema import ModelConfig
+from lorry.console import VisibleConsole
+from lorry.disk import documents, durable
+from lorry.errors import ConfigError
+from lorry.formatting import format_number
+from lorry.runs import ownership
+from lorry.runs.layout import ADAPTER_CONFIG, ATTACKS, SUITES
+from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
+from lorry.visible import make_visible
+
+if TYPE_CHECKING:
+    from lorry.data.encoding.encode import ExampleEncoder
+    from lorry.data.reading.rows import DataRow
+    from lorry.models.loading.open import OpenedModel
+
+MARK = {"written_by": "lorry attack"}
+is_attacks_file = ownership.recognise_mark(rb'\A\{\n "written_by": "lorry attack"')
+# what each attack's table shows, in this order: what follows knowledge best comes first
+SHOWN = {
+    "relearn": ("extraction_strength", "truth_ratio", "probability"),
+    "quantize": ("extraction_strength", "truth_ratio", "probability"),
+    "rephrase": ("extraction_strength", "probability", "rougeL_recall"),
+}
+# what was done, to which model, and what was measured then
+TableLine = tuple[str, str, Mapping[str, float]]
+RUN_SIDE, START_SIDE, ORACLE_SIDE = "run", "start", "oracle"
+
+
+def main(settings: AttackSettings, notes: list[str]) -> int:
+    """Read the rows, attack the run (and the oracle), print, write."""
+    import torch
+
+    folder = attacks_folder(settings)
+    ownership.refuse_foreign({folder / ATTACKS: is_attacks_file}, "name another output_dir")
+    name, rows = read_forget_rows(settings)
+    if settings.backend.threads:
+        torch.set_num_threads(settings.backend.threads)
+    attack = {"relearn": attack_relearn, "quantize": attack_quantize, "rephrase": attack_rephrase}
+    with VisibleConsole(stderr=True).status("attacking") as status:
+        part, lines = attack[settings.attack](settings, name, rows, status.update)
+    document = add_part(folder / ATTACKS, settings.attack, part)
+    print_table(settings, lines)
+    for metric, values in (document.get("robustness") or part.get("robustness") or {}).items():
+        numbers = values if isinstance(values, dict) else {settings.attack: values}
+        said = ", ".join(f"{k} {format_number(v)}" for k, v in numbers.items())
+        print_note(f"robustness by {metric}: {said}")
+    print_note(f"written to {folder / ATTACKS}")
+    return 0
+
+
+def attacks_folder(settings: AttackSettings) -> Path:
+    """Where attacks.json goes: output_dir, or a folder of the run. Raises ConfigError for a model
+    that is neither.
+    """
+    if settings.output_dir is not None:
+        if settings.output_dir.suffix or settings.output_dir.is_file():
+            raise ConfigError(f"output_dir={settings.output_dir} is a file's name; name a folder")
+        return settings.output_dir
+    model = Path(settings.model.adapter or settings.model.name)
+    if (model / ADAPTER_CONFIG).is_file() or ownership.run_description_of(model):
+        return model / SUITES
+    raise ConfigError(f"{model} is no run; give output_dir=FOLDER for {ATTACKS}")
+
+
+def read_forget_rows(settings: AttackSettings) -> tuple[str, list[DataRow]]:
+    """(what they are called, the rows that were to be forgotten). Raises ConfigError, DataError."""
+    from lorry.data.reading.sources import open_source
+    from lorry.data.reading.suite_splits import FORGET_ROWS, PERTURBED, TOFU
+
+    if settings.forget is not None:
+        return settings.forget, list(open_source(settings.forget, local=settings.local))
+    if settings.forget_split not in FORGET_ROWS:
+        raise ConfigError(
+            f"forget_split={settings.forget_split}: TOFU has {', '.join(FORGET_ROWS)}"
+        )
+    name = settings.forget_split + PERTURBED
+    return name, list(open_source(f"{TOFU}:{name}", local=settings.local))
+
+
+def attack_relearn(
+    settings: AttackSettings, name: str, rows: Sequence[DataRow], tell: Any
+) -> tuple[dict[str, Any], list[TableLine]]:
+    """Fine-tune the unlearned model, and the oracle, on a part of the rows; measure the others."""
+    from lorry.adapters.mix import Mix
+    from lorry.evaluate.unlearning import attacks
+    from lorry.evaluate.unlearning.scores import SuiteModel
+
+    wanted = attacks.RelearnSettings(
+        settings.relearn_steps,
+        settings.learning_rate,
+        settings.r,
+        settings.batch_size,
+        settings.seed,
+        settings.backend.name,
+    )
+    whole = attacks.knowledge_set(name, rows)
+    train, measure = attacks.split_rows(whole, settings.relearn_share, settings.seed)
+    print_note(f"{name}: {len(train.rows)} rows are relearnt, {len(measure.rows)} measured")
+    curves, digest = {}, ""
+    for side, model in sides_of(settings).items():
+        # its adapter is a part of the frozen base: a new one is trained over it
+        opened = open_with_adapters(model, as_start=True)
+        encoder = encoder_of(opened)
+        if side == RUN_SIDE:
+            digest = SuiteModel(opened.model, encoder, {}, Mix.none()).digest()
+        curves[side] = attacks.relearn(opened.model, encoder, train, measure, wanted, tell)
+        del opened  # two models at once need not fit
+    part: dict[str, Any] = {
+        "model": digest,
+        "rows": whole.digest,
+        "settings": {**vars(wanted), "relearn_share": settings.relearn_share},
+        "rows_relearnt": len(train.rows),
+        "rows_measured": len(measure.rows),
+        "curves": curves,
+    }
+    if ORACLE_SIDE in curves:
+        robust = attacks.relearn_robustness(curves[RUN_SIDE], curves[ORACLE_SIDE])
+        part["robustness"] = robust
+    lines: list[TableLine] = [
+        (f"step {point['step']}", side, point)
+        for at in range(len(settings.relearn_steps))
+        for side, curve in curves.items()
+        for point in [curve[at]]
+    ]
+    return part, lines
+
+
+def attack_quantize(
+    settings: AttackSettings, name: str, rows: Sequence[DataRow], tell: Any
+) -> tuple[dict[str, Any], list[TableLine]]:
+    """Fold the adapter in, round the weights, measure the rows."""
+    from lorry.adapters.mix import Mix
+    from lorry.evaluate.unlearning import attacks
+    from lorry.evaluate.unlearning.scores import SuiteModel
+
+    whole = attacks.knowledge_set(name, rows)
+    values, digest = {}, ""
+    for side, model in sides_of(settings).items():
+        opened = open_with_adapters(model)
+        encoder, adapter = encoder_of(opened), only_adapter(opened, model)
+        mix = Mix.none() if adapter is None else Mix.one(adapter)
+        if side == RUN_SIDE:
+            digest = SuiteModel(opened.model, encoder, {}, mix).digest()
+        values[side] = attacks.quantize(opened.model, encoder, whole, adapter, tell)
+        del opened
+    part: dict[str, Any] = {
+        "model": digest,
+        "rows": whole.digest,
+        "values": values,
+        "robustness": attacks.quantize_robustness(values[RUN_SIDE]),
+        "note": "weights rounded and restored in plain torch; NF4 of blocks of 64, int8 of rows, "
+        "activations as they are; the output head and embeddings stay as they are",
+    }
+    lines: list[TableLine] = [
+        (kind, side, found[kind]) for kind in values[RUN_SIDE] for side, found in values.items()
+    ]
+    return part, lines
+
+
+def attack_rephrase(
+    settings: AttackSettings, name: str, rows: Sequence[DataRow], tell: Any
+) -> tuple[dict[str, Any], list[TableLine]]:
+    """Ask the same in other words: the run, what it began from, and the oracle."""
+    from lorry.adapters.mix import Mix
+    from lorry.evaluate.unlearning import attacks
+    from lorry.evaluate.unlearning.scores import SuiteModel
+
+    whole, sets = attacks.knowledge_set(name, rows), attacks.rephrased_sets(name, rows)
+    values, digest = {}, ""
+    for side, model in sides_of(settings).items():
+        opened = open_with_adapters(model)
+        encoder, adapter = encoder_of(opened), only_adapter(opened, model)
+        mixes = {side: Mix.none() if adapter is None else Mix.one(adapter)}
+        if side == RUN_SIDE and adapter is not None:
+            # without the run's adapter: the frozen start that unlearning began from, or the base
+            mixes[START_SIDE] = Mix.none()
+        for label, mix in mixes.items():
+            tell(f"asking in other words: {label}")
+            asked = SuiteModel(
+                opened.model,
+                encoder,
+                sets,
+                mix,
+                max_new_tokens=settings.max_new_tokens,
+                limit=settings.limit,
+                batch_rows=settings.batch_size,
+            )
+            if label == RUN_SIDE:
+                digest = asked.digest()
+            values[label] = attacks.rephrase(asked)
+        del opened
+    part: dict[str, Any] = {
+        "model": digest,
+        "rows": whole.digest,
+        "settings": {"limit": settings.limit, "max_new_tokens": settings.max_new_tokens},
+        "values": values,
+        "templates": {"format": attacks.FORMAT, "jailbreak": attacks.JAILBREAK},
+    }
+    lines: list[TableLine] = [
+        (wording, side, found[wording]) for wording in sets for side, found in values.items()
+    ]
+    return part, lines
+
+
+def sides_of(settings: AttackSettings) -> dict[str, ModelConfig]:
+    """The run, and the oracle beside it, opened alike."""
+    made = {RUN_SIDE: settings.model}
+    if settings.oracle is not None:
+        name = {"name": settings.oracle, "adapter": None, "revision": None}
+        made[ORACLE_SIDE] = settings.model.model_copy(update=name)
+    return made
+
+
+def only_adapter(opened: OpenedModel, model: ModelConfig) -> str | None:
+    """The adapter of a run; None of a model without one. Raises ConfigError for several."""
+    return resolve_adapter_name(opened, None, model.name) if opened.adapters else None
+
+
+def encoder_of(opened: OpenedModel) -> ExampleEncoder:
+    """Rows as a suite asks them."""
+    from lorry.data.encoding.encode import ExampleEncoder
+
+    return ExampleEncoder(
+        opened.tokenizer,
+        max_length=opened.model.context or 1 << 20,
+        embeddings=opened.model.vocab_size,
+    )
+
+
+def add_part(path: Path, attack: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """Put an attack's part into attacks.json and give all of it; parts of another model or other rows
+    leave. Raises DataError for a damaged file, DiskError.
+    """
+    from lorry.evaluate.unlearning.attacks import mean_robustness
+
+    known = documents.read_object(path) if is_attacks_file(path) else {}
+    same = {
+        name: other
+        for name, other in known.items()
+        if isinstance(other, dict)
+        and (other.get("model"), other.get("rows")) == (part["model"], part["rows"])
+    }
+    parts = {**same, attack: dict(part)}
+    document: dict[str, Any] = {**MARK, **dict(sorted(parts.items()))}
+    relearned, quantized = (parts.get(n, {}).get("robustness") for n in ("relearn", "quantize"))
+    if relearned and quantized:
+        document["robustness"] = mean_robustness(relearned, quantized)
+    durable.make_directory(path.parent)
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    durable.write_files(path.parent, {path.name: text.encode()})
+    return document
+
+
+def print_table(settings: AttackSettings, lines: Sequence[TableLine]) -> None:
+    """A row per (what was done, side), a column per metric."""
+    table = Table(
+        title=Text(make_visible(f"{settings.attack}: {settings.model.name}")),
+        title_justify="left",
+        header_style="dim",
+        box=SIMPLE_HEAD,
+    )
+    columns = SHOWN[settings.attack]
+    table.add_column(settings.attack)
+    table.add_column("model")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for what, side, values in lines:
+        table.add_row(what.replace("_", " "), side, *(format_number(values[c]) for c in columns))
+    VisibleConsole(soft_wrap=True).print(table)
