@@ -111,6 +111,7 @@ def test_help_lists_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
         "eval",
         "merge",
         "unmerge",
+        "attack",
         "export",
         "report",
         "doctor",
