@@ -106,6 +106,7 @@ class Batch:
     def sum_by_sequence(self, per_token: Tensor) -> Tensor:
         """Add ``[T]`` values up within each sequence: ``[S]``, differentiable."""
         out = per_token.new_zeros(len(self))
+        # out of place: autograd needs the values as they were
         return out.index_add(0, self.sequence_of, per_token)
 
     def count(self, per: ExtraScope, adapters: int, role: str | None = None) -> Tensor:
@@ -176,6 +177,7 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
                 f"example {example.key}: the first token has no logits before it and cannot carry weight {example.weights[0]}"
             )
     lengths = torch.tensor([len(example.tokens) for example in examples])
+    # [S + 1]: the end of a sequence is the start of the next, and the last has an end as well
     starts = torch.zeros(len(examples) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=starts[1:])
     # a tensor that some examples lack could not be told apart from zeros afterwards

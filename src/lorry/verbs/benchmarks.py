@@ -53,6 +53,7 @@ def load_benchmarks(settings: EvalSettings) -> list[Benchmark]:
     from lorry.evaluate.benchmarks.questions import load_benchmark
 
     catalog = open_catalog(settings.catalog, field="catalog")
+    # field: errors name the setting as it is called here, not in a training run
     places = DataLocations(settings.local, field="local", catalog=catalog)
     benchmarks = [
         load_benchmark(
@@ -118,6 +119,7 @@ def evaluate_benchmarks(
                     top_k=settings.top_k,
                 )
     for name, sides in results.items():
+        # of all sides alike, since the prompt is; max, not a sum
         if shortened := max(result.shortened for result in sides.values()):
             print_note(
                 f"note: {name}: {shortened} prompts were cut from the left to fit the model's context of {context} tokens"
@@ -301,6 +303,7 @@ def benchmark_json(
         "limit",
         "seed",
     }
+    # what decides the numbers, and no place on this machine but the model's
     settings_asked = settings.model_dump(
         mode="json", include={*question_settings, "max_new_tokens", "temperature", "top_p", "top_k"}
     )

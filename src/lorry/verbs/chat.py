@@ -67,6 +67,7 @@ def main(settings: ChatSettings, notes: list[str]) -> int:
 
 def _handle_line(chat: ChatSession, line: str, shown: Callable[[str], str]) -> bool:
     """Carry out or answer one line; False to leave."""
+    # "//" is how a line that begins with a slash is asked
     if line.startswith("/") and not line.startswith("//"):
         return chat.run_command(line)
     for piece in chat.answer(line.removeprefix("/") if line.startswith("//") else line):
@@ -162,6 +163,7 @@ class ChatSession:
             raise DataError(
                 f"no adapter named {name!r}{suggest_nearest(name, self.opened.adapters)}; {self.list_adapters()}"
             )
+        # an adapter that is itself called "none" goes before the word
         self.adapter = name if name in self.opened.adapters else None
         print_note(f"({self.describe_adapter()})")
 
@@ -277,6 +279,7 @@ class ChatSession:
 
     def _exchanges(self) -> Iterator[str]:
         """Of plain text: what was typed and how it was continued, each pair in one."""
+        # turns come in pairs: `answer` adds both or neither
         for message, pieces in zip(self.turns[::2], self.turns[1::2], strict=True):
             yield message.content.replace("\\n", "\n") + pieces.content
 

@@ -37,6 +37,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
 
     trained = [settings.run_of_way(name) for name in _training_ways(settings)]
     _refuse_unsupported(settings, trained)
+    # all that may be refused is refused before the first way has trained
     refuse_foreign_files(settings.output_dir, trained)
     for run in trained:
         # the ways that did train stay where they are, to be compared by name
@@ -56,6 +57,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
             {"name": damaged_run.name, "path": str(damaged_run.path), "why": damaged_run.why}
             for damaged_run in damaged
         ]
+    # of runs that were named, no folder is ours to write in
     if trained:
         durable.write_files(
             settings.output_dir,

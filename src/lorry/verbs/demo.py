@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DemoRow = dict[str, str]
 DEMO_PEOPLE, FAST_DEMO_PEOPLE, FAST_DEMO_STEPS = 8, 2, 4
 HELD_OUT_GROUP, GENERAL_GROUP = "held-out rephrasings", "everyday questions"
+# an answer is a short sentence; before training the model would go on for ever
 DEMO_ANSWER_TOKENS = 32
 TRAIN_FILE, HELD_OUT_FILE = "data/train.jsonl", "data/heldout.jsonl"
 
@@ -194,6 +195,7 @@ def general_batches(tokenizer: Any) -> list[Batch]:
     from lorry.demo.people import general_text
 
     encoder = ExampleEncoder(tokenizer, max_length=512)
+    # each passage by itself: encode_many gives a list of pieces, or a bad row, which prose is not
     pieces = [p for text in general_text() for p in encoder.encode_many([TextDocument(text)])[0]]  # type: ignore[union-attr]
     rows = [TokenizedExample(p.tokens, p.weights) for p in pieces]
     return [collate(rows[i : i + 8]) for i in range(0, len(rows), 8)]

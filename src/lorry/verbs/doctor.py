@@ -23,6 +23,7 @@ from lorry.runs.layout import ADAPTER_WEIGHTS
 from lorry.runs.read import RunRecord
 from lorry.runs.read import read_run as load_run
 
+# those whose version decides numbers, tokens or what can be read
 REPORTED_PACKAGES = (
     "torch",
     "transformers",
@@ -94,6 +95,7 @@ def _key_value_table(title: str, rows: dict[str, str]) -> Table:
 def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     """Contracts as recorded, and what can be verified again from the files."""
     run = load_run(path)
+    # from files and the table of processes: nothing of the model is opened
     state = status.run_state_of(run)
     facts = {
         "state": state.sentence() or state.state,
@@ -138,6 +140,7 @@ def verify_saved_weights(run: RunRecord) -> str:
     """Whether the adapters' weights, or a whole model's, are those of the receipt. Raises
     ModelError when they are not.
     """
+    # as RunDir.adapter lays them out: one in the run directory itself, several in a folder each
     adapters = receipt.part(run.receipt, "adapters")
     recorded = {
         ("" if len(adapters) == 1 else f"{name}/") + ADAPTER_WEIGHTS: d

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 BASE_COLUMN = "base"
 RESULTS_FILE, FILE_SUFFIXES = "results.json", (".json", ".csv")
+# as `generate_answers` has it; enough for an answer, not for an essay
 EVAL_NEW_TOKENS = 64
 
 
@@ -428,6 +429,7 @@ def _write_results(path: Path, value: Any) -> None:
     from lorry.disk import durable
 
     durable.make_directory(path.parent)
+    # indent=1 and a model first: by these bytes RECOGNISED_FILES knows the file again
     durable.write_files(
         path.parent, {path.name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()}
     )

@@ -83,6 +83,7 @@ def write_merged(opened: OpenedModel, name: str, output: Path, dtype: str) -> No
         rounded = before.rounded(opened, weights, torch_dtype)
         free_model_memory(opened.model)
         lines = before.compare(reopen_model(folder, before.dtype), dtype, rounded=rounded)
+    # rows are complete only now: `merged_tensors` fills them while the file is written
     report = MergeReport(tuple(rows), torch_dtype, untied)
     print_note(
         f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect"
@@ -155,6 +156,7 @@ class LogitsBeforeMerge:
             str(self.dtype).removeprefix("torch."),
             compute_fp32_logits(model, self.rows),
         )
+        # to what the files must give; the exact logits come below, for what rounding cost
         difference, bound = compare_logits(
             self.exact if rounded is None else rounded, reloaded, LOGIT_BOUNDS[computed], stored
         )

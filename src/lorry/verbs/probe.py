@@ -29,6 +29,7 @@ def probe_rows(opened: OpenedModel) -> tuple[list[Tensor], str]:
     """
     texts = [text for text in _run_texts(opened.source.get("adapter")) if text.strip()][:PROBE_ROWS]
     rows_words = f"{len(texts)} rows of the run's data" if texts else "a built-in text"
+    # cut, not left out: any prefix shows whether two models agree
     longest = min(PROBE_TOKENS, opened.model.context or PROBE_TOKENS)
     ids = [
         opened.tokenizer(text, return_tensors="pt").input_ids[:, :longest]

@@ -60,6 +60,7 @@ def main(settings: SweepSettings, notes: list[str]) -> int:
         result = train_and_push(run, notes if number == 1 else [])
         rows += sweep_rows(run, result.adapters, result.outcome)
         paths.append(write_report([result.path]).parent)
+    # sorted keeps the order of the combinations among equals
     ranked = sorted(rows, key=_ranking_key)
     # of several passes only their folders have been made
     durable.make_directory(settings.output_dir)
@@ -73,6 +74,7 @@ def main(settings: SweepSettings, notes: list[str]) -> int:
     )
     for path in paths:
         print(f"report  {path / REPORT}", file=sys.stderr)
+    # alone on standard output: `lorry chat $(lorry sweep ...)`
     print(ranked[0]["path"])
     return 0
 

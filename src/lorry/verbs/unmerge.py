@@ -24,10 +24,12 @@ def main(settings: UnmergeSettings, notes: list[str]) -> int:
     from lorry.disk import durable
 
     record = read_record(Path(settings.run) / MERGE_RECORD_FILE)
+    # before the directory is made: without a base nothing is left behind
     base = find_base(record)
     with durable.build_directory(settings.output_dir) as folder:
         for file in sorted(base.iterdir()):
             if file.is_file() and file.suffix in COPIED_FILE_SUFFIXES:
+                # contents without modes: the base may lie read-only in a cache
                 shutil.copyfile(file, folder / file.name)
         # of the copies and not the originals: what is digested is what is given
         verify_copied_weights(folder, record["base_weights"], base)

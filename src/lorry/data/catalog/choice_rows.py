@@ -42,6 +42,7 @@ _YES_NO_LABELS = {
     "0": 1,
 }
 _MMLU_COLUMNS = ("choice0", "choice1", "choice2", "choice3")
+# ActivityNet's rows have no such marks; WikiHow's have them in context and endings
 _HEADINGS = re.compile(r"\s*\[title\]\s*")
 _MARKS = re.compile(r"\[[a-z_]+\]\s*")
 
@@ -56,6 +57,7 @@ def _yes_no_index(value: Any) -> int:
 
 def read_bool_q(row: RowColumns) -> ItemFields:
     """BoolQ as the hub and its authors have it; the passage may be missing."""
+    # the label by its column, not as text: a boolean stays one
     label = row[column_of(row, ("answer", "label"))]
     slots = column_slots(row, question="question|query", passage="passage|context?")
     slots["question"] = add_question_mark(slots["question"])
@@ -68,12 +70,14 @@ def read_bool_q_adapters(row: RowColumns) -> ItemFields:
     return choice_fields(
         {"question": add_question_mark(asked)},
         YES_NO,
+        # "the correct answer is true": its last word
         [_yes_no_index(required_text(row, "answer", "output").split()[-1])],
     )
 
 
 def read_bool_q_long(row: RowColumns) -> ItemFields:
     """BoolQ in LongBench's columns."""
+    # read as an answer in words first: there the label is a list of one text
     told = generative_fields(
         {
             "question": add_question_mark(required_text(row, "input")),
@@ -111,6 +115,7 @@ _read_endings = choice_list_reader(_scene_slots, "endings")
 
 def read_hellaswag(row: RowColumns) -> ItemFields:
     """HellaSwag's hub rows, in context and endings without WikiHow's marks."""
+    # the hub's name, and that of exports
     column = column_of(row, ("endings", "choices"))
     endings = [_strip_wikihow_marks(ending) for ending in text_list(row[column], column)]
     # endings have the marks that the context has, and would be told apart by them
@@ -128,6 +133,7 @@ read_mmlu_columns = choice_columns_reader(_subject_slots, _MMLU_COLUMNS, "answer
 
 def read_longbench_classes(row: RowColumns) -> ItemFields:
     """LongBench's classification rows: the classes of the row are the options."""
+    # classes differ from data set to data set within LongBench, so each row brings its own
     options = [name.strip() for name in text_list(row["all_classes"], "all_classes")]
     answers = row_answers(row, "answers")
     if missing := [answer for answer in answers if answer not in options]:

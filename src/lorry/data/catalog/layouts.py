@@ -45,6 +45,7 @@ class ColumnLayout:
     read: Callable[[RowColumns], ItemFields | list[ItemFields]]
 
     def fits(self, row: RowColumns) -> bool:
+        # by values and not by names: a column that is empty in every row is not there
         return all(column_of(row, group) for group in self.needs)
 
     def __str__(self) -> str:
@@ -103,6 +104,7 @@ def row_answers(row: RowColumns, *names: str) -> list[str]:
     """
     column = column_of(row, names or ANSWERS)
     value = row[column] if column else None
+    # SQuAD's {text: [...], answer_start: [...]}
     if isinstance(value, Mapping):
         value = value.get("text")
     values = (
@@ -136,6 +138,7 @@ def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = 
     if labels:
         # rows with labels of their own ("A", or "1" counted from 1) are never counted by position
         known = [item.strip() for item in labels]
+        # a row of four texts and five labels says nothing certain about any of them
         if str(wanted) not in known or len(known) != len(options):
             raise unknown_label_error(
                 label, [f"{name}: {text}" for name, text in zip(known, options, strict=False)]

@@ -59,6 +59,7 @@ class RowReader:
 
 def _generate(slots: SlotColumns, answers: str = "|".join(ANSWERS)) -> FieldsReader:
     """An answer in words: a text, a list of right ones, or SQuAD's {text: [...]}."""
+    # once for a layout, not for every row
     columns = tuple(answers.split("|"))
     return lambda row: generative_fields(column_slots(row, **slots), row_answers(row, *columns))
 
@@ -124,6 +125,7 @@ def _class_label(slots: SlotColumns, options: Sequence[str], label: str) -> Fiel
 
     def read(row: RowColumns) -> ItemFields:
         value = row[label]
+        # its text before its number: a class may be called "1"
         place = names.index(value) if value in names else value
         if (
             isinstance(place, bool)
@@ -143,11 +145,13 @@ def _llm_adapters(slots: SlotColumns) -> FieldsReader:
     The instruction closes with "Answer format: answer1/answer2/..." and, before that, lists
     "Answer1: ... Answer2: ...".
     """
+    # one slot: the instruction holds the question and nothing beside it
     [(slot, columns)] = slots.items()
 
     def read(row: RowColumns) -> ItemFields:
         asked, options, names = split_adapters_instruction(required_text(row, *columns.split("|")))
         label = required_text(row, "answer", "output").split()[-1]
+        # the names of the answer format ("answer2"), which is what the label says
         if label not in names:
             raise unknown_label_error(
                 label,

@@ -61,4 +61,5 @@ def _choice(row: RowColumns, true: Sequence[str], listed_false: Sequence[str]) -
     # two rows list an answer as both
     false = [text for text in listed_false if text not in true]
     options = list(dict.fromkeys([*true, *false]))
+    # dict.fromkeys keeps the first of equal texts, so the right ones are the first len(set(true))
     return choice_fields(_question_slots(row), options, range(len(set(true))))

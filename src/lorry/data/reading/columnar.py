@@ -23,6 +23,7 @@ from lorry.disk.documents import first_repeated, read_json_document
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError
 
+# rows as Python values: a few MB, whatever the file's own batches are
 ROWS_AT_ONCE = 1024
 # What pyarrow raises for damaged files: its own classes derive from these (ArrowInvalid is a
 # ValueError, ArrowKeyError a
@@ -60,6 +61,7 @@ def read_parquet(path: Path, shown: str, select: ColumnSelector | None = None) -
         names = select_columns(schema, shown, select)
         batches = table.iter_batches(batch_size=ROWS_AT_ONCE, columns=names)
         while (
+            # the place is that of the first row that could not be had
             batch := _next_batch(
                 batches, path, f"{shown}:{number + 1}: not a readable parquet file"
             )
@@ -149,6 +151,7 @@ def batch_rows(
         columns = [_column_values(batch.column(name)) for name in names]
     except (pyarrow.ArrowException, RecursionError, *DAMAGE_ERRORS) as error:
         expect_damage(error, shown)
+        # a fault in a batch of 1,024 is looked for row by row; one in a single row is that row's
         if batch.num_rows == 1:
             yield RowFault(
                 f"{shown}:{before + 1}", BadRow("encoding", _unreadable_column(batch, names)), ""
@@ -172,6 +175,7 @@ def _saved_files(folder: Path, shown: str, split: str) -> list[Path]:
     files = _json_list(folder / "state.json", "_data_files", shown)
     names = [file.get("filename") if isinstance(file, dict) else None for file in files]
     for name in names:
+        # state.json is text from elsewhere: ../ would read a file that nobody named
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise DataError(
                 f"{folder / 'state.json'}: _data_files: {name!r} is not the name of a file in its folder"
@@ -215,6 +219,7 @@ def expect_damage(error: BaseException, path: Path | str) -> None:
     what was asked for.
     """
     if isinstance(error, MemoryError):
+        # Arrow's message is all there is: "malloc of size 4611686018427387904 failed"
         asked = [int(digits) for digits in re.findall(r"\d+", str(error))]
         if max(asked, default=0) < IMPOSSIBLE_ALLOCATION:
             raise error

@@ -18,6 +18,7 @@ from lorry.data.encoding.token_set import TokenSet
 from lorry.data.stream.pack import packing_efficiency, plan_epoch
 from lorry.errors import DataError
 
+# epochs: a step asks for the plan of its own and, to count rows, of the first
 PLANS_KEPT = 4
 
 
@@ -84,6 +85,7 @@ class TrainStream:
         if max_steps and max_steps > 0:
             return max_steps
         whole = math.floor(epochs)
+        # with packing epochs differ by a step or two, so their ends are added up, not multiplied
         before = self._end_of(whole - 1) if whole else 0
         if epochs == whole:
             return before
@@ -103,6 +105,7 @@ class TrainStream:
         """Row numbers of the step's micro-batches."""
         epoch = self.epoch_of(step)
         within = step - (self._end_of(epoch - 1) if epoch else 0)
+        # the last slice of an epoch may be shorter: no row waits for the next epoch
         return self.plan(epoch)[within * self.accumulation : (within + 1) * self.accumulation]
 
     def rows_before(self, step: int) -> int:
@@ -154,6 +157,7 @@ class TrainStream:
     def _end_of(self, epoch: int) -> int:
         while len(self._ends) <= epoch:
             before = self._ends[-1] if self._ends else 0
+            # epoch by epoch, each planned once: an end depends on all before it
             self._ends.append(
                 before + count_steps(len(self.plan(len(self._ends))), self.accumulation)
             )

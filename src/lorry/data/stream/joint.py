@@ -84,6 +84,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     """Batches laid end to end as one; their groups stay apart. Raises ValueError where they carry
     other extra tensors.
     """
+    # the very object: a run of one job is what it would be without this room
     if len(batches) == 1:
         return batches[0]
     # a tensor that one of them lacks could only be made up
@@ -127,6 +128,7 @@ def select_sequences(batch: Batch, sequences: Sequence[int]) -> Batch:
     """Some sequences of a batch, in the order given; terms are left out, since their weights were
     those of the whole.
     """
+    # places of the tokens in the whole batch, sequence by sequence
     spans = [torch.arange(*batch.segments[s]) for s in sequences]
     tokens, chosen = torch.cat(spans), torch.tensor(sequences)
     pick = {"token": tokens, "sequence": chosen}
@@ -176,6 +178,7 @@ def count_adapter_tokens(batches: Sequence[Batch], adapters: int) -> list[int]:
     """Tokens of each adapter's sequences."""
     total = torch.zeros(adapters, dtype=torch.int64)
     for batch in batches:
+        # BASE (-1) is no index
         own = batch.adapter >= 0
         total.index_add_(0, batch.adapter[own], batch.lengths[own])
     return total.tolist()

@@ -30,6 +30,7 @@ def mixture_sets(data: DataConfig) -> list[str]:
     named twice.
     """
     catalog = open_catalog(data.catalog)
+    # by the catalogue's spelling, in which two words may be one set
     names = [catalog.find_set(name).name for name in data.mix if name not in catalog.suites]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(
@@ -111,6 +112,7 @@ def read_held_out(
             data,
             split,
             data.eval_n,
+            # 0, the plain one, where training draws: a held-out loss must not hang on the draw
             data.template or 0,
             encoder,
             seed,
@@ -184,4 +186,5 @@ def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
         raise ConfigError(
             f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})"
         )
+    # a set without a weight has 1, as all have without `weights`
     return tuple(given.get(name, 1.0) for name in names)

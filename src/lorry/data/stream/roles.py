@@ -23,6 +23,7 @@ from lorry.data.stream.pack import sequence_key
 from lorry.errors import DataError
 
 ALTERNATE = "alternate"  # the role of another answer to a row's question
+# a step may reach over the end of a pass: the order before and the one after
 ORDERS_KEPT = 2
 
 
@@ -78,6 +79,7 @@ class RoleStream:
                 self._add(examples, self.role, self.first.tokens, row, epoch)
             for role, tokens in self.beside.items():
                 for number in range(drawn, drawn + len(rows)):
+                    # without replacement: every row once in a lap, however long the first set is
                     lap, place = divmod(number, len(tokens))
                     self._add(examples, role, tokens, int(self._order(role, lap)[place]), lap)
             drawn += len(rows)
@@ -95,9 +97,11 @@ class RoleStream:
         if role not in self.alternates:
             examples.append(replace(found, group=-1))
             return
+        # one more than those in this micro-batch; -1 means none
         group = 1 + max((example.group for example in examples), default=-1)
         other = self.alternates[role].example(row, epoch, self.seed)
         examples.append(replace(found, group=group))
+        # a key of its own for dropout; crc32, for Python's hash of a text is another in every process
         key = found.key ^ sequence_key(zlib.crc32(ALTERNATE.encode()), -1)
         examples.append(replace(other, role=ALTERNATE, group=group, key=key))
 
