@@ -57,8 +57,9 @@ def take_experiment(
     for source in rest:
         for given in [one for one in source if one.key in parameters]:
             source.remove(given)
+            _refuse_overridden(given, described.values, rest)
             parameters[given.key] = _parameter_value(given)
-            if f"{{{given.key}}}" not in repr(described.values):
+            if not any(f"{{{given.key}}}" in text for _, text in _texts(described.values)):
                 notes.append(f"{given.key} changes nothing in this experiment")
     values = {key: value for key, value in described.values.items() if key != PARAMETERS}
     filled = DescriptionFile(_fill_in(values, parameters), described.lines)
@@ -81,6 +82,33 @@ def _find_experiment(kind: str, given: GivenSetting) -> Path:
     if family != kind:
         raise ConfigError(f"{given.where}: {name} is an experiment of `{VERB_OF_KIND[family]}`")
     return SHIPPED_EXPERIMENTS / f"{name}.yaml"
+
+
+def _refuse_overridden(
+    parameter: GivenSetting, values: dict[str, Any], sources: Sequence[Sequence[GivenSetting]]
+) -> None:
+    """A parameter of which nothing is left, since all that it stands in is given as well."""
+    given = {one.key.rpartition(".")[2] for source in sources for one in source}
+    places = [name for name, text in _texts(values) if f"{{{parameter.key}}}" in text]
+    # data=FILE is data.path
+    names = [
+        leaf if leaf != "path" else group for group, _, leaf in (p.rpartition(".") for p in places)
+    ]
+    if names and all(name in given for name in names):
+        raise ConfigError(
+            f"{parameter.where}: {names[0]} is given as well, which leaves nothing of {parameter.key}; keep one"
+        )
+
+
+def _texts(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, text) of every text in a tree of settings."""
+    found = list[tuple[str, str]]()
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _texts(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            found.append((f"{prefix}{key}", value))
+    return found
 
 
 def _parameter_value(given: GivenSetting) -> str:

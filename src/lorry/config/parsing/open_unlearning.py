@@ -25,6 +25,13 @@ CONFIG_NAME = re.compile(r"(?:--config-name|-cn)(?:=(.*))?", re.DOTALL)
 KIND_OF_CONFIG = {"train": "finetune", "unlearn": "unlearn", "eval": "eval"}
 # + adds a setting in Hydra, ++ adds or changes one; @ is how the requirement's page writes it
 HYDRA_MARK = re.compile(r"(@|\+{1,2})([A-Za-z_][\w.]*=.*)", re.DOTALL)
+TRAIN_ROWS = re.compile(r"data\.train\.(\w+)\.args\.hf_args\.(\w+)=(.*)", re.DOTALL)
+# (one of their sets, its setting that says which rows): the parameter of finetune/ that does
+TRAIN_PARAMETERS = {
+    ("TOFU_QA_full", "name"): "data_split",
+    ("TOFU_QA_retain", "name"): "data_split",
+    ("MUSE_train", "split"): "data_sub_set",
+}
 # the group of ours that a group of theirs is; settings without such a place are taken by themselves
 GROUPS = {
     "trainer.args": "train",
@@ -88,18 +95,40 @@ def strip_launcher(kind: str, argv: Sequence[str], notes: list[str]) -> list[str
         notes.append(f"{' '.join(words[: scripts[0] + 1])} changes nothing: the verb says it")
         del words[: scripts[0] + 1]
     for config, given in reversed(_config_names(words)):
-        if KIND_OF_CONFIG.get(config, kind) != kind:
+        if config not in KIND_OF_CONFIG:  # one of theirs holds settings that would be lost
+            raise ConfigError(
+                f"--config-name={config}: of open-unlearning's {', '.join(KIND_OF_CONFIG)} are known; settings of "
+                "another are given as CONFIG.yaml"
+            )
+        if KIND_OF_CONFIG[config] != kind:
             verb = VERB_OF_KIND[KIND_OF_CONFIG[config]]
             raise ConfigError(f"--config-name={config} is what `{verb}` does")
         notes.append(f"--config-name={config} changes nothing: the verb says it")
         del words[given]
     kept = []
-    for word in words:
+    for word in _read_train_set(words, notes):
         if found := HYDRA_MARK.fullmatch(word):
             notes.append(f"{found[1]} before {found[2].partition('=')[0]} is not needed")
             word = found[2]
         kept.append(word)
     return kept
+
+
+def _read_train_set(words: Sequence[str], notes: list[str]) -> list[str]:
+    """``data/datasets@data.train=TOFU_QA_retain data.train.TOFU_QA_retain.args.hf_args.name=retain90``,
+    which makes the oracle, as the parameter of our experiment. A set that is named without its
+    rows stays, as the error that it is: its file decides which they are.
+    """
+    made = list(words)
+    for word in words:
+        found = TRAIN_ROWS.fullmatch(word)
+        if found is None or (found[1], found[2]) not in TRAIN_PARAMETERS:
+            continue
+        chosen = f"data/datasets@data.train={found[1]}"
+        ours = f"{TRAIN_PARAMETERS[found[1], found[2]]}={found[3]}"
+        notes.append(f"{word} is read as {ours}")
+        made = [ours if each == word else each for each in made if each != chosen]
+    return made
 
 
 def _config_names(words: Sequence[str]) -> list[tuple[str, slice]]:
