@@ -284,6 +284,7 @@ def short(field: str) -> list[dict[str, Any]]:
         (["quantize"], [], "forget.jsonl"),
         (["relearn", "relearn_steps=[5,10]"], learnt_rows(), "has to rise from 0"),
         (["quantize", "r=4"], learnt_rows(), "r is not read by quantize"),
+        (["quantize", "batch_size=4"], learnt_rows(), "it is a setting of relearn, rephrase"),
         (["relearn", "limit=4"], learnt_rows(), "it is a setting of rephrase"),
         (["relearn", "forget_split=forget05"], learnt_rows(), "keep one"),
         (["relearn", "oracle=nowhere/at-all/x"], learnt_rows(), "nowhere"),

@@ -14,11 +14,16 @@ from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, de
 from lorry.config.evaluation import first_changed
 from lorry.config.schema import BackendConfig, ModelConfig
 
-# settings that one attack alone reads; giving them to another is an error
-ATTACK_FIELDS = {
-    "relearn": ("relearn_share", "relearn_steps", "learning_rate", "r", "seed"),
-    "quantize": (),
-    "rephrase": ("limit", "max_new_tokens"),
+# what only some attacks read; giving it to another is an error
+ATTACKS_OF_FIELDS = {
+    "relearn_share": ("relearn",),
+    "relearn_steps": ("relearn",),
+    "learning_rate": ("relearn",),
+    "r": ("relearn",),
+    "seed": ("relearn",),
+    "batch_size": ("relearn", "rephrase"),
+    "limit": ("rephrase",),
+    "max_new_tokens": ("rephrase",),
 }
 
 
@@ -73,10 +78,12 @@ class AttackSettings(SettingsGroup):
 
     @validate_model(mode="after")
     def _nothing_is_ignored(self) -> AttackSettings:
-        others = [n for kind, names in ATTACK_FIELDS.items() if kind != self.attack for n in names]
-        if odd := first_changed(self, others):
-            reader = next(kind for kind, names in ATTACK_FIELDS.items() if odd in names)
-            raise ValueError(f"{odd} is not read by {self.attack}; it is a setting of {reader}")
+        unread = [n for n, attacks in ATTACKS_OF_FIELDS.items() if self.attack not in attacks]
+        if odd := first_changed(self, unread):
+            raise ValueError(
+                f"{odd} is not read by {self.attack}; it is a setting of "
+                f"{', '.join(ATTACKS_OF_FIELDS[odd])}"
+            )
         if self.forget is not None and first_changed(self, ("forget_split",)):
             raise ValueError("forget and forget_split both say what was forgotten; keep one")
         return self
