@@ -77,17 +77,17 @@ class BenchmarkEvaluator:
             if name in get_bank(self.opened.model, create=True).names()
             else Mix.none()
         )
-        found = dict[str, float]()
+        values = dict[str, float]()
         for exam in self.exams:
-            taken = evaluate_benchmark(
+            result = evaluate_benchmark(
                 self.opened.model,
                 self.encoder,
                 exam,
                 mix,
                 batch_rows=self.run.train.per_device_eval_batch_size,
             )
-            found |= {
+            values |= {
                 f"eval_{exam.named_set.name}_{metric}": one.value
-                for metric, one in taken.metrics.items()
+                for metric, one in result.metrics.items()
             }
-        return found
+        return values

@@ -217,27 +217,27 @@ def _read_meta(path: Path) -> dict[str, Any]:
     meta = documents.parse_json(
         integrity.read_content(path / META_FILE), str(path / META_FILE), error=ModelError
     )
-    found = meta.pop("format", None) if isinstance(meta, dict) else None
-    if found != CHECKPOINT_FORMAT:
+    format_name = meta.pop("format", None) if isinstance(meta, dict) else None
+    if format_name != CHECKPOINT_FORMAT:
         raise ModelError(
-            f"{path / META_FILE}: format {found!r}, this version of Lorry reads {CHECKPOINT_FORMAT!r}"
+            f"{path / META_FILE}: format {format_name!r}, this version of Lorry reads {CHECKPOINT_FORMAT!r}"
         )
-    step, named = meta.get("step"), _named_step(path)
+    step, named_step = meta.get("step"), _named_step(path)
     # type, not isinstance: true is an int in Python
     if type(step) is not int or step < 0:
         raise ModelError(
             f"{path / META_FILE}: step {str(step)[:40]!r} is no whole number of 0 or more; this was not written by Lorry"
         )
     # copies by other tools may have any name; only a name of ours that says another step is wrong
-    if named is not None and step != named:
+    if named_step is not None and step != named_step:
         raise ModelError(
             f"{path} holds step {step}: directories were exchanged or renamed; give it back the name of its step"
         )
-    if odd := [
+    if missing_fields := [
         key for key in ("config", "digests", "environment") if not isinstance(meta.get(key), dict)
     ]:
         raise ModelError(
-            f"{path / META_FILE}: {odd[0]!r} is no object; this checkpoint was not written by Lorry"
+            f"{path / META_FILE}: {missing_fields[0]!r} is no object; this checkpoint was not written by Lorry"
         )
     return meta
 
@@ -269,9 +269,9 @@ def refuse_other_run(meta: Mapping[str, Any], current: Mapping[str, Any]) -> lis
         for field, old, new in _setting_differences(meta["environment"], current["environment"])
     ]
     if refused:
-        listed = "".join(f"\n  {line}" for line in refused)
+        listing = "".join(f"\n  {line}" for line in refused)
         raise ConfigError(
-            f"cannot resume, the checkpoint belongs to another run:{listed}\nrestore these or use a new output_dir; {CHANGEABLE_SETTINGS_MESSAGE}"
+            f"cannot resume, the checkpoint belongs to another run:{listing}\nrestore these or use a new output_dir; {CHANGEABLE_SETTINGS_MESSAGE}"
             + (
                 f". {LONGER_RUN_MESSAGE}"
                 # "train.max_steps 10 -> 20": the setting's own name
@@ -337,14 +337,14 @@ def _prune_checkpoints(run_dir: Path, keep: int | None, protect: Collection[int]
     count as one of them, and is set aside."""
     if keep is None:
         return
-    saved = _list_checkpoints(run_dir)
-    stay = {
+    checkpoints = _list_checkpoints(run_dir)
+    kept_steps = {
         # without digests: at every save all of them would be read whole
-        *[step for step, path in saved if not _is_damaged(path, digests=False)][-keep:],
+        *[step for step, path in checkpoints if not _is_damaged(path, digests=False)][-keep:],
         *protect,
     }
-    for step, path in saved:
-        if step not in stay:
+    for step, path in checkpoints:
+        if step not in kept_steps:
             _remove_or_set_aside(path, digests=False)
 
 
@@ -356,8 +356,8 @@ def _remove_or_set_aside(path: Path, *, digests: bool) -> None:
         durable.remove_directory(path)
         return
     # step-N.damaged, then -1, -2: a step that is damaged twice loses neither
-    taken = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in count())
-    durable.rename_path(path, next(target for target in taken if not os.path.lexists(target)))
+    candidates = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in count())
+    durable.rename_path(path, next(target for target in candidates if not os.path.lexists(target)))
 
 
 def _is_damaged(path: Path, *, digests: bool) -> bool:
@@ -375,15 +375,15 @@ def _is_damaged(path: Path, *, digests: bool) -> bool:
 
 
 def _refuse_pickle(path: Path) -> None:
-    found = (
+    pickles = (
         [path]
         if path.suffix in CHECKPOINT_PICKLE_SUFFIXES
         else sorted(p for p in path.glob("*") if p.suffix in CHECKPOINT_PICKLE_SUFFIXES)
     )
     # beside a manifest of ours it is somebody's file, which nothing here reads
-    if found and not (path / manifest.MANIFEST_NAME).exists():
+    if pickles and not (path / manifest.MANIFEST_NAME).exists():
         raise ModelError(
-            f"{found[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only"
+            f"{pickles[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only"
         )
 
 
@@ -432,15 +432,15 @@ def _tensor_bytes(t: Tensor) -> memoryview:
 
 
 def _meta_text(step: int, meta: Mapping[str, Any]) -> bytes:
-    if absent := {"config", "digests", "environment"} - meta.keys():
-        raise ValueError(f"a checkpoint's meta needs {', '.join(sorted(absent))}")
+    if missing_fields := {"config", "digests", "environment"} - meta.keys():
+        raise ValueError(f"a checkpoint's meta needs {', '.join(sorted(missing_fields))}")
     # in this order: a caller's own "step" cannot contradict the directory's name
-    full = {"format": CHECKPOINT_FORMAT, **meta, "step": step}
-    if changed := list(_unstorable_paths(full, "meta")):
+    meta_with_step = {"format": CHECKPOINT_FORMAT, **meta, "step": step}
+    if unstorable := list(_unstorable_paths(meta_with_step, "meta")):
         raise ContractError(
-            f"a checkpoint cannot store {', '.join(changed)}: JSON would not give it back unchanged"
+            f"a checkpoint cannot store {', '.join(unstorable)}: JSON would not give it back unchanged"
         )
-    return (json.dumps(full, indent=1) + "\n").encode()
+    return (json.dumps(meta_with_step, indent=1) + "\n").encode()
 
 
 def _unstorable_paths(value: object, where: str) -> Iterator[str]:

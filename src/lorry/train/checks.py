@@ -127,7 +127,7 @@ class ContractChecks:
         for name, modules in targets.items():
             if not modules:
                 raise self.fail(1, f"adapter {name!r} sits on no module")
-        found = [
+        module_names = [
             m
             for names in targets.values()
             for m in dict.fromkeys(re.sub(r"\.(weight|bias)$", "", n) for n in names)
@@ -135,7 +135,7 @@ class ContractChecks:
         besides = f"; not adapted: {'; '.join(left_out)}" if left_out else ""
         self.held(
             1,
-            f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}{besides}",
+            f"{len(module_names)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in module_names}))}{besides}",
         )
         self._inspection = self._same_sets(backend)
         # a resumed run took them before it loaded the checkpoint's weights: earlier moves count
@@ -160,26 +160,30 @@ class ContractChecks:
     def resume(self, backend: Backend, state: object) -> None:
         """Take back what `state` gave; the backend must still hold the adapters as the run began
         with them. Raises ModelError for what no run could have written."""
-        read: ContractState = validate_strict(_CONTRACT_STATE_ADAPTER, "checks", state)
-        if odd := [c.id for c in read.found if c.id not in CONTRACT_NAMES]:
-            raise ModelError(f"checks.found names a contract {odd[0]}, and there is none")
+        checked: ContractState = validate_strict(_CONTRACT_STATE_ADAPTER, "checks", state)
+        if unknown := [c.id for c in checked.found if c.id not in CONTRACT_NAMES]:
+            raise ModelError(f"checks.found names a contract {unknown[0]}, and there is none")
         self._start = _parameter_fingerprints(backend)
-        self.found = {c.id: c for c in read.found}
-        self._silent = {name: set(modules) for name, modules in read.silent.items()}
-        self._proof, self._moved = dict(read.proof), dict(read.moved)
+        self.found = {c.id: c for c in checked.found}
+        self._silent = {name: set(modules) for name, modules in checked.silent.items()}
+        self._proof, self._moved = dict(checked.proof), dict(checked.moved)
 
     def _same_sets(self, backend: Backend) -> ParameterInspection:
-        seen = backend.inspect()
+        inspection = backend.inspect()
         # each pair has its own remedy, so each has its own words
         for one, other, words in (
-            (seen.trainable, seen.optimized, "is trainable but no optimizer holds it"),
-            (seen.optimized, seen.trainable, "is optimized but not trainable"),
-            (seen.optimized, seen.saved, "is trained but would not be saved"),
-            (seen.saved, seen.optimized, "is saved as trained but no optimizer holds it"),
+            (inspection.trainable, inspection.optimized, "is trainable but no optimizer holds it"),
+            (inspection.optimized, inspection.trainable, "is optimized but not trainable"),
+            (inspection.optimized, inspection.saved, "is trained but would not be saved"),
+            (
+                inspection.saved,
+                inspection.optimized,
+                "is saved as trained but no optimizer holds it",
+            ),
         ):
-            if odd := sorted(one - other):
-                raise self.fail(2, f"{odd[0]} {words} ({len(odd)} tensors)")
-        return seen
+            if unmatched := sorted(one - other):
+                raise self.fail(2, f"{unmatched[0]} {words} ({len(unmatched)} tensors)")
+        return inspection
 
     def first_batches(
         self,
@@ -239,16 +243,16 @@ class ContractChecks:
         """Contract 3, until it is proven: the modules without a gradient so far, and whether the
         adapter moved.
         """
-        stepped = [
+        unproven = [
             n
             for n in norms.norms
             if rates.get(n, 0.0) > 0 and self._proof.get(n, PROOF_STEPS) < PROOF_STEPS
         ]
-        for name in stepped:
+        for name in unproven:
             # what had a gradient in any step so far is silent no more
             self._silent[name] &= set(norms.silent.get(name, ()))
             self._proof[name] += 1
-        self._prove(backend, [name for name in stepped if self._proof[name] == PROOF_STEPS])
+        self._prove(backend, [name for name in unproven if self._proof[name] == PROOF_STEPS])
 
     def prove(self, backend: Backend) -> None:
         """Contract 3 for adapters whose steps were too few for `after_step` to decide: at the end,
@@ -283,13 +287,13 @@ class ContractChecks:
                     3, f"no gradient reached {where[0]}{whose}: it would never train; {remedy}"
                 )
         # hashes of every tensor that trains: only when there is something to prove
-        now = _parameter_fingerprints(backend) if names else {}
+        fingerprints = _parameter_fingerprints(backend) if names else {}
         for name in names:
-            stuck = [t for t in self._moving(name) if now[t] == self._start[t]]
-            if stuck:
+            unmoved = [t for t in self._moving(name) if fingerprints[t] == self._start[t]]
+            if unmoved:
                 raise self.fail(
                     3,
-                    f"{stuck[0]} did not move in {self._proof[name]} steps ({len(stuck)} tensors): it does not train",
+                    f"{unmoved[0]} did not move in {self._proof[name]} steps ({len(unmoved)} tensors): it does not train",
                 )
             self._moved[name] = len(self._moving(name))
         # held only when the last adapter was proven
@@ -312,19 +316,24 @@ class ContractChecks:
             t.removeprefix(prefix).rpartition(".")[0] for t in self._start if t.startswith(prefix)
         }
         # with a leading dot, so that "proj" is no end of "q_proj"
-        live = [f".{module}" for module in modules - set(silent)]
-        ends = []
+        other_modules = [f".{module}" for module in modules - set(silent)]
+        suffixes = []
         for module in silent:
             parts = module.split(".")
             tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-            ends.append(
-                next((t for t in tails if not any(m.endswith(f".{t}") for m in live)), module)
+            suffixes.append(
+                next(
+                    (t for t in tails if not any(m.endswith(f".{t}") for m in other_modules)),
+                    module,
+                )
             )
-        shown = list(dict.fromkeys(ends))
+        distinct = list(dict.fromkeys(suffixes))
         more = (
-            f" and {len(shown) - MAX_NAMED_MODULES} more" if len(shown) > MAX_NAMED_MODULES else ""
+            f" and {len(distinct) - MAX_NAMED_MODULES} more"
+            if len(distinct) > MAX_NAMED_MODULES
+            else ""
         )
-        return f"lora.exclude_modules=[{','.join(shown[:MAX_NAMED_MODULES])}]{more}"
+        return f"lora.exclude_modules=[{','.join(distinct[:MAX_NAMED_MODULES])}]{more}"
 
     def _moving(self, name: str) -> list[str]:
         """The tensors that must move: of a base that trains all that do, of an adapter those that
@@ -348,10 +357,10 @@ class ContractChecks:
         """
         # masters, moments and counts; the random state is bytes
         floats = {name: t for name, t in backend.state().items() if t.is_floating_point()}
-        odd = [name for name, t in floats.items() if not is_finite(t)]
-        if odd:
+        nonfinite = [name for name, t in floats.items() if not is_finite(t)]
+        if nonfinite:
             message = (
-                f"step {step}: the update made {odd[0]} infinite or NaN ({len(odd)} of {len(floats)} tensors that are saved); "
+                f"step {step}: the update made {nonfinite[0]} infinite or NaN ({len(nonfinite)} of {len(floats)} tensors that are saved); "
                 "it is not saved, and the last checkpoint is as it was. Lower learning_rate"
             )
             self.fail(7, message)
@@ -362,9 +371,9 @@ class ContractChecks:
     def end(self, backend: Backend, task: Task) -> None:
         """Contracts 2 and 7 at the end."""
         assert self._inspection is not None
-        now = self._same_sets(backend)
+        inspection = self._same_sets(backend)
         # a digest of a sample: the whole base would take as long as loading it
-        if now.base_digest != self._inspection.base_digest:
+        if inspection.base_digest != self._inspection.base_digest:
             raise self.fail(2, "a base weight changed during training")
         whose = (
             "the base's sample"
@@ -372,11 +381,11 @@ class ContractChecks:
             else "a sample of what is frozen"
         )
         frozen = (
-            f"digest of {whose} {now.base_digest[:12]} before and after"
-            if now.base_digest
+            f"digest of {whose} {inspection.base_digest[:12]} before and after"
+            if inspection.base_digest
             else "nothing is frozen"
         )
-        self.held(2, f"{len(now.saved)} tensors; {frozen}")
+        self.held(2, f"{len(inspection.saved)} tensors; {frozen}")
         self.held(7, "every loss and gradient was finite")
 
 

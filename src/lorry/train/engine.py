@@ -235,9 +235,11 @@ class TrainingEngine:
         # of the jobs in the step just made: one that has ended with it is no longer active, but due
         train = {name: self.jobs[name].train for name in self.epochs}
         # evaluation before saving: a checkpoint of this step knows whether it was the best so far
-        asked = [n for n, t in train.items() if self._due(n, t.eval_strategy, t.eval_steps)]
-        found = self._evaluate(metrics, asked)
-        improved = [n for n, values in found.items() if self._standing(n).judge(values, train[n])]
+        to_evaluate = [n for n, t in train.items() if self._due(n, t.eval_strategy, t.eval_steps)]
+        evaluations = self._evaluate(metrics, to_evaluate)
+        improved = [
+            n for n, values in evaluations.items() if self._standing(n).judge(values, train[n])
+        ]
         finished, strategy = not self.active(), self.train.save_strategy
         # the last step is always saved, whatever save_steps divides
         due = strategy != "no" and (
@@ -264,19 +266,19 @@ class TrainingEngine:
         """Evaluate these jobs and log what is found, which is returned."""
         if not due:
             return {}
-        found = {
+        evaluations = {
             name: {**evaluate_task(self.backend, held_out_task(self.task, name)), **self.ask(name)}
             for name in due
         }
         record: dict[str, Any] = {
             "step": self.progress.step,
-            **mean_evaluations(list(found.values())),
+            **mean_evaluations(list(evaluations.values())),
         }
         if len(self.jobs) > 1:
-            record["adapters"] = found
+            record["adapters"] = evaluations
         metrics.write(record)
         self._tell("evaluation", record)
-        return found
+        return evaluations
 
     def _standing(self, name: str) -> JobProgress:
         return self.progress.jobs[name]
@@ -298,14 +300,14 @@ class TrainingEngine:
             (r["step"], r.get("adapters", {}).get(name, {}) if several else r)
             for _, r in iter_metrics(self.run_dir / METRICS)
         )
-        logged = [
+        evaluations = [
             values
             for at, values in lines
             if step in (None, at) and any(metric.startswith("eval_") for metric in values)
         ]
         return (
-            {metric: value for metric, value in logged[-1].items() if metric != "step"}
-            if logged
+            {metric: value for metric, value in evaluations[-1].items() if metric != "step"}
+            if evaluations
             else {}
         )
 

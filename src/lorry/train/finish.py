@@ -63,14 +63,14 @@ def write_and_check_adapters(
     digests = artifacts.write_adapters(
         run_dir, opened.model, opened.tokenizer, list(prepared), base_model_name(opened)
     )
-    scored = [
+    has_scores = [
         check_adapter_reload(checks, opened.model, name, folder, prepared[name])
         for name, folder in _adapter_folder_list(run_dir, prepared)
     ]
     # of values, not tensors: it is the number that trainable_parameters has in the receipt
     values = sum(get_bank(opened.model)[name].values.numel() for name in prepared)
     whose = f" of {len(prepared)} adapters" if len(prepared) > 1 else ""
-    batches = " and the scores of a batch" if all(scored) else ""
+    batches = " and the scores of a batch" if all(has_scores) else ""
     checks.held(5, f"{values} values{whose}{batches} equal bit for bit after reading back")
     return digests
 
@@ -89,15 +89,15 @@ def check_adapter_reload(
     """
     bank = get_bank(model)
     # A name that no adapter has, shortened so that the suffix fits the longest one allowed.
-    again = next(
+    reloaded_name = next(
         n
         for n in (f"{name[:50]}.reloaded{i or ''}" for i in range(len(bank.names()) + 1))
         if n not in bank.names()
     )
     try:
         # From the file and by the reader that `lorry.load` uses, beside the one still in memory.
-        load_adapter(model, folder, again)
-        if not torch.equal(bank[name].values.cpu(), bank[again].values.cpu()):
+        load_adapter(model, folder, reloaded_name)
+        if not torch.equal(bank[name].values.cpu(), bank[reloaded_name].values.cpu()):
             raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
         # a stream does not go back to its first rows: without held-out ones the values have to do
         batch = next(iter(prepared.evaluation), None) or (
@@ -107,7 +107,7 @@ def check_adapter_reload(
             scorer = ModelScorer(model)
             scores = [
                 scorer.score([batch], {"s": TokenScore(log_prob)}, Mix.one(n))[0]["s"]
-                for n in (name, again)
+                for n in (name, reloaded_name)
             ]
             # equal, not close: a tolerance would hide a bit that was lost
             if not torch.equal(*scores):
@@ -115,8 +115,8 @@ def check_adapter_reload(
     except ModelError as error:
         raise checks.fail(5, str(error)) from error
     finally:
-        if again in bank.names():
-            detach(model, again)
+        if reloaded_name in bank.names():
+            detach(model, reloaded_name)
     return batch is not None
 
 
@@ -144,13 +144,13 @@ def collect_samples(
     """The rows of samples.json: each adapter's answers to the rows that are ``asked`` of its job,
     and the training rows of each data set once.
     """
-    found = list[dict[str, Any]]()
-    shown = set[str]()
+    samples = list[dict[str, Any]]()
+    shown_digests = set[str]()
     for name, job in jobs.items():
         data = job.data
         # jobs on the same data would show the same rows; a streamed source has none to show again
-        new = data.tokens is not None and data.digest not in shown
-        shown.add(data.digest)
+        new = data.tokens is not None and data.digest not in shown_digests
+        shown_digests.add(data.digest)
         rows = build_samples(
             backend,
             backend.adapter_of(name),
@@ -161,8 +161,10 @@ def collect_samples(
             context=context,
         )
         several = len(jobs) > 1
-        found += [{**row, "group": f"{name}: {row['group']}"} for row in rows] if several else rows
-    return found
+        samples += (
+            [{**row, "group": f"{name}: {row['group']}"} for row in rows] if several else rows
+        )
+    return samples
 
 
 def run_receipt(
@@ -188,7 +190,7 @@ def run_receipt(
         trained = sum(get_bank(opened.model)[name].values.numel() for name in jobs)
     else:
         files, trained = [run_dir / file for file in digests], weights.num_parameters()
-    known = artifacts.build_receipt(
+    receipt = artifacts.build_receipt(
         data=next(iter(data.values())) if one else data,
         base=base,
         code=checkpoint.code_digest(),
@@ -200,7 +202,7 @@ def run_receipt(
             "saved_bytes": sum(file.stat().st_size for file in files),
         },
     )
-    return known if teacher is None else {**known, "teacher": {"sha256": teacher}}
+    return receipt if teacher is None else {**receipt, "teacher": {"sha256": teacher}}
 
 
 def _data_receipt(prepared: PreparedData, row_sets: Mapping[str, PreparedData]) -> dict[str, Any]:

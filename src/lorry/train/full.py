@@ -134,29 +134,34 @@ def check_model_reload(
     """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits.
     Returns whether there was a batch to score."""
     # code of a model that the person has trusted when the run began; reading back asks no more
-    foreign = isinstance(model, HfModel) and type(model.inner).__module__.startswith(
+    has_own_code = isinstance(model, HfModel) and type(model.inner).__module__.startswith(
         "transformers_modules"
     )
     try:
-        again = load_model(
+        reloaded = load_model(
             folder,
             dtype=model.dtype,
             device=model.device,
             native=isinstance(model, Decoder),
-            trust_remote_code=foreign,
+            trust_remote_code=has_own_code,
             notes=[],
         ).model
     except ModelError as error:
         raise checks.fail(5, str(error)) from error
     # names and values of all tensors; ^ names what only one side has
-    mine, read = dict(model.named_parameters()), dict(again.named_parameters())
-    odd = sorted(mine.keys() ^ read.keys()) + [
-        n for n in mine if n in read and not torch.equal(mine[n], read[n])
+    trained_tensors, read_tensors = (
+        dict(model.named_parameters()),
+        dict(reloaded.named_parameters()),
+    )
+    differing = sorted(trained_tensors.keys() ^ read_tensors.keys()) + [
+        n
+        for n in trained_tensors
+        if n in read_tensors and not torch.equal(trained_tensors[n], read_tensors[n])
     ]
-    if odd:
+    if differing:
         raise checks.fail(
             5,
-            f"{folder.parent}: {odd[0]} read back is not the tensor that was trained ({len(odd)} tensors)",
+            f"{folder.parent}: {differing[0]} read back is not the tensor that was trained ({len(differing)} tensors)",
         )
     batch = next(iter(prepared.evaluation), None) or (
         prepared.stream.batches(0)[0] if prepared.tokens else None
@@ -164,13 +169,13 @@ def check_model_reload(
     if batch is None:
         return False
     with torch.no_grad():
-        for name, param in read.items():
+        for name, param in read_tensors.items():
             # bit for bit only where both products take the same kernel, see there
-            param.data = align_like(param.data, mine[name])
+            param.data = align_like(param.data, trained_tensors[name])
         want = {"s": TokenScore(log_prob)}
         scores = [
             evaluate_wants(m, batch.to(model.device), want, AdapterContext(Mix.none()))["s"]
-            for m in (model, again)
+            for m in (model, reloaded)
         ]
     if not torch.equal(*scores):
         raise checks.fail(5, f"{folder.parent}: the model read back gives other logits")

@@ -114,14 +114,14 @@ class JobProgress:
             )
         value = found[name]
         # strictly ahead: of equal values the earlier step stays, as in transformers
-        ahead = self.best is None or (
+        is_ahead = self.best is None or (
             value > self.best if train.greater_is_better else value < self.best
         )
         # infinity is "greater" than anything, and a first NaN would never be beaten
-        better = ahead and math.isfinite(value)
+        is_best = is_ahead and math.isfinite(value)
         if USABLE in found:
-            better = found[USABLE] > 0
-        if better:
+            is_best = found[USABLE] > 0
+        if is_best:
             self.best, self.best_step, self.waited = value, self.steps, 0
         elif USABLE in found:
             self.stopped_early = True
@@ -129,7 +129,7 @@ class JobProgress:
             self.waited += 1
             patience = train.early_stopping_patience
             self.stopped_early = patience is not None and self.waited >= patience
-        return better
+        return is_best
 
 
 @dataclass
@@ -155,21 +155,21 @@ class RunProgress:
         other jobs, a value of another kind.
         """
         # anybody can make a file with a digest that fits: each value is looked at
-        read: RunProgress = validate_strict(_RUN_PROGRESS_ADAPTER, "progress", state)
+        progress: RunProgress = validate_strict(_RUN_PROGRESS_ADAPTER, "progress", state)
         total = max(job.total for job in jobs.values())
-        if read.step != step:
-            raise ModelError(f"progress.step is {read.step} in a checkpoint of step {step}")
-        if read.step > total:
-            raise ModelError(f"progress.step is {read.step}, and the run has {total} steps")
-        if read.jobs.keys() != jobs.keys():
+        if progress.step != step:
+            raise ModelError(f"progress.step is {progress.step} in a checkpoint of step {step}")
+        if progress.step > total:
+            raise ModelError(f"progress.step is {progress.step}, and the run has {total} steps")
+        if progress.jobs.keys() != jobs.keys():
             raise ModelError(
-                f"progress.jobs are {', '.join(read.jobs) or 'none'}; the run's are {', '.join(jobs)}"
+                f"progress.jobs are {', '.join(progress.jobs) or 'none'}; the run's are {', '.join(jobs)}"
             )
-        for name, standing in read.jobs.items():
+        for name, standing in progress.jobs.items():
             # a job may have ended before the run's step, never after it
-            if standing.steps > min(read.step, jobs[name].total):
+            if standing.steps > min(progress.step, jobs[name].total):
                 raise ModelError(
-                    f"progress.jobs.{name}.steps is {standing.steps} at step {read.step} of {jobs[name].total}"
+                    f"progress.jobs.{name}.steps is {standing.steps} at step {progress.step} of {jobs[name].total}"
                 )
             # both or neither, of a step that was made: its checkpoint is loaded at the end
             if (standing.best_step is None) != (standing.best is None) or (
@@ -178,7 +178,7 @@ class RunProgress:
                 raise ModelError(
                     f"progress.jobs.{name}.best_step is {standing.best_step} of {standing.steps} steps"
                 )
-        return read
+        return progress
 
 
 _RUN_PROGRESS_ADAPTER = TypeAdapter(RunProgress)
@@ -213,16 +213,16 @@ class RunOutcome:
     @classmethod
     def of(cls, jobs: Mapping[str, RunOutcome]) -> RunOutcome:
         """Of one job, that job's; of several, the most steps and the means."""
-        ended = list(jobs.values())
-        one = len(ended) == 1
-        losses = [o.final_loss for o in ended if o.final_loss is not None]
+        outcomes = list(jobs.values())
+        single = len(outcomes) == 1
+        losses = [o.final_loss for o in outcomes if o.final_loss is not None]
         return cls(
-            max(o.steps for o in ended),
+            max(o.steps for o in outcomes),
             mean_value(losses) if losses else None,
             # several jobs have no common best step; each says its own in ``jobs``
-            ended[0].best_step if one else None,
-            all(o.stopped_early for o in ended),
-            mean_evaluations([o.last_evaluation for o in ended if o.last_evaluation]),
+            outcomes[0].best_step if single else None,
+            all(o.stopped_early for o in outcomes),
+            mean_evaluations([o.last_evaluation for o in outcomes if o.last_evaluation]),
             dict(jobs),
         )
 

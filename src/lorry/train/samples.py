@@ -35,7 +35,7 @@ def build_samples(
         for row in sample_answers(backend, adapter, encoder, batch, ends, room)
     ]
     for tokens, weights in split_sequences(train, SAMPLE_ROWS) if train is not None else []:
-        marked = [
+        marked_tokens = [
             {"text": t, "weight": float(learnt)}
             for t, learnt in encoder.marked_text(EncodedSequence(tokens, weights))
         ]
@@ -46,7 +46,7 @@ def build_samples(
                 "reference": None,
                 "before": None,
                 "after": None,
-                "tokens": marked,
+                "tokens": marked_tokens,
             }
         )
     return rows
@@ -61,15 +61,15 @@ def sample_answers(
     room: int | None,
 ) -> list[dict[str, Any]]:
     """Up to four rows: what stands before the last answer, asked of base and adapter."""
-    asked = []
+    questions = []
     for tokens, weights in split_sequences(batch, SAMPLE_ANSWERS):
         # [start, stop) is the last run of learnt tokens: the last answer of a chat of several turns
         stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 0)
         # 1: everything is learnt, there is nothing to ask
         if start > 1 and (room is None or start <= room):
-            asked.append((tokens[:start], tokens[start:stop]))
-    prompts = [prompt for prompt, _ in asked]
+            questions.append((tokens[:start], tokens[start:stop]))
+    prompts = [prompt for prompt, _ in questions]
     if not prompts:
         return []
     sides = (
@@ -79,7 +79,9 @@ def sample_answers(
     )
     params = SamplingParams(max_new_tokens=SAMPLE_NEW_TOKENS, stop_token_ids=ends)
     # greedy for both: a difference is the adapter's and not the dice's
-    said = {side: backend.generate(prompts, params, adapters=mix) for side, mix in sides.items()}
+    completions = {
+        side: backend.generate(prompts, params, adapters=mix) for side, mix in sides.items()
+    }
     return [
         {
             "prompt": encoder.tokenizer.decode(prompt, skip_special_tokens=True),
@@ -88,10 +90,10 @@ def sample_answers(
             "before": None,
             **{
                 side: encoder.tokenizer.decode(made[i].tokens, skip_special_tokens=True).strip()
-                for side, made in said.items()
+                for side, made in completions.items()
             },
         }
-        for i, (prompt, answer) in enumerate(asked)
+        for i, (prompt, answer) in enumerate(questions)
     ]
 
 

@@ -318,15 +318,15 @@ def prepare_jobs(
     """What every job reads; data that several of them share is read once. Raises what
     `prepare_data` raises.
     """
-    # known: encoded rows by what they hang on, so that jobs with the same data read it once
-    task, known = TASKS[run.task], dict[str, EncodedRows]()
+    # by what encoded rows hang on, so that jobs with the same data read it once
+    task, rows_by_settings = TASKS[run.task], dict[str, EncodedRows]()
     make = partial(task.encoder(run, opened, notebook.notes), tell=lambda text: notebook.tell(text))
 
     def prepare(one: RunConfig, data: DataConfig, name: str) -> PreparedData:
         # a second set of rows makes the name part of the file's, or one would write over the other
         aside = RunDir(run.output_dir).quarantine(name, len(attached) + len(task.row_sets(one)))
         return prepare_data(
-            data, one.train, opened.tokenizer, quarantine=aside, known=known, make=make
+            data, one.train, opened.tokenizer, quarantine=aside, known=rows_by_settings, make=make
         )
 
     jobs = dict[str, PreparedJob]()

@@ -105,12 +105,12 @@ class PairedEncoder(ExampleEncoder):
         self, contents: Sequence[ExampleContent]
     ) -> list[list[EncodedSequence] | BadRow]:
         """As `ExampleEncoder.encode_many`; the views are kept aside."""
-        made = super().encode_many(contents)
-        for ours, theirs in zip(made, self.theirs.encode_many(contents), strict=True):
+        encoded = super().encode_many(contents)
+        for ours, theirs in zip(encoded, self.theirs.encode_many(contents), strict=True):
             # only what is bad for the student is left out; else it is learnt without a teacher
             if not isinstance(ours, BadRow):
                 self._pair(ours, [] if isinstance(theirs, BadRow) else theirs)
-        return made
+        return encoded
 
     def _pair(self, ours: Sequence[EncodedSequence], theirs: Sequence[EncodedSequence]) -> None:
         for at, student in enumerate(ours):

@@ -52,28 +52,30 @@ def make_encoder_factory(
     A token that the model, or the teacher that reads it, has no embedding of makes a bad row.
     Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
     """
-    own = own_encoder(run, opened, notes)
+    own_factory = own_encoder(run, opened, notes)
     assert isinstance(run, DistillRunConfig)
     place = _locate_teacher(run, opened, notes)
     # the student's own base reads the very tokens that the student does
     if place.shared:
-        return own
-    theirs = place.tokenizer(notes)
+        return own_factory
+    teacher_tokenizer = place.tokenizer(notes)
     try:
-        require_same_tokenizer(opened.tokenizer, theirs, str(place.place.directory))
+        require_same_tokenizer(opened.tokenizer, teacher_tokenizer, str(place.place.directory))
     except ConfigError:
         if run.distill.loss != "uld":
             raise
         # supervised runs are matched one by one, so both sides must supervise the same turns
-        only = True if run.data.completion_only_loss is None else run.data.completion_only_loss
-        reads = ExampleEncoder(
-            theirs,
+        completion_only = (
+            True if run.data.completion_only_loss is None else run.data.completion_only_loss
+        )
+        teacher_encoder = ExampleEncoder(
+            teacher_tokenizer,
             max_length=TEACHER_LENGTH_FACTOR * run.data.max_length,
-            completion_only_loss=only,
+            completion_only_loss=completion_only,
             system=run.data.system,
             embeddings=place.vocab_size(),
         )
-        return partial(PairedEncoder, theirs=reads, embeddings=opened.model.vocab_size)
+        return partial(PairedEncoder, theirs=teacher_encoder, embeddings=opened.model.vocab_size)
     ours = opened.model.vocab_size
     # equal tokenizers, tables of different length: a token must have a row in both
     return partial(ExampleEncoder, embeddings=min(ours, place.vocab_size() or ours))
@@ -123,9 +125,9 @@ def build_distill(given: TaskInputs) -> BuiltTask:
             prepared,
             lambda tokens, weights: sequence_digest(tokens, weights) in cached.known,
         )
-    everyone = {"self": given.backend, **models}
+    scorers = {"self": given.backend, **models}
     task = DistillTask(
-        given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone
+        given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=scorers
     )
     return BuiltTask(task, models, {"teacher": digest}, notes)
 
@@ -228,15 +230,15 @@ def _missing(
     if prepared.tokens is None:
         return []
     # asked of every sequence and not by counting views: the teacher's context leaves some out
-    of = [
+    has_teacher = [
         speaks(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
         for batch in _all_batches(given, prepared)
         for start, stop in batch.segments
     ]
-    if not (missing := of.count(False)):
+    if not (missing := has_teacher.count(False)):
         return []
     return [
-        f"{missing} of {len(of)} sequences are too long for the teacher, or its chat template makes other turns of them: "
+        f"{missing} of {len(has_teacher)} sequences are too long for the teacher, or its chat template makes other turns of them: "
         "they are learnt from the data alone"
     ]
 

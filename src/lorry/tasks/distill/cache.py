@@ -90,17 +90,19 @@ def write_teacher_cache(
         # [t]: the sequence of each place that the teacher speaks of
         whose = batch.sequence_of[at]
         for s, name in enumerate(sequence_digests(batch)):
-            mine = whose == s
-            if name in seen or not mine.any():
+            of_sequence = whose == s
+            if name in seen or not of_sequence.any():
                 continue  # known, or not taught
             seen[name] = None
-            edges.append(edges[-1] + int(mine.sum()))
+            edges.append(edges[-1] + int(of_sequence.sum()))
             parts += [
                 # places from the sequence's start, since packing moves it; logits of a chunk at a
                 # time, [256, V]
                 (places - batch.starts[s], TruncatedDistribution.of(head(rows), facts["k"]))
                 for places, rows in zip(
-                    at[mine].split(TOP_K_CHUNK), hidden[mine].split(TOP_K_CHUNK), strict=True
+                    at[of_sequence].split(TOP_K_CHUNK),
+                    hidden[of_sequence].split(TOP_K_CHUNK),
+                    strict=True,
                 )
             ]
     if not parts:
@@ -119,13 +121,13 @@ def write_teacher_cache(
     # built under a temporary name, renamed when whole: a kill leaves no half cache to be read
     with durable.build_directory(folder) as work:
         save_file(tensors, work / CACHE_TENSORS_FILE)
-        said = {
+        written_facts = {
             **facts,
             "sequences": len(seen),
             "tokens": edges[-1],
             "bytes": (work / CACHE_TENSORS_FILE).stat().st_size,
         }
-        (work / CACHE_FACTS_FILE).write_text(json.dumps(said, indent=1) + "\n")
+        (work / CACHE_FACTS_FILE).write_text(json.dumps(written_facts, indent=1) + "\n")
         entries = {
             name: manifest.ManifestEntry(
                 bytes=(work / name).stat().st_size, sha256=integrity.file_digest(work / name)
@@ -173,21 +175,21 @@ class CachedTeacher:
 
     def _attached(self, batch: Batch) -> Batch:
         slices = {name: self.file.get_slice(name) for name in ("place", "ids", "logp", "rest")}
-        at, found = [torch.zeros(0, dtype=torch.int64)], list[dict[str, Tensor]]()
+        at, parts = [torch.zeros(0, dtype=torch.int64)], list[dict[str, Tensor]]()
         for start, name in zip(batch.starts.tolist(), sequence_digests(batch), strict=False):
             if (n := self.known.get(name)) is not None:
-                found.append(
+                parts.append(
                     {key: part[self.edges[n] : self.edges[n + 1]] for key, part in slices.items()}
                 )
-                at.append(found[-1]["place"].long() + start)
+                at.append(parts[-1]["place"].long() + start)
         # the extras all the same: the loss reads them of every batch
-        if not found:
+        if not parts:
             k = slices["ids"].get_shape()[1]
             return attach_top_k(
                 batch, at[0], torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k)
             )
         ids, logp, rest = (
-            torch.cat([part[key] for part in found]) for key in ("ids", "logp", "rest")
+            torch.cat([part[key] for part in parts]) for key in ("ids", "logp", "rest")
         )
         return attach_top_k(
             batch,

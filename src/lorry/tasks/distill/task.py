@@ -135,13 +135,15 @@ class TeacherReader:
         """What the teacher reads of a sequence; None when it has no view of it, or one too long for
         it.
         """
-        found = (
+        teacher_view = (
             identity_view(tokens, weights)
             if self.views is None
             else self.views.get(sequence_digest(tokens, weights))
         )
         return (
-            None if found is None or (self.context and len(found.tokens) > self.context) else found
+            None
+            if teacher_view is None or (self.context and len(teacher_view.tokens) > self.context)
+            else teacher_view
         )
 
     def read(self, batch: Batch, scorer: ScoringBackend) -> tuple[Tensor, Tensor]:

@@ -60,36 +60,36 @@ class TeacherLocation:
         """
         base = ModelLocation(Path(opened.source["path"]), str(opened.source["kind"]))
         place = base if config.teacher is None else resolve_model(config.teacher, notes=notes)
-        given = [p for p in (place.adapter, config.teacher_adapter) if p is not None]
-        folders = [folder for path in given for folder in list_adapter_folders(Path(path))]
+        adapter_paths = [p for p in (place.adapter, config.teacher_adapter) if p is not None]
+        folders = [folder for path in adapter_paths for folder in list_adapter_folders(Path(path))]
         if len(folders) > 1:
             raise ConfigError(
                 f"the teacher would have {len(folders)} adapters ({', '.join(map(str, folders[:3]))}); name the folder of one"
             )
         # by place: the same files loaded again would be a second model in memory that says the same
-        same = (
+        same_base = (
             place.directory.resolve() == base.directory.resolve()
             and config.teacher_quantize is None
         )
         # in another dtype the base would say something else, and has to be loaded in it
-        kind = str(
+        dtype_name = str(
             pick_dtype(config.teacher_dtype, pick_device(opened.source["device"]))
         ).removeprefix("torch.")
         shared = (
-            same
+            same_base
             and shareable
-            and (config.teacher_dtype == "auto" or kind == opened.source["dtype"])
+            and (config.teacher_dtype == "auto" or dtype_name == opened.source["dtype"])
         )
         return TeacherLocation(place, folders[0] if folders else None, shared)
 
     def tokenizer(self, notes: list[str]) -> Any:
         """The teacher's tokenizer, without its weights. Raises ConfigError when it has none."""
-        found = load_tokenizer(self.place.directory, notes=notes)
-        if found is None:
+        tokenizer = load_tokenizer(self.place.directory, notes=notes)
+        if tokenizer is None:
             raise ConfigError(
                 f"distill.teacher={self.place.directory} has no tokenizer; put tokenizer.json beside the weights"
             )
-        return found
+        return tokenizer
 
     def vocab_size(self) -> int | None:
         """Rows of its embedding table, as its config.json says; None where there is no such file or
@@ -175,10 +175,13 @@ def open_teacher(
             Mix.none(),
         )
     adapter = None if place.adapter is None else str(place.adapter)
-    found = open_model(
+    opened_teacher = open_model(
         ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), notes
     )
-    return TeacherScorer(found.model, Mix.one(found.adapters[0]) if found.adapters else Mix.none())
+    return TeacherScorer(
+        opened_teacher.model,
+        Mix.one(opened_teacher.adapters[0]) if opened_teacher.adapters else Mix.none(),
+    )
 
 
 def _adapter_bank_names(opened: OpenedModel) -> list[str]:

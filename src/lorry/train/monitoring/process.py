@@ -184,14 +184,16 @@ def redact_secrets(words: Sequence[str]) -> list[str]:
     """A command line to keep: *** for what a token or password is set to, and for what looks like
     one.
     """
-    kept, hide = list[str](), False
+    redacted, hide = list[str](), False
     for word in words:
         name, equals, _ = word.partition("=")
         secret = names_secret(name)
-        kept.append("***" if hide else f"{name}=***" if secret and equals else mask_secrets(word))
+        redacted.append(
+            "***" if hide else f"{name}=***" if secret and equals else mask_secrets(word)
+        )
         # "--token VALUE": the secret is the next word
         hide = secret and not equals and word.startswith("--")
-    return kept
+    return redacted
 
 
 def _utc_now() -> str:

@@ -192,28 +192,28 @@ def raise_on_signals(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
     handler = _RaiseHandler(text, _count_unsafe_frames(sys._getframe()))
     try:
         if threading.current_thread() is threading.main_thread():
-            for taken in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
-                current = signal.getsignal(taken)
-                if isinstance(current, _RaiseHandler) and taken != signal.SIGUSR1:
+            for watched in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+                current = signal.getsignal(watched)
+                if isinstance(current, _RaiseHandler) and watched != signal.SIGUSR1:
                     for number in current.forget():  # it is this block's to tell now, once
                         handler.remember(number)
                 if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(
                     current, _RaiseHandler
                 ):
-                    before[taken] = signal.signal(
-                        taken, _ignore_signal if taken == signal.SIGUSR1 else handler
+                    before[watched] = signal.signal(
+                        watched, _ignore_signal if watched == signal.SIGUSR1 else handler
                     )
         yield
         for number in handler.forget():
             handler.tell(number)
     finally:
-        left = list[int]()
+        untold = list[int]()
         try:
-            left = handler.forget()
+            untold = handler.forget()
         finally:
             for number, handler_before in before.items():
                 signal.signal(number, handler_before)
-        for number in left:  # the block ended by an exception before it could tell
+        for number in untold:  # the block ended by an exception before it could tell
             if isinstance(before.get(number), _RaiseHandler):
                 signal.raise_signal(number)
             else:  # the default would end the process without a word

@@ -44,30 +44,30 @@ def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
     place = resolve_model(
         model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, notes=[]
     )
-    described = describe_model(
+    description = describe_model(
         place.directory, trust_remote_code=model.trust_remote_code, native=model.native, notes=[]
     )
     shape = read_model_shape(
-        described.config,
+        description.config,
         where=str(place.directory / "config.json"),
-        native=described.family is not None,
+        native=description.family is not None,
     )
     where = pick_device(model.device)
     device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
     precision = str(pick_dtype(model.dtype, where)).removeprefix("torch.")
     # an adapter that is trained further has its rank already; only the batch is left to choose
-    existing = _adapter_rank(place.adapter or (Path(model.adapter) if model.adapter else None))
-    options = open_choices(run, shape, [precision], rank=existing)  # type: ignore[list-item]
-    found = find_fitting_choice(
+    adapter_rank = _adapter_rank(place.adapter or (Path(model.adapter) if model.adapter else None))
+    options = open_choices(run, shape, [precision], rank=adapter_rank)  # type: ignore[list-item]
+    search = find_fitting_choice(
         run, options, single_device_memory(run, shape, device, kernel_status().amx)
     )
-    if found.best is None:
-        raise no_choice_fits_error(run, found)
+    if search.best is None:
+        raise no_choice_fits_error(run, search)
     notes.append(
-        f"memory_budget={run.memory_budget}: {found.best.choice.words()}, predicted peak {size_in_words(found.best.memory.total)} of "
+        f"memory_budget={run.memory_budget}: {search.best.choice.words()}, predicted peak {size_in_words(search.best.memory.total)} of "
         f"{size_in_words(parse_size(run.memory_budget))}"
     )
-    return _apply_choice(run, found.best.choice, existing)
+    return _apply_choice(run, search.best.choice, adapter_rank)
 
 
 def _adapter_rank(adapter: Path | None) -> int | None:

@@ -92,15 +92,15 @@ def best_product_rate(
     for rows, side in MATRIX_SIZES:
         make = product(rows, side)
         make()  # what is compiled for this shape is compiled here
-        taken = [make() for _ in range(MIN_PRODUCTS)]
-        if min(taken) >= MIN_PRODUCT_SECONDS:
+        durations = [make() for _ in range(MIN_PRODUCTS)]
+        if min(durations) >= MIN_PRODUCT_SECONDS:
             break
-    while len(taken) < MAX_REPEATS and sum(taken) < MAX_RATE_SECONDS:
-        taken.append(make())
+    while len(durations) < MAX_REPEATS and sum(durations) < MAX_RATE_SECONDS:
+        durations.append(make())
     # FLOPs of [rows, side] @ [side, side]; 1e-9 s: a clock may not have moved
-    rate, load = 2 * rows * side**2 / max(min(taken), 1e-9), machine.load_average()
+    rate, load = 2 * rows * side**2 / max(min(durations), 1e-9), machine.load_average()
     return RateMeasurement(
-        rate=rate, at=rates.utc_timestamp(), repeats=len(taken), load=load, waited=waited()
+        rate=rate, at=rates.utc_timestamp(), repeats=len(durations), load=load, waited=waited()
     )
 
 
@@ -149,16 +149,16 @@ class StepTimes:
 def tokens_per_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] | None:
     """Of the faster half of a run's steps, together, and how many steps were looked at; None where
     they are too few or too short. In the slower half the machine did something else."""
-    counted = [
+    timed = [
         (tokens, seconds)
         for tokens, seconds in list(steps)[WARMUP_STEPS:]
         if tokens > 0 and seconds > 0
     ]
-    if len(counted) < MIN_TIMED_STEPS or sum(seconds for _, seconds in counted) < MIN_TIMED_SECONDS:
+    if len(timed) < MIN_TIMED_STEPS or sum(seconds for _, seconds in timed) < MIN_TIMED_SECONDS:
         return None
     # seconds per token, so that short steps are not taken for fast ones; half, rounded up
-    fast = sorted(counted, key=lambda one: one[1] / one[0])[: -(-len(counted) // 2)]
-    return sum(tokens for tokens, _ in fast) / sum(seconds for _, seconds in fast), len(counted)
+    fastest = sorted(timed, key=lambda one: one[1] / one[0])[: -(-len(timed) // 2)]
+    return sum(tokens for tokens, _ in fastest) / sum(seconds for _, seconds in fastest), len(timed)
 
 
 def record_step_rate(run: RunConfig, opened: OpenedModel, times: StepTimes) -> str:
@@ -168,9 +168,9 @@ def record_step_rate(run: RunConfig, opened: OpenedModel, times: StepTimes) -> s
     Only of runs whose FLOPs the plan counts: not of several jobs, base weights that train, an
     adapter trained further, distillation, and models that run through transformers.
     """
-    found, lora, model = tokens_per_second(times.steps), run.lora, opened.model
+    measured, lora, model = tokens_per_second(times.steps), run.lora, opened.model
     device, precision = model.device.type, str(model.dtype).removeprefix("torch.")
-    if found is None or lora is None or run.jobs or opened.adapters or run.task != "sft":
+    if measured is None or lora is None or run.jobs or opened.adapters or run.task != "sft":
         return ""
     if (
         not isinstance(model, Decoder)
@@ -179,9 +179,9 @@ def record_step_rate(run: RunConfig, opened: OpenedModel, times: StepTimes) -> s
     ):
         return ""
     try:
-        reached = _achieved_rate(run, lora, model, times, found)
+        run_rate = _achieved_rate(run, lora, model, times, measured)
         rates.keep_run_rate(
-            machine.machine_identity(device, precision, run.backend.threads), reached
+            machine.machine_identity(device, precision, run.backend.threads), run_rate
         )
     except (ConfigError, ModelError, DiskError) as error:
         return f"what the steps reached is not kept for `lorry plan`: {error}"
