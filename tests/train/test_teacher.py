@@ -187,7 +187,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None
     """
     made = material(world, {"teacher": str(world / "foreign"), "loss": "uld", "temperature": 1.2})
     task, models = parts(build_distill(made))
-    encoder = made.jobs["default"][1].encoder
+    encoder = made.jobs["default"].data.encoder
     assert isinstance(encoder, PairedEncoder)
     batch, want = task.eval_batches()[0], task.wants(made.held[0])
     got = made.backend.score([batch], want)[0]["distill"]
@@ -213,7 +213,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None
 
 def test_rows_too_long_for_the_teacher_are_counted(world: Path) -> None:
     made = material(world, {"teacher": str(world / "foreign"), "loss": "uld"})
-    encoder = made.jobs["default"][1].encoder
+    encoder = made.jobs["default"].data.encoder
     assert isinstance(encoder, PairedEncoder)
     for name in list(encoder.views)[:2]:
         del encoder.views[name]
