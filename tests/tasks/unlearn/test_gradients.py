@@ -69,8 +69,9 @@ def error(mine: Tensor, exact: Tensor) -> float:
     return float((mine - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("name", ["NPO", "NPO KL", "DPO", "IdkAP", "CEU"])
+@pytest.mark.parametrize(
+    ("name", "micro_batches"), [("NPO", 1), ("NPO KL", 4), ("DPO", 4), ("IdkAP", 1), ("CEU", 4)]
+)
 def test_sam_is_the_gradient_a_step_uphill(name: str, micro_batches: int, tmp_path: Path) -> None:
     theirs, ours = twin_model(tmp_path)
     local, case, rows = backend_with(ours, "sam", {"default": RADIUS}), CASES[name], ragged_rows()

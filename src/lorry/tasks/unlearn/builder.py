@@ -140,6 +140,7 @@ class RetentionMonitor:
         now = {role: self._measure(batches, mix) for role, batches in self.batches.items()}
         found = {f"eval_{role}_probability": p for role, (p, _) in now.items()}
         found |= {f"eval_{role}_nll": nll for role, (_, nll) in now.items()}
+        # more probable than at the start is not less than nothing forgotten
         forgotten = 1 - min(now[FORGET][0] / max(self.start[FORGET][0], 1e-12), 1.0)
         kept = 1.0
         if RETAIN in now:
@@ -274,6 +275,7 @@ def _sequence(tokens: TokenSet, row: int) -> bytes:
 def _read_reference(given: TaskInputs, method: UnlearnMethod) -> CachedReference:
     """What the start says of every row that the run will read, before anything trains."""
     reference = CachedReference(Mix.none())
+    # every step, not every row once: alternates are drawn anew in each epoch
     for step in range(given.total):
         for batch in given.stream.batches(step):
             ready = method.prepare(batch)

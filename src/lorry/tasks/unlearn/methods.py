@@ -105,6 +105,7 @@ class UnlearnMethod:
     def __init__(self, settings: Sequence[UnlearnSettings], start: StartModel) -> None:
         self.settings = [replace(s, **self.fixed) for s in settings]
         self.start, self.first = start, self.settings[0]
+        # they decide what model and start are asked, once for all sequences of a batch
         for name in ("retain_loss", "layer", "peer_masks", "adaptive"):
             if len({getattr(s, name) for s in settings}) > 1:
                 raise ConfigError(
@@ -253,6 +254,7 @@ class UnlearnMethod:
     ) -> Tensor:
         wide = any(x.dtype == torch.float64 for x in (got or {}).values())
         dtype = torch.float64 if wide else torch.float32
+        # [K]; the base's sequences (-1) read the first entry, and weigh nothing
         table = torch.tensor(values, dtype=dtype, device=batch.adapter.device)
         return table[batch.adapter.clamp(min=0)]
 
@@ -360,6 +362,7 @@ class DPO(UnlearnMethod):
         reward = token_sum(got["pair"] - reference(batch, "pair"), weights, batch)
         own, other = partners(batch, FORGET)
         beta = self.number("beta", batch, got)[own]
+        # 2 as open-unlearning has it: with rewards of the forget answers alone this is NPO
         values = 2 * preference_loss(reward[other], reward[own], beta)
         return reward.new_zeros(len(batch)).index_copy(0, own, values)
 
@@ -573,7 +576,7 @@ class PDU(UnlearnMethod):
         an epoch, with the mean L_r of its steps.
         """
         for k, name in enumerate(adapters):
-            if name not in stats.present:
+            if name not in stats.present:  # a job that is done keeps its multiplier
                 continue
             s, (now, after) = self.settings[k], epochs[name]
             total, count = self.seen[k]
@@ -634,6 +637,7 @@ class IdkAP(UnlearnMethod):
     needs_retain_alternates = True
 
     def prepare(self, batch: Batch) -> Batch:
+        # before weights are made: those of a forget row are then the refusal's
         made = super().prepare(replace_by_alternates(batch, FORGET))
         return made.with_extra(**{PAIR_WEIGHTS: role_weights(made, RETAIN, ALTERNATE)})
 
@@ -661,6 +665,8 @@ class JensUn(UnlearnMethod):
 
     The refusal ends with its end of turn, as the authors' variant JensUnEOT does: a model that
     stops after it is what a run is for. Of the alternate only its tokens are needed: it is not run.
+    The authors' code puts a 1 at every token of the refusal at once, prompts included, which is no
+    distribution; here it is the paper's one token at each place of the answer.
     """
 
     own_defaults: ClassVar[Mapping[str, Any]] = {"alpha": 1.0}
@@ -669,6 +675,7 @@ class JensUn(UnlearnMethod):
     needs_alternates = True
 
     def prepare(self, batch: Batch) -> Batch:
+        # before the alternates are left out: it is from them that the ids are read
         marked = batch.with_extra(**{REFUSAL_IDS: repeated_alternates(batch, FORGET)})
         kept = [s for s, role in enumerate(marked.role) if role != ALTERNATE]
         return super().prepare(select_sequences(marked, kept))
@@ -693,6 +700,7 @@ def lowered_tokens(rows: VocabRows) -> Tensor:
 def steering_direction(width: int, seed: int) -> Tensor:
     """[D] float32, norm 1."""
     draw = torch.Generator().manual_seed(derive_seed("rmu", seed))
+    # [0,1), not normal: no entry is pushed below 0, as the authors have it
     direction = torch.rand(width, generator=draw)
     return direction / direction.norm()
 

@@ -124,6 +124,7 @@ def split_parts(batch: Batch) -> list[Batch]:
     """The sequences of a batch that are about what is to be forgotten, and those about what is to be
     retained, alternates with the row they belong to; a part without any is left out.
     """
+    # a group's number is one of its adapter: jobs in one batch count from 0 each
     places = list(zip(batch.group.tolist(), batch.adapter.tolist(), strict=True))
     kept = {place for place, role in zip(places, batch.role, strict=True) if role == RETAIN}
     retain = [
@@ -154,5 +155,6 @@ def repeated_alternates(batch: Batch, role: str) -> BatchExtra:
         (start, stop), (first, last) = batch.segments[own], batch.segments[other]
         at = start + torch.nonzero(batch.weights[start:stop], as_tuple=True)[0]
         words = batch.tokens[first:last][batch.weights[first:last] != 0]
+        # an answer may be shorter than the refusal, which is then cut, or longer: it begins again
         ids[at] = words[torch.arange(len(at)) % len(words)]
     return BatchExtra(ids, "token")

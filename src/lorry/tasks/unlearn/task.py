@@ -49,6 +49,7 @@ class UnlearnTask(SftTask):
     def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The micro-batches of a step, with what the start says of them."""
         read = self.stream.batches(step)
+        # parted before the start is asked: policy and start see the same shapes
         parts = [part for batch in read for part in split_parts(batch)] if self.split else read
         return [self._weigh(self._attached(part, models)) for part in parts]
 
