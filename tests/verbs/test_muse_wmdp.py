@@ -125,6 +125,34 @@ def test_muse_is_that_of_transformers(world: World, muse: Path, tmp_path: Path) 
     assert summary["privleak"] == pytest.approx(100 * (0.5 - auc) / 0.5)
 
 
+def test_an_oracle_of_muse(
+    world: World, muse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """PrivLeak, its relative twin and the reference attack against our own log of the base; a log
+    of another corpus is refused before anything is written.
+    """
+    asked = ("suite=muse", f"local.muse={muse}", *SETTINGS)
+    logs = tmp_path / "oracle" / "MUSE_EVAL.json"
+    named = "metrics=[mia_loss,mia_min_k]"
+    assert lorry("eval", world.base, *asked, named, f"output_dir={logs.parent}") == 0
+    out, named = tmp_path / "out", "metrics=[privleak,rel_diff,mia_reference]"
+    given = (named, f"retain_logs_path={logs}", f"output_dir={out}")
+    assert lorry("eval", world.run, *asked, *given) == 0
+    found, oracle = read_json(out / "MUSE_EVAL.json"), read_json(logs)
+    auc, theirs = found["mia_min_k"]["auc"], oracle["mia_min_k"]["auc"]
+    assert found["privleak"]["agg_value"] == pytest.approx(100 * (theirs - auc) / (1 - theirs))
+    assert found["rel_diff"]["agg_value"] == pytest.approx(100 * (auc - theirs) / theirs)
+    first = [read["mia_loss"]["forget"]["value_by_index"]["0"]["score"] for read in (found, oracle)]
+    reference = found["mia_reference"]["forget"]["value_by_index"]["0"]["score"]
+    assert reference == pytest.approx(first[0] - first[1])
+    other = write_muse(tmp_path / "muse", put("privleak/forget", ["one", "two", "three"]))
+    again = tmp_path / "again"
+    asked = ("suite=muse", f"local.muse={other}", *SETTINGS, named, f"retain_logs_path={logs}")
+    assert lorry("eval", world.run, *asked, f"output_dir={again}") == 3
+    assert "is of other rows" in capfd.readouterr().err
+    assert not again.exists()
+
+
 def test_a_text_is_cut_where_the_benchmark_cuts_it(world: World) -> None:
     """Of a long text the first tokens alone are scored."""
     from lorry.adapters.mix import Mix
