@@ -115,9 +115,8 @@ class IncrementalDetokenizer:
         self.end = encoder.template.end_of_turn if encoder.has_template else ""
         self.ended = False
         self._tokens: list[int] = []
-        self._start = self._read = (
-            0  # decoded together: what was read last (it decides about spaces) and what is new
-        )
+        # decoded together: what was read last (it decides about spaces) and what is new
+        self._start = self._read = 0
         self._held = ""
 
     def push_token(self, token: int) -> str:

@@ -60,19 +60,19 @@ from lorry.models.loading.digest import sample_digest
 
 PROOFS_VARIABLE = "LORRY_PROOFS"
 PROOF_TOKENS = 16  # tokens of each sequence
+# sequence i is changed from its token CUT_POSITIONS[i] on; odd and even, so that no block structure
+# lines up
 CUT_POSITIONS = (
     5,
     10,
     15,
-    # sequence i is changed from its token CUTS[i] on; odd and even, so that no block structure lines up
 )
 DECODE_STEPS = 2  # tokens read one by one after the prompts
-# Relative error of hidden states that were computed in another shape. A wrong position or a lost
-# key
-# gives a tenth and more; 30 layers give 1e-2 in bfloat16 and 1e-3 in float16 (SmolLM2-135M).
 # what 8-bit products move by their neighbours (1e-3 seen); models that look ahead move by a tenth
 # and more
 QUANTISED_TOLERANCE = 3e-2
+# Relative error of hidden states that were computed in another shape. A wrong position or a lost
+# key gives a tenth and more; 30 layers give 1e-2 in bfloat16, 1e-3 in float16 (SmolLM2-135M).
 ROUNDING_TOLERANCE = {
     torch.float64: 1e-6,
     torch.float32: 1e-3,

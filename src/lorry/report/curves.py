@@ -29,18 +29,16 @@ DRAWN_KEYS = NOT_CURVES | {
     "grad_norm",
     "peak_memory_bytes",
 }
-MAX_DRAWABLE = (
-    1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
-)
+# values beyond it are treated as infinite: sums and spans of them would overflow
+MAX_DRAWABLE = 1e300
 MAX_RAW_SERIES = 3  # with more runs than this only smoothed curves stay readable
 SMOOTH_POINTS = 1000
 MAX_DOTS = 60  # more circles than this on a curve would hide it
 FEW_POINTS = 10  # shorter series are drawn as they are, since smoothing would hide them
 
 
-MAX_NAMED_PANELS = (
-    40  # panels beside the fixed ones: each takes a tenth of a second, and nobody looks at hundreds
-)
+# panels beside the fixed ones: each takes a tenth of a second, and nobody looks at hundreds
+MAX_NAMED_PANELS = 40
 MAX_ADAPTER_CURVES = 64  # curves of a panel
 ADAPTER_PANEL_TITLES = {
     "loss": "Loss of each adapter", "eval_loss": "Held-out loss of each adapter",

@@ -17,9 +17,8 @@ from pathlib import Path
 RUN_FILE = "run.yaml"  # the resolved description
 METRICS = "metrics.jsonl"  # one JSON object for each logged step
 LOSSES = "losses.json"
-RECEIPT = (
-    "receipt.json"  # digests of all that the result hangs on; the last file of a run that finished
-)
+# digests of all that the result hangs on; the last file of a run that finished
+RECEIPT = "receipt.json"
 CONTRACTS = "contracts.json"
 SAMPLES = "samples.json"
 EVALUATION = "evaluation.json"

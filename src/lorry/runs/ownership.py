@@ -29,10 +29,8 @@ from lorry.runs.layout import CHECKPOINTS, PREVIOUS, PROCESS, RECEIPT, RUN_FILE,
 
 log = logging.getLogger(__name__)
 
-MOST_DESCRIPTION = (
-    512 << 10
-    # bytes: twice a run of 1,000 jobs with six own settings each; YAML is read at some 50 KB a second
-)
+# bytes: twice a run of 1,000 jobs with six own settings each; YAML is read at some 50 KB a second
+MOST_DESCRIPTION = 512 << 10
 PATHS_SHOWN = 6  # names in a message; the rest are counted
 HEAD_LENGTH = 4096  # bytes in which a file says who made it
 GENERATOR = b'<meta name="generator" content="Lorry">'  # in the head of every page

@@ -11,9 +11,8 @@ from typing import Any, TypeGuard
 from lorry.runs.metrics import MetricsRecord, iter_metrics
 
 EVALUATION_PREFIX = "eval_"  # names of an evaluation line's values begin with this
-ADAPTERS_KEY = (
-    "adapters"  # a run of several adapters has a mapping of each one's values under this name
-)
+# a run of several adapters has a mapping of each one's values under this name
+ADAPTERS_KEY = "adapters"
 
 
 # What a file may hold that a report can show; the rest is left out, and a note says how much. Far

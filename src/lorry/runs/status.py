@@ -43,9 +43,8 @@ RUN_MARKS = (PROCESS, RUN_FILE, METRICS)  # what a run directory is known by
 SKIPPED_FOLDERS = {CHECKPOINTS, PREVIOUS, "tensorboard", "node_modules"}
 DEEPEST_FOLDER = 4  # folders below the one that is listed
 RECENT_STEPS = 20  # steps over which speed is measured
-SILENT_SECONDS = (
-    900.0  # seconds without a written line after which a run of another machine counts as dead
-)
+# seconds without a written line after which a run of another machine counts as dead
+SILENT_SECONDS = 900.0
 _STOPPED_CODES = {RunInterruptedError.exit_code, 130}  # by a signal, or Ctrl-C twice
 
 

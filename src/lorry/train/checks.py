@@ -88,9 +88,8 @@ class ContractChecks:
         self._silent: dict[str, set[str]] = {}
         self._proof: dict[str, int] = {}
         self._moved: dict[str, int] = {}
-        self._start: dict[
-            str, str
-        ] = {}  # of every tensor of the adapters, its `tensor_fingerprint` as the run began
+        # of every tensor of the adapters, its `tensor_fingerprint` as the run began
+        self._start: dict[str, str] = {}
         self._inspection: ParameterInspection | None = None
 
     def held(self, number: int, detail: str) -> None:

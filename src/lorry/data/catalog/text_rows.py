@@ -78,8 +78,8 @@ def read_common_gen_authors(row: RowColumns) -> ItemFields:
 
 
 # How the prompts of the T0 templates (P3, Sanh et al. 2022) hold their concepts, by what they open
-# with. The last two are
-# inverted, sentence to concepts; they are turned round, since what they hold is the same row.
+# with. The last two are inverted, sentence to concepts; they are turned round, since what they hold
+# is the same row.
 _T0_PATTERNS = (
     re.compile(
         r"Humans can .*with the concepts (?P<words>.*), a simple sentence can be", re.DOTALL

@@ -42,9 +42,8 @@ from lorry.errors import ConfigError, DataError, ModelError
 
 # the kind of a sound row whose answer does not fit: dropped with a count, not an error
 TOO_LONG = "too long"
-MOST_CUT_ROUNDS = (
-    8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
-)
+# tries to hit max_length when a prompt is cut; each lands within a few tokens of it
+MOST_CUT_ROUNDS = 8
 
 
 @dataclass(frozen=True)

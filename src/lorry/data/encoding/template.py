@@ -32,9 +32,8 @@ from lorry.data.encoding.template_frame import TEMPLATE_FAULTS, TemplateFrame, f
 from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
 
-PROBE_ATTEMPTS = (
-    8  # shapes without a frame after which no more are tried: the template looks at texts
-)
+# shapes without a frame after which no more are tried: the template looks at texts
+PROBE_ATTEMPTS = 8
 SHAPES_KEPT = 256  # shapes of conversations whose frames are kept
 # stands in for a message while its place is looked for; a Unicode noncharacter, never real text
 PROBE_CHARACTER = "\ufdd0"

@@ -24,9 +24,8 @@ from typing import Any
 from jinja2.sandbox import SecurityError
 
 MOST_STEPS = 200_000  # of a rendering, and one more for every two characters given
-MOST_FOR_TURNS = (
-    2_000_000  # steps: Gemma 4's own template goes through all messages at each message
-)
+# steps: Gemma 4's own template goes through all messages at each message
+MOST_FOR_TURNS = 2_000_000
 MOST_CHARACTERS = (
     1 << 20
     # characters a rendering may write, and the size of any value, beyond a multiple of what it was

@@ -26,8 +26,8 @@ from lorry.errors import DataError
 # rows as Python values: a few MB, whatever the file's own batches are
 ROWS_AT_ONCE = 1024
 # What pyarrow raises for damaged files: its own classes derive from these (ArrowInvalid is a
-# ValueError, ArrowKeyError a
-# KeyError ...), and values that Python has no room for raise OverflowError
+# ValueError, ArrowKeyError a KeyError ...), and values that Python has no room for raise
+# OverflowError
 DAMAGE_ERRORS = (
     ValueError,
     OSError,

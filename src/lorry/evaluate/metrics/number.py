@@ -12,8 +12,8 @@ from fractions import Fraction
 from lorry.evaluate.metrics.words import ReferenceTexts, as_list
 
 # Digits with or without thousands separators (1,234,567 and 12,34,567), a decimal part, an exponent
-# (a short one: 1e999999999
-# would be a number too big to compare); then quotients of them, 3/4, and dates.
+# (a short one: 1e999999999 would be a number too big to compare); then quotients of them, 3/4, and
+# dates.
 _DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?|\.\d+"
 # A minus is a sign unless something is taken from something: "10-5" ends in 5, "= -5", "-$5" and
 # "$-5" in minus five.

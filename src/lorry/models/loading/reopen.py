@@ -25,9 +25,8 @@ from lorry.models.loading.describe import describe_model, model_file_errors, sil
 from lorry.models.loading.weights import read_tensor_entries
 
 # Largest logit difference, as a share of the largest logit, between two libraries that compute in a
-# number format with the same
-# weights: its rounding on the way. A wrong scale, a lost module or another rotary base is far
-# beyond it.
+# number format with the same weights: its rounding on the way. A wrong scale, a lost module or
+# another rotary base is far beyond it.
 LOGIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 
 

@@ -26,9 +26,8 @@ from lorry.models.loading.config_json import write_config
 
 # 2 GB: one shard is all that is in memory while a merged model streams
 SHARD_BYTES = 2_000_000_000
-GENERATION_CONFIG = (
-    "generation_config"  # an attribute that rides along on a loaded model, as its bank does
-)
+# an attribute that rides along on a loaded model, as its bank does
+GENERATION_CONFIG = "generation_config"
 INDEX_FILE = "model.safetensors.index.json"
 
 

@@ -26,9 +26,8 @@ from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
 
 GROUP_ROWS = 1024  # rows that share a pass over the head
 TILE_ELEMENTS = 1 << 21  # logits in a tile: 4 MiB of bfloat16
-ROUND_ROWS = (
-    64  # rows are padded to a multiple: oneDNN compiles, and keeps, a kernel for every new shape
-)
+# rows are padded to a multiple: oneDNN compiles, and keeps, a kernel for every new shape
+ROUND_ROWS = 64
 
 
 @dataclass(frozen=True)

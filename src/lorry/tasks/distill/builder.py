@@ -31,9 +31,8 @@ from lorry.tasks.distill.task import (
 from lorry.tasks.distill.teacher import TeacherLocation, TeacherScorer, open_teacher
 
 TEACHER_PASS_ROWS = 8  # rows the teacher reads at a time when a cache is written
-TEACHER_LENGTH_FACTOR = (
-    2  # what a teacher's tokenizer may make of max_length tokens of the student's
-)
+# what a teacher's tokenizer may make of max_length tokens of the student's
+TEACHER_LENGTH_FACTOR = 2
 
 
 def distill_objective_of(config: DistillConfig) -> DistillObjective:

@@ -104,9 +104,8 @@ OUTSIDE_THE_STEPS = (
 
 
 RESEND_SECONDS = 0.02  # seconds until a remembered signal is sent again
-IMPORT_FRAME_FILE = (
-    "<frozen importlib._bootstrap>"  # the file of CPython's import machinery, in every frame of it
-)
+# the file of CPython's import machinery, in every frame of it
+IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"
 
 
 @dataclass(frozen=True)
