@@ -76,6 +76,7 @@ def comparison_row(run: RunRecord) -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
+        # left out, not shown as infinite: a ratio to it would be 0 or NaN
         **{n: v for n, v in kept.items() if is_number(v) and math.isfinite(v)},
     }
 
@@ -86,6 +87,7 @@ def _logged_figures(run: RunRecord) -> dict[str, Any]:
     losses, seconds, peaks = (
         log.series(name)[1] for name in ("loss", "seconds", "peak_memory_bytes")
     )
+    # lines with both: a rate over lines that lack one would be of other steps
     timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     spent = sum(r["seconds"] for r in timed)
     return {

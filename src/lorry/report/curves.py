@@ -32,6 +32,7 @@ DRAWN_KEYS = NOT_CURVES | {
 # values beyond it are treated as infinite: sums and spans of them would overflow
 MAX_DRAWABLE = 1e300
 MAX_RAW_SERIES = 3  # with more runs than this only smoothed curves stay readable
+# the widest chart has 860 pixels: more means would fall on the same ones
 SMOOTH_POINTS = 1000
 MAX_DOTS = 60  # more circles than this on a curve would hide it
 FEW_POINTS = 10  # shorter series are drawn as they are, since smoothing would hide them
@@ -87,6 +88,7 @@ def describe_panel(panel: ChartPanel) -> str:
     sentences = [f"{panel.title} by {'optimizer step' if over == 'step' else over}."]
     for series in panel.series:
         real = [(x, v) for x, v in zip(series.steps, series.values, strict=True) if is_drawable(v)]
+        # the thin curve of single steps says what its mean says, with more noise
         if real and series.kind != "raw":
             (first, last), values = (real[0], real[-1]), [v for _, v in real]
             start, end = (
@@ -101,6 +103,7 @@ def build_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
     """The charts that the runs' metrics can fill, the loss first, named terms and evaluation
     metrics last.
     """
+    # one unit for all runs, by the largest, or curves in MiB and GiB would share an axis
     memory = max((v for run in runs for v in _memory_peaks(run.log) if is_drawable(v)), default=0.0)
     divisor, unit = byte_scale(memory)
     fixed = [
@@ -130,6 +133,7 @@ def build_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
         for name in dict.fromkeys(n for run in runs for n in run.log.names())
         if name not in DRAWN_KEYS
     ]
+    # names in the order in which the files have them, so that the same panels come every time
     terms = [_metric_panel(runs, name) for name in names[:MAX_NAMED_PANELS]]
     drawn_panels = [*fixed, *_adapter_panels(runs), *terms]
     return [panel for panel in drawn_panels if any(s.steps for s in panel.series)]
@@ -311,6 +315,7 @@ def thin_curve(
     """
     if len(steps) <= most:
         return list(steps), list(values)
+    # two points of each stretch, so half as many stretches as points
     width = math.ceil(2 * len(steps) / most)
     chosen: list[int] = []
     for start in range(0, len(steps), width):

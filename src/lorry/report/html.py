@@ -49,7 +49,8 @@ def _html_document(title: str, body: SafeHtml) -> str:
         SafeHtml(resources.files(__package__).joinpath(name).read_text("utf-8"))
         for name in ("page.css", "hover.js")
     )
-    # only a script of these bytes runs, so that one in an answer of a model does not
+    # only a script of these bytes (the digest in base64, as the policy has it) runs, so that one in
+    # an answer of a model does not
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     head = (
@@ -262,6 +263,7 @@ def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         return None
     charts = []
     for index, panel in enumerate(drawn):
+        # the loss is what a report is opened for: it has a line of the page for itself
         wide = panel.title in ("Loss", ADAPTER_PANEL_TITLES["loss"])
         drawing = (
             render_chart(panel, f"chart-{index}", 860, 250)

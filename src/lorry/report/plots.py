@@ -68,6 +68,7 @@ def render_png(runs: Sequence[RunRecord]) -> bytes:
     rows = [panels[at : at + 2] for at in range(0, len(panels), 2)]
     heights = [PNG_HEIGHT + max(legend_height(panel, PNG_WIDTH) for panel in row) for row in rows]
     width, height = 2 * PNG_WIDTH, sum(heights) + PNG_TITLE
+    # matplotlib counts in inches of 72 points
     figure = Figure(figsize=(width / 72, height / 72), dpi=PNG_DPI)
     title = escape_label(runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side")
     figure.text(
@@ -198,6 +199,7 @@ def _draw_curve(axes: Axes, series: CurveSeries, log: bool) -> None:
 
 def _lone_points(values: Sequence[float]) -> list[int]:
     """Places of values between two gaps, through which no line goes."""
+    # framed by gaps: the first and the last value may stand alone as well
     gaps = [True, *map(math.isnan, values), True]
     return [at for at in range(len(values)) if gaps[at] and not gaps[at + 1] and gaps[at + 2]]
 
@@ -218,6 +220,7 @@ def _mark_nonfinite(axes: Axes, panel: ChartPanel) -> None:
     )
     if not steps:
         return
+    # a run that diverged has thousands: a bar of crosses says no more than forty
     shown = list(steps)[:MAX_NONFINITE_MARKS]
     edge = axes.get_xaxis_transform()  # x in steps, y as a share of the height
     axes.plot(shown, [1] * len(shown), "x", color=BAD, markersize=5, transform=edge, clip_on=False)

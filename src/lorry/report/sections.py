@@ -68,10 +68,12 @@ def _metric_head(runs: Sequence[RunRecord]) -> SafeHtml:
 
 
 def _metric_row(metric: str, changes: Sequence[MetricChange]) -> SafeHtml:
+    # of the first run that has one: the base is the same for all that are compared
     before = next((one.before for one in changes if one.before is not None), None)
     shown = [format_number(before), *(format_number(one.after) for one in changes)]
     if len(changes) == 1:
         after = changes[0].after
+        # a plus sign of its own: a change without a sign reads like a value
         shown.append(
             MISSING_VALUE
             if before is None or after is None

@@ -103,6 +103,7 @@ def figure_rows(title: str, what: str, rows: Sequence[tuple[str, str, dict[str, 
 
 def comparison_table(runs: Sequence[RunRecord]) -> Table:
     """Final figures, a run per row."""
+    # by name: runs need not have the same figures
     of_runs = [{f.name: f.text for f in final_figures(run)} for run in runs]
     names = list(dict.fromkeys(name for one in of_runs for name in one))
     table = _new_table("Final figures", "run", *names)
@@ -221,6 +222,7 @@ def sample_tables(run: RunRecord, most: int = 8) -> Iterator[Table]:
     """A table per group of answers: prompt, reference, before, after; what matches the reference is
     green.
     """
+    # training rows are samples as well, and have no answer to show here
     shown = [s for s in run.samples if s.before is not None or s.after is not None]
     for group in dict.fromkeys(s.group for s in shown):
         members = [s for s in shown if s.group == group]
