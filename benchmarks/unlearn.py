@@ -135,7 +135,7 @@ def role_pairs(case: UnlearnCase) -> dict[str, list[tuple[str, str]]]:
         found[ALTERNATE] = [
             (asked, refusals[n % len(refusals)]) for n, (asked, _) in enumerate(found[FORGET])
         ]
-    # every row but one: what is used up begins again, and no two engines may see other rows
+    # what is used up begins again: speed does not mind
     return {role: (pairs * (1 + wanted // len(pairs)))[:wanted] for role, pairs in found.items()}
 
 
@@ -515,7 +515,9 @@ def main() -> int:
         show(record)
         bad |= any(one["refused"] for one in methods.values())
         if not args.no_keep:
-            name = f"unlearn-cpu-{dtype}-r{args.rank}-t{args.threads}"
+            # some methods alone are no successor of a record of all
+            some = "" if set(args.methods) == set(METHODS) else "-".join(["", *args.methods])
+            name = f"unlearn{some}-cpu-{dtype}-r{args.rank}-t{args.threads}"
             print(f"  kept in {turns.keep(record, name)}")
     return int(bad)
 
