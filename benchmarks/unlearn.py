@@ -6,8 +6,9 @@ with a copied reference, PEFT with its adapter switched off for it, and full wei
 
 4 + 4 TOFU rows a step (the questions that come with Lorry where there is no data folder), rank 16;
 every engine in a fresh process, in turns, from the same adapter, whose B is not zero. Nothing is said
-of an engine's speed unless its first loss and adapter gradient are those of PEFT in float32, a row at
-a time: in float32 within EXACT of its length and TERM_EXACT of the weaker term's, in bfloat16 as
+of an engine's speed unless its first loss and adapter gradient are those of PEFT in float64, a row at
+a time: in float32 within EXACT of its length and TERM_EXACT of the weaker term's (or twice as far
+off as PEFT in float32), in bfloat16 as
 gates.py has it. `lorry-sft` trains on the rows of
 the same step: unlearning is to take at most 1.1 times its memory. One JSON per format goes to
 benchmarks/results/.
@@ -172,19 +173,19 @@ def encoded(
 
 
 def truth(folder: Path, case: UnlearnCase) -> dict[str, Any]:
-    """PEFT's first step a row at a time, in float32 (gradient: reference.safetensors): the loss, that
-    of the start alone, each term's part of the gradient; of bfloat16 the cosine with it."""
+    """PEFT's first step a row at a time, in float64 (gradient: reference.safetensors): the loss, that
+    of the start alone, each term's part of the gradient; and how far PEFT in the case's own format is off."""
     from safetensors.torch import save_file
 
     whole = rows_of_step(case, read_roles(folder), 0)
-    losses, terms = one_by_one(folder, case, whole, "float32")
+    losses, terms = one_by_one(folder, case, whole, "float64")
     gradient = added(terms)
     save_file(gradient, folder / f"{gates.REFERENCE}.safetensors")
     found = {
         "loss": sum(losses.values()),
         "parts": {term: length(own) / length(gradient) for term, own in terms.items()},
     }
-    start = opened(folder, case, "full", "float32")
+    start = opened(folder, case, "full", "float64")
     import torch
 
     with torch.no_grad():
@@ -193,9 +194,9 @@ def truth(folder: Path, case: UnlearnCase) -> dict[str, Any]:
             for rows in row_by_row(whole)
             for part in loss_terms(start, rows, whole).values()
         )
-    if case.dtype != "float32":
-        rounded = added(one_by_one(folder, case, whole, case.dtype)[1])
-        found["control_cosine"] = gates.compare(rounded, gradient)[0]["cosine"]
+    rounded = added(one_by_one(folder, case, whole, case.dtype)[1])
+    found["control_cosine"] = gates.compare(rounded, gradient)[0]["cosine"]
+    found["control_error"] = relative_error(rounded, gradient)
     return found
 
 
@@ -240,6 +241,11 @@ def length(gradient: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
 
 
+def relative_error(theirs: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Length of the difference over that of what is right."""
+    return length({n: theirs[n] - right[n] for n in right}) / length(right)
+
+
 def judge(
     folder: Path,
     case: UnlearnCase,
@@ -271,10 +277,14 @@ def judge(
         more, why = gates.compare(theirs, right, least)
         found, reasons = found | more, reasons + why
         if more:
-            error = length({n: theirs[n] - right[n] for n in right}) / length(right)
+            error = relative_error(theirs, right)
             found["gradient_error"] = error
             weakest = min(expected["parts"], key=expected["parts"].get)
-            most = min(EXACT, TERM_EXACT * expected["parts"][weakest])
+            # float32 itself may be further off: PEFT's is by 4e-4 on SmolLM2 with NPO
+            least_bound = max(
+                TERM_EXACT * expected["parts"][weakest], 2 * expected["control_error"]
+            )
+            most = min(EXACT, least_bound)
             if exact and not error < most:
                 reasons.append(
                     f"the gradient is {error:.1e} of its length off the reference's; {most:.1e} is "
@@ -320,7 +330,7 @@ def contest(folder: Path, case: UnlearnCase, engines: Sequence[str], rounds: int
     runs, failed = list[dict[str, Any]](), dict[str, str]()
     expected = turns.in_fresh_process(gates.REFERENCE, folder, case, __file__)
     if "failed" in expected:
-        raise SystemExit(f"the float32 reference failed: {expected['failed']}")
+        raise SystemExit(f"the reference failed: {expected['failed']}")
     for number in range(rounds):
         for engine in (e for e in engines if e not in failed):
             run = turns.in_fresh_process(engine, folder, case, __file__)
@@ -373,7 +383,7 @@ def record_of(
         f"({'TOFU' if tofu_folder() else 'the questions that come with Lorry'}), {case.model}, "
         f"rank {case.rank}, {case.dtype}, {case.threads} thread{'s' if case.threads > 1 else ''}; "
         f"every engine in {rounds} fresh processes of {case.steps} timed steps. {machine['cpu']}, "
-        f"{machine['cores']} cores. First gradients are those of PEFT in float32 "
+        f"{machine['cores']} cores. First gradients are those of PEFT in float64 "
         "(`benchmarks/unlearn.py`)."
     ]
     if case.dtype == "bfloat16" and not hardware:

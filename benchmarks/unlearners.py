@@ -225,12 +225,19 @@ def _states(model: Any, rows: Sequence[Row], layer: int) -> Tensor:
     return states[asked]  # type: ignore[no-any-return]
 
 
+def wide(values: Tensor) -> Tensor:
+    """At least float32."""
+    import torch
+
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def answer_losses(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """[rows]: NLL of each answer, in fp32 as transformers' own loss."""
     from torch.nn import functional as F
 
     labels = padded(rows)["labels"][:, 1:]
-    each = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    each = F.cross_entropy(wide(logits).transpose(1, 2), labels, reduction="none")
     return each.sum(1)
 
 
@@ -239,13 +246,13 @@ def divergence(policy: Tensor, start: Tensor, rows: Sequence[Row]) -> Tensor:
     from torch.nn import functional as F
 
     asked = padded(rows)["labels"][:, 1:] != IGNORED
-    mine, base = (logits[asked].float().log_softmax(-1) for logits in (policy, start))
+    mine, base = (wide(logits[asked]).log_softmax(-1) for logits in (policy, start))
     return F.kl_div(mine, base, log_target=True, reduction="sum")
 
 
 def squared_distances(states: Tensor, target: Tensor, rows: Sequence[Row]) -> Tensor:
     """Sum over rows of the mean over a row's answer tokens, and the width, of (h - target)^2."""
-    per_token = (states.float() - target.float()).square().mean(-1)
+    per_token = (wide(states) - wide(target)).square().mean(-1)
     return sum(part.mean() for part in per_token.split([count([row])[1] for row in rows]))  # type: ignore[return-value]
 
 
@@ -343,6 +350,8 @@ def opened(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True)
+        if dtype == "float64":
+            model.double()  # PEFT leaves its adapter in fp32
     model.train()
     off = model.disable_adapter if start == "off" else nullcontext
     direction = load_file(folder / DIRECTION)["direction"]
