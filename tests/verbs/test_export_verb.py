@@ -78,8 +78,8 @@ def test_an_export_that_differs_is_refused(
     """PEFT given another scale: the very mistake that nobody would see."""
     right = export.write_peft
 
-    def wrong(found: object, name: str, output: Path) -> None:
-        right(found, name, output)  # type: ignore[arg-type]
+    def wrong(found: object, name: str, output: Path, weight: float) -> None:
+        right(found, name, output, weight)  # type: ignore[arg-type]
         config = output / "adapter_config.json"
         config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
 
@@ -114,8 +114,8 @@ def test_an_adapter_that_cannot_be_opened_again_is_not_kept(
 ) -> None:
     right = export.write_peft
 
-    def cut(found: object, name: str, output: Path) -> None:
-        right(found, name, output)  # type: ignore[arg-type]
+    def cut(found: object, name: str, output: Path, weight: float) -> None:
+        right(found, name, output, weight)  # type: ignore[arg-type]
         whole = (output / "adapter_model.safetensors").read_bytes()
         (output / "adapter_model.safetensors").write_bytes(whole[:-100])
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, get_bank, head_and_embedding
-from lorry.adapters.bank import AdapterBank
-from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.layers import AdapterSlot, BankEmbedding, BankLinear
 from lorry.adapters.mix import Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ModelError
 
 WARN_ERROR_RATIO = 0.1  # above this share of the delta lost to rounding, a merge warns
@@ -161,6 +162,53 @@ def merged_tensors(
             yield name, tensor.detach().to(stored_dtype)
 
 
+@torch.no_grad()
+def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Adapter:
+    """One adapter, not attached, that computes sum g s B A of those with ``weights`` and, g = 1, of
+    those that count as part of the base (`AdapterBank.move_to_base`): their A's below each other
+    [sum r, I], their g s B's side by side [O, sum r], scale 1 at every module.
+
+    Exact but for the rounding of g s B to fp32. Raises ConfigError where there is none, or a weight
+    is not finite.
+    """
+    bank = get_bank(model)
+    gates = _constant_weights(bank, weights)
+    adapters = {**bank.base_adapters, **bank.adapters}
+    parts = {
+        path: [
+            (gate * slot.scale, slot)
+            for one, gate in gates.items()
+            if (slot := adapters[one].slots.get(path)) is not None
+        ]
+        for path in bank.modules
+    }
+    parts = {path: found for path, found in parts.items() if found}
+    ranks = {path: sum(slot.A.shape[0] for _, slot in found) for path, found in parts.items()}
+    most = max(ranks.values())
+    # not escaped, though PEFT reads a pattern: others look the path up as it is, and a dot matches
+    # itself
+    others = {path: rank for path, rank in ranks.items() if rank != most}
+    spec = LoraSpec(
+        r=most,
+        lora_alpha=most,
+        target_modules=tuple(parts),
+        rank_pattern=others,
+        alpha_pattern={path: float(rank) for path, rank in others.items()},
+    )
+    halves = [torch.cat([slot.A for _, slot in found]) for found in parts.values()]
+    halves += [torch.cat([factor * slot.B for factor, slot in f], dim=1) for f in parts.values()]
+    values = torch.cat([half.reshape(-1) for half in halves]).float()
+    split = sum(half.numel() for half in halves[: len(parts)])
+    whole = Adapter(name, spec, values, torch.zeros_like(values), split)
+    views = [
+        nn.Parameter(view.view(half.shape), requires_grad=False)
+        for view, half in zip(values.split([h.numel() for h in halves]), halves, strict=True)
+    ]
+    for path, a, b in zip(parts, views, views[len(parts) :], strict=False):
+        whole.slots[path] = AdapterSlot(path, a, b, 1.0, 0.0)
+    return whole
+
+
 def separates_tied_head(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool:
     """Whether merging separates a head and an embedding that share one Parameter (then write
     `tie_word_embeddings=false`).
@@ -205,7 +253,8 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
                 f"the weight of adapter {term.adapter!r} is {term.gate}; it must be a finite number"
             )
         constants[bank[term.adapter].name] = constants.get(term.adapter, 0.0) + term.gate
-    if not constants:
+    # g = 0 over a start is the start, which there is something of to merge
+    if not constants and not (weights and bank.base_adapters):
         raise ConfigError(
             f"no adapter to merge; pass weights={{name: 1.0}} with names from {', '.join(bank.names()) or 'none'}"
         )

@@ -89,6 +89,10 @@ class EvalSettings(SettingsGroup):
     positional: ClassVar[str] = "model"
     experiment_kind: ClassVar[str] = "eval"
     model: ModelConfig = ModelConfig()
+    weight: float = config_field(
+        1.0,
+        "g of the adapters: 0.5 half of them, below 0 negation; what they were trained over stays",
+    )
     data: EvalData = EvalData()
     tasks: list[str] = config_field(
         [], "named sets and suites instead of a file, such as [bool_q, common_gen] or flan"

@@ -199,6 +199,10 @@ class ChatSettings(SettingsGroup):
     adapters: list[PathText] = config_field(
         [], "more adapters to switch between with /adapter NAME"
     )
+    weight: float = config_field(
+        1.0,
+        "g of the adapter: 0.5 half of it, 0 none, below 0 negation; what it was trained over stays",
+    )
     max_new_tokens: PositiveInt = config_field(256, "longest answer in tokens")
     temperature: float = config_field(0.0, "0: always the likeliest token", ge=0)
     system: str | None = config_field(None, "system message")
@@ -216,6 +220,10 @@ class MergeSettings(SettingsGroup):
         "number format to store; auto: that of the base; float32 loses nothing of the adapter",
     )
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
+    weight: float = config_field(
+        1.0,
+        "g of the adapter: 0.5 half of it, 0 none, below 0 negation; what it was trained over stays",
+    )
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -247,6 +255,10 @@ class ExportSettings(SettingsGroup):
     output_dir: DirPath = derived_field("RUN-hf or RUN-peft", "where the export goes")
     dtype: DtypeName = config_field("auto", "number format to store; auto: that of the base")
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
+    weight: float = config_field(
+        1.0,
+        "g of the adapter: 0.5 half of it, 0 none, below 0 negation; what it was trained over stays",
+    )
 
     @field_validator("output_dir", mode="before")
     @classmethod

@@ -62,7 +62,10 @@ def _directory_config(path: Path) -> FoundConfig:
             f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory"
         )
     adapter = _read_config(path / ADAPTER_CONFIG)
-    base, rank = adapter.get("base_model_name_or_path"), adapter.get("r")
+    # of one that was trained over another, its own settings lie one level down
+    own = adapter.get("lora")
+    base = adapter.get("base_model_name_or_path")
+    rank = own.get("r") if isinstance(own, dict) else adapter.get("r")
     if not isinstance(base, str) or not isinstance(rank, int):
         raise ModelError(
             f"{path / ADAPTER_CONFIG}: no base_model_name_or_path and r; this is not a LoRA adapter"

@@ -185,6 +185,8 @@ def run_receipt(
         **opened.source,
         "sha256": base_digest(opened.model) if weights is None else weights.start_digest,
     }
+    if (start := get_bank(opened.model, create=True).start) is not None:
+        base["start"] = {"path": start.path, "sha256": start.sha256}
     if weights is None:
         files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
         trained = sum(get_bank(opened.model)[name].values.numel() for name in jobs)

@@ -181,10 +181,12 @@ def benchmark_label(settings: EvalSettings, benchmark: Benchmark) -> str:
     # only where it surprises: elsewhere the split is one nobody trains on
     split = f" [{benchmark.split}]" if benchmark.split == "train" else ""
     shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
+    share = "" if settings.weight == 1 else f", weight={settings.weight:g}"
     return (
         benchmark.named_set.name
         + split
         + shots
+        + share
         + (f", the first {settings.limit} rows" if settings.limit else "")
     )
 

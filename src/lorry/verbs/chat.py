@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from lorry.config.settings import ChatSettings
 from lorry.errors import DataError, LorryError, ModelError, suggest_nearest
-from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.verbs.open_model import base_side, open_with_adapters, print_note
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
     from lorry.data.reading.content import ChatMessage
     from lorry.models.loading.open import OpenedModel
 
-CHAT_HELP = """/adapter NAME   answer with this adapter; none: the base alone
+CHAT_HELP = """/adapter NAME   answer with this adapter; none: the base (or start) alone
 /adapters       list them
 /system TEXT    set the system message; without TEXT: none
 /reset          forget the conversation
@@ -184,7 +184,10 @@ class ChatSession:
         )
 
     def describe_adapter(self) -> str:
-        return f"adapter {self.adapter}" if self.adapter else "the base alone"
+        if not self.adapter:
+            return f"the {base_side(self.opened)} alone"
+        share = "" if self.settings.weight == 1 else f" times {self.settings.weight:g}"
+        return f"adapter {self.adapter}{share}"
 
     # --- answers
 
@@ -215,7 +218,7 @@ class ChatSession:
                 seed=settings.seed + self.questions - 1,
                 stop_token_ids=self.encoder.stop_tokens(),
             ),
-            adapter=Mix.one(self.adapter) if self.adapter else Mix.none(),
+            adapter=Mix.constants({self.adapter: settings.weight} if self.adapter else {}),
         )
         detokenizer, pieces, completed = IncrementalDetokenizer(self.encoder), list[str](), False
         try:

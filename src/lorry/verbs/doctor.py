@@ -103,6 +103,8 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
         "weights" if receipt.part(run.receipt, "weights") else "adapter": verify_saved_weights(run),
         "newest checkpoint": newest_checkpoint_status(path),
     }
+    if over := verify_run_starts(run):
+        facts["start"] = f"{over} intact (SHA-256 as when they were trained over)"
     if run.contracts:
         console.print(table.contracts_table(run))
     elif state.state == "running":
@@ -134,6 +136,15 @@ def describe_decoder(run: RunRecord) -> str:
     family, why = base.get("family"), base.get("why")
     path = f"native ({family})" if family else f"transformers: {why}"
     return f"{path}, {base.get('dtype')} on {base.get('device')}"
+
+
+def verify_run_starts(run: RunRecord) -> int:
+    """How many frozen adapters lie under those of a run. Raises ModelError where one is not there or
+    is another: the run cannot be opened then."""
+    from lorry.adapters.peft.files import verify_starts
+    from lorry.models.loading.sources import find_adapters_in
+
+    return max(map(verify_starts, find_adapters_in(run.path)), default=0)
 
 
 def verify_saved_weights(run: RunRecord) -> str:

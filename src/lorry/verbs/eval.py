@@ -27,7 +27,7 @@ from lorry.runs import ownership
 from lorry.runs.layout import EVALUATION, RECEIPT
 from lorry.runs.read import read_run
 from lorry.verbs import benchmarks
-from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.verbs.open_model import base_side, open_with_adapters, print_note
 from lorry.verbs.unlearning_suite import evaluate_suite
 from lorry.visible import make_visible
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from lorry.evaluate.rows import EvalRows, EvaluationResult
     from lorry.models.loading.open import OpenedModel
 
-BASE_COLUMN = "base"
 RESULTS_FILE, FILE_SUFFIXES = "results.json", (".json", ".csv")
 # as `generate_answers` has it; enough for an answer, not for an essay
 EVAL_NEW_TOKENS = 64
@@ -114,7 +113,9 @@ def evaluate_named_sets(settings: EvalSettings) -> int:
     opened = open_with_adapters(settings.model)
     note_other_dtype(opened)
     warn_trained_rows(settings, opened, loaded)
-    results = benchmarks.evaluate_benchmarks(settings, opened, loaded, evaluation_mixes(opened))
+    results = benchmarks.evaluate_benchmarks(
+        settings, opened, loaded, evaluation_mixes(opened, settings.weight)
+    )
     shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
     VisibleConsole(soft_wrap=True).print(
         benchmarks.benchmark_table(
@@ -168,12 +169,12 @@ def evaluated_run_dir(opened: OpenedModel) -> Path | None:
     return run if ownership.run_description_of(run) else None
 
 
-def evaluation_mixes(opened: OpenedModel) -> dict[str, Mix]:
-    """What is asked: the base, and each adapter under its name."""
+def evaluation_mixes(opened: OpenedModel, weight: float = 1.0) -> dict[str, Mix]:
+    """What is asked: the base (or start), and each adapter, times ``weight``, under its name."""
     from lorry.adapters.mix import Mix
 
-    return {BASE_COLUMN: Mix.none()} | {
-        side_label(name, opened): Mix.one(name) for name in opened.adapters
+    return {base_side(opened): Mix.none()} | {
+        side_label(name, opened, weight): Mix.constants({name: weight}) for name in opened.adapters
     }
 
 
@@ -244,7 +245,7 @@ def evaluate_sides(
         print_note(f"note: {note}")
     results = {}
     with VisibleConsole(stderr=True).status("evaluating") as status:
-        for name, mix in evaluation_mixes(opened).items():
+        for name, mix in evaluation_mixes(opened, settings.weight).items():
             status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(asked)} answers")
             results[name] = evaluate_rows(
                 opened.model,
@@ -257,10 +258,12 @@ def evaluate_sides(
     return results
 
 
-def side_label(name: str, opened: OpenedModel) -> str:
-    """What an adapter's column is called: its name, also where that is the base's."""
+def side_label(name: str, opened: OpenedModel, weight: float = 1.0) -> str:
+    """What an adapter's column is called: its name, also where that is the base's, and its weight
+    where that is not 1."""
     # two columns of one name would be one in a dict
-    return f"adapter {name}" if name == BASE_COLUMN else name
+    own = f"adapter {name}" if name == base_side(opened) else name
+    return own if weight == 1 else f"{own} x {weight:g}"
 
 
 def data_label(settings: EvalSettings) -> str:
@@ -271,7 +274,9 @@ def data_label(settings: EvalSettings) -> str:
         else ", ".join(settings.data.path or [])
     )
     split = f" [{settings.data.split}]" if settings.data.split != "train" else ""
-    return path + split + (f", the first {settings.limit} rows" if settings.limit else "")
+    # part of the name: another weight's numbers do not take the place of the whole adapter's
+    share = "" if settings.weight == 1 else f", weight={settings.weight:g}"
+    return path + split + (f", the first {settings.limit} rows" if settings.limit else "") + share
 
 
 def evaluation_sides_table(

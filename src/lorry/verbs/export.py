@@ -43,16 +43,17 @@ def main(settings: ExportSettings, notes: list[str]) -> int:
             name,
             settings.output_dir,
             stored if settings.dtype == "auto" else settings.dtype,
+            settings.weight,
         )
     else:
-        export_peft(opened, name, settings.output_dir)
+        export_peft(opened, name, settings.output_dir, settings.weight)
     print(settings.output_dir)
     return 0
 
 
-def export_peft(opened: OpenedModel, name: str, output: Path) -> None:
-    """The adapter's directory as PEFT writes it, opened again before it gets its name. ``found`` is
-    of no use afterwards.
+def export_peft(opened: OpenedModel, name: str, output: Path, weight: float = 1.0) -> None:
+    """The adapter's directory as PEFT writes it, ``weight`` times the adapter and what it was
+    trained over in one, opened again before it gets its name. ``opened`` is of no use afterwards.
 
     Raises ConfigError for a place that is taken, ContractError if the adapter opened again is
     another one.
@@ -61,9 +62,9 @@ def export_peft(opened: OpenedModel, name: str, output: Path) -> None:
     from lorry.models.loading.reopen import free_model_memory
 
     # of the model in memory, which is freed before the export is opened
-    before = LogitsBeforeMerge.of(opened, name)
+    before = LogitsBeforeMerge.of(opened, name, weight)
     with durable.build_directory(output) as folder:
-        write_peft(opened, name, folder)
+        write_peft(opened, name, folder, weight)
         # two models at once need not fit
         free_model_memory(opened.model)
         model, library = load_adapted_model(folder, opened.source["path"], before.dtype)
@@ -72,11 +73,12 @@ def export_peft(opened: OpenedModel, name: str, output: Path) -> None:
         print_note(line)
 
 
-def write_peft(opened: OpenedModel, name: str, folder: Path) -> None:
+def write_peft(opened: OpenedModel, name: str, folder: Path, weight: float = 1.0) -> None:
     """The files of the adapter and its tokenizer, into an existing folder."""
-    from lorry.adapters.peft.files import adapter_files
+    from lorry.adapters.peft.files import plain_adapter_files
 
-    for file, content in adapter_files(opened.model, name, base_name=opened.source["path"]).items():
+    files = plain_adapter_files(opened.model, name, weight=weight, base_name=opened.source["path"])
+    for file, content in files.items():
         (folder / file).write_bytes(content)
     opened.tokenizer.save_pretrained(folder)
 

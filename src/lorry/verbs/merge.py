@@ -12,7 +12,7 @@ from lorry.config.schema import ModelConfig
 from lorry.config.settings import MergeSettings
 from lorry.disk.integrity import file_digest
 from lorry.verbs import probe
-from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
+from lorry.verbs.open_model import base_side, open_with_adapters, print_note, resolve_adapter_name
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +39,17 @@ def main(settings: MergeSettings, notes: list[str]) -> int:
         resolve_adapter_name(opened, settings.adapter, settings.run),
         settings.output_dir,
         dtype,
+        settings.weight,
     )
     print(settings.output_dir)
     return 0
 
 
-def write_merged(opened: OpenedModel, name: str, output: Path, dtype: str) -> None:
-    """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to
+def write_merged(
+    opened: OpenedModel, name: str, output: Path, dtype: str, weight: float = 1.0
+) -> None:
+    """Stream base + ``weight`` times the adapter, what it was trained over included, into
+    ``output``, one tensor at a time, in fp32 and rounded once to
     ``dtype``; open it again with transformers and compare logits on a few rows before it gets its
     name. ``found`` is of no use afterwards.
 
@@ -61,8 +65,9 @@ def write_merged(opened: OpenedModel, name: str, output: Path, dtype: str) -> No
     from lorry.models.loading.store import save_model
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    weights, rows = {name: 1.0}, list[MergeRow]()
-    untied, before = separates_tied_head(opened.model, weights), LogitsBeforeMerge.of(opened, name)
+    weights, rows = {name: weight}, list[MergeRow]()
+    untied = separates_tied_head(opened.model, weights)
+    before = LogitsBeforeMerge.of(opened, name, weight)
     with durable.build_directory(output) as folder:
         save_model(
             opened.model,
@@ -77,7 +82,7 @@ def write_merged(opened: OpenedModel, name: str, output: Path, dtype: str) -> No
         )
         # in the folder that is being built, so that a model and its record appear together
         (folder / MERGE_RECORD_FILE).write_text(
-            json.dumps(merge_record(opened, name), indent=1) + "\n", encoding="utf-8"
+            json.dumps(merge_record(opened, name, weight), indent=1) + "\n", encoding="utf-8"
         )
         # after everything is written, for it changes the model in memory
         rounded = before.rounded(opened, weights, torch_dtype)
@@ -85,8 +90,9 @@ def write_merged(opened: OpenedModel, name: str, output: Path, dtype: str) -> No
         lines = before.compare(reopen_model(folder, before.dtype), dtype, rounded=rounded)
     # rows are complete only now: `merged_tensors` fills them while the file is written
     report = MergeReport(tuple(rows), torch_dtype, untied)
+    whose = "the adapter's effect" if before.side == "base" else "the effect of adapter and start"
     print_note(
-        f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect"
+        f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of {whose}"
     )
     for line in lines:
         print_note(line)
@@ -101,7 +107,7 @@ def write_merged(opened: OpenedModel, name: str, output: Path, dtype: str) -> No
 @dataclass(frozen=True)
 class LogitsBeforeMerge:
     """Logits on a few rows ([1, t] each) before anything is written: of the base alone and with the
-    adapter beside it.
+    adapter beside it. ``side``: what the former is called.
     """
 
     rows: list[Tensor]
@@ -109,9 +115,10 @@ class LogitsBeforeMerge:
     base: Tensor
     exact: Tensor
     dtype: torch.dtype
+    side: str
 
     @staticmethod
-    def of(opened: OpenedModel, name: str) -> LogitsBeforeMerge:
+    def of(opened: OpenedModel, name: str, weight: float = 1.0) -> LogitsBeforeMerge:
         """As the opened model computes them, in its own number format."""
         from lorry.adapters.attach import get_bank
         from lorry.adapters.mix import Mix
@@ -120,10 +127,10 @@ class LogitsBeforeMerge:
         rows, rows_words = probe.probe_rows(opened)
         get_bank(opened.model).activate(Mix.none())
         base = compute_fp32_logits(opened.model, rows)
-        get_bank(opened.model).activate(Mix.one(name))
-        return LogitsBeforeMerge(
-            rows, rows_words, base, compute_fp32_logits(opened.model, rows), opened.model.dtype
-        )
+        get_bank(opened.model).activate(Mix.constants({name: weight}))
+        exact = compute_fp32_logits(opened.model, rows)
+        side = base_side(opened)
+        return LogitsBeforeMerge(rows, rows_words, base, exact, opened.model.dtype, side)
 
     def rounded(
         self, opened: OpenedModel, weights: dict[str, float], torch_dtype: torch.dtype
@@ -167,7 +174,7 @@ class LogitsBeforeMerge:
         lost_share = drift / adapter_effect if adapter_effect else 0.0
         lines = [
             f"reloaded by {library}: largest logit difference {difference:.1e} (bound {bound:.1e}, stored in {stored})",
-            f"from the adapter beside the base: largest logit difference {drift:.1e}, where the adapter moves "
+            f"from the adapter beside the {self.side}: largest logit difference {drift:.1e}, where the adapter moves "
             f"logits by {adapter_effect:.1e}, on {self.rows_words}",
         ]
         if computed != "float32":
@@ -177,22 +184,27 @@ class LogitsBeforeMerge:
         elif lost_share > WARN_ERROR_RATIO:
             lines.append(
                 f"warning: rounding to {stored} moved logits by {drift:.2g}, {lost_share:.0%} of what the adapter moves them; "
-                f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}keep the adapter beside the base"
+                f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}keep the adapter beside the {self.side}"
             )
         return lines
 
 
-def merge_record(opened: OpenedModel, name: str) -> dict[str, Any]:
+def merge_record(opened: OpenedModel, name: str, weight: float = 1.0) -> dict[str, Any]:
     """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its
-    weight files, the adapter.
+    weight files, the adapter and its weight, and what that was trained over.
     """
+    from lorry.adapters.attach import get_bank
+
     base = Path(opened.source["path"])
     # of the base as it is now: unmerge must be able to tell that nobody changed it since
     digests = {file.name: file_digest(file) for file in weight_files(base)}
     model_path = Path(opened.source["name"])
     # absolute: unmerge may be called from another folder
     opened_as = str(model_path.resolve()) if model_path.exists() else opened.source["name"]
-    return {"base": str(base), "opened_as": opened_as, "base_weights": digests, "adapter": name}
+    record = {"base": str(base), "opened_as": opened_as, "base_weights": digests, "adapter": name}
+    start = get_bank(opened.model).start
+    over = {} if start is None else {"start": {"path": start.path, "sha256": start.sha256}}
+    return {**record, "weight": weight, **over}
 
 
 def weight_files(folder: Path) -> Iterator[Path]:

@@ -41,6 +41,15 @@ def open_with_adapters(
     return opened
 
 
+def base_side(opened: OpenedModel) -> str:
+    """What a model without its adapters is called: base, or start where a frozen adapter that they
+    were trained over is a part of it.
+    """
+    from lorry.adapters.attach import get_bank
+
+    return "base" if get_bank(opened.model, create=True).start is None else "start"
+
+
 def resolve_adapter_name(opened: OpenedModel, requested: str | None, name: str) -> str:
     """The adapter that is meant: the one asked for, or the only one. Raises ConfigError otherwise."""
     known = ", ".join(opened.adapters)

@@ -70,7 +70,8 @@ def evaluate_suite(settings: EvalSettings) -> int:
         refuse_foreign_suite(place, suite.title)
     for adapter, place in zip(sides, places, strict=True):
         records = measure_side(settings, suite, found, adapter, names, sets, logs, place)
-        title = settings.model.name if adapter is None else f"{settings.model.name} ({adapter})"
+        share = "" if settings.weight == 1 else f" x {settings.weight:g}"
+        title = settings.model.name + (f" ({adapter}{share})" if adapter else "")
         VisibleConsole(soft_wrap=True).print(suite_table(title, names, records))
         print_note(f"written to {place / eval_file(suite.title)}")
     return 0
@@ -84,7 +85,9 @@ def suite_folder(settings: EvalSettings) -> Path:
         return settings.output_dir
     model = Path(settings.model.adapter or settings.model.name)
     if (model / ADAPTER_CONFIG).is_file() or ownership.run_description_of(model):
-        return model / SUITES
+        # another weight is another model, whose numbers do not take the place of the whole one's
+        share = [] if settings.weight == 1 else [f"weight{settings.weight:g}"]
+        return model.joinpath(SUITES, *share)
     raise ConfigError(
         f"suite={settings.suite} writes two files, and {model} is no run; give output_dir=FOLDER"
     )
@@ -117,7 +120,7 @@ def measure_side(
         found.model,
         encoder,
         dict(sets),
-        Mix.none() if adapter is None else Mix.one(adapter),
+        Mix.constants({} if adapter is None else {adapter: settings.weight}),
         start=None if adapter is None else Mix.none(),
         max_new_tokens=settings.max_new_tokens,
         limit=settings.limit,

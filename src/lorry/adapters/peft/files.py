@@ -29,6 +29,7 @@ from torch import nn
 from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
 from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.merge import concatenate
 from lorry.adapters.peft.config import (
     OVER_ADAPTER,
     check_pattern_time,
@@ -77,7 +78,29 @@ def adapter_files(
     value is not finite.
     """
     adapter = get_bank(model)[check_adapter_name(name)]
-    modules = get_bank(model).modules
+    return _files_of(model, adapter, get_bank(model).start, base_name, extra)
+
+
+def plain_adapter_files(
+    model: nn.Module, name: str = "default", *, weight: float = 1.0, base_name: str | None = None
+) -> dict[str, bytes]:
+    """As `adapter_files`, of one adapter for the bare base: with all that it was trained over, and
+    itself times ``weight`` (g). Any reader of PEFT's files then has our model."""
+    bank = get_bank(model)
+    if weight == 1.0 and not bank.base_adapters:
+        return adapter_files(model, name, base_name=base_name)
+    adapter = concatenate(model, bank[check_adapter_name(name)].name, {name: weight})
+    return _files_of(model, adapter, None, base_name, {"weight": weight})
+
+
+def _files_of(
+    model: nn.Module,
+    adapter: Adapter,
+    start: AdapterOrigin | None,
+    base_name: str | None,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, bytes]:
+    name, modules = adapter.name, get_bank(model).modules
     tensors = {}
     for path, slot in adapter.slots.items():
         tensor_name = (
@@ -112,7 +135,7 @@ def adapter_files(
         "adapter": name,
         "base_digest": base_digest(model),
     }
-    if (start := get_bank(model).start) is not None:
+    if start is not None:
         facts["start"] = {"path": start.path, "sha256": start.sha256}
         config = over_adapter_config(config)
     return {
@@ -303,6 +326,15 @@ def _check_start(model: nn.Module, folder: Path, found: tuple[Path, AdapterOrigi
             f"{', '.join(bank.adapters)} on the bare base; open it by itself"
         )
     _verify_start(found[0], start, str(folder))
+
+
+def verify_starts(folder: Path) -> int:
+    """How many adapters the one in ``folder`` was trained over, one over the other. Raises
+    ModelError where one of them is not there or is another."""
+    chain = start_chain(folder)
+    for place, origin in chain:
+        _verify_start(place, origin, str(folder))
+    return len(chain)
 
 
 def _verify_start(place: Path, start: AdapterOrigin, whose: str) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.peft.files import load_adapter
+from lorry.adapters.peft.files import load_adapter, start_chain
 from lorry.config import DistillConfig, ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
@@ -67,9 +68,15 @@ class TeacherLocation:
                 f"the teacher would have {len(folders)} adapters ({', '.join(map(str, folders[:3]))}); name the folder of one"
             )
         # by place: the same files loaded again would be a second model in memory that says the same
+        # the student's base has the start in it: a teacher on the same weights with another start,
+        # or none, is another model
+        start = get_bank(opened.model, create=True).start
+        over = next((origin.sha256 for f in folders for _, origin in start_chain(f)), None)
+        own = config.teacher is None and not folders
         same_base = (
             place.directory.resolve() == base.directory.resolve()
             and config.teacher_quantize is None
+            and (own or over == (None if start is None else start.sha256))
         )
         # in another dtype the base would say something else, and has to be loaded in it
         dtype_name = str(
@@ -109,7 +116,9 @@ class TeacherLocation:
         byte of them is read.
         """
         total = hashlib.sha256(f"{dtype} {config.teacher_quantize}".encode())
-        for folder in [self.place.directory, *([self.adapter] if self.adapter else [])]:
+        adapter = [self.adapter] if self.adapter else []
+        over = [folder for one in adapter for folder, _ in start_chain(one)]
+        for folder in [self.place.directory, *adapter, *over]:
             for path in sorted(
                 p for p in folder.iterdir() if p.is_file() and p.name.endswith(DIGESTED_SUFFIXES)
             ):

@@ -33,6 +33,7 @@ from lorry.train.card.front_matter import (  # fmt: skip
     private_directories,
     public_base_name,
     public_path,
+    start_of,
     strip_directories,
     teacher_names,
 )
@@ -170,7 +171,8 @@ def _summary_section(run: RunRecord) -> str:
     if not run.config.get("lora"):
         what = f"{base}, its own weights ({code_span(run.config.get('trainable') or 'all')}) trained with Lorry"
     elif count == 1:
-        what = f"A LoRA adapter for {base}, trained with Lorry"
+        over = " and the frozen adapter it was trained over" if start_of(run) else ""
+        what = f"A LoRA adapter for {base}{over}, trained with Lorry"
     else:
         what = f"{count} LoRA adapters, trained in one pass with Lorry, each in a folder of its name, for {base}"
     whence = ", ".join(
@@ -190,6 +192,9 @@ def _base_model_section(run: RunRecord) -> str:
         "number format": base.get("dtype") or model.get("dtype"),
         "digest": base.get("sha256"),
     }
+    if start := start_of(run):
+        known["start: a frozen adapter"] = public_path(start["path"])
+        known["SHA-256 of its weights"] = start["sha256"]
     return markdown_table(
         ["", ""], [[key, code_span(value)] for key, value in known.items() if value]
     )
@@ -346,6 +351,11 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
             f"model, tokenizer = AutoModelForCausalLM.from_pretrained({place}), AutoTokenizer.from_pretrained({place})",
         ]
         return f"{ours}\n\nor with transformers alone:\n\n{fenced_code('python', theirs)}"
+    if start_of(run):
+        return (
+            f"{ours}\n\nPEFT knows no adapter over another; this makes one of the two, which it opens:\n\n"
+            + fenced_code("sh", [f"lorry export {clean_line(at or run.name)} to=peft"])
+        )
     folder = f", subfolder={_quote_literal(run.job_names[0])}" if run.jobs else ""
     theirs = [
         "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",

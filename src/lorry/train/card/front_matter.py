@@ -22,6 +22,7 @@ from lorry.runs.read import RunRecord
 from lorry.train.card.facts import metric_changes
 from lorry.train.card.markdown import EMPTY_CELL, clean_line
 
+_ORIGIN = ("path", "sha256")  # of an adapter that others were trained over
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 DATA_FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gguf")
 EMBEDDED_LICENCES = MappingProxyType({"smollm2-135m-instruct": "apache-2.0"})  # as its wheel says
@@ -64,7 +65,7 @@ def card_metadata(
     results = _eval_results(run, sets)
     return ModelCardData(
         base_model=base_id(run),
-        library_name="peft" if lora else "transformers",
+        library_name=library_of(run),
         license=_common_licence(run, licences),
         datasets=list(dict.fromkeys(datasets)) or None,
         tags=["lorry", *(["lora"] if lora else []), clean_line(run.config.get("task", "sft"))],
@@ -216,6 +217,21 @@ def public_base_name(run: RunRecord) -> str:
     )
 
 
+def start_of(run: RunRecord) -> dict[str, str]:
+    """path and sha256 of the adapter that a run's were trained over; empty where there is none."""
+    start = ((run.receipt or {}).get("base") or {}).get("start")
+    if not isinstance(start, dict) or not all(isinstance(start.get(k), str) for k in _ORIGIN):
+        return {}
+    return {key: start[key] for key in _ORIGIN}
+
+
+def library_of(run: RunRecord) -> str:
+    """Who opens what the run wrote. PEFT knows no adapter over another (`lorry export` makes one)."""
+    if not run.config.get("lora"):
+        return "transformers"
+    return "lorry" if start_of(run) else "peft"
+
+
 def teacher_names(run: RunRecord) -> list[str]:
     """Who was distilled from: a model, an adapter of one, or both."""
     distil = run.settings_group("distill")
@@ -245,6 +261,7 @@ def private_directories(run: RunRecord) -> list[str]:
         *evaluated,
         model.get("name"),
         base.get("path"),
+        start_of(run).get("path"),
         run.config.get("output_dir"),
     ]
     folders = {f"{Path(str(p)).parent}/" for p in places if p and str(p).startswith("/")}
