@@ -20,6 +20,7 @@ from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, DataError, LorryError
 from lorry.models.loading.open import open_model
 from lorry.tasks.unlearn import methods
+from lorry.tasks.unlearn.alternates import read_refusals
 from lorry.train.session import TrainResult, train_run
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401
@@ -319,3 +320,72 @@ def test_an_empty_alternate_and_refusal(world: Path, tmp_path: Path) -> None:
 def test_base_weights_over_an_adapter(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="merge it first"):
         train_run(base_run(world, world / "start", tmp_path / "run"), [])
+
+
+def test_the_same_question_on_both_sides_is_said(world: Path, tmp_path: Path) -> None:
+    row = tinyrun.rows(1)[0]
+    retain = tinyrun.write_rows(
+        tmp_path / "r.jsonl", [{**row, "answer": row["answer"] + " "}, *tinyrun.rows(4, start=20)]
+    )
+    heard = tinyrun.Heard()
+    train_run(described(world, tmp_path / "run", retain=str(retain), max_steps=1), [], [heard])
+    assert any("ask what a retained row asks" in note for note in heard.notes), heard.notes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "GradDiff", "retain_loss": "EMBED"},
+        {"method": "RMU", "retain_loss": "NLL"},
+        {"method": "RMU", "alpha": 0},
+    ],
+    ids=["EMBED", "RMU-NLL", "RMU-alone"],
+)
+def test_a_layer_beyond_the_model(settings: Any, world: Path, tmp_path: Path) -> None:
+    """The default layer is 7; the model has two."""
+    with pytest.raises(LorryError, match=r"layers, 0 to 1|layers_to_transform"):
+        unlearn(world, tmp_path / "run", **settings)
+    assert not list((tmp_path / "run").glob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "NPO", "layer": 5},
+        {"method": "NPO", "peer_masks": True},
+        {"method": "NPO", "retain_loss": "KL", "alpha": 0},
+        {"method": "GradAscent", "peer_masks": True},
+        {"method": "GradDiff", "retain_loss": "KL", "layer": 1},
+    ],
+)
+def test_a_setting_that_changes_nothing_is_an_error(
+    settings: Any, world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="changes nothing here"):
+        described(world, tmp_path / "run", **settings)
+
+
+def test_a_first_collapse_keeps_nothing(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing worth keeping"):
+        unlearn(
+            world, tmp_path / "run", method="GradAscent", learning_rate=0.3, early_stop="collapse",
+            eval_steps=2, max_steps=12,
+        )  # fmt: skip
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_refusals_of_other_editors(world: Path, tmp_path: Path) -> None:
+    """A byte order mark and carriage returns are no part of a refusal."""
+    path = tmp_path / "idk.txt"
+    path.write_bytes("\ufeffno idea\r\nfoo\x0cbar\r\n".encode())
+    assert read_refusals(str(path)) == ["no idea", "foo\x0cbar"]
+
+
+def test_an_alternate_that_cuts_the_question_is_said(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "idk.txt").write_text("no " * 12)
+    heard = tinyrun.Heard()
+    run = described(world, tmp_path / "run", method="DPO", idk=str(tmp_path / "idk.txt"))
+    train_run(
+        run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 1})}), [], [heard]
+    )
+    assert any("longer than max_length" in note for note in heard.notes), heard.notes

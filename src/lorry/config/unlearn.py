@@ -55,6 +55,12 @@ UNLEARN_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 # methods whose loss is of another answer to the forget question as well
 NEED_ALTERNATES = frozenset({"DPO", "IdkDPO", "AltPO", "IdkAP", "JensUn"})
+# settings that only some combinations of the others read, and which
+_READ_WITH = {
+    "retain_loss": "with alpha above 0",
+    "layer": "with retain_loss=EMBED (and RMU always)",
+    "peer_masks": "with retain_loss=KL (and UNDIAL and PDU always)",
+}
 _METHOD_SETTINGS = sorted({name for line in UNLEARN_METHODS.values() for name in line})
 
 
@@ -159,19 +165,24 @@ class UnlearnConfig(SettingsGroup):
 
     @validate_model(mode="after")
     def _settings_of_the_method(self) -> UnlearnConfig:
-        reads = UNLEARN_METHODS[self.method]
+        line = UNLEARN_METHODS[self.method]
         for name in _METHOD_SETTINGS:
-            neutral = (
-                name == "alpha" and self.alpha == 0
-            )  # what every method has that keeps nothing
-            if getattr(self, name) is not None and name not in reads and not neutral:
-                readers = [m for m, line in UNLEARN_METHODS.items() if name in line]
+            # what a method that keeps nothing has anyway, and what changes nothing anywhere
+            neutral = getattr(self, name) == {"alpha": 0, "peer_masks": False}.get(name)
+            if getattr(self, name) is not None and name not in line and not neutral:
+                readers = [m for m, other in UNLEARN_METHODS.items() if name in other]
                 raise ValueError(
                     f"unlearn.{name} is not read by {self.method}; it is a setting of {', '.join(readers)}"
                 )
-        for name, default in reads.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        # in this order: whether the later ones are read hangs on the earlier ones
+        for name in sorted(line, key=lambda n: (n != "alpha", n != "retain_loss")):
+            if self._reads(name):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, line[name])
+            elif getattr(self, name) not in (None, False):
+                raise ValueError(
+                    f"unlearn.{name} changes nothing here: {self.method} reads it {_READ_WITH[name]}"
+                )
         if self.alternates is not None and self.method not in NEED_ALTERNATES:
             raise ValueError(
                 f"unlearn.alternates is not read by {self.method}; {', '.join(sorted(NEED_ALTERNATES))} do"
@@ -203,6 +214,21 @@ class UnlearnConfig(SettingsGroup):
             )
         return self
 
+    def _reads(self, name: str) -> bool:
+        """Whether a setting of the method's line changes anything beside the others."""
+        compares_layer = self.retains and self.retain_loss == "EMBED"
+        compares_start = self.method == "KL" or (self.retains and self.retain_loss == "KL")
+        return {
+            "retain_loss": self.retains,
+            "layer": self.method == "RMU" or compares_layer,
+            "peer_masks": self.method in ("UNDIAL", "PDU") or compares_start,
+        }.get(name, True)
+
+    @property
+    def reads_layer(self) -> bool:
+        """Whether the output of `layer` is part of the objective."""
+        return self._reads("layer") and "layer" in UNLEARN_METHODS[self.method]
+
     @property
     def retains(self) -> bool:
         """Whether a loss of retain rows is part of the objective."""
@@ -210,7 +236,8 @@ class UnlearnConfig(SettingsGroup):
 
     def settings(self) -> dict[str, Any]:
         """The method's own settings, by name."""
-        return {name: getattr(self, name) for name in UNLEARN_METHODS[self.method]}
+        values = {name: getattr(self, name) for name in UNLEARN_METHODS[self.method]}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class UnlearnJobConfig(JobConfig):
@@ -309,4 +336,12 @@ class UnlearnRunConfig(RunConfig):
             assert own.layer is not None
             layers = {"layers_to_transform": list(range(own.layer + 1))}
             object.__setattr__(self, "lora", self.lora.model_copy(update=layers))
+        elif steered and self.lora is not None and own.layer is not None:
+            wanted = self.lora.layers_to_transform
+            above = [n for n in (wanted if isinstance(wanted, list) else [wanted]) if n > own.layer]  # type: ignore[operator]  # None was the case before
+            if above:
+                raise ValueError(
+                    f"lora.layers_to_transform: nothing of layer {above[0]} would train, since RMU steers layer {own.layer} and "
+                    "runs none above it; leave it out"
+                )
         return self

@@ -23,7 +23,7 @@ from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import count_adapter_tokens, keep_adapters
 from lorry.disk import durable
-from lorry.errors import ModelError, NonFiniteError, RunInterruptedError
+from lorry.errors import ConfigError, ModelError, NonFiniteError, RunInterruptedError
 from lorry.evaluate.loss import evaluate_task
 from lorry.runs.layout import METRICS, RunDir
 from lorry.runs.metrics import MetricsWriter, drop_metrics_after, iter_metrics
@@ -124,6 +124,13 @@ class TrainingEngine:
             for name, job in self.jobs.items()
             if job.train.load_best_model_at_end
         }
+        for name, step in best.items():
+            # a job that was ended because it is no good any more, and never was: nothing to keep
+            if step is None and self._standing(name).stopped_early:
+                raise ConfigError(
+                    f"{name}: its first evaluation, at step {self._standing(name).steps}, found nothing worth keeping, so "
+                    "there is no adapter to end with and none is written; lower learning_rate, or evaluate sooner (eval_steps)"
+                )
         self._load_best({name: step for name, step in best.items() if step is not None})
         return RunOutcome.of({name: self._outcome(name, best.get(name)) for name in self.jobs})
 

@@ -35,10 +35,10 @@ def read_refusals(path: str | None) -> list[str]:
     else:
         name = path
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"unlearn.idk={path}: cannot be read ({error})") from None
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if empty := [number for number, line in enumerate(lines, 1) if not line]:
         raise DataError(f"{name}:{empty[0]}: an empty line; every line is a refusal")
     if not lines:

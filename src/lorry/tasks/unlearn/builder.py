@@ -177,7 +177,14 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
     monitors = {name: RetentionMonitor(job, given, measured) for name, job in jobs.items()}
     notes = list[str]()
     for name, job in jobs.items():
-        refuse_overlap(job)
+        notes += check_overlap(job)
+        if isinstance(job.stream, RoleStream):
+            notes += [
+                f"{other.tokens.report.shortened} alternates of rows to {role} make them longer than max_length: the beginning "
+                "of their prompt is cut, and they no longer answer quite what the row asks; raise max_length"
+                for role, other in job.stream.alternates.items()
+                if other.tokens.report.shortened
+            ]
         whose = f"{name}: " if len(jobs) > 1 else ""
         notes += [whose + _start_note(role, *seen) for role, seen in monitors[name].start.items()]
     bank = get_bank(model, create=True)
@@ -192,10 +199,12 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
     )
     method = make_method(config.method, own, start)
     layers = model.config.get("num_hidden_layers", model.config.get("n_layer"))
-    if method.highest_layer is not None and layers and method.highest_layer >= layers:
-        raise ConfigError(
-            f"unlearn.layer={method.highest_layer}: the model has {layers} layers, 0 to {layers - 1}"
-        )
+    for job in jobs.values():
+        layer = _settings_of(job.run).layer
+        if _settings_of(job.run).reads_layer and layers and layer is not None and layer >= layers:
+            raise ConfigError(
+                f"unlearn.layer={layer}: the model has {layers} layers, 0 to {layers - 1}"
+            )
     reference: ReferenceReader = LiveReference(Mix.none())
     if config.reference == "cached":
         reference = _read_reference(given, method)
@@ -249,27 +258,48 @@ def _method_settings(job: PreparedJob, monitor: RetentionMonitor) -> dict[str, o
     return own
 
 
-def refuse_overlap(job: PreparedJob) -> None:
-    """Raise DataError where a row to forget is also a row to retain: no model can do both."""
+def check_overlap(job: PreparedJob) -> list[str]:
+    """Raise DataError where a row to forget is also a row to retain: no model can do both. Returns a
+    note where only the question is the same, with another answer.
+    """
     if RETAIN not in job.row_sets:
-        return
+        return []
     forget, retain = _tokens(job.data), _tokens(job.row_sets[RETAIN])
-    kept = {_sequence(retain, row): retain.where[row] for row in range(len(retain))}
-    both = [
-        (forget.where[row], kept[key])
-        for row in range(len(forget))
-        if (key := _sequence(forget, row)) in kept
-    ]
-    if both:
+    pairs = {whole: _same_rows(forget, retain, whole) for whole in (True, False)}
+    if both := pairs[True]:
         raise DataError(
             f"{both[0][0]} is to be forgotten and {both[0][1]}, the same row, to be retained ({len(both)} rows in "
             "all); take them out of one of the two"
         )
+    if same := pairs[False]:
+        return [
+            f"{len(same)} rows to forget ask what a retained row asks, with another answer (the first: {same[0][0]} and "
+            f"{same[0][1]}); if they say the same, the run forgets and retains it"
+        ]
+    return []
 
 
-def _sequence(tokens: TokenSet, row: int) -> bytes:
+def _same_rows(forget: TokenSet, retain: TokenSet, whole: bool) -> list[tuple[str, str]]:
+    """(place of a row to forget, place of the retained row) that are alike, in all or in what is
+    asked.
+    """
+    kept = {_sequence(retain, row, whole): retain.where[row] for row in range(len(retain))}
+    kept.pop(b"", None)  # plain text asks nothing
+    return [
+        (forget.where[row], kept[key])
+        for row in range(len(forget))
+        if (key := _sequence(forget, row, whole)) in kept
+    ]
+
+
+def _sequence(tokens: TokenSet, row: int, whole: bool) -> bytes:
+    """A row's tokens and weights as a key; not ``whole``: its tokens before the first that is
+    learnt, and nothing of plain text, where that is the first but one."""
     span = slice(tokens.edges[row], tokens.edges[row + 1])
-    return tokens.tokens[span].tobytes() + tokens.weights[span].tobytes()
+    if whole:
+        return tokens.tokens[span].tobytes() + tokens.weights[span].tobytes()
+    asked = int(np.argmax(tokens.weights[span] != 0))
+    return tokens.tokens[span][:asked].tobytes() if asked > 1 else b""
 
 
 def _read_reference(given: TaskInputs, method: UnlearnMethod) -> CachedReference:
