@@ -17,9 +17,14 @@ from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
 from lorry.adapters.layers import AMBIENT_CONTEXT
 from lorry.adapters.merge import merge, unmerge
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.peft.files import base_digest, load_adapter, load_start, save_adapter
+from lorry.adapters.peft.files import (
+    adapter_digest,
+    base_digest,
+    load_adapter,
+    load_start,
+    save_adapter,
+)
 from lorry.adapters.spec import LoraSpec
-from lorry.disk.integrity import file_digest
 from lorry.errors import ContractError, ModelError
 
 START = LoraSpec(r=4, lora_dropout=0.5)
@@ -118,7 +123,7 @@ def test_saved_and_opened_again(
     load_start(model, start)
     save_adapter(with_new(model, shake), tmp_path / "new", "new")
     facts = json.loads((tmp_path / "new/lorry_adapter.json").read_text())
-    assert facts["start"]["sha256"] == file_digest(start / "adapter_model.safetensors")
+    assert facts["start"]["sha256"] == adapter_digest(start)
     again = native(tiny(family))
     load_adapter(again, tmp_path / "new")
     assert torch.equal(logits(again, ids), logits(model, ids))
@@ -204,7 +209,7 @@ def test_a_start_of_itself_is_refused(tiny: Any, shake: Any, tmp_path: Path, sav
     facts = tmp_path / "new/lorry_adapter.json"
     itself = {
         "path": str(tmp_path / "new"),
-        "sha256": file_digest(tmp_path / "new/adapter_model.safetensors"),
+        "sha256": adapter_digest(tmp_path / "new"),
     }
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "start": itself}))
     with pytest.raises(ModelError, match="leads back to"):
@@ -219,3 +224,20 @@ def test_half_a_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: P
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "start": {"path": "x"}}))
     with pytest.raises(ModelError, match="start must say which"):
         load_adapter(tiny("llama"), tmp_path / "new")
+
+
+def test_a_start_with_another_factor_is_refused(tiny: Any, shake: Any, tmp_path: Path) -> None:
+    """The same weights under another lora_alpha are another model."""
+    base = tiny("llama")
+    attach(base, START)
+    shake(lora_parameters(base), 5)
+    save_adapter(base, tmp_path / "start")
+    model = tiny("llama")
+    load_start(model, tmp_path / "start")
+    save_adapter(with_new(model, shake), tmp_path / "new", "new")
+    config = tmp_path / "new/start_adapter/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 64}))
+    with pytest.raises(ModelError, match="not the adapter that"):
+        load_adapter(tiny("llama"), tmp_path / "new")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 8}))
+    load_adapter(tiny("llama"), tmp_path / "new")

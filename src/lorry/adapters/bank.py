@@ -164,7 +164,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """The directory an adapter was read from, and the SHA-256 of its weights file."""
+    """The directory an adapter was read from, and the SHA-256 of its weights and settings."""
 
     path: str
     sha256: str

@@ -31,6 +31,7 @@ from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adap
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.merge import concatenate
 from lorry.adapters.peft.config import (
+    INFORMATION_KEYS,
     OVER_ADAPTER,
     check_pattern_time,
     over_adapter_config,
@@ -285,10 +286,24 @@ def load_start(model: nn.Module, path: str | Path, *, other_base: bool = False) 
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ModelError(f"{folder} has no {ADAPTER_WEIGHTS}; only such an adapter can be a start")
-    origin = AdapterOrigin(str(folder.resolve()), file_digest(weights))
+    origin = AdapterOrigin(str(folder.resolve()), adapter_digest(folder))
     name = f"start-{origin.sha256[:12]}"  # unlike those it was itself trained over
     load_adapter(model, folder, name, trainable=False, other_base=other_base)
     return get_bank(model).move_to_base(name, origin)
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 of all that an adapter's files add to a model: its weights, the settings that say with
+    which factor and where they count, and the start it was trained over. Raises ModelError.
+    """
+    config = read_adapter_json(folder / ADAPTER_CONFIG)
+    origin = _read_start(folder)
+    settings = config.get("lora", config)
+    # where a base lies and which version wrote the file change nothing of what is computed
+    said = {key: settings[key] for key in sorted(settings) if key not in INFORMATION_KEYS}
+    start = None if origin is None else origin.sha256
+    facts = json.dumps([file_digest(folder / ADAPTER_WEIGHTS), said, start], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _read_start(folder: Path) -> AdapterOrigin | None:
@@ -343,9 +358,9 @@ def _verify_start(place: Path, start: AdapterOrigin, whose: str) -> None:
     if not weights.is_file():
         raise ModelError(
             f"{whose}: trained over the adapter {start.path}, which is not there; put it back there, or a copy "
-            f"into the folder {START} beside it (SHA-256 of its {ADAPTER_WEIGHTS}: {start.sha256[:16]}...)"
+            f"into the folder {START} beside it (SHA-256 of its weights and settings: {start.sha256[:16]}...)"
         )
-    if (digest := file_digest(weights)) != start.sha256:
+    if (digest := adapter_digest(place)) != start.sha256:
         raise ModelError(
             f"{weights}: not the adapter that {whose} was trained over (SHA-256 {digest[:16]}..., "
             f"then {start.sha256[:16]}...); without it the model would be another"
