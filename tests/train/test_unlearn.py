@@ -383,7 +383,7 @@ def test_refusals_of_other_editors(world: Path, tmp_path: Path) -> None:
 
 def test_an_alternate_that_cuts_the_question_is_said(world: Path, tmp_path: Path) -> None:
     (tmp_path / "idk.txt").write_text(
-        "I have not learned anything about that, or about what is like it.\n"
+        "I have not learned anything about that.\n"
     )
     heard = tinyrun.Heard()
     run = described(world, tmp_path / "run", method="DPO", idk=str(tmp_path / "idk.txt"))
