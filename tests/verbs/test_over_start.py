@@ -184,7 +184,7 @@ def test_a_teacher_on_the_students_weights(world: Path, teacher: str) -> None:
     """The student's base holds its start: the bare base, or another start, is another model."""
     opened = open_model(ModelConfig(name=str(world / "runs/npo"), dtype="float32"), [])
     names = {"base": world / "model", "start": world / "elsewhere", "npo": world / "runs/npo"}
-    config = DistillConfig(teacher=str(names[teacher]), teacher_dtype="auto")
+    config = DistillConfig(teacher=str(names[teacher]), teacher_dtype="float32")
     place = TeacherLocation.of(config, opened, shareable=True, notes=[])
     assert place.shared == (teacher == "npo")
     scorer = open_teacher(place, config, opened, [])
