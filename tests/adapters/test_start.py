@@ -60,6 +60,18 @@ def with_new(model: nn.Module, shake: Any) -> nn.Module:
     return model
 
 
+def saved_over_start(tiny: Any, shake: Any, folder: Path) -> Path:
+    """An adapter over a start, both of the tiny Llama: ``folder``/new over ``folder``/start."""
+    model = tiny("llama")
+    attach(model, START)
+    shake(lora_parameters(model), 5)
+    save_adapter(model, folder / "start")
+    model = tiny("llama")
+    load_start(model, folder / "start")
+    save_adapter(with_new(model, shake), folder / "new", "new")
+    return folder / "new"
+
+
 def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     adapter = get_bank(model)["new"]
     adapter.grads.zero_()
@@ -138,15 +150,9 @@ def test_other_readers_refuse_it(tiny: Any, shake: Any, tmp_path: Path) -> None:
     """PEFT would open it over the bare base, where it is another model."""
     from peft import PeftModel
 
-    model = tiny("llama")
-    attach(model, START)
-    shake(lora_parameters(model), 5)
-    save_adapter(model, tmp_path / "start")
-    model = tiny("llama")
-    load_start(model, tmp_path / "start")
-    save_adapter(with_new(model, shake), tmp_path / "new", "new")
+    folder = saved_over_start(tiny, shake, tmp_path)
     with pytest.raises((KeyError, ValueError, TypeError)):
-        PeftModel.from_pretrained(tiny("llama"), tmp_path / "new")
+        PeftModel.from_pretrained(tiny("llama"), folder)
 
 
 def test_another_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: Path) -> None:
@@ -228,16 +234,10 @@ def test_half_a_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: P
 
 def test_a_start_with_another_factor_is_refused(tiny: Any, shake: Any, tmp_path: Path) -> None:
     """The same weights under another lora_alpha are another model."""
-    base = tiny("llama")
-    attach(base, START)
-    shake(lora_parameters(base), 5)
-    save_adapter(base, tmp_path / "start")
-    model = tiny("llama")
-    load_start(model, tmp_path / "start")
-    save_adapter(with_new(model, shake), tmp_path / "new", "new")
-    config = tmp_path / "new/start_adapter/adapter_config.json"
+    folder = saved_over_start(tiny, shake, tmp_path)
+    config = folder / "start_adapter/adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 64}))
     with pytest.raises(ModelError, match="not the adapter that"):
-        load_adapter(tiny("llama"), tmp_path / "new")
+        load_adapter(tiny("llama"), folder)
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 8}))
-    load_adapter(tiny("llama"), tmp_path / "new")
+    load_adapter(tiny("llama"), folder)

@@ -29,7 +29,6 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.families import find_family
 from lorry.generation import engine as generation
 from lorry.generation import sampling
 from lorry.generation.engine import GenerationEngine, generate_completions, stream_tokens
@@ -41,6 +40,7 @@ from lorry.models.decoder import cache as cache_module
 from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
+from tests.support.twins import native
 
 VOCAB = 40
 SHAPE = {
@@ -59,17 +59,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "gpt_neox": GPTNeoXConfig(**ROTARY),
 }
-
-
-def native(theirs: Any) -> Decoder:
-    """Our decoder with the weights of a transformers model."""
-    family = find_family(theirs.config.model_type)
-    assert family is not None
-    model = Decoder(family, theirs.config.to_dict())
-    model.load_state_dict(theirs.state_dict())
-    if model.geometry.tied:
-        model.tie()
-    return model.eval()
 
 
 def random_pair(name: str) -> tuple[Any, Decoder]:

@@ -18,7 +18,6 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.families import find_family
 from lorry.generation.engine import GenerationEngine, generate_completions, stream_tokens
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
@@ -29,6 +28,7 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from tests.support import tiny
 from tests.support.tiny import one_thread  # noqa: F401 - an autouse fixture
+from tests.support.twins import native
 
 WAYS = ("kernels", "torch", "transformers", "recompute")
 
@@ -40,17 +40,6 @@ class Asked:
     prompt: list[int]
     params: SamplingParams
     adapter: Mix | str | None = None
-
-
-def native(theirs: Any) -> Decoder:
-    """Our decoder with the weights of a transformers model, float32."""
-    family = find_family(theirs.config.model_type)
-    assert family is not None
-    model = Decoder(family, theirs.config.to_dict())
-    model.load_state_dict(theirs.state_dict())
-    if model.geometry.tied:
-        model.tie()
-    return model.eval()
 
 
 @pytest.fixture(params=WAYS)

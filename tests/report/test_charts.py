@@ -40,6 +40,9 @@ from tests.support.runs import full, metrics
 finite = st.floats(-1e299, 1e299)
 anything = st.one_of(st.floats(), st.floats(-5, 5))
 
+# all that a chart of the page is made of
+CHART_TAGS = {"svg", "title", "desc", "g", "path", "text", "line", "rect"}
+
 
 def drawn(panel: ChartPanel) -> ElementTree.Element:
     return ElementTree.fromstring(render_chart(panel, "c"))
@@ -161,16 +164,7 @@ def test_a_chart_is_well_formed_and_says_what_it_shows() -> None:
     shown = [e.text for e in root.iter("text")]
     assert {"Loss (nats)", "run", "step"} <= set(shown)
     # nothing that a page cannot have twice, or that another chart could be mixed up with
-    assert {e.tag for e in root.iter()} <= {
-        "svg",
-        "title",
-        "desc",
-        "g",
-        "path",
-        "text",
-        "line",
-        "rect",
-    }
+    assert {e.tag for e in root.iter()} <= CHART_TAGS
     assert [e.get("id") for e in root.iter() if e.get("id")] == ["c-title", "c-desc"]
 
 
@@ -274,16 +268,7 @@ def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
 def test_any_name_is_text_of_the_chart(title: str, label: str) -> None:
     """Among them dollars, which matplotlib takes for formulas, and what XML cannot hold."""
     root = drawn(ChartPanel(title, "", (series([1.0, 2.0], label=label),)))
-    assert {e.tag for e in root.iter()} <= {
-        "svg",
-        "title",
-        "desc",
-        "g",
-        "path",
-        "text",
-        "line",
-        "rect",
-    }
+    assert {e.tag for e in root.iter()} <= CHART_TAGS
     shown = ["".join((e.text or "").split()) for e in root.iter("text")]
     assert "".join(clean_text(title).split()) in [*shown, ""]
     assert sheet_of(root)[1]["series"][0]["label"] == clean_text(label or title)

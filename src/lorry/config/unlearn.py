@@ -139,7 +139,6 @@ class UnlearnConfig(SettingsGroup):
         ge=0,
         lt=1,
     )
-
     early_stop: Literal["collapse"] | None = config_field(
         None,
         "collapse: stop at the first evaluation below stop_below, and keep the adapter of the one before",

@@ -31,6 +31,7 @@ from lorry.tasks.unlearn.methods import (
     steering_direction,
 )
 from lorry.tasks.unlearn.reference import CachedReference, LiveReference
+from lorry.tasks.unlearn.settings import resolve_settings
 from lorry.tasks.unlearn.task import UnlearnTask
 from tests.support import unlearning as twin
 from tests.support.unlearning import LAYER, Row, Seen, Twin, ragged_rows, twin_model
@@ -439,6 +440,5 @@ def test_defaults_are_those_of_the_reference() -> None:
         "PDU": {"dual_step_size": 1, "dual_warmup_epochs": 5, "gamma": 1, "alpha": 50},
     }
     for method, numbers in expected.items():
-        defaults = UNLEARN_METHODS[method].defaults()
-        assert {name: defaults[name] for name in numbers} == numbers
-        assert UNLEARN_METHODS[method].reads() == set(defaults)
+        settings = resolve_settings(method, {})
+        assert {name: getattr(settings, name) for name in numbers} == numbers

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -129,3 +129,20 @@ def _best_fit(sizes: Sequence[int], window: range, room: int) -> list[list[int]]
         bins[index].append(at)
         insort(open_bins, (left - sizes[at], index))
     return sorted(sorted(members) for members in bins)
+
+
+def split_by_tokens(
+    rows: Iterable[int], lengths: Sequence[int], max_tokens: int
+) -> Iterator[list[int]]:
+    """Neighbours, in the order given, in groups of at most ``max_tokens`` tokens; a longer row is a
+    group by itself. ``lengths``: tokens by row number.
+    """
+    group, tokens = list[int](), 0
+    for row in rows:
+        if group and tokens + lengths[row] > max_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(row)
+        tokens += lengths[row]
+    if group:
+        yield group

@@ -10,7 +10,7 @@ off one distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from lorry.data.batch import BASE, BatchExtra, TokenizedExample, collate
 from lorry.data.encoding.encode import TOO_LONG, ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import Conversation
+from lorry.data.stream.pack import split_by_tokens
 from lorry.errors import DataError, ModelError
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
@@ -161,7 +162,9 @@ def _score_sequences(
             # long ones first: what does not fit into memory shows at once
             key=lambda n: -len(sequences[n].tokens),
         )
-        for numbers in _batch_numbers(same_width, [len(s.tokens) for s in sequences]):
+        for numbers in split_by_tokens(
+            same_width, [len(s.tokens) for s in sequences], RANK_BATCH_TOKENS
+        ):
             batch = collate([_ranking_example(sequences[n], n) for n in numbers])
             wants = (
                 {str(j): TokenScore(_option_statistic(j)) for j in range(width)}
@@ -173,18 +176,6 @@ def _score_sequences(
             for at, number in enumerate(numbers):
                 scores[number] = [column[at] for column in sums]
     return scores
-
-
-def _batch_numbers(numbers: Iterable[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    batch, batch_tokens = list[int](), 0
-    for number in numbers:
-        if batch and batch_tokens + lengths[number] > RANK_BATCH_TOKENS:
-            yield batch
-            batch, batch_tokens = [], 0
-        batch.append(number)
-        batch_tokens += lengths[number]
-    if batch:
-        yield batch
 
 
 def _ranking_example(sequence: AnswerSequence, key: int) -> TokenizedExample:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from lorry.data.batch import BASE, TokenizedExample, collate
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation
+from lorry.data.stream.pack import split_by_tokens
 from lorry.errors import ConfigError, DataError, NonFiniteError
 from lorry.evaluate.benchmarks.likelihood import loglikelihoods
 from lorry.evaluate.benchmarks.until import cut_at_stops
@@ -243,7 +244,7 @@ def score_answer_tokens(
     out: dict[int, AnswerScores] = {}
     # long ones first, so that batches are even
     order = sorted(range(len(laid)), key=lambda n: -len(laid[n][0]))
-    for numbers in _batches(order, [len(tokens) for tokens, _ in laid]):
+    for numbers in split_by_tokens(order, [len(tokens) for tokens, _ in laid], SUITE_BATCH_TOKENS):
         batch = collate([TokenizedExample(*laid[n], key=n, adapter=BASE) for n in numbers])
         got = scorer.score([batch], wants, mix)[0]
         for at, number in enumerate(numbers):
@@ -358,15 +359,3 @@ def _generated(
     end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
     # stripped as `lorry chat` and open-unlearning do: a leading space is no part of an answer
     return GeneratedAnswer(cut_at_stops(said, stops).strip(), list(tokens[:end]))
-
-
-def _batches(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    batch, taken = list[int](), 0
-    for number in numbers:
-        if batch and taken + lengths[number] > SUITE_BATCH_TOKENS:
-            yield batch
-            batch, taken = [], 0
-        batch.append(number)
-        taken += lengths[number]
-    if batch:
-        yield batch

@@ -15,6 +15,7 @@ batch, each with settings of its own as far as they are numbers. S sequences, T 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -85,17 +86,17 @@ class StartModel:
     head: ReferenceHead | None = None
 
 
-class UnlearnMethod:
+class UnlearnMethod(ABC):
     """A forget term and, where there is one, a retain term.
 
-    ``own_defaults``: the settings that a method reads besides ``gamma`` and ``peer_masks``, with
-    their defaults; ``fixed``: those that are part of what it is; ``needs_alternates``: an alternate answer beside each forget row,
-    ``needs_retain_alternates`` beside each retain row, too; ``retain_divergence``: from the start,
-    where ``retain_loss`` is KL; ``forget_mean``: what the forget term is a mean over; ``reported``: its terms that are no part
-    of the loss. Raises ConfigError where the settings of two adapters ask for different passes.
+    Which settings it reads, and their defaults, stand in `config.unlearn.UNLEARN_METHODS`; ``fixed``:
+    those that are part of what it is. ``needs_alternates``: an alternate answer beside each forget
+    row, ``needs_retain_alternates`` beside each retain row, too; ``retain_divergence``: from the
+    start, where ``retain_loss`` is KL; ``forget_mean``: what the forget term is a mean over;
+    ``reported``: its terms that are no part of the loss. Raises ConfigError where the settings of
+    two adapters ask for different passes.
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {}
     fixed: ClassVar[Mapping[str, Any]] = {}
     needs_alternates: ClassVar[bool] = False
     needs_retain_alternates: ClassVar[bool] = False
@@ -115,16 +116,6 @@ class UnlearnMethod:
             raise ValueError(f"{len(settings)} settings and {len(start.seeds)} seeds")
 
     # --- what a method needs
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """{setting: default} of all that the method reads."""
-        return {"gamma": 1.0, "peer_masks": False, **cls.own_defaults}
-
-    @classmethod
-    def reads(cls) -> frozenset[str]:
-        """The settings that change something."""
-        return frozenset(cls.defaults())
 
     @property
     def retains(self) -> bool:
@@ -210,9 +201,9 @@ class UnlearnMethod:
             )
         return found
 
+    @abstractmethod
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """[S]: L_f of each sequence before gamma; what stands at other sequences is not read."""
-        raise NotImplementedError
 
     def retain_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """[S]: L_r of each sequence before alpha; what stands at other sequences is not read."""
@@ -229,7 +220,7 @@ class UnlearnMethod:
 
     # --- between steps
 
-    def after_step(
+    def after_step(  # noqa: B027  # a hook: most methods have nothing to do there
         self, stats: StepStats, adapters: Sequence[str], epochs: Mapping[str, tuple[int, int]]
     ) -> None:
         """Nothing to adapt. ``epochs``: of each adapter, that of this step and of the next."""
@@ -285,9 +276,6 @@ def reference(batch: Batch, want: str) -> Tensor:
     return batch.extra[REFERENCE + want].values
 
 
-RETAIN_DEFAULTS = {"alpha": 1.0, "retain_loss": "NLL", "layer": 7}
-
-
 class GradAscent(UnlearnMethod):
     """-NLL per token, and nothing else: it has no bound and ruins a model soon."""
 
@@ -298,20 +286,16 @@ class GradAscent(UnlearnMethod):
 class GradDiff(GradAscent):
     """Gradient ascent on F, descent on R."""
 
-    own_defaults: ClassVar[Mapping[str, Any]] = RETAIN_DEFAULTS
-
 
 class KL(GradDiff):
     """GradDiff with retain_loss=KL: the papers' KL minimisation."""
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {"alpha": 1.0}
     fixed: ClassVar[Mapping[str, Any]] = {"retain_loss": "KL"}
 
 
 class NPO(UnlearnMethod):
     """Negative preference optimisation against the start."""
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {**RETAIN_DEFAULTS, "beta": 0.1}
     forget_mean = "sequence"
 
     def reference_wants(self, batch: Batch) -> Mapping[str, Want]:
@@ -325,12 +309,6 @@ class NPO(UnlearnMethod):
 class SimNPO(UnlearnMethod):
     """NPO with length-normalised likelihood in place of a reference."""
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {
-        **RETAIN_DEFAULTS,
-        "gamma": 0.125,
-        "beta": 4.5,
-        "delta": 0.0,
-    }
     forget_mean = "sequence"
 
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -343,7 +321,6 @@ class DPO(UnlearnMethod):
     AltPO are the same loss on other alternates: refusals, and answers the start made up.
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {**RETAIN_DEFAULTS, "beta": 0.1}
     needs_alternates = True
     forget_mean = "sequence"
 
@@ -375,12 +352,6 @@ class RMU(UnlearnMethod):
     (Dang et al. 2024, arXiv 2408.06223).
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {
-        **RETAIN_DEFAULTS,
-        "retain_loss": "EMBED",
-        "steering_coeff": 2.0,
-        "adaptive": False,
-    }
     forget_mean = "sequence"
 
     def __init__(self, settings: Sequence[UnlearnSettings], start: StartModel) -> None:
@@ -417,8 +388,6 @@ class RMU(UnlearnMethod):
 class UNDIAL(UnlearnMethod):
     """Distil the start with the logit of each answer token lowered by beta."""
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {**RETAIN_DEFAULTS, "alpha": 0.0, "beta": 10.0}
-
     def prepare(self, batch: Batch) -> Batch:
         made = super().prepare(batch)
         strength = self.number("beta", made)[made.sequence_of]
@@ -449,8 +418,6 @@ class CEU(UnlearnMethod):
     token is skipped, since it is where an answer's form, not its content, is chosen.
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {"ignore_first_n_answer_tokens": 1}
-
     def prepare(self, batch: Batch) -> Batch:
         made = super().prepare(batch)
         counts = self.number("ignore_first_n_answer_tokens", made)
@@ -469,8 +436,6 @@ class WGA(UnlearnMethod):
     is left alone.
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {**RETAIN_DEFAULTS, "beta": 1.0}
-
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
         beta = self.number("beta", batch, got)[batch.sequence_of]
         ascent = weighted_ascent(got["forget"], beta)
@@ -479,13 +444,6 @@ class WGA(UnlearnMethod):
 
 class SatImp(UnlearnMethod):
     """Gradient ascent, weighed by saturation p^beta1 and importance (1 - p)^beta2."""
-
-    own_defaults: ClassVar[Mapping[str, Any]] = {
-        **RETAIN_DEFAULTS,
-        "gamma": 0.1,
-        "beta1": 5.0,
-        "beta2": 1.0,
-    }
 
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
         beta1, beta2 = (
@@ -502,15 +460,6 @@ class PDU(UnlearnMethod):
     ``retain_loss_eps`` has no default. ``retain_loss``, the term, is L_r as it is, reported: lambda
     needs it while it is 0 itself. K adapters have a lambda each.
     """
-
-    own_defaults: ClassVar[Mapping[str, Any]] = {
-        **RETAIN_DEFAULTS,
-        "alpha": 50.0,
-        "retain_loss_eps": None,
-        "dual_step_size": 1.0,
-        "dual_update_upon": "step",
-        "dual_warmup_epochs": 5,
-    }
 
     def __init__(self, settings: Sequence[UnlearnSettings], start: StartModel) -> None:
         super().__init__(settings, start)
@@ -604,8 +553,6 @@ class IHL(UnlearnMethod):
     can be; bounded, and made for adapters.
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = RETAIN_DEFAULTS
-
     def forget_wants(self) -> Mapping[str, Want]:
         return {"forget": TokenScore(inverted_hinge, weights=FORGET_WEIGHTS)}
 
@@ -615,8 +562,6 @@ class IHL(UnlearnMethod):
 
 class ME(UnlearnMethod):
     """Maximum entropy: KL from the uniform distribution at the answer's tokens."""
-
-    own_defaults: ClassVar[Mapping[str, Any]] = {**RETAIN_DEFAULTS, "gamma": 0.1}
 
     def forget_wants(self) -> Mapping[str, Want]:
         return {"forget": TokenScore(uniform_divergence, weights=FORGET_WEIGHTS)}
@@ -632,7 +577,6 @@ class IdkAP(UnlearnMethod):
     A forget row's own answer is not read: its refusal stands in its place. No start is asked.
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {"alpha": 1.0, "beta": 0.1}
     needs_alternates = True
     needs_retain_alternates = True
 
@@ -669,7 +613,6 @@ class JensUn(UnlearnMethod):
     distribution; here it is the paper's one token at each place of the answer.
     """
 
-    own_defaults: ClassVar[Mapping[str, Any]] = {"alpha": 1.0}
     fixed: ClassVar[Mapping[str, Any]] = {"retain_loss": "KL"}
     retain_divergence = "jsd"
     needs_alternates = True
@@ -725,12 +668,11 @@ UNLEARN_METHODS: Mapping[str, type[UnlearnMethod]] = {
     "IdkAP": IdkAP,
     "JensUn": JensUn,
 }
-METHOD_DEFAULTS = {name: method.defaults() for name, method in UNLEARN_METHODS.items()}
 
 
 def make_method(name: str, given: Sequence[Mapping[str, Any]], start: StartModel) -> UnlearnMethod:
     """A method for K adapters, ``given`` the settings that each has of its own. Raises ConfigError:
     see `resolve_settings`.
     """
-    settings = [resolve_settings(name, own, METHOD_DEFAULTS) for own in given]
+    settings = [resolve_settings(name, own) for own in given]
     return UNLEARN_METHODS[name](settings, start)

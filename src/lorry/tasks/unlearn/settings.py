@@ -1,6 +1,6 @@
 """The settings of an unlearning method: their types, their bounds, and which of them a method reads.
 
-settings = resolve_settings("NPO", {"beta": 0.5}, METHOD_DEFAULTS)
+settings = resolve_settings("NPO", {"beta": 0.5})
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from lorry.config.unlearn import UNLEARN_METHODS
 from lorry.errors import ConfigError, suggest_nearest
 
 RetainLoss = Literal["NLL", "KL", "EMBED"]
@@ -53,22 +54,21 @@ NOT_NEGATIVE = ("gamma", "alpha", "beta1", "beta2", "layer", "ignore_first_n_ans
 WORDS = {"retain_loss": get_args(RetainLoss), "dual_update_upon": get_args(DualUpdate)}
 
 
-def resolve_settings(
-    method: str, given: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]
-) -> UnlearnSettings:
-    """The given settings over the method's defaults. ``known``: {method: {setting: default}}, each
-    method with exactly the settings it reads. Raises ConfigError for an unknown method, a setting
-    that the method does not read, or a value out of bounds.
+def resolve_settings(method: str, given: Mapping[str, Any]) -> UnlearnSettings:
+    """The given settings over the method's defaults. Raises ConfigError for an unknown method, a
+    setting that the method does not read, or a value out of bounds.
     """
-    if method not in known:
+    if method not in UNLEARN_METHODS:
         raise ConfigError(
-            f"unlearn.method={method!r}; choose one of {', '.join(known)}"
-            f"{suggest_nearest(method, known)}"
+            f"unlearn.method={method!r}; choose one of {', '.join(UNLEARN_METHODS)}"
+            f"{suggest_nearest(method, UNLEARN_METHODS)}"
         )
-    defaults = known[method]
+    defaults = dict(UNLEARN_METHODS[method])
+    if defaults.get("retain_loss_eps") == "auto":  # a number of the start, which nobody knows here
+        defaults["retain_loss_eps"] = None
     for name, value in given.items():
         if name not in defaults:
-            readers = [m for m, reads in known.items() if name in reads]
+            readers = [m for m, reads in UNLEARN_METHODS.items() if name in reads]
             whose = f"it belongs to {', '.join(readers)}" if readers else "no method reads it"
             raise ConfigError(
                 f"unlearn.{name}: {method} does not read it ({whose}); {method} reads "
