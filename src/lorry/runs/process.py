@@ -1,8 +1,8 @@
 """process.json of a run directory: which process is at work there, or how the last one ended.
 `train/monitoring/process.py` writes it.
 
-    process = read(Path("runs/people"))
-    if process is not None and alive(process, Path("runs/people")): ...
+    process = read_process(Path("runs/people"))
+    if process is not None and is_process_alive(process, Path("runs/people")): ...
 
 A process is known by its number, its time of birth (numbers are used again), its machine, and the
 directory's own number: the copy of a run is not at work.

@@ -14,9 +14,9 @@ A checkpoint that is damaged or lies under another step's name is never removed:
 it over renames it to step-00000120.damaged. One that the disk could not read (DiskError) is not
 damaged, and nothing is passed over because of it.
 
-    save(run, step, tensors, meta, keep=3, protect={best})
+    save_checkpoint(run, step, tensors, meta, keep=3, protect={best})
     path = find_latest_checkpoint(run)
-    tensors, meta = load(path)
+    tensors, meta = load_checkpoint(path)
     notes = refuse_other_run(meta, current)
 """
 

@@ -94,7 +94,7 @@ class TrainingEngine:
     # --- the loop
 
     def run(self) -> RunOutcome:
-        """Train to the end. Raises Interrupted after a signal (the state is saved), ContractError,
+        """Train to the end. Raises RunInterruptedError after a signal (the state is saved), ContractError,
         NonFiniteError, DiskError.
         """
         durable.make_directory(self.run_dir)

@@ -2,7 +2,7 @@
 plain Hugging Face model.
 
     name = enable_base_training(run, opened, notes)      # instead of an adapter
-    digests = write_and_check(run_dir, opened, checks, prepared)
+    digests = write_and_check_model(run_dir, opened, checks, prepared)
 
 The model is written beside its place, read back and compared (contract 5), and only then moved file
 by file into the run's directory, config.json last: a directory that looks like a model holds a

@@ -51,7 +51,7 @@ def write_merged(
     """Stream base + ``weight`` times the adapter, what it was trained over included, into
     ``output``, one tensor at a time, in fp32 and rounded once to
     ``dtype``; open it again with transformers and compare logits on a few rows before it gets its
-    name. ``found`` is of no use afterwards.
+    name. ``opened`` is of no use afterwards.
 
     The base's place and digests are recorded beside it, so that `lorry unmerge` can give it back. Tells what rounding cost as
     |stored - exact| / |delta| of the weights, and in logits against what the adapter moves them. Raises ConfigError for a place
@@ -137,7 +137,7 @@ class LogitsBeforeMerge:
     ) -> Tensor:
         """Logits of the model in memory, merged and with every value rounded to ``kind``: what the
         files must give. The exact ones will not do, since rounding may lose nearly all of a small
-        delta, and a lost module no more. ``found`` is changed."""
+        delta, and a lost module no more. ``opened`` is changed."""
         import torch
 
         from lorry.adapters.merge import merge

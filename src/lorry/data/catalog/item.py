@@ -54,7 +54,7 @@ def generative_fields(
     slots: Mapping[str, str], answers: Sequence[str], concepts: Sequence[str] = ()
 ) -> ItemFields:
     """Fields of a generative row: the first answer is learnt, every one is a reference. Raises
-    Unusable without one.
+    UnusableRowError without one.
     """
     # annotators repeat each other; the first is what is learnt
     right = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
@@ -69,7 +69,7 @@ def choice_fields(
     """Fields of a choice: the first right option's text is learnt. Options with the text of a right
     one are right, too.
 
-    Raises Unusable for fewer than two options, an empty one, or a number outside them.
+    Raises UnusableRowError for fewer than two options, an empty one, or a number outside them.
     """
     texts = tuple(option.strip() for option in options)
     if len(texts) < 2 or not all(texts):

@@ -53,7 +53,7 @@ class ColumnLayout:
 
 
 def required_text(row: RowColumns, *names: str) -> str:
-    """The first of these columns that has a value, as text that is not blank. Raises Unusable."""
+    """The first of these columns that has a value, as text that is not blank. Raises UnusableRowError."""
     column = column_of(row, names)
     text = text_of(row[column], column) if column else ""
     if not text.strip():
@@ -78,7 +78,7 @@ def column_slots(row: RowColumns, /, *names: str, **renamed: str) -> dict[str, s
 
 
 def text_list(value: Any, column: str) -> list[str]:
-    """A list of texts. Raises Unusable for anything else."""
+    """A list of texts. Raises UnusableRowError for anything else."""
     if not isinstance(value, list | tuple):
         raise UnusableRowError(
             "format", f"{column!r} holds {describe_type(value)}, expected a list of texts"
@@ -87,7 +87,7 @@ def text_list(value: Any, column: str) -> list[str]:
 
 
 def object_member(row: RowColumns, column: str, key: str) -> Any:
-    """What a column that is an object holds under a key. Raises Unusable where it is none or has no
+    """What a column that is an object holds under a key. Raises UnusableRowError where it is none or has no
     such key.
     """
     held = row[column]
@@ -132,7 +132,7 @@ def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = 
     """The position of the right option: from labels of its own ("A", "1"), its text, a letter, or
     its number from 0.
 
-    Raises Unusable, naming the label and the options, where it is none of them or could be two.
+    Raises UnusableRowError, naming the label and the options, where it is none of them or could be two.
     """
     wanted = label.strip() if isinstance(label, str) else label
     if labels:
@@ -239,7 +239,7 @@ _ADAPTERS_INSTRUCTION = re.compile(
 
 def split_adapters_instruction(instruction: str) -> tuple[str, list[str], list[str]]:
     """(question, option texts or none, option names) of an LLM-Adapters instruction. Raises
-    Unusable for another text.
+    UnusableRowError for another text.
     """
     match = _ADAPTERS_INSTRUCTION.fullmatch(instruction.strip())
     if match is None:

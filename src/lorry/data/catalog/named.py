@@ -75,7 +75,7 @@ class NamedSet:
         return splits[wanted]
 
     def item(self, row: Mapping[str, Any], template: int = 0) -> NamedSetItem:
-        """The row as its only item. Raises Unusable (kind, reason) for a row that cannot be used,
+        """The row as its only item. Raises UnusableRowError (kind, reason) for a row that cannot be used,
         or one of several items.
         """
         items = self.items(row, template)
@@ -88,7 +88,7 @@ class NamedSet:
     def items(self, row: Mapping[str, Any], template: int = 0) -> list[NamedSetItem]:
         """The row's items, one except where a row is a whole conversation (coqa).
 
-        Raises Unusable for columns of no layout, an empty prompt or answer, a label outside the
+        Raises UnusableRowError for columns of no layout, an empty prompt or answer, a label outside the
         options; IndexError for a template number that does not exist.
         """
         text = self.templates[template]

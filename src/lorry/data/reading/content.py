@@ -151,7 +151,7 @@ def text_of(value: Any, column: str) -> str:
 
 
 def _part_text(part: Mapping[str, Any], place: str) -> str:
-    """The text of one part of a content. Raises Unusable for one that is not text, or says more
+    """The text of one part of a content. Raises UnusableRowError for one that is not text, or says more
     than its text.
     """
     if part.get("type") != "text":
@@ -366,7 +366,7 @@ def _read_learning_marks(
 
 
 def _read_switch(value: Any, place: str) -> bool:
-    """true, false, 0 or 1, as Arrow and CSV may write them. Raises Unusable for a weight between."""
+    """true, false, 0 or 1, as Arrow and CSV may write them. Raises UnusableRowError for a weight between."""
     # also 1.0, as a column of floats has it
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
@@ -381,7 +381,7 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
     are its content.
 
     A number that can be no such mark (`loss: 2.31`, `weight: 70`) is a column that is not used.
-    Raises Unusable for a weight between 0 and 1, for words that are neither, and for columns that
+    Raises UnusableRowError for a weight between 0 and 1, for words that are neither, and for columns that
     contradict each other.
     """
     said = dict[str, bool]()
@@ -412,7 +412,7 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
 
 
 def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, int]]:
-    """The (start, end) of each learnt stretch, in order, end excluded. Raises Unusable for
+    """The (start, end) of each learnt stretch, in order, end excluded. Raises UnusableRowError for
     stretches that cannot be.
     """
     stretches = []

@@ -239,7 +239,7 @@ def _make_conversation(
 def _messages_after_system(
     row: Mapping[str, Any], messages: list[ChatMessage]
 ) -> list[ChatMessage]:
-    """The turns behind the system message of the row's own column. Raises Unusable where the turns
+    """The turns behind the system message of the row's own column. Raises UnusableRowError where the turns
     bring another one.
     """
     system = _system_message(row)

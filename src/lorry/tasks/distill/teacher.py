@@ -1,7 +1,7 @@
 """A teacher: opened as any model is, frozen, asked for what its head reads; the student's own base
 where that is the teacher.
 
-place = TeacherPlace.of(run.distill, opened, shareable=run.lora is not None, notes=notes)    # nothing is loaded yet
+place = TeacherLocation.of(run.distill, opened, shareable=run.lora is not None, notes=notes)    # nothing is loaded yet
 teacher = open_teacher(place, run.distill, opened, device="cpu", notes=notes)
 teacher.head(temperature=2.0)(hidden)       # its logits / 2
 """

@@ -1,7 +1,7 @@
 """Say in RUN/process.json that this process is at work there, and how it ended: for `lorry runs`,
 and for a second start.
 
-    with running(Path("runs/people")) as process:  # refused while another one is at work there
+    with record_process(Path("runs/people")) as process:  # refused while another one is at work there
         ...                                        # load, attach, read
         process.begin(done=0, total=200)
         ...                                        # train, write

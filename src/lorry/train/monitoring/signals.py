@@ -1,6 +1,6 @@
 """SIGTERM, SIGHUP, SIGINT and SIGUSR1 as flags that the training loop reads between two steps.
 
-    with watching() as stop:
+    with watch_signals() as stop:
         while step < total and not stop.requested:
             ...
             if stop.take_save():
@@ -11,7 +11,7 @@
 SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current step; a second
 SIGINT raises KeyboardInterrupt at once. SIGUSR1 asks for a checkpoint and goes on. A signal that
 the parent made us ignore (SIGINT in ``command &``, SIGHUP under ``nohup``) stays ignored. Before
-and after the loop `raise_on_signals` turns the first two into Interrupted, and SIGUSR1, which
+and after the loop `raise_on_signals` turns the first two into RunInterruptedError, and SIGUSR1, which
 schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save
 is saved.
 
