@@ -366,9 +366,11 @@ def test_an_answer_stops_being_made_at_its_stop_string(
 ) -> None:
     steps: list[int] = []
     mine = ours(told)
-    run_cached = mine.model.cached
+    forward_cached = mine.model.forward_cached
     monkeypatch.setattr(
-        mine.model, "cached", lambda *a, **k: (steps.append(1), run_cached(*a, **k))[1]
+        mine.model,
+        "forward_cached",
+        lambda *a, **k: (steps.append(1), forward_cached(*a, **k))[1],
     )
     monkeypatch.setattr(
         "lorry.models.decoder.decode.DecodeRunner.takes", staticmethod(lambda model: False)

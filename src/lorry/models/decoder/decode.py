@@ -121,7 +121,7 @@ class DecodeRunner:
         *,
         decoding: bool,
     ) -> Tensor:
-        """As `Decoder.cached`: tokens [T] -> hidden [T,D]."""
+        """As `Decoder.forward_cached`: tokens [T] -> hidden [T,D]."""
         # a router's gates differ from token to token: nothing could be looked up for the next
         products = None if call.router is not None else self._work(call, anew=not decoding)
         return self.model.forward_cached(
