@@ -1,11 +1,13 @@
 """A study: which methods make an adapter forget TOFU's forget05, and what that costs.
 
     make study-tofu                                    # forget05, SmolLM2-135M; hours on two cores
-    python benchmarks/unlearn_study.py --small         # 60 + 60 rows: does the set-up work?
+    python benchmarks/unlearn_study.py --small         # 60 rows of each: does the set-up work?
+    python benchmarks/unlearn_study.py --small 60 --only NPO-1e-3 --attack NPO-1e-3
 
 A start learns retain90 and forget05, an oracle retain90 alone. Then every method unlearns forget05
 in an adapter over the frozen start; some at several rates, some in the weights themselves. All are
-asked the TOFU suite with the oracle's values as reference. The work is cut into pieces, each a
+asked the TOFU suite with the oracle's values as reference, and some are attacked (`--attack`): ten
+steps of fine-tuning on a tenth of the rows, int8 and NF4. The work is cut into pieces, each a
 process of its own that is stopped after `--minutes` and goes on where it was the next time; what is
 finished is not done again. The rows come from LORRY_DATA or ../shared/data.
 
@@ -34,7 +36,8 @@ from measure import machine
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m-instruct"
 START_QUALITY, START_PROBABILITY = 1e-3, 0.8
-RATES = ("5e-5", "1e-4", "3e-4")
+# of adapters of models of billions of weights 1e-4 is published; 135M want more
+RATES = ("1e-4", "3e-4", "1e-3")
 SEVERAL_RATES = ("NPO", "SimNPO", "GradDiff", "IHL", "RMU")
 ONE_RATE = (
     "GradAscent", "KL", "IdkDPO", "UNDIAL", "CEU", "WGA", "SatImp", "PDU", "ME", "IdkAP", "JensUn",
@@ -101,17 +104,17 @@ def pieces(data: Path, args: argparse.Namespace) -> list[Piece]:
         Piece("start", "before unlearning", "sft", (f"data=[{retain},{forget}]", *learn)),
     ]
     common = (f"forget={forget}", f"retain={retain}", f"num_train_epochs={args.epochs}",
-              "per_device_train_batch_size=8", "eval_strategy=epoch")  # fmt: skip
+              "per_device_train_batch_size=8", f"eval_strategy={args.eval_strategy}")  # fmt: skip
     adapter = (f"model={args.work / 'start'}", "r=64", *common)
     for method in SEVERAL_RATES:
         found += [
             Piece(f"{method}-{rate}", f"{method}, {rate}", "unlearn",
                   (f"method={method}", f"learning_rate={rate}", *adapter))
-            for rate in RATES
+            for rate in args.rates
         ]  # fmt: skip
     found += [
-        Piece(f"{method}-1e-4", f"{method}, 1e-4", "unlearn",
-              (f"method={method}", "learning_rate=1e-4", *adapter))
+        Piece(f"{method}-{args.rate}", f"{method}, {args.rate}", "unlearn",
+              (f"method={method}", f"learning_rate={args.rate}", *adapter))
         for method in ONE_RATE
     ]  # fmt: skip
     return found + [
@@ -120,6 +123,17 @@ def pieces(data: Path, args: argparse.Namespace) -> list[Piece]:
                "lora=null", *common))
         for method in WEIGHTS
     ]  # fmt: skip
+
+
+def chosen(found: Sequence[Piece], only: Sequence[str] | None) -> list[Piece]:
+    """All, or oracle, start and the named ones in the order they are named. Exits on a name that
+    is none."""
+    if only is None:
+        return list(found)
+    by_name = {piece.name: piece for piece in found}
+    if odd := [name for name in only if name not in by_name]:
+        sys.exit(f"no piece is called {odd[0]}; there are {', '.join(by_name)}")
+    return [by_name[name] for name in ("oracle", "start", *only)]
 
 
 def call(words: Sequence[str], log: Path, deadline: float) -> None:
@@ -175,10 +189,41 @@ def ask(name: str, data: Path, args: argparse.Namespace, deadline: float) -> dic
     return dict(json.loads((folder / "TOFU_SUMMARY.json").read_text()))
 
 
+def attack(name: str, data: Path, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
+    """Extraction strength and probability of a piece after ten steps of relearning and in NF4."""
+    folder = args.work / "attacked" / name
+    common = [f"local.tofu={data}", "forget_split=forget05", f"output_dir={folder}",
+              f"backend.threads={args.threads}"]  # fmt: skip
+    for kind, settings in (("relearn", ["relearn_steps=[0,10]"]), ("quantize", [])):
+        done = folder / f"{kind}.done"
+        if not done.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            words = ["attack", str(args.work / name), kind, *settings, *common]
+            call(words, args.work / f"{name}.attack.log", deadline)
+            done.touch()
+    parts = json.loads((folder / "attacks.json").read_text())
+    relearned = parts["relearn"]["curves"]["run"][-1]
+    rounded = parts["quantize"]["values"]["run"]["nf4"]
+    return {
+        "relearn10_extraction_strength": relearned["extraction_strength"],
+        "relearn10_probability": relearned["probability"],
+        "nf4_extraction_strength": rounded["extraction_strength"],
+        "nf4_probability": rounded["probability"],
+    }
+
+
+def training_facts(run: Path) -> dict[str, float]:
+    """The first loss of a run and how long it trained, from its metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    return {"first_loss": steps[0]["loss"], "train_seconds": sum(s["seconds"] for s in steps)}
+
+
 def record(found: Mapping[str, Mapping[str, Any]], words: Mapping[str, str], args: Any) -> None:
     """Everything as JSON, with the table that a person reads."""
-    columns = ["forget_quality", "model_utility", "retain_Q_A_Prob", "forget_Q_A_Prob",
-               "extraction_strength", "forget_truth_ratio"]  # fmt: skip
+    columns = ["first_loss", "forget_quality", "model_utility", "retain_Q_A_Prob",
+               "forget_Q_A_Prob", "extraction_strength", "forget_truth_ratio",
+               "relearn10_extraction_strength", "nf4_extraction_strength"]  # fmt: skip
     rows = [
         [words[name], *(f"{values[c]:.3g}" if c in values else "" for c in columns)]
         for name, values in found.items()
@@ -209,7 +254,11 @@ def main() -> int:
     parser.add_argument("--learn-epochs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--generations", type=int, default=50, help="answers of each set")
+    parser.add_argument("--rates", nargs="+", default=RATES, help="of the methods with several")
+    parser.add_argument("--rate", default="3e-4", help="of the others")
+    parser.add_argument("--eval-strategy", choices=("no", "epoch"), default="epoch")
     parser.add_argument("--only", nargs="*", default=None, help="pieces, by name")
+    parser.add_argument("--attack", nargs="*", default=(), help="pieces that are attacked, too")
     args = parser.parse_args()
     args.out = args.out or ROOT / "benchmarks/results" / (
         "tofu-small-cpu.json" if args.small else "tofu-cpu.json"
@@ -219,16 +268,17 @@ def main() -> int:
     found, words = dict[str, dict[str, Any]](), dict[str, str]()
     finished = True
     try:
-        for piece in pieces(data, args):
-            if args.only is not None and piece.name not in (*args.only, "oracle", "start"):
-                continue
+        for piece in chosen(pieces(data, args), args.only):
             make(piece, args, deadline)
-            found[piece.name], words[piece.name] = (
-                ask(piece.name, data, args, deadline),
-                piece.words,
-            )
+            found[piece.name] = {
+                **training_facts(args.work / piece.name),
+                **ask(piece.name, data, args, deadline),
+            }
+            words[piece.name] = piece.words
             if piece.name == "start":
                 check_start(found["start"])
+            if piece.name in args.attack:
+                found[piece.name] |= attack(piece.name, data, args, deadline)
     except Unfinished:
         finished = False
         print("the time of this sitting is over; the same command goes on", flush=True)
