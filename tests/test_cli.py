@@ -61,16 +61,16 @@ def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[object, list[str]]]]:
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[object]]:
     """Install a stand-in for a verb's module; it notes what it is called with, then returns or
     raises ``outcome``.
     """
 
-    def install(name: str, outcome: int | BaseException = 0) -> list[tuple[object, list[str]]]:
-        calls: list[tuple[object, list[str]]] = []
+    def install(name: str, outcome: int | BaseException = 0) -> list[object]:
+        calls: list[object] = []
 
-        def main(settings: object, notes: list[str]) -> int:
-            calls.append((settings, notes))
+        def main(settings: object) -> int:
+            calls.append(settings)
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
@@ -156,11 +156,11 @@ def test_every_verb_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_verb_gets_its_settings(
-    verb: Callable[..., list[tuple[object, list[str]]]], capsys: pytest.CaptureFixture[str]
+    verb: Callable[..., list[object]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = verb("sft", 7)
     assert cli.main(["sft", "data=x", "--cutoff-len", "64", "--max_steps", "-1", "--packing"]) == 7
-    [(run, notes)] = calls
+    [run] = calls
     assert isinstance(run, RunConfig)
     assert (run.data.path, run.data.max_length, run.data.packing, run.train.max_steps) == (
         "x",
@@ -168,17 +168,16 @@ def test_a_verb_gets_its_settings(
         True,
         -1,
     )
-    assert notes == ["cutoff_len is read as data.max_length"]
     out, err = capsys.readouterr()
     assert (out, err) == ("", "note: cutoff_len is read as data.max_length\n")
 
 
-def test_a_verb_takes_bare_words(verb: Callable[..., list[tuple[object, list[str]]]]) -> None:
+def test_a_verb_takes_bare_words(verb: Callable[..., list[object]]) -> None:
     merged, evaluated = verb("merge"), verb("eval")
     assert cli.main(["merge", "runs/a", "output_dir=m"]) == 0
-    assert merged[0][0] == parse_settings(MergeSettings, ["run=runs/a", "output_dir=m"], [])
+    assert merged[0] == parse_settings(MergeSettings, ["run=runs/a", "output_dir=m"], [])
     assert cli.main(["eval", "runs/a", "data=f.jsonl"]) == 0
-    assert evaluated[0][0] == parse_settings(EvalSettings, ["model=runs/a", "data=f.jsonl"], [])
+    assert evaluated[0] == parse_settings(EvalSettings, ["model=runs/a", "data=f.jsonl"], [])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +201,7 @@ def test_a_verb_takes_bare_words(verb: Callable[..., list[tuple[object, list[str
     ],
 )
 def test_errors_for_people(
-    verb: Callable[..., list[tuple[object, list[str]]]], capsys: pytest.CaptureFixture[str],
+    verb: Callable[..., list[object]], capsys: pytest.CaptureFixture[str],
     outcome: BaseException, code: int, message: str,
 ) -> None:  # fmt: skip
     verb("sft", outcome)
@@ -211,7 +210,7 @@ def test_errors_for_people(
 
 
 def test_debug_shows_the_traceback(
-    verb: Callable[..., list[tuple[object, list[str]]]],
+    verb: Callable[..., list[object]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -225,9 +224,7 @@ def test_debug_shows_the_traceback(
 
 def test_our_own_mistakes_show_a_traceback() -> None:
     done = python(
-        STAND_IN.format(
-            body="def broken(settings, notes): assert False, 'ours'\nverb.main = broken"
-        )
+        STAND_IN.format(body="def broken(settings): assert False, 'ours'\nverb.main = broken")
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -235,7 +232,7 @@ def test_our_own_mistakes_show_a_traceback() -> None:
 
 
 def test_colour_on_a_terminal_only(
-    verb: Callable[..., list[tuple[object, list[str]]]],
+    verb: Callable[..., list[object]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -294,7 +291,7 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
     """One line is still in Python's buffer when the verb returns; many break the pipe inside the
     verb.
     """
-    body = f"def talk(settings, notes):\n    input()\n    for i in range({lines}): print(i)\n    return 0\nverb.main = talk"
+    body = f"def talk(settings):\n    input()\n    for i in range({lines}): print(i)\n    return 0\nverb.main = talk"
     code = [sys.executable, "-c", STAND_IN.format(body=body)]
     with subprocess.Popen(
         code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
@@ -312,7 +309,7 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
 def test_ctrl_c_exits_130() -> None:
     # whoever runs this suite in the background may ignore the signal
     body = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    body += "import time\ndef wait(settings, notes):\n    print('ready', flush=True)\n    time.sleep(30)\nverb.main = wait"
+    body += "import time\ndef wait(settings):\n    print('ready', flush=True)\n    time.sleep(30)\nverb.main = wait"
     waiting = subprocess.Popen(
         [sys.executable, "-c", STAND_IN.format(body=body)],
         stdout=subprocess.PIPE,

@@ -79,7 +79,7 @@ def test_a_full_disk_behind_a_command(stream: str, code: int, tmp_path: Path) ->
     they are not there.
     """
     body = (
-        "def work(settings, notes):\n"
+        "def work(settings):\n"
         "    for n in range(3): print('told', n, file=sys.stderr, flush=True)\n"
         f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
         "    print('result')\n"
@@ -112,7 +112,7 @@ def test_a_full_disk_behind_a_command(stream: str, code: int, tmp_path: Path) ->
 
 WAITING = """
 import os, signal, time
-def work(settings, notes):
+def work(settings):
     print("ready", flush=True)
     until = time.monotonic() + 60
     while time.monotonic() < until and not os.path.exists({flag!r}):

@@ -35,7 +35,7 @@ def sft(**settings: Any) -> TrainResult:
     DataError, ModelError, ContractError (all LorryError).
     """
     notes: list[str] = []
-    return train_and_push(build_settings(RunConfig, settings, notes), notes)
+    return _train(build_settings(RunConfig, settings, notes), notes)
 
 
 def distill(**settings: Any) -> TrainResult:
@@ -44,7 +44,7 @@ def distill(**settings: Any) -> TrainResult:
     Keywords are those of `lorry distill --help`; see `sft` for what is returned and raised.
     """
     notes: list[str] = []
-    return train_and_push(build_settings(DistillRunConfig, settings, notes), notes)
+    return _train(build_settings(DistillRunConfig, settings, notes), notes)
 
 
 def unlearn(**settings: Any) -> TrainResult:
@@ -54,22 +54,20 @@ def unlearn(**settings: Any) -> TrainResult:
     Keywords are those of `lorry unlearn --help`; see `sft` for what is returned and raised.
     """
     notes: list[str] = []
-    return train_and_push(build_settings(UnlearnRunConfig, settings, notes), notes)
+    return _train(build_settings(UnlearnRunConfig, settings, notes), notes)
 
 
-def train_and_push(run: RunConfig, notes: list[str]) -> TrainResult:
-    """Run a description, told on the terminal; uploaded to the hub afterwards where it asks for
-    that (`train.push_to_hub`).
+def _train(run: RunConfig, notes: Sequence[str]) -> TrainResult:
+    """A run, shown on the terminal after the notes about its settings, and pushed where it asks for
+    that (`train.push_to_hub`). What `lorry sft` does before its report.
     """
-    from lorry.hub.push import check_push, push_after
+    from lorry.hub.push import push_when_finished
     from lorry.train.monitoring.events import terminal_listener
     from lorry.train.session import train_run
 
-    check_push(run, notes.append)  # a run of hours must not end in "not logged in"
     listener = terminal_listener(run.train.logging_steps)
-    result = train_run(run, notes, [listener])
-    push_after(run, result.path, listener.note)
-    return result
+    with push_when_finished(run.train, run.output_dir, listener.note):
+        return train_run(run, notes, [listener])
 
 
 def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple[nn.Module, Any]:

@@ -31,11 +31,9 @@ BROKEN_PIPE, INTERRUPTED = 141, 130  # as the shell reports a program that SIGPI
 
 
 class VerbModule(Protocol):
-    """A module of lorry.verbs: takes checked settings and the notes about how they were read,
-    returns the exit code.
-    """
+    """A module of lorry.verbs: takes checked settings, returns the exit code."""
 
-    def main(self, settings: object, notes: list[str]) -> int: ...
+    def main(self, settings: object) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -276,7 +274,7 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     # imported only now: the modules of some verbs import torch
     module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{verb.name}"))
     raise_deferred_signals()
-    return module.main(settings, notes)
+    return module.main(settings)
 
 
 def _print_stderr(text: str, **style: Any) -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from lorry.config import RunConfig, build_settings
+from lorry.config.schema import TrainConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.hub.push import HubError, check_push, push_after, push_run
 from tests.support.hub_standin import Hub
 from tests.support.hubworld import finished_run, started_hub, visit  # noqa: F401 - fixtures
 
 
-def described(**train: Any) -> RunConfig:
-    return build_settings(RunConfig, {"data": {"path": "x.jsonl"}, "train": train}, [])
+def described(**train: Any) -> TrainConfig:
+    return build_settings(RunConfig, {"data": {"path": "x.jsonl"}, "train": train}, []).train
 
 
 # --- what goes wrong

@@ -97,13 +97,12 @@ def test_what_a_run_does_not_say_is_left_empty(
     (tmp_path / "bare" / "receipt.json").write_text("{}")
     assert comparison_row(read_run(tmp_path / "bare")).keys() == {"name", "path"}
     assert (
-        compare.main(parse_settings(CompareSettings, [str(tmp_path / "bare"), str(full)], []), [])
-        == 0
+        compare.main(parse_settings(CompareSettings, [str(tmp_path / "bare"), str(full)], [])) == 0
     )
     out = capsys.readouterr().out
     assert "Compared with bare" in out
     assert "trainable parameters" in out
-    assert compare.main(parse_settings(CompareSettings, [str(full), "format=json"], []), []) == 0
+    assert compare.main(parse_settings(CompareSettings, [str(full), "format=json"], [])) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["final_loss"] == 2.0
 
 
@@ -123,7 +122,7 @@ def test_each_way_in_a_process_of_its_own(
         [*words, "ways=[full,mlp]", "learning_rates={full: 1e-4}", "learning_rate=1e-2"],
         [],
     )
-    assert compare.main(settings, []) == 0
+    assert compare.main(settings) == 0
     out, err = capfd.readouterr()
     assert "Compared with full" in out
     assert "training full at a learning rate of 0.0001" in err
@@ -152,7 +151,7 @@ def test_a_way_that_fails_ends_with_its_exit_code(
         f"output_dir={tmp_path}",
         "ways=[mlp]",
     ]
-    assert compare.main(parse_settings(CompareSettings, words, []), []) == 3
+    assert compare.main(parse_settings(CompareSettings, words, [])) == 3
     assert "absent.jsonl" in capfd.readouterr().err
 
 
@@ -202,4 +201,4 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
 )
 def test_bad_input(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        compare.main(parse_settings(CompareSettings, words, []), [])
+        compare.main(parse_settings(CompareSettings, words, []))

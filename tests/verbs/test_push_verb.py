@@ -26,7 +26,7 @@ MAIN = """
 import sys
 from lorry.config.settings import PushSettings
 from lorry.verbs.push import main
-sys.exit(main(PushSettings(run=sys.argv[1], hub_model_id=sys.argv[2]), []))
+sys.exit(main(PushSettings(run=sys.argv[1], hub_model_id=sys.argv[2])))
 """
 
 
@@ -98,4 +98,4 @@ def test_without_a_login_nothing_is_asked(
         monkeypatch.delenv(name, raising=False)
     copy = shutil.copytree(world.run, tmp_path / "run")
     with pytest.raises(ConfigError, match="hf auth login"):
-        push.main(PushSettings(run=str(copy)), [])
+        push.main(PushSettings(run=str(copy)))

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from lorry.config import RunConfig
+from lorry.config.schema import TrainConfig
 from lorry.disk.documents import read_object
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, LorryError
@@ -82,20 +82,31 @@ def push_run(
     return f"{api.endpoint}/{owned}"
 
 
-def push_target(run: RunConfig) -> tuple[bool, str | None]:
+@contextmanager
+def push_when_finished(train: TrainConfig, run_dir: Path, tell: PushListener) -> Iterator[None]:
+    """Around a training run in a directory: what `check_push` finds is said, or raised, before it;
+    `push_after` follows unless it fails.
+    """
+    # before: a run of hours must not end in "not logged in"
+    check_push(train, tell)
+    yield
+    push_after(train, run_dir, tell)
+
+
+def push_target(train: TrainConfig) -> tuple[bool, str | None]:
     """Whether a run is to be pushed, and to which repository: train.hub_model_id, else what
     train.push_to_hub names.
     """
-    requested = run.train.push_to_hub
-    return bool(requested), run.train.hub_model_id or (
+    requested = train.push_to_hub
+    return bool(requested), train.hub_model_id or (
         requested if isinstance(requested, str) else None
     )
 
 
-def check_push(run: RunConfig, tell: PushListener = _ignore_text) -> None:
+def check_push(train: TrainConfig, tell: PushListener = _ignore_text) -> None:
     """Before training: is there a login, does the hub know it, is the repository's name possible? A
     hub that cannot be reached now is only told, since training needs none. Raises ConfigError."""
-    requested, repo_id = push_target(run)
+    requested, repo_id = push_target(train)
     if not requested:
         return
     if repo_id is not None:
@@ -117,16 +128,16 @@ def check_push(run: RunConfig, tell: PushListener = _ignore_text) -> None:
         )
 
 
-def push_after(run: RunConfig, path: Path, tell: PushListener) -> None:
+def push_after(train: TrainConfig, path: Path, tell: PushListener) -> None:
     """After training, where the run asks for it: upload, and tell the address. What goes wrong is
     told, with the command that tries again, and is no error: the run is finished."""
-    requested, repo_id = push_target(run)
+    requested, repo_id = push_target(train)
     if not requested:
         return
     try:
-        tell(f"hub     {push_run(path, repo_id, private=run.train.hub_private_repo, tell=tell)}")
+        tell(f"hub     {push_run(path, repo_id, private=train.hub_private_repo, tell=tell)}")
     except LorryError as error:
-        private = " hub_private_repo=true" if run.train.hub_private_repo else ""
+        private = " hub_private_repo=true" if train.hub_private_repo else ""
         command = f"lorry push {path}{f' hub_model_id={repo_id}' if repo_id else ''}{private}"
         tell(
             f"warning: the run is finished but not on the hub: {error}\n         try again: {command}"

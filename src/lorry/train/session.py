@@ -99,10 +99,12 @@ class TrainResult:
 
 
 def train_run(
-    run: RunConfig, notes: list[str], listeners: Sequence[TrainingListener] = ()
+    run: RunConfig, settings_notes: Sequence[str] = (), listeners: Sequence[TrainingListener] = ()
 ) -> TrainResult:
-    """Train as described, whatever the task, and write the run directory. Raises LorryError of the
-    kind that fits; contracts.json is written even then, once the run has begun."""
+    """Train as described, whatever the task, and write the run directory. ``settings_notes``: of how
+    the description was read, for the listeners. Raises LorryError of the kind that fits;
+    contracts.json is written even then, once the run has begun."""
+    notes = list(settings_notes)
     # first of all: a directory with somebody's files is refused before a second is spent
     claim_output_dir(run)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):

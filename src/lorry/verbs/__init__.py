@@ -1,3 +1,3 @@
-"""One module per verb: `main(settings, notes) -> exit code`. They put rooms together and print;
+"""One module per verb: `main(settings) -> exit code`. They put rooms together and print;
 nothing is computed here.
 """

@@ -45,7 +45,7 @@ TableLine = tuple[str, str, Mapping[str, float]]
 RUN_SIDE, START_SIDE, ORACLE_SIDE = "run", "start", "oracle"
 
 
-def main(settings: AttackSettings, notes: list[str]) -> int:
+def main(settings: AttackSettings) -> int:
     """Read the rows, attack the run (and the oracle), print, write."""
     import torch
 

@@ -32,7 +32,7 @@ CHAT_HELP = """/adapter NAME   answer with this adapter; none: the base (or star
 NO_ADAPTER = "none"
 
 
-def main(settings: ChatSettings, notes: list[str]) -> int:
+def main(settings: ChatSettings) -> int:
     """Open, then answer line by line until the input ends. From a pipe, the exit code is that of
     the last error.
     """

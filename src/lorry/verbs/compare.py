@@ -27,7 +27,7 @@ COMPARE_RECORD_FILE = "compare.json"
 CLI_PROGRAM = "import sys; from lorry.cli import main; sys.exit(main())"
 
 
-def main(settings: CompareSettings, notes: list[str]) -> int:
+def main(settings: CompareSettings) -> int:
     """Train what is to be trained, compare, print. Returns the exit code of a way that failed, else
     0; that of a DataError where a run is damaged: the others are compared, and it is named.
     """

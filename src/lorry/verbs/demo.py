@@ -32,7 +32,7 @@ DEMO_ANSWER_TOKENS = 32
 TRAIN_FILE, HELD_OUT_FILE = "data/train.jsonl", "data/heldout.jsonl"
 
 
-def main(settings: DemoSettings, notes: list[str]) -> int:
+def main(settings: DemoSettings) -> int:
     """Generate, train, compare, report."""
     from lorry.console import VisibleConsole
     from lorry.demo.people import general_chat, make_people, make_questions
@@ -47,6 +47,7 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
     train, held_out = make_questions(people, settings.seed)
     # learnt beside the facts, lest the model answer everything with a person
     chat = general_chat()
+    notes: list[str] = []
     run = build_settings(
         RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes
     )

@@ -36,7 +36,7 @@ REPORTED_PACKAGES = (
 )
 
 
-def main(settings: DoctorSettings, notes: list[str]) -> int:
+def main(settings: DoctorSettings) -> int:
     """Print the machine's table, or the run's; exit code 5 when a contract of the run failed."""
     console = VisibleConsole()
     if settings.run is None:

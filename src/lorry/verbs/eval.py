@@ -43,7 +43,7 @@ RESULTS_FILE, FILE_SUFFIXES = "results.json", (".json", ".csv")
 EVAL_NEW_TOKENS = 64
 
 
-def main(settings: EvalSettings, notes: list[str]) -> int:
+def main(settings: EvalSettings) -> int:
     """Read, evaluate each side, print the table, write what was asked for and the run's
     evaluation.json.
     """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
 
-def main(settings: ExportSettings, notes: list[str]) -> int:
+def main(settings: ExportSettings) -> int:
     """Write the export, open it again in its own library, compare logits, print where it is."""
     from lorry.models.loading.open import stored_dtype
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MERGE_RECORD_FILE = "lorry_merge.json"
 
 
-def main(settings: MergeSettings, notes: list[str]) -> int:
+def main(settings: MergeSettings) -> int:
     """Merge, write, say how much rounding cost and where the model is."""
     from lorry.models.loading.open import stored_dtype
 

@@ -47,7 +47,7 @@ DEFAULT_GPU = "h100"
 MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
 
 
-def main(settings: PlanSettings, notes: list[str]) -> int:
+def main(settings: PlanSettings) -> int:
     """Print the plan. Raises ConfigError where nothing fits the budget, ModelError where there is
     no such config.
     """

@@ -8,7 +8,7 @@ from lorry.config.settings import PushSettings
 from lorry.verbs.open_model import print_note
 
 
-def main(settings: PushSettings, notes: list[str]) -> int:
+def main(settings: PushSettings) -> int:
     """Upload, tell what a person should know. The last line of standard output is the repository's
     address.
     """

@@ -13,7 +13,7 @@ from lorry.report import table, write_report
 from lorry.runs.read import read_readable_runs
 
 
-def main(settings: ReportSettings, notes: list[str]) -> int:
+def main(settings: ReportSettings) -> int:
     """Build the page, show the tables, say where the page is (the last line of standard output).
 
     Returns the exit code of a DataError where one of several runs is damaged: the others are shown,

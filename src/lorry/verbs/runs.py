@@ -30,7 +30,7 @@ from lorry.visible import escape_document, make_visible
 WIDE_TERMINAL = 200  # columns of what is no terminal
 
 
-def main(settings: RunsSettings, notes: list[str]) -> int:
+def main(settings: RunsSettings) -> int:
     """Print the table with a line for whatever needs one, or the list as JSON. Raises DataError
     when there is no such folder.
     """

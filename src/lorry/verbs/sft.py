@@ -14,21 +14,25 @@ from lorry.console import VisibleConsole
 from lorry.verbs.open_model import print_note
 
 
-def main(run: RunConfig, notes: list[str]) -> int:
+def main(run: RunConfig) -> int:
     """Train, report, print the summary. The last line of standard output is the run directory."""
     if run.background:
         from lorry.hub.push import check_push
         from lorry.verbs import background
 
         # here, where it reaches the terminal: the child's errors go to a log
-        check_push(run, print_note)
+        check_push(run.train, print_note)
         return background.start_background_run(run, run.task)
-    from lorry.api import train_and_push
+    from lorry.hub.push import push_when_finished
     from lorry.report import table, write_report
     from lorry.runs.read import read_run
+    from lorry.train.monitoring.events import terminal_listener
     from lorry.train.monitoring.signals import raise_on_signals
+    from lorry.train.session import train_run
 
-    result = train_and_push(run, [])  # the command line has told its notes
+    listener = terminal_listener(run.train.logging_steps)
+    with push_when_finished(run.train, run.output_dir, listener.note):
+        result = train_run(run, listeners=[listener])
     # training handles its signals itself; from here on one must not look like a failed run
     with raise_on_signals(
         f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"

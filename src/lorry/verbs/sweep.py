@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from lorry.train.jobs import RunOutcome
 
 
-def main(settings: SweepSettings, notes: list[str]) -> int:
+def main(settings: SweepSettings) -> int:
     """Train every pass, rank, show, write. The last line of standard output is the directory of the
     best adapter.
     """
-    from lorry.api import train_and_push
+    from lorry.hub.push import push_when_finished
     from lorry.report import table, write_report
     from lorry.train import artifacts
+    from lorry.train.monitoring.events import terminal_listener
+    from lorry.train.session import train_run
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
     if not settings.jobs:
@@ -56,8 +58,9 @@ def main(settings: SweepSettings, notes: list[str]) -> int:
                 f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}",
                 file=sys.stderr,
             )
-        # notes about the settings are told once, not with every pass
-        result = train_and_push(run, notes if number == 1 else [])
+        listener = terminal_listener(run.train.logging_steps)
+        with push_when_finished(run.train, run.output_dir, listener.note):
+            result = train_run(run, listeners=[listener])
         rows += sweep_rows(run, result.adapters, result.outcome)
         paths.append(write_report([result.path]).parent)
     # sorted keeps the order of the combinations among equals

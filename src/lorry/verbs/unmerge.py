@@ -19,7 +19,7 @@ from lorry.verbs.open_model import print_note
 COPIED_FILE_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 
 
-def main(settings: UnmergeSettings, notes: list[str]) -> int:
+def main(settings: UnmergeSettings) -> int:
     """Find the base that the record of the merge names, check every weight file's digest, copy it."""
     from lorry.disk import durable
 
