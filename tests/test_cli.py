@@ -101,6 +101,7 @@ def test_help_lists_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
         "sft",
         "distill",
         "unlearn",
+        "unlearn-alternates",
         "push",
         "compare",
         "runs",

@@ -73,6 +73,13 @@ VERBS = (
         "Train",
     ),
     CliVerb(
+        "unlearn-alternates",
+        "AlternatesSettings",
+        "RUN forget=FILE alternates=OUT.json",
+        "sample AltPO's other answers to the rows to forget",
+        "Train",
+    ),
+    CliVerb(
         "plan",
         "PlanSettings",
         "[MODEL]",
@@ -272,7 +279,8 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
         print(escape_document(config.dump_settings(settings)), end="")
         return 0
     # imported only now: the modules of some verbs import torch
-    module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{verb.name}"))
+    name = verb.name.replace("-", "_")
+    module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{name}"))
     raise_deferred_signals()
     return module.main(settings)
 

@@ -2,6 +2,7 @@
 No torch here.
 """
 
+from lorry.config.alternates import AlternatesSettings
 from lorry.config.attack import AttackSettings
 from lorry.config.distill import DistillConfig, DistillRunConfig
 from lorry.config.evaluation import EvalSettings
@@ -32,6 +33,7 @@ from lorry.config.settings import (
 from lorry.config.unlearn import UnlearnConfig, UnlearnRunConfig
 
 __all__ = [
+    "AlternatesSettings",
     "AttackSettings",
     "BackendConfig",
     "ChatSettings",

@@ -204,7 +204,8 @@ class UnlearnConfig(SettingsGroup):
             )
         if self.method == "AltPO" and self.alternates is None:
             raise ValueError(
-                "unlearn.alternates is missing: AltPO learns other answers; give alternates=FILE, or method=IdkDPO"
+                "unlearn.alternates is missing: AltPO learns other answers; give alternates=FILE "
+                "(`lorry unlearn-alternates` samples one), or method=IdkDPO"
             )
         if self.retains and self.retain is None:
             raise ValueError(

@@ -102,7 +102,7 @@ def alternates_of(
             if (row := places.get(found.where)) is None:  # a bad row, left out of the tokens too
                 continue
             for answer in _answers(found, row, answers, refusals, seed, variants):
-                yield replace(found, content=_with_answer(found, answer))
+                yield replace(found, content=replace_last_answer(found, answer))
 
     encoded = TokenSet.of(encode_rows(others(), source, encoder), source, encoder)
     for number, where in enumerate(encoded.where):
@@ -126,17 +126,39 @@ def _answers(
     if answers is None:
         draws = [sequence_key(row, v) ^ sequence_key(seed, -1) for v in range(variants)]
         return [refusals[draw % len(refusals)] for draw in draws]
-    question = _question(found)
+    question = last_question(found)
     if question not in answers:
         raise DataError(f"{found.where}: unlearn.alternates has no answer to {question!r:.80}")
     return list(answers[question])
 
 
-def _question(found: DataExample) -> str:
-    """The last thing the user says."""
+def last_question(found: DataExample) -> str:
+    """The last thing the user says: what a row's alternates are found by. Raises DataError for a
+    text, which asks nothing.
+    """
     content = _conversation(found)
     asked = [message.content for message in content.messages if message.role == "user"]
     return asked[-1].strip() if asked else ""
+
+
+def last_answer(found: DataExample) -> str:
+    """What is said last. Raises DataError where that is no answer."""
+    last = _conversation(found).messages[-1]
+    if last.role != "assistant":
+        raise DataError(f"{found.where}: the last turn is not an answer")
+    return last.content.strip()
+
+
+def replace_last_answer(found: DataExample, answer: str) -> Conversation:
+    """The row's conversation with another last answer. Raises DataError where it ends with none."""
+    content = _conversation(found)
+    last_answer(found)
+    plain = None
+    if content.plain is not None:  # running text: what stands between prompt and answer stays
+        prompt, old = content.plain
+        plain = (prompt, old[: len(old) - len(old.lstrip())] + answer)
+    turns = (*content.messages[:-1], ChatMessage("assistant", answer))
+    return replace(content, messages=turns, plain=plain)
 
 
 def _conversation(found: DataExample) -> Conversation:
@@ -146,16 +168,3 @@ def _conversation(found: DataExample) -> Conversation:
             "question and answer"
         )
     return found.content
-
-
-def _with_answer(found: DataExample, answer: str) -> Conversation:
-    """The row's conversation with another last answer."""
-    content = _conversation(found)
-    *before, last = content.messages
-    if last.role != "assistant":
-        raise DataError(f"{found.where}: the last turn is not an answer")
-    plain = None
-    if content.plain is not None:  # running text: what stands between prompt and answer stays
-        prompt, old = content.plain
-        plain = (prompt, old[: len(old) - len(old.lstrip())] + answer)
-    return replace(content, messages=(*before, ChatMessage("assistant", answer)), plain=plain)
