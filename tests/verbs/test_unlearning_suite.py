@@ -5,6 +5,7 @@ written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -277,6 +278,21 @@ def test_a_published_log_is_an_oracle(
     summary = read_json(tmp_path / "TOFU_SUMMARY.json")
     for name in ("forget_quality", "privleak"):
         assert summary[name] == measured[1][name]
+
+
+def test_what_was_compared_with_an_oracle_says_with_which(
+    measured: tuple[dict[str, Any], dict[str, Any]], oracle: Path
+) -> None:
+    values = {name: record["agg_value"] for name, record in read_json(oracle).items()}
+    for name, record in measured[0].items():
+        if name in ("forget_quality", "privleak", "rel_diff", "mia_reference"):
+            logs = record["retain_logs"]
+            assert (logs["path"], logs["values"]) == (str(oracle.resolve()), values)
+            # of what the file says: written anew with other spaces it is the same oracle
+            text = json.dumps(read_json(oracle), sort_keys=True)
+            assert logs["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+        else:
+            assert "retain_logs" not in record
 
 
 def test_a_finished_metric_is_not_measured_again(

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lorry.data.reading.suite_splits import FORGET_ROWS
 from lorry.disk import documents
@@ -38,6 +38,17 @@ class RetainLogs:
     def digest(self) -> str:
         """SHA-256 of all records."""
         return hashlib.sha256(json.dumps(self.records, sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """{path, sha256, values: {metric: its value over all rows}}, for the records that were
+        measured against them: the file itself may be gone when those are read.
+        """
+        values = {
+            name: one["agg_value"]
+            for name, one in self.records.items()
+            if isinstance(one, dict) and is_finite_number(one.get("agg_value"))
+        }
+        return {"path": str(self.path.resolve()), "sha256": self.digest, "values": values}
 
     @classmethod
     def read(cls, path: Path) -> RetainLogs:
@@ -118,13 +129,14 @@ class RetainLogs:
         ]
 
     def _number(self, value: Any, field: str) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if not is_finite_number(value):
             raise DataError(
                 f"retain_logs_path={self.path}: {field} is {value!r:.40} where a number belongs; the "
                 "file is damaged"
             )
         return float(value)
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a log is one that can be compared with (true and false are not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

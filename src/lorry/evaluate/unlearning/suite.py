@@ -149,6 +149,9 @@ def measure_suite(
         if record is None:
             tell(name)
             record = suite.metrics[name].measure(SuiteInputs(asked, records, logs, peer_floor))
+            if logs is not None and suite.metrics[name].reads_logs:
+                # a value against an oracle says nothing without saying which: a report marks it
+                record["retain_logs"] = logs.summary()
             if store is not None:
                 store.add(name, record)
         records[name] = record

@@ -457,8 +457,9 @@ class PDU(UnlearnMethod):
     """Flatten the logits on F under the constraint L_r <= eps, by a primal-dual method: the
     multiplier lambda takes alpha's place and is adapted after a step, at least 0.
 
-    ``retain_loss_eps`` has no default. ``retain_loss``, the term, is L_r as it is, reported: lambda
-    needs it while it is 0 itself. K adapters have a lambda each.
+    ``retain_loss_eps`` has no default. Two terms are only reported: ``retain_loss``, L_r as it is,
+    which lambda needs while it is 0 itself, and ``lambda``, so that each step's stands in
+    metrics.jsonl. K adapters have a lambda each.
     """
 
     def __init__(self, settings: Sequence[UnlearnSettings], start: StartModel) -> None:
@@ -478,7 +479,7 @@ class PDU(UnlearnMethod):
 
     @property
     def reported(self) -> Collection[str]:
-        return ["retain_loss", *super().reported]
+        return ["retain_loss", "lambda", *super().reported]
 
     def prepare(self, batch: Batch) -> Batch:
         if not self.first.peer_masks:
@@ -497,6 +498,7 @@ class PDU(UnlearnMethod):
         return {
             **super().terms(batch, adapters),
             "retain_loss": self._retain_weight(batch, adapters),
+            "lambda": self._retain_weight(batch, adapters),
         }
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
@@ -506,6 +508,8 @@ class PDU(UnlearnMethod):
         # the term is lambda (L_r - eps): each sequence's part of eps is that of the term's weight
         bound = self._spread(self.bounds, batch, got) * self._retain_mass(batch)
         found["retain"] = found["retain"] - self.retain_factor(batch, got) * bound
+        # the mean of one number over the step is that number
+        found["lambda"] = self.retain_factor(batch, got) * self._retain_mass(batch)
         return found
 
     def _retain_mass(self, batch: Batch) -> Tensor:
