@@ -125,8 +125,9 @@ def prepare_model(folder: Path, case: Case, *, seed: int = 0, silent_start: bool
     from lorry.adapters.spec import LoraSpec
     from lorry.models.loading.load import load_model
     from lorry.models.loading.store import save_model
+    from lorry.notes import ignore_note
 
-    loaded = load_model(case.model, dtype="bfloat16", notes=[])
+    loaded = load_model(case.model, dtype="bfloat16", add_note=ignore_note)
     save_model(loaded.model, folder / "base", tokenizer=loaded.tokenizer)
     attach(
         loaded.model,

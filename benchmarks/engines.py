@@ -58,6 +58,7 @@ def lorry(packing: bool = False) -> Run:
     from lorry.backends.optim import OptimSettings
     from lorry.data.batch import Batch, TokenizedExample, collate
     from lorry.models.loading.load import load_model
+    from lorry.notes import ignore_note
     from lorry.tasks.sft import SftTask
     from lorry.train.resources.peak import tune_allocator
 
@@ -78,7 +79,7 @@ def lorry(packing: bool = False) -> Run:
     def run(folder: Path, case: Case, rows: Sequence[Row], watch: Watch) -> None:
         fast_path()
         tune_allocator()
-        loaded = load_model(str(folder / "base"), dtype="bfloat16", notes=[])
+        loaded = load_model(str(folder / "base"), dtype="bfloat16", add_note=ignore_note)
         adapter = load_adapter(loaded.model, folder / "init", "default")
         backend = LocalBackend(loaded.model, ["default"], OptimSettings())
         stream: Any = Rows(rows, case.rows_per_step)

@@ -66,8 +66,9 @@ def prepare(folder: Path) -> None:
     from lorry.demo.people import general_chat, general_text
     from lorry.models.loading.load import load_model
     from lorry.models.loading.store import save_model
+    from lorry.notes import ignore_note
 
-    loaded = load_model(MODEL, dtype="bfloat16", notes=[])
+    loaded = load_model(MODEL, dtype="bfloat16", add_note=ignore_note)
     save_model(loaded.model, folder / "base", tokenizer=loaded.tokenizer)
     for i in range(ADAPTERS):
         attach(
@@ -106,8 +107,9 @@ def lorry(engine: Engine, folder: Path) -> Generate:
     from lorry.generation.engine import generate_completions
     from lorry.generation.sampling import SamplingParams
     from lorry.models.loading.load import load_model
+    from lorry.notes import ignore_note
 
-    model = load_model(folder / "base", dtype=engine.dtype, notes=[]).model
+    model = load_model(folder / "base", dtype=engine.dtype, add_note=ignore_note).model
     count = {"none": 0, "one": 1, "several": ADAPTERS}[engine.adapter]
     for i in range(count):
         load_adapter(model, folder / f"a{i}", f"a{i}")

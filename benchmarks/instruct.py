@@ -136,12 +136,15 @@ def ask(side: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[s
     from lorry.evaluate.benchmarks.questions import load_benchmark
     from lorry.evaluate.benchmarks.run import evaluate_benchmark
     from lorry.models.loading.open import open_model
+    from lorry.notes import ignore_note
 
     torch.set_num_threads(args.threads)
     exams = [
         load_benchmark(name, DataLocations(local), limit=args.asked or ASKED[name]) for name in SETS
     ]
-    opened = open_model(ModelConfig(name=MODEL if side == "base" else str(args.work / side)), [])
+    opened = open_model(
+        ModelConfig(name=MODEL if side == "base" else str(args.work / side)), ignore_note
+    )
     encoder, mix = (
         ExampleEncoder(opened.tokenizer, max_length=8192),
         Mix.one(opened.adapters[0]) if opened.adapters else Mix.none(),

@@ -85,6 +85,7 @@ def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: s
 
     import lorry.train.session  # noqa: F401 - imports are not what is measured
     from lorry.config import RunConfig, build_settings
+    from lorry.notes import ignore_note
     from lorry.train.session import train_run
 
     imports, began = rss(), time.perf_counter()
@@ -107,7 +108,9 @@ def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: s
     clock = Clock()
     train_run(
         build_settings(
-            RunConfig, {**settings, "jobs": [job(folder, number) for number in numbers]}, []
+            RunConfig,
+            {**settings, "jobs": [job(folder, number) for number in numbers]},
+            ignore_note,
         ),
         [],
         [clock],

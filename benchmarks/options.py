@@ -63,9 +63,13 @@ def main() -> None:
     import lorry
     from lorry.evaluate.benchmarks.likelihood import loglikelihoods
     from lorry.models.gguf.embedded import resolve_embedded_model
+    from lorry.notes import ignore_note
 
     torch.set_num_threads(1)
-    asked, directory = pairs(args.rows), resolve_embedded_model("smollm2-135m-instruct", [])
+    asked, directory = (
+        pairs(args.rows),
+        resolve_embedded_model("smollm2-135m-instruct", ignore_note),
+    )
     model, tokenizer = lorry.load(str(directory), dtype="float32")
     theirs = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=1)
     requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(asked)]

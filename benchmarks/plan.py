@@ -139,13 +139,14 @@ def measure(case: Case) -> dict[str, Any]:
     from lorry.backends.optim import OptimSettings
     from lorry.data.batch import TokenizedExample, collate
     from lorry.models.loading.load import load_model
+    from lorry.notes import ignore_note
     from lorry.tasks.sft import SftTask
     from lorry.train.resources.peak import tune_allocator
 
     tune_allocator()
     imports = resident("VmRSS")
     model = (
-        load_model(REAL, dtype=case.dtype, notes=[]).model
+        load_model(REAL, dtype=case.dtype, add_note=ignore_note).model
         if case.model == REAL
         else random_model(case)
     )

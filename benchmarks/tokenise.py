@@ -94,8 +94,11 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from lorry.models.gguf.embedded import resolve_embedded_model
+    from lorry.notes import ignore_note
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_embedded_model("smollm2-135m-instruct", []))
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_embedded_model("smollm2-135m-instruct", ignore_note)
+    )
     made: dict[str, Any] = {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORRY_HOME"] = folder

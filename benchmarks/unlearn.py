@@ -88,8 +88,9 @@ def prepare(folder: Path, case: UnlearnCase) -> None:
     from lorry.adapters.spec import LoraSpec
     from lorry.models.loading.load import load_model
     from lorry.models.loading.store import save_model
+    from lorry.notes import ignore_note
 
-    loaded = load_model(case.model, dtype="bfloat16", notes=[])
+    loaded = load_model(case.model, dtype="bfloat16", add_note=ignore_note)
     save_model(loaded.model, folder / "base", tokenizer=loaded.tokenizer)
     # above the layer that RMU steers nothing would train
     layers = tuple(range(case.layer + 1)) if case.method == "RMU" else None

@@ -132,6 +132,7 @@ def _opened_by_lorry(folder: Path, case: UnlearnCase, rows: RoleRows) -> tuple[A
     from lorry.backends.optim import OptimSettings
     from lorry.data.batch import Batch, TokenizedExample, collate
     from lorry.models.loading.load import load_model
+    from lorry.notes import ignore_note
     from lorry.train.resources.peak import tune_allocator
 
     class Steps:
@@ -152,7 +153,7 @@ def _opened_by_lorry(folder: Path, case: UnlearnCase, rows: RoleRows) -> tuple[A
 
     fast_path()
     tune_allocator()
-    loaded = load_model(str(folder / "base"), dtype=case.dtype, notes=[])
+    loaded = load_model(str(folder / "base"), dtype=case.dtype, add_note=ignore_note)
     adapter = load_adapter(loaded.model, folder / "init", "default")
     return loaded.model, adapter, LocalBackend(loaded.model, ["default"], OptimSettings()), Steps()
 

@@ -176,9 +176,9 @@ def test_a_verb_gets_its_settings(
 def test_a_verb_takes_bare_words(verb: Callable[..., list[object]]) -> None:
     merged, evaluated = verb("merge"), verb("eval")
     assert cli.main(["merge", "runs/a", "output_dir=m"]) == 0
-    assert merged[0] == parse_settings(MergeSettings, ["run=runs/a", "output_dir=m"], [])
+    assert merged[0] == parse_settings(MergeSettings, ["run=runs/a", "output_dir=m"], print)
     assert cli.main(["eval", "runs/a", "data=f.jsonl"]) == 0
-    assert evaluated[0] == parse_settings(EvalSettings, ["model=runs/a", "data=f.jsonl"], [])
+    assert evaluated[0] == parse_settings(EvalSettings, ["model=runs/a", "data=f.jsonl"], print)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_commands_that_are_shown_parse(page: Path) -> None:
     for verb, *words in commands(page.read_text()):
         assert verb in SCHEMAS, f"{page.name} shows the verb {verb}"
         if "--help" not in words:
-            parse_settings(SCHEMAS[verb], words, [])
+            parse_settings(SCHEMAS[verb], words, print)
 
 
 def test_lines_of_the_readme_fit_a_terminal() -> None:
@@ -151,8 +151,8 @@ def test_architecture_lists_the_rooms_there_are() -> None:
 def test_examples_are_valid_run_descriptions() -> None:
     for path in sorted((ROOT / "examples").glob("*.yaml")):
         schema = DistillRunConfig if path.stem == "distill" else RunConfig
-        run = parse_settings(schema, [str(path)], [])
-        assert build_settings(schema, run.model_dump(), []) == run
+        run = parse_settings(schema, [str(path)], print)
+        assert build_settings(schema, run.model_dump(), print) == run
 
 
 def test_the_page_of_named_sets_is_the_catalogue() -> None:

@@ -57,8 +57,8 @@ def test_losses_agree(flat: Any, family: str, template: bool, clip: float, tmp_p
         max_grad_norm=clip,
         max_length=128,
     )
-    opened = open_model(run.model, [])
-    name = attach_adapter(run, opened, [])
+    opened = open_model(run.model, print)
+    name = attach_adapter(run, opened, print)
     adapter = get_bank(opened.model)[name]
     init = {name: a.clone() for name, a in adapter.tensors().items() if name.endswith("lora_A")}
 

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lorry"
 
 # A room may import rooms on its own line and on lines above it.
 ORDER = [
-    {"errors", "formatting", "visible"},
+    {"errors", "formatting", "notes", "visible"},
     {"disk"},
     {"streams", "console"},
     {"config", "families", "kernels"},
@@ -35,6 +35,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 NO_TORCH = (
     "errors",
     "formatting",
+    "notes",
     "visible",
     "disk",
     "streams",

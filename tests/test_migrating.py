@@ -48,7 +48,7 @@ def test_the_page_has_the_lines_of_the_issue() -> None:
 def test_every_line_is_a_valid_description(line: str) -> None:
     verb, *words = shlex.split(line)[1:]
     schema = next(v.schema for v in cli.VERBS if v.name == verb)
-    parse_settings(getattr(config, schema), words, [])
+    parse_settings(getattr(config, schema), words, print)
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +180,10 @@ def test_both_sides_of_a_pair_are_the_same_run(
     rest += ["output_dir=run", *NEEDED.get(name, [])]
     if word == "refused":
         with pytest.raises(LorryError, match=name):
-            parse_settings(config.RunConfig, [str(file), *rest], [])
+            parse_settings(config.RunConfig, [str(file), *rest], print)
         return
-    expected = parse_settings(config.RunConfig, [*shlex.split(ours or ""), *rest], [])
-    assert parse_settings(config.RunConfig, [str(file), *rest], []) == expected
+    expected = parse_settings(config.RunConfig, [*shlex.split(ours or ""), *rest], print)
+    assert parse_settings(config.RunConfig, [str(file), *rest], print) == expected
 
 
 # open-unlearning's are whole commands in one table and single settings in the other, both of which are
@@ -198,7 +198,7 @@ SETTINGS = [pair for pair in SETTINGS if "src/" not in pair[0]]
 
 def parsed(words: list[str], notes: list[str]) -> Any:
     schema = next(verb.schema for verb in cli.VERBS if verb.name == words[0])
-    return parse_settings(getattr(config, schema), words[1:], notes)
+    return parse_settings(getattr(config, schema), words[1:], notes.append)
 
 
 def test_every_row_of_open_unlearning_is_tried() -> None:

@@ -35,7 +35,7 @@ def sft(**settings: Any) -> TrainResult:
     DataError, ModelError, ContractError (all LorryError).
     """
     notes: list[str] = []
-    return _train(build_settings(RunConfig, settings, notes), notes)
+    return _train(build_settings(RunConfig, settings, notes.append), notes)
 
 
 def distill(**settings: Any) -> TrainResult:
@@ -44,7 +44,7 @@ def distill(**settings: Any) -> TrainResult:
     Keywords are those of `lorry distill --help`; see `sft` for what is returned and raised.
     """
     notes: list[str] = []
-    return _train(build_settings(DistillRunConfig, settings, notes), notes)
+    return _train(build_settings(DistillRunConfig, settings, notes.append), notes)
 
 
 def unlearn(**settings: Any) -> TrainResult:
@@ -54,7 +54,7 @@ def unlearn(**settings: Any) -> TrainResult:
     Keywords are those of `lorry unlearn --help`; see `sft` for what is returned and raised.
     """
     notes: list[str] = []
-    return _train(build_settings(UnlearnRunConfig, settings, notes), notes)
+    return _train(build_settings(UnlearnRunConfig, settings, notes.append), notes)
 
 
 def _train(run: RunConfig, notes: Sequence[str]) -> TrainResult:
@@ -86,10 +86,8 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
         "adapter": None if adapter is None else os.fspath(adapter),
         **model,
     }
-    notes: list[str] = []
-    opened = open_model(build_settings(ModelConfig, settings, notes), notes)
-    for note in notes:
-        logging.getLogger("lorry").warning(note)
+    log = logging.getLogger("lorry")
+    opened = open_model(build_settings(ModelConfig, settings, log.warning), log.warning)
     return opened.model, opened.tokenizer
 
 

@@ -272,7 +272,9 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     # a switch of every verb, so it is no field of their schemas
     dump_only = "--dump-config" in args
     notes: list[str] = []
-    settings = config.parse_settings(schema, [arg for arg in args if arg != "--dump-config"], notes)
+    settings = config.parse_settings(
+        schema, [arg for arg in args if arg != "--dump-config"], notes.append
+    )
     for note in notes:
         _print_stderr(f"note: {note}", dim=True)
     if dump_only:

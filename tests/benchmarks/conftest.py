@@ -41,7 +41,7 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
-    model = load_model(str(folder / "base"), dtype="bfloat16", notes=[]).model
+    model = load_model(str(folder / "base"), dtype="bfloat16", add_note=print).model
     attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))
     save_adapter(model, folder / "init")
     ids = torch.randint(64, (2, LENGTH)).tolist()

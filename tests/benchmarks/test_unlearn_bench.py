@@ -49,7 +49,7 @@ def folder(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rows of each role a step, an adapter near its start."""
     made = tmp_path_factory.mktemp("unlearn")
     shutil.copytree(tiny_files / "base", made / "base")
-    model = load_model(str(made / "base"), dtype="bfloat16", notes=[]).model
+    model = load_model(str(made / "base"), dtype="bfloat16", add_note=print).model
     attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False, layers_to_transform=(0,)))
     for name, values in get_bank(model)["default"].tensors().items():
         values.data.mul_(0.2 if name.endswith("lora_B") else 1)

@@ -44,13 +44,13 @@ ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def parsed(name: str, *words: str, notes: list[str] | None = None) -> Any:
     schema = SCHEMAS[name.partition("/")[0]]
     said = [] if notes is None else notes
-    return parse_settings(schema, [f"experiment={name}", *words], said)
+    return parse_settings(schema, [f"experiment={name}", *words], said.append)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_is_a_whole_description_that_reads_back(name: str) -> None:
     run = parsed(name)
-    assert config.build_settings(type(run), run.model_dump(), []) == run
+    assert config.build_settings(type(run), run.model_dump(), print) == run
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -85,7 +85,7 @@ def test_what_is_typed_goes_before_the_file_and_a_file_of_ones_own_between_them(
 ) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("experiment: unlearn/tofu/lora\nlora: {r: 8}\ntrain: {learning_rate: 3e-3}\n")
-    run = parse_settings(UnlearnRunConfig, [str(mine), "r=4"], [])
+    run = parse_settings(UnlearnRunConfig, [str(mine), "r=4"], print)
     assert run.lora is not None
     assert (run.lora.r, run.lora.lora_dropout, run.train.learning_rate) == (4, 0.05, 3e-3)
     with_adapter = parsed("unlearn/tofu/default", "r=16")
@@ -111,7 +111,7 @@ def test_parameters_stand_in_the_rows_and_models() -> None:
 
 def test_from_python_it_is_one_more_setting() -> None:
     run = config.build_settings(
-        UnlearnRunConfig, {"experiment": "unlearn/tofu/lora", "forget_split": "forget05"}, []
+        UnlearnRunConfig, {"experiment": "unlearn/tofu/lora", "forget_split": "forget05"}, print
     )
     assert run == parsed("unlearn/tofu/lora", "forget_split=forget05")
 
@@ -130,18 +130,18 @@ def test_a_model_by_the_name_of_a_configuration(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     notes = list[str]()
-    run = parse_settings(RunConfig, [f"model={name}", "data=x.jsonl"], notes)
+    run = parse_settings(RunConfig, [f"model={name}", "data=x.jsonl"], notes.append)
     assert run.lora is not None
     assert run.model.name == hub
     assert run.lora.r == (128 if adapted else 16)
     assert any(f"model={name} is read as model={hub}" in note for note in notes)
     # what is typed beside it goes first
-    smaller = parse_settings(RunConfig, [f"model={name}", "data=x.jsonl", "r=8"], [])
+    smaller = parse_settings(RunConfig, [f"model={name}", "data=x.jsonl", "r=8"], print)
     assert smaller.lora is not None
     assert smaller.lora.r == 8
     # a folder of that name is the model that is meant
     (tmp_path / name).mkdir()
-    assert parse_settings(RunConfig, [f"model={name}", "data=x.jsonl"], []).model.name == name
+    assert parse_settings(RunConfig, [f"model={name}", "data=x.jsonl"], print).model.name == name
 
 
 def test_a_configuration_beside_its_weights_gives_the_weights() -> None:
@@ -173,8 +173,8 @@ def test_a_pasted_command_names_the_verb(words: list[str], verb: str) -> None:
     given = [word for word in words if word != "experiment=x"]
     schema = next(getattr(config, one.schema) for one in cli.VERBS if one.name == verb)
     method = ["method=GradAscent"] if verb == "unlearn" else []
-    assert parse_settings(schema, [*given, rest, *method], notes) == parse_settings(
-        schema, [rest, *method], []
+    assert parse_settings(schema, [*given, rest, *method], notes.append) == parse_settings(
+        schema, [rest, *method], print
     )
     assert notes
 
@@ -212,7 +212,7 @@ def test_other_words_are_no_launcher() -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_said(schema: type[Any], words: str, wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong):
-        parse_settings(schema, words.split(), [])
+        parse_settings(schema, words.split(), print)
 
 
 def test_their_regular_expression_is_the_number_of_the_layer() -> None:

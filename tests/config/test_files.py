@@ -28,7 +28,7 @@ def write(tmp_path: Path, text: str | bytes, name: str = "run.yaml") -> Path:
 
 
 def read(tmp_path: Path, text: str | bytes, name: str = "run.yaml") -> RunConfig:
-    return parse_settings(RunConfig, [str(write(tmp_path, text, name))], [])
+    return parse_settings(RunConfig, [str(write(tmp_path, text, name))], print)
 
 
 def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
     }
     one = read(tmp_path, json.dumps(values, indent="\t"), "run.json")
     assert one == read(tmp_path, yaml.safe_dump(values))
-    assert one == build_settings(RunConfig, values, [])
+    assert one == build_settings(RunConfig, values, print)
 
 
 def test_flat_trl_style_yaml(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_bad_json(tmp_path: Path, text: str, message: str) -> None:
 
 def test_missing_file() -> None:
     with pytest.raises(ConfigError, match=r"no/such\.yaml: cannot be read \(No such file"):
-        parse_settings(RunConfig, ["no/such.yaml"], [])
+        parse_settings(RunConfig, ["no/such.yaml"], print)
 
 
 def test_a_byte_order_mark_and_an_empty_file(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_any_file_is_read_or_refused_in_words(text: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.yaml", "a.json"):
             with contextlib.suppress(ConfigError):
-                parse_settings(RunConfig, [str(write(Path(folder), text, name))], [])
+                parse_settings(RunConfig, [str(write(Path(folder), text, name))], print)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -252,12 +252,12 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     )
 )
 def test_dump_reads_back_to_the_same_run(chosen: dict[str, Any]) -> None:
-    run = build_settings(RunConfig, chosen, [])
+    run = build_settings(RunConfig, chosen, print)
     text = dump_settings(run)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8", newline="")
-        again = parse_settings(RunConfig, [str(path)], [])
+        again = parse_settings(RunConfig, [str(path)], print)
     assert again == run
     assert dump_settings(again) == text
     assert (
@@ -271,5 +271,5 @@ def test_dump_reads_back_to_the_same_run(chosen: dict[str, Any]) -> None:
 
 
 def test_dump_without_adapter() -> None:
-    run = build_settings(RunConfig, {"data": "x", "lora": None}, [])
+    run = build_settings(RunConfig, {"data": "x", "lora": None}, print)
     assert yaml.safe_load(dump_settings(run))["lora"] is None

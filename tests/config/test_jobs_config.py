@@ -27,12 +27,12 @@ from lorry.errors import ConfigError
 
 
 def run(*argv: str) -> RunConfig:
-    return parse_settings(RunConfig, ["data=people.jsonl", *argv], [])
+    return parse_settings(RunConfig, ["data=people.jsonl", *argv], print)
 
 
 def swept(*argv: str) -> list[str]:
     return [
-        job.name for job in parse_settings(SweepSettings, ["data=people.jsonl", *argv], []).jobs
+        job.name for job in parse_settings(SweepSettings, ["data=people.jsonl", *argv], print).jobs
     ]
 
 
@@ -81,7 +81,7 @@ def test_only_what_differs_is_kept_and_reads_back() -> None:
         {"name": "a", "lora": {"r": 8, "lora_alpha": 16}, "data": {}, "train": {}},
         {"name": "b", "lora": {"lora_dropout": 0.1}, "data": {"path": "b.jsonl"}, "train": {}},
     ]
-    assert build_settings(RunConfig, described.model_dump(), []) == described
+    assert build_settings(RunConfig, described.model_dump(), print) == described
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     )
     file = tmp_path / "run.yaml"
     file.write_text(dump_settings(described))
-    again = parse_settings(RunConfig, [str(file)], [])
+    again = parse_settings(RunConfig, [str(file)], print)
     assert again == described
     assert runs_by_adapter(again) == runs_by_adapter(described)
 
@@ -100,7 +100,7 @@ def test_jobs_that_bring_their_own_data_need_no_other() -> None:
     described = parse_settings(
         RunConfig,
         ["jobs=[{name: a, data: {path: a.jsonl, eval: e.jsonl}}, {name: b, data: b.jsonl}]"],
-        [],
+        print,
     )
     assert [(one.data.path, one.data.eval) for one in runs_by_adapter(described).values()] == [
         ("a.jsonl", "e.jsonl"),
@@ -110,16 +110,16 @@ def test_jobs_that_bring_their_own_data_need_no_other() -> None:
     several = [
         f"jobs=[{{name: a, data: {{path: a.jsonl, {settings}}}}}, {{name: b, data: {{path: b.jsonl}}}}]"
     ]
-    other = runs_by_adapter(parse_settings(RunConfig, several, []))["b"].data
-    assert other == parse_settings(RunConfig, ["data=b.jsonl"], []).data
+    other = runs_by_adapter(parse_settings(RunConfig, several, print))["b"].data
+    assert other == parse_settings(RunConfig, ["data=b.jsonl"], print).data
     with pytest.raises(
         ConfigError, match=r"job 'b': data\.path is missing: the run has no rows of its own"
     ):
         parse_settings(
-            RunConfig, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], []
+            RunConfig, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], print
         )
     with pytest.raises(ConfigError, match=r"data\.path is missing|data is missing"):
-        parse_settings(RunConfig, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
+        parse_settings(RunConfig, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], print)
 
 
 def test_settings_of_the_run_stand_beside_rows_of_its_jobs() -> None:
@@ -127,7 +127,7 @@ def test_settings_of_the_run_stand_beside_rows_of_its_jobs() -> None:
     sets and one reads a file.
     """
     jobs = "jobs=[{name: a, data: a.jsonl}, {name: b, data: {path: b.jsonl, max_length: 64}}, {name: c, mix: [bool_q]}]"
-    described = parse_settings(RunConfig, ["data={max_length: 448}", jobs], [])
+    described = parse_settings(RunConfig, ["data={max_length: 448}", jobs], print)
     found = [
         (one.data.path, one.data.mix, one.data.max_length)
         for one in runs_by_adapter(described).values()
@@ -135,7 +135,9 @@ def test_settings_of_the_run_stand_beside_rows_of_its_jobs() -> None:
     assert found == [("a.jsonl", [], 448), ("b.jsonl", [], 64), (None, ["bool_q"], 448)]
     with pytest.raises(ConfigError, match=r"job 'b': data\.path is missing|data\.path is missing"):
         parse_settings(
-            RunConfig, ["data={max_length: 448}", "jobs=[{name: a}, {name: b, data: b.jsonl}]"], []
+            RunConfig,
+            ["data={max_length: 448}", "jobs=[{name: a}, {name: b, data: b.jsonl}]"],
+            print,
         )
 
 
@@ -153,24 +155,24 @@ def test_a_grid_has_a_bound(axes: list[str]) -> None:
     with pytest.raises(
         ConfigError, match=r"the sweep has [\d,]+ combinations \(.*seed: 100.*\); at most 1,000"
     ):
-        parse_settings(SweepSettings, ["data=d", *grid], [])
+        parse_settings(SweepSettings, ["data=d", *grid], print)
 
 
 def test_a_list_of_jobs_has_a_bound() -> None:
     with pytest.raises(ConfigError, match="1,001 jobs are too many"):
         build_settings(
-            RunConfig, {"data": "d", "jobs": [{"name": f"j{n}"} for n in range(1001)]}, []
+            RunConfig, {"data": "d", "jobs": [{"name": f"j{n}"} for n in range(1001)]}, print
         )
 
 
 def test_the_command_lines_list_replaces_the_files(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: d.jsonl\njobs: [{name: a}, {name: b, r: 4}]\n")
-    assert [j.name for j in parse_settings(RunConfig, [str(file)], []).jobs] == ["a", "b"]
+    assert [j.name for j in parse_settings(RunConfig, [str(file)], print).jobs] == ["a", "b"]
     assert [
-        j.name for j in parse_settings(RunConfig, [str(file), "jobs=[{name: c, r: 8}]"], []).jobs
+        j.name for j in parse_settings(RunConfig, [str(file), "jobs=[{name: c, r: 8}]"], print).jobs
     ] == ["c"]
-    assert parse_settings(RunConfig, [str(file), "jobs=null"], []).jobs == []
+    assert parse_settings(RunConfig, [str(file), "jobs=null"], print).jobs == []
 
 
 def test_python_values() -> None:
@@ -178,7 +180,7 @@ def test_python_values() -> None:
     made = build_settings(
         RunConfig,
         {"data": "d.jsonl", "jobs": [{"name": "a", "r": 4}, {"name": "b", "train": {"lr": 1e-3}}]},
-        notes,
+        notes.append,
     )
     assert [one.lora.r for one in runs_by_adapter(made).values() if one.lora] == [4, 16]
     assert [one.train.learning_rate for one in runs_by_adapter(made).values()] == [2e-4, 1e-3]
@@ -243,7 +245,7 @@ def test_a_mistake_in_a_job_is_told_with_its_line(
     file = tmp_path / "c.yaml"
     file.write_text(FILE.format(line=line, inner=inner))
     with pytest.raises(ConfigError) as e:
-        parse_settings(RunConfig, [str(file)], [])
+        parse_settings(RunConfig, [str(file)], print)
     assert f"{file}:{place}: {message}" in str(e.value)
 
 
@@ -284,7 +286,7 @@ def test_every_shared_setting_exists() -> None:
 
 
 def unlearn(*argv: str) -> UnlearnRunConfig:
-    return parse_settings(UnlearnRunConfig, ["retain=r.jsonl", *argv], [])
+    return parse_settings(UnlearnRunConfig, ["retain=r.jsonl", *argv], print)
 
 
 def test_a_grid_over_a_methods_numbers_is_so_many_runs() -> None:
@@ -313,7 +315,7 @@ def test_subjects_are_jobs_with_rows_of_their_own(word: str, tmp_path: Path) -> 
     assert [one.unlearn.retain for one in alone.values()] == ["r.jsonl", "r.jsonl"]
     file = tmp_path / "run.yaml"
     file.write_text(dump_settings(made))
-    assert parse_settings(UnlearnRunConfig, [str(file)], []) == made
+    assert parse_settings(UnlearnRunConfig, [str(file)], print) == made
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_jobs_that_cannot_forget_together(argv: list[str], message: str) -> None
 def test_any_text_is_taken_or_refused_in_words(text: str, key: str) -> None:
     for schema in (RunConfig, SweepSettings):
         with contextlib.suppress(ConfigError):
-            parse_settings(schema, ["data=x", f"{key}={text}"], [])
+            parse_settings(schema, ["data=x", f"{key}={text}"], print)
 
 
 # --- grids
@@ -364,18 +366,18 @@ def test_names_of_a_grid(argv: list[str], names: list[str]) -> None:
 
 
 def test_a_grid_is_every_combination() -> None:
-    made = parse_settings(SweepSettings, ["data=d", "r=2,4", "warmup_steps=0,3"], [])
+    made = parse_settings(SweepSettings, ["data=d", "r=2,4", "warmup_steps=0,3"], print)
     (alone,) = made.passes()
     found = [
         (one.lora.r, one.train.warmup_steps) for one in runs_by_adapter(alone).values() if one.lora
     ]
     assert found == [(2, 0), (2, 3), (4, 0), (4, 3)]
-    assert build_settings(SweepSettings, made.model_dump(), []).jobs == made.jobs
+    assert build_settings(SweepSettings, made.model_dump(), print).jobs == made.jobs
 
 
 def test_passes_of_a_few_jobs_each() -> None:
     made = parse_settings(
-        SweepSettings, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], []
+        SweepSettings, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], print
     )
     assert [[job.name for job in one.jobs] for one in made.passes()] == [
         ["r1", "r2"],
@@ -412,7 +414,7 @@ def test_text_with_commas_is_no_grid() -> None:
     made = parse_settings(
         SweepSettings,
         ["data=[a.jsonl, b.jsonl]", "system=Hello, you", "target_modules=q_proj,v_proj", "r=1,2"],
-        [],
+        print,
     )
     assert (made.data.path, made.data.system) == (["a.jsonl", "b.jsonl"], "Hello, you")
     assert made.lora is not None
@@ -433,7 +435,7 @@ def test_a_long_grids_names_fit_a_folder() -> None:
         "max_grad_norm": [0.5],
     }
     names = [
-        job.name for job in build_settings(SweepSettings, {"data": "d", "sweep": many}, []).jobs
+        job.name for job in build_settings(SweepSettings, {"data": "d", "sweep": many}, print).jobs
     ]
     assert len(set(names)) == 4
     assert max(map(len, names)) <= 56

@@ -36,7 +36,7 @@ from lorry.errors import ConfigError
 
 
 def run(*argv: str) -> RunConfig:
-    return parse_settings(RunConfig, ["data=people.jsonl", *argv], [])
+    return parse_settings(RunConfig, ["data=people.jsonl", *argv], print)
 
 
 def value(dotted: str, *argv: str) -> Any:
@@ -115,12 +115,12 @@ def test_command_line(argv: list[str], dotted: str, expected: Any) -> None:
 
 
 def test_several_files() -> None:
-    assert parse_settings(RunConfig, ["data=[a.jsonl, b.jsonl]"], []).data.path == [
+    assert parse_settings(RunConfig, ["data=[a.jsonl, b.jsonl]"], print).data.path == [
         "a.jsonl",
         "b.jsonl",
     ]
     assert parse_settings(
-        RunConfig, ["--data", "a.jsonl", "b.jsonl", "--r", "4"], []
+        RunConfig, ["--data", "a.jsonl", "b.jsonl", "--r", "4"], print
     ).data.path == ["a.jsonl", "b.jsonl"]
 
 
@@ -238,7 +238,7 @@ def test_refused(argv: list[str], message: str) -> None:
 )
 def test_peers_names(argv: list[str], dotted: str, expected: Any, note: str | None) -> None:
     notes: list[str] = []
-    found: Any = parse_settings(RunConfig, ["data=people.jsonl", *argv], notes)
+    found: Any = parse_settings(RunConfig, ["data=people.jsonl", *argv], notes.append)
     for part in dotted.split("."):
         found = getattr(found, part)
     assert found == expected
@@ -249,7 +249,7 @@ def test_peers_names(argv: list[str], dotted: str, expected: Any, note: str | No
 def test_peers_data_names() -> None:
     for word in ("dataset", "dataset_name", "train_file"):
         notes: list[str] = []
-        assert parse_settings(RunConfig, [f"{word}=f.jsonl"], notes).data.path == "f.jsonl"
+        assert parse_settings(RunConfig, [f"{word}=f.jsonl"], notes.append).data.path == "f.jsonl"
         assert notes == [f"{word} is read as data.path"]
 
 
@@ -308,7 +308,7 @@ def test_command_line_over_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: a.jsonl\ncutoff_len: 7\nlora:\n  r: 4\n  alpha: 9\ntrain: {seed: 3}\n")
     notes: list[str] = []
-    r = parse_settings(RunConfig, [str(file), "max_length=9", "lora.r=5"], notes)
+    r = parse_settings(RunConfig, [str(file), "max_length=9", "lora.r=5"], notes.append)
     assert r.lora is not None
     assert (r.data.path, r.data.max_length, r.lora.r, r.lora.lora_alpha, r.train.seed) == (
         "a.jsonl",
@@ -321,10 +321,10 @@ def test_command_line_over_file(tmp_path: Path) -> None:
         "cutoff_len is read as data.max_length",
         "lora.alpha is read as lora.lora_alpha",
     ]
-    assert parse_settings(RunConfig, ["--config", str(file)], []).data.path == "a.jsonl"
+    assert parse_settings(RunConfig, ["--config", str(file)], print).data.path == "a.jsonl"
     with pytest.raises(ConfigError, match="two run descriptions"):
-        parse_settings(RunConfig, ["--config", str(file), str(file)], [])
-    assert parse_settings(RunConfig, [str(file), "lora=null"], []).lora is None
+        parse_settings(RunConfig, ["--config", str(file), str(file)], print)
+    assert parse_settings(RunConfig, [str(file), "lora=null"], print).lora is None
 
 
 @given(st.permutations(["r=1", "r=2", "r=3"]), st.integers(0, 3))
@@ -393,12 +393,12 @@ def test_any_text_is_taken_or_refused_in_words(key: str, text: str, form: str) -
 def test_any_arguments_are_taken_or_refused_in_words(argv: list[str]) -> None:
     for schema in (RunConfig, EvalSettings, ReportSettings):
         with contextlib.suppress(ConfigError):
-            parse_settings(schema, argv, [])
+            parse_settings(schema, argv, print)
 
 
 def test_bare_words_go_to_the_main_setting() -> None:
     evaluation = parse_settings(
-        EvalSettings, ["runs/a", "data=f.jsonl", "dtype=float32", "limit=5"], []
+        EvalSettings, ["runs/a", "data=f.jsonl", "dtype=float32", "limit=5"], print
     )
     assert (
         evaluation.model.name,
@@ -411,21 +411,25 @@ def test_bare_words_go_to_the_main_setting() -> None:
         "float32",
         5,
     )
-    assert parse_settings(ReportSettings, ["runs/a", "runs/b"], []).runs == ["runs/a", "runs/b"]
-    assert parse_settings(ReportSettings, ["runs=runs/a"], []).runs == ["runs/a"]
-    assert parse_settings(ChatSettings, ["runs/a", "adapters=x,y"], []).adapters == ["x", "y"]
-    assert parse_settings(DoctorSettings, [], []).run is None
+    assert parse_settings(ReportSettings, ["runs/a", "runs/b"], print).runs == ["runs/a", "runs/b"]
+    assert parse_settings(ReportSettings, ["runs=runs/a"], print).runs == ["runs/a"]
+    assert parse_settings(ChatSettings, ["runs/a", "adapters=x,y"], print).adapters == ["x", "y"]
+    assert parse_settings(DoctorSettings, [], print).run is None
     assert (
-        parse_settings(MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], []).dtype
+        parse_settings(
+            MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], print
+        ).dtype
         == "bfloat16"
     )
     with pytest.raises(ConfigError, match=r"runs/b: one word too many after 'runs/a'"):
-        parse_settings(MergeSettings, ["runs/a", "runs/b"], [])
+        parse_settings(MergeSettings, ["runs/a", "runs/b"], print)
     with pytest.raises(ConfigError, match=r"^--foo: unknown setting 'foo'"):
-        parse_settings(MergeSettings, ["--foo", "3", "runs/a"], [])
+        parse_settings(MergeSettings, ["--foo", "3", "runs/a"], print)
     with pytest.raises(ConfigError, match=r"^run is missing; give run=\.\.\.$"):
-        parse_settings(MergeSettings, [], [])
-    assert parse_settings(EvalSettings, ["--bf16", "runs/a", "data=f"], []).model.name == "runs/a"
+        parse_settings(MergeSettings, [], print)
+    assert (
+        parse_settings(EvalSettings, ["--bf16", "runs/a", "data=f"], print).model.name == "runs/a"
+    )
 
 
 @pytest.mark.parametrize(
@@ -442,7 +446,7 @@ def test_bare_words_go_to_the_main_setting() -> None:
 )
 def test_python_numbers_have_a_bound(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_settings(RunConfig, {"data": "f", **settings}, [])
+        build_settings(RunConfig, {"data": "f", **settings}, print)
 
 
 def test_python_values() -> None:
@@ -456,7 +460,7 @@ def test_python_values() -> None:
             "lr": 1e-3,
             "output_dir": Path("o"),
         },
-        notes,
+        notes.append,
     )
     assert r.lora is not None
     assert (r.data.path, r.data.n, r.lora.r, r.train.learning_rate, r.output_dir) == (
@@ -468,4 +472,4 @@ def test_python_values() -> None:
     )
     assert notes == ["lr is read as train.learning_rate"]
     with pytest.raises(ConfigError, match="unknown setting 'epoch'"):
-        build_settings(RunConfig, {"data": "f", "epoch": 3}, [])
+        build_settings(RunConfig, {"data": "f", "epoch": 3}, print)

@@ -111,7 +111,7 @@ eval_steps: 500
 def read(tmp_path: Path, text: str, *argv: str) -> tuple[RunConfig, list[str]]:
     file, notes = tmp_path / "theirs.yml", list[str]()
     file.write_text(text)
-    return parse_settings(RunConfig, [str(file), *argv], notes), notes
+    return parse_settings(RunConfig, [str(file), *argv], notes.append), notes
 
 
 def test_an_axolotl_file_as_it_is(tmp_path: Path) -> None:
@@ -212,5 +212,5 @@ def test_very_many_errors_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_adapter_in_a_directory_is_still_one() -> None:
-    assert parse_settings(RunConfig, ["data=d", "adapter=./lora"], []).model.adapter == "./lora"
-    assert parse_settings(RunConfig, ["data=d", "template=3"], []).data.template == 3
+    assert parse_settings(RunConfig, ["data=d", "adapter=./lora"], print).model.adapter == "./lora"
+    assert parse_settings(RunConfig, ["data=d", "template=3"], print).data.template == 3

@@ -15,7 +15,7 @@ from lorry.errors import ConfigError
 
 
 def run(**settings: Any) -> RunConfig:
-    return build_settings(RunConfig, {"data": "people.jsonl", **settings}, [])
+    return build_settings(RunConfig, {"data": "people.jsonl", **settings}, print)
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -137,7 +137,7 @@ def test_report_to(given: Any, expected: list[str]) -> None:
 @pytest.mark.parametrize("word", ["bf16", "bfloat16", "torch.bfloat16"])
 def test_dtype_words(word: str) -> None:
     assert run(dtype=word).model.dtype == "bfloat16"
-    assert build_settings(MergeSettings, {"run": "r", "dtype": word}, []).dtype == "bfloat16"
+    assert build_settings(MergeSettings, {"run": "r", "dtype": word}, print).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,12 @@ def test_default_output_directory_stays_under_runs(given: dict[str, Any], name: 
 
 
 def test_settings_beside_a_run() -> None:
-    assert build_settings(MergeSettings, {"run": "runs/a/"}, []).output_dir == Path("runs/a-merged")
-    assert build_settings(ExportSettings, {"run": "runs/a", "to": "peft"}, []).output_dir == Path(
-        "runs/a-peft"
+    assert build_settings(MergeSettings, {"run": "runs/a/"}, print).output_dir == Path(
+        "runs/a-merged"
     )
+    assert build_settings(
+        ExportSettings, {"run": "runs/a", "to": "peft"}, print
+    ).output_dir == Path("runs/a-peft")
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +247,6 @@ def test_every_wrong_setting_gets_its_line() -> None:
 
 def test_missing_settings_are_named() -> None:
     with pytest.raises(ConfigError, match=r"^data\.path is missing; give data=\.\.\.$"):
-        build_settings(RunConfig, {"r": 8}, [])
+        build_settings(RunConfig, {"r": 8}, print)
     with pytest.raises(ConfigError, match=r"^to is missing; give to=\.\.\.$"):
-        build_settings(ExportSettings, {"run": "runs/a"}, [])
+        build_settings(ExportSettings, {"run": "runs/a"}, print)

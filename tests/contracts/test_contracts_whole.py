@@ -47,7 +47,7 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
         }
         trained = {"lora": None, "trainable": ["q_proj", "down_proj"]}
         return train_run(
-            build_settings(RunConfig, {**given, **own, **trained, **settings}, []), [], listeners
+            build_settings(RunConfig, {**given, **own, **trained, **settings}, print), [], listeners
         )
 
     return go

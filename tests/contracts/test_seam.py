@@ -172,11 +172,11 @@ def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> 
         packing=True,
         gradient_accumulation_steps=3,
     )
-    opened = open_model(run.model, [])
-    name = attach_adapter(run, opened, [])
+    opened = open_model(run.model, print)
+    name = attach_adapter(run, opened, print)
     prepared = prepare_data(run.data, run.train, opened.tokenizer, quarantine=tmp_path / "aside")
     job = PreparedJob(run, prepared, {}, prepared.stream)
-    engine = build_engine(run, opened, {name: job}, Notebook([], []))
+    engine = build_engine(run, opened, {name: job}, Notebook())
     assert isinstance(engine.backend, LocalBackend)
     batches = engine.task.step_batches(0, {})
     assert sum(len(b) for b in batches) == 7

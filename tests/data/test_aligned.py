@@ -33,7 +33,7 @@ from tests.support.tinyrun import CHATML, tokenizer
 
 def gpt2(shared_data: Path) -> Any:
     """GPT-2's own tokenizer, which has no chat template."""
-    found = load_tokenizer(shared_data / "tokenizers" / "gpt2", notes=[])
+    found = load_tokenizer(shared_data / "tokenizers" / "gpt2", add_note=print)
     assert found is not None
     found.eos_token = found.bos_token = "<|endoftext|>"
     return found

@@ -242,7 +242,7 @@ def test_what_is_not_used_is_neither_read_nor_decoded(
     else:
         table.save_to_disk(str(path))
     notes: set[str] = set()
-    found = list(read_examples(open_source(path), notes=notes))
+    found = list(read_examples(open_source(path), add_note=notes.add))
     assert [one.values for one in found] == [
         {"question": "q", "answer": "a", "answers": ["a", "b"]}
     ]

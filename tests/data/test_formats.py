@@ -302,7 +302,7 @@ def test_thousands_of_columns_are_counted(tmp_path: Path, columns: list[str]) ->
     """10,000 unused columns printed 271 KB."""
     notes: set[str] = set()
     (tmp_path / "d.jsonl").write_text(json.dumps(dict.fromkeys(columns, "t")) + "\n")
-    assert len(list(read_examples(open_source(tmp_path / "d.jsonl"), notes=notes))) == 1
+    assert len(list(read_examples(open_source(tmp_path / "d.jsonl"), add_note=notes.add))) == 1
     (note,) = notes
     assert note.endswith(f" and {len(columns) - 13} more")
     assert len(note) < 400 + len(str(tmp_path))
@@ -363,7 +363,7 @@ def test_a_file_keeps_the_format_of_its_first_row(tmp_path: Path) -> None:
         list(read_examples(open_source(tmp_path)))
     notes: set[str] = set()
     source = open_source(tmp_path, on_bad_row="skip")
-    found = list(read_examples(source, notes=notes))
+    found = list(read_examples(source, add_note=notes.add))
     assert [(item.number, Path(item.where).name) for item in found] == [
         (0, "a.jsonl:1"),
         (2, "a.jsonl:3"),
@@ -448,7 +448,7 @@ def test_a_row_that_teaches_nothing_is_left_out_with_a_count(
     values = [None, 1, 0, False, 1.0, 0.0, True, "0", "True", ""]
     path.write_text("".join(json.dumps({**row, column: value}) + "\n" for value in values))
     source, notes = open_source(str(path)), set[str]()
-    found = list(read_examples(source, notes=notes))
+    found = list(read_examples(source, add_note=notes.add))
     assert [one.where for one in found] == [f"{path}:{line}" for line in (1, 2, 5, 7, 9, 10)]
     assert source.bad.counts == {"not to be learnt": 4}
     assert not notes

@@ -149,7 +149,7 @@ def test_a_list_of_objects_that_is_not_read_is_said(tmp_path: Path) -> None:
         '{"train": [{"text": "x"}], "splits": [1], "data": [{"text": "a"}], "more": [{"text": "b"}]}',
     )
     notes: set[str] = set()
-    assert len(list(read_examples(open_source(path), notes=notes))) == 1
+    assert len(list(read_examples(open_source(path), add_note=notes.add))) == 1
     said = [
         f"{path}: the rows are those under 'data'; the list of objects under {key!r} is not read"
         for key in ("more", "train")

@@ -302,7 +302,7 @@ def test_csv_as_pandas_writes_it(tmp_path: Path, again: bool) -> None:
     if again:
         pandas.read_csv(path).to_csv(path)
     notes: set[str] = set()
-    found = list(read_examples(open_source(path), notes=notes))
+    found = list(read_examples(open_source(path), add_note=notes.add))
     assert [[m.content for m in one.content.messages] for one in found] == [
         [f"q, {n}", f'a "{n}"'] for n in range(3)
     ]  # type: ignore[union-attr]
@@ -444,7 +444,7 @@ def test_a_hub_data_set_with_pictures_is_read_without_them(
     )
     name = on_the_hub("train.parquet", (tmp_path / "x.parquet").read_bytes())
     notes: set[str] = set()
-    found = list(read_examples(open_source(name, streaming=streaming), notes=notes))
+    found = list(read_examples(open_source(name, streaming=streaming), add_note=notes.add))
     assert [(one.values, one.where) for one in found] == [
         ({"text": t}, f"owner/set:{n}") for n, t in enumerate("abc", 1)
     ]

@@ -102,7 +102,7 @@ def test_the_largest_runs_of_ours_are_known(tmp_path: Path) -> None:
         for n in range(1000)
     ]
     text = dump_settings(
-        build_settings(RunConfig, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, [])
+        build_settings(RunConfig, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, print)
     )
     assert 150_000 < len(text) <= ownership.MOST_DESCRIPTION // 2
     # whose parsing takes seconds

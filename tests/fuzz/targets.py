@@ -180,7 +180,7 @@ def _command_line(data: bytes, folder: Path) -> object:
 
 def _parsed(schema: Any, words: list[str]) -> object:
     try:
-        return parse_settings(schema, words, [])
+        return parse_settings(schema, words, print)
     except LorryError as refusal:
         return refusal
 
@@ -251,7 +251,7 @@ def _config_seeds() -> list[bytes]:
 
 
 def _read_config(path: Path) -> object:
-    return describe_model(path.parent, notes=[])
+    return describe_model(path.parent, add_note=print)
 
 
 def _shard() -> bytes:

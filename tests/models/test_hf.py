@@ -62,7 +62,7 @@ def test_packed_logits_are_the_models_own(name: str) -> None:
     """
     inner = tiny.random_model(tiny.FOREIGN[name])
     notes: list[str] = []
-    model = HfModel(inner, notes)
+    model = HfModel(inner, notes.append)
     with torch.no_grad():
         expected = torch.cat(
             [inner(input_ids=torch.tensor([s]), use_cache=False).logits[0] for s in SEQUENCES]

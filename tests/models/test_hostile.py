@@ -158,7 +158,7 @@ def test_a_config_does_not_choose_code(native: bool, changes: dict[str, Any], ll
     (path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": "x.Y"}})
     )
-    model = opened(path, native=native, notes=notes)
+    model = opened(path, native=native, add_note=notes.append)
     assert close(model, tiny.trained("llama"))
     assert not (llama.parent / "canary").exists()
     assert any("auto_map" in note for note in notes)
@@ -191,7 +191,7 @@ def test_trusted_code_runs_and_is_said_to(
     }
     edit_config(llama, model_type="own", architectures=["OwnModel"], auto_map=pointers)
     notes: list[str] = []
-    model = opened(llama, trust_remote_code=True, notes=notes)
+    model = opened(llama, trust_remote_code=True, add_note=notes.append)
     assert isinstance(model, HfModel)
     assert type(model.inner).__name__ == "OwnModel"
     assert close(model, tiny.trained("llama"))

@@ -151,7 +151,7 @@ def test_what_the_decoder_does_not_compute_goes_to_transformers_with_the_reason(
 ) -> None:
     inner = tiny.fresh(name, **changes)
     notes: list[str] = []
-    loaded = load_model(tiny.directory(inner, tmp_path), dtype="float32", notes=notes)
+    loaded = load_model(tiny.directory(inner, tmp_path), dtype="float32", add_note=notes.append)
     assert isinstance(loaded.model, HfModel)
     assert loaded.source["family"] is None
     assert reason in loaded.source["why"]
@@ -184,14 +184,14 @@ def test_dtype_and_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pick_dtype("float8", cpu)
     with pytest.raises(ConfigError, match="device='cudda'"):
         pick_device("cudda")
-    assert load_model(llama, dtype="float32", notes=[]).tokenizer is None
+    assert load_model(llama, dtype="float32", add_note=print).tokenizer is None
 
 
 def test_the_bases_own_dropout_is_off_and_said_to_be(tmp_path: Path) -> None:
     notes: list[str] = []
     path = edit_config(tiny.directory(tiny.fresh("gpt2"), tmp_path), resid_pdrop=0.1)
     for native in (True, False):
-        model = opened(path, native=native, notes=notes).train()
+        model = opened(path, native=native, add_note=notes.append).train()
         assert torch.equal(logits(model), logits(model))
     assert sum("resid_pdrop=0.1" in note for note in notes) == 2
 
@@ -231,13 +231,13 @@ def test_a_hub_id_is_downloaded_without_pickles_or_code(
         return str(llama)
 
     monkeypatch.setattr(sources, "snapshot_download", snapshot)
-    loaded = load_model("someone/tiny-llama", revision="v1", dtype="float32", notes=[])
+    loaded = load_model("someone/tiny-llama", revision="v1", dtype="float32", add_note=print)
     assert close(loaded.model, tiny.trained("llama"))
     assert loaded.source["kind"] == "hub"
     name, options = asked[0]
     assert (name, options["revision"]) == ("someone/tiny-llama", "v1")
     assert not any(p.endswith((".bin", ".py", ".pt", "*")) for p in options["allow_patterns"])
-    load_model("someone/tiny-llama", trust_remote_code=True, notes=[])
+    load_model("someone/tiny-llama", trust_remote_code=True, add_note=print)
     assert "*.py" in asked[1][1]["allow_patterns"]
 
 
@@ -265,13 +265,13 @@ def adapter(path: Path, recorded: str | None, **facts: Any) -> Path:
 
 def test_an_adapter_or_run_opens_its_base(llama: Path, tmp_path: Path) -> None:
     one = adapter(tmp_path / "one", str(llama))
-    loaded = load_model(one, dtype="float32", notes=[])
+    loaded = load_model(one, dtype="float32", add_note=print)
     assert loaded.source["adapter"] == str(one)
     assert loaded.source["path"] == str(llama)
     run = tmp_path / "run"
     adapter(run / "a", "/gone", base={"name": "x/gone", "path": str(llama)})
     adapter(run / "b", str(llama))
-    assert load_model(run, dtype="float32", notes=[]).source["adapter"] == str(run)
+    assert load_model(run, dtype="float32", add_note=print).source["adapter"] == str(run)
     adapter(run / "c", str(one))
     with pytest.raises(ModelError, match="different bases"):
         opened(run)

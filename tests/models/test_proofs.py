@@ -83,12 +83,12 @@ def test_a_model_that_sees_the_future_is_refused(kind: str, dtype: str, tmp_path
         ModelError,
         match=f"(?s)model: .*no causal language model here: changing tokens .* Set {field}",
     ):
-        load_model(path, dtype=dtype, notes=notes)
+        load_model(path, dtype=dtype, add_note=notes.append)
     if kind == "bert":
         assert any("transformers says" in note and "is_decoder=True" in note for note in notes)
     name, _, value = field.partition("=")
     tiny.edit_config(path, **{name: value == "true"})
-    assert load_model(path, dtype=dtype, notes=[]).source["family"] == (
+    assert load_model(path, dtype=dtype, add_note=print).source["family"] == (
         kind if kind in ("llama", "qwen2") else None
     )
 
@@ -129,7 +129,7 @@ def test_others_that_are_no_causal_models(kind: str, tmp_path: Path) -> None:
     config, words = OTHERS[kind]
     _, path = saved({"model_type": kind, "vocab_size": tiny.VOCAB, **config}, tmp_path)
     with pytest.raises(ModelError, match=words):
-        load_model(path, dtype="float32", notes=[])
+        load_model(path, dtype="float32", add_note=print)
 
 
 def test_a_leak_into_one_position_and_of_any_size_is_found() -> None:
@@ -190,7 +190,9 @@ def test_rounding_alone_is_told_from_a_leak_by_the_gradient() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_family_is_proven_and_runs_natively(name: str, dtype: str, tmp_path: Path) -> None:
     notes: list[str] = []
-    loaded = load_model(tiny.directory(tiny.fresh(name), tmp_path / "m"), dtype=dtype, notes=notes)
+    loaded = load_model(
+        tiny.directory(tiny.fresh(name), tmp_path / "m"), dtype=dtype, add_note=notes.append
+    )
     assert isinstance(loaded.model, Decoder), notes
     assert len(list((tmp_path / "home" / "proofs").iterdir())) == 1
 
@@ -201,7 +203,7 @@ def test_a_field_that_only_transformers_reads_sends_the_model_to_transformers(
     """GPT-NeoX's rotary table looks for `head_dim`, which its config class does not list."""
     inner, path = saved({**tiny.NEOX, "head_dim": 4}, tmp_path)
     notes: list[str] = []
-    loaded = load_model(path, dtype="float32", notes=notes)
+    loaded = load_model(path, dtype="float32", add_note=notes.append)
     assert loaded.source["family"] is None
     assert any("other logits than transformers" in note and "more slowly" in note for note in notes)
     assert torch.equal(tiny.logits(loaded.model), inner(tiny.text_ids()).logits)
@@ -216,7 +218,7 @@ def test_a_broken_decoder_does_not_run(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Decoder, "_rotary_tables", late)
     notes: list[str] = []
-    loaded = load_model(path, dtype="float32", notes=notes)
+    loaded = load_model(path, dtype="float32", add_note=notes.append)
     assert "other logits than transformers" in loaded.source["why"]
     assert tiny.close(loaded.model, inner)
     assert len(list((tmp_path / "home" / "proofs").iterdir())) == 1  # that of transformers' own
@@ -232,7 +234,7 @@ def test_a_broken_cache_of_the_decoder_does_not_run(
             self, layer, rows, places, v, v
         )
         monkeypatch.setattr(kind, "write", broken)
-    assert "with its cache" in load_model(path, dtype="float32", notes=[]).source["why"]
+    assert "with its cache" in load_model(path, dtype="float32", add_note=print).source["why"]
 
 
 def test_a_fault_of_our_own_code_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +243,7 @@ def test_a_fault_of_our_own_code_is_raised(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delattr(Decoder, "new_cache")
     monkeypatch.delattr(DecodeRunner, "new_cache")
     with pytest.raises((AttributeError, TypeError), match="new_cache"):
-        load_model(path, dtype="float32", notes=[])
+        load_model(path, dtype="float32", add_note=print)
 
 
 def test_a_decoder_that_sees_the_future_does_not_run(
@@ -259,14 +261,14 @@ def test_a_decoder_that_sees_the_future_does_not_run(
         return HiddenStates(last + 1e-6 * last.mean(0))
 
     monkeypatch.setattr(Decoder, "hidden", leaking)
-    assert "moves what it says" in load_model(path, dtype="float32", notes=[]).source["why"]
+    assert "moves what it says" in load_model(path, dtype="float32", add_note=print).source["why"]
 
 
 def test_a_proof_is_made_once_for_a_config_and_again_for_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, path = saved(tiny.LLAMA, tmp_path)
-    load_model(path, dtype="float32", notes=[])
+    load_model(path, dtype="float32", add_note=print)
     made: list[str] = []
     monkeypatch.setattr(
         proofs,
@@ -276,7 +278,7 @@ def test_a_proof_is_made_once_for_a_config_and_again_for_another(
     for forget in (False, True):  # another process finds it on disk
         if forget:
             proofs._proven_digests.cache_clear()
-        assert load_model(path, dtype="float32", notes=[]).source["family"] == "llama"
+        assert load_model(path, dtype="float32", add_note=print).source["family"] == "llama"
     assert made == []
     for changes, dtype in (
         ({}, "bfloat16"),
@@ -284,7 +286,7 @@ def test_a_proof_is_made_once_for_a_config_and_again_for_another(
         ({"something_new": 1}, "float32"),
     ):
         tiny.edit_config(path, **changes)
-        assert load_model(path, dtype=dtype, notes=[]).source["why"] == "not this one"
+        assert load_model(path, dtype=dtype, add_note=print).source["why"] == "not this one"
 
 
 def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(
@@ -297,12 +299,12 @@ def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(
     )
     inner, path = saved(tiny.FOREIGN["granite"], tmp_path)
     for _ in range(2):
-        load_model(path, dtype="float32", notes=[])
+        load_model(path, dtype="float32", add_note=print)
     assert len(made) == 1
     with torch.no_grad():
         next(inner.parameters())[0, 0] += 1
-    load_model(tiny.directory(inner, tmp_path / "other"), dtype="float32", notes=[])
-    load_model(path, dtype="bfloat16", notes=[])
+    load_model(tiny.directory(inner, tmp_path / "other"), dtype="float32", add_note=print)
+    load_model(path, dtype="bfloat16", add_note=print)
     assert len(made) == 3
 
 
@@ -313,7 +315,7 @@ def test_why_a_model_generates_without_a_cache_is_kept_too(
     monkeypatch.setattr(proofs, "find_cache_error", lambda model: "its cache is broken")
     for _ in range(2):
         notes: list[str] = []
-        loaded = load_model(path, dtype="float32", notes=notes)
+        loaded = load_model(path, dtype="float32", add_note=notes.append)
         assert isinstance(loaded.model, HfModel)
         assert loaded.model.recompute_reason == "its cache is broken"
         assert any(note.endswith("slowly: its cache is broken") for note in notes)
@@ -324,7 +326,7 @@ def test_a_model_that_is_refused_is_asked_again(tmp_path: Path) -> None:
     _, path = saved(BERT, tmp_path)
     for _ in range(2):
         with pytest.raises(ModelError, match="no causal language model"):
-            load_model(path, dtype="float32", notes=[])
+            load_model(path, dtype="float32", add_note=print)
 
 
 def test_the_last_used_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +348,7 @@ def test_the_last_used_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_proof_leaves_the_random_numbers_of_a_run_alone(tmp_path: Path) -> None:
     _, path = saved(tiny.LLAMA, tmp_path)
     before = torch.get_rng_state()
-    load_model(path, dtype="float32", notes=[])
+    load_model(path, dtype="float32", add_note=print)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -357,7 +359,7 @@ def test_the_switch_leaves_them_out_and_says_so(
     _, path = saved(config, tmp_path)
     monkeypatch.setenv("LORRY_PROOFS", "0")
     notes: list[str] = []
-    load_model(path, dtype="float32", notes=notes)
+    load_model(path, dtype="float32", add_note=notes.append)
     assert [note for note in notes if note.startswith("LORRY_PROOFS=0: not proven")]
 
 
@@ -393,5 +395,5 @@ def test_a_model_with_little_room_is_proven_as_far_as_it_goes(tmp_path: Path) ->
         path = tiny.directory(
             tiny.random_model({**tiny.GPT2, "n_positions": context}), tmp_path / str(context)
         )
-        assert describe_model(path, notes=[]).family is not None
-        assert load_model(path, dtype="float32", notes=[]).source["family"] == "gpt2"
+        assert describe_model(path, add_note=print).family is not None
+        assert load_model(path, dtype="float32", add_note=print).source["family"] == "gpt2"

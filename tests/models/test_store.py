@@ -49,7 +49,7 @@ def test_transformers_loads_what_we_save(name: str, native: bool, tmp_path: Path
     again = theirs(tmp_path / "out")
     assert close(again, model)
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
-    ours = load_model(tmp_path / "out", dtype="float32", notes=[], native=native).model
+    ours = load_model(tmp_path / "out", dtype="float32", add_note=print, native=native).model
     assert close(ours, model)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float32"
@@ -82,7 +82,7 @@ def test_a_stream_is_never_held_whole(tmp_path: Path) -> None:
     save_model(model, out, tensors=stream(), max_shard_bytes=20_000, dtype=torch.bfloat16)
     given = [t.numel() * 2 for t in model.state_dict().values()]
     assert all(sum(given[:i]) - on_disk <= 20_000 for i, on_disk in enumerate(written))
-    again = load_model(out, dtype="float32", notes=[]).model
+    again = load_model(out, dtype="float32", add_note=print).model
     assert all(
         torch.equal(again.state_dict()[n], (t * 2).bfloat16().float())
         for n, t in model.state_dict().items()
@@ -108,7 +108,7 @@ def test_a_head_set_apart_from_a_tied_embedding(native: bool, tmp_path: Path) ->
         again.model.embed_tokens.weight, model.state_dict()["model.embed_tokens.weight"]
     )
     assert torch.equal(
-        load_model(tmp_path / "out", dtype="float32", notes=[]).model.state_dict()[
+        load_model(tmp_path / "out", dtype="float32", add_note=print).model.state_dict()[
             "lm_head.weight"
         ],
         head,
@@ -129,7 +129,7 @@ def test_a_merged_stream_is_the_adapted_model(name: str, native: bool, tmp_path:
     assert (logits(model) - logits(tiny.trained(name))).abs().max() > 0.1
     for merged in (
         theirs(tmp_path / "out"),
-        load_model(tmp_path / "out", dtype="float32", notes=[]).model,
+        load_model(tmp_path / "out", dtype="float32", add_note=print).model,
     ):
         assert (logits(merged) - logits(model)).abs().max() <= 1e-4
 
@@ -156,7 +156,7 @@ def test_generation_config_and_dtype_go_along(native: bool, tmp_path: Path) -> N
     (path / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [3, 27], "temperature": 0.6, "do_sample": True})
     )
-    model = load_model(path, dtype="float32", notes=[], native=native).model
+    model = load_model(path, dtype="float32", add_note=print, native=native).model
     save_model(model, tmp_path / "out", dtype=torch.bfloat16)
     said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (said["eos_token_id"], said["temperature"]) == ([3, 27], 0.6)

@@ -33,7 +33,7 @@ def test_a_damaged_tokenizer_is_one_line_naming_its_file(
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError) as refused:
-        load_tokenizer(tmp_path, notes=[])
+        load_tokenizer(tmp_path, add_note=print)
     said = str(refused.value)
     assert str(tmp_path) in said
     assert what in said

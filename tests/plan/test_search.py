@@ -41,7 +41,9 @@ def need(shape: ModelShape, rank: int = 8, **setup: Any) -> MemoryEstimate:
 
 
 def run(**settings: Any) -> RunConfig:
-    return build_settings(RunConfig, {"data": "x.jsonl", "model": "smollm2-135m", **settings}, [])
+    return build_settings(
+        RunConfig, {"data": "x.jsonl", "model": "smollm2-135m", **settings}, print
+    )
 
 
 @given(shapes, tokens, st.sampled_from(PRECISIONS), st.sampled_from(["cpu", "cuda"]))

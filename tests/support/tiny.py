@@ -247,7 +247,7 @@ def directory(model: Any, path: Path) -> Path:
 def decoder(model: Any, path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     """Lorry's decoder with the weights of a transformers model, by way of files."""
     directory(model, path)
-    described = describe_model(path, notes=[])
+    described = describe_model(path, add_note=print)
     assert described.family is not None, described.why
     return load_decoder(path, described.family, described.config, dtype, torch.device("cpu"))
 
@@ -262,7 +262,7 @@ def text_ids() -> Tensor:
 
 def opened(path: Path | str, **options: Any) -> Decoder | HfModel:
     """A checkpoint as Lorry opens it, in fp32 unless asked otherwise."""
-    return load_model(path, **{"dtype": "float32", "notes": [], **options}).model
+    return load_model(path, **{"dtype": "float32", "add_note": print, **options}).model
 
 
 def logits(model: Any) -> Tensor:

@@ -153,7 +153,7 @@ def described(model: Path, data: Path, out: Path, **settings: Any) -> RunConfig:
         **DEFAULTS,
         **settings,
     }
-    return build_settings(RunConfig, given, [])
+    return build_settings(RunConfig, given, print)
 
 
 def engine_for(

@@ -18,7 +18,7 @@ from tests.support.hubworld import finished_run, started_hub, visit  # noqa: F40
 
 
 def described(**train: Any) -> TrainConfig:
-    return build_settings(RunConfig, {"data": {"path": "x.jsonl"}, "train": train}, []).train
+    return build_settings(RunConfig, {"data": {"path": "x.jsonl"}, "train": train}, print).train
 
 
 # --- what goes wrong

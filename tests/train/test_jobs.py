@@ -243,7 +243,7 @@ def test_streamed_and_packed_jobs(world: World) -> None:
 def test_the_run_directory_has_a_peft_adapter_per_job(world: World, joint: TrainResult) -> None:
     base = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32)
     ids = torch.tensor([[5, 9, 200, 31, 7, 8, 300]])
-    opened = open_model(world.run("x").model.model_copy(update={"name": str(joint.path)}), [])
+    opened = open_model(world.run("x").model.model_copy(update={"name": str(joint.path)}), print)
     assert sorted(opened.adapters) == sorted(JOBS)
     for name in JOBS:
         folder = joint.path / name
@@ -255,7 +255,7 @@ def test_the_run_directory_has_a_peft_adapter_per_job(world: World, joint: Train
         model = PeftModel.from_pretrained(base, folder)
         theirs = model(ids).logits
         base = model.unload()
-        single = open_model(world.run("x").model.model_copy(update={"name": str(folder)}), [])
+        single = open_model(world.run("x").model.model_copy(update={"name": str(folder)}), print)
         torch.testing.assert_close(single.model(ids).logits, theirs, atol=1e-4, rtol=1e-4)
     assert not (joint.path / "adapter_config.json").exists()
 
@@ -290,11 +290,11 @@ def test_receipt_contracts_samples_and_card_cover_every_job(joint: TrainResult) 
 
 
 def test_the_description_written_is_the_run_again(world: World, joint: TrainResult) -> None:
-    assert parse_settings(RunConfig, [str(joint.path / "run.yaml")], []) == world.together(
+    assert parse_settings(RunConfig, [str(joint.path / "run.yaml")], print) == world.together(
         "joint", JOBS
     )
     again = parse_settings(
-        RunConfig, [str(joint.path / "run.yaml"), f"output_dir={world.root / 'again'}"], []
+        RunConfig, [str(joint.path / "run.yaml"), f"output_dir={world.root / 'again'}"], print
     )
     train_run(again, [])
     for name in JOBS:

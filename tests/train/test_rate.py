@@ -110,7 +110,7 @@ def finished(
     for _ in range(steps):
         times.step({"tokens": 96, "seconds": seconds})
     times.waited = 0.0
-    return run, open_model(run.model, []), times
+    return run, open_model(run.model, print), times
 
 
 def test_steps_of_a_run_become_a_rate(base: Path, tmp_path: Path, home: Path) -> None:

@@ -105,11 +105,13 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
 def test_the_description_written_is_the_run_again(describe: Describe, tmp_path: Path) -> None:
     run = describe(lora_dropout=0.1)
     train_run(run, [])
-    assert parse_settings(RunConfig, [str(tmp_path / "run" / "run.yaml")], []) == run
+    assert parse_settings(RunConfig, [str(tmp_path / "run" / "run.yaml")], print) == run
     first = files(tmp_path / "run")["adapter_model.safetensors"]
     train_run(
         parse_settings(
-            RunConfig, [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"], []
+            RunConfig,
+            [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"],
+            print,
         ),
         [],
     )
@@ -258,9 +260,9 @@ def test_training_goes_on_with_a_runs_adapter_in_place(describe: Describe, tmp_p
     train_run(describe(max_steps=12), [])
     first = losses(folder)
     default = {"r": 16, "max_steps": 12}
-    notes: list[str] = []
-    train_run(describe(base=folder, **default), notes)
-    assert any("training goes on with the adapter" in note for note in notes)
+    heard = tinyrun.Heard()
+    train_run(describe(base=folder, **default), [], [heard])
+    assert any("training goes on with the adapter" in note for note in heard.notes)
     assert losses(folder)[0] < first[0]
     assert losses(folder)[0] != first[0]
     with pytest.raises(ConfigError, match="already has an adapter"):

@@ -54,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model_directory(at / "foreign", spread=0.4)
     write_rows(at / "rows.jsonl", rows(9))
     write_rows(at / "held.jsonl", rows(3, start=40))
-    base = open_model(described(at / "student", at / "rows.jsonl", at / "x").model, [])
+    base = open_model(described(at / "student", at / "rows.jsonl", at / "x").model, print)
     attach(base.model, LoraSpec(r=2, init_lora_weights=False), "tutor", seed=2)
     save_adapter(base.model, at / "adapter", "tutor")
     return at
@@ -70,8 +70,8 @@ def material(world: Path, given: Mapping[str, Any], **settings: Any) -> TaskInpu
         "distill": {"teacher_dtype": "float32", **given},
         **settings,
     }
-    run, notes = build_settings(DistillRunConfig, described_as, []), list[str]()
-    opened = open_model(run.model, notes)
+    run, notes = build_settings(DistillRunConfig, described_as, print), list[str]()
+    opened = open_model(run.model, notes.append)
     attach(opened.model, LoraSpec(r=2), "default")
     make = make_encoder_factory(run, opened, notes)
     data = prepare_data(
@@ -156,7 +156,7 @@ def test_one_base_or_two(
 def test_an_adapter_scores_as_it_would_alone(world: Path) -> None:
     made = material(world, {"teacher_adapter": str(world / "adapter")})
     _, models = parts(build_distill(made))
-    alone = open_model(made.run.model.model_copy(update={"adapter": str(world / "adapter")}), [])
+    alone = open_model(made.run.model.model_copy(update={"adapter": str(world / "adapter")}), print)
     batch, want = made.held[0], {"logprob": TokenScore(log_prob)}
     expected = teacher.TeacherScorer(alone.model, teacher.Mix.one(alone.adapters[0])).score(
         [batch], want
@@ -411,7 +411,9 @@ def test_a_full_disk_leaves_no_cache(
 
 def test_every_byte_of_the_weights_counts(world: Path, tmp_path: Path) -> None:
     made = cached(world, tmp_path)
-    place = teacher.TeacherLocation.of(made.run.distill, made.opened, shareable=True, notes=[])
+    place = teacher.TeacherLocation.of(
+        made.run.distill, made.opened, shareable=True, add_note=print
+    )
     weights = world / "teacher" / "model.safetensors"
     before = place.digest(made.run.distill, "float32")
     assert place.digest(made.run.distill, "bfloat16") != before

@@ -57,7 +57,7 @@ def described(world: Path, out: Path, **settings: Any) -> UnlearnRunConfig:
         **tinyrun.DEFAULTS,
         **settings,
     }
-    return build_settings(UnlearnRunConfig, given, [])
+    return build_settings(UnlearnRunConfig, given, print)
 
 
 def base_run(world: Path, model: Path, out: Path) -> UnlearnRunConfig:
@@ -71,7 +71,7 @@ def base_run(world: Path, model: Path, out: Path) -> UnlearnRunConfig:
         "lora": None,
         **{name: value for name, value in tinyrun.DEFAULTS.items() if name != "r"},
     }
-    return build_settings(UnlearnRunConfig, given, [])
+    return build_settings(UnlearnRunConfig, given, print)
 
 
 def unlearn(world: Path, out: Path, **settings: Any) -> TrainResult:
@@ -97,8 +97,8 @@ def test_the_start_stays_and_the_adapter_comes_off(world: Path, tmp_path: Path) 
     result = unlearn(world, tmp_path / "run", lora_dropout=0.1)
     assert file_digest(world / "start/adapter_model.safetensors") == before
     assert {c["status"] for c in result.contracts} == {"held"}
-    start = open_model(ModelConfig(name=str(world / "start"), dtype="float32"), [])
-    again = open_model(ModelConfig(name=str(tmp_path / "run"), dtype="float32"), [])
+    start = open_model(ModelConfig(name=str(world / "start"), dtype="float32"), print)
+    again = open_model(ModelConfig(name=str(tmp_path / "run"), dtype="float32"), print)
     of_start = logits(start, Mix.one(start.adapters[0]))
     assert torch.equal(logits(again, Mix.none()), of_start)
     changed = logits(again, Mix.one(again.adapters[0]))
@@ -236,7 +236,7 @@ def test_jobs_are_the_runs_alone(method: str, world: Path, tmp_path: Path) -> No
             assert torch.allclose(close, value, rtol=1e-3, atol=2e-5), (name, tensor)
     last = [r["adapters"] for r in records(tmp_path / "together") if "eval_balance" in r][-1]
     assert {"eval_retain_kept", "eval_forget_probability"} <= last["a"].keys()
-    again = open_model(ModelConfig(name=str(tmp_path / "together"), dtype="float32"), [])
+    again = open_model(ModelConfig(name=str(tmp_path / "together"), dtype="float32"), print)
     assert set(again.adapters) == {"a", "b"}
     both = logits(again, Mix.constants({"a": 1.0, "b": 1.0}))
     assert not torch.equal(both, logits(again, Mix.one("a")))

@@ -323,7 +323,7 @@ def described(model: Path, data: Path, out: Path, **settings: Any) -> RunConfig:
             "learning_rate": 1e-3,
             **settings,
         },
-        [],
+        print,
     )
 
 

@@ -139,7 +139,7 @@ def relearn_by_peft(
     from lorry.models.loading.load import load_model
 
     folder = Path(model.words.name_or_path)
-    ours = load_model(str(folder), dtype="float32", notes=[]).model
+    ours = load_model(str(folder), dtype="float32", add_note=print).model
     attach(ours, LoraSpec(r=4), "relearn", seed=0)
     first = {path: slot.A.detach() for path, slot in get_bank(ours)["relearn"].slots.items()}
     names = sorted({path.rpartition(".")[2] for path in first})

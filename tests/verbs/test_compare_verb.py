@@ -97,12 +97,13 @@ def test_what_a_run_does_not_say_is_left_empty(
     (tmp_path / "bare" / "receipt.json").write_text("{}")
     assert comparison_row(read_run(tmp_path / "bare")).keys() == {"name", "path"}
     assert (
-        compare.main(parse_settings(CompareSettings, [str(tmp_path / "bare"), str(full)], [])) == 0
+        compare.main(parse_settings(CompareSettings, [str(tmp_path / "bare"), str(full)], print))
+        == 0
     )
     out = capsys.readouterr().out
     assert "Compared with bare" in out
     assert "trainable parameters" in out
-    assert compare.main(parse_settings(CompareSettings, [str(full), "format=json"], [])) == 0
+    assert compare.main(parse_settings(CompareSettings, [str(full), "format=json"], print)) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["final_loss"] == 2.0
 
 
@@ -120,7 +121,7 @@ def test_each_way_in_a_process_of_its_own(
     settings = parse_settings(
         CompareSettings,
         [*words, "ways=[full,mlp]", "learning_rates={full: 1e-4}", "learning_rate=1e-2"],
-        [],
+        print,
     )
     assert compare.main(settings) == 0
     out, err = capfd.readouterr()
@@ -151,7 +152,7 @@ def test_a_way_that_fails_ends_with_its_exit_code(
         f"output_dir={tmp_path}",
         "ways=[mlp]",
     ]
-    assert compare.main(parse_settings(CompareSettings, words, [])) == 3
+    assert compare.main(parse_settings(CompareSettings, words, print)) == 3
     assert "absent.jsonl" in capfd.readouterr().err
 
 
@@ -159,7 +160,7 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
     settings = parse_settings(
         CompareSettings,
         ["data=x.jsonl", "r=4", "learning_rate=1e-3", f"output_dir={tmp_path}", "seed=7"],
-        [],
+        print,
     )
     lora, full, mlp = (settings.run_of_way(name) for name in ("lora", "full", "mlp"))
     assert lora.lora is not None
@@ -201,4 +202,4 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
 )
 def test_bad_input(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        compare.main(parse_settings(CompareSettings, words, []))
+        compare.main(parse_settings(CompareSettings, words, print))

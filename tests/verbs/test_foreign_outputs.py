@@ -113,7 +113,7 @@ def test_compare(
     )
     refused(mine, capsys, "compare", *words)
     assert (
-        parse_settings(CompareSettings, [str(word) for word in words], []).output_dir
+        parse_settings(CompareSettings, [str(word) for word in words], print).output_dir
         == tmp_path / "out"
     )
 
@@ -129,7 +129,7 @@ def test_sweep_of_several_passes(
         "r=2,3",
         "jobs_per_pass=1",
     ]
-    assert len(parse_settings(SweepSettings, words, []).passes()) == 2
+    assert len(parse_settings(SweepSettings, words, print).passes()) == 2
     refused(put(tmp_path / "out" / name), capsys, "sweep", *words)
     assert not (tmp_path / "out" / "pass-1").exists()
 

@@ -162,7 +162,7 @@ def test_a_text_is_cut_where_the_benchmark_cuts_it(world: World) -> None:
     from lorry.generation.scorer import ModelScorer
     from lorry.models.loading.load import load_model
 
-    model = load_model(str(world.base), dtype="float32", notes=[]).model
+    model = load_model(str(world.base), dtype="float32", add_note=print).model
     words = PaddedModel(world.base, None)
     encoder = ExampleEncoder(words.words, max_length=CONTEXT)
     row = SuiteRow("here:1", "Mara", {}, plain=True)

@@ -164,7 +164,7 @@ def test_evaluated_with_a_weight(world: Path, tmp_path: Path, capsys: Any) -> No
 
 
 def test_chat_with_a_weight(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = open_model(ModelConfig(name=str(world / "runs/npo"), dtype="float32"), [])
+    opened = open_model(ModelConfig(name=str(world / "runs/npo"), dtype="float32"), print)
     chat = ChatSession(ChatSettings(model=ModelConfig(name="npo"), weight=0.5), opened)
     mixes = []
     monkeypatch.setattr(
@@ -182,12 +182,12 @@ def test_chat_with_a_weight(world: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("teacher", ["base", "start", "npo"])
 def test_a_teacher_on_the_students_weights(world: Path, teacher: str) -> None:
     """The student's base holds its start: the bare base, or another start, is another model."""
-    opened = open_model(ModelConfig(name=str(world / "runs/npo"), dtype="float32"), [])
+    opened = open_model(ModelConfig(name=str(world / "runs/npo"), dtype="float32"), print)
     names = {"base": world / "model", "start": world / "elsewhere", "npo": world / "runs/npo"}
     config = DistillConfig(teacher=str(names[teacher]), teacher_dtype="float32")
-    place = TeacherLocation.of(config, opened, shareable=True, notes=[])
+    place = TeacherLocation.of(config, opened, shareable=True, add_note=print)
     assert place.shared == (teacher == "npo")
-    scorer = open_teacher(place, config, opened, [])
+    scorer = open_teacher(place, config, opened, print)
     get_bank(scorer.model, create=True).activate(scorer.mix)
     with torch.no_grad():
         found = scorer.model(IDS).logits

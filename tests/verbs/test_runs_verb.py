@@ -16,7 +16,7 @@ from tests.support.verbworld import STEPS, World
 
 
 def listing(*words: object) -> int:
-    return runs.main(parse_settings(RunsSettings, [str(word) for word in words], []))
+    return runs.main(parse_settings(RunsSettings, [str(word) for word in words], print))
 
 
 @pytest.fixture

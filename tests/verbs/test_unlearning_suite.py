@@ -549,7 +549,7 @@ def test_what_looks_at_answers_leaves_their_whole_end_out(
     from lorry.generation.scorer import ModelScorer
     from lorry.models.loading.load import load_model
 
-    model = load_model(str(world.base), dtype="float32", notes=[]).model
+    model = load_model(str(world.base), dtype="float32", add_note=print).model
     words = tokenizer(template)
     encoder = ExampleEncoder(words, max_length=CONTEXT)
     row = SuiteRow("here:1", "Where does Mara live?", {})

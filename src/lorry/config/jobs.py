@@ -29,6 +29,7 @@ from lorry.config.parsing.place import (
 )
 from lorry.config.schema import JOBS, RunConfig
 from lorry.errors import ConfigError
+from lorry.notes import NoteCallback
 
 # what base weights that train (lora=null) are called where an adapter would have a name
 BASE_JOB = "base"
@@ -340,7 +341,7 @@ def _value_label(given: GivenSetting) -> str:
 
 
 def resolve_job_overrides(
-    names: SchemaNames, job_names: SchemaNames, item: JobItem, notes: list[str]
+    names: SchemaNames, job_names: SchemaNames, item: JobItem, add_note: NoteCallback
 ) -> JobOverrides:
     """A job's settings under their full names: ``names`` those of the run, ``job_names`` what of
     them a job may have. Raises ConfigError for one that is unknown, or the same for all jobs.
@@ -353,7 +354,7 @@ def resolve_job_overrides(
             and given.key not in job_names.groups
         ):
             _refuse_shared(names, given)
-        for placed in place_setting(job_names, given, notes):
+        for placed in place_setting(job_names, given, add_note):
             if placed.dotted in SHARED_SETTINGS:
                 _refuse_setting(given, placed.dotted)
             group, _, leaf = placed.dotted.partition(".")

@@ -110,7 +110,7 @@ class EvalRows:
         or when no row is left.
         """
         notes: set[str] = set()
-        encoded = encode_rows(read_examples(source, form, notes=notes), source, encoder)
+        encoded = encode_rows(read_examples(source, form, add_note=notes.add), source, encoder)
         encoded_rows = list(report_progress(encoded, source.label, encoder.tell))
         tokens = TokenSet.of(encoded_rows, source, encoder, notes)
         if not encoded_rows:

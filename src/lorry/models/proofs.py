@@ -57,6 +57,7 @@ from lorry.models.hf.anatomy import list_text_tokens
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.describe import model_file_errors, silence_transformers
 from lorry.models.loading.digest import sample_digest
+from lorry.notes import NoteCallback
 
 PROOFS_VARIABLE = "LORRY_PROOFS"
 PROOF_TOKENS = 16  # tokens of each sequence
@@ -89,23 +90,23 @@ MAX_SAVED_PROOFS = 300
 TWIN_LAYERS, TWIN_VOCABULARY, TWIN_LENGTH, TWIN_POSITIONS = 2, 96, 48, 512
 
 
-def proofs_disabled(notes: list[str]) -> bool:
+def proofs_disabled(add_note: NoteCallback) -> bool:
     """Whether the environment says to leave the proofs out; then a note says so."""
     if os.environ.get(PROOFS_VARIABLE) != "0":
         return False
-    notes.append(
+    add_note(
         f"{PROOFS_VARIABLE}=0: not proven that no position sees a later one, nor that a cache or the native decoder is right"
     )
     return True
 
 
-def prove_hf_model(model: HfModel, notes: list[str], where: str) -> None:
+def prove_hf_model(model: HfModel, add_note: NoteCallback, where: str) -> None:
     """(a) and (b) for a model of transformers as it was loaded. Without (b) it generates without a
     cache, with a note.
 
     Raises ModelError, opening with ``where``, when a position sees later ones.
     """
-    if proofs_disabled(notes):
+    if proofs_disabled(add_note):
         return
     kept = lorry_home() / "proofs" / _model_proof_digest(model)
     if (found := _read_proof(kept)) is None:
@@ -114,7 +115,7 @@ def prove_hf_model(model: HfModel, notes: list[str], where: str) -> None:
     else:
         model.recompute_reason = found
     if model.recompute_reason:
-        notes.append(
+        add_note(
             f"it generates by reading the whole sequence again for every token, slowly: {model.recompute_reason}"
         )
 
@@ -302,10 +303,10 @@ def find_native_mismatch(
     config: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
-    notes: list[str],
+    add_note: NoteCallback,
 ) -> str:
     """ "" if the native decoder computes this config, shown by (a), (b) and (c) on a twin; else what differs."""
-    if proofs_disabled(notes):
+    if proofs_disabled(add_note):
         return ""
     name = _native_proof_digest(config, dtype, device)
     kept = lorry_home() / "proofs" / name

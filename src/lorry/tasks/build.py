@@ -17,6 +17,7 @@ from lorry.data.prepare import PreparedData
 from lorry.data.stream.dataset import BatchStream
 from lorry.data.stream.joint import JointStream
 from lorry.models.loading.open import OpenedModel
+from lorry.notes import NoteCallback
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class PreparedJob:
 # step that is becomes the best one, and the first that is not ends the job.
 USABLE = "eval_usable"
 PreparedJobs = Mapping[str, PreparedJob]  # by adapter
-# (run, opened model, notes) -> what makes the encoder of its rows
-EncoderFactory = Callable[[RunConfig, OpenedModel, list[str]], Callable[..., ExampleEncoder]]
+# (run, opened model, add_note) -> what makes the encoder of its rows
+EncoderFactory = Callable[[RunConfig, OpenedModel, NoteCallback], Callable[..., ExampleEncoder]]
 
 
 def own_encoder(
-    run: RunConfig, opened: OpenedModel, notes: list[str]
+    run: RunConfig, opened: OpenedModel, add_note: NoteCallback
 ) -> Callable[..., ExampleEncoder]:
     """Rows are read by the model's own tokenizer; a token without an embedding makes a bad row."""
 

@@ -1,7 +1,7 @@
 """Training the base weights themselves (`lora: null`): switching them on, and writing the run as a
 plain Hugging Face model.
 
-    name = enable_base_training(run, opened, notes)      # instead of an adapter
+    name = enable_base_training(run, opened, add_note)      # instead of an adapter
     digests = write_and_check_model(run_dir, opened, checks, prepared)
 
 The model is written beside its place, read back and compared (contract 5), and only then moved file
@@ -33,6 +33,7 @@ from lorry.models.loading.load import load_model
 from lorry.models.loading.open import OpenedModel
 from lorry.models.loading.store import save_model
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
+from lorry.notes import NoteCallback, ignore_note
 from lorry.runs import ownership
 from lorry.runs.layout import STAGED
 from lorry.train.checks import ContractChecks
@@ -41,7 +42,7 @@ from lorry.train.start import is_full_finetune_dir
 CACHE_LINE_BYTES = 64  # bytes
 
 
-def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str:
+def enable_base_training(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) -> str:
     """Switch on the base weights that `trainable` names. Returns the name they go by in batches,
     metrics and checkpoints.
 
@@ -66,7 +67,7 @@ def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) 
     refuse_adapter_settings(run)
     weights = make_weights_trainable(opened.model, run.trainable or "all", BASE_JOB)
     total = parameter_count(opened.model)
-    notes.append(
+    add_note(
         f"training {weights.num_parameters():,} of the base's {total:,} weights ({weights.num_parameters() / total:.1%}), no adapter"
     )
     return BASE_JOB
@@ -144,7 +145,7 @@ def check_model_reload(
             device=model.device,
             native=isinstance(model, Decoder),
             trust_remote_code=has_own_code,
-            notes=[],
+            add_note=ignore_note,
         ).model
     except ModelError as error:
         raise checks.fail(5, str(error)) from error

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lorry.adapters.attach import attach, get_bank, list_skipped_modules
+from lorry.adapters.bank import Adapter
 from lorry.adapters.peft.files import base_digest, start_files
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.optim import OptimSettings
@@ -32,6 +33,7 @@ from lorry.evaluate.benchmarks.questions import Benchmark
 from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel, open_model
+from lorry.notes import NoteCallback
 from lorry.runs import ownership
 from lorry.runs.layout import (
     CARD,
@@ -104,20 +106,21 @@ def train_run(
     """Train as described, whatever the task, and write the run directory. ``settings_notes``: of how
     the description was read, for the listeners. Raises LorryError of the kind that fits;
     contracts.json is written even then, once the run has begun."""
-    notes = list(settings_notes)
     # first of all: a directory with somebody's files is refused before a second is spent
     claim_output_dir(run)
+    notebook = Notebook()
+    notebook.add(*settings_notes)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
-        run, exams = _prepare_run(run, notes)
+        run, exams = _prepare_run(run, notebook.add)
         # before the model is loaded: an unfinished run that is not resumed is refused here
         resume_from = find_resume_checkpoint(run)
         # a listener like the others; what it heard corrects `lorry plan` at the end
         times = StepTimes()
         trackers = open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))
-        notebook = Notebook(notes, [*listeners, times, *trackers])
+        notebook.listeners = [*listeners, times, *trackers]
         _set_up_torch(run)
-        opened = open_base(run, notes)
-        jobs = prepare_jobs(run, attach_jobs(run, opened, notes), opened, notebook)
+        opened = open_base(run, notebook.add)
+        jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
         engine = build_engine(run, opened, jobs, notebook, BenchmarkEvaluator(run, opened, exams))
         # read before an earlier run moves, which may be what this one begins with
         over = start_files(opened.model)
@@ -143,13 +146,13 @@ def suggest_less_memory(run: RunConfig) -> str:
     )
 
 
-def _prepare_run(run: RunConfig, notes: list[str]) -> tuple[RunConfig, list[Benchmark]]:
+def _prepare_run(run: RunConfig, add_note: NoteCallback) -> tuple[RunConfig, list[Benchmark]]:
     """The run with every measured choice made, and the questions it asks while it trains: before
     the model is loaded, which takes longer.
     """
-    run = resolve_memory_budget(run, notes)
+    run = resolve_memory_budget(run, add_note)
     exams = load_eval_benchmarks(run)
-    return default_best_metric(run, exams, notes), exams
+    return default_best_metric(run, exams, add_note), exams
 
 
 def _set_up_torch(run: RunConfig) -> None:
@@ -160,11 +163,11 @@ def _set_up_torch(run: RunConfig) -> None:
     torch.manual_seed(run.train.seed)
 
 
-def open_base(run: RunConfig, notes: list[str]) -> OpenedModel:
+def open_base(run: RunConfig, add_note: NoteCallback) -> OpenedModel:
     """The model that the run begins with. Raises ConfigError where it cannot be this run's, and
     what `open_model` raises.
     """
-    opened = open_model(run.model, notes, as_start=TASKS[run.task].over_start)
+    opened = open_model(run.model, add_note, as_start=TASKS[run.task].over_start)
     if opened.tokenizer is None:
         raise ConfigError(
             f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights"
@@ -187,23 +190,29 @@ def open_base(run: RunConfig, notes: list[str]) -> OpenedModel:
 
 @dataclass
 class Notebook:
-    """What a person should know of a run, and who is told. ``notes`` grows while the run is set up;
-    each is told once.
+    """What a person should know of a run, and who hears it. Notes of the set-up are collected by
+    `add` and passed on by `tell`, each once.
     """
 
-    notes: list[str]
-    listeners: Sequence[TrainingListener]
-    told: set[str] = field(default_factory=set)
+    listeners: Sequence[TrainingListener] = ()
+    # a dict for its order: {note: whether the listeners have heard it}
+    notes: dict[str, bool] = field(default_factory=dict)
+
+    def add(self, *texts: str) -> None:
+        """Collect notes for the next `tell`."""
+        for text in texts:
+            self.notes.setdefault(text, False)
 
     def tell(self, *texts: str | None) -> None:
-        """Tell the notes that have come since the last time, then these."""
-        for text in [*self.notes, *texts]:
-            if text and text not in self.told:
-                self.told.add(text)
+        """Pass on the notes that have come since the last time, then these."""
+        self.add(*(text for text in texts if text))
+        for text, heard in self.notes.items():
+            if not heard:
+                self.notes[text] = True
                 self.repeat(text)
 
     def repeat(self, text: str) -> None:
-        """Tell something that may be true again."""
+        """Pass on something that may be true again."""
         for listener in self.listeners:
             listener.note(text)
 
@@ -307,11 +316,13 @@ def _is_readable_evaluation(run_dir: Path) -> bool:
     return True
 
 
-def attach_jobs(run: RunConfig, opened: OpenedModel, notes: list[str]) -> dict[str, RunConfig]:
+def attach_jobs(
+    run: RunConfig, opened: OpenedModel, add_note: NoteCallback
+) -> dict[str, RunConfig]:
     """One new adapter for each job (or the one that the model came with): {adapter: the run it
     would be alone}. Raises what `attach_adapter` raises.
     """
-    return {attach_adapter(one, opened, notes): one for one in runs_by_adapter(run).values()}
+    return {attach_adapter(one, opened, add_note): one for one in runs_by_adapter(run).values()}
 
 
 def prepare_jobs(
@@ -322,7 +333,7 @@ def prepare_jobs(
     """
     # by what encoded rows hang on, so that jobs with the same data read it once
     task, rows_by_settings = TASKS[run.task], dict[str, EncodedRows]()
-    make = partial(task.encoder(run, opened, notebook.notes), tell=lambda text: notebook.tell(text))
+    make = partial(task.encoder(run, opened, notebook.add), tell=notebook.tell)
 
     def prepare(one: RunConfig, data: DataConfig, name: str) -> PreparedData:
         # a second set of rows makes the name part of the file's, or one would write over the other
@@ -370,19 +381,16 @@ def lora_spec_of(lora: LoraConfig) -> LoraSpec:
     return LoraSpec(**plain)
 
 
-def attach_adapter(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str:
+def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) -> str:
     """Attach a new adapter, or go on with the one the model came with; with lora=null, switch the
     base's own weights on. Returns its name. Raises ConfigError."""
     if run.lora is None:
-        return enable_base_training(run, opened, notes)
+        return enable_base_training(run, opened, add_note)
     if not opened.adapters:
         adapter = attach(
             opened.model, lora_spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed
         )
-        notes += [
-            f"not adapted: {one.what}; {one.why}"
-            for one in list_skipped_modules(opened.model, adapter)
-        ]
+        _note_skipped_modules(opened.model, adapter, add_note)
         return adapter.name
     if len(opened.adapters) > 1:
         raise ConfigError(
@@ -393,12 +401,15 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str
         raise ConfigError(
             f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings"
         )
-    notes.append(f"training goes on with the adapter of {run.model.name}")
+    add_note(f"training goes on with the adapter of {run.model.name}")
     adapter = get_bank(opened.model)[opened.adapters[0]]
-    notes += [
-        f"not adapted: {one.what}; {one.why}" for one in list_skipped_modules(opened.model, adapter)
-    ]
+    _note_skipped_modules(opened.model, adapter, add_note)
     return adapter.name
+
+
+def _note_skipped_modules(model: CausalLM, adapter: Adapter, add_note: NoteCallback) -> None:
+    for one in list_skipped_modules(model, adapter):
+        add_note(f"not adapted: {one.what}; {one.why}")
 
 
 def build_engine(
@@ -423,8 +434,7 @@ def build_engine(
     inputs = _task_inputs(run, opened, jobs, training, backend)
     # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
     built = TASKS[run.task].build(replace(inputs, tell=notebook.repeat))
-    notebook.notes += [*built.notes, *(note for job in training if (note := job.warmup_note()))]
-    notebook.tell()
+    notebook.tell(*built.notes, *(job.warmup_note() for job in training))
     return TrainingEngine(
         backend,
         built.task,

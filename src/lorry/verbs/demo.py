@@ -49,7 +49,7 @@ def main(settings: DemoSettings) -> int:
     chat = general_chat()
     notes: list[str] = []
     run = build_settings(
-        RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes
+        RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes.append
     )
     claim_output_dir(run)
     write_data(settings.output_dir, train + chat, held_out)

@@ -30,7 +30,7 @@ def open_with_adapters(
     from lorry.models.loading.open import open_model
 
     notes: list[str] = []
-    opened = open_model(config, notes, adapters=adapters, as_start=as_start)
+    opened = open_model(config, notes.append, adapters=adapters, as_start=as_start)
     for note in notes:
         print_note(f"note: {note}")
     # `lorry.load` gives such a model to Python; every verb reads or writes text

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorry.config.schema import ModelConfig
 from lorry.errors import DataError
+from lorry.notes import ignore_note
 from lorry.runs.layout import SAMPLES
 from lorry.runs.read import SampleRecord, read_samples
 
@@ -77,7 +78,9 @@ def logits_dtype_name(run: str, stored: str) -> str:
 
     needed = 4 * sum(
         math.prod(entry.shape)
-        for entry in read_tensor_entries(resolve_model(run, notes=[]).directory).values()
+        for entry in read_tensor_entries(
+            resolve_model(run, add_note=ignore_note).directory
+        ).values()
     )
     device, cpu = pick_device(ModelConfig().device), torch.device("cpu")
     fits = free_memory(device) > PROBE_LENGTH_FACTOR * needed and (

@@ -12,6 +12,7 @@ from lorry.config.settings import UnmergeSettings
 from lorry.disk import documents
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
+from lorry.notes import ignore_note
 from lorry.verbs.merge import MERGE_RECORD_FILE, weight_files
 from lorry.verbs.open_model import print_note
 
@@ -61,7 +62,7 @@ def find_base(record: dict[str, Any]) -> Path:
     return (
         recorded_place
         if recorded_place.is_dir()
-        else resolve_model(record["opened_as"], notes=[]).directory
+        else resolve_model(record["opened_as"], add_note=ignore_note).directory
     )
 
 

@@ -18,6 +18,7 @@ from lorry.config.parsing.files import DescriptionFile, read_description_file
 from lorry.config.parsing.names import show_value
 from lorry.config.parsing.place import GivenSetting
 from lorry.errors import ConfigError, suggest_nearest
+from lorry.notes import NoteCallback
 
 EXPERIMENT, PARAMETERS = "experiment", "parameters"
 SHIPPED_EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -42,7 +43,7 @@ def experiment_names(kind: str) -> list[str]:
 
 
 def take_experiment(
-    kind: str, sources: Sequence[Sequence[GivenSetting]], notes: list[str]
+    kind: str, sources: Sequence[Sequence[GivenSetting]], add_note: NoteCallback
 ) -> tuple[Experiment | None, list[list[GivenSetting]]]:
     """The experiment that is named among the settings, and the settings without its name and its
     parameters. Raises ConfigError for an unknown one, and for one of another verb.
@@ -60,12 +61,12 @@ def take_experiment(
             _refuse_overridden(given, described.values, rest)
             parameters[given.key] = _parameter_value(given)
             if not any(f"{{{given.key}}}" in text for _, text in _texts(described.values)):
-                notes.append(f"{given.key} changes nothing in this experiment")
+                add_note(f"{given.key} changes nothing in this experiment")
     values = {key: value for key, value in described.values.items() if key != PARAMETERS}
     filled = DescriptionFile(_fill_in(values, parameters), described.lines)
     name = path.relative_to(SHIPPED_EXPERIMENTS).with_suffix("").as_posix()
     shown = "".join(f", {key}={word}" for key, word in parameters.items())
-    notes.append(f"{EXPERIMENT}={name}{shown}: the settings of {path}, under those given here")
+    add_note(f"{EXPERIMENT}={name}{shown}: the settings of {path}, under those given here")
     return Experiment(path, filled), rest
 
 

@@ -17,6 +17,7 @@ from lorry.config.parsing.experiments import VERB_OF_KIND
 from lorry.config.parsing.names import SchemaNames
 from lorry.config.parsing.place import GivenSetting
 from lorry.errors import ConfigError
+from lorry.notes import NoteCallback
 
 # before a script: an interpreter or launcher, or a variable of the environment
 LAUNCHER = re.compile(r"(.*/)?(python[\d.]*|accelerate|torchrun|deepspeed)|[A-Z_]+=.*")
@@ -83,7 +84,7 @@ def verb_of_launcher(args: Sequence[str]) -> list[str]:
     return [VERB_OF_KIND[kind].partition(" ")[2], *args]
 
 
-def strip_launcher(kind: str, argv: Sequence[str], notes: list[str]) -> list[str]:
+def strip_launcher(kind: str, argv: Sequence[str], add_note: NoteCallback) -> list[str]:
     """The words that are settings. ``kind``: of the verb's experiments, "" for a verb without.
     Raises ConfigError for a --config-name of another verb.
     """
@@ -92,7 +93,7 @@ def strip_launcher(kind: str, argv: Sequence[str], notes: list[str]) -> list[str
     words = list(argv)
     scripts = [at for at, word in enumerate(words) if SCRIPT.fullmatch(word)]
     if scripts and LAUNCHER.fullmatch(words[0]):
-        notes.append(f"{' '.join(words[: scripts[0] + 1])} changes nothing: the verb says it")
+        add_note(f"{' '.join(words[: scripts[0] + 1])} changes nothing: the verb says it")
         del words[: scripts[0] + 1]
     for config, given in reversed(_config_names(words)):
         if config not in KIND_OF_CONFIG:  # one of theirs holds settings that would be lost
@@ -103,18 +104,18 @@ def strip_launcher(kind: str, argv: Sequence[str], notes: list[str]) -> list[str
         if KIND_OF_CONFIG[config] != kind:
             verb = VERB_OF_KIND[KIND_OF_CONFIG[config]]
             raise ConfigError(f"--config-name={config} is what `{verb}` does")
-        notes.append(f"--config-name={config} changes nothing: the verb says it")
+        add_note(f"--config-name={config} changes nothing: the verb says it")
         del words[given]
     kept = []
-    for word in _read_train_set(words, notes):
+    for word in _read_train_set(words, add_note):
         if found := HYDRA_MARK.fullmatch(word):
-            notes.append(f"{found[1]} before {found[2].partition('=')[0]} is not needed")
+            add_note(f"{found[1]} before {found[2].partition('=')[0]} is not needed")
             word = found[2]
         kept.append(word)
     return kept
 
 
-def _read_train_set(words: Sequence[str], notes: list[str]) -> list[str]:
+def _read_train_set(words: Sequence[str], add_note: NoteCallback) -> list[str]:
     """``data/datasets@data.train=TOFU_QA_retain data.train.TOFU_QA_retain.args.hf_args.name=retain90``,
     which makes the oracle, as the parameter of our experiment. A set that is named without its
     rows stays, as the error that it is: its file decides which they are.
@@ -126,7 +127,7 @@ def _read_train_set(words: Sequence[str], notes: list[str]) -> list[str]:
             continue
         chosen = f"data/datasets@data.train={found[1]}"
         ours = f"{TRAIN_PARAMETERS[found[1], found[2]]}={found[3]}"
-        notes.append(f"{word} is read as {ours}")
+        add_note(f"{word} is read as {ours}")
         made = [ours if each == word else each for each in made if each != chosen]
     return made
 
@@ -144,7 +145,7 @@ def _config_names(words: Sequence[str]) -> list[tuple[str, slice]]:
 
 
 def translate_settings(
-    names: SchemaNames, source: Sequence[GivenSetting], notes: list[str]
+    names: SchemaNames, source: Sequence[GivenSetting], add_note: NoteCallback
 ) -> list[list[GivenSetting]]:
     """A source of settings under our names; before it one of an adapter, where a model is named
     that brings one along.
@@ -157,21 +158,21 @@ def translate_settings(
             if name.endswith(ADAPTED) and "lora.r" in names.fields:
                 adapter = [GivenSetting(k, v, given.where) for k, v in ADAPTER_SETTINGS.items()]
             if weights:
-                notes.append(f"{given.where} names no weights: those of {WEIGHTS} are taken")
+                add_note(f"{given.where} names no weights: those of {WEIGHTS} are taken")
                 continue
             given = replace(given, value=HUB_IDS[name.removesuffix(ADAPTED)])
-            notes.append(f"model={name} is read as model={given.value}{_adapter_note(adapter)}")
+            add_note(f"model={name} is read as model={given.value}{_adapter_note(adapter)}")
         elif given.key == TRAINER and name == FINETUNE and "unlearn.method" not in names.fields:
-            notes.append(f"{TRAINER}={FINETUNE} changes nothing: the verb says it")
+            add_note(f"{TRAINER}={FINETUNE} changes nothing: the verb says it")
             continue
         elif given.key == TRAINER and "unlearn.method" in names.fields:
             given = replace(given, key="unlearn.method")
-            notes.append(f"{TRAINER} is read as {given.key}")
+            add_note(f"{TRAINER} is read as {given.key}")
         elif given.key == TASK_NAME:
             given = _task_name(names, given)
-            notes.append(f"{TASK_NAME} is read as {given.key}={given.value}")
+            add_note(f"{TASK_NAME} is read as {given.key}={given.value}")
         else:
-            given = _without_group(names, given, notes)
+            given = _without_group(names, given, add_note)
         own.append(given)
     return [adapter, own] if adapter else [own]
 
@@ -191,12 +192,12 @@ def _task_name(names: SchemaNames, given: GivenSetting) -> GivenSetting:
     return replace(given, key="output_dir", value=f"evals/{given.value}")
 
 
-def _without_group(names: SchemaNames, given: GivenSetting, notes: list[str]) -> GivenSetting:
+def _without_group(names: SchemaNames, given: GivenSetting, add_note: NoteCallback) -> GivenSetting:
     """``trainer.args.seed`` as ``train.seed``; what our group has not is an alias or unknown."""
     group, _, leaf = given.key.rpartition(".")
     if group not in GROUPS:
         return given
     ours = f"{GROUPS[group]}.{leaf}"
     key = ours if ours in names.fields else leaf
-    notes.append(f"{given.key} is read as {key}")
+    add_note(f"{given.key} is read as {key}")
     return replace(given, key=key)

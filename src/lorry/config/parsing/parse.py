@@ -32,6 +32,7 @@ from lorry.config.parsing.open_unlearning import strip_launcher, translate_setti
 from lorry.config.parsing.place import GivenSetting, PlacedSetting, place_setting
 from lorry.config.schema import RunConfig
 from lorry.errors import ConfigError
+from lorry.notes import NoteCallback
 
 MOST_ERRORS = 40  # lines of one refusal; another tool's description may have more
 # settings, by group, of which one says what is read; a job may have it where the run has none
@@ -44,22 +45,24 @@ ROW_CHOICES: dict[str, tuple[str, ...]] = {"data": ("name", "split")}
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def parse_settings(schema: type[Schema], argv: Sequence[str], notes: list[str]) -> Schema:
+def parse_settings(schema: type[Schema], argv: Sequence[str], add_note: NoteCallback) -> Schema:
     """Read ``[CONFIG.yaml] [WORD ...] [key=value ...]`` into ``schema``; peers' names that were
-    understood are told in ``notes``.
+    understood are each worth a note.
 
     Raises ConfigError: an unknown or ambiguous name, a value that is not allowed, settings that
     exclude each other, a bad file.
     """
-    config, settings = read_argv(schema, strip_launcher(_experiment_kind(schema), argv, notes))
+    config, settings = read_argv(schema, strip_launcher(_experiment_kind(schema), argv, add_note))
     return _resolve_settings(
-        schema, [_from_file(schema, config), settings] if config else [settings], notes
+        schema, [_from_file(schema, config), settings] if config else [settings], add_note
     )
 
 
-def build_settings(schema: type[Schema], settings: Mapping[str, Any], notes: list[str]) -> Schema:
+def build_settings(
+    schema: type[Schema], settings: Mapping[str, Any], add_note: NoteCallback
+) -> Schema:
     """The same from Python values, as keyword arguments give them: ``build_settings(RunConfig, {"data":
-    "f.jsonl", "r": 8}, notes)``.
+    "f.jsonl", "r": 8}, add_note)``.
     """
     plain = {
         key: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
@@ -68,7 +71,7 @@ def build_settings(schema: type[Schema], settings: Mapping[str, Any], notes: lis
     return _resolve_settings(
         schema,
         [[given for key, value in plain.items() for given in _spread_map(schema, key, value)]],
-        notes,
+        add_note,
     )
 
 
@@ -125,22 +128,22 @@ def _experiment_kind(schema: type[BaseModel]) -> str:
 
 
 def _with_experiment(
-    schema: type[BaseModel], sources: Iterable[Iterable[GivenSetting]], notes: list[str]
+    schema: type[BaseModel], sources: Iterable[Iterable[GivenSetting]], add_note: NoteCallback
 ) -> list[list[GivenSetting]]:
     """The sources under our names, after that of the experiment that one of them names."""
     kind = _experiment_kind(schema)
     given = [list(source) for source in sources]
     if not kind:
         return given
-    experiment, rest = take_experiment(kind, given, notes)
+    experiment, rest = take_experiment(kind, given, add_note)
     if experiment is not None:
         rest.insert(0, _described_settings(schema, experiment.described, experiment.path))
     names = schema_names(schema)
-    return [made for source in rest for made in translate_settings(names, source, notes)]
+    return [made for source in rest for made in translate_settings(names, source, add_note)]
 
 
 def _resolve_settings(
-    schema: type[Schema], sources: Iterable[Iterable[GivenSetting]], notes: list[str]
+    schema: type[Schema], sources: Iterable[Iterable[GivenSetting]], add_note: NoteCallback
 ) -> Schema:
     """Place every setting, lay later ones over earlier ones, validate; then the same for each job,
     on top of the run's.
@@ -151,7 +154,7 @@ def _resolve_settings(
     tree, origins = dict[str, Any](), dict[str, str]()
     expanded = dict[str, GivenSetting]()
     axes, errors = list[GivenSetting](), list[str]()
-    for source in _with_experiment(schema, sources, notes):
+    for source in _with_experiment(schema, sources, add_note):
         # of one source: the command line may use another name than the file that it overrides
         name_by_setting: dict[str, str] = {}
         for given in source:
@@ -159,7 +162,7 @@ def _resolve_settings(
                 axes.append(given)
                 continue
             with _collect_errors(errors):
-                for placed in place_setting(names, given, notes):
+                for placed in place_setting(names, given, add_note):
                     _refuse_second_name(
                         name_by_setting.setdefault(
                             f"{placed.dotted} {placed.part}", placed.given.key
@@ -177,12 +180,13 @@ def _resolve_settings(
     with _collect_errors(errors):
         for item in expand_jobs(expanded, axes, groups):
             with _collect_errors(errors):
-                jobs.append(resolve_job_overrides(names, job_names, item, job_notes))
+                jobs.append(resolve_job_overrides(names, job_names, item, job_notes.append))
     # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
     if errors:
         raise ConfigError(_list_errors(errors))
-    # a hundred jobs have the same alias; it is told once
-    notes += dict.fromkeys(job_notes)
+    # a hundred jobs have the same alias; its note comes once
+    for note in dict.fromkeys(job_notes):
+        add_note(note)
     settings = _adopt_job_rows(tree, jobs)
     # without its jobs first, so that an error of the run is not told once for each of them
     run = _validate_schema(schema, names, settings, origins)

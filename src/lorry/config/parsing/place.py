@@ -21,6 +21,7 @@ from lorry.config.parsing.aliases import (
 from lorry.config.parsing.files import read_scalar
 from lorry.config.parsing.names import SchemaNames, accepts_type, show_value
 from lorry.errors import ConfigError, suggest_nearest
+from lorry.notes import NoteCallback
 
 # those of YAML's core schema; "None" is text, and refused as such
 NULL_WORDS = {"", "~", "null", "Null", "NULL"}
@@ -53,7 +54,9 @@ class PlacedSetting:
     part: str = ""  # of a setting that is a map, the one entry that is given: ``data.local.NAME``
 
 
-def place_setting(names: SchemaNames, given: GivenSetting, notes: list[str]) -> list[PlacedSetting]:
+def place_setting(
+    names: SchemaNames, given: GivenSetting, add_note: NoteCallback
+) -> list[PlacedSetting]:
     """Find the settings that are meant: one, several for ``lora={r: 8, ...}``, none for a harmless
     word of a peer.
 
@@ -66,12 +69,12 @@ def place_setting(names: SchemaNames, given: GivenSetting, notes: list[str]) -> 
                 replace(given, key=f"{given.key}.{key}", value=each, typed=False)
                 for key, each in value.items()
             ]
-            return [placed for each in inner for placed in place_setting(names, each, notes)]
+            return [placed for each in inner for placed in place_setting(names, each, add_note)]
         if value is None or value == {}:
             return [PlacedSetting(given.key, value, given)]
     candidates = names.candidates(given.key)
     # before our own reading: adapter: lora in an axolotl file names no directory
-    if _is_homonym(given, notes):
+    if _is_homonym(given, add_note):
         return []
     if len(candidates) == 1:
         return [_place_field(names, candidates[0], given)]
@@ -86,7 +89,7 @@ def place_setting(names: SchemaNames, given: GivenSetting, notes: list[str]) -> 
         raise ConfigError(
             f"{given.where}: {given.key!r} is a group; set one of its settings, such as {example}"
         )
-    return _place_alias(names, given, notes)
+    return _place_alias(names, given, add_note)
 
 
 def _place_map_entry(names: SchemaNames, given: GivenSetting) -> PlacedSetting | None:
@@ -154,7 +157,9 @@ def parse_typed_value(text: str, field: FieldInfo) -> Any:
     return value
 
 
-def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> list[PlacedSetting]:
+def _place_alias(
+    names: SchemaNames, given: GivenSetting, add_note: NoteCallback
+) -> list[PlacedSetting]:
     word = _peer_word(names, given.key)
     if word in ALIAS_READERS:
         value = _read_typed(given.value) if given.typed else given.value
@@ -163,7 +168,7 @@ def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> l
         except ValueError as error:
             raise ConfigError(f"{given.where}: {given.key} {error}") from None
         if reading is None:
-            notes.append(f"{_quote_setting(given.key, value)} changes nothing")
+            add_note(f"{_quote_setting(given.key, value)} changes nothing")
             return []
         readings = reading if isinstance(reading, list) else [reading]
         settings = [
@@ -172,39 +177,37 @@ def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> l
             if (target := _alias_target(names, given.key, dotted))
         ]
         if settings:
-            notes.append(
+            add_note(
                 f"{_quote_setting(given.key, value)} is read as {' '.join(_quote_setting(*pair) for pair in settings)}"
             )
             return [PlacedSetting(target, meant, given) for target, meant in settings]
     if word in ALIAS_RENAMES and (target := _alias_target(names, given.key, ALIAS_RENAMES[word])):
         if given.value is None and not accepts_type(names.fields[target], type(None)):
             return []  # axolotl's files list every name they know, most of them empty
-        notes.append(f"{given.key} is read as {target}")
+        add_note(f"{given.key} is read as {target}")
         return [_place_field(names, target, given)]
     if word in IGNORED_ALIASES:
         if given.value is None:
             return []
         # told, since the person may have counted on it
-        notes.append(f"{given.key} changes nothing: {IGNORED_ALIASES[word]}")
+        add_note(f"{given.key} changes nothing: {IGNORED_ALIASES[word]}")
         return []
     if word in UNSUPPORTED_ALIASES:
         value = _read_typed(given.value) if given.typed else given.value
         # a value that asks for what happens anyway is no reason to refuse a whole file
         if value in UNSUPPORTED_ALIASES[word]:
             if word in ("optim", "optimizer") and value != "adamw":
-                notes.append(
+                add_note(
                     f"{_quote_setting(given.key, value)} changes nothing: the optimizer is AdamW, its moments in float32"
                 )
             elif value is False:
-                notes.append(
-                    f"{_quote_setting(given.key, value)} changes nothing: it is off here, too"
-                )
+                add_note(f"{_quote_setting(given.key, value)} changes nothing: it is off here, too")
             elif value not in (
                 None,
                 [],
                 {},
             ):  # another tool's file lists names that it leaves empty
-                notes.append(
+                add_note(
                     f"{_quote_setting(given.key, value)} changes nothing: Lorry does so anyway"
                 )
             return []
@@ -216,12 +219,12 @@ def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> l
     raise unknown_setting_error(names, given.key, given.where)
 
 
-def _is_homonym(given: GivenSetting, notes: list[str]) -> bool:
+def _is_homonym(given: GivenSetting, add_note: NoteCallback) -> bool:
     """Whether a name of ours has a peer's meaning here; that it changes nothing is told then."""
     theirs, why = HOMONYMS.get(given.key, (None, ""))
     if theirs is None or not theirs(given.value):
         return False
-    notes.append(f"{_quote_setting(given.key, given.value)} changes nothing: it {why}")
+    add_note(f"{_quote_setting(given.key, given.value)} changes nothing: it {why}")
     return True
 
 

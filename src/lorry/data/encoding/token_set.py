@@ -72,7 +72,7 @@ class TokenSet:
             return cls._of_cache(*found, adapter=adapter, role=role)
         notes: set[str] = set()
         rows = report_progress(
-            encode_rows(read_examples(source, form, notes=notes), source, encoder),
+            encode_rows(read_examples(source, form, add_note=notes.add), source, encoder),
             source.label,
             encoder.tell,
         )

@@ -45,6 +45,7 @@ from lorry.data.reading.content import (
 from lorry.data.reading.rows import file_of
 from lorry.data.reading.sources import DataSource
 from lorry.errors import DataError, shortlist_names, suggest_nearest
+from lorry.notes import NoteCallback, ignore_note
 
 # a sound row, never an error
 NOT_LEARNT = BadRow("not to be learnt", "its column weight, train or loss is 0 or false")
@@ -179,9 +180,10 @@ def read_examples(
     form: RowFormat | None = None,
     *,
     start: int = 0,
-    notes: set[str] | None = None,
+    add_note: NoteCallback = ignore_note,
 ) -> Iterator[DataExample]:
-    """The usable rows of a source from readable row ``start`` on. Bad rows go to ``source.bad``.
+    """The usable rows of a source from readable row ``start`` on. Bad rows go to ``source.bad``;
+    ``add_note`` hears, once a file, of columns that are not used.
 
     Each file's first row settles that file's format, whatever ``start`` is, so that a resumed
     reader sees the same rows.
@@ -192,8 +194,8 @@ def read_examples(
     def settle(columns: Iterable[str], where: str) -> RowFormat:
         chosen = settled[file_of(where)] = form or detect_format(columns, where)
         unused = chosen.unused(columns)
-        if unused and notes is not None:
-            notes.add(
+        if unused:
+            add_note(
                 f"{file_of(where)}: read as {chosen.name}; columns not used: {shortlist_names(unused)}"
             )
         return chosen
@@ -215,8 +217,9 @@ def read_examples(
             source.bad.report(row.where, content, json.dumps(row.values, default=str))
         else:
             yield DataExample(content, number, row.where, row.values)
-    if notes is not None:
-        notes |= source.remarks
+    # a set, whose order changes from process to process
+    for remark in sorted(source.remarks):
+        add_note(remark)
 
 
 def _make_conversation(

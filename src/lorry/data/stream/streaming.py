@@ -42,7 +42,9 @@ class StreamingTokenSet:
         read past, not encoded.
         """
         notes: set[str] = set()
-        found = read_examples(self.source, self.form, start=first * self.window_rows, notes=notes)
+        found = read_examples(
+            self.source, self.form, start=first * self.window_rows, add_note=notes.add
+        )
         # a window ends when a row behind it was read; that row opens the next one
         ahead = next(found, None)
         while ahead is not None:

@@ -402,11 +402,8 @@ def harness_sides(opened: OpenedModel) -> dict[str, Mix | str]:
 
 
 def _open_harness_model(path: str, model: Mapping[str, Any]) -> OpenedModel:
-    notes: list[str] = []
-    opened = open_model(build_settings(ModelConfig, {"name": path, **model}, notes), notes)
-    for note in notes:
-        log.warning(note)
-    return opened
+    settings = {"name": path, **model}
+    return open_model(build_settings(ModelConfig, settings, log.warning), log.warning)
 
 
 def _resolve_side(opened: OpenedModel, name: str) -> Mix | str:

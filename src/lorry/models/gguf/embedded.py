@@ -41,6 +41,7 @@ from lorry.models.loading.reopen import (
 )
 from lorry.models.loading.store import copy_permissions
 from lorry.models.loading.tokenizer import set_pre_tokenizer
+from lorry.notes import NoteCallback
 
 MANIFEST_FILE = "lorry_model.json"
 PROBE_TOKENS = 16  # that a converted model is run on
@@ -68,7 +69,7 @@ EMBEDDED = {
 }
 
 
-def resolve_embedded_model(name: str, notes: list[str]) -> Path:
+def resolve_embedded_model(name: str, add_note: NoteCallback) -> Path:
     """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is
     not installed, or if the file in it is another one than the wheel was published with."""
     wheel = EMBEDDED[name]
@@ -82,7 +83,7 @@ def resolve_embedded_model(name: str, notes: list[str]) -> Path:
             f"{file} is not the embedded model {name}: its SHA-256 is {digest}, it must be {wheel.sha256}. Install it again "
             f"({wheel.install} --force-reinstall), or to use this very file give its path"
         )
-    return convert_gguf(file, notes, name, digest)
+    return convert_gguf(file, add_note, name, digest)
 
 
 def cache_root() -> Path:
@@ -91,7 +92,7 @@ def cache_root() -> Path:
 
 
 def convert_gguf(
-    file: Path, notes: list[str], name: str | None = None, digest: str | None = None
+    file: Path, add_note: NoteCallback, name: str | None = None, digest: str | None = None
 ) -> Path:
     """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
 
@@ -111,13 +112,12 @@ def convert_gguf(
             if broken is None:
                 return target
             if target.is_dir():
-                notes.append(f"{target}: {broken}; converting it again")
-            notes.append(
-                f"converting {file.name} into {target}, once (about 20 s for 135M parameters)"
-            )
+                add_note(f"{target}: {broken}; converting it again")
+            add_note(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
             # a damaged directory is replaced as a whole, only when the new one is ready
             with durable.build_directory(target, replace=True) as work:
-                notes += _convert_to_folder(file, work)
+                for note in _convert_to_folder(file, work):
+                    add_note(note)
                 _write_manifest(work, file, digest)
     except OSError as e:
         where = f"{e.strerror} (the converted model is kept in {target}; LORRY_HOME=DIR names another place)"

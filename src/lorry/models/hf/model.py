@@ -41,6 +41,7 @@ from lorry.models.hf.frames import (
     depends_on_position,
     unpad_frames,
 )
+from lorry.notes import NoteCallback, ignore_note
 
 PROBE_TOKENS = 16  # of the text that shows which layers train
 CONTEXT_KEYS = (
@@ -70,7 +71,7 @@ class HfModel(CausalLM):
     family = None
     inner: Any
 
-    def __init__(self, inner: Any, notes: list[str] | None = None) -> None:
+    def __init__(self, inner: Any, add_note: NoteCallback = ignore_note) -> None:
         super().__init__()
         self.config: dict[str, Any] = inner.config.to_dict()
         self.layers: list[nn.Module] = find_layers(inner)
@@ -82,8 +83,8 @@ class HfModel(CausalLM):
         # the very dictionaries of inner: a replaced layer is replaced in both
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = inner.__dict__[table]
-        if self.body is None and notes is not None:
-            notes.append(
+        if self.body is None:
+            add_note(
                 f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]"
             )
         parameters = inspect.signature(self._target().forward).parameters

@@ -1,7 +1,7 @@
 """What transformers' loader made of a checkpoint, held to the rule of `models.loading.weights`.
 
     inner, info = AutoModelForCausalLM.from_pretrained(..., ignore_mismatched_sizes=True, output_loading_info=True)
-    refuse_unfit(directory, inner, info, entries(directory), notes)
+    refuse_unfit(directory, inner, info, entries(directory), add_note)
 
 transformers itself only warns: it fills what is missing with random numbers, keeps the last of two
 tensors that mean one, and drops what it does not expect.
@@ -27,6 +27,7 @@ from lorry.models.loading.weights import (
     refuse_damaged_buffers,
     refuse_not_finite,
 )
+from lorry.notes import NoteCallback
 
 # 6 digits: int() of a hostile name stays cheap
 EXPERT_TENSOR = re.compile(r"(?P<before>.*\b)experts\.(?P<number>\d{1,6})\.(?P<after>.+)")
@@ -37,11 +38,11 @@ def refuse_unfit_tensors(
     inner: Any,
     info: Mapping[str, Any],
     entries: Mapping[str, TensorEntry],
-    notes: list[str],
+    add_note: NoteCallback,
 ) -> None:
     """Raise ModelError unless the tensors of ``entries`` (by their names in the files) are those of
     ``inner``, each once, and every value is finite. ``info``: transformers' loading info. Tensors
-    that transformers' class leaves out by design go to ``notes``."""
+    that transformers' class leaves out by design are named in a note."""
     # cheap checks of names first; values are read last
     refuse_loading_errors(where, inner, info)
     refuse_packed_weights(where, inner, entries)
@@ -51,7 +52,7 @@ def refuse_unfit_tensors(
     refuse_untied_weights(where, inner, entries)
     if dropped := list_ignored_keys(inner, entries):
         some = ", ".join(dropped[:3])
-        notes.append(
+        add_note(
             f"{where}: {len(dropped)} tensors are no part of {type(inner).__name__} and were left out ({some})"
         )
     # after loading: these are the values that will be computed with

@@ -28,6 +28,7 @@ from lorry.families import ModelFamily, find_family, unsupported_fields
 from lorry.families.common import UnsupportedConfigError
 from lorry.models.decoder.pointwise import ACTIVATIONS
 from lorry.models.loading.config_json import decode_tagged_floats
+from lorry.notes import NoteCallback
 
 CODE_KEYS = frozenset(
     {
@@ -87,7 +88,7 @@ class ModelDescription:
 
 
 def describe_model(
-    directory: Path, *, trust_remote_code: bool = False, native: bool = True, notes: list[str]
+    directory: Path, *, trust_remote_code: bool = False, native: bool = True, add_note: NoteCallback
 ) -> ModelDescription:
     """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants
     code that was not allowed.
@@ -102,15 +103,13 @@ def describe_model(
             "transformers would follow it: give that file the usual name and take the field out"
         )
     pointers = raw.get("auto_map") or removed.get("auto_map")
-    notes += [
-        f"ignored {key} of {path.name}: a config does not choose the code that runs"
-        for key in removed
-    ]
+    for key in removed:
+        add_note(f"ignored {key} of {path.name}: a config does not choose the code that runs")
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{path}: no model_type; this is not the config of a transformers model")
     if pointers and trust_remote_code:
-        notes.append(f"trust_remote_code=true: Python code from {directory} runs in this process")
+        add_note(f"trust_remote_code=true: Python code from {directory} runs in this process")
         hf = AutoConfig.from_pretrained(
             str(directory), trust_remote_code=True, local_files_only=True
         )

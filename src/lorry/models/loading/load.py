@@ -1,7 +1,7 @@
 """Load a model: an HF directory, a hub id, a GGUF file, an embedded model, or an adapter's base;
 natively where possible.
 
-    loaded = load_model("smollm2-135m-instruct", notes=(notes := []))
+    loaded = load_model("smollm2-135m-instruct", add_note=print)
 
 Weights are read from safetensors alone. `dtype="auto"` is bfloat16 where the device computes it
 natively (CUDA with bf16, CPUs with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere,
@@ -35,6 +35,7 @@ from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.loading.weights import load_decoder, read_tensor_entries
 from lorry.models.proofs import find_native_mismatch, prove_hf_model
+from lorry.notes import NoteCallback
 from lorry.plan.machine import dtype_of_auto
 from lorry.runs.layout import ADAPTER_FACTS
 
@@ -74,14 +75,14 @@ def load_model(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     native: bool = True,
-    notes: list[str],
+    add_note: NoteCallback,
 ) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
-    implementation. ``notes`` collects what a person should know. Raises ModelError when anything
+    implementation. ``add_note`` hears what a person should know. Raises ModelError when anything
     does not fit, ConfigError for an unknown dtype or device.
     """
     location = resolve_model(
-        str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes
+        str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, add_note=add_note
     )
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(
@@ -92,11 +93,11 @@ def load_model(
         torch_device,
     )
     description = describe_model(
-        location.directory, trust_remote_code=trust_remote_code, native=native, notes=notes
+        location.directory, trust_remote_code=trust_remote_code, native=native, add_note=add_note
     )
     if description.family is not None and (
         why := find_native_mismatch(
-            description.family, description.config, torch_dtype, torch_device, notes
+            description.family, description.config, torch_dtype, torch_device, add_note
         )
     ):
         description = replace(description, family=None, why=why)
@@ -108,21 +109,24 @@ def load_model(
         # PEFT's field for the base: adapters saved later name it
         model.config["_name_or_path"] = str(location.directory)
     else:
-        notes.append(f"{description.why}; it runs through transformers, more slowly")
+        add_note(f"{description.why}; it runs through transformers, more slowly")
         model = load_hf(
             location.directory,
             description,
             torch_dtype,
             torch_device,
             trust_remote_code=trust_remote_code,
-            notes=notes,
+            add_note=add_note,
         )
-    notes += note_disabled_dropout(description.config)
-    tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code, notes=notes)
+    for note in note_disabled_dropout(description.config):
+        add_note(note)
+    tokenizer = load_tokenizer(
+        location.directory, trust_remote_code=trust_remote_code, add_note=add_note
+    )
     vocabulary = model.vocab_size
     # the other way round is common: embeddings padded to a round number
     if tokenizer is not None and len(tokenizer) > vocabulary:
-        notes.append(
+        add_note(
             f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"
         )
     generation = location.directory / "generation_config.json"
@@ -162,7 +166,7 @@ def load_hf(
     device: torch.device,
     *,
     trust_remote_code: bool,
-    notes: list[str],
+    add_note: NoteCallback,
 ) -> HfModel:
     """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises
     ModelError otherwise.
@@ -184,14 +188,15 @@ def load_hf(
             ignore_mismatched_sizes=True,  # `refuse_unfit_tensors` names them
             output_loading_info=True,
         )
-    refuse_unfit_tensors(directory, inner, info, entries, notes)
+    refuse_unfit_tensors(directory, inner, info, entries, add_note)
     try:
         with silence_transformers(warnings):
-            model = HfModel(inner.to(device), notes)
-            prove_hf_model(model, notes, str(directory))
+            model = HfModel(inner.to(device), add_note)
+            prove_hf_model(model, add_note, str(directory))
     finally:
         # in `finally`: the warning often explains the error
-        notes += [f"transformers says: {text}" for text in dict.fromkeys(warnings)]
+        for text in dict.fromkeys(warnings):
+            add_note(f"transformers says: {text}")
     return model
 
 

@@ -20,6 +20,7 @@ from lorry.models.loading.load import load_model, trained_dtype
 from lorry.models.loading.sources import resolve_model
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
 from lorry.models.loading.weights import FLOAT_DTYPES, read_tensor_entries
+from lorry.notes import NoteCallback, ignore_note
 from lorry.runs.layout import ADAPTER_CONFIG, RUN_FILE, list_adapter_subfolders
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -38,7 +39,7 @@ class OpenedModel:
 
 def open_model(
     config: ModelConfig,
-    notes: list[str],
+    add_note: NoteCallback,
     *,
     adapters: Sequence[str] = (),
     as_start: bool = False,
@@ -66,10 +67,10 @@ def open_model(
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         native=config.native,
-        notes=notes,
+        add_note=add_note,
     )
     paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []
-    tokenizer = _own_tokenizer(Path(paths[0]), notes) if paths else None
+    tokenizer = _own_tokenizer(Path(paths[0]), add_note) if paths else None
     # a run may have added a chat template or tokens
     tokenizer = loaded.tokenizer if tokenizer is None else tokenizer
     if config.chat_template_path is not None and tokenizer is not None:
@@ -95,7 +96,7 @@ def open_model(
     return OpenedModel(loaded.model, tokenizer, loaded.source, names)
 
 
-def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
+def _own_tokenizer(adapter: Path, add_note: NoteCallback) -> Any | None:
     """The tokenizer a run was trained with, which lies in the run directory; None where there is
     none.
     """
@@ -108,7 +109,7 @@ def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
         ),
         None,
     )
-    return None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, notes=notes)
+    return None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, add_note=add_note)
 
 
 def _read_template(path: str) -> str:
@@ -150,7 +151,9 @@ def stored_dtype(name: str) -> str:
     """
     dtypes = {
         entry.dtype
-        for entry in read_tensor_entries(resolve_model(name, notes=[]).directory).values()
+        for entry in read_tensor_entries(
+            resolve_model(name, add_note=ignore_note).directory
+        ).values()
         if entry.dtype in FLOAT_DTYPES
     }
     return DTYPE_NAMES.get(next(iter(dtypes)), "float32") if len(dtypes) == 1 else "float32"

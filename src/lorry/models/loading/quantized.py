@@ -1,7 +1,7 @@
 """A frozen model whose matrices are held in 4 or 8 bits, by transformers and bitsandbytes: a
 teacher that takes little room.
 
-model = open_quantized(resolve("runs/large-merged", notes=[]), "nf4", "auto", "cpu", notes=[])
+model = open_quantized(resolve_model("runs/large-merged", add_note=print), "nf4", "auto", "cpu", print)
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from lorry.models.loading.load import pick_device, pick_dtype
 from lorry.models.loading.sources import ModelLocation
 from lorry.models.loading.weights import read_tensor_entries, read_tensors
 from lorry.models.proofs import prove_hf_model
+from lorry.notes import NoteCallback
 
 QUANTIZED_FORMATS = ("nf4", "fp4", "int8")
 
 
 def open_quantized(
-    place: ModelLocation, quantize: str, dtype: str, device: str, notes: list[str]
+    place: ModelLocation, quantize: str, dtype: str, device: str, add_note: NoteCallback
 ) -> HfModel:
     """A causal model with its linear layers quantised as it is read; products are computed in
     ``dtype``.
@@ -40,7 +41,7 @@ def open_quantized(
         )
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    described = describe_model(place.directory, native=False, notes=notes)
+    described = describe_model(place.directory, native=False, add_note=add_note)
     # refuses pickles, broken shards and paths that lead elsewhere
     found = read_tensor_entries(place.directory)
     for (
@@ -66,7 +67,7 @@ def open_quantized(
             device_map={"": where},
             output_loading_info=True,
         )
-    refuse_unfit_tensors(place.directory, inner, info, found, notes)
-    model = HfModel(inner, notes)
-    prove_hf_model(model, notes, str(place.directory))
+    refuse_unfit_tensors(place.directory, inner, info, found, add_note)
+    model = HfModel(inner, add_note)
+    prove_hf_model(model, add_note, str(place.directory))
     return model

@@ -23,6 +23,7 @@ from lorry.errors import ContractError, ModelError
 from lorry.models.loading.accounting import refuse_unfit_tensors
 from lorry.models.loading.describe import describe_model, model_file_errors, silence_transformers
 from lorry.models.loading.weights import read_tensor_entries
+from lorry.notes import ignore_note
 
 # Largest logit difference, as a share of the largest logit, between two libraries that compute in a
 # number format with the same weights: its rounding on the way. A wrong scale, a lost module or
@@ -34,7 +35,7 @@ def reopen_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model in ``folder`` as transformers reads it, every tensor accounted for. Raises
     ContractError if it, or Lorry, cannot open what was written."""
     try:
-        describe_model(folder, notes=[])
+        describe_model(folder, add_note=ignore_note)
         found = read_tensor_entries(folder)
         with model_file_errors(f"{folder}: transformers cannot load it"), silence_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -45,7 +46,7 @@ def reopen_model(folder: Path, dtype: torch.dtype) -> Any:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        refuse_unfit_tensors(folder, model, info, found, [])
+        refuse_unfit_tensors(folder, model, info, found, ignore_note)
     except ModelError as error:
         raise ContractError(
             f"what was written cannot be opened again, so it was not kept: {error}"

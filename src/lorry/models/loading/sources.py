@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from lorry.errors import ModelError, suggest_nearest
 from lorry.models.gguf.embedded import EMBEDDED, convert_gguf, resolve_embedded_model
 from lorry.models.loading.describe import read_model_json
+from lorry.notes import NoteCallback
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE, list_adapter_subfolders
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -48,7 +49,7 @@ def resolve_model(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    notes: list[str],
+    add_note: NoteCallback,
     base_only: bool = False,
 ) -> ModelLocation:
     """Find (and if need be download or convert) a model. An embedded name wins over a path; write
@@ -58,15 +59,15 @@ def resolve_model(
     comes near.
     """
     if name in EMBEDDED:
-        return ModelLocation(resolve_embedded_model(name, notes), "embedded")
+        return ModelLocation(resolve_embedded_model(name, add_note), "embedded")
     path = Path(name).expanduser()
     if path.is_file():
         # a single .safetensors has no config beside its name
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file; give the directory of the model, or a .gguf file")
-        return ModelLocation(convert_gguf(path, notes), "gguf")
+        return ModelLocation(convert_gguf(path, add_note), "gguf")
     if path.is_dir():
-        location = _locate_adapter_base(path.resolve(), notes, base_only)
+        location = _locate_adapter_base(path.resolve(), add_note, base_only)
         if (
             location is None
             and (path / RUN_FILE).is_file()
@@ -79,7 +80,7 @@ def resolve_model(
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_ID.fullmatch(name):
         raise ModelError(f"no model at {name!r}{_suggest_names(name)}")
     snapshot = _download_snapshot(name, revision, trust_remote_code)
-    return _locate_adapter_base(snapshot, notes, base_only) or ModelLocation(snapshot, "hub")
+    return _locate_adapter_base(snapshot, add_note, base_only) or ModelLocation(snapshot, "hub")
 
 
 def find_adapters_in(path: Path) -> list[Path]:
@@ -91,7 +92,9 @@ def find_adapters_in(path: Path) -> list[Path]:
     return [] if (path / "config.json").is_file() else list_adapter_subfolders(path)
 
 
-def _locate_adapter_base(path: Path, notes: list[str], base_only: bool) -> ModelLocation | None:
+def _locate_adapter_base(
+    path: Path, add_note: NoteCallback, base_only: bool
+) -> ModelLocation | None:
     """The base that the adapters of a directory were trained on, which must be one; None if it
     holds no adapters.
     """
@@ -107,7 +110,7 @@ def _locate_adapter_base(path: Path, notes: list[str], base_only: bool) -> Model
         )
     try:
         return replace(
-            resolve_model(next(iter(different)), notes=notes, base_only=True), adapter=path
+            resolve_model(next(iter(different)), add_note=add_note, base_only=True), adapter=path
         )
     except ModelError as e:
         raise ModelError(f"{path} is an adapter and its base cannot be loaded: {e}") from e

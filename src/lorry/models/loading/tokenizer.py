@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from lorry.errors import ModelError
 from lorry.models.loading.describe import model_file_errors, read_model_json
+from lorry.notes import NoteCallback
 
 # Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every
 # digit apart (what SmolLM does).
@@ -29,13 +30,13 @@ TOKENIZER_FILE_NAMES = (
 
 
 def load_tokenizer(
-    directory: Path, *, trust_remote_code: bool = False, notes: list[str]
+    directory: Path, *, trust_remote_code: bool = False, add_note: NoteCallback
 ) -> Any | None:
     """transformers' tokenizer of a directory, or None with a note when it has none. Raises
     ModelError when it is unusable.
     """
     if not any((directory / name).is_file() for name in TOKENIZER_FILE_NAMES):
-        notes.append(f"{directory} has no tokenizer; only token ids can be used")
+        add_note(f"{directory} has no tokenizer; only token ids can be used")
         return None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = directory / name

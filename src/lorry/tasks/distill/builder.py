@@ -18,6 +18,7 @@ from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.prepare import PreparedData
 from lorry.errors import ConfigError
 from lorry.models.loading.open import OpenedModel
+from lorry.notes import NoteCallback
 from lorry.tasks.build import BuiltTask, TaskDefinition, TaskInputs, own_encoder
 from lorry.tasks.distill import cache
 from lorry.tasks.distill.align import PairedEncoder, require_same_tokenizer, sequence_digest
@@ -43,7 +44,7 @@ def distill_objective_of(config: DistillConfig) -> DistillObjective:
 
 
 def make_encoder_factory(
-    run: RunConfig, opened: OpenedModel, notes: list[str]
+    run: RunConfig, opened: OpenedModel, add_note: NoteCallback
 ) -> Callable[..., ExampleEncoder]:
     """What makes the encoder of a distillation: `ExampleEncoder`, or one that has a teacher with
     another tokenizer read the rows as well.
@@ -51,13 +52,13 @@ def make_encoder_factory(
     A token that the model, or the teacher that reads it, has no embedding of makes a bad row.
     Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
     """
-    own_factory = own_encoder(run, opened, notes)
+    own_factory = own_encoder(run, opened, add_note)
     assert isinstance(run, DistillRunConfig)
-    place = _locate_teacher(run, opened, notes)
+    place = _locate_teacher(run, opened, add_note)
     # the student's own base reads the very tokens that the student does
     if place.shared:
         return own_factory
-    teacher_tokenizer = place.tokenizer(notes)
+    teacher_tokenizer = place.tokenizer(add_note)
     try:
         require_same_tokenizer(opened.tokenizer, teacher_tokenizer, str(place.place.directory))
     except ConfigError:
@@ -88,7 +89,7 @@ def build_distill(given: TaskInputs) -> BuiltTask:
     # a distillation has one job: the config refuses `jobs` for it
     (adapter, job), aim = next(iter(given.jobs.items())), distill_objective_of(run.distill)
     prepared = job.data
-    place = _locate_teacher(run, given.opened, notes)
+    place = _locate_teacher(run, given.opened, notes.append)
     if run.output_dir.resolve() in {
         p.resolve() for p in (place.place.directory, place.adapter) if p is not None
     }:
@@ -100,7 +101,7 @@ def build_distill(given: TaskInputs) -> BuiltTask:
     digest = place.digest(run.distill, dtype)
     models: dict[str, ScoringBackend] = {}
     if run.distill.cache is None:
-        scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, notes)
+        scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, notes.append)
         reader, columns = (
             _teacher_reader(prepared, scorer),
             _teacher_columns(run.distill, given.opened),
@@ -117,7 +118,7 @@ def build_distill(given: TaskInputs) -> BuiltTask:
         )
     else:
         teacher = cached = _open_cached_teacher(
-            given, run.distill, prepared, place, aim, digest, notes
+            given, run.distill, prepared, place, aim, digest, notes.append
         )
         notes += _missing(
             given,
@@ -132,9 +133,11 @@ def build_distill(given: TaskInputs) -> BuiltTask:
 
 
 def _locate_teacher(
-    run: DistillRunConfig, opened: OpenedModel, notes: list[str]
+    run: DistillRunConfig, opened: OpenedModel, add_note: NoteCallback
 ) -> TeacherLocation:
-    return TeacherLocation.of(run.distill, opened, shareable=run.lora is not None, notes=notes)
+    return TeacherLocation.of(
+        run.distill, opened, shareable=run.lora is not None, add_note=add_note
+    )
 
 
 def _teacher_reader(prepared: PreparedData, scorer: TeacherScorer) -> TeacherReader:
@@ -177,7 +180,7 @@ def _open_cached_teacher(
     place: TeacherLocation,
     aim: DistillObjective,
     digest: str,
-    notes: list[str],
+    add_note: NoteCallback,
 ) -> cache.CachedTeacher:
     """The teacher from disk; it is opened, and forgotten again, only where the cache is not there
     yet.
@@ -189,7 +192,7 @@ def _open_cached_teacher(
     folder = cache.teacher_cache_folder(Path(config.cache), facts)
     # the name has the digests of data and teacher in it: there, it is the same answers
     if not folder.exists():
-        scorer = open_teacher(place, config, given.opened, notes)
+        scorer = open_teacher(place, config, given.opened, add_note)
         # at temperature 1: what is stored serves any temperature
         head = scorer.head(1.0, columns)
         cache.write_teacher_cache(
@@ -202,9 +205,7 @@ def _open_cached_teacher(
         )
     cached = cache.CachedTeacher(folder, facts, aim)
     size = cached.facts["bytes"] / 2**20
-    notes.append(
-        f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {size:.1f} MiB"
-    )
+    add_note(f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {size:.1f} MiB")
     return cached
 
 

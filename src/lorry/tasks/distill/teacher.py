@@ -1,8 +1,8 @@
 """A teacher: opened as any model is, frozen, asked for what its head reads; the student's own base
 where that is the teacher.
 
-place = TeacherLocation.of(run.distill, opened, shareable=run.lora is not None, notes=notes)    # nothing is loaded yet
-teacher = open_teacher(place, run.distill, opened, device="cpu", notes=notes)
+place = TeacherLocation.of(run.distill, opened, shareable=run.lora is not None, add_note=add_note)    # nothing is loaded yet
+teacher = open_teacher(place, run.distill, opened, device="cpu", add_note=add_note)
 teacher.head(temperature=2.0)(hidden)       # its logits / 2
 """
 
@@ -37,6 +37,7 @@ from lorry.models.loading.quantized import open_quantized
 from lorry.models.loading.sources import ModelLocation, resolve_model
 from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.scoring.score import scale_by_temperature
+from lorry.notes import NoteCallback
 
 # files that say which model, or adapter, a directory holds, and how it reads text
 DIGESTED_SUFFIXES = (".safetensors", "config.json", "tokenizer.json", ".jinja")
@@ -54,13 +55,13 @@ class TeacherLocation:
 
     @staticmethod
     def of(
-        config: DistillConfig, opened: OpenedModel, *, shareable: bool, notes: list[str]
+        config: DistillConfig, opened: OpenedModel, *, shareable: bool, add_note: NoteCallback
     ) -> TeacherLocation:
         """From the settings and the student. ``shareable``: the student's base stays as it is.
         Raises ConfigError, ModelError.
         """
         base = ModelLocation(Path(opened.source["path"]), str(opened.source["kind"]))
-        place = base if config.teacher is None else resolve_model(config.teacher, notes=notes)
+        place = base if config.teacher is None else resolve_model(config.teacher, add_note=add_note)
         adapter_paths = [p for p in (place.adapter, config.teacher_adapter) if p is not None]
         folders = [folder for path in adapter_paths for folder in list_adapter_folders(Path(path))]
         if len(folders) > 1:
@@ -89,9 +90,9 @@ class TeacherLocation:
         )
         return TeacherLocation(place, folders[0] if folders else None, shared)
 
-    def tokenizer(self, notes: list[str]) -> Any:
+    def tokenizer(self, add_note: NoteCallback) -> Any:
         """The teacher's tokenizer, without its weights. Raises ConfigError when it has none."""
-        tokenizer = load_tokenizer(self.place.directory, notes=notes)
+        tokenizer = load_tokenizer(self.place.directory, add_note=add_note)
         if tokenizer is None:
             raise ConfigError(
                 f"distill.teacher={self.place.directory} has no tokenizer; put tokenizer.json beside the weights"
@@ -154,7 +155,7 @@ class TeacherScorer(ModelScorer):
 
 
 def open_teacher(
-    place: TeacherLocation, config: DistillConfig, opened: OpenedModel, notes: list[str]
+    place: TeacherLocation, config: DistillConfig, opened: OpenedModel, add_note: NoteCallback
 ) -> TeacherScorer:
     """The teacher ready to score: another adapter (or none) on the student's own base, or a model
     of its own.
@@ -167,7 +168,7 @@ def open_teacher(
         name = pick_adapter_name(place.adapter, _adapter_bank_names(opened))
         # beside the student's adapters, under a name of its own, and in no optimizer
         load_adapter(opened.model, place.adapter, name, trainable=False)
-        notes.append(
+        add_note(
             f"the teacher is the student's base with the adapter of {place.adapter}: no second model"
         )
         return TeacherScorer(opened.model, Mix.one(name))
@@ -179,13 +180,13 @@ def open_teacher(
             )
         return TeacherScorer(
             open_quantized(
-                place.place, config.teacher_quantize, config.teacher_dtype, device, notes
+                place.place, config.teacher_quantize, config.teacher_dtype, device, add_note
             ),
             Mix.none(),
         )
     adapter = None if place.adapter is None else str(place.adapter)
     opened_teacher = open_model(
-        ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), notes
+        ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), add_note
     )
     return TeacherScorer(
         opened_teacher.model,

@@ -13,6 +13,7 @@ from lorry.kernels.build import kernel_status
 from lorry.models.loading.describe import describe_model, read_model_json
 from lorry.models.loading.load import pick_device, pick_dtype
 from lorry.models.loading.sources import find_adapters_in, resolve_model
+from lorry.notes import NoteCallback, ignore_note
 from lorry.plan.choices import (
     find_fitting_choice,
     no_choice_fits_error,
@@ -25,7 +26,7 @@ from lorry.plan.shapes import read_model_shape
 from lorry.runs.layout import ADAPTER_CONFIG
 
 
-def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
+def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     """The run with its rank, micro-batches and recompute chosen to fit `memory_budget`; as it is
     without one.
 
@@ -42,10 +43,16 @@ def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
     model = run.model
     # config.json and headers alone: nothing that weighs is read before there is a plan
     place = resolve_model(
-        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, notes=[]
+        model.name,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        add_note=ignore_note,
     )
     description = describe_model(
-        place.directory, trust_remote_code=model.trust_remote_code, native=model.native, notes=[]
+        place.directory,
+        trust_remote_code=model.trust_remote_code,
+        native=model.native,
+        add_note=ignore_note,
     )
     shape = read_model_shape(
         description.config,
@@ -63,7 +70,7 @@ def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
     )
     if search.best is None:
         raise no_choice_fits_error(run, search)
-    notes.append(
+    add_note(
         f"memory_budget={run.memory_budget}: {search.best.choice.words()}, predicted peak {size_in_words(search.best.memory.total)} of "
         f"{size_in_words(parse_size(run.memory_budget))}"
     )
