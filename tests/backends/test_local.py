@@ -242,6 +242,20 @@ def test_dropout_follows_step_and_key_not_packing() -> None:
     assert (packed - other).abs().max() > 1e-3 * packed.abs().max()
 
 
+def test_inspection_sees_adapters_that_are_not_trained() -> None:
+    """What trains may move; an adapter beside it may not, by one bit."""
+    model = tiny_llama()
+    for name in ("trained", "beside"):
+        attach(model, LoraSpec(r=2), name)
+    local = LocalBackend(model, ["trained"], OptimSettings())
+    before = local.inspect().base_digest
+    with torch.no_grad():
+        get_bank(model)["trained"].values.add_(1.0)
+        assert local.inspect().base_digest == before
+        get_bank(model)["beside"].values[:1].view(torch.int32).bitwise_xor_(1)
+    assert local.inspect().base_digest != before
+
+
 def test_inspection_sees_a_frozen_matrix() -> None:
     _, local = start()
     seen = local.inspect()

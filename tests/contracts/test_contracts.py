@@ -195,7 +195,7 @@ def test_2_a_base_weight_that_changes(broken: Broken, monkeypatch: pytest.Monkey
     nudge = Meddler(
         lambda: seen[0].get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0].mul_(1.001)
     )
-    broken(2, "a base weight changed during training", listeners=[nudge])
+    broken(2, "a base weight or a frozen adapter changed during training", listeners=[nudge])
 
 
 # --- 3: everything trains

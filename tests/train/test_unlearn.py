@@ -17,11 +17,12 @@ from lorry.adapters.mix import Mix
 from lorry.config import ModelConfig, UnlearnRunConfig, build_settings
 from lorry.config.unlearn import NEED_ALTERNATES, UNLEARN_METHODS
 from lorry.disk.integrity import file_digest
-from lorry.errors import ConfigError, DataError, LorryError
+from lorry.errors import ConfigError, ContractError, DataError, LorryError
 from lorry.models.loading.open import open_model
 from lorry.tasks.unlearn import methods
 from lorry.tasks.unlearn.alternates import read_refusals
 from lorry.tasks.unlearn.settings import SETTINGS
+from lorry.train import session
 from lorry.train.session import TrainResult, train_run
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401
@@ -106,6 +107,36 @@ def test_the_start_stays_and_the_adapter_comes_off(world: Path, tmp_path: Path) 
     half = logits(again, Mix.constants({again.adapters[0]: 0.5}))
     assert not torch.equal(half, changed)
     assert not torch.equal(half, of_start)
+
+
+@pytest.mark.parametrize("settings", [{}, {"subjects": [{"name": "a"}, {"name": "b", "r": 1}]}])
+def test_a_start_that_moves_breaks_contract_2(
+    settings: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no parameter of the model and no adapter of the run: no other check would see it."""
+    seen: list[Any] = []
+    original = session.attach_adapter
+
+    def attach(run: Any, opened: Any, notes: Any) -> str:
+        seen.append(opened.model)
+        return original(run, opened, notes)
+
+    monkeypatch.setattr(session, "attach_adapter", attach)
+
+    class Nudge(tinyrun.Heard):
+        def step(self, record: Any) -> None:
+            if record["step"] == 2:
+                (start,) = get_bank(seen[0]).base_adapters.values()
+                # the last bit of one value
+                last = start.values.detach()[-1:].view(torch.int32)
+                last ^= 1
+
+    message = "contract 2 broken .*a base weight or a frozen adapter changed during training"
+    with pytest.raises(ContractError, match=message):
+        train_run(described(world, tmp_path / "run", **settings), [], [Nudge()])
+    contracts = json.loads((tmp_path / "run/contracts.json").read_text())
+    assert contracts[1]["status"] == "failed"
+    assert not list((tmp_path / "run").glob("adapter_model*"))
 
 
 def test_npo_begins_at_its_constant_and_forgets(world: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -279,6 +279,17 @@ class AdapterBank:
             for param, view in adapter._views(adapter.values):
                 param.data = view
             adapter.bind_grads()
+
+    def frozen_tensors(self, trained: Collection[str]) -> dict[str, Tensor]:
+        """{`NAME/MODULE.lora_A`: its values} of every adapter but those of these names: what training
+        them must leave as it is, the start they stand on first.
+        """
+        others = {n: a for n, a in self.adapters.items() if n not in trained}
+        return {
+            f"{name}/{tensor}": values.detach()
+            for name, adapter in {**self.base_adapters, **others}.items()
+            for tensor, values in adapter.tensors().items()
+        }
 
     def parameters(self) -> list[nn.Parameter]:
         """All masters, A before B, adapter by adapter."""

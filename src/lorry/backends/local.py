@@ -327,12 +327,14 @@ class LocalBackend:
         saved = {
             t.partition("/")[2] for t in self.state() if t.startswith(("adapter/", "weights/"))
         }
+        # an adapter that must not move is no parameter of the model: nothing else would see it
+        frozen = self.bank.frozen_tensors(self.trained)
         moving = [p for owner in self.owners.values() for p in owner.base_parameters().values()]
         return ParameterInspection(
             frozenset(trainable),
             frozenset(optimized),
             frozenset(saved),
-            sample_digest(self.model, trained=moving),
+            sample_digest(self.model, trained=moving, frozen=frozen),
         )
 
 

@@ -51,7 +51,8 @@ class GradientNorms:
 @dataclass(frozen=True)
 class ParameterInspection:
     """For the contracts: what is trainable, what the optimizer holds and what is saved (canonical
-    names, found by identity), and a digest of a sample of the base weights."""
+    names, found by identity), and a digest of a sample of all that is frozen: base weights and the
+    adapters that this run does not step, the start it stands on among them."""
 
     trainable: frozenset[str]
     optimized: frozenset[str]

@@ -373,7 +373,7 @@ class ContractChecks:
         inspection = self._same_sets(backend)
         # a digest of a sample: the whole base would take as long as loading it
         if inspection.base_digest != self._inspection.base_digest:
-            raise self.fail(2, "a base weight changed during training")
+            raise self.fail(2, "a base weight or a frozen adapter changed during training")
         whose = (
             "the base's sample"
             if all(map(self._low_rank, self._proof))

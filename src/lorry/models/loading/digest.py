@@ -1,14 +1,16 @@
 """A fingerprint of the base's weights, to see that training left every bit of them alone.
 
-Adapters are left out (they are no parameters of the model), a merged layer counts by the weight it
-had before, a tied head once. Which base an adapter belongs to is another question, answered by
-`adapters.peft.files.base_digest`.
+Adapters are left out (they are no parameters of the model) unless whoever asks gives the frozen ones:
+those that a run is trained over are as much a part of what it must not move. A merged layer counts by
+the weight it had before, a tied head once. Which base an adapter belongs to is another question,
+answered by `adapters.peft.files.base_digest`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,20 @@ PIECE_VALUES = 1024
 
 
 def sample_digest(
-    model: nn.Module, *, whole: bool = False, trained: Collection[Tensor] = ()
+    model: nn.Module,
+    *,
+    whole: bool = False,
+    trained: Collection[Tensor] = (),
+    frozen: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> str:
     """Whether any base weight moved: SHA-256 over names, dtypes and the exact bits of two runs of
     1024 values per tensor, or with ``whole`` of every value; "" if there is none to look at.
-    ``trained``: parameters that are meant to move. Compare only digests of one process and dtype;
-    no change can hide from ``whole``.
+    ``trained``: parameters that are meant to move; ``frozen``: what else is not, {name: tensor}.
+    Compare only digests of one process and dtype; no change can hide from ``whole``.
     """
     # by address: the caller has tensors, not the names they have here
     total, moving, seen = hashlib.sha256(), {t.data_ptr() for t in trained}, False
-    for name, tensor in base_tensors(model):
+    for name, tensor in (*base_tensors(model), *frozen.items()):
         if tensor.data_ptr() in moving:
             continue
         seen = True
