@@ -351,7 +351,7 @@ def test_an_adapter_that_exists_keeps_its_rank(
     assert "already has an adapter" in capsys.readouterr().err
 
 
-def test_jobs_are_not_planned_yet(
+def test_a_budget_of_several_jobs_is_refused(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -360,4 +360,4 @@ def test_jobs_are_not_planned_yet(
         )
         == 2
     )
-    assert "memory_budget is not planned for several jobs yet" in capsys.readouterr().err
+    assert "memory_budget is not chosen for several jobs yet" in capsys.readouterr().err

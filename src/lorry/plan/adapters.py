@@ -33,14 +33,17 @@ class AdaptedMatrix:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """All of an adapter's matrices."""
+    """All of an adapter's matrices. ``beside``: values of other adapters that are held with it and
+    that no token of a micro-batch passes.
+    """
 
     matrices: tuple[AdaptedMatrix, ...]
+    beside: int = 0
 
     @property
     def parameters(self) -> int:
         """P of the floor."""
-        return sum(s.parameters for s in self.matrices)
+        return sum(s.parameters for s in self.matrices) + self.beside
 
     @property
     def lowest(self) -> int:

@@ -5,14 +5,15 @@ well-known name, a hub id.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents
 from lorry.errors import ModelError, suggest_nearest
 from lorry.plan.known import KNOWN_CONFIGS
-from lorry.runs.layout import ADAPTER_CONFIG
+from lorry.runs.layout import ADAPTER_CONFIG, list_adapter_subfolders
 
 HUB_ID = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -22,13 +23,18 @@ DIGEST_SUFFIX = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's director
 
 @dataclass(frozen=True)
 class FoundConfig:
-    """A config, where it was found, and the rank of the adapter that was named instead of a base
-    (None: a base was named).
+    """A config, where it was found, and the ranks of the adapters that were named instead of a base,
+    by name (none: a base was named).
     """
 
     config: dict[str, Any]
     where: str
-    adapter_rank: int | None = None
+    adapter_ranks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """That of the only adapter."""
+        return next(iter(self.adapter_ranks.values())) if len(self.adapter_ranks) == 1 else None
 
 
 def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
@@ -57,10 +63,29 @@ def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
 def _directory_config(path: Path) -> FoundConfig:
     if (path / "config.json").is_file():
         return FoundConfig(_read_config(path / "config.json"), str(path / "config.json"))
-    if not (path / ADAPTER_CONFIG).is_file():
+    folders = [path] if (path / ADAPTER_CONFIG).is_file() else list_adapter_subfolders(path)
+    if not folders:
         raise ModelError(
             f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory"
         )
+    bases = {folder: _adapter_facts(folder) for folder in folders}
+    first, _ = bases[folders[0]]
+    for folder, (base, _) in bases.items():
+        if base != first:
+            raise ModelError(
+                f"{path}: its adapters are for several bases ({folders[0].name} for {first}, {folder.name} for "
+                f"{base}); name one of their folders"
+            )
+    # an adapter may name a converted model that another machine's cache holds: its shape is
+    # that of the well-known model it was converted from
+    cached = DIGEST_SUFFIX.fullmatch(Path(first).name)
+    known = cached is not None and not Path(first).is_dir() and cached[1] in KNOWN_CONFIGS
+    ranks = {folder.name: rank for folder, (_, rank) in bases.items()}
+    return replace(find_config(cached[1] if known and cached else first), adapter_ranks=ranks)
+
+
+def _adapter_facts(path: Path) -> tuple[str, int]:
+    """(base, rank) of an adapter directory. Raises ModelError."""
     adapter = _read_config(path / ADAPTER_CONFIG)
     # of one that was trained over another, its own settings lie one level down
     own = adapter.get("lora")
@@ -70,11 +95,7 @@ def _directory_config(path: Path) -> FoundConfig:
         raise ModelError(
             f"{path / ADAPTER_CONFIG}: no base_model_name_or_path and r; this is not a LoRA adapter"
         )
-    # an adapter may name a converted model that another machine's cache holds: its shape is
-    # that of the well-known model it was converted from
-    cached = DIGEST_SUFFIX.fullmatch(Path(base).name)
-    known = cached is not None and not Path(base).is_dir() and cached[1] in KNOWN_CONFIGS
-    return replace(find_config(cached[1] if known and cached else base), adapter_rank=rank)
+    return base, rank
 
 
 def _hub_config(name: str, revision: str | None) -> FoundConfig:

@@ -51,6 +51,10 @@ KERNEL_WIDTHS = (32, 64, 96, 128)
 SCORE_GROUP, SCORE_TILE = 1024, 1 << 21
 SCORE_CHUNK, CHUNK_COPIES = 256, 3
 
+# Tokens from which a pass over the base gains nothing more from having others beside them: up to so
+# many, jobs share a pass.
+MIN_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
 # NCCL: rings, channels and the user buffers they register, per GPU; an estimate that no machine
 # here can check.
 COMMUNICATION_BYTES = 500 * MIB

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorry.plan.flops import TokenFlops
+from lorry.plan.jobs import PlannedJob
 from lorry.plan.memory import MemoryEstimate, MemorySetup
 from lorry.plan.parallel import ParallelSplit
 from lorry.plan.rates import RateMeasurement
@@ -33,7 +34,9 @@ class RunPlan:
     nothing to fit.
 
     ``search``: the search, if a memory_budget was given; ``alternative``: what would fit a GPU's own
-    memory. ``trainable`` False: this can be planned but not run here yet.
+    memory. ``trainable`` False: this can be planned but not run here yet. ``jobs``: the adapters of one
+    pass, where there are several; ``choice`` is then that of the largest micro-batch, with the highest
+    rank, and ``flops`` are those of a token of the dearest job.
     """
 
     model: str
@@ -51,6 +54,7 @@ class RunPlan:
     search: ChoiceSearchResult | None
     alternative: TriedChoice | None
     trainable: bool
+    jobs: tuple[PlannedJob, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -67,6 +71,17 @@ class RunPlan:
             "parameters": self.shape.parameters,
             "adapter_parameters": self.adapter_parameters,
             "choice": asdict(self.choice),
+            "jobs": [
+                {
+                    "name": job.name,
+                    "rank": job.rank,
+                    "rows": job.rows,
+                    "accumulation": job.accumulation,
+                    "length": job.length,
+                    "parameters": job.adapter.parameters,
+                }
+                for job in self.jobs
+            ],
             "setup": asdict(self.setup),
             "split": asdict(self.split),
             "memory": {c.name: c.bytes for c in self.memory.components},

@@ -34,6 +34,7 @@ from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel, open_model
 from lorry.notes import NoteCallback
+from lorry.plan.constants import MIN_BATCH_TOKENS
 from lorry.runs import ownership
 from lorry.runs.layout import (
     CARD,
@@ -74,11 +75,6 @@ from lorry.train.start import (
 
 # how far the loss packed and alone may differ (contract 4); of half precision 1e-2
 SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
-# tokens from which a pass over the base gains nothing more from having others beside them
-MIN_BATCH_TOKENS = {
-    "cpu": 1024,
-    "cuda": 8192,
-}
 
 
 @dataclass

@@ -29,12 +29,14 @@ from lorry.plan.choices import (
 )
 from lorry.plan.configs import FoundConfig, find_config
 from lorry.plan.flops import count_flops, step_efficiency
+from lorry.plan.jobs import PlannedJob, combine_adapters, joint_setup, list_planned_jobs
 from lorry.plan.memory import (
     TRAINABLE_PRECISIONS,
     DeviceType,
     MemoryEstimate,
     MemorySetup,
     PrecisionName,
+    estimate_memory,
     layer_path,
 )
 from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipeline_slowdown
@@ -67,6 +69,9 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
     # before the search, whose first choice would meet the error in the middle
     split = _plan_split(settings)
     check_split(split, shape)
+    jobs = tuple(list_planned_jobs(settings, shape, found.adapter_ranks))
+    if len(jobs) > 1:
+        return _plan_of_jobs(settings, found, shape, jobs, device, gpu, split)
     options = open_choices(
         settings, shape, [_base_precision(settings, device)], rank=found.adapter_rank
     )
@@ -89,6 +94,10 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
         alternative = find_fitting_choice(
             freed, open_choices(freed, shape, [choice.precision], rank=found.adapter_rank), need
         ).best
+    flops = count_flops(shape, adapter, setup)
+    tokens = setup.tokens * choice.accumulation * split.data
+    # what the devices do at once, less what a pipeline waits
+    devices = split.processes / pipeline_slowdown(split, choice.accumulation)
     return RunPlan(
         model=settings.model.name,
         where=found.where,
@@ -98,13 +107,62 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
         split=split,
         adapter_parameters=adapter.parameters,
         memory=need(choice),
-        flops=count_flops(shape, adapter, setup),
-        speed=_step_speed(settings, shape, choice, device, split, gpu),
+        flops=flops,
+        speed=_step_speed(settings, shape, setup, tokens, tokens * flops.step, gpu, devices),
         budget=budget,
         budget_is=budget_is,
         search=search,
         alternative=alternative,
         trainable=_is_trainable(settings),
+        notes=_plan_notes(settings, shape, found, choice),
+    )
+
+
+def _plan_of_jobs(
+    settings: PlanSettings,
+    found: FoundConfig,
+    shape: ModelShape,
+    jobs: tuple[PlannedJob, ...],
+    device: DeviceType,
+    gpu: str | None,
+    split: ParallelSplit,
+) -> RunPlan:
+    """Several adapters over one base in one pass. Raises ConfigError for several devices."""
+    if split.processes > 1:
+        raise ConfigError(
+            f"backend={split.backend}: several jobs are planned on one device; leave out backend or jobs"
+        )
+    precision = _base_precision(settings, device)
+    setup = joint_setup(settings, jobs, precision, device, tiles=machine.has_tiles())
+    adapter, largest = combine_adapters(jobs), max(jobs, key=lambda job: job.tokens)
+    choice = PlanChoice(
+        rank=max(job.rank for job in jobs),
+        rows=largest.rows,
+        accumulation=largest.accumulation,
+        recompute=setup.recompute,
+        precision=precision,
+    )
+    flops = [count_flops(shape, job.adapter, replace(setup, length=job.length)) for job in jobs]
+    tokens = [job.tokens * job.accumulation for job in jobs]
+    work = sum(n * each.step for n, each in zip(tokens, flops, strict=True))
+    budget, budget_is = _memory_budget(settings, gpu)
+    return RunPlan(
+        model=settings.model.name,
+        where=found.where,
+        shape=shape,
+        choice=choice,
+        setup=setup,
+        split=split,
+        adapter_parameters=adapter.parameters,
+        memory=estimate_memory(shape, adapter, setup),
+        flops=max(flops, key=lambda each: each.step),
+        speed=_step_speed(settings, shape, setup, sum(tokens), work, gpu),
+        budget=budget,
+        budget_is=budget_is,
+        search=None,
+        alternative=None,
+        trainable=_is_trainable(settings),
+        jobs=jobs,
         notes=_plan_notes(settings, shape, found, choice),
     )
 
@@ -193,13 +251,15 @@ def _is_trainable(settings: PlanSettings) -> bool:
 def _step_speed(
     settings: PlanSettings,
     shape: ModelShape,
-    choice: PlanChoice,
-    device: DeviceType,
-    split: ParallelSplit,
+    setup: MemorySetup,
+    tokens: int,
+    flops: int,
     gpu: str | None,
+    devices: float = 1.0,
 ) -> StepSpeed | None:
-    """Time of one optimizer step, on all devices together; None where no rate is known."""
-    setup = memory_setup(settings, choice, device, machine.has_tiles())
+    """Time of one optimizer step of so many tokens and FLOPs in all, on ``devices`` together; None
+    where no rate is known.
+    """
     # a maker's or a matrix rate is what no step reaches; a run's own steps did reach theirs
     share, measured = step_efficiency(shape, setup), None
     if gpu:
@@ -210,18 +270,14 @@ def _step_speed(
             return None
         rate = measured.rate
         share = 1.0 if isinstance(measured, RunRate) else share
-    device_rate = (
-        rate * share / count_flops(shape, adapter_at_rank(settings, shape)(choice.rank), setup).step
-    )
-    total_rate = device_rate * split.processes / pipeline_slowdown(split, choice.accumulation)
-    tokens = setup.tokens * choice.accumulation * split.data
+    seconds = flops / (rate * share * devices)
     return StepSpeed(
         rate=rate,
         source=source,
         measured=measured,
         efficiency=share,
-        tokens_per_second=total_rate,
-        seconds_per_step=tokens / total_rate,
+        tokens_per_second=tokens / seconds,
+        seconds_per_step=seconds,
     )
 
 
@@ -311,6 +367,11 @@ def _plan_notes(
         notes.append(
             f"max_length={settings.data.max_length} is beyond the model's context of {shape.geometry.context}"
         )
+    if len(found.adapter_ranks) > 1:
+        notes.append(
+            f"{settings.model.name} has {len(found.adapter_ranks)} adapters, counted as jobs of one pass; "
+            "lorry sft goes on with one of their folders at a time"
+        )
     if found.adapter_rank is not None:
         notes.append(
             f"{settings.model.name} is an adapter of rank {choice.rank}; it would be trained further"
@@ -334,8 +395,15 @@ def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
         else f"{plan.shape.parameters / 1e6:.0f}M"
     )
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    what = plan.choice.words()
+    if plan.jobs:
+        ranks = sorted({job.rank for job in plan.jobs})
+        what = (
+            f"{len(plan.jobs)} jobs of r={', '.join(map(str, ranks))}, up to {plan.setup.tokens} tokens at once, "
+            f"recompute {plan.setup.recompute}, {plan.setup.precision}"
+        )
     say(
-        f"{plan.model} ({size} parameters) on {where}: {plan.choice.words()}, up to {plan.setup.length} tokens a row"
+        f"{plan.model} ({size} parameters) on {where}: {what}, up to {plan.setup.length} tokens a row"
     )
     console.print(_memory_table(plan.memory))
     if plan.search is not None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig, RunConfig, TrainConfig
-from lorry.errors import ConfigError
 from lorry.kernels.build import kernel_status
 from lorry.models.loading.describe import describe_model, read_model_json
 from lorry.models.loading.load import pick_device, pick_dtype
@@ -20,6 +19,7 @@ from lorry.plan.choices import (
     open_choices,
     single_device_memory,
 )
+from lorry.plan.jobs import refuse_budget_of_jobs
 from lorry.plan.memory import DeviceType
 from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
@@ -36,10 +36,7 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     # lora=null is refused with words of its own by `refuse_adapter_settings`
     if run.memory_budget is None or run.lora is None:
         return run
-    if run.jobs:
-        raise ConfigError(
-            "memory_budget is not planned for several jobs yet; leave out memory_budget or jobs"
-        )
+    refuse_budget_of_jobs(run)
     model = run.model
     # config.json and headers alone: nothing that weighs is read before there is a plan
     place = resolve_model(
