@@ -144,7 +144,9 @@ def test_2_a_frozen_weight_that_changes(broken: Broken, monkeypatch: pytest.Monk
         with torch.no_grad():
             held[0].model.get_parameter("model.embed_tokens.weight")[3, 1] += 1e-3
 
-    broken(2, "a base weight or a frozen adapter changed during training", listeners=[Meddler(nudge)])
+    broken(
+        2, "a base weight or a frozen adapter changed during training", listeners=[Meddler(nudge)]
+    )
 
 
 # --- 3

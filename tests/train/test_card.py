@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,83 @@ def test_a_teacher_is_part_of_what_it_was_made_of() -> None:
     assert "| `tutor` | mit |" in text
     results = parsed(text)[0]["model-index"][0]["results"]
     assert [m["name"] for m in results[0]["metrics"]] == ["loss", "perplexity"]
+
+
+def table_of(tokens: list[Token], head: str) -> list[list[str]]:
+    """The cells of the table whose first heading this is, row by row."""
+    rows, cells = list[list[str]](), list[str]()
+    for token in tokens:
+        if token.type == "tr_open":
+            cells = []
+        elif token.type == "inline":
+            cells.append("".join(child.content for child in token.children or []))
+        elif token.type == "tr_close":
+            rows.append(cells)
+            cells = []  # of what follows the table
+    start = next(at for at, row in enumerate(rows) if row and row[0] == head)
+    return [row for row in rows[start:] if len(row) == len(rows[start])]
+
+
+def counted(source: str, rows: int) -> dict[str, Any]:
+    return {
+        "source": source, "rows": rows, "sequences": rows, "tokens": 9 * rows, "supervised": 4 * rows,
+        "sha256": "c" * 64, "left_out": {"too long": rows - 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_every_row_set_has_its_role(several: bool) -> None:
+    """What an unlearning run read: a split of a benchmark, a file to keep, refusals, and none of it
+    under another's name."""
+    given = facts()
+    unlearn = {
+        "method": "DPO", "forget": "tofu:forget05", "retain": "/home/me/keep.jsonl", "idk": "/home/me/no.txt",
+    }  # fmt: skip
+    sets = {
+        **counted("tofu:forget05", 3),
+        "retain": counted("/home/me/keep.jsonl", 5),
+        "forget alternates": counted("tofu:forget05", 6),
+    }
+    config = {
+        **given.config,
+        "task": "unlearn",
+        "unlearn": unlearn,
+        "data": {"path": "tofu:forget05"},
+    }
+    jobs = [{"name": "a"}, {"name": "b", "unlearn": {"forget": "b.jsonl"}}]
+    if several:
+        config |= {"jobs": jobs}
+    data = {"a": sets, "b": {**sets, **counted("b.jsonl", 2)}} if several else sets
+    run = replace(given, config=config, receipt={**(given.receipt or {}), "data": data})
+    front, tokens = parsed(made(run))
+    assert front["datasets"] == ["locuslab/TOFU"]
+    forgotten = "tofu:forget05, b.jsonl" if several else "tofu:forget05"
+    assert said(tokens)[1].endswith(f" to forget {forgotten} and keep keep.jsonl (DPO).")
+    table = table_of(tokens, "adapter" if several else "role")
+    own = [row[several:] for row in table[1:]]
+    first = [
+        ["forget", "tofu:forget05", "3", "3", "27", "12", "c" * 64],
+        ["retain", "keep.jsonl", "5", "5", "45", "20", "c" * 64],
+        ["idk", "no.txt", "–", "6", "54", "24", "c" * 64],
+    ]
+    assert own[:3] == first
+    if several:
+        assert own[3:] == [["forget", "b.jsonl", "2", "2", "18", "8", "c" * 64], *first[1:]]
+    assert ["unlearn.method", "DPO"] in table_of(tokens, "setting")
+    assert any("left out of retain: 4 rows (too long)" in text for text in said(tokens))
+    assert not any("/home/me" in text for text in said(tokens))
+
+
+def test_rows_that_lie_in_a_folder_are_not_the_hubs() -> None:
+    given = facts()
+    config = {
+        **given.config,
+        "data": {"path": "tofu:forget05", "local": {"tofu": "/home/me/tofu"}},
+        "unlearn": {"method": "NPO", "forget": "tofu:forget05", "retain": None},
+    }
+    front, tokens = parsed(made(replace(given, config=config)))
+    assert "datasets" not in front
+    assert [row[0] for row in table_of(tokens, "role")[1:]] == ["forget"]
 
 
 def test_base_weights_that_were_trained() -> None:

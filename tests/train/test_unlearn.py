@@ -139,6 +139,22 @@ def test_a_start_that_moves_breaks_contract_2(
     assert not list((tmp_path / "run").glob("adapter_model*"))
 
 
+def test_the_card_and_the_receipt_name_every_row_set(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "no.txt").write_text("no idea\nwho knows\n")
+    unlearn(world, tmp_path / "run", method="DPO", idk=str(tmp_path / "no.txt"), max_steps=1)
+    data = json.loads((tmp_path / "run/receipt.json").read_text())["data"]
+    others = data["forget alternates"]
+    assert (data["rows"], data["retain"]["rows"]) == (FORGET, RETAIN)
+    # a refusal for each row and epoch, of which three is the default
+    assert others["sequences"] == 3 * FORGET
+    assert len({data["sha256"], data["retain"]["sha256"], others["sha256"]}) == 3
+    card = (tmp_path / "run/README.md").read_text()
+    for role, name in {"forget": "forget.jsonl", "retain": "retain.jsonl", "idk": "no.txt"}.items():
+        assert f"| {role} | `{name}` |" in card, role
+    assert others["sha256"] in card
+    assert str(tmp_path) not in card
+
+
 def test_npo_begins_at_its_constant_and_forgets(world: Path, tmp_path: Path) -> None:
     """(2 / beta) ln 2: the policy is the start, dropout of either notwithstanding (that of the
     new one multiplies a zero)."""

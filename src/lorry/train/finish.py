@@ -18,6 +18,7 @@ from lorry.adapters.trainable import parameter_set
 from lorry.backends.protocol import Backend
 from lorry.data.batch import Batch
 from lorry.data.prepare import PreparedData
+from lorry.data.stream.roles import RoleStream
 from lorry.errors import ModelError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM, parameter_count
@@ -177,7 +178,7 @@ def run_receipt(
     """receipt.json: of one job plain values, of several a map for data and for seed. ``teacher``:
     its digest, if any.
     """
-    data = {name: _data_receipt(job.data, job.row_sets) for name, job in jobs.items()}
+    data = {name: _data_receipt(job) for name, job in jobs.items()}
     seeds = {name: job.run.train.seed for name, job in jobs.items()}
     # with lora=null the base in memory is the trained one: its digest was taken as the run began
     weights, one = get_base_weights(opened.model), len(jobs) == 1
@@ -207,13 +208,24 @@ def run_receipt(
     return receipt if teacher is None else {**receipt, "teacher": {"sha256": teacher}}
 
 
-def _data_receipt(prepared: PreparedData, row_sets: Mapping[str, PreparedData]) -> dict[str, Any]:
-    """What became of a job's rows; those of its other sets by role."""
+def _data_receipt(job: PreparedJob) -> dict[str, Any]:
+    """What became of a job's rows; those of its other sets by role, and the other answers to the
+    questions of a set by ``ROLE alternates``.
+    """
+    others = {role: _rows_receipt(data) for role, data in job.row_sets.items()}
+    if isinstance(job.stream, RoleStream):
+        others |= {
+            f"{role} alternates": {"sha256": tokens.digest, **vars(tokens.report)}
+            for role, tokens in job.stream.alternate_sets().items()
+        }
+    return {**_rows_receipt(job.data), **others}
+
+
+def _rows_receipt(prepared: PreparedData) -> dict[str, Any]:
     report = prepared.report
-    others = {role: _data_receipt(data, {}) for role, data in row_sets.items()}
     if prepared.tokens is None:
         return {"source": report.source, "streamed": True, "left_out": report.left_out}
-    return {"sha256": prepared.digest, **vars(report), **others}
+    return {"sha256": prepared.digest, **vars(report)}
 
 
 def base_model_name(opened: OpenedModel) -> str:

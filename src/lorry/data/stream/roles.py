@@ -109,6 +109,10 @@ class RoleStream:
         """[n]: the rows of another set in the order of its ``lap``-th pass."""
         return self.beside[role].order(self.seed, lap, self.first.shuffle)
 
+    def alternate_sets(self) -> dict[str, TokenSet]:
+        """The other answers, by the role of the rows whose questions they answer."""
+        return {role: one.tokens for role, one in self.alternates.items()}
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the digest of every set, since all else follows from the step."""
         return {role: tokens.digest for role, tokens in self._sets().items()}

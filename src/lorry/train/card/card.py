@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lorry.config.parsing.files import write_yaml
-from lorry.disk import receipt
 from lorry.disk.documents import parse_yaml
 from lorry.runs.layout import CARD
 from lorry.runs.read import MetricChange, RunRecord, read_run
@@ -33,6 +32,7 @@ from lorry.train.card.front_matter import (  # fmt: skip
     private_directories,
     public_base_name,
     public_path,
+    row_sets_of,
     start_of,
     strip_directories,
     teacher_names,
@@ -68,6 +68,8 @@ DATA_SETTINGS = (
     "weights",
     "template",
 )
+# of the unlearn group, told in the table of the data
+ROW_SET_SETTINGS = frozenset({"forget", "retain", "alternates", "idk"})
 CARD_SIGNATURE = re.compile(
     r"\n<!-- Written by Lorry, ([0-9a-f]{16})\. A card that was edited is left as it is\. -->\n"
 )
@@ -175,11 +177,28 @@ def _summary_section(run: RunRecord) -> str:
         what = f"A LoRA adapter for {base}{over}, trained with Lorry"
     else:
         what = f"{count} LoRA adapters, trained in one pass with Lorry, each in a folder of its name, for {base}"
-    whence = ", ".join(
-        code_span(public_path(s)) for s in [*data_sources(run), *named_set_names(run)]
-    )
-    taught = ", ".join(code_span(public_path(t)) for t in teacher_names(run))
+    if run.settings_group("unlearn"):
+        return f"{what} {_unlearning_words(run)}."
+    whence = _listed_sources([*data_sources(run), *named_set_names(run)])
+    taught = _listed_sources(teacher_names(run))
     return f"{what}{f' on {whence}' if whence else ''}{f', distilled from {taught}' if taught else ''}."
+
+
+def _unlearning_words(run: RunRecord) -> str:
+    """To forget what, to keep what, and by which method."""
+    sets = [rows for name in run.job_names for rows in row_sets_of(run, name)]
+    forget, retain = (
+        _listed_sources(
+            dict.fromkeys(s for rows in sets if rows.role == role for s in rows.sources)
+        )
+        for role in ("forget", "retain")
+    )
+    method = code_span(run.settings_group("unlearn").get("method"))
+    return f"to forget {forget}{f' and keep {retain}' if retain else ''} ({method})"
+
+
+def _listed_sources(sources: Iterable[str]) -> str:
+    return ", ".join(code_span(public_path(s)) for s in sources)
 
 
 def _base_model_section(run: RunRecord) -> str:
@@ -201,29 +220,31 @@ def _base_model_section(run: RunRecord) -> str:
 
 
 def _data_section(run: RunRecord, hide: list[str]) -> str:
-    data = (run.receipt or {}).get("data") or {}
-    rows = []
+    rows = list[list[str]]()
     whole = ", ".join([*data_sources(run), *named_set_names(run)])
-    for name in run.job_names:
-        one = data if name is None else receipt.part(data, name)
-        source = strip_directories(one.get("source") or whole, hide)
-        if one.get("streamed"):
+    sets = [(name, one) for name in run.job_names for one in row_sets_of(run, name)]
+    roles = any(one.role for _, one in sets)
+    for name, one in sets:
+        said = one.facts.get("source") or (", ".join(one.sources) if one.role else whole)
+        if one.facts.get("streamed"):
             counts = ["streamed", EMPTY_CELL, EMPTY_CELL, EMPTY_CELL]
         else:
             counts = [
-                escape_markdown(one.get(key, ""))
+                escape_markdown(one.facts.get(key, EMPTY_CELL if one.role else ""))
                 for key in ("rows", "sequences", "tokens", "supervised")
             ]
         rows.append(
             [
                 *([code_span(name)] if name is not None else []),
-                code_span(source),
+                *([escape_markdown(one.role)] if roles else []),
+                code_span(strip_directories(said, hide)),
                 *counts,
-                code_span(one.get("sha256", "")),
+                code_span(one.facts.get("sha256", "")),
             ]
         )
     head = [
         *(["adapter"] if run.jobs else []),
+        *(["role"] if roles else []),
         "source",
         "rows",
         "sequences",
@@ -231,15 +252,13 @@ def _data_section(run: RunRecord, hide: list[str]) -> str:
         "learnt",
         "SHA-256 of the tokens",
     ]
-    left = [data if name is None else receipt.part(data, name) for name in run.job_names]
-    lost = {
-        escape_markdown(reason): n
-        for one in left
-        for reason, n in (one.get("left_out") or {}).items()
-    }
-    left_out = "\n".join(
-        f"- left out: {escape_markdown(n)} rows ({reason})" for reason, n in lost.items()
+    # once for all jobs that read the same
+    lost = dict.fromkeys(
+        f"- left out{f' of {one.role}' if one.role else ''}: {escape_markdown(n)} rows ({escape_markdown(reason)})"
+        for _, one in sets
+        for reason, n in (one.facts.get("left_out") or {}).items()
     )
+    left_out = "\n".join(lost)
     return markdown_table(head, rows) + (f"\n\n{left_out}" if left_out else "")
 
 
@@ -276,6 +295,8 @@ def _training_section(run: RunRecord) -> str:
     chosen = {k: train.get(k) for k in TRAINING_SETTINGS} | {k: data.get(k) for k in DATA_SETTINGS}
     distil = run.settings_group("distill")
     chosen |= {f"distill.{k}": public_path(v) for k, v in distil.items() if v is not None}
+    unlearn = run.settings_group("unlearn")
+    chosen |= {f"unlearn.{k}": v for k, v in unlearn.items() if k not in ROW_SET_SETTINGS}
     return _settings_text("", chosen)
 
 

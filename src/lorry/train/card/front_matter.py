@@ -11,12 +11,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from lorry.data.catalog import NamedSet, shipped_catalog
+from lorry.data.reading.suite_splits import is_split_name, locate_split
+from lorry.disk import receipt
 from lorry.errors import ConfigError
 from lorry.runs.read import RunRecord
 from lorry.train.card.facts import metric_changes
@@ -60,7 +64,8 @@ def card_metadata(
         local = local_set_names(run)
         named = [s for s in named_set_names(run) if s in sets and s not in local]
         hubs = [sets[s].hub for s in named]
-        datasets = [s for s in data_sources(run) if is_hub_id(s)] + [hub for hub in hubs if hub]
+        sources = [split_hub_id(run, s) or s for s in data_sources(run)]
+        datasets = [s for s in sources if is_hub_id(s)] + [hub for hub in hubs if hub]
     lora = bool(run.config.get("lora"))
     results = _eval_results(run, sets)
     return ModelCardData(
@@ -147,14 +152,68 @@ def _common_licence(run: RunRecord, licences: LicenceNames) -> str | None:
 # --- what it was made of
 
 
+@dataclass(frozen=True)
+class CardRowSet:
+    """A set of rows that an adapter was made of. ``role``: what it was for, "" where there is one
+    set alone; ``sources``: paths, hub ids and names; ``facts``: its part of the receipt.
+    """
+
+    role: str
+    sources: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+def row_sets_of(run: RunRecord, job: str | None) -> list[CardRowSet]:
+    """Every set of rows that one adapter was made of, in the order they are described in."""
+    data = receipt.part(run.receipt, "data")
+    facts = data if job is None else receipt.part(data, job)
+    own, paths = run.settings_group("unlearn", job), run.settings_group("data", job).get("path")
+    if not own:
+        return [CardRowSet("", _as_sources(paths), facts)]
+    sets = [CardRowSet("forget", _as_sources(own.get("forget") or paths), facts)]
+    if own.get("retain"):
+        sets.append(CardRowSet("retain", _as_sources(own["retain"]), receipt.part(facts, "retain")))
+    for role in ("forget", "retain"):
+        kind = next((k for k in ("alternates", "idk") if own.get(k)), "refusals")
+        other = receipt.part(facts, f"{role} alternates")
+        # a receipt of an earlier version has no such part, and the file was read all the same
+        if other or (role == "forget" and own.get(kind)):
+            sources = _as_sources(own.get(kind)) or ("refusals that come with Lorry",)
+            # the rows are the questions', and what they were read from is told in its own line
+            counted = {k: v for k, v in other.items() if k not in ("source", "rows", "left_out")}
+            name = kind if role == "forget" else f"{kind} for rows to retain"
+            sets.append(CardRowSet(name, sources, counted))
+    return sets
+
+
+def _as_sources(given: Any) -> tuple[str, ...]:
+    return tuple(str(one) for one in (given if isinstance(given, list) else [given]) if one)
+
+
 def data_sources(run: RunRecord) -> list[str]:
-    """Paths and hub ids of the rows, each once."""
-    paths = [run.settings_group("data", name).get("path") for name in run.job_names]
+    """Paths, hub ids and names of the rows of every set, each once."""
     return list(
         dict.fromkeys(
-            str(p) for one in paths for p in (one if isinstance(one, list) else [one]) if p
+            source
+            for name in run.job_names
+            for rows in row_sets_of(run, name)
+            for source in rows.sources
+            if not rows.role.startswith("refusals")  # those are no file
         )
     )
+
+
+def split_hub_id(run: RunRecord, source: str) -> str | None:
+    """The hub data set that the rows of a benchmark's split (``tofu:forget05``) were read from;
+    None for any other source, and where they were read from a folder.
+    """
+    local = {k for n in run.job_names for k in run.settings_group("data", n).get("local") or {}}
+    if not is_split_name(source) or source.partition(":")[0] in {k.split(".")[0] for k in local}:
+        return None
+    try:
+        return locate_split(source, {}).path
+    except ConfigError:  # one that the hub has not
+        return None
 
 
 def named_set_names(run: RunRecord) -> list[str]:
@@ -183,10 +242,10 @@ def catalogue_entries(run: RunRecord) -> dict[str, NamedSet]:
     """What the catalogue knows of the sets of a mixture, and of the hub data sets, by the names
     they have in the run.
     """
-    found = {
-        name: _catalogue_name(name)
-        for name in [*named_set_names(run), *(s for s in data_sources(run) if is_hub_id(s))]
-    }
+    found = {name: _catalogue_name(name) for name in named_set_names(run)}
+    for source in data_sources(run):
+        if is_hub_id(hub := split_hub_id(run, source) or source):
+            found[source] = _catalogue_name(hub)
     sets = shipped_catalog().sets
     return {name: sets[known] for name, known in found.items() if known in sets}
 
