@@ -14,8 +14,8 @@ from lorry.config import RunConfig, build_settings
 from lorry.config.settings import PlanSettings
 from lorry.errors import ConfigError, ModelError
 from lorry.plan import machine, rates
+from lorry.plan.choices import combine_adapters, joint_setup, list_planned_jobs
 from lorry.plan.configs import find_config
-from lorry.plan.jobs import combine_adapters, joint_setup, list_planned_jobs
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import estimate_memory
 from lorry.plan.shapes import read_model_shape

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lorry.plan.choices import PlannedJob
 from lorry.plan.flops import TokenFlops
-from lorry.plan.jobs import PlannedJob
 from lorry.plan.memory import MemoryEstimate, MemorySetup
 from lorry.plan.parallel import ParallelSplit
 from lorry.plan.rates import RateMeasurement

@@ -21,15 +21,18 @@ from lorry.errors import ConfigError
 from lorry.plan import machine, rates
 from lorry.plan.choices import (
     MemoryOfChoice,
+    PlannedJob,
     adapter_at_rank,
+    combine_adapters,
     find_fitting_choice,
+    joint_setup,
+    list_planned_jobs,
     memory_setup,
     no_choice_fits_error,
     open_choices,
 )
 from lorry.plan.configs import FoundConfig, find_config
 from lorry.plan.flops import count_flops, step_efficiency
-from lorry.plan.jobs import PlannedJob, combine_adapters, joint_setup, list_planned_jobs
 from lorry.plan.memory import (
     TRAINABLE_PRECISIONS,
     DeviceType,

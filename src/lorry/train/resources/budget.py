@@ -17,9 +17,9 @@ from lorry.plan.choices import (
     find_fitting_choice,
     no_choice_fits_error,
     open_choices,
+    refuse_budget_of_jobs,
     single_device_memory,
 )
-from lorry.plan.jobs import refuse_budget_of_jobs
 from lorry.plan.memory import DeviceType
 from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
