@@ -67,7 +67,7 @@ def make(tokenizer_of: Callable[..., Any], local: dict[str, str], tmp_path: Path
 
 
 def roles(prepared: PreparedData, epoch_steps: int | None = None) -> Counter[str]:
-    steps = epoch_steps or prepared.steps_per_epoch or 0
+    steps = epoch_steps or prepared.stream.steps_per_epoch or 0
     return Counter(
         role
         for step in range(steps)
@@ -121,7 +121,7 @@ def test_templates_are_drawn_by_the_seed_and_can_be_fixed(
     item = shipped_catalog().find_set("bool_q").item(bool_q(1)[0], 0)
     texts = [
         words.decode(batch.tokens)
-        for step in range(fixed.steps_per_epoch or 0)
+        for step in range(fixed.stream.steps_per_epoch or 0)
         for batch in fixed.stream.batches(step)
     ]
     assert any(item.prompt in text for text in texts)

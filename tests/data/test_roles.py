@@ -32,16 +32,17 @@ def token_set(rows: int, first: int, lengths: int = 3) -> TokenSet:
 
 def stream(
     forget: int, retain: int, *, batch: int, accumulation: int, seed: int, packing: bool = False,
-    variants: int = 0,
+    variants: int = 0, anchor: str = "forget",
 ) -> RoleStream:  # fmt: skip
+    beside = {"forget": token_set(forget, 1000), "retain": token_set(retain, 2000)}
     first = TrainStream(
-        token_set(forget, 1000), seed=seed, rows_per_batch=batch, packing=packing,
+        beside.pop(anchor), seed=seed, rows_per_batch=batch, packing=packing,
         gradient_accumulation_steps=accumulation, max_tokens=12,
     )  # fmt: skip
     others = [[row * variants + v for v in range(variants)] for row in range(forget)]
     alternates = {"forget": Alternates(token_set(forget * variants, 5000), others)}
     return RoleStream(
-        first, "forget", beside={"retain": token_set(retain, 2000)},
+        first, anchor, beside=beside,
         alternates=alternates if variants else {}, seed=seed,
     )  # fmt: skip
 
@@ -67,36 +68,54 @@ def named(made: RoleStream, step: int) -> list[list[tuple[str, int, int, int]]]:
     accumulation=st.integers(1, 3),
     seed=st.integers(0, 5),
     packing=st.booleans(),
+    anchor=st.sampled_from(["forget", "retain"]),
 )
 def test_rows_are_drawn_in_turn(
-    forget: int, retain: int, batch: int, accumulation: int, seed: int, packing: bool
+    forget: int, retain: int, batch: int, accumulation: int, seed: int, packing: bool, anchor: str
 ) -> None:
+    """An epoch is a pass over the anchor's rows; of the others none comes again before all did."""
     made = stream(
-        forget, retain, batch=batch, accumulation=accumulation, seed=seed, packing=packing
-    )
+        forget, retain, batch=batch, accumulation=accumulation, seed=seed, packing=packing,
+        anchor=anchor,
+    )  # fmt: skip
+    firsts = {"forget": (1000, forget), "retain": (2000, retain)}
+    other = next(role for role in firsts if role != anchor)
     steps = made.total_steps(3)
+    if not packing:
+        micro_batches = -(-firsts[anchor][1] // batch)
+        assert made.steps_per_epoch == -(-micro_batches // accumulation) == steps / 3
+        assert [made.epoch_of(s) for s in range(steps)] == [s * 3 // steps for s in range(steps)]
     seen = [named(made, step) for step in range(steps)]
     for micro_batches in seen:
         for rows in micro_batches:
             roles = Counter(role for role, *_ in rows)
             assert roles["forget"] == roles["retain"]
     flat = [row for micro_batches in seen for rows in micro_batches for row in rows]
-    of_forget = [row for role, row, *_ in flat if role == "forget"]
-    assert Counter(of_forget) == dict.fromkeys(range(1000, 1000 + forget), 3)
-    drawn = [row for role, row, *_ in flat if role == "retain"]
-    for lap in range(0, len(drawn), retain):  # no row again before all were there
-        assert len(set(drawn[lap : lap + retain])) == len(drawn[lap : lap + retain])
+    first, rows_of_anchor = firsts[anchor]
+    in_order = [row for role, row, *_ in flat if role == anchor]
+    assert Counter(in_order) == dict.fromkeys(range(first, first + rows_of_anchor), 3)
+    drawn, lap_rows = [row for role, row, *_ in flat if role == other], firsts[other][1]
+    for lap in range(0, len(drawn), lap_rows):  # no row again before all were there
+        assert len(set(drawn[lap : lap + lap_rows])) == len(drawn[lap : lap + lap_rows])
     again = stream(
-        forget, retain, batch=batch, accumulation=accumulation, seed=seed, packing=packing
-    )
+        forget, retain, batch=batch, accumulation=accumulation, seed=seed, packing=packing,
+        anchor=anchor,
+    )  # fmt: skip
     for step in reversed(range(steps)):  # whatever was asked before
         assert named(again, step) == seen[step]
 
 
 @settings(max_examples=30, deadline=None)
-@given(forget=st.integers(1, 6), variants=st.integers(1, 4), seed=st.integers(0, 5))
-def test_alternates_stand_in_the_group_of_their_row(forget: int, variants: int, seed: int) -> None:
-    made = stream(forget, 4, batch=3, accumulation=1, seed=seed, variants=variants)
+@given(
+    forget=st.integers(1, 6),
+    variants=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    anchor=st.sampled_from(["forget", "retain"]),
+)
+def test_alternates_stand_in_the_group_of_their_row(
+    forget: int, variants: int, seed: int, anchor: str
+) -> None:
+    made = stream(forget, 4, batch=3, accumulation=1, seed=seed, variants=variants, anchor=anchor)
     for step in range(made.total_steps(2)):
         for rows in named(made, step):
             asked = {group: row - 1000 for role, row, group, _ in rows if role == "forget"}

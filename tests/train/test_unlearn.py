@@ -207,6 +207,7 @@ def test_the_table_of_settings_is_of_the_methods_there_are() -> None:
         {"method": "NPO", "gradient": "sam"},
         {"method": "NPO", "gradient": "gru"},
         {"method": "PDU", "dual_warmup_epochs": 0, "layer": 0},
+        {"method": "DPO", "anchor": "retain"},
     ],
     ids=str,
 )
@@ -238,6 +239,34 @@ def test_killed_and_resumed_bit_for_bit(
         for rs in (records(left), records(right))
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_an_epoch_is_a_pass_over_the_anchor(world: Path, tmp_path: Path) -> None:
+    """11 rows to retain and 7 to forget, 2 at a time: 6 steps and 4; warm-up counts in them."""
+    own = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2}
+    for anchor, steps in {"retain": 6, "forget": 4}.items():
+        out = tmp_path / anchor
+        unlearn(world, out, method="GradDiff", anchor=anchor, warmup_epochs=0.5, **own)
+        made = steps_of(out)
+        assert len(made) == 2 * steps
+        assert [record["epoch"] for record in made][steps - 1] == 1
+        top = max(range(2 * steps), key=lambda at: made[at]["learning_rate"])
+        assert top == steps // 2
+
+
+def test_with_another_anchor_the_same_pairs_train_alike(world: Path, tmp_path: Path) -> None:
+    """One step over all rows of both sets of one size: which of them sets the pace changes nothing."""
+    rows = [json.loads(line) for line in (world / "retain.jsonl").read_text().splitlines()]
+    tinyrun.write_rows(tmp_path / "retain.jsonl", rows[:FORGET])
+    own = {
+        "method": "NPO", "max_steps": 3, "per_device_train_batch_size": FORGET,
+        "retain": str(tmp_path / "retain.jsonl"),
+    }  # fmt: skip
+    losses = []
+    for anchor in ("forget", "retain"):
+        unlearn(world, tmp_path / anchor, anchor=anchor, **own)
+        losses.append([record["loss"] for record in steps_of(tmp_path / anchor)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_packing_and_accumulation_change_nothing(world: Path, tmp_path: Path) -> None:
@@ -340,6 +369,7 @@ def test_bad_settings(world: Path, tmp_path: Path) -> None:
         },
         "sam_rho is read with gradient=sam": {"sam_rho": 0.1},
         "gradient=gru goes by the retain loss": {"gradient": "gru", "alpha": 0},
+        "anchor=retain is a pass over retained rows": {"anchor": "retain", "alpha": 0},
         "both end a run": {"early_stop": "collapse", "early_stopping_patience": 2},
     }
     for match, settings in bad.items():

@@ -122,6 +122,10 @@ class UnlearnConfig(SettingsGroup):
         None, "file of other answers: rows of question and alternate; AltPO, DPO, IdkAP, JensUn"
     )
     idk: PathText | None = config_field(None, "file of refusals, one a line; null: our own lines")
+    anchor: Literal["forget", "retain"] = config_field(
+        "forget",
+        "the rows that an epoch is a pass over; beside each a row of the others is drawn without repeats",
+    )
     gradient: Literal["plain", "sam", "gru"] = config_field(
         "plain",
         "sam: the forget loss where it is steepest nearby; gru: its gradient without what undoes the retained; plain: neither",
@@ -197,6 +201,10 @@ class UnlearnConfig(SettingsGroup):
         if self.gradient == "gru" and not self.retains:
             raise ValueError(
                 f"unlearn.gradient=gru goes by the retain loss, and {self.method} has none here; give alpha above 0"
+            )
+        if self.anchor == "retain" and not self.retains:
+            raise ValueError(
+                f"unlearn.anchor=retain is a pass over retained rows, and {self.method} reads none here; give alpha above 0"
             )
         if self.early_stop and self.retain is None:
             raise ValueError(

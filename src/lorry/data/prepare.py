@@ -43,15 +43,14 @@ class StreamReport(DataReport):
 @dataclass
 class PreparedData:
     """What a run reads. ``ends``: ids of which one must be supervised in every sequence (empty for
-    plain text); ``steps_per_epoch``: None for a streamed source; ``digest``: of the training
-    tokens, or the name of a streamed source; ``tokens``: None when streamed."""
+    plain text); ``digest``: of the training tokens, or the name of a streamed source; ``tokens``:
+    None when streamed."""
 
     stream: BatchStream
     evaluation: list[Batch]
     encoder: ExampleEncoder
     report: DataReport
     ends: Collection[int]
-    steps_per_epoch: int | None
     digest: str
     tokens: TokenSet | None
 
@@ -102,7 +101,6 @@ def prepare_data(
             rows.encoder,
             StreamReport(rows.source),
             rows.ends,
-            None,
             label,
             None,
         )
@@ -114,7 +112,6 @@ def prepare_data(
         rows.encoder,
         tokens.report,
         rows.ends,
-        stream.steps_per_epoch,
         tokens.digest,
         tokens,
     )

@@ -450,7 +450,7 @@ def _training_job(name: str, job: PreparedJob) -> TrainingJob:
     train, data = job.run.train, job.data
     total = job.stream.total_steps(train.num_train_epochs, train.max_steps)
     return TrainingJob(
-        name, train, total, job.stream.epoch_of, data.steps_per_epoch, list(data.ends)
+        name, train, total, job.stream.epoch_of, job.stream.steps_per_epoch, list(data.ends)
     )
 
 

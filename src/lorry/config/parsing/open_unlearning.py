@@ -45,6 +45,8 @@ GROUPS = {
     "eval.wmdp": "",
     "paths": "",
 }
+# settings of theirs that belong into another group here
+MOVED = {"data.anchor": "unlearn.anchor"}
 WEIGHTS = "model.model_args.pretrained_model_name_or_path"
 TASK_NAME, TRAINER, FINETUNE = "task_name", "trainer", "finetune"
 HUB_IDS = {
@@ -194,6 +196,9 @@ def _task_name(names: SchemaNames, given: GivenSetting) -> GivenSetting:
 
 def _without_group(names: SchemaNames, given: GivenSetting, add_note: NoteCallback) -> GivenSetting:
     """``trainer.args.seed`` as ``train.seed``; what our group has not is an alias or unknown."""
+    if MOVED.get(given.key) in names.fields:
+        notes.append(f"{given.key} is read as {MOVED[given.key]}")
+        return replace(given, key=MOVED[given.key])
     group, _, leaf = given.key.rpartition(".")
     if group not in GROUPS:
         return given

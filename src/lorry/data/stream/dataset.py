@@ -27,6 +27,11 @@ class BatchStream(Protocol):
     (``StreamingTrainStream``).
     """
 
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of the first epoch; None where nobody knows."""
+        ...
+
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
         """Optimizer steps of a run."""
         ...

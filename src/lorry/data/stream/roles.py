@@ -62,6 +62,11 @@ class RoleStream:
         self.beside, self.alternates = dict(beside), dict(alternates)
         self._order = lru_cache(ORDERS_KEPT)(self._order_of)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Those of the first set's first epoch."""
+        return self.first.steps_per_epoch
+
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
         """Optimizer steps of a run: those of the first set's epochs."""
         return self.first.total_steps(epochs, max_steps)

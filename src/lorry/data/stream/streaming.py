@@ -93,6 +93,11 @@ class StreamingTrainStream:
         self._open(epoch=0, window=0)
         self._step = self._within = 0
 
+    @property
+    def steps_per_epoch(self) -> None:
+        """Nobody knows how many rows will come."""
+        return None
+
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
         """``max_steps``, which a stream needs. Raises ConfigError without it: nobody knows how many
         rows will come.

@@ -61,17 +61,23 @@ def row_sets(run: RunConfig) -> dict[str, DataConfig]:
 def role_stream(
     run: RunConfig, data: PreparedData, sets: Mapping[str, PreparedData]
 ) -> BatchStream:
-    """Rows to forget, a retained one beside each, and alternates where the method compares."""
+    """Rows to forget, a retained one beside each (or the other way round: ``anchor=retain``), and
+    alternates where the method compares.
+    """
     settings = _settings_of(run)
-    assert isinstance(data.stream, TrainStream)
-    beside = {RETAIN: _tokens(sets[RETAIN])} if settings.retains and RETAIN in sets else {}
+    read = {FORGET: data, **({RETAIN: sets[RETAIN]} if settings.retains and RETAIN in sets else {})}
+    anchor = read.pop(settings.anchor).stream
+    assert isinstance(anchor, TrainStream)
+    beside = {role: _tokens(prepared) for role, prepared in read.items()}
     alternates = dict[str, Alternates]()
     if settings.method in NEED_ALTERNATES:
-        variants = min(math.ceil(run.train.num_train_epochs), MOST_VARIANTS)
+        # passes over the rows to forget, each of which draws again
+        passes = run.train.num_train_epochs * len(anchor.tokens) / len(_tokens(data))
+        variants = min(math.ceil(passes), MOST_VARIANTS)
         answers = None if settings.alternates is None else read_alternates(settings.alternates)
         refusals = [] if answers is not None else read_refusals(settings.idk)
         wanted = {FORGET: (run.data, data)}
-        if RETAIN in beside and UNLEARN_METHODS[settings.method].needs_retain_alternates:
+        if settings.retains and UNLEARN_METHODS[settings.method].needs_retain_alternates:
             wanted[RETAIN] = (row_sets(run)[RETAIN], sets[RETAIN])
         for role, (config, prepared) in wanted.items():
             alternates[role] = alternates_of(
@@ -84,7 +90,7 @@ def role_stream(
                 variants=variants,
             )
     return RoleStream(
-        data.stream, FORGET, beside=beside, alternates=alternates, seed=run.train.seed
+        anchor, settings.anchor, beside=beside, alternates=alternates, seed=run.train.seed
     )
 
 
