@@ -40,7 +40,7 @@ def sample(out: Path, world: World, *settings: object) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def opened(world: World) -> OpenedModel:
-    return open_model(ModelConfig(name=str(world.run), dtype="float32"), [])
+    return open_model(ModelConfig(name=str(world.run), dtype="float32"), print)
 
 
 def encoder_of(opened: OpenedModel, system: str | None = None) -> ExampleEncoder:
@@ -158,7 +158,7 @@ def test_without_a_template_the_text_goes_on(tmp_path: Path) -> None:
     base = model_directory(tmp_path / "base", template=None)
     rows = write_rows(tmp_path / "rows.jsonl", PEOPLE[:1])
     (row,) = sampling.read_forget_rows(open_source(rows), None)
-    made = open_model(ModelConfig(name=str(base), dtype="float32"), [])
+    made = open_model(ModelConfig(name=str(base), dtype="float32"), print)
     ids = sampling.alternate_prompt(row, encoder_of(made), sampling.SamplingSettings(prefill="B:"))
     assert made.tokenizer.decode(ids).endswith("another one.\nB:")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorry.tasks.unlearn.sampling import SampledAlternate
 
 
-def main(settings: AlternatesSettings, notes: list[str]) -> int:
+def main(settings: AlternatesSettings) -> int:
     """Read the rows, sample, write, say what to know of them. The last line of standard output is
     the file."""
     import torch

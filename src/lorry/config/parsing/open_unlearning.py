@@ -197,7 +197,7 @@ def _task_name(names: SchemaNames, given: GivenSetting) -> GivenSetting:
 def _without_group(names: SchemaNames, given: GivenSetting, add_note: NoteCallback) -> GivenSetting:
     """``trainer.args.seed`` as ``train.seed``; what our group has not is an alias or unknown."""
     if MOVED.get(given.key) in names.fields:
-        notes.append(f"{given.key} is read as {MOVED[given.key]}")
+        add_note(f"{given.key} is read as {MOVED[given.key]}")
         return replace(given, key=MOVED[given.key])
     group, _, leaf = given.key.rpartition(".")
     if group not in GROUPS:
