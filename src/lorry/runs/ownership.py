@@ -131,6 +131,18 @@ def recognise_mark(mark: bytes) -> Callable[[Path], bool]:
 
 is_report_page = recognise_mark(re.escape(GENERATOR))
 is_report_picture = recognise_mark(rb"Software\0Lorry")
+# a suite's records: open-unlearning's files of the same name have no digest
+is_suite_file = recognise_mark(rb'\A\{\n "[^"\n]+": \{\n  "digest": "[0-9a-f]{64}"')
+is_attacks_file = recognise_mark(rb'\A\{\n "written_by": "lorry attack"')
+
+
+def is_suites_folder(folder: Path) -> bool:
+    """Whether a folder holds what `lorry eval suite=...` or `lorry attack` wrote of a run: in itself,
+    or by weight and adapter. Raises DiskError.
+    """
+    # three levels and no walk: evals/weight0.5/ADAPTER is the deepest of ours
+    found = (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.json"))
+    return any(is_suite_file(path) or is_attacks_file(path) for path in found)
 
 
 def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) -> None:

@@ -19,12 +19,14 @@ from lorry.backends.protocol import Backend
 from lorry.data.batch import Batch
 from lorry.data.prepare import PreparedData
 from lorry.data.stream.roles import RoleStream
+from lorry.disk import receipt
 from lorry.errors import ModelError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
-from lorry.runs.layout import ADAPTER_WEIGHTS, RunDir
+from lorry.runs import ownership
+from lorry.runs.layout import ADAPTER_WEIGHTS, EVALUATION, RECEIPT, SUITES, RunDir
 from lorry.tasks.build import PreparedJob, PreparedJobs
 from lorry.train import artifacts, checkpoint, full
 from lorry.train.checks import ContractChecks
@@ -74,6 +76,21 @@ def write_and_check_adapters(
     batches = " and the scores of a batch" if all(has_scores) else ""
     checks.held(5, f"{values} values{whose}{batches} equal bit for bit after reading back")
     return digests
+
+
+def displace_measurements(run_dir: Path, digests: Mapping[str, str]) -> None:
+    """Where this run has ended before, with another adapter (other code or another machine made other
+    bits of it), what was measured of that one (evaluation.json, evals/) moves to previous/N. Raises
+    DataError for a damaged receipt, DiskError.
+    """
+    before = receipt.read(run_dir / RECEIPT)
+    if before is None or (before.get("adapters") or before.get("weights")) == dict(digests):
+        return
+    names = [EVALUATION] if ownership.is_evaluation_file(run_dir / EVALUATION) else []
+    # also in the folder of each job, which can be evaluated by itself
+    places = [SUITES, *(f"{adapter}/{SUITES}" for adapter in digests)]
+    names += [place for place in places if ownership.is_suites_folder(run_dir / place)]
+    ownership.displace_entries(run_dir, names)
 
 
 def _adapter_folder_list(run_dir: Path, names: Mapping[str, Any]) -> list[tuple[str, Path]]:
@@ -193,7 +210,7 @@ def run_receipt(
         trained = sum(get_bank(opened.model)[name].values.numel() for name in jobs)
     else:
         files, trained = [run_dir / file for file in digests], weights.num_parameters()
-    receipt = artifacts.build_receipt(
+    made = artifacts.build_receipt(
         data=next(iter(data.values())) if one else data,
         base=base,
         code=checkpoint.code_digest(),
@@ -205,7 +222,7 @@ def run_receipt(
             "saved_bytes": sum(file.stat().st_size for file in files),
         },
     )
-    return receipt if teacher is None else {**receipt, "teacher": {"sha256": teacher}}
+    return made if teacher is None else {**made, "teacher": {"sha256": teacher}}
 
 
 def _data_receipt(job: PreparedJob) -> dict[str, Any]:

@@ -272,6 +272,7 @@ def _train_and_finish(
         checks.end(backend, engine.task)
         home.check()
         digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared)
+        finish.displace_measurements(run.output_dir, digests)
         finish.check_newest_checkpoint(checks, engine.newest)
         artifacts.write_json(
             run.output_dir,

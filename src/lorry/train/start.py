@@ -29,6 +29,7 @@ from lorry.runs.layout import (
     SHARDS,
     STAGED,
     START,
+    SUITES,
     TOKENIZER_FILES,
 )
 from lorry.runs.read import read_contracts
@@ -133,6 +134,9 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     names = [*_recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
     if not going_on and (folder / START / ADAPTER_CONFIG).is_file():
         names.append(START)
+    # what was measured of its adapter; any other folder of that name is somebody's
+    if ownership.is_suites_folder(folder / SUITES):
+        names.append(SUITES)
     # metrics and checkpoints of the earlier lives stay where resuming looks for them
     if going_on:
         names = [

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
 MARK = {"written_by": "lorry attack"}
-is_attacks_file = ownership.recognise_mark(rb'\A\{\n "written_by": "lorry attack"')
 # what each attack's table shows, in this order: what follows knowledge best comes first
 SHOWN = {
     "relearn": ("extraction_strength", "truth_ratio", "probability"),
@@ -50,7 +49,9 @@ def main(settings: AttackSettings) -> int:
     import torch
 
     folder = attacks_folder(settings)
-    ownership.refuse_foreign({folder / ATTACKS: is_attacks_file}, "name another output_dir")
+    ownership.refuse_foreign(
+        {folder / ATTACKS: ownership.is_attacks_file}, "name another output_dir"
+    )
     name, rows = read_forget_rows(settings)
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
@@ -252,7 +253,7 @@ def add_part(path: Path, attack: str, part: Mapping[str, Any]) -> dict[str, Any]
     """
     from lorry.evaluate.unlearning.attacks import mean_robustness
 
-    known = documents.read_object(path) if is_attacks_file(path) else {}
+    known = documents.read_object(path) if ownership.is_attacks_file(path) else {}
     same = {
         name: other
         for name, other in known.items()

@@ -24,9 +24,6 @@ from lorry.errors import DataError, NonFiniteError
 from lorry.evaluate.unlearning.suite import MetricRecord
 from lorry.runs import ownership
 
-# how a file of ours begins: open-unlearning's records have no digest
-is_suite_file = ownership.recognise_mark(rb'\A\{\n "[^"\n]+": \{\n  "digest": "[0-9a-f]{64}"')
-
 
 def eval_file(title: str) -> str:
     """The name of the file with every row."""
@@ -42,7 +39,10 @@ def refuse_foreign_suite(folder: Path, title: str) -> None:
     """Before anything is measured: files of these names that are not ours. Raises ConfigError."""
     rows = folder / eval_file(title)
     ownership.refuse_foreign(
-        {rows: is_suite_file, folder / summary_file(title): lambda path: is_suite_file(rows)},
+        {
+            rows: ownership.is_suite_file,
+            folder / summary_file(title): lambda path: ownership.is_suite_file(rows),
+        },
         "name another output_dir",
     )
 
@@ -70,7 +70,7 @@ class SuiteResults:
         self.model, self.rows = model, rows
         self.records: dict[str, MetricRecord] = {}
         path = folder / eval_file(title)
-        if is_suite_file(path):
+        if ownership.is_suite_file(path):
             self.records = documents.read_object(path)
             if not all(isinstance(record, dict) for record in self.records.values()):
                 raise DataError(f"{path}: a metric is no object; the file is damaged, move it away")
