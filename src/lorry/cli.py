@@ -108,7 +108,13 @@ VERBS = (
         "whether what was unlearned comes back",
         "Use",
     ),
-    CliVerb("merge", "MergeSettings", "RUN", "fold an adapter into its base's weights", "Ship"),
+    CliVerb(
+        "merge",
+        "MergeSettings",
+        "RUN [RUN ...]",
+        "fold an adapter into its base's weights; or make one adapter of several",
+        "Ship",
+    ),
     CliVerb(
         "unmerge",
         "UnmergeSettings",

@@ -7,6 +7,7 @@ from lorry.config.attack import AttackSettings
 from lorry.config.distill import DistillConfig, DistillRunConfig
 from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import runs_by_adapter
+from lorry.config.merge import MergeSettings
 from lorry.config.parsing.parse import build_settings, dump_settings, parse_settings
 from lorry.config.schema import (
     BackendConfig,
@@ -22,7 +23,6 @@ from lorry.config.settings import (
     DemoSettings,
     DoctorSettings,
     ExportSettings,
-    MergeSettings,
     PlanSettings,
     PushSettings,
     ReportSettings,

@@ -1,5 +1,5 @@
-"""Settings of the verbs other than `sft`: demo, sweep, compare, plan, chat, eval, merge, unmerge,
-export, report, doctor.
+"""Settings of the verbs other than `sft` that have no file of their own: demo, sweep, compare, plan,
+chat, unmerge, export, report, doctor.
 """
 
 from __future__ import annotations
@@ -207,28 +207,6 @@ class ChatSettings(SettingsGroup):
     temperature: float = config_field(0.0, "0: always the likeliest token", ge=0)
     system: str | None = config_field(None, "system message")
     seed: NonNegativeInt = config_field(0, "seed of the sampling")
-
-
-class MergeSettings(SettingsGroup):
-    """Fold an adapter into its base's weights."""
-
-    positional: ClassVar[str] = "run"
-    run: PathText = Field(description="run or adapter directory")
-    output_dir: DirPath = derived_field("RUN-merged", "where the merged model goes")
-    dtype: DtypeName = config_field(
-        "auto",
-        "number format to store; auto: that of the base; float32 loses nothing of the adapter",
-    )
-    adapter: str | None = config_field(None, "which adapter, where the run holds several")
-    weight: float = config_field(
-        1.0,
-        "g of the adapter: 0.5 half of it, 0 none, below 0 negation; what it was trained over stays",
-    )
-
-    @field_validator("output_dir", mode="before")
-    @classmethod
-    def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
-        return _output_beside_run(value, info, "merged")
 
 
 class UnmergeSettings(SettingsGroup):

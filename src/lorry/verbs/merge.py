@@ -1,4 +1,6 @@
-"""`lorry merge RUN`: fold an adapter into its base's weights and write a plain Hugging Face model."""
+"""`lorry merge RUN`: fold an adapter into its base's weights and write a plain Hugging Face model.
+Of several adapters it makes one (`merge_adapters.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorry.config.merge import MergeSettings
 from lorry.config.schema import ModelConfig
-from lorry.config.settings import MergeSettings
 from lorry.disk.integrity import file_digest
 from lorry.verbs import probe
 from lorry.verbs.open_model import base_side, open_with_adapters, print_note, resolve_adapter_name
@@ -27,6 +29,11 @@ def main(settings: MergeSettings) -> int:
     """Merge, write, say how much rounding cost and where the model is."""
     from lorry.models.loading.open import stored_dtype
 
+    if settings.several:
+        # imported only here: it takes what this module has
+        from lorry.verbs.merge_adapters import merge_several
+
+        return merge_several(settings)
     stored = stored_dtype(settings.run)
     opened = open_with_adapters(
         ModelConfig.model_validate(

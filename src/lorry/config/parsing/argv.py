@@ -67,8 +67,8 @@ def _positional_name(schema: type[BaseModel]) -> str:
 
 
 def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]:
-    """Bare words belong to the schema's positional settings: one word each, or any number where it
-    is a list.
+    """Bare words belong to the schema's positional settings: one word each, and all that are left
+    where the last is a list.
     """
     if not words:
         return []
@@ -78,13 +78,16 @@ def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]
         )
     names = schema_names(schema)
     dotted = [names.candidates(name)[0] for name in _positional_name(schema).split()]
-    if accepts_type(names.fields[dotted[0]], list):
-        return [GivenSetting(dotted[0], words, " ".join(words))]
+    rest: list[str] = []
+    if accepts_type(names.fields[dotted[-1]], list):
+        single = len(dotted) - 1
+        words, rest = words[:single], words[single:]
     if len(words) > len(dotted):
         raise ConfigError(
             f"{words[len(dotted)]}: one word too many after {words[len(dotted) - 1]!r}; settings are key=value without spaces"
         )
-    return [GivenSetting(name, word, word) for name, word in zip(dotted, words, strict=False)]
+    given = [GivenSetting(name, word, word) for name, word in zip(dotted, words, strict=False)]
+    return [*given, GivenSetting(dotted[-1], rest, " ".join(rest))] if rest else given
 
 
 def _is_bare(words: list[str]) -> bool:
