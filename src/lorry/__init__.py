@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorry.adapters.attach import attach, detach, lora_parameters
     from lorry.adapters.merge import merge, unmerge
+    from lorry.adapters.merging.weighted import merge_adapters
     from lorry.adapters.mix import Mix
     from lorry.adapters.peft.files import load_adapter, save_adapter
     from lorry.adapters.spec import LoraSpec
@@ -40,6 +41,7 @@ _HOMES = {
     "lora_parameters": "lorry.adapters.attach",
     "merge": "lorry.adapters.merge",
     "unmerge": "lorry.adapters.merge",
+    "merge_adapters": "lorry.adapters.merging.weighted",
     "load_adapter": "lorry.adapters.peft.files",
     "save_adapter": "lorry.adapters.peft.files",
     "LoraSpec": "lorry.adapters.spec",
@@ -59,6 +61,7 @@ __all__ = [
     "load_adapter",
     "lora_parameters",
     "merge",
+    "merge_adapters",
     "save_adapter",
     "sft",
     "unlearn",

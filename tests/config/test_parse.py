@@ -281,7 +281,9 @@ def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
     assert [
         t
         for t in ALIAS_RENAMES.values()
-        if t not in names.fields and t not in schema_names(DistillRunConfig).fields
+        if t not in names.fields
+        and t not in schema_names(DistillRunConfig).fields
+        and t not in schema_names(MergeSettings).fields
     ] == []
     words = [*ALIAS_RENAMES, *ALIAS_READERS, *IGNORED_ALIASES, *UNSUPPORTED_ALIASES]
     assert [word for word in words if word in names.leaves or word in names.groups] == []
@@ -422,7 +424,7 @@ def test_bare_words_go_to_the_main_setting() -> None:
         == "bfloat16"
     )
     with pytest.raises(ConfigError, match=r"runs/b: one word too many after 'runs/a'"):
-        parse_settings(MergeSettings, ["runs/a", "runs/b"], print)
+        parse_settings(DoctorSettings, ["runs/a", "runs/b"], print)
     with pytest.raises(ConfigError, match=r"^--foo: unknown setting 'foo'"):
         parse_settings(MergeSettings, ["--foo", "3", "runs/a"], print)
     with pytest.raises(ConfigError, match=r"^run is missing; give run=\.\.\.$"):

@@ -297,13 +297,15 @@ def merge_receipt(
         "merge": {
             "method": merged.method,
             **{name: getattr(settings, name) for name in read},
+            # what it came to, where it was left open
+            "rank": max(module.rank for module in merged.modules),
             "scale": settings.scale if choice is None else choice.scale,
             "sources": sources,
             "energy_lost": merged.energy_lost,
             **({} if choice is None else {"chosen_on": choice_record(settings, choice)}),
             "lorry": version("lorry"),
         },
-        "base": {"path": opened.source["path"], "dtype": opened.source["dtype"]},
+        "base": {key: opened.source[key] for key in ("path", "dtype", "device", "family", "why")},
     }
 
 

@@ -114,6 +114,10 @@ def merge_adapters(
     that do not go together, ModelError where the result is not finite; nothing is attached then.
     """
     bank = get_bank(model)
+    # before any work, though `attach` asks both again
+    bank.refuse_name(name)
+    if bank.before_merge is not None:
+        raise ConfigError("this model is merged; call unmerge(model) before merging its adapters")
     chosen = _checked_method(bank, weights, method, density, majority_sign_method, rank, scale)
     ran = method
     if len(weights) == 1 and chosen.space != "core":
@@ -147,12 +151,13 @@ def merge_adapters(
         terms = [(weights[each], slot) for each, slot in slots.items()]
         made = _merge_module(path, bank.modules[path], terms, recipe, sum(ranks))
         left = made.left if scale == 1 else scale * made.left
-        for side, value in (("A", made.right), ("B", left)):
+        # rounded first: what is finite in float64 may not be in float32
+        for side, value in (("A", made.right.float()), ("B", left.float())):
             if not bool(torch.isfinite(value).all()):
                 raise ModelError(
                     f"merging makes {path}.lora_{side} infinite or NaN; look at the weights and adapters"
                 )
-            values[f"{path}.lora_{side}"] = value.float()
+            values[f"{path}.lora_{side}"] = value
         modules.append(MergedModule(path, made.right.shape[0], made.energy, made.lost))
     adapter = _attach_values(model, name, values, modules)
     bank.activate(Mix.one(name))

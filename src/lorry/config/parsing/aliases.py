@@ -35,6 +35,9 @@ ALIAS_RENAMES: dict[str, str] = {
     "model_revision": "model.revision",
     "chat_template": "model.chat_template_path",
     **dict.fromkeys(["lora_r", "lora_rank", "rank"], "lora.r"),
+    # of PEFT's add_weighted_adapter
+    "combination_type": "method",
+    "svd_rank": "rank",
     # in scripts of PEFT users; distill.alpha is a name of our own and goes before an alias
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",

@@ -1,0 +1,78 @@
+"""What no merge makes an adapter of: an error that names it, and a model as it was."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+import lorry
+from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.merge import merge
+from lorry.adapters.spec import LoraSpec
+from lorry.config.merge import MERGE_METHODS, MethodName
+from lorry.errors import ConfigError, ModelError
+
+
+@pytest.fixture
+def model(tiny: Any, shake: Any) -> nn.Module:
+    """Adapters a (r=4) and b (r=2) on q_proj."""
+    built = tiny("llama", num_hidden_layers=1)
+    for name, rank in (("a", 4), ("b", 2)):
+        attach(built, LoraSpec(r=rank, target_modules=("q_proj",)), name)
+        shake(get_bank(built)[name].masters().values())
+    return built
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ({}, {}, "no adapter to merge; this model has a, b"),
+        ({"a": 1.0, "c": 1.0}, {}, "no adapter named 'c'"),
+        ({"a": float("nan")}, {}, "weight of adapter 'a' is nan"),
+        ({"a": 1.0, "b": 1.0}, {"method": "tie"}, r"none of .*did you mean 'ties'"),
+        ({"a": 1.0, "b": 1.0}, {"method": "core_ties", "density": 0.0}, "density is 0.0; it must"),
+        ({"a": 1.0, "b": 1.0}, {"method": "core_ties", "density": 1.1}, "density is 1.1"),
+        ({"a": 1.0, "b": 1.0}, {"majority_sign_method": "vote"}, "give total or frequency"),
+        ({"a": 1.0, "b": 1.0}, {"rank": 2}, "method=cat reads no rank; those that do: svd"),
+        ({"a": 1.0, "b": 1.0}, {"method": "svd", "rank": 0}, "rank is 0"),
+        ({"a": 1.0, "b": 1.0}, {"scale": float("inf")}, "scale is inf"),
+        ({"a": 1.0}, {"method": "svd", "rank": 2}, "of one adapter is a copy"),
+        ({"a": 1.0, "b": 1.0}, {"method": "dare_ties"}, "have the ranks 4, 2"),
+        ({"a": 1.0, "b": 1.0}, {"name": "a"}, "'a' is already attached"),
+    ],
+)
+def test_settings_that_make_no_adapter(
+    weights: dict[str, float], options: dict[str, Any], message: str, model: nn.Module
+) -> None:
+    active = get_bank(model).active
+    with pytest.raises(ConfigError, match=message):
+        lorry.merge_adapters(model, weights, **options)
+    assert get_bank(model).names() == ["a", "b"]
+    assert get_bank(model).active is active
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_what_overflows_is_refused_by_name(method: str, tiny: Any, shake: Any) -> None:
+    """float32 ends at 3e38, and an SVD of infinity raises an error of its own."""
+    model = tiny("llama", num_hidden_layers=1)
+    for name in ("a", "b"):
+        attach(model, LoraSpec(r=2, target_modules=("q_proj",)), name)
+        shake(get_bank(model)[name].masters().values())
+        with torch.no_grad():
+            get_bank(model)[name].values.mul_(1e25)
+    with pytest.raises(ModelError, match=r"self_attn\.q_proj.* infinite or NaN"):
+        lorry.merge_adapters(model, {"a": 3e38, "b": 3e38}, method=method, scale=1e30)
+    assert get_bank(model).names() == ["a", "b"]
+
+
+def test_a_merged_model_takes_no_more(model: nn.Module) -> None:
+    merge(model, {"a": 1.0})
+    with pytest.raises(ConfigError, match="model is merged"):
+        lorry.merge_adapters(model, {"a": 1.0, "b": 1.0})
+
+
+def test_every_name_is_a_method() -> None:
+    assert get_args(MethodName) == tuple(MERGE_METHODS)
