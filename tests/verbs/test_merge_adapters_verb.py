@@ -246,7 +246,7 @@ def test_one_adapter_and_other_tokenizers_are_told(
 
 def test_the_command_line_tells_the_two_forms_apart() -> None:
     def read(*words: str) -> MergeSettings:
-        return parse_settings(MergeSettings, list(words), [])
+        return parse_settings(MergeSettings, list(words), print)
 
     one, several = read("runs/a"), read("runs/a", "runs/b", "runs/c", "weights=1,-0.5,2")
     assert (one.several, one.output_dir) == (False, Path("runs/a-merged"))
@@ -258,7 +258,7 @@ def test_the_command_line_tells_the_two_forms_apart() -> None:
     peft = read("a", "b", "combination_type=svd", "svd_rank=4")
     assert (peft.method, peft.rank) == ("svd", 4)
     for settings in (one, several, ties, peft):
-        assert build_settings(MergeSettings, settings.model_dump(), []) == settings
+        assert build_settings(MergeSettings, settings.model_dump(), print) == settings
         assert "several" not in dump_settings(settings)
     for words, message in (
         (["a", "density=0.3"], "density is for several adapters made one"),

@@ -15,6 +15,7 @@ from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MergeSettings
 from lorry.config.schema import ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, DataError, ModelError
+from lorry.notes import ignore_note
 from lorry.runs.layout import ADAPTER_FACTS, ADAPTER_WEIGHTS, RECEIPT, TOKENIZER_FILES
 from lorry.verbs import probe
 from lorry.verbs.merge import LogitsBeforeMerge, weight_files
@@ -163,7 +164,7 @@ def check_bases(folders: Sequence[Path], base: Path) -> None:
         facts = folder / ADAPTER_FACTS
         if facts.is_file() and read_adapter_json(facts).get("base_digest") is not None:
             continue
-        own = resolve_model(str(folder), notes=[]).directory
+        own = resolve_model(str(folder), add_note=ignore_note).directory
         if own.resolve() != base.resolve() and weight_digests(own) != weight_digests(base):
             raise ModelError(
                 f"{folder}: its base is {own}, and that of {folders[0]} is {base}, with other weights; "
