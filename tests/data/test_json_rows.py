@@ -17,7 +17,7 @@ from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.reading import json_rows, rows
 from lorry.data.reading.formats import read_examples
-from lorry.data.reading.json_rows import read_json_rows
+from lorry.data.reading.json_rows import read_json_rows, read_jsonl
 from lorry.data.reading.rows import DataRow
 from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
@@ -412,6 +412,67 @@ def test_strings_among_other_elements(
     assert {int(one.where.rpartition(" ")[2]): one.bad.reason for one in faults} == {
         number: f"expected an object such as {{...}}, found {what}" for number, what in bad.items()
     }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(TEXTS, min_size=2, max_size=6),
+    ascii_only=st.booleans(),
+    blank=st.booleans(),
+    name=st.sampled_from(["raw.jsonl", "raw.json"]),
+)
+def test_lines_of_strings_are_rows_of_text(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], ascii_only: bool, blank: bool, name: str
+) -> None:  # fmt: skip
+    """A string a line, under either name: every one a row, with its line's number."""
+    lines = [json.dumps(text, ensure_ascii=ascii_only) for text in texts]
+    content = ("\n\n" if blank else "\n").join(lines) + "\n"
+    read = read_jsonl if name.endswith("l") else read_json_rows
+    found = list(read(file(tmp_path_factory.mktemp("raw"), name, content), name))
+    assert [row.values for row in found if isinstance(row, DataRow)] == [{"text": t} for t in texts]
+    step = 2 if blank else 1
+    assert [row.where for row in found if isinstance(row, DataRow)] == [
+        f"{name}:{1 + step * number}" for number in range(len(texts))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "rows", "bad"),
+    [
+        ('"a"\n{"text": "b"}\n', ["b"], {1: "found a string"}),
+        ('{"text": "b"}\n"a"\n"c"\n', ["b"], {2: "found a string", 3: "found a string"}),
+        ('"a"\n3\n"c"\n', [], {1: "found a string", 2: "found a number", 3: "found a string"}),
+        ('"a"\n"b"\n{"text": "c"}\n3\n', ["a", "b", "c"], {4: "found a number"}),
+        ('"a"\n"b\n"c"\n', ["a", "c"], {2: "not valid JSON"}),
+        ('"a"\n', [], {1: "found a string"}),  # a file of one text may be anything in quotes
+    ],
+)
+def test_strings_among_other_lines(
+    tmp_path: Path, content: str, rows: list[str], bad: dict[int, str]
+) -> None:
+    found = list(read_jsonl(file(tmp_path, "d.jsonl", content), "d.jsonl"))
+    assert [row.values["text"] for row in found if isinstance(row, DataRow)] == rows
+    faults = {row.where: row.bad.reason for row in found if isinstance(row, json_rows.RowFault)}
+    assert faults.keys() == {f"d.jsonl:{line}" for line in bad}
+    for line, reason in bad.items():
+        assert reason in faults[f"d.jsonl:{line}"]
+        assert faults[f"d.jsonl:{line}"].startswith("column ")
+
+
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_rows_that_were_encoded_twice_are_no_texts(layout: str, tmp_path: Path) -> None:
+    """Their braces would be learnt as text; a text that is some other JSON is one."""
+    rows = [{"question": "Who?", "answer": "Mara"}, {"text": "b"}]
+    twice = [json.dumps(row) for row in rows]
+    texts = [*twice, '{"port": 80}', "{not JSON}"]
+    lines = "\n".join(json.dumps(text) for text in texts)
+    name, content = ("d.jsonl", lines) if layout == "lines" else ("d.json", json.dumps(texts))
+    source = open_source(file(tmp_path, name, content), on_bad_row="skip")
+    assert [row.values["text"] for row in source] == texts[2:]
+    assert source.bad.counts == {"encoded twice": 2}
+    assert "encoded as JSON twice" in source.bad.first[0]
+    with pytest.raises(DataError, match="encoded as JSON twice"):
+        list(open_source(tmp_path / name))
 
 
 def test_texts_of_an_array_are_learnt_whole(

@@ -1,4 +1,4 @@
-"""Readers of JSON: one object a line, or arrays of objects. Strict where the json module is not.
+"""Readers of JSON: one object or string a line, or arrays of them. Strict where the json module is not.
 
 JSON lines are read here line by line, not through a table library, so that one bad line has a place
 and a reason and the rest stay readable. An array is read element by element in bounded memory,
@@ -8,9 +8,11 @@ What the json module takes in silence and a reader here does not: a key that sta
 object (it keeps the last), and anything behind the end of an array. Several arrays one after the
 other, as joined exports have them, are all read.
 
-An array of strings, as MUSE's raw texts are written, is an array of rows ``{"text": string}``. The
-first two elements say whether a file is one: a single string before or among objects is a bad row,
-and so are strings under 'data', which may be a column of a row.
+An array of strings, as MUSE's raw texts are written, is an array of rows ``{"text": string}``, and so
+are lines of strings. The first two elements (or lines) say whether a file is one: a single string
+before or among objects is a bad row, and so are strings under 'data', which may be a column of a
+row, the only line of a file, which may be anything in quotes, and a string that holds a row: the
+file was encoded twice, and its braces would be learnt as text.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from lorry.errors import DataError, shortlist_names
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
 JSON_LAYOUTS = "a JSON array of rows or of texts, an object with a 'data' array, or JSON lines"
+NOT_AN_OBJECT = "not an object"
+TWICE_ENCODED = "a row inside a string: it was encoded as JSON twice; write the object itself"
 PIECE_BYTES = 1 << 20  # characters of an array read at a time
 NESTED_TOO_DEEP = "nested too deeply"
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
@@ -66,13 +70,17 @@ ROW_COLUMNS = frozenset(
 
 
 def read_jsonl(path: Path, shown: str) -> RowStream:
-    """JSON lines: one object a line, blank lines and byte order marks before one (joined files)
+    """JSON lines: one object a line, or one string a line (a text), blank lines and byte order marks before one (joined files)
     ignored, read lazily.
 
     Raises DataError where the first two lines that are not blank show that the file has another
     layout: each of its lines would be a bad row, and could be skipped. One damaged line before a
     sound one is a bad row like any other.
     """
+    yield from _settle_strings(_line_elements(path, shown), bare=True, alone=False)
+
+
+def _line_elements(path: Path, shown: str) -> Iterator[ArrayElement]:
     decoder, first = RowDecoder(), True
     with path.open("rb") as file:
         for number, raw in enumerate(_bounded_lines(file), 1):
@@ -82,7 +90,7 @@ def read_jsonl(path: Path, shown: str) -> RowStream:
                 raw = raw.removeprefix(UTF8_MARK)
             if raw.strip():
                 where = f"{shown}:{number}"
-                parsed = decoder.object_of(raw)
+                parsed = decoder.value_of(raw)
                 if (
                     first
                     and isinstance(parsed, BadRow)
@@ -91,10 +99,12 @@ def read_jsonl(path: Path, shown: str) -> RowStream:
                 ):
                     raise DataError(f"{where}: {layout}")
                 first = False
-                if isinstance(parsed, BadRow):
-                    yield RowFault(where, parsed, printable_bytes(raw[:LARGEST_ROW]))
-                else:
+                if isinstance(parsed, dict):
                     yield DataRow(parsed, where)
+                elif isinstance(parsed, str):
+                    yield _StringElement(where, parsed, printable_bytes(raw), "column 1: ")
+                else:
+                    yield RowFault(where, parsed, printable_bytes(raw[:LARGEST_ROW]))
 
 
 def read_json_rows(path: Path, shown: str) -> RowStream:
@@ -125,6 +135,9 @@ def read_json_rows(path: Path, shown: str) -> RowStream:
                 return
         elif opening == "[":
             scan.at += 1
+        elif opening == '"' and _first_lines(path)[1].lstrip()[:1] == b'"':
+            yield from read_jsonl(path, shown)
+            return
         else:
             raise DataError(f"{shown}:{line}: expected {JSON_LAYOUTS}, found {scan.ahead(40)!r}")
         yield from _settle_strings(_array_elements(scan, shown), bare=opening == "[")
@@ -132,31 +145,45 @@ def read_json_rows(path: Path, shown: str) -> RowStream:
 
 @dataclass(frozen=True)
 class _StringElement:
-    """An element that is a string: a row of an array of texts, a fault of one of objects."""
+    """An element that is a string: a row among texts, a fault among objects. ``column``: where in
+    the line it stands, in words, if that is to be said."""
 
     where: str
     text: str
     raw: str
+    column: str = ""
 
-    def row(self) -> DataRow:
+    def row(self) -> DataRow | RowFault:
+        if self._holds_a_row():
+            return RowFault(
+                self.where, BadRow("encoded twice", self.column + TWICE_ENCODED), self.raw
+            )
         return DataRow({"text": self.text}, self.where)
 
     def fault(self) -> RowFault:
-        return RowFault(self.where, _not_an_object(self.text), self.raw)
+        return RowFault(self.where, _not_an_object(self.text, self.column), self.raw)
+
+    def _holds_a_row(self) -> bool:
+        # a look first: parsing every text would take as long as reading the file
+        if self.text.lstrip()[:1] != "{" or self.text.rstrip()[-1:] != "}":
+            return False
+        value = RowDecoder().only(self.text)
+        return isinstance(value, dict) and not ROW_COLUMNS.isdisjoint(value)
 
 
-def _not_an_object(value: object) -> BadRow:
+def _not_an_object(value: object, column: str = "") -> BadRow:
     return BadRow(
-        "not an object", f"expected an object such as {{...}}, found {json_type_name(value)}"
+        NOT_AN_OBJECT,
+        f"{column}expected an object such as {{...}}, found {json_type_name(value)}",
     )
 
 
 ArrayElement = DataRow | RowFault | FileRemark | _StringElement
 
 
-def _settle_strings(elements: Iterator[ArrayElement], bare: bool) -> RowStream:
-    """Strings as rows where the first two elements are strings, or the only one is. ``bare``:
-    whether the array stands by itself, not under 'data'.
+def _settle_strings(elements: Iterator[ArrayElement], bare: bool, alone: bool = True) -> RowStream:
+    """Strings as rows where the first two elements are strings, or (``alone``) the only one is.
+    ``bare``: whether the array stands by itself, not under 'data'.
     """
     first: _StringElement | None = None
     # whether the file is an array of texts; None until it is known
@@ -165,7 +192,9 @@ def _settle_strings(elements: Iterator[ArrayElement], bare: bool) -> RowStream:
         if texts is None and isinstance(element, _StringElement) and first is None:
             first = element
             continue
-        if texts is None and not isinstance(element, FileRemark):
+        # what cannot be read could have been either, and settles nothing
+        damaged = isinstance(element, RowFault) and element.bad.kind != NOT_AN_OBJECT
+        if texts is None and not damaged and not isinstance(element, FileRemark):
             texts = first is not None and isinstance(element, _StringElement)
             if first is not None:
                 yield first.row() if texts else first.fault()
@@ -174,7 +203,7 @@ def _settle_strings(elements: Iterator[ArrayElement], bare: bool) -> RowStream:
         else:
             yield element
     if texts is None and first is not None:
-        yield first.row()
+        yield first.row() if alone else first.fault()
 
 
 def _array_elements(scan: _JsonScanner, shown: str) -> Iterator[ArrayElement]:
@@ -292,22 +321,17 @@ class RowDecoder:
             self._bad = BadRow("json", NESTED_TOO_DEEP)
         return value, end, self._bad
 
-    def object_of(self, raw: bytes) -> dict[str, Any] | BadRow:
-        """One line as a JSON object, or why it is none."""
+    def value_of(self, raw: bytes) -> dict[str, Any] | str | BadRow:
+        """One line as a JSON object or a string, or why it is neither."""
         if len(raw) > LARGEST_ROW:
             return BadRow("too large", f"the line is {TOO_LARGE}")
         text = decode_utf8(raw)
-        return text if isinstance(text, BadRow) else self.object_in(text.rstrip())
-
-    def object_in(self, text: str) -> dict[str, Any] | BadRow:
-        """The only JSON object of a text, or why it is none."""
-        value = self.only(text)
-        if isinstance(value, BadRow | dict):
+        if isinstance(text, BadRow):
+            return text
+        value = self.only(text.rstrip())
+        if isinstance(value, BadRow | dict | str):
             return value
-        return BadRow(
-            "not an object",
-            f"column 1: expected an object such as {{...}}, found {json_type_name(value)}",
-        )
+        return _not_an_object(value, "column 1: ")
 
     def only(self, text: str) -> Any:
         """The only JSON value of a text, or why it is none."""
@@ -392,7 +416,7 @@ def _is_one_damaged_line(path: Path, decoder: RowDecoder) -> bool:
     object, and no bracket closes at the end of the file what the first line opened.
     """
     first, second = _first_lines(path)
-    if isinstance(decoder.object_of(second), BadRow):
+    if not isinstance(decoder.value_of(second), dict):
         return False
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 4096, 0))
