@@ -16,12 +16,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lorry
 from lorry.adapters.mix import Mix
 from lorry.errors import ConfigError, DataError, NonFiniteError
+from tests.support.llama2 import llama2_tokenizer
 from tests.support.tiny import GPT2, random_model
 from tests.support.verbworld import World, tokenizer, world, write_rows  # noqa: F401
 
@@ -74,39 +74,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # seconds, for a description of this machine
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.chdir(tmp_path)
-
-
-def llama2_tokenizer(pieces: Sequence[tuple[str, float]]) -> PreTrainedTokenizerFast:
-    """The tokenizer of stories260K: pieces (as hex) with scores, the best pair of neighbours merged
-    first, BOS in front.
-    """
-    texts = [bytes.fromhex(piece).decode().replace(" ", "▁").strip("\n") for piece, _ in pieces]
-    vocab = {text: i for i, text in enumerate(texts)}
-    ranked = sorted((-score, i) for i, (_, score) in enumerate(pieces) if i > 258)
-    merges = [
-        (texts[i][:at], texts[i][at:]) for _, i in ranked for at in range(1, len(texts[i]))
-        if texts[i][:at] in vocab and texts[i][at:] in vocab
-    ]  # fmt: skip
-    bpe = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ]
-    bpe.decoder = decoders.Sequence(steps)
-    bpe.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")]
-    )
-    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @cache

@@ -222,16 +222,24 @@ class UnmergeSettings(SettingsGroup):
         return _output_beside_run(value, info, "unmerged")
 
 
+Outtype = Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"]
+
+
 class ExportSettings(SettingsGroup):
     """Write a run in another library's format."""
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run or adapter directory")
-    to: Literal["hf", "peft"] = Field(
-        description="hf: a merged transformers model; peft: an adapter directory"
+    to: Literal["hf", "peft", "gguf", "gguf-lora"] = Field(
+        description="hf: a merged transformers model; peft: an adapter directory; gguf: a merged model for llama.cpp; "
+        "gguf-lora: the adapter alone for llama.cpp (--lora)"
     )
-    output_dir: DirPath = derived_field("RUN-hf or RUN-peft", "where the export goes")
-    dtype: DtypeName = config_field("auto", "number format to store; auto: that of the base")
+    dtype: DtypeName = config_field("auto", "to=hf: number format to store; auto: that of the base")
+    outtype: Outtype = config_field(
+        "auto",
+        "to=gguf: how matrices are stored, as in llama.cpp's --outtype; auto: as the base, of an adapter f32",
+    )
+    output_dir: DirPath = derived_field("RUN-TO, of gguf RUN-OUTTYPE-gguf", "where the export goes")
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
     weight: float = config_field(
         1.0,
@@ -241,7 +249,16 @@ class ExportSettings(SettingsGroup):
     @field_validator("output_dir", mode="before")
     @classmethod
     def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
-        return _output_beside_run(value, info, info.data.get("to", "export"))
+        to, outtype = info.data.get("to", "export"), info.data.get("outtype", "auto")
+        # several types of one run lie side by side
+        kind = f"{outtype}-{to}" if to.startswith("gguf") and outtype != "auto" else to
+        return _output_beside_run(value, info, kind)
+
+    @field_validator("outtype", mode="before")
+    @classmethod
+    def _lower_case(cls, value: Any) -> Any:
+        # llama.cpp's tools and file names write Q8_0 as often as q8_0
+        return value.lower() if isinstance(value, str) else value
 
 
 class PushSettings(SettingsGroup):

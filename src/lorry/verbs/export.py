@@ -1,5 +1,5 @@
-"""`lorry export RUN to=hf|peft`: a run for another library, reloaded by that library before we say
-that it worked.
+"""`lorry export RUN to=hf|peft|gguf|gguf-lora`: a run for another library, reloaded before we say
+that it worked: by that library, where it is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.verbs import probe
+from lorry.verbs.export_gguf import GGUF_OUTTYPES, export_gguf, export_gguf_lora
 from lorry.verbs.merge import LogitsBeforeMerge, write_merged
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 
@@ -26,17 +27,26 @@ def main(settings: ExportSettings) -> int:
     """Write the export, open it again in its own library, compare logits, print where it is."""
     from lorry.models.loading.open import stored_dtype
 
-    if settings.to == "peft" and settings.dtype != "auto":
-        raise ConfigError(
-            f"dtype={settings.dtype} is for to=hf; an adapter is stored in float32, as it was trained"
-        )
+    _refuse_unused(settings)
     stored = stored_dtype(settings.run)
     opened = open_with_adapters(
         ModelConfig.model_validate(
             {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
         )
     )
+    if settings.to == "gguf":
+        # a model without an adapter has something to say to llama.cpp, too
+        plain = not opened.adapters and settings.adapter is None
+        name = None if plain else resolve_adapter_name(opened, settings.adapter, settings.run)
+        outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
+        title = Path(settings.run).name
+        print(export_gguf(opened, name, settings.output_dir, outtype, settings.weight, title=title))
+        return 0
     name = resolve_adapter_name(opened, settings.adapter, settings.run)
+    if settings.to == "gguf-lora":
+        outtype = "f32" if settings.outtype == "auto" else settings.outtype
+        print(export_gguf_lora(opened, name, settings.output_dir, outtype, settings.weight))
+        return 0
     if settings.to == "hf":
         write_merged(
             opened,
@@ -49,6 +59,27 @@ def main(settings: ExportSettings) -> int:
         export_peft(opened, name, settings.output_dir, settings.weight)
     print(settings.output_dir)
     return 0
+
+
+def _refuse_unused(settings: ExportSettings) -> None:
+    """Raise ConfigError for a number format that this kind of export does not use."""
+    gguf = settings.to.startswith("gguf")
+    if gguf and settings.dtype != "auto":
+        raise ConfigError(
+            f"dtype={settings.dtype} is for to=hf; of to={settings.to} outtype= names how values are stored "
+            "(outtype=f32, f16, bf16, and of a model q8_0, q4_0)"
+        )
+    if settings.to == "peft" and settings.dtype != "auto":
+        raise ConfigError(
+            f"dtype={settings.dtype} is for to=hf; an adapter is stored in float32, as it was trained"
+        )
+    if not gguf and settings.outtype != "auto":
+        raise ConfigError(f"outtype={settings.outtype} is for to=gguf; to=hf has dtype=")
+    if settings.to == "gguf-lora" and settings.outtype in ("q8_0", "q4_0"):
+        raise ConfigError(
+            f"outtype={settings.outtype}: the short rows of an adapter do not divide into blocks of 32; "
+            "take f32, f16 or bf16"
+        )
 
 
 def export_peft(opened: OpenedModel, name: str, output: Path, weight: float = 1.0) -> None:

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer
 
 from lorry.disk import durable
 from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest, plain_size
 from lorry.errors import ContractError, ModelError
 from lorry.models.gguf.header import check_gguf
-from lorry.models.gguf.tensors import read_gguf_config, refuse_unfit_gguf
+from lorry.models.gguf.tensors import load_gguf_model
 from lorry.models.loading.config_json import write_config
 from lorry.models.loading.describe import model_file_errors, read_model_json, silence_transformers
 from lorry.models.loading.digest import sample_digest
@@ -138,27 +138,15 @@ def _convert_to_folder(file: Path, work: Path) -> list[str]:
     tokenizer; returns notes.
     """
     header = check_gguf(file)
-    source: dict[str, Any] = {
-        "gguf_file": file.name,
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }
+    # 4-bit weights dequantised: bf16 has digits to spare
+    model = load_gguf_model(file, header, torch.bfloat16)
     trouble = f"{file}: transformers cannot convert this GGUF file of architecture {header.values.get('general.architecture')!r}"
     with model_file_errors(trouble), silence_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            **source,
-            config=read_gguf_config(file, header, source),
-            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-            # 4-bit weights dequantised: bf16 has digits to spare
-            dtype=torch.bfloat16,
-            ignore_mismatched_sizes=True,  # `refuse_unfit_gguf` names them
-            output_loading_info=True,
-        )
-        refuse_unfit_gguf(file, header, model, info)
         model.save_pretrained(work)
         write_config(work, {})
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
     notes = set_pre_tokenizer(str(header.values.get("tokenizer.ggml.pre", "default")), tokenizer)
     tokenizer.save_pretrained(work)
     copy_permissions(work)

@@ -2,9 +2,7 @@
 
 transformers' reader fills what is missing at random, drops what it does not know, and says neither.
 
-    config = read_gguf_config(file, header)               # with the rotary scaling that transformers' reader does not look at
-    model, info = AutoModelForCausalLM.from_pretrained(..., config=config, output_loading_info=True)
-    refuse_unfit(file, header, model, info)
+    model = load_gguf_model(file, check_gguf(file), torch.bfloat16)
 
 Half-converted files exist (llama.cpp's converters are stopped, disks run full), and variants of an
 architecture with biases or with rotary factors (Llama 3.1) under the plain architecture's name do
@@ -24,7 +22,7 @@ import numpy
 import torch
 from gguf.constants import GGMLQuantizationType
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
@@ -35,6 +33,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from lorry.errors import ModelError
 from lorry.models.gguf.header import GgufHeader
 from lorry.models.loading.accounting import refuse_loading_errors
+from lorry.models.loading.describe import model_file_errors, silence_transformers
 from lorry.models.loading.weights import refuse_not_finite
 
 ROTARY_FACTORS = "rope_freqs.weight"  # [head_dim / 2]: what each rotary frequency is divided by
@@ -45,6 +44,35 @@ KNOWN_SCALING = frozenset({"type", "factor", "original_context_length", "finetun
 # architectures whose scaling transformers' reader does take over
 OWN_SCALING = frozenset({"gpt-oss", "gpt_oss"})
 ROTARY_TOLERANCE = 1e-3  # relative; the factors are stored in fp32, the frequencies computed in it
+
+
+def load_gguf_model(
+    file: Path, header: GgufHeader, dtype: torch.dtype, config: Any | None = None
+) -> Any:
+    """The model in ``file`` as transformers reads it, dequantised, every tensor accounted for.
+
+    ``config``: transformers' own, for a model that is known; None takes it from the file, with the
+    rotary scaling that transformers' reader does not look at (nor at Qwen3's `key_length`, biases
+    of a Llama, or the context that Llama 3's factors are of). Raises ModelError.
+    """
+    source: dict[str, Any] = {
+        "gguf_file": file.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
+    trouble = f"{file}: transformers cannot convert this GGUF file of architecture {header.values.get('general.architecture')!r}"
+    with model_file_errors(trouble), silence_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            **source,
+            config=read_gguf_config(file, header, source) if config is None else config,
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # `refuse_unfit_gguf` names them
+            output_loading_info=True,
+        )
+        refuse_unfit_gguf(file, header, model, info)
+    return model
 
 
 def read_gguf_config(file: Path, header: GgufHeader, source: dict[str, Any]) -> Any | None:

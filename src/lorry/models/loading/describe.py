@@ -123,7 +123,7 @@ def describe_model(
         raise ModelError(
             f"{path}: transformers knows no model_type {kind!r}{suggest_nearest(kind, CONFIG_MAPPING)}"
         )
-    hf = _build_hf_config(kind, raw, path)
+    hf = build_hf_config(kind, raw, path)
     # transformers' defaults filled in, without the path of this machine
     config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
     family, why = (
@@ -263,7 +263,7 @@ class _MessageCollector(Handler):
         self.texts[" ".join(record.getMessage().split())[:MAX_MESSAGE_CHARS]] = None
 
 
-def _build_hf_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
+def build_hf_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
     """transformers' config object from a dict: no file is read again and no code is looked up."""
     layers = raw.get("num_hidden_layers", raw.get("n_layer", 1))
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
