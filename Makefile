@@ -48,10 +48,12 @@ test-numpy1: setup
 	pandas==2.3.3 pyarrow==25.0.0 pytz
 	PYTHONPATH=build/numpy1 $(PYTEST)
 
-# What needs packages that few people want: the lm-evaluation-harness (27 packages, 180 MB), 4-bit teachers (bitsandbytes).
+# What needs packages that few people want: the lm-evaluation-harness (27 packages, 180 MB), 4-bit teachers (bitsandbytes),
+# llama.cpp (xllamacpp, 34 MB).
 test-extras: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized]'
-	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized,llama-cpp]'
+	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py \
+	  tests/models/test_gguf_llamacpp.py tests/verbs/test_export_gguf_verb.py
 
 # Writes requirements-lock.txt anew: the versions of constraints.txt with the SHA-256 of every file of theirs, for all platforms.
 # torch, and what only torch asks for, is left out: which build of it fits hangs on the machine (httpx2-jsfetch: browsers alone).
