@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorry.config.schema import ModelConfig
 from lorry.models.loading.open import OpenedModel, open_model
+from lorry.notes import ignore_note
 from lorry.verbs.export_gguf import export_gguf, export_gguf_lora
 from tests.support.llama2 import llama2_tokenizer
 from tests.support.llamacpp import LlamaCpp
@@ -49,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def opened(folder: Path, adapter: Path | None = None) -> OpenedModel:
     config = {"name": str(folder), "adapter": adapter and str(adapter), "dtype": "float32"}
-    return open_model(ModelConfig.model_validate(config), [])
+    return open_model(ModelConfig.model_validate(config), add_note=ignore_note)
 
 
 def theirs(model: Any, ids: list[int]) -> dict[int, float]:

@@ -51,7 +51,7 @@ def cut(expression: str, **settings: Any) -> Any:
 
 def read(words: Any, rows: int | None = None) -> tuple[GgufVocabulary, list[str]]:
     notes: list[str] = []
-    return read_vocabulary(words, len(words) if rows is None else rows, notes), notes
+    return read_vocabulary(words, len(words) if rows is None else rows, notes.append), notes
 
 
 def whole_words(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -28,6 +28,7 @@ from lorry.models.gguf.writer import (
     read_model_tensors,
     write_gguf,
 )
+from lorry.notes import ignore_note
 from tests.support.tiny import LLAMA, LLAMA3, random_model
 
 CONFIG = {**LLAMA, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "hidden_act": "silu"}
@@ -41,7 +42,7 @@ def write(folder: Path, outtype: str = "f32", **overrides: object) -> Written:
         del state["lm_head.weight"]
     architecture = describe_architecture(config)
     plan = plan_tensors(
-        architecture, {name: tuple(t.shape) for name, t in state.items()}, outtype, []
+        architecture, {name: tuple(t.shape) for name, t in state.items()}, outtype, ignore_note
     )
     file = folder / f"{outtype}.gguf"
     write_gguf(file, architecture, plan, state.items(), architecture.add_keys)
@@ -80,7 +81,7 @@ def test_rows_that_do_not_divide(tmp_path: Path) -> None:
     notes: list[str] = []
     config = {**CONFIG, "intermediate_size": 80}
     shapes = {n: tuple(t.shape) for n, t in random_model(config).state_dict().items()}
-    plan = plan_tensors(describe_architecture(config), shapes, "q8_0", notes)
+    plan = plan_tensors(describe_architecture(config), shapes, "q8_0", notes.append)
     kinds = {tensor.name: tensor.kind for tensor in plan}
     assert kinds["blk.0.ffn_down.weight"] == GGMLQuantizationType.F16
     assert kinds["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q8_0

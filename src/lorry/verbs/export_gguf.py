@@ -50,11 +50,13 @@ def export_gguf(
     from lorry.models.gguf.vocabulary import read_vocabulary
     from lorry.models.gguf.writer import OUTTYPES, check_rounding, plan_tensors, write_gguf
 
-    notes: list[str] = []
+    def add_note(text: str) -> None:
+        print_note(f"note: {text}")
+
     architecture = _describe_opened(opened)
     family = find_family(str(opened.model.config["model_type"]))
     assert family is not None
-    vocabulary = read_vocabulary(opened.tokenizer, architecture.geometry.vocab, notes)
+    vocabulary = read_vocabulary(opened.tokenizer, architecture.geometry.vocab, add_note)
     weights = {} if name is None else {name: weight}
     tied = architecture.geometry.tied and not (name and separates_tied_head(opened.model, weights))
     head = family.head if tied else ""
@@ -63,7 +65,7 @@ def export_gguf(
         for key, tensor in opened.model.state_dict().items()
         if key.rpartition(".")[0] != head
     }
-    plan = plan_tensors(architecture, shapes, outtype, notes)
+    plan = plan_tensors(architecture, shapes, outtype, add_note)
 
     def add_keys(writer: GGUFWriter) -> None:
         writer.add_type("model")
@@ -78,8 +80,6 @@ def export_gguf(
         write_gguf(file, architecture, plan, _stream(opened, weights, head), add_keys)
         error, bound = check_rounding(file, architecture, plan, _stream(opened, weights, head))
         lines = _compare_reopened(opened, weights, file, architecture, plan)
-    for note in notes:
-        print_note(f"note: {note}")
     print_note(
         f"reread: {len(plan)} tensors, each value within {error:.1e} of the largest beside it (bound {bound:.1e}, {outtype})"
     )
@@ -95,10 +95,11 @@ def _describe_opened(opened: OpenedModel) -> GgufArchitecture:
     from lorry.models.decoder.model import Decoder
     from lorry.models.gguf.architecture import describe_architecture
     from lorry.models.loading.describe import describe_model
+    from lorry.notes import ignore_note
 
     architecture = describe_architecture(opened.model.config)
     if not isinstance(opened.model, Decoder):
-        why = describe_model(Path(opened.source["path"]), notes=[]).why
+        why = describe_model(Path(opened.source["path"]), add_note=ignore_note).why
         raise ModelError(
             f"a GGUF file of this model cannot be written: {why}, and llama.cpp may not either"
         )

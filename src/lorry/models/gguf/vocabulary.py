@@ -1,7 +1,7 @@
 """A tokenizer as GGUF's `tokenizer.ggml.*` keys, or a refusal.
 
-    vocabulary = read_vocabulary(tokenizer, rows, notes)   # rows: of the embedding table
-    vocabulary.add_to(writer)                              # a gguf.GGUFWriter
+    vocabulary = read_vocabulary(tokenizer, rows, add_note)   # rows: of the embedding table
+    vocabulary.add_to(writer)                                 # a gguf.GGUFWriter
 
 llama.cpp does not run a tokenizer.json: it has a program of its own for each kind of tokenizer and
 picks it by name. llama.cpp's converter finds the name from the SHA-256 of the ids of one long text,
@@ -22,6 +22,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from lorry.errors import ModelError
+from lorry.notes import NoteCallback
 
 SPACE_MARK = "▁"  # SentencePiece's stand-in for a space
 _WORDS = (
@@ -84,11 +85,11 @@ class GgufVocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(tokenizer: Any, rows: int, notes: list[str]) -> GgufVocabulary:
+def read_vocabulary(tokenizer: Any, rows: int, add_note: NoteCallback) -> GgufVocabulary:
     """The vocabulary of ``tokenizer`` for a model whose embedding table has ``rows`` rows; those
     without a token are named [PAD...].
 
-    Raises ModelError for a tokenizer that llama.cpp has no program for. ``notes`` receives what
+    Raises ModelError for a tokenizer that llama.cpp has no program for. ``add_note`` is told what
     differs between the two in rare text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -109,7 +110,7 @@ def read_vocabulary(tokenizer: Any, rows: int, notes: list[str]) -> GgufVocabula
             f"the tokenizer has token {highest} and the model {rows} rows of embeddings; a GGUF file "
             "holds as many tokens as rows"
         )
-    _note_trimming(added.values(), notes)
+    _note_trimming(added.values(), add_note)
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     tokens, types = _list_tokens(vocab, added, rows)
     bos, eos = _added_ends(tokenizer)
@@ -131,12 +132,12 @@ def read_vocabulary(tokenizer: Any, rows: int, notes: list[str]) -> GgufVocabula
         "chat_template": _read_template(tokenizer),
     }
     if model.get("byte_fallback"):
-        prefix = _read_space_prefix(built, notes)
+        prefix = _read_space_prefix(built, add_note)
         scores = _merge_scores(vocab, merges, types, added)
         return GgufVocabulary(
             model="llama", pre="default", scores=scores, add_space_prefix=prefix, **common
         )
-    pre = _read_pre_tokenizer(built, notes)
+    pre = _read_pre_tokenizer(built, add_note)
     if spaced := next((m for m in merges if any(" " in part for part in m)), None):
         raise _refusal(f"its merge {spaced!r} holds a space")
     lines = [" ".join(m) for m in merges]
@@ -166,7 +167,7 @@ def _list_tokens(
     return tokens, types
 
 
-def _note_trimming(added: Any, notes: list[str]) -> None:
+def _note_trimming(added: Any, add_note: NoteCallback) -> None:
     """Tell of added tokens that take the spaces around them along, which llama.cpp's do not."""
     trimming = [
         entry["content"]
@@ -174,7 +175,7 @@ def _note_trimming(added: Any, notes: list[str]) -> None:
         if entry["lstrip"] or entry["rstrip"] or entry["single_word"]
     ]
     if trimming:
-        notes.append(
+        add_note(
             f"llama.cpp keeps the spaces beside {', '.join(map(repr, trimming[:3]))}"
             f"{' and others' if len(trimming) > 3 else ''}, which this tokenizer takes along"
         )
@@ -201,13 +202,13 @@ def _read_template(tokenizer: Any) -> str | list[Mapping[str, str]] | None:
     return template or None
 
 
-def _read_pre_tokenizer(built: Mapping[str, Any], notes: list[str]) -> str:
+def _read_pre_tokenizer(built: Mapping[str, Any], add_note: NoteCallback) -> str:
     """llama.cpp's name of a byte-level tokenizer. Raises ModelError where it has none."""
     normalizer = built.get("normalizer")
     if normalizer is not None and normalizer["type"] != "NFC":
         raise _refusal(f"it normalises text ({normalizer['type']})")
     if normalizer is not None:
-        notes.append("llama.cpp does not bring text into Unicode's NFC, as this tokenizer does")
+        add_note("llama.cpp does not bring text into Unicode's NFC, as this tokenizer does")
     if (built.get("decoder") or {}).get("type") != "ByteLevel":
         raise _refusal("its tokens are not those of a byte-level BPE")
     cut = _describe_cut(built.get("pre_tokenizer") or {})
@@ -243,7 +244,7 @@ def _describe_cut(pre_tokenizer: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _read_space_prefix(built: Mapping[str, Any], notes: list[str]) -> bool:
+def _read_space_prefix(built: Mapping[str, Any], add_note: NoteCallback) -> bool:
     """Whether a text begins with a space that it did not have. Raises ModelError for a tokenizer
     that does anything else to a text than mark its spaces.
     """
@@ -273,7 +274,7 @@ def _read_space_prefix(built: Mapping[str, Any], notes: list[str]) -> bool:
     ):
         scheme = pre_tokenizer.get("prepend_scheme", "always")
         if scheme == "first":
-            notes.append("llama.cpp also puts a space behind a special token inside a text")
+            add_note("llama.cpp also puts a space behind a special token inside a text")
         return bool(scheme != "never")
     raise _refusal(f"it prepares text by {json.dumps([normalizer, pre_tokenizer])[:300]}")
 

@@ -1,6 +1,6 @@
 """A GGUF file, streamed: one tensor in memory at a time, read again before it gets its name.
 
-    plan = plan_tensors(architecture, shapes, "q8_0", notes)     # shapes: {Hugging Face name: shape}
+    plan = plan_tensors(architecture, shapes, "q8_0", add_note)  # shapes: {Hugging Face name: shape}
     write_gguf(file, architecture, plan, tensors, add_keys)      # tensors: (name, tensor) one by one
     for name, exact, stored in reread(...): ...                  # what a reader gets back
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from lorry.errors import ContractError, ModelError
 from lorry.models.gguf.architecture import GgufArchitecture
 from lorry.models.gguf.header import GgufHeader, check_gguf
+from lorry.notes import NoteCallback
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 BF16, Q8_0 = GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0
@@ -68,7 +69,7 @@ def plan_tensors(
     architecture: GgufArchitecture,
     shapes: Mapping[str, tuple[int, ...]],
     outtype: str,
-    notes: list[str],
+    add_note: NoteCallback,
 ) -> list[PlannedTensor]:
     """What the file will hold, in the order in which it is whole when the model's tensors come in
     the order of ``shapes``. Raises ModelError for a tensor that the architecture has not.
@@ -92,7 +93,7 @@ def plan_tensors(
         whole = (len(names), *shape) if architecture.is_stack(place) else shape
         planned.append(PlannedTensor(place, whole, kind, tuple(names)))
     if narrow:
-        notes.append(
+        add_note(
             f"{len(narrow)} tensors are stored in f16, since their rows are no multiple of 32 "
             f"({', '.join(narrow[:3])})"
         )
