@@ -70,7 +70,9 @@ def test_the_exact_sum_is_the_default_and_peft_reads_it(
     assert lorry("merge", law, code, "weights=1,-0.5", f"output_dir={out}") == 0
     told = capsys.readouterr()
     assert told.out == f"{out}\n"
-    assert "merged 2 adapters by cat: 4 modules of rank 6" in told.err
+    assert "merged by cat: 1 x law, -0.5 x code; 4 modules of rank 6" in told.err
+    partial = "model.layers.0.mlp.down_proj"
+    assert f"note: 2 modules are targets of some adapters only ({partial})" in told.err
     assert "reloaded by peft: largest logit difference" in told.err
     model, _ = library.load(adapters / "base", law, dtype="float32")
     load_adapter(model, code)
@@ -84,6 +86,27 @@ def test_the_exact_sum_is_the_default_and_peft_reads_it(
         "adapter_config.json", WEIGHTS, "chat_template.jinja", "lorry_adapter.json",
         "receipt.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+
+
+def test_the_seed_is_torch_s_before_peft_s_call(adapters: Path, tmp_path: Path) -> None:
+    """On the native decoder too, whose modules stand in the order of transformers' own."""
+    law, code = adapters / "runs" / "law", adapters / "runs" / "code"
+    out = tmp_path / "dare"
+    words = ("method=dare_ties_svd", "weights=0.7,1.2", "density=0.6", "seed=3")
+    assert lorry("merge", law, code, *words, f"output_dir={out}") == 0
+    base = AutoModelForCausalLM.from_pretrained(adapters / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(law), adapter_name="law")
+    model.load_adapter(str(code), adapter_name="code")
+    torch.manual_seed(3)
+    model.add_weighted_adapter(
+        ["law", "code"], [0.7, 1.2], "both", combination_type="dare_ties_svd", density=0.6
+    )
+    model.save_pretrained(tmp_path / "peft", selected_adapters=["both"])
+    expected = load_file(tmp_path / "peft" / "both" / WEIGHTS)
+    found = load_file(out / WEIGHTS)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6)
 
 
 def test_the_receipt_names_what_it_was_made_of(adapters: Path, tmp_path: Path) -> None:

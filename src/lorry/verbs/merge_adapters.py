@@ -5,7 +5,7 @@ directory with a receipt; opened again before it gets its name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,7 +131,7 @@ def write_merged_adapter(
     else:
         model, library = load_adapted_model(built, base, before.dtype)
     return [
-        *tell_merge(merged, method, len(folders)),
+        *tell_merge(merged, method, named),
         *lines,
         *before.compare(model, "float32", library),
     ]
@@ -252,13 +252,12 @@ def tell_choice(choice: ScaleChoice) -> list[str]:
     ]
 
 
-def tell_merge(merged: AdapterMerge, asked: str, count: int) -> list[str]:
-    """The method, the rank, and what the rank lost."""
+def tell_merge(merged: AdapterMerge, asked: str, weights: Mapping[str, float]) -> list[str]:
+    """The method, the weights by name, the rank, and what the rank lost."""
     ranks = sorted({module.rank for module in merged.modules})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    lines = [
-        f"merged {count} adapters by {merged.method}: {len(merged.modules)} modules of rank {rank}"
-    ]
+    summands = ", ".join(f"{weight:g} x {name}" for name, weight in weights.items())
+    lines = [f"merged by {merged.method}: {summands}; {len(merged.modules)} modules of rank {rank}"]
     if merged.method != asked:
         lines[0] += f" (one adapter is copied, as in PEFT; {asked} has nothing to do)"
     if "rank" in MERGE_METHODS[merged.method].settings:
@@ -266,6 +265,10 @@ def tell_merge(merged: AdapterMerge, asked: str, count: int) -> list[str]:
         most = worst.lost / worst.energy if worst.energy else 0.0
         lines.append(
             f"energy lost to the rank: {merged.energy_lost:.2%} of the squared norm (most at {worst.module}: {most:.2%})"
+        )
+    if partial := [module for module in merged.modules if module.adapters < len(weights)]:
+        lines.append(
+            f"note: {len(partial)} modules are targets of some adapters only ({partial[0].module}), and merged from those"
         )
     return lines
 

@@ -13,12 +13,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lorry.adapters.attach import detach
+import lorry as library
+from lorry.adapters.attach import detach, find_linears
 from lorry.adapters.merging.weighted import AdapterMerge, merge_adapters
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.config.merge import MERGE_METHODS
 from lorry.errors import ConfigError
 
+# of PEFT, about tied weights and transposed ones, which is what is tried here
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 PEFT_METHODS = [name for name in MERGE_METHODS if not name.startswith("core")]
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -174,6 +177,17 @@ def test_unequal_ranks(tiny: Any, save: Save) -> None:
         else:
             with pytest.raises(ConfigError, match=r"have the ranks 5, 4"):
                 merge_adapters(ours, {"a0": 1.0, "a1": 0.5}, method=method)
+
+
+def test_modules_of_the_native_decoder_stand_in_peft_s_order(
+    family: str, tiny: Any, tmp_path: Path
+) -> None:
+    """Draws follow it."""
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    native, _ = library.load(tmp_path, dtype="float32")
+    assert native.family is not None
+    assert list(find_linears(native)) == list(find_linears(model))
 
 
 def test_one_adapter_is_a_copy_whatever_the_method(tiny: Any, save: Save) -> None:

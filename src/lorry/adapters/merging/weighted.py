@@ -41,12 +41,13 @@ from lorry.errors import ConfigError, ModelError, suggest_nearest
 
 @dataclass(frozen=True)
 class MergedModule:
-    """One module of a merged adapter: its rank, the squared Frobenius norm of what was merged, and
-    how much of that its rank left out.
+    """One module of a merged adapter: its rank, how many of the adapters had it, the squared
+    Frobenius norm of what was merged, and how much of that its rank left out.
     """
 
     module: str
     rank: int
+    adapters: int
     energy: float
     lost: float
 
@@ -158,7 +159,7 @@ def merge_adapters(
                     f"merging makes {path}.lora_{side} infinite or NaN; look at the weights and adapters"
                 )
             values[f"{path}.lora_{side}"] = value
-        modules.append(MergedModule(path, made.right.shape[0], made.energy, made.lost))
+        modules.append(MergedModule(path, made.right.shape[0], len(terms), made.energy, made.lost))
     adapter = _attach_values(model, name, values, modules)
     bank.activate(Mix.one(name))
     return AdapterMerge(adapter, ran, tuple(modules))
