@@ -21,6 +21,7 @@ from lorry.errors import ConfigError
 from lorry.train.session import train_run
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401
+from tests.support.tofuworld import write_tofu
 
 SCHEMAS = {"finetune": RunConfig, "unlearn": UnlearnRunConfig, "eval": EvalSettings}
 NAMES = [name for kind in VERB_OF_KIND for name in experiment_names(kind)]
@@ -215,6 +216,44 @@ def test_what_is_wrong_is_said(schema: type[Any], words: str, wrong: str) -> Non
         parse_settings(schema, words.split(), print)
 
 
+def test_experiments_ask_the_suite_of_their_benchmark() -> None:
+    """As published: of the rows that are forgotten, before the first step and after every epoch."""
+    run = parsed("unlearn/tofu/lora", "forget_split=forget05", "retain_logs_path=x.json")
+    assert (run.suite.name, run.suite.forget_split) == ("tofu", "forget05")
+    assert run.suite.retain_logs_path == "x.json"
+    assert (run.train.eval_on_start, run.train.eval_strategy) == (True, "epoch")
+    assert parsed("unlearn/muse/lora", "data_split=Books").suite.corpus == "Books"
+    assert parsed("unlearn/tofu/lora", "suite=null").suite.name is None
+
+
+def test_the_rows_of_the_suite_follow_the_rows_of_the_run() -> None:
+    forget = ["forget=tofu:forget01", "retain=x", "suite=tofu"]
+    assert parse_settings(UnlearnRunConfig, forget, print).suite.forget_split == "forget01"
+    given = parse_settings(UnlearnRunConfig, [*forget, "forget_split=forget10"], print)
+    assert given.suite.forget_split == "forget10"
+    again = config.build_settings(UnlearnRunConfig, given.model_dump(), print)
+    assert again == given
+    oracle = parse_settings(RunConfig, ["data=tofu:retain95", "suite=tofu"], print)
+    assert (oracle.suite.forget_split, oracle.train.eval_strategy) == ("forget05", "epoch")
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_loss", False),
+        ("eval_forget_nll", False),
+        ("eval_x_perplexity", False),
+        ("eval_bool_q_accuracy", True),
+        ("forget_quality", True),
+    ],
+)
+def test_more_of_a_metric_is_better_unless_it_is_a_loss(metric: str, greater: bool) -> None:
+    words = ["data=x", f"metric_for_best_model={metric}"]
+    assert parse_settings(RunConfig, words, print).train.greater_is_better is greater
+    other = parse_settings(RunConfig, [*words, f"greater_is_better={not greater}"], print)
+    assert other.train.greater_is_better is not greater
+
+
 def test_their_regular_expression_is_the_number_of_the_layer() -> None:
     regex = r"trainer.method_args.module_regex=model\.layers\.5"
     assert parsed("unlearn/wmdp/default", regex).unlearn.layer == 5
@@ -224,10 +263,14 @@ def test_their_regular_expression_is_the_number_of_the_layer() -> None:
 
 @pytest.fixture(scope="module")
 def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tofu")
+    folder = write_tofu(tmp_path_factory.mktemp("tofu"))
     rows = tinyrun.rows(16)
     (folder / "forget05.json").write_text(json.dumps(rows[:6]))
     (folder / "retain90.json").write_text(json.dumps(rows[6:]))
+    # two numbers that no other model would give
+    scores = {str(at): {"score": 0.1 * at} for at in range(3)}
+    logs = {"forget_truth_ratio": {"agg_value": 0.1, "value_by_index": scores}}
+    (folder / "logs.json").write_text(json.dumps(logs))
     return folder
 
 
@@ -236,7 +279,8 @@ def test_the_command_of_the_users_runs(tofu: Path, tmp_path: Path) -> None:
     model = tinyrun.model_directory(tmp_path / "model", num_hidden_layers=2)
     command = (
         f"python src/train.py --config-name=unlearn @experiment=unlearn/tofu/lora model={model} trainer=NPO "
-        f"forget_split=forget05 retain_split=retain90 retain_logs_path=none.json task_name=X "
+        f"forget_split=forget05 retain_split=retain90 retain_logs_path={tofu / 'logs.json'} task_name=X "
+        f"metrics=[forget_quality] "
         f"trainer.args.learning_rate=1e-3 trainer.args.gradient_accumulation_steps=1 device_map=auto "
         f"local.tofu={tofu} r=2 num_train_epochs=1 dtype=float32 threads=1 output_dir={tmp_path / 'run'}"
     )
@@ -244,6 +288,8 @@ def test_the_command_of_the_users_runs(tofu: Path, tmp_path: Path) -> None:
     records = [
         json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     ]
+    asked = [record for record in records if "eval_forget_quality" in record]
+    assert [record["step"] for record in asked] == [0, 2]  # before the first, and every epoch
     losses = [record for record in records if "loss" in record]
     assert len(losses) == 2  # 6 rows, 4 a step
     # the policy is the start: (2 / 0.1) ln 2

@@ -143,7 +143,10 @@ def test_several_files() -> None:
             "data.completion_only_loss: got 'maybe'; give true or false or null",
         ),
         (["zzz=1"], "zzz=1: unknown setting 'zzz'"),
-        (["name=x"], "'name' is ambiguous; write one of: model.name, data.name, backend.name"),
+        (
+            ["name=x"],
+            "'name' is ambiguous; write one of: model.name, data.name, suite.name, backend.name",
+        ),
         (["train=5"], "'train' is a group; set one of its settings, such as train.learning_rate"),
         (["use_dora=true"], "use_dora=true is not supported yet"),
         (["--use_dora"], "use_dora=true is not supported yet"),

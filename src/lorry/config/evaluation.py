@@ -5,7 +5,6 @@ Try: lorry eval RUN tasks=[bool_q,common_gen] local.bool_q=boolq.jsonl limit=200
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -13,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, derived_field
 from lorry.config.data import FormatName
 from lorry.config.schema import BackendConfig, ModelConfig
+from lorry.config.suite import SuiteConfig, first_changed, refuse_unread
 
 # settings that mean something with tasks only
 TASK_FIELDS = (
@@ -29,26 +29,6 @@ TASK_FIELDS = (
 )
 # what tasks have and a suite of unlearning has not: how it is asked is part of the benchmark
 NOT_OF_SUITES = tuple(name for name in TASK_FIELDS if name != "local")
-SUITE_FIELDS = (
-    "forget_split",
-    "holdout_split",
-    "retain_logs_path",
-    "metrics",
-    "question_key",
-    "corpus",
-    "peer_masks",
-)
-# what only some suites read; a setting that is not read is an error
-SUITES_OF_FIELDS = {
-    "forget_split": ("tofu",),
-    "holdout_split": ("tofu",),
-    "question_key": ("tofu",),
-    "corpus": ("muse",),
-    "retain_logs_path": ("tofu", "muse"),
-    "peer_masks": ("tofu", "muse"),
-    "limit": ("tofu", "muse"),
-    "max_new_tokens": ("tofu", "muse"),
-}
 # settings of data that mean something with a file only
 FILE_FIELDS = (
     "name",
@@ -103,29 +83,7 @@ class EvalSettings(SettingsGroup):
     catalog: PathText | None = config_field(
         None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"
     )
-    suite: Literal["tofu", "muse", "wmdp"] | None = config_field(
-        None,
-        "a suite of unlearning instead: tofu, muse or wmdp, from local.tofu=FOLDER (or muse, wmdp) or the hub; "
-        "writes TOFU_EVAL.json and TOFU_SUMMARY.json (MUSE_, LMEval_)",
-    )
-    forget_split: str = config_field(
-        "forget10", "suite: the rows that were to be forgotten: forget01, forget05 or forget10"
-    )
-    holdout_split: str | None = derived_field(
-        "holdoutNN of forgetNN", "suite: rows that were never trained on, for membership inference"
-    )
-    retain_logs_path: PathText | None = config_field(
-        None,
-        "suite: EVAL.json of a model trained without the forget rows, ours or open-unlearning's; forget_quality needs it",
-    )
-    metrics: list[str] = config_field(
-        [], "suite: these metrics and what they are made of; empty: the suite's usual ones"
-    )
-    question_key: str = config_field(
-        "question",
-        "suite: the column asked of forget and retain rows, such as paraphrased_question",
-    )
-    corpus: Literal["News", "Books"] = config_field("News", "suite: which corpus of MUSE")
+    suite: SuiteConfig = SuiteConfig()
     peer_masks: bool = config_field(
         False,
         "suite: extraction strength with open-unlearning's floor, 1/n for a total miss instead of 0",
@@ -162,7 +120,7 @@ class EvalSettings(SettingsGroup):
 
     @model_validator(mode="after")
     def _something_to_ask(self) -> EvalSettings:
-        if [self.data.path is None, not self.tasks, self.suite is None].count(False) != 1:
+        if [self.data.path is None, not self.tasks, self.suite.name is None].count(False) != 1:
             raise ValueError(
                 "say what to evaluate on: data=FILE, or tasks=[...] with named sets, or suite=tofu, muse or wmdp; one of these"
             )
@@ -170,20 +128,17 @@ class EvalSettings(SettingsGroup):
 
     @model_validator(mode="after")
     def _suites_are_fixed(self) -> EvalSettings:
-        if self.suite is None and (odd := first_changed(self, SUITE_FIELDS)):
-            raise ValueError(f"{odd} is for suite={SUITES_OF_FIELDS.get(odd, ('tofu',))[0]}")
-        if self.suite is not None:
-            unread = [name for name, suites in SUITES_OF_FIELDS.items() if self.suite not in suites]
-            if odd := first_changed(self, unread):
-                raise ValueError(
-                    f"{odd} is not read by suite={self.suite}; it is a setting of "
-                    f"suite={', '.join(SUITES_OF_FIELDS[odd])}"
-                )
-        if self.suite is not None and (odd := first_changed(self, NOT_OF_SUITES)):
-            raise ValueError(f"{odd} is for tasks=[...]; how suite={self.suite} asks is fixed")
-        if self.suite is not None and self.output_dir is not None and self.output_dir.suffix:
+        suite = self.suite.name
+        if suite is None:
+            if self.peer_masks:
+                raise ValueError("peer_masks is for suite=tofu")
+            return self
+        refuse_unread(self, suite)
+        if odd := first_changed(self, NOT_OF_SUITES):
+            raise ValueError(f"{odd} is for tasks=[...]; how suite={suite} asks is fixed")
+        if self.output_dir is not None and self.output_dir.suffix:
             raise ValueError(
-                f"output_dir={self.output_dir}: suite={self.suite} writes two files; name a folder"
+                f"output_dir={self.output_dir}: suite={suite} writes two files; name a folder"
             )
         return self
 
@@ -211,16 +166,3 @@ class EvalSettings(SettingsGroup):
                 f"output_dir={self.output_dir}: tables in CSV are of tasks=[...]; name a folder or a .json file"
             )
         return self
-
-
-def first_changed(group: SettingsGroup, names: Sequence[str]) -> str:
-    """The first of these settings that is not its default, or an empty string."""
-    fields = type(group).model_fields
-    return next(
-        (
-            name
-            for name in names
-            if getattr(group, name) != fields[name].get_default(call_default_factory=True)
-        ),
-        "",
-    )

@@ -32,6 +32,7 @@ from lorry.config.base import (
 )
 from lorry.config.data import DataConfig
 from lorry.config.parsing.names import show_value
+from lorry.config.suite import TrainingSuiteConfig
 
 EvalStrategy = Literal["no", "steps", "epoch"]
 SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -193,7 +194,9 @@ class TrainConfig(SettingsGroup):
     metric_for_best_model: str = config_field(
         "eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy"
     )
-    greater_is_better: bool = config_field(False, "whether more of that metric is better")
+    greater_is_better: bool = derived_field(
+        "false for a loss, NLL or perplexity, else true", "whether more of that metric is better"
+    )
     early_stopping_patience: PositiveInt | None = config_field(
         None, "stop after so many evaluations without a better one"
     )
@@ -234,6 +237,14 @@ class TrainConfig(SettingsGroup):
             # a run of no steps would save an adapter that changes nothing and look finished
             raise ValueError("got 0; give at least 1, or -1 for num_train_epochs")
         return value
+
+    @field_validator("greater_is_better", mode="before")
+    @classmethod
+    def _direction_of_the_metric(cls, value: Any, info: ValidationInfo) -> Any:
+        # as transformers' TrainingArguments, which knows losses alone
+        less = ("loss", "nll", "perplexity")
+        metric = info.data.get("metric_for_best_model", "loss")
+        return not metric.endswith(less) if value is None else value
 
     @field_validator("warmup_ratio", mode="before")
     @classmethod
@@ -309,6 +320,7 @@ class RunConfig(SettingsGroup):
         "with lora=null, which base weights train: all, mlp, attention, a list of names, or a regex; null: all",
     )
     data: DataConfig
+    suite: TrainingSuiteConfig = TrainingSuiteConfig()
     # validated though a default: its eval_strategy follows from data, which stands above it
     train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
     backend: BackendConfig = BackendConfig()
@@ -331,12 +343,38 @@ class RunConfig(SettingsGroup):
         "with jobs: micro-batches of several share a pass up to so many tokens",
     )
 
+    @field_validator("suite", mode="before")
+    @classmethod
+    def _no_suite(cls, value: Any) -> Any:
+        # suite=null takes back what an experiment asks
+        return {} if value is None else value
+
+    @field_validator("suite")
+    @classmethod
+    def _split_of_the_rows(
+        cls, suite: TrainingSuiteConfig, info: ValidationInfo
+    ) -> TrainingSuiteConfig:
+        """TOFU's rows that the run forgets, or leaves out, are those that the suite asks about."""
+        given = "forget_split" in suite.model_fields_set
+        if suite.name != "tofu" or given or "data" not in info.data:
+            return suite
+        found = re.fullmatch(r"tofu:(forget|retain)(\d\d)", str(info.data["data"].path))
+        if found is None:
+            return suite
+        share = int(found[2]) if found[1] == "forget" else 100 - int(found[2])
+        return suite.model_copy(update={"forget_split": f"forget{share:02d}"})
+
     @field_validator("train")
     @classmethod
     def _when_to_evaluate(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
-        if train.eval_strategy is not None or "data" not in info.data:
+        if train.eval_strategy is not None or not {"data", "suite"} <= info.data.keys():
             return train
-        anything = cls.always_evaluates or info.data["data"].evaluates or train.eval_tasks
+        anything = (
+            cls.always_evaluates
+            or info.data["data"].evaluates
+            or train.eval_tasks
+            or info.data["suite"].name
+        )
         chosen = "no" if not anything else "steps" if train.eval_steps else "epoch"
         # without validation, which the values here have passed
         return train.model_copy(update={"eval_strategy": chosen})
@@ -394,7 +432,7 @@ class RunConfig(SettingsGroup):
     def _evaluation_is_possible(self) -> RunConfig:
         train = self.train
         if (train.eval_steps or train.eval_strategy != "no" or train.eval_on_start) and not (
-            self.always_evaluates or self.data.evaluates or train.eval_tasks
+            self.always_evaluates or self.data.evaluates or train.eval_tasks or self.suite.name
         ):
             raise ValueError(
                 "evaluation is asked for but there is nothing to evaluate on; give data.eval or data.test_size"

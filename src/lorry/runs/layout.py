@@ -117,6 +117,15 @@ class RunDir:
         """The checkpoint after so many optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
 
+    @property
+    def suites(self) -> Path:
+        """What `lorry eval suite=...` and `lorry attack` write."""
+        return self.path / SUITES
+
+    def suite(self, step: int) -> Path:
+        """A suite's results after so many optimizer steps, asked while the run trained."""
+        return self.suites / f"step-{step:08d}"
+
     def adapter(self, name: str, adapters: int) -> Path:
         """Where an adapter of a run of so many lies: one alone in the run directory itself, several
         in a folder each.

@@ -30,6 +30,7 @@ from lorry.runs.metrics import MetricsWriter, drop_metrics_after, iter_metrics
 from lorry.runs.process import RunDirectoryHandle
 from lorry.train import checkpoint
 from lorry.train.checks import ContractChecks
+from lorry.train.evaluation.run_evaluation import RunEvaluation, join_measures
 from lorry.train.jobs import (
     JobProgress,
     RunOutcome,
@@ -49,8 +50,8 @@ class TrainingEngine:
     checkpoints and compared on resume; ``jobs``: one per adapter of the task, in its order; left
     out, all are alike: ``train``'s settings, the task's steps, ``epoch_of(step)``, the epoch a step
     belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``: frozen ones
-    the task scores with besides the backend; ``ask(name)``: what else an evaluation of an adapter
-    measures.
+    the task scores with besides the backend; ``evaluations``: what is asked of an adapter besides
+    the loss of held-out rows.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class TrainingEngine:
         ends: Sequence[int] = (),
         tolerance: float = 1e-5,
         models: Mapping[str, ScoringBackend] | None = None,
-        ask: Callable[[str], Mapping[str, float]] = lambda name: {},
+        evaluations: Sequence[RunEvaluation] = (),
     ) -> None:
-        self.models, self.ask = {"self": backend, **(models or {})}, ask
+        self.models, self.evaluations = {"self": backend, **(models or {})}, evaluations
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.checks, self.listeners, self.tolerance = (
             identity,
@@ -86,6 +87,7 @@ class TrainingEngine:
         self.jobs = {job.name: job for job in jobs or alike}
         self.progress = RunProgress(0, {name: JobProgress() for name in self.jobs})
         self.total = max(job.total for job in self.jobs.values())
+        self.ended_with: dict[str, int] = {}  # by job, the step of the adapter that stays
         self.epochs: dict[str, int] = {}  # of the step just made, by the jobs that took part
         self.newest: Path | None = None  # the checkpoint this run last wrote, or went on from
         self.origin: Path | None = None
@@ -131,8 +133,18 @@ class TrainingEngine:
                     f"{name}: its first evaluation, at step {self._standing(name).steps}, found nothing worth keeping, so "
                     "there is no adapter to end with and none is written; lower learning_rate, or evaluate sooner (eval_steps)"
                 )
-        self._load_best({name: step for name, step in best.items() if step is not None})
+        chosen = {name: step for name, step in best.items() if step is not None}
+        self._load_best(chosen)
+        self.ended_with = {n: chosen.get(n, self._standing(n).steps) for n in self.jobs}
         return RunOutcome.of({name: self._outcome(name, best.get(name)) for name in self.jobs})
+
+    def conclude_evaluations(self) -> None:
+        """Tell what evaluates which step's adapters the run has ended with. Raises what
+        `RunEvaluation.conclude` raises.
+        """
+        for evaluation in self.evaluations:
+            for name, step in self.ended_with.items():
+                evaluation.conclude(name, step)
 
     def active(self) -> list[TrainingJob]:
         """The jobs that have a step to make."""
@@ -242,7 +254,14 @@ class TrainingEngine:
         # of the jobs in the step just made: one that has ended with it is no longer active, but due
         train = {name: self.jobs[name].train for name in self.epochs}
         # evaluation before saving: a checkpoint of this step knows whether it was the best so far
-        to_evaluate = [n for n, t in train.items() if self._due(n, t.eval_strategy, t.eval_steps)]
+        # what a run is finished with is measured, whatever eval_steps divides
+        at_end = any(evaluation.at_end for evaluation in self.evaluations)
+        to_evaluate = [
+            n
+            for n, t in train.items()
+            if self._due(n, t.eval_strategy, t.eval_steps)
+            or (at_end and self.progress.step == self.jobs[n].total)
+        ]
         evaluations = self._evaluate(metrics, to_evaluate)
         improved = [
             n for n, values in evaluations.items() if self._standing(n).judge(values, train[n])
@@ -274,7 +293,10 @@ class TrainingEngine:
         if not due:
             return {}
         evaluations = {
-            name: {**evaluate_task(self.backend, held_out_task(self.task, name)), **self.ask(name)}
+            name: join_measures(
+                evaluate_task(self.backend, held_out_task(self.task, name)),
+                *(one.measure(name, self.progress.step) for one in self.evaluations),
+            )
             for name in due
         }
         record: dict[str, Any] = {

@@ -26,7 +26,7 @@ from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs import ownership
-from lorry.runs.layout import ADAPTER_WEIGHTS, EVALUATION, RECEIPT, SUITES, RunDir
+from lorry.runs.layout import ADAPTER_WEIGHTS, EVALUATION, RECEIPT, STEP, SUITES, RunDir
 from lorry.tasks.build import PreparedJob, PreparedJobs
 from lorry.train import artifacts, checkpoint, full
 from lorry.train.checks import ContractChecks
@@ -88,8 +88,13 @@ def displace_measurements(run_dir: Path, digests: Mapping[str, str]) -> None:
         return
     names = [EVALUATION] if ownership.is_evaluation_file(run_dir / EVALUATION) else []
     # also in the folder of each job, which can be evaluated by itself
-    places = [SUITES, *(f"{adapter}/{SUITES}" for adapter in digests)]
+    places = [f"{adapter}/{SUITES}" for adapter in digests]
     names += [place for place in places if ownership.is_suites_folder(run_dir / place)]
+    if ownership.is_suites_folder(run_dir / SUITES):
+        entries = sorted(entry.name for entry in (run_dir / SUITES).iterdir())
+        others = [f"{SUITES}/{name}" for name in entries if STEP.fullmatch(name) is None]
+        # what was asked while this run trained is its own, and stays
+        names += [SUITES] if len(others) == len(entries) else others
     ownership.displace_entries(run_dir, names)
 
 

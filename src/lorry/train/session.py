@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from lorry.data.prepare import EncodedRows, PreparedData, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.errors import ConfigError, DataError, explain_out_of_memory
 from lorry.evaluate.benchmarks.questions import Benchmark
+from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
 from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel, open_model
@@ -50,13 +51,15 @@ from lorry.runs.layout import (
 from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
 from lorry.runs.read import read_evaluation
-from lorry.tasks.build import BuiltTask, PreparedJob, PreparedJobs, TaskInputs
+from lorry.tasks.build import PreparedJob, PreparedJobs, TaskInputs
 from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
-from lorry.train.benchmarks import BenchmarkEvaluator, default_best_metric, load_eval_benchmarks
 from lorry.train.card.card import render_run_card
 from lorry.train.checks import ContractChecks
 from lorry.train.engine import TrainingEngine
+from lorry.train.evaluation.benchmarks import BenchmarkEvaluator, load_eval_benchmarks, main_metric
+from lorry.train.evaluation.run_evaluation import Measure, RunEvaluation, default_best_metric
+from lorry.train.evaluation.suites import RunSuite, load_run_suite, main_suite_metric
 from lorry.train.full import enable_base_training
 from lorry.train.jobs import RunOutcome, TrainingJob
 from lorry.train.monitoring.events import TrainingListener
@@ -107,7 +110,7 @@ def train_run(
     notebook = Notebook()
     notebook.add(*settings_notes)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
-        run, exams = _prepare_run(run, notebook.add)
+        run, exams, suite = _prepare_run(run, notebook.add)
         # before the model is loaded: an unfinished run that is not resumed is refused here
         resume_from = find_resume_checkpoint(run)
         # a listener like the others; what it heard corrects `lorry plan` at the end
@@ -117,7 +120,10 @@ def train_run(
         _set_up_torch(run)
         opened = open_base(run, notebook.add)
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
-        engine = build_engine(run, opened, jobs, notebook, BenchmarkEvaluator(run, opened, exams))
+        evaluations: list[RunEvaluation] = [Measure(BenchmarkEvaluator(run, opened, exams))]
+        if suite is not None:
+            evaluations.append(RunSuite(run, opened, suite, process.home))
+        engine = build_engine(run, opened, jobs, notebook, evaluations)
         # read before an earlier run moves, which may be what this one begins with
         over = start_files(opened.model)
         resume_or_make_room(engine, resume_from, run, notebook)
@@ -142,13 +148,16 @@ def suggest_less_memory(run: RunConfig) -> str:
     )
 
 
-def _prepare_run(run: RunConfig, add_note: NoteCallback) -> tuple[RunConfig, list[Benchmark]]:
+def _prepare_run(
+    run: RunConfig, add_note: NoteCallback
+) -> tuple[RunConfig, list[Benchmark], SuiteEvaluation | None]:
     """The run with every measured choice made, and the questions it asks while it trains: before
     the model is loaded, which takes longer.
     """
     run = resolve_memory_budget(run, add_note)
-    exams = load_eval_benchmarks(run)
-    return default_best_metric(run, exams, add_note), exams
+    exams, suite = load_eval_benchmarks(run), load_run_suite(run, add_note)
+    metrics = [main_metric(exam) for exam in exams] + ([main_suite_metric(suite)] if suite else [])
+    return default_best_metric(run, metrics, add_note), exams, suite
 
 
 def _set_up_torch(run: RunConfig) -> None:
@@ -273,6 +282,7 @@ def _train_and_finish(
         home.check()
         digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared)
         finish.displace_measurements(run.output_dir, digests)
+        engine.conclude_evaluations()
         finish.check_newest_checkpoint(checks, engine.newest)
         artifacts.write_json(
             run.output_dir,
@@ -414,10 +424,10 @@ def build_engine(
     opened: OpenedModel,
     jobs: PreparedJobs,
     notebook: Notebook,
-    exams: Callable[[str], Mapping[str, float]] = lambda name: {},
+    evaluations: Sequence[RunEvaluation] = (),
 ) -> TrainingEngine:
-    """The backend, the task and the loop of this run. ``exams``: what its evaluations of an adapter
-    ask besides the task's own.
+    """The backend, the task and the loop of this run. ``evaluations``: what it asks of an adapter
+    besides the task's own.
     """
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
     # dropout's seed is part of the sequences' keys, job by job
@@ -432,18 +442,25 @@ def build_engine(
     # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
     built = TASKS[run.task].build(replace(inputs, tell=notebook.repeat))
     notebook.tell(*built.notes, *(job.warmup_note() for job in training))
+    asked: list[RunEvaluation] = [Measure(built.measure, digests=built.digests), *evaluations]
     return TrainingEngine(
         backend,
         built.task,
         run.train,
         run.output_dir,
-        identity=_run_identity(run, opened, jobs, built, backend),
+        identity=_run_identity(
+            run,
+            opened,
+            jobs,
+            dict(digest for one in asked for digest in one.digests.items()),
+            backend,
+        ),
         checks=ContractChecks(),
         jobs=training,
         listeners=notebook.listeners,
         tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
         models=built.models,
-        ask=lambda name: {**built.measure(name), **exams(name)},
+        evaluations=asked,
     )
 
 
@@ -480,9 +497,15 @@ def _task_inputs(
 
 
 def _run_identity(
-    run: RunConfig, opened: OpenedModel, jobs: PreparedJobs, built: BuiltTask, backend: Backend
+    run: RunConfig,
+    opened: OpenedModel,
+    jobs: PreparedJobs,
+    others: Mapping[str, str],
+    backend: Backend,
 ) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, and resuming compares."""
+    """What a checkpoint remembers of its run, and resuming compares. ``others``: digests of what
+    else it hangs on.
+    """
     digests = {name: job.data.digest for name, job in jobs.items()}
     return {
         # as JSON gives it back: a checkpoint's meta holds no tuples and no paths
@@ -490,7 +513,7 @@ def _run_identity(
         "digests": {
             "data": digests if len(jobs) > 1 else next(iter(digests.values())),
             "base": base_digest(opened.model),
-            **built.digests,
+            **others,
             "code": checkpoint.code_digest(),
         },
         "environment": checkpoint.numeric_environment(

@@ -50,14 +50,14 @@ def main(settings: EvalSettings) -> int:
     import torch
 
     refuse_wrong_kind(settings.output_dir)
-    if settings.suite is None:  # which has files of its own
+    if settings.suite.name is None:  # which has files of its own
         refuse_foreign_results(settings)
     # before anything is computed
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
         return evaluate_named_sets(settings)
-    if settings.suite is not None:
+    if settings.suite.name is not None:
         return evaluate_suite(settings)
     # before the model, which takes longer: a wrong path is told at once
     source = open_eval_source(settings)

@@ -324,10 +324,6 @@ IGNORED_ALIASES: dict[str, str] = {
         ],
         _REPORT,
     ),
-    **dict.fromkeys(
-        ["holdout_split", "retain_logs_path", "question_key"],
-        "`lorry eval RUN suite=tofu` reads it; training looks at the probabilities of its rows",
-    ),
     "device_map": "a model is on one device, which device says",
     "do_eval": "eval_strategy says when to evaluate",
     "bf16_full_eval": "evaluation has the dtype of training",

@@ -40,13 +40,16 @@ GROUPS = {
     "model.model_args": "model",
     "model.tokenizer_args": "model",
     "model.lora_config": "lora",
-    "eval.tofu": "",
-    "eval.muse": "",
-    "eval.wmdp": "",
+    "eval.tofu": "suite",
+    "eval.muse": "suite",
+    "eval.wmdp": "suite",
     "paths": "",
 }
 # settings of theirs that belong into another group here
 MOVED = {"data.anchor": "unlearn.anchor"}
+SUITES = ("tofu", "muse", "wmdp")
+# of their evaluators, what is no setting of the suite in training
+EVALUATOR_BATCH, BATCH = "batch_size", "train.per_device_eval_batch_size"
 WEIGHTS = "model.model_args.pretrained_model_name_or_path"
 TASK_NAME, TRAINER, FINETUNE = "task_name", "trainer", "finetune"
 HUB_IDS = {
@@ -170,6 +173,11 @@ def translate_settings(
         elif given.key == TRAINER and "unlearn.method" in names.fields:
             given = replace(given, key="unlearn.method")
             add_note(f"{TRAINER} is read as {given.key}")
+        elif given.key == "eval" and name in SUITES and _has_suites(names):
+            # their group of evaluators; a file to evaluate on, where there is one of that name
+            if not Path(name).exists():
+                given = replace(given, key="suite.name")
+                add_note(f"eval={name} is read as suite={name}")
         elif given.key == TASK_NAME:
             given = _task_name(names, given)
             add_note(f"{TASK_NAME} is read as {given.key}={given.value}")
@@ -188,6 +196,10 @@ def _adapter_note(adapter: Sequence[GivenSetting]) -> str:
     return " with r=128 lora_alpha=128 lora_dropout=0.05, lm_head too" if adapter else ""
 
 
+def _has_suites(names: SchemaNames) -> bool:
+    return "suite.name" in names.fields
+
+
 def _task_name(names: SchemaNames, given: GivenSetting) -> GivenSetting:
     if "train.run_name" in names.fields:
         return replace(given, key="train.run_name")
@@ -204,5 +216,7 @@ def _without_group(names: SchemaNames, given: GivenSetting, add_note: NoteCallba
         return given
     ours = f"{GROUPS[group]}.{leaf}"
     key = ours if ours in names.fields else leaf
+    if GROUPS[group] == "suite" and leaf == EVALUATOR_BATCH and BATCH in names.fields:
+        key = BATCH  # the word alone means the rows of a step there
     add_note(f"{given.key} is read as {key}")
     return replace(given, key=key)

@@ -133,4 +133,5 @@ MUSE_SUITE = Suite(
         "extraction_strength",
     ),
     load=load_muse_sets,
+    main="retain_knowmem_ROUGE",
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def digest_of(parts: Mapping[str, Any]) -> str:
 class SuiteResults:
     """The records of a folder. ``digests``: {metric: of what it is to be measured}; ``model``: the
     model's digest; ``rows``: {metric: {role: digest of its rows}}, for whoever reads this file as an
-    oracle's. Raises DataError for a damaged file of ours.
+    oracle's; ``before_write`` is called before anything is written, and may raise. Raises DataError
+    for a damaged file of ours.
     """
 
     def __init__(
@@ -65,15 +66,22 @@ class SuiteResults:
         digests: Mapping[str, str],
         model: str,
         rows: Mapping[str, Mapping[str, str]],
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.title, self.digests = folder, title, digests
+        self.before_write = before_write
         self.model, self.rows = model, rows
-        self.records: dict[str, MetricRecord] = {}
-        path = folder / eval_file(title)
-        if ownership.is_suite_file(path):
-            self.records = documents.read_object(path)
-            if not all(isinstance(record, dict) for record in self.records.values()):
-                raise DataError(f"{path}: a metric is no object; the file is damaged, move it away")
+        self.records = self._read(folder)
+
+    def _read(self, folder: Path) -> dict[str, MetricRecord]:
+        """The records of our file in a folder; none where there is no such file."""
+        path = folder / eval_file(self.title)
+        if not ownership.is_suite_file(path):
+            return {}
+        found: dict[str, MetricRecord] = documents.read_object(path)
+        if not all(isinstance(record, dict) for record in found.values()):
+            raise DataError(f"{path}: a metric is no object; the file is damaged, move it away")
+        return found
 
     def kept(self, name: str) -> MetricRecord | None:
         """A metric's record where it was measured of the very same things, else None."""
@@ -92,7 +100,22 @@ class SuiteResults:
         # before the new one goes in: a file speaks of one model and of one set of rows
         self.records = {known: one for known, one in self.records.items() if self._agrees(one)}
         self.records[name] = head | record
+        self._write()
+
+    def adopt(self, folder: Path) -> None:
+        """Take over the records of the very same things that another folder has, and write them.
+        Raises DataError for a damaged file there, DiskError.
+        """
+        theirs = self._read(folder)
+        same = {n: one for n, one in theirs.items() if one.get("digest") == self.digests.get(n)}
+        if same:
+            ours = {known: one for known, one in self.records.items() if self._agrees(one)}
+            self.records = ours | same
+            self._write()
+
+    def _write(self) -> None:
         summary = {known: one["agg_value"] for known, one in self.records.items()}
+        self.before_write()
         durable.make_directory(self.folder)
         durable.write_files(
             self.folder,

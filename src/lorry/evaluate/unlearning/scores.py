@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
+from lorry.adapters.base_weights import get_base_weights
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import base_digest
 from lorry.backends.protocol import ScoringBackend
@@ -114,8 +115,15 @@ class SuiteModel:
         terms = [(adapter, 1.0) for adapter in bank.base_adapters.values()]
         terms += [(bank[term.adapter], float(term.gate)) for term in self.mix.terms]
         for adapter, gate in terms:
-            parts.append(f"{gate} {adapter.spec}")
-            total.update(adapter.values.detach().cpu().numpy().tobytes())
+            # by module, not by the settings that chose them: read back from PEFT's files, "auto" is a
+            # list of names, and an adapter that trains is to be known again when it is finished
+            for path, slot in sorted(adapter.slots.items()):
+                parts.append(f"{gate} {path} {slot.scale}")
+                for matrix in (slot.A, slot.B):
+                    total.update(matrix.detach().cpu().contiguous().numpy().tobytes())
+        # the base's digest is of a sample, rounded, which a few small steps leave as it is
+        if (trained := get_base_weights(self.model)) is not None:
+            total.update(trained.values.detach().cpu().numpy().tobytes())
         total.update("\n".join(parts).encode())
         return total.hexdigest()
 

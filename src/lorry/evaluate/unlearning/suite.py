@@ -66,7 +66,8 @@ class SuiteMetric:
 @dataclass(frozen=True)
 class Suite:
     """A benchmark of unlearning. ``metrics``: all there are; ``default``: those measured unless some
-    are named; ``title``: what its files are called; ``load(roles, request)``: its rows by role.
+    are named; ``title``: what its files are called; ``load(roles, request)``: its rows by role;
+    ``main``: the metric, higher is better, that says what a model still knows of the rest.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Suite:
     metrics: Mapping[str, SuiteMetric]
     default: tuple[str, ...]
     load: Callable[[Mapping[str, tuple[str, ...]], SuiteRequest], dict[str, SuiteSet]]
+    main: str
 
     def choose(self, asked: Sequence[str], *, logs: bool) -> tuple[list[str], list[str]]:
         """(names to measure, parts first; notes). Raises ConfigError for an unknown one, or one

@@ -129,4 +129,5 @@ TOFU_SUITE = Suite(
         "exact_memorization",
     ),
     load=load_sets,
+    main="model_utility",
 )

@@ -111,4 +111,5 @@ WMDP_SUITE = Suite(
     metrics=WMDP_METRICS,
     default=tuple(WMDP_SETS),
     load=load_wmdp_sets,
+    main=MMLU,
 )

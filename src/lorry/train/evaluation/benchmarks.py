@@ -16,7 +16,6 @@ from lorry.data.stream.mixtures import training_locations
 from lorry.evaluate.benchmarks.questions import Benchmark, load_benchmark
 from lorry.evaluate.benchmarks.run import evaluate_benchmark
 from lorry.models.loading.open import OpenedModel
-from lorry.notes import NoteCallback
 
 
 def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
@@ -43,18 +42,9 @@ def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
     return exams
 
 
-def default_best_metric(
-    run: RunConfig, exams: list[Benchmark], add_note: NoteCallback
-) -> RunConfig:
-    """Where sets are all that is evaluated and nothing else is said, the best step is that of the
-    first set's main metric.
-    """
-    if not exams or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
-        return run
-    metric = f"eval_{exams[0].named_set.name}_{exams[0].named_set.metrics[0]}"
-    add_note(f"no rows are held out for a loss, so the best step is that of the highest {metric}")
-    best = {"metric_for_best_model": metric, "greater_is_better": True}
-    return run.model_copy(update={"train": run.train.model_copy(update=best)})
+def main_metric(exam: Benchmark) -> str:
+    """What speaks for a set among the numbers of an evaluation; more of it is better."""
+    return f"eval_{exam.named_set.name}_{exam.named_set.metrics[0]}"
 
 
 class BenchmarkEvaluator:
