@@ -26,15 +26,20 @@ class ChartAxis:
 
 
 def value_axis(
-    values: Sequence[float], from_zero: bool = False, log_if_wide: bool = False, count: int = 5
+    values: Sequence[float],
+    from_zero: bool = False,
+    log_if_wide: bool = False,
+    count: int = 5,
+    log: bool = False,
 ) -> ChartAxis:
     """An axis for finite values with about ``count`` ticks; it ends on ticks, so that every curve
     lies inside.
 
-    from_zero: zero is on the axis. log_if_wide: logarithmic where `is_wide` says so.
+    from_zero: zero is on the axis. log_if_wide: logarithmic where `is_wide` says so; log: wherever
+    every value has a place on one.
     """
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if log_if_wide and is_wide(values):
+    if (log and low > MIN_LOG_VALUE) or (log_if_wide and is_wide(values)):
         return _log_axis(low, high, count)
     if from_zero or 0 < low < 0.25 * high:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -84,6 +89,7 @@ def nice_step(rough: float) -> float:
 
 def _log_axis(low: float, high: float, count: int) -> ChartAxis:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    last = max(last, first + 1)  # a single power of ten has a decade above it
     stride = math.ceil((last - first) / count)
     powers = range(first, first + math.ceil((last - first) / stride) * stride + 1, stride)
     ticks = tuple(10.0**p for p in powers)

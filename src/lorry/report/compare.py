@@ -21,6 +21,7 @@ from lorry.formatting import MISSING_VALUE, format_bytes, format_duration, forma
 from lorry.report.table import _new_table, _styled_text
 from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, is_number
+from lorry.runs.summary import SUITE_FIGURES
 
 FigureFormatter = Callable[[Any], str]
 COMPARED_FIGURES: dict[str, tuple[str, FigureFormatter]] = {
@@ -103,7 +104,7 @@ def _logged_figures(run: RunRecord) -> dict[str, Any]:
 
 def _last_metrics(run: RunRecord) -> dict[str, Any]:
     """The last value of everything measured on held-out rows while it trained, and what `lorry
-    eval` measured afterwards.
+    eval` measured afterwards, suites of unlearning among it.
     """
     names = [name for name in run.log.names() if name.startswith(EVALUATION_PREFIX)]
     during = {name: run.log.series(name)[1][-1] for name in names}
@@ -112,7 +113,14 @@ def _last_metrics(run: RunRecord) -> dict[str, Any]:
         for one in run.evaluation
         for metric, change in one.metrics.items()
     }
-    return during | later
+    # the metrics a table has room for; the report has all
+    suites = {
+        f"{suite.title}: {metric}": suite.values[metric]
+        for suite in run.evals.suites
+        for metric in SUITE_FIGURES
+        if not suite.part and metric in suite.values
+    }
+    return during | later | suites
 
 
 def figure_ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

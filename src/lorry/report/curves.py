@@ -10,10 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorry.formatting import byte_scale, format_number
+from lorry.runs.evals import OracleValues, SuiteRecord
 from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 
-SeriesKind = Literal["raw", "line", "points"]
+TERM_PREFIX = "loss_"  # names of a loss' single terms, and of what is reported like one
+SeriesKind = Literal["raw", "line", "points", "mark", "guide"]
+MarkShape = Literal["o", "s", "D"]
+# colors of what is no run's own: a limit or chance, the start, the oracle
+LIMIT, START, ORACLE = -1, -2, -3
 # counts of a step; throughput shows what matters of them
 NOT_CURVES = {
     "epoch",
@@ -31,6 +36,7 @@ DRAWN_KEYS = NOT_CURVES | {
 }
 # values beyond it are treated as infinite: sums and spans of them would overflow
 MAX_DRAWABLE = 1e300
+MAX_GUIDES = 3  # of starts, and of oracles: more levels than this cannot be told apart
 MAX_RAW_SERIES = 3  # with more runs than this only smoothed curves stay readable
 # the widest chart has 860 pixels: more means would fall on the same ones
 SMOOTH_POINTS = 1000
@@ -44,13 +50,17 @@ MAX_ADAPTER_CURVES = 64  # curves of a panel
 ADAPTER_PANEL_TITLES = {
     "loss": "Loss of each adapter", "eval_loss": "Held-out loss of each adapter",
     "learning_rate": "Learning rate of each adapter", "grad_norm": "Gradient norm of each adapter",
+    "eval_forget_probability": "Forget probability of each adapter",
+    "eval_retain_probability": "Retain probability of each adapter",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CurveSeries:
     """One curve: ``label`` says whose it is (empty: the panel's title does), ``color`` is the
-    number of its run.
+    number of its run, or `LIMIT`, `START`, `ORACLE`. A ``guide`` is what the curves are compared with, a thin broken
+    line: over the whole width where all its values are the same. A ``mark`` is a filled symbol,
+    ``shape`` which one.
     """
 
     label: str
@@ -59,12 +69,14 @@ class CurveSeries:
     steps: Sequence[float]
     values: Sequence[float]
     in_legend: bool = True
+    shape: MarkShape = "o"
 
 
 @dataclass(frozen=True)
 class ChartPanel:
-    """One chart: values over ``x_label``, whole numbers. ``from_zero`` starts its axis there;
-    ``log_if_wide`` takes a log axis when values span three decades.
+    """One chart: values over ``x_label``, whole numbers unless ``x_whole`` is False. ``from_zero``
+    starts its axis there; ``log_if_wide`` takes a log axis when values span three decades, ``log``
+    where all are above zero.
     """
 
     title: str
@@ -73,6 +85,14 @@ class ChartPanel:
     from_zero: bool = False
     log_if_wide: bool = False
     x_label: str = "step"
+    x_whole: bool = True
+    log: bool = False
+
+
+def level_guide(label: str, color: int, value: float, places: Sequence[float]) -> CurveSeries:
+    """A level that curves over these places are compared with; its number stands in the legend."""
+    ends = [min(places), max(places)]
+    return CurveSeries(f"{label} {format_number(value)}", color, "guide", ends, [value, value])
 
 
 def is_drawable(value: float) -> bool:
@@ -89,7 +109,9 @@ def describe_panel(panel: ChartPanel) -> str:
     for series in panel.series:
         real = [(x, v) for x, v in zip(series.steps, series.values, strict=True) if is_drawable(v)]
         # the thin curve of single steps says what its mean says, with more noise
-        if real and series.kind != "raw":
+        if real and series.kind == "guide":
+            sentences.append(f"{series.label}.")
+        elif real and series.kind != "raw":
             (first, last), values = (real[0], real[-1]), [v for _, v in real]
             start, end = (
                 f"{format_number(v)} at {over} {format_number(x)}" for x, v in (first, last)
@@ -107,7 +129,7 @@ def build_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
     memory = max((v for run in runs for v in _memory_peaks(run.log) if is_drawable(v)), default=0.0)
     divisor, unit = byte_scale(memory)
     fixed = [
-        ChartPanel("Loss", "nats per token", _loss_series(runs), log_if_wide=True),
+        ChartPanel("Loss", _loss_unit(runs), _loss_series(runs), log_if_wide=True),
         ChartPanel(
             "Learning rate",
             "",
@@ -181,9 +203,13 @@ def _adapter_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
 
 
 def _metric_panel(runs: Sequence[RunRecord], name: str) -> ChartPanel:
-    title = name.removeprefix(EVALUATION_PREFIX).replace("_", " ") + (
-        " (evaluation)" if name.startswith(EVALUATION_PREFIX) else ""
-    )
+    kind = " (evaluation)" if name.startswith(EVALUATION_PREFIX) else ""
+    bare = name.removeprefix(EVALUATION_PREFIX)
+    if name.startswith(TERM_PREFIX):
+        kind, bare = " (term of the loss)", name.removeprefix(TERM_PREFIX)
+    title = bare.replace("_", " ") + kind
+    if name == f"{TERM_PREFIX}lambda":
+        title = "lambda (weight of the retain term)"  # PDU's multiplier, which is no term itself
     if not name.startswith(EVALUATION_PREFIX):
         return ChartPanel(
             title, "", _smoothed_series(runs, lambda log: log.series(name)), log_if_wide=True
@@ -192,7 +218,43 @@ def _metric_panel(runs: Sequence[RunRecord], name: str) -> ChartPanel:
     dots = tuple(
         replace(s, kind="points", in_legend=False) for s in lines if len(s.steps) <= MAX_DOTS
     )
-    return ChartPanel(title, "", (*lines, *dots), log_if_wide=True)
+    guides = reference_guides(runs, name, [step for line in lines for step in line.steps])
+    return ChartPanel(title, "", (*guides, *lines, *dots), log_if_wide=True)
+
+
+def reference_guides(
+    runs: Sequence[RunRecord], name: str, steps: Sequence[float]
+) -> list[CurveSeries]:
+    """What the start and the oracle have of an evaluation's metric, as far as unlearning runs say:
+    the start by the evaluation at step 0, else by its own suite; the oracle by its suite.
+    """
+    levels: dict[tuple[str, int], dict[float, str]] = {("start", START): {}, ("oracle", ORACLE): {}}
+    for run in runs:
+        measured = dict(zip(*run.log.series(name), strict=True))
+        if run.config.get("task") != "unlearn" or not measured:
+            continue
+        oracles = [suite.oracle for suite in run.evals.suites if suite.oracle is not None]
+        before = measured.get(0)
+        start = suite_value(run.evals.start, name) if before is None else before
+        for known, value in zip(levels.values(), (start, suite_value(oracles, name)), strict=True):
+            if value is not None and is_drawable(value):
+                known.setdefault(value, run.name)
+    return [
+        level_guide(what if len(known) == 1 else f"{what} of {owner}", color, value, steps)
+        for (what, color), known in levels.items()
+        for value, owner in list(known.items())[:MAX_GUIDES]
+    ]
+
+
+def suite_value(suites: Sequence[SuiteRecord | OracleValues], evaluation: str) -> float | None:
+    """The value of a suite's metric that evaluations during training log as ``evaluation``: there
+    it is written small.
+    """
+    for suite in suites:
+        for metric, value in suite.values.items():
+            if f"{EVALUATION_PREFIX}{metric}".lower() == evaluation.lower():
+                return value
+    return None
 
 
 def _memory_peaks(log: MetricsLog) -> list[float]:
@@ -206,6 +268,11 @@ def _throughput_points(log: MetricsLog) -> tuple[list[int], list[float]]:
         if is_number(r.get("tokens")) and is_number(r.get("seconds")) and r["seconds"] > 0
     ]
     return [r["step"] for r in timed], [r["tokens"] / r["seconds"] for r in timed]
+
+
+def _loss_unit(runs: Sequence[RunRecord]) -> str:
+    # of an unlearning method it is anything: a log-ratio, a distance, minus nats
+    return "" if any(run.config.get("task") == "unlearn" for run in runs) else "nats per token"
 
 
 def _loss_series(runs: Sequence[RunRecord]) -> tuple[CurveSeries, ...]:

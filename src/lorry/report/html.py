@@ -14,10 +14,17 @@ from importlib import resources
 
 from lorry.formatting import MISSING_VALUE
 from lorry.report import sections
-from lorry.report.curves import ADAPTER_PANEL_TITLES, build_panels, describe_undrawn
+from lorry.report.curves import (
+    ADAPTER_PANEL_TITLES,
+    ChartPanel,
+    build_panels,
+    describe_undrawn,
+)
 from lorry.report.inline_svg import render_chart
 from lorry.report.markup import SafeHtml, html_tag, join_html
 from lorry.report.plots import SERIES_COLORS
+from lorry.report.unlearning_curves import unlearning_panels
+from lorry.report.unlearning_sections import attack_tables, suite_tables
 from lorry.runs import status
 from lorry.runs.ownership import GENERATOR
 from lorry.runs.read import DamagedRun, RunRecord
@@ -261,16 +268,6 @@ def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     drawn = build_panels(runs)
     if not drawn:
         return None
-    charts = []
-    for index, panel in enumerate(drawn):
-        # the loss is what a report is opened for: it has a line of the page for itself
-        wide = panel.title in ("Loss", ADAPTER_PANEL_TITLES["loss"])
-        drawing = (
-            render_chart(panel, f"chart-{index}", 860, 250)
-            if wide
-            else render_chart(panel, f"chart-{index}")
-        )
-        charts.append(html_tag("figure", drawing, class_="wide" if wide else None))
     lead = "Thin lines are single steps, thick lines the mean of the steps around; circles are evaluations."
     left_out = (
         html_tag("p", undrawn, class_="lead notes") if (undrawn := describe_undrawn(runs)) else None
@@ -280,8 +277,43 @@ def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         html_tag("h2", "Curves"),
         html_tag("p", lead, class_="lead"),
         left_out,
-        html_tag("div", *charts, class_="charts"),
+        _chart_grid(drawn, "chart"),
         id="curves",
+    )
+
+
+def _chart_grid(panels: Sequence[ChartPanel], name: str) -> SafeHtml:
+    """Charts two in a row; ``name`` begins the ids of their titles."""
+    charts = []
+    for index, panel in enumerate(panels):
+        # the loss is what a report is opened for: it has a line of the page for itself
+        wide = panel.title in ("Loss", ADAPTER_PANEL_TITLES["loss"])
+        drawing = (
+            render_chart(panel, f"{name}-{index}", 860, 250)
+            if wide
+            else render_chart(panel, f"{name}-{index}")
+        )
+        charts.append(html_tag("figure", drawing, class_="wide" if wide else None))
+    return html_tag("div", *charts, class_="charts")
+
+
+def _unlearning_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
+    """What suites and attacks found: charts, then the numbers."""
+    drawn = unlearning_panels(runs)
+    tables = [*suite_tables(runs), *attack_tables(runs)]
+    if not drawn and not tables:
+        return None
+    lead = (
+        "Squares are starts, diamonds oracles (models trained without the rows to forget); a line through circles is a "
+        "run's way through its evaluations. What is close to the oracle has forgotten; below it is not better."
+    )
+    return html_tag(
+        "section",
+        html_tag("h2", "Unlearning"),
+        html_tag("p", lead, class_="lead"),
+        _chart_grid(drawn, "chart-unlearning") if drawn else None,
+        *tables,
+        id="unlearning",
     )
 
 
@@ -292,6 +324,7 @@ PageSection = Callable[[Sequence[RunRecord]], SafeHtml | None]
 PAGE_SECTIONS: tuple[PageSection, ...] = (
     _figures_section,
     _adapters_section,
+    _unlearning_section,
     _curves_section,
     sections.evaluation_section,
     sections.samples_section,

@@ -122,14 +122,21 @@ def _hover_sheet(panel: ChartPanel, axes: Axes, height: float) -> list[ElementTr
     places for the page's script.
     """
     box = axes.bbox
+    # once where a line and its circles say the same, and no guides: the legend has their number
+    distinct = {
+        (one.label, tuple(one.steps), tuple(map(format_number, one.values))): one.color
+        for one in panel.series
+        if one.kind != "guide"
+    }
     series = [
         {
-            "label": clean_text(one.label or panel.title),
-            "color": one.color % len(SERIES_COLORS),
-            "x": list(one.steps),
-            "values": [format_number(value) for value in one.values],
+            "label": clean_text(label or panel.title),
+            "color": "g" if color < 0 else color % len(SERIES_COLORS),
+            # whole numbers as they are; a share of four digits is as much as a pointer can tell
+            "x": steps if panel.x_whole else [float(f"{x:.4g}") for x in steps],
+            "values": values,
         }
-        for one in panel.series
+        for (label, steps, values), color in distinct.items()
     ]
     low, high = axes.get_xlim()
     data = {"low": low, "high": high, "name": panel.x_label, "series": series}

@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorry.report.axes import step_axis, value_axis
-from lorry.report.curves import ChartPanel, CurveSeries, build_panels, is_drawable, thin_curve
+from lorry.report.curves import (
+    LIMIT,
+    ORACLE,
+    START,
+    ChartPanel,
+    CurveSeries,
+    build_panels,
+    is_drawable,
+    thin_curve,
+)
+from lorry.report.unlearning_curves import unlearning_panels
 from lorry.runs.ownership import SOFTWARE
 from lorry.runs.read import RunRecord
 from lorry.visible import make_visible
@@ -45,6 +55,8 @@ PAGE_COLORS = {color: f"var(--c{number})" for number, color in enumerate(SERIES_
     BAD: "var(--bad)",
 }
 DASHES = ("-", "--", ":")  # of the first eight runs, the next, and those after them
+# greys and dashes (points of line and gap) of what is no run's own
+GREYS = {LIMIT: (FAINT, (0, (1, 2))), START: (SOFT, (0, (5, 3))), ORACLE: (INK, (0, (6, 2, 1, 2)))}
 PNG_DPI = 110
 PNG_WIDTH, PNG_HEIGHT = 430, 235  # of a chart in the PNG, in points, without its legend
 PNG_TITLE = 36  # points above the charts
@@ -64,7 +76,8 @@ def render_png(runs: Sequence[RunRecord]) -> bytes:
     # most of a second, only for those who draw
     from matplotlib.figure import Figure
 
-    panels = [thin_panel(panel, MAX_PLOT_POINTS) for panel in build_panels(runs)]
+    built = [*unlearning_panels(runs), *build_panels(runs)]  # as on the page
+    panels = [thin_panel(panel, MAX_PLOT_POINTS) for panel in built]
     rows = [panels[at : at + 2] for at in range(0, len(panels), 2)]
     heights = [PNG_HEIGHT + max(legend_height(panel, PNG_WIDTH) for panel in row) for row in rows]
     width, height = 2 * PNG_WIDTH, sum(heights) + PNG_TITLE
@@ -133,8 +146,9 @@ def thin_panel(panel: ChartPanel, most: int) -> ChartPanel:
 def draw_panel(axes: Axes, panel: ChartPanel, width: int) -> None:
     """One chart with its title and legend, which is laid out for a figure of ``width`` points."""
     real = [v for series in panel.series for v in series.values if is_drawable(v)]
-    values = value_axis(real, panel.from_zero, panel.log_if_wide)
-    steps = step_axis([x for series in panel.series for x in series.steps], count=width // 100)
+    values = value_axis(real, panel.from_zero, panel.log_if_wide, log=panel.log)
+    places, count = [x for series in panel.series for x in series.steps], width // 100
+    steps = step_axis(places, count) if panel.x_whole else value_axis(places, count=count)
     if values.log:
         axes.set_yscale("log")
     for series in panel.series:
@@ -175,22 +189,42 @@ def draw_panel(axes: Axes, panel: ChartPanel, width: int) -> None:
         )
 
 
+def series_color(series: CurveSeries) -> str:
+    """The colour of its run; a grey for what is no run's."""
+    if series.color < 0:
+        return GREYS[series.color][0]
+    return SERIES_COLORS[series.color % len(SERIES_COLORS)]
+
+
+def _dash(series: CurveSeries) -> str | tuple[int, tuple[int, ...]]:
+    if series.color < 0:
+        return GREYS[series.color][1]
+    return DASHES[series.color // len(SERIES_COLORS) % len(DASHES)]
+
+
 def _draw_curve(axes: Axes, series: CurveSeries, log: bool) -> None:
     # what has no place on the axis is a gap
     shown = [v if is_drawable(v) and (v > 0 or not log) else math.nan for v in series.values]
-    dots = series.kind == "points"
+    if series.kind == "guide" and len(set(series.values)) == 1:
+        # behind the curves, and over the whole width: the axis may reach beyond their ends
+        axes.axhline(
+            shown[0], color=series_color(series), linestyle=_dash(series), linewidth=1.1, zorder=1,
+            label=_legend_name(series) or "_",
+        )  # fmt: skip
+        return
+    dots = series.kind in ("points", "mark")
     axes.plot(
         series.steps,
         shown,
-        color=SERIES_COLORS[series.color % len(SERIES_COLORS)],
+        color=series_color(series),
         label=_legend_name(series) or "_",  # matplotlib leaves names with an underscore out
-        linestyle=DASHES[series.color // len(SERIES_COLORS) % len(DASHES)],
-        linewidth={"raw": 0.8, "line": 1.8, "points": 0}[series.kind],
+        linestyle=_dash(series),
+        linewidth={"raw": 0.8, "line": 1.8, "points": 0, "mark": 0, "guide": 1.1}[series.kind],
         alpha=0.45 if series.kind == "raw" else 1,
-        marker="o" if dots or _has_lone_point(shown) else None,
+        marker=series.shape if dots or _has_lone_point(shown) else None,
         markevery=None if dots else _lone_points(shown),
-        markersize=5 if dots else 3,
-        markerfacecolor=CARD if dots else None,
+        markersize={"points": 5, "mark": 7}.get(series.kind, 3),
+        markerfacecolor=CARD if series.kind == "points" else None,
         # nothing lies outside of the axes, and at their edge a line keeps its width
         clip_on=False,
         solid_capstyle="round",

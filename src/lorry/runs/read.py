@@ -9,6 +9,7 @@ samples.json       [{"group": ..., "prompt": ..., "reference", "before", "after"
                      "tokens": [{"text": ..., "weight": 1.0}] or null}]: tokens show a row exactly as it was trained on
 evaluation.json    [{"name": ..., "metrics": {"exact_match": {"before": 0.0, "after": 0.8, "interval": [0.7, 0.9]}}}]
 process.json       who is at work there, or how it ended (runs/process.py)
+evals/             suites of unlearning and attacks (runs/evals.py), read for a report alone
 
 Run directories come from elsewhere and are damaged by disks: every file goes through the strict
 reader (disk/documents.py, runs/metrics.py), and every field is checked here, so that what shows a
@@ -21,14 +22,15 @@ two readers of a file come to differ in what they pass over.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents, receipt
-from lorry.errors import DataError
-from lorry.runs import ownership, process, series
+from lorry.errors import DataError, LorryError
+from lorry.runs import evals, ownership, process, series
+from lorry.runs.evals import RunEvals
 from lorry.runs.layout import CONTRACTS, EVALUATION, METRICS, PROCESS, RECEIPT, RUN_FILE, SAMPLES
 from lorry.runs.process import RunProcess
 from lorry.runs.series import MetricsLog, is_number
@@ -93,7 +95,8 @@ class EvaluationRecord:
 @dataclass(frozen=True)
 class RunRecord:
     """Everything that the files of a run say. ``config``: run.yaml, empty where there is none;
-    ``config_text``: the same as it is written.
+    ``config_text``: the same as it is written; ``evals``: empty but in what `read_readable_runs`
+    gives.
     """
 
     path: Path
@@ -106,6 +109,7 @@ class RunRecord:
     samples: tuple[SampleRecord, ...]
     evaluation: tuple[EvaluationRecord, ...]
     process: RunProcess | None = None
+    evals: RunEvals = field(default_factory=RunEvals)
 
     @cached_property
     def _described_jobs(self) -> dict[str, dict[str, Any]]:
@@ -165,7 +169,7 @@ class DamagedRun:
 
 def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[DamagedRun]]:
     """The runs that can be read, each with a name of its own (the directory's, with as many parents
-    as tell them apart), and those that are damaged. Raises DataError where none can be read, or
+    as tell them apart) and with what lies in its evals/, and those that are damaged. Raises DataError where none can be read, or
     where a path is no run directory at all.
     """
     if not paths:
@@ -175,7 +179,8 @@ def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[Dam
     runs, damaged = list[RunRecord](), list[DamagedRun]()
     for path, name in zip(paths, _distinct_names([p.resolve() for p in paths]), strict=True):
         try:
-            runs.append(read_run(path, name))
+            run = read_run(path, name)
+            runs.append(replace(run, evals=_read_evals(run)))
         except DataError as error:
             damaged.append(DamagedRun(path, name, str(error)))
     if not runs:
@@ -227,6 +232,27 @@ def _read_run_files(path: Path, name: str) -> RunRecord:
         evaluation=read_evaluation(path),
         process=process.read_process(path),
     )
+
+
+def _read_evals(run: RunRecord) -> RunEvals:
+    """Raises DataError for a damaged file of the run; of start and oracle, which lie elsewhere, a
+    note says it.
+    """
+    try:
+        found = RunEvals(evals.read_suites(run.path), evals.read_attacks(run.path))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    try:
+        start = evals.find_start(run.path, run.receipt)
+        if start is not None:
+            found = replace(found, start=evals.read_suites(start), origin=start)
+    except (LorryError, OSError) as error:
+        run.log.notes.append(f"the start's values are not shown: {error}")
+    try:
+        found = replace(found, oracles=evals.read_oracles(found.suites))
+    except (LorryError, OSError) as error:
+        run.log.notes.append(f"the oracle's curves are not shown: {error}")
+    return found
 
 
 def read_contracts(run_dir: Path) -> tuple[ContractRecord, ...]:

@@ -10,9 +10,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorry.formatting import MISSING_VALUE, format_bytes, format_duration, format_number
+from lorry.runs.evals import RunEvals
 from lorry.runs.read import RunRecord
-from lorry.runs.series import MetricsLog, is_number
+from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 
+# of evaluations of unlearning during training, by their names in metrics.jsonl without eval_
+RETENTION_FIGURES = ("forget_probability", "retain_kept")
+# of a suite, in the order in which they are looked at; a suite has some of them
+SUITE_FIGURES = (
+    "forget_quality",
+    "model_utility",
+    "extraction_strength",
+    "privleak",
+    "forget_verbmem_ROUGE",
+    "forget_knowmem_ROUGE",
+    "retain_knowmem_ROUGE",
+    "wmdp_bio",
+    "wmdp_chem",
+    "wmdp_cyber",
+    "mmlu",
+)
 MOST_DIFFERENCES = 300  # settings listed; a run has some 120
 
 
@@ -39,7 +56,13 @@ def final_figures(run: RunRecord) -> list[RunFigure]:
     """
     return [
         f
-        for f in (*_loss_figures(run.log), *_cost_figures(run.log), *_extent_figures(run.log))
+        for f in (
+            *_loss_figures(run.log),
+            *_retention_figures(run.log),
+            *_suite_figures(run.evals),
+            *_cost_figures(run.log),
+            *_extent_figures(run.log),
+        )
         if f.value != MISSING_VALUE
     ]
 
@@ -77,6 +100,30 @@ def _train_loss_figures(steps: Sequence[float], losses: Sequence[float]) -> Iter
     if len(losses) > 1:
         note = f"of step {format_number(steps[-1])}, from {format_number(losses[0])} at step {format_number(steps[0])}"
         yield RunFigure("last loss", format_number(losses[-1]), note)
+
+
+def _retention_figures(log: MetricsLog) -> Iterable[RunFigure]:
+    for name in RETENTION_FIGURES:
+        steps, values = log.series(f"{EVALUATION_PREFIX}{name}")
+        if values:
+            before = f", from {format_number(values[0])} at the start" if steps[0] == 0 else ""
+            note = f"at step {format_number(steps[-1])}{before}"
+            yield RunFigure(name.replace("_", " "), format_number(values[-1]), note)
+
+
+def _suite_figures(evals: RunEvals) -> Iterable[RunFigure]:
+    """The run's as it is: of its parts and weights the tables of a report have the values."""
+    for suite in evals.suites:
+        if suite.part:
+            continue
+        start = next((s.values for s in evals.start if (s.title, s.part) == (suite.title, "")), {})
+        beside = {"start": start, "oracle": suite.oracle.values if suite.oracle else {}}
+        for name in SUITE_FIGURES:
+            if name in suite.values:
+                note = [suite.title]
+                note += [f"{w} {format_number(v[name])}" for w, v in beside.items() if name in v]
+                value = format_number(suite.values[name])
+                yield RunFigure(name.replace("_", " "), value, ", ".join(note))
 
 
 def _cost_figures(log: MetricsLog) -> Iterable[RunFigure]:

@@ -1,0 +1,259 @@
+"""The charts that unlearning adds to a report, as data: the frontier of what was forgotten against
+what was kept, ROC curves of attacks on membership, relearning. Start and oracle stand in each, where
+files say what they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorry.formatting import format_number
+from lorry.report.curves import (
+    LIMIT,
+    ORACLE,
+    START,
+    ChartPanel,
+    CurveSeries,
+    MarkShape,
+    is_drawable,
+    level_guide,
+)
+from lorry.runs.evals import OracleValues, SuiteRecord
+from lorry.runs.layout import SUITES
+from lorry.runs.read import RunRecord
+from lorry.runs.series import EVALUATION_PREFIX
+
+# above it a KS test does not tell a model from the oracle
+FORGET_QUALITY_LEVEL = 0.05
+RELEARN_PANELS = {  # what `lorry attack` measures: the suite's name of the same
+    "extraction_strength": "extraction_strength",
+    "probability": "forget_Q_A_Prob",
+    "truth_ratio": "forget_truth_ratio",
+}
+ORACLE_SIDE = "oracle"  # of attacks.json
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A metric of what was forgotten against one of what was kept. ``own``: what the oracle has of
+    it by definition, which its file does not say.
+    """
+
+    forgotten: str
+    kept: str
+    log: bool = False
+    level: float | None = None
+    own: float | None = None
+
+
+FRONTIERS = (
+    Frontier("forget_quality", "model_utility", log=True, level=FORGET_QUALITY_LEVEL, own=1.0),
+    Frontier("extraction_strength", "model_utility"),
+    Frontier("extraction_strength", "retain_knowmem_ROUGE"),  # MUSE has no utility
+    Frontier("forget_knowmem_ROUGE", "retain_knowmem_ROUGE"),
+    Frontier("wmdp_bio", "mmlu"),
+    Frontier("wmdp_cyber", "mmlu"),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of a frontier: a run, or one adapter of it, with its suite's values and its path
+    through the evaluations during training.
+    """
+
+    label: str
+    color: int
+    shape: MarkShape
+    values: Mapping[str, float]
+    run: RunRecord | None = None
+    adapter: str | None = None
+
+    def place(self, frontier: Frontier) -> tuple[float, float] | None:
+        """(kept, forgotten), None where one of them is not known."""
+        found = self.values.get(frontier.kept), self.values.get(frontier.forgotten)
+        if found[1] is None and self.shape == "D":
+            found = found[0], frontier.own
+        return _drawable_pair(*found) or next(iter(self.path(frontier)[-1:]), None)
+
+    def path(self, frontier: Frontier) -> list[tuple[float, float]]:
+        """The places at the evaluations during training that measured both."""
+        if self.run is None:
+            return []
+        names = {name.lower(): name for name in self.run.log.names()}
+        kept, forgotten = (
+            dict(zip(*self.run.log.series(names.get(wanted, wanted), self.adapter), strict=True))
+            for wanted in (
+                f"{EVALUATION_PREFIX}{metric}".lower()
+                for metric in (frontier.kept, frontier.forgotten)
+            )
+        )
+        pairs = (_drawable_pair(kept[step], forgotten.get(step)) for step in kept)
+        return [pair for pair in pairs if pair is not None]
+
+
+def _drawable_pair(x: float | None, y: float | None) -> tuple[float, float] | None:
+    if x is None or y is None or not is_drawable(x) or not is_drawable(y):
+        return None
+    return x, y
+
+
+def unlearning_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
+    """Frontiers, ROC curves, relearning: those that the runs' files can fill."""
+    candidates = list(frontier_candidates(runs))
+    frontiers = (_frontier_panel(frontier, candidates) for frontier in FRONTIERS)
+    panels = [*frontiers, *_roc_panels(runs), *_relearn_panels(runs)]
+    return [panel for panel in panels if any(series.color >= 0 for series in panel.series)]
+
+
+def method_and_rate(run: RunRecord, adapter: str | None = None) -> str:
+    """How a run, or one of its adapters, unlearnt: ``NPO, rate 1e-4``; empty where it did not."""
+    method = run.settings_group("unlearn", adapter).get("method")
+    if run.config.get("task") != "unlearn" or method is None:
+        return ""
+    rate = run.settings_group("train", adapter).get("learning_rate")
+    return f"{method}, rate {format_number(rate)}" if rate is not None else str(method)
+
+
+def frontier_candidates(runs: Sequence[RunRecord]) -> Iterator[Candidate]:
+    """Every run or adapter with a suite, or measured by one while it trained; then the starts and
+    oracles of these that are none of the runs themselves.
+    """
+    places = {run.path.resolve(): run for run in runs}
+    starts = {run.evals.origin.resolve(): run for run in runs if run.evals.origin is not None}
+    oracles: dict[Path, OracleValues] = {}
+    for run in runs:
+        for suite in run.evals.suites:
+            if suite.oracle is not None:
+                oracles.setdefault(run_of_logs(suite.oracle), suite.oracle)
+    for color, (path, run) in enumerate(places.items()):
+        suites = run.evals.suites or (SuiteRecord("", "", {}, {}, {}),)
+        for part in dict.fromkeys(suite.part for suite in suites):
+            values = {n: v for s in suites if s.part == part for n, v in s.values.items()}
+            adapter = part if part in run.log.adapters() else None
+            shape: MarkShape = "s" if path in starts else "D" if path in oracles else "o"
+            whose = {"s": "start: ", "D": "oracle: ", "o": ""}[shape] + run.name
+            how = method_and_rate(run, adapter)
+            label = ", ".join(text for text in (whose, part, how) if text)
+            yield Candidate(label, color, shape, values, run, adapter)
+    for path, run in starts.items():
+        if path not in places:
+            values = {n: v for s in run.evals.start if not s.part for n, v in s.values.items()}
+            yield Candidate(f"start: {path.name}", START, "s", values)
+    for path, oracle in oracles.items():
+        if path not in places:
+            yield Candidate(f"oracle: {path.name}", ORACLE, "D", oracle.values)
+
+
+def run_of_logs(oracle: OracleValues) -> Path:
+    """The directory of the run whose evals/ the oracle's file lies in; of another file, its folder."""
+    folder = Path(oracle.path).parent.resolve()
+    return folder.parent if folder.name == SUITES else folder
+
+
+def _frontier_panel(frontier: Frontier, candidates: Sequence[Candidate]) -> ChartPanel:
+    series: list[CurveSeries] = []
+    for one in candidates:
+        path, place = one.path(frontier), one.place(frontier)
+        if len(path) > 1:
+            kept, forgotten = zip(*path, strict=True)
+            series.append(CurveSeries(one.label, one.color, "line", kept, forgotten, False))
+            series.append(CurveSeries(one.label, one.color, "points", kept, forgotten, False))
+        if place is not None:
+            x, y = place
+            series.append(CurveSeries(one.label, one.color, "mark", [x], [y], shape=one.shape))
+    places = [x for one in series for x in one.steps]
+    if frontier.level is not None and places:
+        series.insert(0, level_guide("told from the oracle below", LIMIT, frontier.level, places))
+    title = f"Frontier: {_plain(frontier.forgotten)}"
+    return ChartPanel(
+        title, "", tuple(series), log=frontier.log, x_whole=False, x_label=_plain(frontier.kept)
+    )
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _roc_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
+    """A chart per attack: how many of the rows never seen a threshold finds, against how many of the
+    forgotten ones it takes for such.
+    """
+    owners = [(color, run, s) for color, run in enumerate(runs) for s in run.evals.suites]
+    shown = {run.path.resolve() for run in runs}
+    for attack in dict.fromkeys(name for _, _, suite in owners for name in suite.rocs):
+        series = [CurveSeries("chance", LIMIT, "guide", [0.0, 1.0], [0.0, 1.0])]
+        beside: dict[str, CurveSeries] = {}
+        for color, run, suite in owners:
+            if attack not in suite.rocs:
+                continue
+            name = ", ".join(text for text in (run.name, suite.part) if text)
+            series.append(
+                _roc_curve(name if len(owners) + len(runs) > 2 else "run", color, suite, attack)
+            )
+            start = next((s for s in run.evals.start if s.title == suite.title), None)
+            oracle = run.evals.oracles.get(suite.oracle.sha256) if suite.oracle else None
+            # one that is among the runs has its curve there
+            if run.evals.origin is None or run.evals.origin.resolve() in shown:
+                start = None
+            if suite.oracle is None or run_of_logs(suite.oracle) in shown:
+                oracle = None
+            for what, of, one in (("start", START, start), ("oracle", ORACLE, oracle)):
+                # of the same rows only: another split has another curve
+                if one and one.rocs.get(attack) and one.rows[attack] == suite.rows[attack]:
+                    beside.setdefault(what, _roc_curve(what, of, one, attack))
+        yield ChartPanel(
+            f"ROC of {attack}", "share of rows never seen", (*series, *beside.values()),
+            x_label="share of rows to forget", x_whole=False,
+        )  # fmt: skip
+
+
+def _roc_curve(label: str, color: int, suite: SuiteRecord, attack: str) -> CurveSeries:
+    forgotten, unseen = zip(*suite.rocs[attack], strict=True)
+    auc = format_number(suite.values[attack])
+    return CurveSeries(f"{label}: AUC {auc}", color, "line", forgotten, unseen)
+
+
+def _relearn_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
+    """What comes back by fine-tuning on a part of the rows: the others' metrics by step."""
+    attacked = [
+        (color, run, run.evals.attacks)
+        for color, run in enumerate(runs)
+        if run.evals.attacks is not None and run.evals.attacks.relearn
+    ]
+    for metric, in_suite in RELEARN_PANELS.items():
+        series: list[CurveSeries] = []
+        beside: dict[tuple[str, tuple[float, ...]], CurveSeries] = {}
+        for color, run, attacks in attacked:
+            for side, curve in attacks.relearn.items():
+                points = [(p["step"], p[metric]) for p in curve if metric in p]
+                if not points:
+                    continue
+                steps, values = zip(*points, strict=True)
+                if side == ORACLE_SIDE:
+                    # runs of one study were attacked beside one oracle
+                    one = CurveSeries(side, ORACLE, "line", steps, values)
+                    beside.setdefault((side, values), one)
+                    continue
+                name = run.name if len(runs) > 1 else side
+                series.append(CurveSeries(name, color, "line", steps, values))
+                series.append(CurveSeries(name, color, "points", steps, values, False))
+                start = _start_value(run, in_suite, attacks.rows.get("relearn"))
+                if start is not None and is_drawable(start):
+                    guide = level_guide("start, all rows", START, start, steps)
+                    beside.setdefault(("start", (start,)), guide)
+        yield ChartPanel(f"Relearning: {_plain(metric)}", "", (*series, *beside.values()))
+
+
+def _start_value(run: RunRecord, metric: str, rows: str | None) -> float | None:
+    """The start's value of a metric of these very rows."""
+    return next(
+        (
+            suite.values[metric]
+            for suite in run.evals.start
+            if metric in suite.values and suite.rows[metric].get("forget") == rows
+        ),
+        None,
+    )

@@ -1,0 +1,106 @@
+"""The tables of what suites of unlearning and attacks found, beside the start and the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lorry.formatting import MISSING_VALUE, format_number
+from lorry.report.markup import SafeHtml, html_tag
+from lorry.report.sections import html_table
+from lorry.report.unlearning_curves import run_of_logs
+from lorry.runs.evals import SuiteRecord
+from lorry.runs.read import RunRecord
+from lorry.runs.summary import SUITE_FIGURES
+
+# what other metrics are made of; the values are in the file
+PARTS_OF_METRICS = ("_PARA_Prob", "_PERT_Prob")
+
+
+def suite_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
+    """A table per suite: a metric a line, with the start's value, each run's and the oracle's."""
+    parts: list[SafeHtml] = []
+    for title in dict.fromkeys(suite.title for run in runs for suite in run.evals.suites):
+        columns = _suite_columns(runs, title)
+        names = dict.fromkeys(name for _, values in columns for name in values)
+        # what a reader looks for first, then the rest in the order of the file
+        order = [name for name in SUITE_FIGURES if name in names]
+        order += [n for n in names if n not in order and not n.endswith(PARTS_OF_METRICS)]
+        rows = [
+            _value_row(name.replace("_", " "), [values.get(name) for _, values in columns])
+            for name in order
+        ]
+        head = _value_head("metric", [head for head, _ in columns])
+        parts += [html_tag("h3", title), html_table(head, rows)]
+    return parts
+
+
+def _suite_columns(runs: Sequence[RunRecord], title: str) -> list[tuple[str, Mapping[str, float]]]:
+    """(head, values): the starts first, the oracles last; a start or oracle that is one of the runs
+    has its column there."""
+    paths = {run.path.resolve() for run in runs}
+    starts: dict[str, Mapping[str, float]] = {}
+    own: list[tuple[str, Mapping[str, float]]] = []
+    oracles: dict[str, tuple[str, Mapping[str, float]]] = {}
+    for run in runs:
+        origin = run.evals.origin
+        if origin is not None and origin.resolve() not in paths:
+            for suite in _whole(run.evals.start, title):
+                starts[f"start: {origin.name}"] = suite.values
+        for suite in run.evals.suites:
+            if suite.title == title:
+                head = ", ".join(text for text in (run.name, suite.part) if text)
+                own.append((head, suite.values))
+                if suite.oracle is not None and run_of_logs(suite.oracle) not in paths:
+                    oracles[suite.oracle.sha256] = (f"oracle of {head}", suite.oracle.values)
+    last = list(oracles.values())
+    # runs of one study have one oracle between them
+    return [*starts.items(), *own, *([("oracle", last[0][1])] if len(last) == 1 else last)]
+
+
+def _whole(suites: Sequence[SuiteRecord], title: str) -> list[SuiteRecord]:
+    return [suite for suite in suites if suite.title == title and not suite.part]
+
+
+def attack_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
+    """Rounded weights, other words and robustness, a table each; relearning is a chart."""
+    parts: list[SafeHtml] = []
+    for attack, title in (("quantize", "Rounded weights"), ("rephrase", "In other words")):
+        rows, names = [], dict[str, None]()
+        for run in runs:
+            tables = getattr(run.evals.attacks, attack, {})
+            for kind in dict.fromkeys(kind for side in tables.values() for kind in side):
+                for side, found in tables.items():
+                    whose = side if len(runs) == 1 else f"{run.name}: {side}"
+                    values = found.get(kind, {})
+                    names |= dict.fromkeys(values)
+                    rows.append((f"{kind.replace('_', ' ')}, {whose}", values))
+        if rows:
+            lines = [_value_row(what, [values.get(n) for n in names]) for what, values in rows]
+            head = _value_head("asked", [name.replace("_", " ") for name in names])
+            parts += [html_tag("h3", title), html_table(head, lines)]
+    lines = [
+        _value_row(
+            metric.replace("_", " ") if len(runs) == 1 else f"{run.name}: {metric}",
+            [values.get(letter) for letter in ("R", "Q", "mean")],
+        )
+        for run in runs
+        if run.evals.attacks is not None
+        for metric, values in run.evals.attacks.robustness.items()
+    ]
+    if lines:
+        head = _value_head("by", ["relearning (R)", "NF4 (Q)", "mean"])
+        parts += [html_tag("h3", "Robustness"), html_table(head, lines)]
+    return parts
+
+
+def _value_head(first: str, columns: Sequence[str]) -> SafeHtml:
+    heads = (html_tag("th", name, class_="number") for name in columns)
+    return html_tag("tr", html_tag("th", first), *heads)
+
+
+def _value_row(name: str, values: Sequence[float | None]) -> SafeHtml:
+    cells = (
+        html_tag("td", MISSING_VALUE if v is None else format_number(v), class_="number")
+        for v in values
+    )
+    return html_tag("tr", html_tag("th", name, scope="row"), *cells)
