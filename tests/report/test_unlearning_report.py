@@ -191,11 +191,27 @@ def test_curves_of_other_rows_are_not_drawn_beside(study: Study) -> None:
     assert labels == ["chance", "run: AUC 0.8", "oracle: AUC 0.7"]
 
 
+def test_runs_asked_other_rows_share_no_frontier(study: Study) -> None:
+    """forget05 beside forget10: one chart would compare what cannot be compared."""
+    five, ten = study.unlearned("five", "NPO", 1e-4), study.unlearned("ten", "NPO", 1e-4)
+    content = json.loads((ten / "evals" / "TOFU_EVAL.json").read_text())
+    for one in content.values():
+        one["rows"] = {**ROWS, "forget": "0" * 64}
+    study.write(ten, content)
+    shown = panels(five, ten)
+    first, second = (
+        set(marks(shown[f"Frontier: extraction strength{what}"]))
+        for what in ("", " (other rows, 2)")
+    )
+    assert first == {"five, NPO, rate 1e-4", "start: start", "oracle: oracle"}
+    assert second == {"ten, NPO, rate 1e-4"}
+
+
 def test_evaluations_during_training_are_a_path_and_levels(study: Study) -> None:
     run = study.unlearned("npo", "NPO", 1e-4)
     lines: list[dict[str, Any]] = [
         {"step": 0, "eval_forget_quality": 1e-8, "eval_model_utility": 0.7,
-         "eval_forget_probability": 0.9, "eval_retain_kept": 1.0},
+         "eval_forget_probability": 0.9, "eval_retain_kept": 1.0, "eval_wf_q_a_pert_prob": 0.1},
         {"step": 1, "loss": 2.0, "loss_forget": 1.5, "loss_lambda": 50.0},
         {"step": 1, "eval_forget_quality": 1e-3, "eval_model_utility": 0.6,
          "eval_forget_probability": 0.4, "eval_retain_kept": 0.8},
@@ -208,6 +224,7 @@ def test_evaluations_during_training_are_a_path_and_levels(study: Study) -> None
     curves = {p.title: p for p in build_panels(runs_of(run))}
     assert curves["Loss"].unit == ""
     assert "forget (term of the loss)" in curves
+    assert not any("pert" in title for title in curves)
     assert curves["lambda (weight of the retain term)"].series[0].values == [50.0]
     guides = {
         title: [s.label for s in curves[title].series if s.kind == "guide"]

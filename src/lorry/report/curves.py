@@ -13,6 +13,7 @@ from lorry.formatting import byte_scale, format_number
 from lorry.runs.evals import OracleValues, SuiteRecord
 from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
+from lorry.runs.summary import SUITE_PARTS
 
 TERM_PREFIX = "loss_"  # names of a loss' single terms, and of what is reported like one
 SeriesKind = Literal["raw", "line", "points", "mark", "guide"]
@@ -26,6 +27,7 @@ NOT_CURVES = {
     "supervised_tokens",
     "seconds",
 }
+SUITE_PARTS_LOGGED = tuple(part.lower() for part in SUITE_PARTS)  # as metrics.jsonl has names
 # these in panels of their own
 DRAWN_KEYS = NOT_CURVES | {
     "loss",
@@ -150,22 +152,28 @@ def build_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
             "Peak memory", unit, _point_series(runs, "peak_memory_bytes", divisor), from_zero=True
         ),
     ]
-    names = [
-        name
-        for name in dict.fromkeys(n for run in runs for n in run.log.names())
-        if name not in DRAWN_KEYS
-    ]
+    names = _named_values(runs)
     # names in the order in which the files have them, so that the same panels come every time
     terms = [_metric_panel(runs, name) for name in names[:MAX_NAMED_PANELS]]
     drawn_panels = [*fixed, *_adapter_panels(runs), *terms]
     return [panel for panel in drawn_panels if any(s.steps for s in panel.series)]
 
 
+def _named_values(runs: Sequence[RunRecord]) -> list[str]:
+    """What metrics.jsonl has under names of its own, without what a suite's metrics are made of."""
+    return [
+        name
+        for name in dict.fromkeys(n for run in runs for n in run.log.names())
+        if name not in DRAWN_KEYS
+        and not (name.startswith(EVALUATION_PREFIX) and name.endswith(SUITE_PARTS_LOGGED))
+    ]
+
+
 def describe_undrawn(runs: Sequence[RunRecord]) -> str:
     """What `build_panels` leaves out of metrics with very many names, in words; "" where it draws
     all.
     """
-    names = {name for run in runs for name in run.log.names()} - DRAWN_KEYS
+    names = _named_values(runs)
     adapters = sum(len(run.log.adapters()) for run in runs)
     left_out = [
         f"{count - most} of {count} {what}"

@@ -6,7 +6,7 @@ files say what they have.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorry.formatting import format_number
@@ -59,9 +59,9 @@ FRONTIERS = (
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FrontierPoint:
     """A point of a frontier: a run, or one adapter of it, with its suite's values and its path
-    through the evaluations during training.
+    through the evaluations during training; ``rows``: {metric: {role: digest of its rows}}.
     """
 
     label: str
@@ -70,6 +70,7 @@ class Candidate:
     values: Mapping[str, float]
     run: RunRecord | None = None
     adapter: str | None = None
+    rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def place(self, frontier: Frontier) -> tuple[float, float] | None:
         """(kept, forgotten), None where one of them is not known."""
@@ -102,8 +103,12 @@ def _drawable_pair(x: float | None, y: float | None) -> tuple[float, float] | No
 
 def unlearning_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
     """Frontiers, ROC curves, relearning: those that the runs' files can fill."""
-    candidates = list(frontier_candidates(runs))
-    frontiers = (_frontier_panel(frontier, candidates) for frontier in FRONTIERS)
+    points = list(frontier_points(runs))
+    frontiers = (
+        _frontier_panel(frontier, group, number)
+        for frontier in FRONTIERS
+        for number, group in enumerate(_by_rows(frontier, points), 1)
+    )
     panels = [*frontiers, *_roc_panels(runs), *_relearn_panels(runs)]
     return [panel for panel in panels if any(series.color >= 0 for series in panel.series)]
 
@@ -117,34 +122,39 @@ def method_and_rate(run: RunRecord, adapter: str | None = None) -> str:
     return f"{method}, rate {format_number(rate)}" if rate is not None else str(method)
 
 
-def frontier_candidates(runs: Sequence[RunRecord]) -> Iterator[Candidate]:
+def frontier_points(runs: Sequence[RunRecord]) -> Iterator[FrontierPoint]:
     """Every run or adapter with a suite, or measured by one while it trained; then the starts and
     oracles of these that are none of the runs themselves.
     """
     places = {run.path.resolve(): run for run in runs}
     starts = {run.evals.origin.resolve(): run for run in runs if run.evals.origin is not None}
-    oracles: dict[Path, OracleValues] = {}
+    # with the suite that was compared with it, whose rows are its rows
+    oracles: dict[Path, tuple[OracleValues, SuiteRecord]] = {}
     for run in runs:
         for suite in run.evals.suites:
             if suite.oracle is not None:
-                oracles.setdefault(run_of_logs(suite.oracle), suite.oracle)
+                oracles.setdefault(run_of_logs(suite.oracle), (suite.oracle, suite))
     for color, (path, run) in enumerate(places.items()):
         suites = run.evals.suites or (SuiteRecord("", "", {}, {}, {}),)
         for part in dict.fromkeys(suite.part for suite in suites):
             values = {n: v for s in suites if s.part == part for n, v in s.values.items()}
+            rows = {n: r for s in suites if s.part == part for n, r in s.rows.items()}
             adapter = part if part in run.log.adapters() else None
             shape: MarkShape = "s" if path in starts else "D" if path in oracles else "o"
             whose = {"s": "start: ", "D": "oracle: ", "o": ""}[shape] + run.name
             how = method_and_rate(run, adapter)
             label = ", ".join(text for text in (whose, part, how) if text)
-            yield Candidate(label, color, shape, values, run, adapter)
+            yield FrontierPoint(label, color, shape, values, run, adapter, rows)
     for path, run in starts.items():
         if path not in places:
-            values = {n: v for s in run.evals.start if not s.part for n, v in s.values.items()}
-            yield Candidate(f"start: {path.name}", START, "s", values)
-    for path, oracle in oracles.items():
+            whole = [suite for suite in run.evals.start if not suite.part]
+            values = {n: v for suite in whole for n, v in suite.values.items()}
+            rows = {n: r for suite in whole for n, r in suite.rows.items()}
+            yield FrontierPoint(f"start: {path.name}", START, "s", values, rows=rows)
+    for path, (oracle, suite) in oracles.items():
         if path not in places:
-            yield Candidate(f"oracle: {path.name}", ORACLE, "D", oracle.values)
+            label = f"oracle: {path.name}"
+            yield FrontierPoint(label, ORACLE, "D", oracle.values, rows=suite.rows)
 
 
 def run_of_logs(oracle: OracleValues) -> Path:
@@ -153,9 +163,26 @@ def run_of_logs(oracle: OracleValues) -> Path:
     return folder.parent if folder.name == SUITES else folder
 
 
-def _frontier_panel(frontier: Frontier, candidates: Sequence[Candidate]) -> ChartPanel:
+def _by_rows(frontier: Frontier, points: Sequence[FrontierPoint]) -> list[list[FrontierPoint]]:
+    """Points of the same rows: numbers of another split have no place in one chart. Those that say
+    no rows (of a run that is still training) stand in each.
+    """
+    groups: dict[str, list[FrontierPoint]] = {}
+    for one in points:
+        rows = one.rows.get(frontier.forgotten)
+        if rows:
+            groups.setdefault(str(sorted(rows.items())), [])
+    for one in points:
+        rows = one.rows.get(frontier.forgotten)
+        for key, group in groups.items():
+            if not rows or key == str(sorted(rows.items())):
+                group.append(one)
+    return list(groups.values()) or [list(points)]
+
+
+def _frontier_panel(frontier: Frontier, points: Sequence[FrontierPoint], number: int) -> ChartPanel:
     series: list[CurveSeries] = []
-    for one in candidates:
+    for one in points:
         path, place = one.path(frontier), one.place(frontier)
         if len(path) > 1:
             kept, forgotten = zip(*path, strict=True)
@@ -167,7 +194,8 @@ def _frontier_panel(frontier: Frontier, candidates: Sequence[Candidate]) -> Char
     places = [x for one in series for x in one.steps]
     if frontier.level is not None and places:
         series.insert(0, level_guide("told from the oracle below", LIMIT, frontier.level, places))
-    title = f"Frontier: {_plain(frontier.forgotten)}"
+    other = f" (other rows, {number})" if number > 1 else ""
+    title = f"Frontier: {_plain(frontier.forgotten)}{other}"
     return ChartPanel(
         title, "", tuple(series), log=frontier.log, x_whole=False, x_label=_plain(frontier.kept)
     )

@@ -10,10 +10,7 @@ from lorry.report.sections import html_table
 from lorry.report.unlearning_curves import run_of_logs
 from lorry.runs.evals import SuiteRecord
 from lorry.runs.read import RunRecord
-from lorry.runs.summary import SUITE_FIGURES
-
-# what other metrics are made of; the values are in the file
-PARTS_OF_METRICS = ("_PARA_Prob", "_PERT_Prob")
+from lorry.runs.summary import SUITE_FIGURES, SUITE_PARTS
 
 
 def suite_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
@@ -24,7 +21,7 @@ def suite_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
         names = dict.fromkeys(name for _, values in columns for name in values)
         # what a reader looks for first, then the rest in the order of the file
         order = [name for name in SUITE_FIGURES if name in names]
-        order += [n for n in names if n not in order and not n.endswith(PARTS_OF_METRICS)]
+        order += [n for n in names if n not in order and not n.endswith(SUITE_PARTS)]
         rows = [
             _value_row(name.replace("_", " "), [values.get(name) for _, values in columns])
             for name in order

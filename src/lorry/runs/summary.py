@@ -30,6 +30,8 @@ SUITE_FIGURES = (
     "wmdp_cyber",
     "mmlu",
 )
+# what a suite's other metrics are made of; its file has them
+SUITE_PARTS = ("_PARA_Prob", "_PERT_Prob")
 MOST_DIFFERENCES = 300  # settings listed; a run has some 120
 
 
