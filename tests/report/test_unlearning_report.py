@@ -205,6 +205,12 @@ def test_runs_asked_other_rows_share_no_frontier(study: Study) -> None:
     )
     assert first == {"five, NPO, rate 1e-4", "start: start", "oracle: oracle"}
     assert second == {"ten, NPO, rate 1e-4"}
+    page = Page(render_page(runs_of(five, ten)))
+    assert "Not asked of the same rows in every column" in page.all_text()
+    # nor is what the start was asked a start for them
+    figures = {f.name: f.note for f in final_figures(runs_of(ten)[0])}
+    assert figures["extraction strength"] == "TOFU, oracle 0.15"
+    assert "start: start" not in Page(render_page(runs_of(ten))).text["th"]
 
 
 def test_evaluations_during_training_are_a_path_and_levels(study: Study) -> None:

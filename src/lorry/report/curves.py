@@ -5,12 +5,11 @@ draws them, once for the page and once for the PNG, and nothing else decides wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorry.formatting import byte_scale, format_number
-from lorry.runs.evals import OracleValues, SuiteRecord
 from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 from lorry.runs.summary import SUITE_PARTS
@@ -243,8 +242,10 @@ def reference_guides(
             continue
         oracles = [suite.oracle for suite in run.evals.suites if suite.oracle is not None]
         before = measured.get(0)
-        start = suite_value(run.evals.start, name) if before is None else before
-        for known, value in zip(levels.values(), (start, suite_value(oracles, name)), strict=True):
+        of_start = [run.evals.start_values(suite.title) for suite in run.evals.suites]
+        start = suite_value(of_start, name) if before is None else before
+        oracle = suite_value([one.values for one in oracles], name)
+        for known, value in zip(levels.values(), (start, oracle), strict=True):
             if value is not None and is_drawable(value):
                 known.setdefault(value, run.name)
     return [
@@ -254,12 +255,12 @@ def reference_guides(
     ]
 
 
-def suite_value(suites: Sequence[SuiteRecord | OracleValues], evaluation: str) -> float | None:
+def suite_value(suites: Sequence[Mapping[str, float]], evaluation: str) -> float | None:
     """The value of a suite's metric that evaluations during training log as ``evaluation``: there
     it is written small.
     """
-    for suite in suites:
-        for metric, value in suite.values.items():
+    for values in suites:
+        for metric, value in values.items():
             if f"{EVALUATION_PREFIX}{metric}".lower() == evaluation.lower():
                 return value
     return None

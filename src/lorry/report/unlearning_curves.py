@@ -127,7 +127,8 @@ def frontier_points(runs: Sequence[RunRecord]) -> Iterator[FrontierPoint]:
     oracles of these that are none of the runs themselves.
     """
     places = {run.path.resolve(): run for run in runs}
-    starts = {run.evals.origin.resolve(): run for run in runs if run.evals.origin is not None}
+    origins = [(run.evals.origin.resolve(), run) for run in runs if run.evals.origin is not None]
+    starts = {path for path, _ in origins}
     # with the suite that was compared with it, whose rows are its rows
     oracles: dict[Path, tuple[OracleValues, SuiteRecord]] = {}
     for run in runs:
@@ -145,11 +146,14 @@ def frontier_points(runs: Sequence[RunRecord]) -> Iterator[FrontierPoint]:
             how = method_and_rate(run, adapter)
             label = ", ".join(text for text in (whose, part, how) if text)
             yield FrontierPoint(label, color, shape, values, run, adapter, rows)
-    for path, run in starts.items():
-        if path not in places:
-            whole = [suite for suite in run.evals.start if not suite.part]
-            values = {n: v for suite in whole for n, v in suite.values.items()}
-            rows = {n: r for suite in whole for n, r in suite.rows.items()}
+    seen = set[tuple[Path, str]]()
+    for path, run in origins:
+        own = [suite for suite in run.evals.suites if not suite.part]
+        rows = {n: r for suite in own for n, r in suite.rows.items()}
+        # once for all runs that were asked the same
+        if path not in places and (path, str(rows)) not in seen:
+            seen.add((path, str(rows)))
+            values = {n: v for s in own for n, v in run.evals.start_values(s.title).items()}
             yield FrontierPoint(f"start: {path.name}", START, "s", values, rows=rows)
     for path, (oracle, suite) in oracles.items():
         if path not in places:
@@ -182,8 +186,13 @@ def _by_rows(frontier: Frontier, points: Sequence[FrontierPoint]) -> list[list[F
 
 def _frontier_panel(frontier: Frontier, points: Sequence[FrontierPoint], number: int) -> ChartPanel:
     series: list[CurveSeries] = []
+    drawn = set[tuple[str, tuple[float, float] | None]]()
     for one in points:
         path, place = one.path(frontier), one.place(frontier)
+        # a start of several runs, of which one was asked for more metrics than the other
+        if (one.label, place) in drawn:
+            continue
+        drawn.add((one.label, place))
         if len(path) > 1:
             kept, forgotten = zip(*path, strict=True)
             series.append(CurveSeries(one.label, one.color, "line", kept, forgotten, False))

@@ -8,7 +8,6 @@ from lorry.formatting import MISSING_VALUE, format_number
 from lorry.report.markup import SafeHtml, html_tag
 from lorry.report.sections import html_table
 from lorry.report.unlearning_curves import run_of_logs
-from lorry.runs.evals import SuiteRecord
 from lorry.runs.read import RunRecord
 from lorry.runs.summary import SUITE_FIGURES, SUITE_PARTS
 
@@ -23,11 +22,12 @@ def suite_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
         order = [name for name in SUITE_FIGURES if name in names]
         order += [n for n in names if n not in order and not n.endswith(SUITE_PARTS)]
         rows = [
-            _value_row(name.replace("_", " "), [values.get(name) for _, values in columns])
-            for name in order
+            _value_row(_plain(name), [values.get(name) for _, values in columns]) for name in order
         ]
         head = _value_head("metric", [head for head, _ in columns])
-        parts += [html_tag("h3", title), html_table(head, rows)]
+        parts.append(html_tag("h3", title))
+        parts += [note] if (note := _other_rows(runs, title)) is not None else []
+        parts.append(html_table(head, rows))
     return parts
 
 
@@ -40,9 +40,9 @@ def _suite_columns(runs: Sequence[RunRecord], title: str) -> list[tuple[str, Map
     oracles: dict[str, tuple[str, Mapping[str, float]]] = {}
     for run in runs:
         origin = run.evals.origin
-        if origin is not None and origin.resolve() not in paths:
-            for suite in _whole(run.evals.start, title):
-                starts[f"start: {origin.name}"] = suite.values
+        values = run.evals.start_values(title)
+        if values and origin is not None and origin.resolve() not in paths:
+            starts[f"start: {origin.name}"] = values
         for suite in run.evals.suites:
             if suite.title == title:
                 head = ", ".join(text for text in (run.name, suite.part) if text)
@@ -54,8 +54,20 @@ def _suite_columns(runs: Sequence[RunRecord], title: str) -> list[tuple[str, Map
     return [*starts.items(), *own, *([("oracle", last[0][1])] if len(last) == 1 else last)]
 
 
-def _whole(suites: Sequence[SuiteRecord], title: str) -> list[SuiteRecord]:
-    return [suite for suite in suites if suite.title == title and not suite.part]
+def _other_rows(runs: Sequence[RunRecord], title: str) -> SafeHtml | None:
+    """A note where a metric of several runs is not of the same rows."""
+    metrics: dict[str, set[str]] = {}
+    for run in runs:
+        for suite in run.evals.suites:
+            for name, rows in suite.rows.items() if suite.title == title else ():
+                metrics.setdefault(name, set()).add(str(sorted(rows.items())))
+    names = [_plain(name) for name, rows in metrics.items() if len(rows) > 1]
+    if not names:
+        return None
+    text = (
+        f"Not asked of the same rows in every column, and not to be compared: {', '.join(names)}."
+    )
+    return html_tag("p", text, class_="lead notes")
 
 
 def attack_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
@@ -70,14 +82,14 @@ def attack_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
                     whose = side if len(runs) == 1 else f"{run.name}: {side}"
                     values = found.get(kind, {})
                     names |= dict.fromkeys(values)
-                    rows.append((f"{kind.replace('_', ' ')}, {whose}", values))
+                    rows.append((f"{_plain(kind)}, {whose}", values))
         if rows:
             lines = [_value_row(what, [values.get(n) for n in names]) for what, values in rows]
-            head = _value_head("asked", [name.replace("_", " ") for name in names])
+            head = _value_head("asked", [_plain(name) for name in names])
             parts += [html_tag("h3", title), html_table(head, lines)]
     lines = [
         _value_row(
-            metric.replace("_", " ") if len(runs) == 1 else f"{run.name}: {metric}",
+            _plain(metric) if len(runs) == 1 else f"{run.name}: {_plain(metric)}",
             [values.get(letter) for letter in ("R", "Q", "mean")],
         )
         for run in runs
@@ -88,6 +100,10 @@ def attack_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
         head = _value_head("by", ["relearning (R)", "NF4 (Q)", "mean"])
         parts += [html_tag("h3", "Robustness"), html_table(head, lines)]
     return parts
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _value_head(first: str, columns: Sequence[str]) -> SafeHtml:

@@ -84,6 +84,16 @@ class RunEvals:
     origin: Path | None = None
     oracles: Mapping[str, SuiteRecord] = field(default_factory=dict)
 
+    def start_values(self, title: str) -> Values:
+        """The start's value of each metric of a suite that this run was asked the same rows for:
+        of another split it would be no start to compare with.
+        """
+        own = next((s for s in self.suites if (s.title, s.part) == (title, "")), None)
+        start = next((s for s in self.start if (s.title, s.part) == (title, "")), None)
+        if own is None or start is None:
+            return {}
+        return {n: v for n, v in start.values.items() if start.rows[n] == own.rows.get(n)}
+
 
 def read_suites(run_dir: Path) -> tuple[SuiteRecord, ...]:
     """The suites of a run and of its parts, evaluations during training aside (metrics.jsonl has

@@ -118,8 +118,8 @@ def _suite_figures(evals: RunEvals) -> Iterable[RunFigure]:
     for suite in evals.suites:
         if suite.part:
             continue
-        start = next((s.values for s in evals.start if (s.title, s.part) == (suite.title, "")), {})
-        beside = {"start": start, "oracle": suite.oracle.values if suite.oracle else {}}
+        oracle = suite.oracle.values if suite.oracle else {}
+        beside = {"start": evals.start_values(suite.title), "oracle": oracle}
         for name in SUITE_FIGURES:
             if name in suite.values:
                 note = [suite.title]
