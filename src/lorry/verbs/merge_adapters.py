@@ -16,7 +16,7 @@ from lorry.config.schema import ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, DataError, ModelError
 from lorry.notes import ignore_note
-from lorry.runs.layout import ADAPTER_FACTS, ADAPTER_WEIGHTS, RECEIPT, TOKENIZER_FILES
+from lorry.runs.layout import ADAPTER_FACTS, ADAPTER_WEIGHTS, RECEIPT, RUN_FILE
 from lorry.verbs import probe
 from lorry.verbs.merge import LogitsBeforeMerge, weight_files
 from lorry.verbs.open_model import open_with_adapters, print_note
@@ -191,10 +191,14 @@ def warn_other_tokenizers(folders: Sequence[Path]) -> None:
             )
 
 
-def tokenizer_contents(folder: Path) -> dict[str, str]:
-    """{file name: SHA-256} of the files that say how text becomes tokens."""
-    known = {"tokenizer.json", "chat_template.jinja"}.intersection(TOKENIZER_FILES)
-    return {name: file_digest(folder / name) for name in known if (folder / name).is_file()}
+def tokenizer_contents(adapter: Path) -> dict[str, str]:
+    """{file name: SHA-256} of the files that say how text becomes tokens, beside an adapter or in
+    the run of several that it is of.
+    """
+    run = adapter.parent if (adapter.parent / RUN_FILE).is_file() else adapter
+    names = ("tokenizer.json", "chat_template.jinja")
+    found = {name: folder / name for folder in (run, adapter) for name in names}
+    return {name: file_digest(file) for name, file in found.items() if file.is_file()}
 
 
 def choose_scale(settings: MergeSettings, opened: OpenedModel, name: str) -> ScaleChoice:

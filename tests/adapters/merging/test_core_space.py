@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.attach import attach, detach, get_bank
 from lorry.adapters.merging.core_space import (
     column_basis,
     core_bases,
@@ -22,6 +24,7 @@ from lorry.adapters.merging.core_space import (
 from lorry.adapters.merging.methods import combine
 from lorry.adapters.merging.weighted import merge_adapters
 from lorry.adapters.mix import Mix
+from lorry.adapters.peft.files import save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.config.merge import MERGE_METHODS
 
@@ -130,6 +133,29 @@ def test_linear_is_the_sum_of_the_deltas(
     merge_adapters(model, WEIGHTS, method=method)
     found = logits(model, ids)  # the merged one alone, which is active now
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gpt_neox"])
+def test_peft_reads_other_ranks_at_every_module(
+    family: str, banked: Any, ids: Tensor, logits: Any, tmp_path: Path
+) -> None:
+    """Embeddings, heads and Conv1D; what is saved is what ours computed."""
+    for method, options in {"core_tsv": {}, "core_iso": {}, "core_ties": {"rank": 6}}.items():
+        model = banked(family)
+        get_bank(model).activate(Mix.none())
+        base = logits(model, ids)
+        merged = merge_adapters(model, WEIGHTS, method=method, scale=0.3, **options)
+        assert len({module.rank for module in merged.modules}) > 1
+        expected = logits(model, ids)
+        save_adapter(model, tmp_path / method, "merged")
+        detached = banked(family)
+        for name in WEIGHTS:
+            detach(detached, name)
+        found = logits(PeftModel.from_pretrained(detached, str(tmp_path / method)).eval(), ids)
+        bound = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=bound)
+        assert (expected - base).abs().max() > 100 * bound
 
 
 def deltas_of(model: nn.Module, path: str) -> list[tuple[float, Array]]:
