@@ -15,6 +15,10 @@ from lorry.data.reading import suite_splits
 from lorry.data.reading.sources import open_source
 from lorry.data.reading.suite_splits import SplitLocation, locate_split
 from lorry.errors import ConfigError, DataError, LorryError
+from lorry.evaluate.unlearning.muse import load_muse_sets
+from lorry.evaluate.unlearning.rows import load_tofu_sets
+from lorry.evaluate.unlearning.suite import SuiteRequest
+from lorry.evaluate.unlearning.wmdp import load_wmdp_sets
 
 
 def numbered(first: int, stop: int) -> list[dict[str, Any]]:
@@ -99,13 +103,136 @@ def test_two_parts_of_one_file_are_cached_apart(
     ("name", "place"),
     [
         ("tofu:retain95", SplitLocation("locuslab/TOFU", "retain95")),
-        ("muse:News/raw/forget", SplitLocation("muse-bench/MUSE-News", "raw", "forget")),
-        ("muse:Books/scal/forget_3", SplitLocation("muse-bench/MUSE-Books", "scal", "forget_3")),
-        ("muse:News/train/full", SplitLocation("tamarsonha/MUSE-News-Train", split="full")),
+        ("tofu:holdout05", SplitLocation("locuslab/TOFU", "holdout05")),
+        (
+            "muse:News/raw/forget",
+            SplitLocation("muse-bench/MUSE-News", "raw", "forget", joined=True),
+        ),
+        (
+            "muse:Books/scal/forget_3",
+            SplitLocation("muse-bench/MUSE-Books", "scal", "forget_3", joined=True),
+        ),
+        (
+            "muse:News/train/full",
+            SplitLocation("tamarsonha/MUSE-News-Train", split="full", joined=True),
+        ),
     ],
 )
 def test_without_a_folder_it_is_the_hubs(name: str, place: SplitLocation) -> None:
     assert locate_split(name, {}) == place
+
+
+# {hub id: {configuration: {split: file}}} as their owners publish them
+PUBLISHED = {
+    "locuslab/TOFU": {
+        name: {"train": f"{name}.json"}
+        for name in (
+            "full",
+            "retain95",
+            "forget05_perturbed",
+            "holdout05",
+            "real_authors_perturbed",
+        )
+    },
+    "muse-bench/MUSE-News": {
+        "raw": {"forget": "raw/forget.jsonl", "retain1": "raw/retain1.jsonl"},
+        "knowmem": {name: f"knowmem/{name}.jsonl" for name in ("forget_qa", "forget_qa_icl")},
+        "verbmem": {"forget": "verbmem/forget.jsonl"},
+        "privleak": {"forget": "privleak/forget.jsonl", "holdout": "privleak/holdout.jsonl"},
+        "scal": {"forget_1": "scal/forget_1.jsonl"},
+        "sust": {"forget_4": "sust/forget_4.jsonl"},
+    },
+    "tamarsonha/MUSE-News-Train": {"default": {"full": "full.jsonl", "retain": "retain.jsonl"}},
+    "cais/wmdp": {f"wmdp-{kind}": {"test": f"{kind}.jsonl"} for kind in ("bio", "cyber")},
+    "cais/mmlu": {"all": {"test": "all/test.jsonl"}},
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Stands in for the hub: ids are folders here, their configurations declared as on the hub, in
+    the front matter of README.md, and opened by the real builders of ``datasets``. Each row names
+    its file. Returns what was asked for, (id, configuration).
+    """
+    import datasets
+
+    for name, configs in PUBLISHED.items():
+        card = {
+            "configs": [
+                {
+                    "config_name": config,
+                    "data_files": [{"split": s, "path": file} for s, file in splits.items()],
+                }
+                for config, splits in configs.items()
+            ]
+        }
+        for file in (file for splits in configs.values() for file in splits.values()):
+            path = tmp_path / "hub" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place = f"{name}/{file}"
+            row = {
+                "question": place, "answer": 2 if name.startswith("cais") else place,
+                "text": place, "prompt": place, "gt": place, "choices": ["a", "b", "c", "d"],
+            }  # fmt: skip
+            path.write_text(json.dumps(row) + "\n")
+        # JSON is YAML
+        (tmp_path / "hub" / name / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    asked: list[tuple[str, str | None]] = []
+    real = datasets.load_dataset_builder
+
+    def local(name: str, config: str | None = None) -> Any:
+        asked.append((name, config))
+        return real(str(tmp_path / "hub" / name), config, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", local)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("tofu:full", "locuslab/TOFU/full.json"),
+        ("tofu:retain95", "locuslab/TOFU/retain95.json"),
+        ("tofu:forget05_perturbed", "locuslab/TOFU/forget05_perturbed.json"),
+        ("tofu:real_authors_perturbed", "locuslab/TOFU/real_authors_perturbed.json"),
+        ("tofu:holdout05", "locuslab/TOFU/holdout05.json"),
+        ("muse:News/raw/forget", "muse-bench/MUSE-News/raw/forget.jsonl"),
+        ("muse:News/raw/retain1", "muse-bench/MUSE-News/raw/retain1.jsonl"),
+        ("muse:News/knowmem/forget_qa_icl", "muse-bench/MUSE-News/knowmem/forget_qa_icl.jsonl"),
+        ("muse:News/privleak/holdout", "muse-bench/MUSE-News/privleak/holdout.jsonl"),
+        ("muse:News/scal/forget_1", "muse-bench/MUSE-News/scal/forget_1.jsonl"),
+        ("muse:News/sust/forget_4", "muse-bench/MUSE-News/sust/forget_4.jsonl"),
+        ("muse:News/train/retain", "tamarsonha/MUSE-News-Train/retain.jsonl"),
+    ],
+)
+def test_names_reach_the_hub_as_they_are_published(
+    name: str, file: str, hub: list[tuple[str, str | None]]
+) -> None:
+    (row,) = open_source(name)
+    assert row.values["text"] == file
+    [(place, config)] = hub
+    splits = PUBLISHED[place]["default" if config is None else config]
+    assert file in {f"{place}/{one}" for one in splits.values()}
+
+
+def test_suites_ask_the_hub_for_what_is_published(hub: list[tuple[str, str | None]]) -> None:
+    request = SuiteRequest(local={}, corpus="News", forget_split="forget05")
+    muse = load_muse_sets(dict.fromkeys(("forget_knowmem", "forget_verbmem", "holdout")), request)  # type: ignore[arg-type]  # its fields are its own
+    (asked,) = muse["forget_knowmem"].rows
+    place = "muse-bench/MUSE-News/knowmem/forget_qa"
+    assert asked.question == (
+        f"Question: {place}_icl.jsonl\nAnswer: {place}_icl.jsonl\n\nQuestion: {place}.jsonl\nAnswer: "
+    )
+    assert muse["holdout"].rows[0].answers["answer"] == (
+        "muse-bench/MUSE-News/privleak/holdout.jsonl",
+    )
+    wmdp = load_wmdp_sets(dict.fromkeys(("wmdp_bio", "mmlu")), request)  # type: ignore[arg-type]  # the same
+    assert "cais/wmdp/bio.jsonl\nA. a" in wmdp["wmdp_bio"].rows[0].question
+    assert wmdp["mmlu"].rows[0].right == 2
+    assert ("cais/wmdp", "wmdp-bio") in hub
+    assert ("cais/mmlu", "all") in hub
+    tofu = load_tofu_sets({"holdout": ("answer",)}, local={}, forget_split="forget05")
+    assert tofu["holdout"].rows[0].question == "locuslab/TOFU/holdout05.json"
 
 
 def test_muse_and_wmdp_lie_as_their_authors_write_them(tmp_path: Path) -> None:

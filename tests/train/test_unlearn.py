@@ -254,6 +254,27 @@ def test_an_epoch_is_a_pass_over_the_anchor(world: Path, tmp_path: Path) -> None
         assert top == steps // 2
 
 
+def test_texts_of_a_corpus_are_joined_and_may_not_be_shared(world: Path, tmp_path: Path) -> None:
+    texts = [f"{row['question']} {row['answer']}" for row in tinyrun.rows(8)]
+    folder = tmp_path / "News/raw"
+    folder.mkdir(parents=True)
+    (folder / "forget.json").write_text(json.dumps(texts[:3]))
+    (folder / "retain1.json").write_text(json.dumps(texts[3:]))
+    # it holds what is to be forgotten, at places where no sequence begins
+    (folder / "both.json").write_text(json.dumps(texts))
+    own: dict[str, Any] = {
+        "method": "GradDiff", "forget": "muse:News/raw/forget", "local": {"muse": str(tmp_path)},
+        "max_length": 24, "max_steps": 2,
+    }  # fmt: skip
+    unlearn(world, tmp_path / "run", retain="muse:News/raw/retain1", **own)
+    receipt = json.loads((tmp_path / "run/receipt.json").read_text())
+    assert "joined with blank lines and cut every 24 tokens" in json.dumps(receipt) + "".join(
+        path.read_text() for path in (tmp_path / "run").glob("*.json*")
+    )
+    with pytest.raises(DataError, match=r"element 0 is to be forgotten and .* \(3 texts in all\)"):
+        unlearn(world, tmp_path / "bad", retain="muse:News/raw/both", **own)
+
+
 def test_with_another_anchor_the_same_pairs_train_alike(world: Path, tmp_path: Path) -> None:
     """One step over all rows of both sets of one size: which of them sets the pace changes nothing."""
     rows = [json.loads(line) for line in (world / "retain.jsonl").read_text().splitlines()]

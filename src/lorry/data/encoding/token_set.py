@@ -20,6 +20,7 @@ import numpy as np
 
 from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.data.encoding.encode import TOO_LONG, EncodedSequence, ExampleEncoder
+from lorry.data.encoding.joined import encode_joined
 from lorry.data.encoding.token_cache import cache_key, read_cached, write_cached
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.formats import DataExample, RowFormat, read_examples
@@ -71,11 +72,19 @@ class TokenSet:
         if (found := read_cached(key, encoder.tell)) is not None:
             return cls._of_cache(*found, adapter=adapter, role=role)
         notes: set[str] = set()
+        examples = read_examples(source, form, add_note=notes.add)
+        # an encoder of another kind has to see row by row what it is given
+        joined = source.joined and type(encoder) is ExampleEncoder
         rows = report_progress(
-            encode_rows(read_examples(source, form, add_note=notes.add), source, encoder),
+            encode_joined(examples, encoder) if joined else encode_rows(examples, source, encoder),
             source.label,
             encoder.tell,
         )
+        if joined:
+            notes.add(
+                f"{source.label}: its texts are joined with blank lines and cut every {encoder.max_length} tokens, as "
+                "open-unlearning does; give the file's own name to have each by itself"
+            )
         made = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
         if not len(made):
             raise DataError(
@@ -121,7 +130,8 @@ class TokenSet:
             report.rows += 1
             report.shortened += any(piece.cut for piece in pieces)
             report.tokens_cut += sum(piece.cut for piece in pieces)
-            report.characters_cut += max(piece.skipped for piece in pieces)
+            # of texts that are read as one, most have no sequence that begins in them
+            report.characters_cut += max((piece.skipped for piece in pieces), default=0)
             for piece in pieces:
                 # half of int64; no vocabulary needs more
                 tokens.append(np.asarray(piece.tokens, dtype=np.int32))

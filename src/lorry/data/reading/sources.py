@@ -91,7 +91,8 @@ class DataSource:
     files: tuple[
         Path, ...
     ] = ()  # all that the rows are read from; empty where that is not files alone (the hub)
-    selection: str = ""  # what of these files is read: configuration and split
+    selection: str = ""  # what of these files is read: configuration and split, and how
+    joined: bool = False  # whether the rows are texts that are read as one
 
     def __iter__(self) -> Iterator[DataRow]:
         return self.read()
@@ -143,15 +144,31 @@ def open_source(
         else ()
     )
     label = ", ".join(map(str, several))
-    return DataSource(
+    corpora = [_is_joined(one, local or {}) for one in several]
+    if any(corpora) and streaming:
+        raise DataError(
+            f"{label}: texts that are joined before they are cut cannot be streamed; leave streaming out"
+        )
+    source = DataSource(
         label,
         parts,
         BadRows(on_bad_row, quarantine),
         limit,
         streaming,
         files=files,
-        selection=f"{name} {split}",
+        selection=f"{name} {split}{' joined' if all(corpora) else ''}",
+        joined=all(corpora),
     )
+    if any(corpora) and not all(corpora):
+        source.remarks.add(f"{label}: read text by text, since not all of it is to be joined")
+    return source
+
+
+def _is_joined(path_or_id: str | Path, local: Mapping[str, str]) -> bool:
+    """Whether a source is a corpus whose texts are read as one."""
+    text = str(path_or_id)
+    named = is_split_name(text) and not isinstance(path_or_id, Path) and not Path(text).exists()
+    return named and locate_split(text, local).joined
 
 
 def _open_one(

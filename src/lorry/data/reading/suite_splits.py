@@ -4,7 +4,7 @@
 
 | name | local.SUITE=FOLDER | without it, on the hub |
 |---|---|---|
-| tofu:SPLIT | SPLIT.json, or a part of a split that is there | locuslab/TOFU |
+| tofu:SPLIT | SPLIT.json, or a part of a split that is there | locuslab/TOFU, holdouts too |
 | muse:CORPUS/KIND/SPLIT | CORPUS/KIND/SPLIT.json, as muse_bench writes | muse-bench/MUSE-CORPUS |
 | wmdp:NAME | NAME.jsonl | nothing: the corpora are given out on request |
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorry.data.reading.rows import DataRow, FileRemark, RowFault, RowStream
@@ -37,6 +37,8 @@ PERTURBED = "_perturbed"
 FILE_KINDS = (".json", ".jsonl", ".parquet", "")  # the last: a folder
 MUSE_CORPORA = ("News", "Books")
 MUSE_KINDS = ("raw", "knowmem", "verbmem", "privleak", "scal", "sust", "train")
+# what open-unlearning reads as one text (data/encoding/joined.py); the other kinds are asked one by one
+JOINED_NAME = re.compile(rf"{MUSE}:[^/]+/(raw|scal|sust|train)/.+|{WMDP}:.+-corpus", re.DOTALL)
 MUSE_TRAIN_HUB = "tamarsonha/MUSE-{}-Train"  # what the published targets were trained on
 
 
@@ -44,7 +46,8 @@ MUSE_TRAIN_HUB = "tamarsonha/MUSE-{}-Train"  # what the published targets were t
 class SplitLocation:
     """Where the rows of a split are: a file, a folder or a hub data set (``path``, ``config`` and
     ``split``); ``rows`` of it, where the split is a part of what lies there, which must then have
-    ``whole`` rows; ``note``: what to know of them, or "".
+    ``whole`` rows; ``note``: what to know of them, or ""; ``joined``: whether its rows are texts that
+    are read as one.
     """
 
     path: str
@@ -53,6 +56,7 @@ class SplitLocation:
     rows: slice | None = None
     whole: int = 0
     note: str = ""
+    joined: bool = False
 
 
 def is_split_name(text: str) -> bool:
@@ -69,7 +73,8 @@ def locate_split(text: str, local: Mapping[str, str]) -> SplitLocation:
     suite, name = found.groups()
     if suite == TOFU:
         return _locate_tofu(name, local)
-    return _locate_muse(name, local) if suite == MUSE else _locate_wmdp(name, local)
+    place = _locate_muse(name, local) if suite == MUSE else _locate_wmdp(name, local)
+    return replace(place, joined=JOINED_NAME.fullmatch(text) is not None)
 
 
 def local_split_path(suite: str, name: str, local: Mapping[str, str]) -> str | None:
@@ -117,6 +122,9 @@ def _locate_tofu(name: str, local: Mapping[str, str]) -> SplitLocation:
         return SplitLocation(TOFU_HUB, name)
     if (derived := _derive_tofu(name, local)) is not None:
         return derived
+    # a holdout is published, too, but a file that is here (local.tofu.forget10=FILE) goes before
+    if TOFU not in local:
+        return SplitLocation(TOFU_HUB, name)
     if name.startswith("holdout"):
         raise ConfigError(
             f"no {name}: membership (mia_*, privleak) needs rows that were never trained on; give "

@@ -22,6 +22,9 @@ from lorry.config.unlearn import NEED_ALTERNATES, UnlearnConfig, UnlearnRunConfi
 from lorry.data.batch import Batch
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.prepare import PreparedData
+from lorry.data.reading.content import TextDocument
+from lorry.data.reading.formats import format_named, read_examples
+from lorry.data.reading.sources import open_source
 from lorry.data.stream.dataset import BatchStream, TrainStream
 from lorry.data.stream.roles import Alternates, RoleStream
 from lorry.errors import ConfigError, DataError
@@ -271,6 +274,7 @@ def check_overlap(job: PreparedJob) -> list[str]:
     if RETAIN not in job.row_sets:
         return []
     forget, retain = _tokens(job.data), _tokens(job.row_sets[RETAIN])
+    check_shared_texts(job.run)
     pairs = {whole: _same_rows(forget, retain, whole) for whole in (True, False)}
     if both := pairs[True]:
         raise DataError(
@@ -283,6 +287,43 @@ def check_overlap(job: PreparedJob) -> list[str]:
             f"{same[0][1]}); if they say the same, the run forgets and retains it"
         ]
     return []
+
+
+def check_shared_texts(run: RunConfig) -> None:
+    """The same of texts that are read as one, whose sequences begin anywhere in them: raise DataError
+    where a text to forget is also one to retain.
+    """
+    sets = {FORGET: run.data, **row_sets(run)}
+    # what is wrong with its rows was said when the tokens were read
+    sources = {
+        role: open_source(
+            data.path or [],
+            name=data.name,
+            split=data.split,
+            on_bad_row="skip",
+            limit=data.n,
+            local=data.local,
+        )
+        for role, data in sets.items()
+    }
+    if not any(source.joined for source in sources.values()):
+        return
+    form = format_named(run.data.format, run.data.text_field)
+    # {text: its place} of each set
+    texts = {
+        role: {
+            row.content.text.strip(): row.where
+            for row in read_examples(source, form)
+            if isinstance(row.content, TextDocument)
+        }
+        for role, source in sources.items()
+    }
+    both = [text for text in texts[FORGET] if text in texts[RETAIN]]
+    if both:
+        raise DataError(
+            f"{texts[FORGET][both[0]]} is to be forgotten and {texts[RETAIN][both[0]]}, the same text, to be retained "
+            f"({len(both)} texts in all); take them out of one of the two"
+        )
 
 
 def _same_rows(forget: TokenSet, retain: TokenSet, whole: bool) -> list[tuple[str, str]]:
