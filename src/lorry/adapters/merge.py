@@ -163,6 +163,26 @@ def merged_tensors(
 
 
 @torch.no_grad()
+def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Tensor:
+    """A copy of one tensor of the model in fp32 by its name in the state dict; a weight that adapters sit at
+    is W + sum g s B A of those with ``weights`` {adapter: g}, and of those that count as part of
+    the base. Raises what `merge` raises.
+    """
+    bank = get_bank(model)
+    path, _, leaf = name.rpartition(".")
+    gates = {**dict.fromkeys(bank.base_adapters, 1.0), **weights}
+    layer = bank.modules.get(path)
+    if leaf != "weight" or layer is None or not any(one in layer.slots for one in gates):
+        tensor: Tensor = model.state_dict()[name]
+        # a copy even in fp32: experts without a delta would be one tensor under several names
+        return tensor.detach().to(torch.float32, copy=True)
+    if isinstance(layer, BankLinear) and layer.product is not None:
+        raise ConfigError(f"{path} has a product of its own, into which nothing can be merged")
+    assert isinstance(layer, BankLinear | BankEmbedding), type(layer)
+    return _fold_layer(path, layer, gates, torch.float32)[0]
+
+
+@torch.no_grad()
 def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Adapter:
     """One adapter, not attached, that computes sum g s B A of those with ``weights`` and, g = 1, of
     those that count as part of the base (`AdapterBank.move_to_base`): their A's below each other

@@ -62,25 +62,59 @@ def save_model(
     stream = _convert_dtypes(_check_complete(model, tensors, tied=tied), dtype)
     with build_directory(Path(path)) as work:
         if isinstance(model, Decoder):
-            dtypes = _write_shards(
-                _checkpoint_names(stream, model, tied=tied), work, max_shard_bytes
-            )
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
-            _write_json(work / "config.json", config)
-        else:
-            assert isinstance(model, HfModel)
-            state = dict(stream)
-            dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
-            model.save_inner(work, state, config, max_shard_bytes)
-        stored = str(next(iter(dtypes))) if len(dtypes) == 1 else "float32"
-        write_config(work, {"dtype": stored.removeprefix("torch.")})
-        generation = (
-            generation_config or model.__dict__.get(GENERATION_CONFIG) or _token_ids(config)
+            write_checkpoint(
+                work,
+                _checkpoint_names(stream, model, tied=tied),
+                config,
+                generation_config=generation_config or model.__dict__.get(GENERATION_CONFIG),
+                tokenizer=tokenizer,
+                max_shard_bytes=max_shard_bytes,
+            )
+            return
+        assert isinstance(model, HfModel)
+        state = dict(stream)
+        dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+        model.save_inner(work, state, config, max_shard_bytes)
+        _write_beside(
+            work,
+            dtypes,
+            generation_config or model.__dict__.get(GENERATION_CONFIG) or _token_ids(config),
+            tokenizer,
         )
-        _write_json(work / "generation_config.json", generation)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        copy_permissions(work)
+
+
+def write_checkpoint(
+    work: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    tokenizer: Any | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a whole model directory into the existing folder ``work``: ``tensors`` under the names
+    they come with, one shard in memory at a time. ``generation_config``: None writes the config's
+    token ids.
+    """
+    dtypes = _write_shards(tensors, work, max_shard_bytes)
+    _write_json(work / "config.json", config)
+    _write_beside(work, dtypes, generation_config or _token_ids(config), tokenizer)
+
+
+def _write_beside(
+    work: Path,
+    dtypes: set[torch.dtype],
+    generation_config: Mapping[str, Any],
+    tokenizer: Any | None,
+) -> None:
+    """Write what stands beside weights and config.json, which gets the dtype of the former."""
+    stored = str(next(iter(dtypes))) if len(dtypes) == 1 else "float32"
+    write_config(work, {"dtype": stored.removeprefix("torch.")})
+    _write_json(work / "generation_config.json", generation_config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+    copy_permissions(work)
 
 
 def _check_complete(

@@ -1,0 +1,1 @@
+"""Mixtures of experts as stock classes have them: a dense model, its experts' MLPs and a router."""

@@ -1,0 +1,160 @@
+"""Experts of one base as a Mixtral, Qwen2-MoE or Qwen3-MoE directory, opened again by transformers
+and compared with the mixture said plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorry.errors import ConfigError, ModelError
+from lorry.verbs import probe
+from lorry.verbs.open_model import print_note
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lorry.models.decoder.model import Decoder
+    from lorry.models.loading.open import OpenedModel
+
+# of the largest logit, in fp32: the noise of two ways to add up the same experts
+EXACT_SHARE = 1e-5
+
+
+def export_moe(
+    opened: OpenedModel,
+    output: Path,
+    experts: Mapping[str, Mapping[str, float]],
+    routers: Sequence[Tensor],
+    *,
+    top_k: int,
+    normalize: bool = True,
+    attention: str = "refuse",
+    dtype: str = "float32",
+) -> None:
+    """Write the mixture of ``experts`` {name: {adapter: g}} of the opened base to ``output``.
+    routers: [E, d] of each layer, over the normed input of its MLP.
+
+    attention: what becomes of deltas outside the MLPs, which these classes cannot route: "refuse"
+    them, "average" them into the shared weights, or "drop" them. ``opened`` is of no use afterwards.
+    Raises ConfigError, ModelError for what the class cannot hold, ContractError if what was written
+    is another mixture when it is opened again.
+    """
+    import torch
+
+    from lorry.adapters.merge import fold_tensor
+    from lorry.disk import durable
+    from lorry.models.loading.reopen import (
+        compare_logits,
+        compute_fp32_logits,
+        free_model_memory,
+        reopen_model,
+    )
+    from lorry.models.moe.checkpoint import describe_moe, moe_tensors, save_moe
+    from lorry.models.moe.plain import plain_mixture
+
+    model = _expect_decoder(opened)
+    twin = describe_moe(model.config, experts=len(experts), top_k=top_k, normalize=normalize)
+    shared = _shared_mix(opened, experts, attention)
+    mixes = list(experts.values())
+
+    def dense_weight(name: str) -> Tensor:
+        return fold_tensor(model, name, shared)
+
+    def expert_weight(expert: int, path: str) -> Tensor:
+        return fold_tensor(model, f"{path}.weight", mixes[expert])
+
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    rows, rows_words = probe.probe_rows(opened)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(torch_dtype).float()
+
+    plain = reopen_model(Path(opened.source["path"]), torch.float32)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if ".mlp." not in name:
+                parameter.copy_(rounded(dense_weight(name)))
+    plain_mixture(
+        plain,
+        [rounded(router) for router in routers],
+        lambda expert, path: rounded(expert_weight(expert, path)),
+        top_k=top_k,
+    )
+    expected = compute_fp32_logits(plain, rows)
+    del plain
+    with durable.build_directory(output) as folder:
+        save_moe(
+            model,
+            folder,
+            twin,
+            moe_tensors(model, twin, dense_weight, expert_weight, routers),
+            dtype=torch_dtype,
+            tokenizer=opened.tokenizer,
+            generation_config=opened.source["generation_config"] or None,
+        )
+        free_model_memory(model)
+        # always in fp32, whatever is stored: in bf16 the chosen experts flip
+        again = reopen_model(folder, torch.float32)
+        difference, bound = compare_logits(
+            expected, compute_fp32_logits(again, rows), EXACT_SHARE, dtype
+        )
+    print_note(
+        f"{twin.names.architecture} of {len(experts)} experts ({', '.join(experts)}), {top_k} a token, "
+        f"stored in {dtype}"
+    )
+    print_note(
+        f"reloaded by transformers: largest logit difference to the plain mixture {difference:.1e} "
+        f"(bound {bound:.1e}), on {rows_words}"
+    )
+
+
+def _expect_decoder(opened: OpenedModel) -> Decoder:
+    """The opened model as Lorry's own decoder. Raises ModelError for one that it does not compute."""
+    from lorry.models.decoder.model import Decoder
+
+    if not isinstance(opened.model, Decoder):
+        kind = opened.model.config.get("model_type")
+        raise ModelError(
+            f"a mixture of experts of this {kind} model cannot be written: Lorry's own decoder does not "
+            "compute all of its config, and the mixture's class may not either"
+        )
+    return opened.model
+
+
+def _shared_mix(
+    opened: OpenedModel, experts: Mapping[str, Mapping[str, float]], attention: str
+) -> dict[str, float]:
+    """{adapter: g} of what all experts share: nothing, or the mean of the experts' attention.
+
+    Raises ConfigError for adapters whose deltas the class cannot route.
+    """
+    from lorry.adapters.attach import get_bank
+
+    model, bank = _expect_decoder(opened), get_bank(opened.model, create=True)
+    used = {name: bank[name] for mix in experts.values() for name in mix}
+    ends = {model.family.embed, model.family.head}
+    outside = dict[str, str]()
+    for name, adapter in used.items():
+        for path in adapter.slots:
+            if path in ends:
+                raise ConfigError(
+                    f"adapter {name!r} is on {path}, which all experts of a mixture share; train it without"
+                )
+            if ".mlp." not in path:
+                outside.setdefault(name, path)
+    if not outside or attention == "drop":
+        return {}
+    if attention == "refuse":
+        name, path = next(iter(outside.items()))
+        raise ConfigError(
+            f"adapter {name!r} changes {path}, and these classes route MLPs alone; attention=average puts the mean of "
+            "the experts' attention into the shared weights, attention=drop leaves it out"
+        )
+    shared: dict[str, float] = {}
+    for mix in experts.values():
+        for name, gate in mix.items():
+            shared[name] = shared.get(name, 0.0) + gate / len(experts)
+    return shared
