@@ -20,6 +20,7 @@ from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ModelError
 from lorry.models.loading.load import load_model
 from lorry.models.loading.store import save_model
+from lorry.notes import ignore_note
 from tests.support import tiny
 from tests.support.tiny import close, logits, one_thread  # noqa: F401 - one_thread is a fixture
 
@@ -38,7 +39,7 @@ def theirs(path: Path) -> Any:
 
 def opened(name: str, tmp_path: Path, **options: Any) -> Any:
     path = tiny.directory(tiny.trained(name), tmp_path / "base")
-    return load_model(path, **{"dtype": "float32", "notes": [], **options}).model
+    return load_model(path, **{"dtype": "float32", "add_note": ignore_note, **options}).model
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])
