@@ -17,6 +17,7 @@ from lorry.backends.optim import OptimSettings
 from lorry.errors import NonFiniteError
 from lorry.models.decoder.model import Decoder
 from lorry.tasks.unlearn.gradients import make_gradient_rule
+from lorry.tasks.unlearn.methods import PDU
 from lorry.tasks.unlearn.task import UnlearnTask
 from tests.support.unlearning import Row, Twin, ragged_rows, twin_model
 from tests.tasks.unlearn.test_methods import (
@@ -110,6 +111,28 @@ def test_gru_takes_out_what_undoes_the_retained(tmp_path: Path) -> None:
     found = {k: t for k, t in kept.items() if k.startswith("retain_momentum/default/")}
     flat = flat_like(local, found)
     assert error(flat, mean) < 1e-5
+
+
+def test_pdus_lambda_has_no_say_in_grus_mean(tmp_path: Path) -> None:
+    """lambda falls from 50 to 0 between two steps; the mean is of the gradients of L_r itself."""
+    theirs, ours = twin_model(tmp_path)
+    local, case = backend_with(ours, "gru", {}), CASES["PDU"]
+    plain, mean = Twin(theirs, ours, "default"), torch.zeros(())
+    for seed, multiplier in ((0, 50.0), (1, 0.0)):
+        rows = ragged_rows(seed)
+        task = split_task(local, case, rows, 2)
+        task.method.direction_only = True
+        assert isinstance(task.method, PDU)
+        task.method.multipliers = [multiplier]
+        stats, (mine,) = measure(local, task)
+        assert stats.terms["lambda"]["default"] == pytest.approx(multiplier)
+        forget, retain = parts(local, plain, case, rows)
+        mean = 0.8 * retain / case.alpha + 0.2 * mean
+        along = forget @ mean
+        exact = forget - along / (mean @ mean) * mean if along < 0 else forget
+        assert error(mine, exact) < 1e-5
+    found = {k: t for k, t in local.state().items() if k.startswith("retain_momentum/default/")}
+    assert error(flat_like(local, found), mean) < 1e-5
 
 
 def flat_like(local: LocalBackend, found: Mapping[str, Tensor]) -> Tensor:

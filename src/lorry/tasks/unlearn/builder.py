@@ -206,7 +206,8 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
         [job.run.train.seed for job in jobs.values()],
         lambda hidden: model.logits(hidden, AdapterContext(Mix.none())),
     )
-    method = make_method(config.method, own, start)
+    direction_only = config.gradient == "gru"
+    method = make_method(config.method, own, start, direction_only=direction_only)
     layers = model.config.get("num_hidden_layers", model.config.get("n_layer"))
     for job in jobs.values():
         layer = _settings_of(job.run).layer

@@ -65,6 +65,10 @@ class SharpnessAware:
 class GradientRectified:
     """g_f without what would undo what is retained: m = 0.8 g_r + 0.2 m; where g_f . m < 0, g_f loses
     its part along m (GRU; Wang et al. 2025, arXiv 2503.09117). The step is along g_f alone.
+
+    Only the direction of m is read. A factor of g_r that stays (alpha) changes nothing; one that
+    moves, PDU's lambda, would weigh the steps of the mean, so that PDU leaves it out here
+    (`UnlearnMethod.direction_only`): g_r is the gradient of L_r, as in the paper.
     """
 
     def __init__(self) -> None:

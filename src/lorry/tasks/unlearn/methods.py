@@ -93,6 +93,8 @@ class UnlearnMethod(ABC):
     those that are part of what it is. ``needs_alternates``: an alternate answer beside each forget
     row, ``needs_retain_alternates`` beside each retain row, too; ``retain_divergence``: from the
     start, where ``retain_loss`` is KL; ``forget_mean``: what the forget term is a mean over;
+    ``direction_only``: whether a `GradientRule` reads the retain gradient's direction alone, so that
+    what multiplies L_r has no say;
     ``reported``: its terms that are no part of the loss. Raises ConfigError where the settings of
     two adapters ask for different passes.
     """
@@ -102,6 +104,7 @@ class UnlearnMethod(ABC):
     needs_retain_alternates: ClassVar[bool] = False
     retain_divergence: ClassVar[str] = "kl"
     forget_mean: ClassVar[str] = "token"
+    direction_only: bool = False
 
     def __init__(self, settings: Sequence[UnlearnSettings], start: StartModel) -> None:
         self.settings = [replace(s, **self.fixed) for s in settings]
@@ -509,7 +512,7 @@ class PDU(UnlearnMethod):
         bound = self._spread(self.bounds, batch, got) * self._retain_mass(batch)
         found["retain"] = found["retain"] - self.retain_factor(batch, got) * bound
         # the mean of one number over the step is that number
-        found["lambda"] = self.retain_factor(batch, got) * self._retain_mass(batch)
+        found["lambda"] = self._spread(self.multipliers, batch, got) * self._retain_mass(batch)
         return found
 
     def _retain_mass(self, batch: Batch) -> Tensor:
@@ -520,7 +523,9 @@ class PDU(UnlearnMethod):
         return batch.sum_by_sequence(batch.extra[name].values)
 
     def retain_factor(self, batch: Batch, got: Mapping[str, Tensor]) -> Tensor:
-        return self._spread(self.multipliers, batch, got)
+        # a mean of gradients over steps would weigh each step by its lambda, and lose those with 0
+        factors = [1.0] * len(self.multipliers) if self.direction_only else self.multipliers
+        return self._spread(factors, batch, got)
 
     def after_step(
         self, stats: StepStats, adapters: Sequence[str], epochs: Mapping[str, tuple[int, int]]
@@ -674,9 +679,17 @@ UNLEARN_METHODS: Mapping[str, type[UnlearnMethod]] = {
 }
 
 
-def make_method(name: str, given: Sequence[Mapping[str, Any]], start: StartModel) -> UnlearnMethod:
-    """A method for K adapters, ``given`` the settings that each has of its own. Raises ConfigError:
-    see `resolve_settings`.
+def make_method(
+    name: str,
+    given: Sequence[Mapping[str, Any]],
+    start: StartModel,
+    *,
+    direction_only: bool = False,
+) -> UnlearnMethod:
+    """A method for K adapters, ``given`` the settings that each has of its own; ``direction_only``:
+    see `UnlearnMethod`. Raises ConfigError: see `resolve_settings`.
     """
     settings = [resolve_settings(name, own) for own in given]
-    return UNLEARN_METHODS[name](settings, start)
+    method = UNLEARN_METHODS[name](settings, start)
+    method.direction_only = direction_only
+    return method
