@@ -34,7 +34,12 @@ settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLING = ("test_kill_and_resume.py", "test_disasters.py", "test_foreign_files.py")
+KILLING = (
+    "test_kill_and_resume.py",
+    "test_disasters.py",
+    "test_foreign_files.py",
+    "test_unlearn_killed.py",
+)
 FLAT = ROOT / "examples" / "flat.py"
 
 

@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(model: str = "smollm2-135m", **settings: Any) -> dict[str, Any]:
     given = {"model": model, "dtype": "float32", "device": "cpu", "max_length": 256, **settings}
-    made = build_settings(PlanSettings, given, [])
+    made = build_settings(PlanSettings, given, print)
     return build_plan(made, find_config(made.model.name)).as_json()
 
 
@@ -83,7 +83,7 @@ def test_small_micro_batches_share_a_pass(rows: int, joint: int | None, tokens: 
             "joint_tokens": joint,
             "jobs": [{"name": name, "r": 4} for name in "abc"],
         },
-        [],
+        print,
     )
     jobs = list_planned_jobs(run, SHAPE)
     setup = joint_setup(run, jobs, "float32", "cpu", tiles=False)
@@ -141,7 +141,7 @@ def test_the_verdict_says_what_they_need_together() -> None:
     made = build_settings(
         PlanSettings,
         {"model": "smollm2-135m", "dtype": "float32", "device": "cpu", "jobs": JOBS},
-        [],
+        print,
     )
     plan = build_plan(made, find_config("smollm2-135m"))
     assert plan_verdict(plan).startswith("needs ")

@@ -239,8 +239,15 @@ def whole(
 def killed_everywhere(
     world: World, root: Path, shape: str, every: int
 ) -> tuple[Counter[str], list[Path]]:
-    """Kill a run at every call: (how often at each kind, a folder for each different state that was
-    left).
+    """`killed_while` of a run of a shape."""
+    return killed_while(lambda live: train_run(world.run(live, **SHAPES[shape]), []), root, every)
+
+
+def killed_while(
+    work: Callable[[Path], object], root: Path, every: int
+) -> tuple[Counter[str], list[Path]]:
+    """Kill ``work(root / "live")`` at every call: (how often at each kind, a folder for each
+    different state that was left).
     """
     live, states = root / "live", {}
     live.mkdir()
@@ -254,7 +261,7 @@ def killed_everywhere(
     before, disk = durable.disk, Mortal(left, every)
     durable.disk = disk
     try:
-        train_run(world.run(live, **SHAPES[shape]), [])
+        work(live)
     finally:
         durable.disk = before
     return disk.killed, list(states.values())

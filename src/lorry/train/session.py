@@ -127,8 +127,9 @@ def train_run(
         # read before an earlier run moves, which may be what this one begins with
         over = start_files(opened.model)
         resume_or_make_room(engine, resume_from, run, notebook)
-        artifacts.write_start(run.output_dir, over, list(jobs))
+        # the mark before the first file: without one, what a kill leaves would be taken for somebody's
         process.begin(engine.progress.step, engine.total)
+        artifacts.write_start(run.output_dir, over, list(jobs))
         # the run's own files are all written in there; the rate below is of this machine
         result = _train_and_finish(run, opened, jobs, engine, process.home)
         notebook.tell(record_step_rate(run, opened, times))

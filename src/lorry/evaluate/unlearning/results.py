@@ -55,8 +55,8 @@ def digest_of(parts: Mapping[str, Any]) -> str:
 class SuiteResults:
     """The records of a folder. ``digests``: {metric: of what it is to be measured}; ``model``: the
     model's digest; ``rows``: {metric: {role: digest of its rows}}, for whoever reads this file as an
-    oracle's; ``before_write`` is called before anything is written, and may raise. Raises DataError
-    for a damaged file of ours.
+    oracle's; ``before_write`` is called before anything is written, and may raise. A summary that was
+    left behind by a kill is made again. Raises DataError for a damaged file of ours, DiskError.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class SuiteResults:
         self.before_write = before_write
         self.model, self.rows = model, rows
         self.records = self._read(folder)
+        if self.records:
+            self._repair_summary()
 
     def _read(self, folder: Path) -> dict[str, MetricRecord]:
         """The records of our file in a folder; none where there is no such file."""
@@ -124,6 +126,16 @@ class SuiteResults:
                 summary_file(self.title): _as_json(summary),
             },
         )
+
+    def _repair_summary(self) -> None:
+        """Make the summary say what the records say: a kill between the two renames of `add` leaves it
+        a metric behind, and where that was the last one nothing would be added any more.
+        """
+        path = self.folder / summary_file(self.title)
+        summary = _as_json({known: one.get("agg_value") for known, one in self.records.items()})
+        if ownership.differs_from(path, summary) or not path.exists():
+            self.before_write()
+            durable.write_files(self.folder, {path.name: summary})
 
     def _agrees(self, record: MetricRecord) -> bool:
         """Whether a record is of this model, and of no other rows than this time's."""
