@@ -325,3 +325,47 @@ def test_somebody_elses_file_stays(
     )
     assert "attacks.json" in capfd.readouterr().err
     assert theirs.read_text() == '{"mine": 1}'
+
+
+@pytest.fixture(scope="module")
+def several(unlearned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two adapters, as jobs leave it."""
+    folder = tmp_path_factory.mktemp("several") / "run"
+    for name in ("a", "b"):
+        shutil.copytree(unlearned, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("attack", ["quantize", "relearn"])
+def test_one_of_several_adapters_is_chosen_by_name(
+    attack: str, several: Path, unlearned: Path, forget: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(several, tmp_path / "run"))
+    own = {
+        "quantize": (),
+        "relearn": ("relearn_share=0.5", "relearn_steps=[0,1]", "r=2"),
+    }[attack]
+    given = (attack, f"forget={forget}", *own, *SETTINGS)
+    assert lorry("attack", run, *given, "adapter=b") == 0
+    assert lorry("attack", unlearned, *given, f"output_dir={tmp_path / 'alone'}") == 0
+    found = read_json(run / "evals/b/attacks.json")
+    assert found == read_json(tmp_path / "alone/attacks.json")
+    assert [path.name for path in run.iterdir()].count("evals") == 1
+
+
+def test_several_adapters_and_none_or_no_such_named(
+    several: Path, world: World, forget: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("quantize", f"forget={forget}", *SETTINGS)
+    for words, message in {
+        (
+            several,
+            *given,
+        ): "has several adapters (a, b), and one is attacked at a time; choose it, such as adapter=a",
+        (several, *given, "adapter=c"): "has no such adapter; it has a, b",
+        (world.base, *given, f"oracle={several}"): f"such as oracle={several / 'a'}",
+        (world.base, *given, f"adapter={several}"): f"such as adapter={several / 'a'}",
+    }.items():
+        assert lorry("attack", *words) == 2, words
+        assert message in capsys.readouterr().err
+    assert not (several / "evals").exists()

@@ -23,7 +23,7 @@ from lorry.disk import documents, durable
 from lorry.errors import ConfigError
 from lorry.formatting import format_number
 from lorry.runs import ownership
-from lorry.runs.layout import ADAPTER_CONFIG, ATTACKS, SUITES
+from lorry.runs.layout import ADAPTER_CONFIG, ATTACKS, SUITES, list_adapter_subfolders
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 from lorry.visible import make_visible
 
@@ -49,6 +49,10 @@ def main(settings: AttackSettings) -> int:
     import torch
 
     folder = attacks_folder(settings)
+    settings = settings.model_copy(update={"model": choose_adapter(settings.model)})
+    if settings.oracle is not None:
+        oracle = choose_adapter(oracle_model(settings, settings.oracle), "oracle")
+        settings = settings.model_copy(update={"oracle": oracle.name})
     ownership.refuse_foreign(
         {folder / ATTACKS: ownership.is_attacks_file}, "name another output_dir"
     )
@@ -77,9 +81,54 @@ def attacks_folder(settings: AttackSettings) -> Path:
             raise ConfigError(f"output_dir={settings.output_dir} is a file's name; name a folder")
         return settings.output_dir
     model = Path(settings.model.adapter or settings.model.name)
+    if len(adapters := adapters_of_run(settings.model.name)) > 1:
+        # where `lorry eval suite=...` writes what it measures of each
+        chosen = choose_adapter(settings.model)
+        name = next(name for name, folder in adapters.items() if str(folder) == chosen.name)
+        return Path(settings.model.name) / SUITES / name
     if (model / ADAPTER_CONFIG).is_file() or ownership.run_description_of(model):
         return model / SUITES
     raise ConfigError(f"{model} is no run; give output_dir=FOLDER for {ATTACKS}")
+
+
+def adapters_of_run(name: str) -> dict[str, Path]:
+    """{adapter: its folder} of a run that has a folder for each; none of any other model."""
+    place = Path(name)
+    if not place.is_dir() or (place / ADAPTER_CONFIG).is_file():
+        return {}
+    return {folder.name: folder for folder in list_adapter_subfolders(place)}
+
+
+def choose_adapter(model: ModelConfig, setting: str = "adapter") -> ModelConfig:
+    """The one adapter that is attacked: of a run of several the one that ``model.adapter`` names, by
+    its folder; any other model as it is. ``setting``: what a person would name it with. Raises
+    ConfigError where none, or an unknown one, is named.
+    """
+    if model.adapter is not None and len(beside := adapters_of_run(model.adapter)) > 1:
+        raise ConfigError(
+            f"adapter={model.adapter} has several adapters ({', '.join(beside)}); name the folder of one, such as "
+            f"adapter={next(iter(beside.values()))}"
+        )
+    adapters = adapters_of_run(model.name)
+    if not adapters or (len(adapters) == 1 and model.adapter is None):
+        return model
+    if model.adapter in adapters:
+        folder = str(adapters[model.adapter])
+        return model.model_copy(update={"name": folder, "adapter": None})
+    listed, first = ", ".join(adapters), next(iter(adapters))
+    if model.adapter is not None:
+        raise ConfigError(
+            f"adapter={model.adapter}: {model.name} has no such adapter; it has {listed}"
+        )
+    raise ConfigError(
+        f"{model.name} has several adapters ({listed}), and one is attacked at a time; choose it, such as "
+        f"{setting}={first if setting == 'adapter' else adapters[first]}"
+    )
+
+
+def oracle_model(settings: AttackSettings, oracle: str) -> ModelConfig:
+    """The oracle, opened as the run is."""
+    return settings.model.model_copy(update={"name": oracle, "adapter": None, "revision": None})
 
 
 def read_forget_rows(settings: AttackSettings) -> tuple[str, list[DataRow]]:
@@ -226,8 +275,7 @@ def sides_of(settings: AttackSettings) -> dict[str, ModelConfig]:
     """The run, and the oracle beside it, opened alike."""
     made = {RUN_SIDE: settings.model}
     if settings.oracle is not None:
-        name = {"name": settings.oracle, "adapter": None, "revision": None}
-        made[ORACLE_SIDE] = settings.model.model_copy(update=name)
+        made[ORACLE_SIDE] = oracle_model(settings, settings.oracle)
     return made
 
 
