@@ -354,17 +354,18 @@ def test_one_of_several_adapters_is_chosen_by_name(
 
 
 def test_several_adapters_and_none_or_no_such_named(
-    several: Path, world: World, forget: Path, capsys: pytest.CaptureFixture[str]
+    several: Path, world: World, forget: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ("quantize", f"forget={forget}", *SETTINGS)
+    out = f"output_dir={tmp_path}"
     for words, message in {
         (
             several,
             *given,
         ): "has several adapters (a, b), and one is attacked at a time; choose it, such as adapter=a",
         (several, *given, "adapter=c"): "has no such adapter; it has a, b",
-        (world.base, *given, f"oracle={several}"): f"such as oracle={several / 'a'}",
-        (world.base, *given, f"adapter={several}"): f"such as adapter={several / 'a'}",
+        (world.base, *given, out, f"oracle={several}"): f"such as oracle={several / 'a'}",
+        (world.base, *given, out, f"adapter={several}"): f"such as adapter={several / 'a'}",
     }.items():
         assert lorry("attack", *words) == 2, words
         assert message in capsys.readouterr().err

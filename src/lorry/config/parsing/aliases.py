@@ -443,9 +443,41 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
 
 # settings of another verb than the one they are given to
 _SPLIT_OWNERS = "experiments (experiment=unlearn/tofu/lora); by itself: forget=tofu:forget10 retain=tofu:retain90"
+# not of `lorry sweep` either: that verb makes a grid of its numbers itself
+_UNLEARN = (
+    "lorry unlearn, where several values are jobs of one pass: lorry unlearn model=M forget=FILE "
+    "retain=FILE method=NPO beta=0.1,0.5"
+)
+_UNLEARN_SETTINGS = (
+    "forget",
+    "retain",
+    "method",
+    "trainer",
+    "gamma",
+    "delta",
+    "retain_loss",
+    "retain_loss_eps",
+    "steering_coeff",
+    "alternates",
+    "idk",
+    "stop_below",
+    "early_stop",
+    "peer_masks",
+    "adaptive",
+    "layer",
+    "dual_step_size",
+    "dual_update_upon",
+    "dual_warmup_epochs",
+    "ignore_first_n_answer_tokens",
+    "gradient",
+    "sam_rho",
+    "anchor",
+    "reference",
+)
 OTHER_VERB_SETTINGS: dict[str, str] = {
     "teacher": "lorry distill",
-    **dict.fromkeys(["forget", "retain", "method", "trainer"], "lorry unlearn"),
+    **dict.fromkeys(_UNLEARN_SETTINGS, _UNLEARN),
+    "beta": f"lorry distill, and of {_UNLEARN}",
     **dict.fromkeys(["forget_split", "retain_split", "data_split", "data_sub_set"], _SPLIT_OWNERS),
     "tasks": "lorry eval; in training they are called eval_tasks",
 }
