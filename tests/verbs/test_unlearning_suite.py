@@ -432,6 +432,20 @@ def test_an_oracle_of_something_else_is_one_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("metric", ["privleak", "rel_diff", "mia_reference"])
+def test_an_oracle_of_another_holdout_is_one_error(
+    metric: str, world: World, oracle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As many rows, other texts: the area under the curve is of other rows."""
+    rows = tofu_rows()
+    rows["holdout05"][0]["answer"] = "Nils lives in Paris."
+    data, out = write_tofu(tmp_path / "tofu", rows), tmp_path / "out"
+    asked = (f"local.tofu={data}", f"retain_logs_path={oracle}", f"metrics=[{metric}]")
+    assert lorry("eval", world.base, *SETTINGS, *asked, f"output_dir={out}") == 3
+    assert "is of other rows" in capfd.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("text", ["", '{"a": 1', "[]", '{"forget_quality": 0.5}'])
 def test_a_damaged_oracle_is_one_error(
     world: World, tofu: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str

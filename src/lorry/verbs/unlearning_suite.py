@@ -37,8 +37,10 @@ def evaluate_suite(settings: EvalSettings) -> int:
     from lorry.evaluate.unlearning.suites import SUITES as BY_NAME
 
     assert settings.suite.name is not None
+    # whose the files there are, before rows are read and a model is loaded
     folder, title = suite_folder(settings), BY_NAME[settings.suite.name].title
     refuse_foreign_suite(folder, title)
+    # all that can be wrong with rows, metrics and logs is said in here
     evaluation = SuiteEvaluation.load(
         settings.suite,
         settings.local,
@@ -92,6 +94,7 @@ def measure_side(
     asked = evaluation.ask(
         found,
         Mix.constants({} if adapter is None else {adapter: settings.weight}),
+        # what the adapter was trained over; a base alone has nothing to be compared with
         start=None if adapter is None else Mix.none(),
         batch_rows=settings.batch_size,
         system=settings.data.system,

@@ -71,6 +71,7 @@ class SuiteEvaluation:
             corpus=config.corpus,
         )
         sets = suite.load(suite.roles(names), request)
+        # before any model: hours later it would be as wrong
         logs = None if path is None else RetainLogs.read(Path(path))
         if logs is not None:
             check_retain_logs(names, logs, sets)
@@ -117,6 +118,7 @@ class SuiteEvaluation:
             max_new_tokens=self.max_new_tokens,
             limit=self.limit,
             batch_rows=batch_rows,
+            # two statistics more of every token, paid for by all scores or by none
             moments=any(self.suite.metrics[name].moments for name in self.names),
         )
 

@@ -41,6 +41,7 @@ def mean(values: Iterable[float]) -> float:
     listed = list(values)
     if not listed:
         raise DataError("there is no row to take a mean of")
+    # exactly rounded: the order of rows, and with it a shard's, changes no bit of a published value
     return math.fsum(listed) / len(listed)
 
 
@@ -58,8 +59,9 @@ def measure_probability(inputs: SuiteInputs, role: str, field: str) -> MetricRec
     """exp(-mean loss), the end of turn counted; of several answers the mean, and lists by row."""
     rows, values = [], []
     for answers in inputs.asked.answers(role, field):
-        losses = [one.loss for one in answers]
+        losses = [one.loss for one in answers]  # nats a token, one per answer
         probabilities = [probability(loss) for loss in losses]
+        # by the field, not by how many there are: one wrong answer is a list of one in their files
         several = field == WRONG
         rows.append(
             {
@@ -80,6 +82,7 @@ def measure_normalised_probability(inputs: SuiteInputs, right: str, wrong: str) 
 
 def measure_truth_ratio(inputs: SuiteInputs, form: str, right: str, wrong: str) -> MetricRecord:
     """t by row, its aggregate in the set's form, and beside it in all three."""
+    # from the records, not from the model: kept records of an earlier time need no second pass
     ratios = [truth_ratio(loss, others) for loss, others in _losses(inputs, right, wrong)]
     forms = {
         name: mean(value(ratio) for ratio in ratios) for name, value in TRUTH_RATIO_FORMS.items()
@@ -106,6 +109,7 @@ def measure_rouge(
     rows: list[dict[str, Any]] = []
     values: list[float] = []
     said = inputs.asked.generated(role)
+    # not strict: with `limit` only the first rows have an answer
     for row, one in zip(inputs.asked.sets[role].rows, said, strict=False):
         columns: dict[str, list[float]] = {
             "rouge1_recall": [],
@@ -153,6 +157,7 @@ def measure_memorization(
 ) -> MetricRecord:
     """EM or ES of a role's answers, the end of turn left out."""
     answers = inputs.asked.answers(role, ANSWER)
+    # the end of turn is likely whatever was learnt, and would lift every row alike
     return score_rows([metric(one.correct[one.answer]) for one, *_ in answers])
 
 
@@ -166,6 +171,7 @@ def measure_forget_quality(inputs: SuiteInputs) -> MetricRecord:
     """p of the KS test against the oracle's truth ratios of the same rows."""
     assert inputs.logs is not None
     rows = inputs.records["forget_truth_ratio"]["value_by_index"]
+    # of the very same rows, in order: a test of two samples would not notice other ones
     oracle = inputs.logs.truth_ratios(inputs.asked.sets["forget"])
     return {"agg_value": forget_quality([row["score"] for row in rows.values()], oracle)}
 
@@ -224,6 +230,7 @@ def measure_reference_attack(inputs: SuiteInputs) -> MetricRecord:
     for role in ("forget", "holdout"):
         oracle = inputs.logs.losses(inputs.asked.sets[role], role)
         ours = inputs.records["mia_loss"][role]["value_by_index"].values()
+        # nats a token; zip is strict, since a row too few would pair all others wrongly
         scores[role] = [row["score"] - theirs for row, theirs in zip(ours, oracle, strict=True)]
     return _attack_record(scores)
 
@@ -243,7 +250,7 @@ def measure_gradient_attack(inputs: SuiteInputs) -> MetricRecord:
 
 def _attack_record(scores: dict[str, list[float]]) -> MetricRecord:
     auc = membership.attack_auc(scores["forget"], scores["holdout"])
-    roc = membership.attack_roc(scores["forget"], scores["holdout"])
+    roc = membership.attack_roc(scores["forget"], scores["holdout"])  # [false, true] positive rate
     return {
         "agg_value": auc,
         "auc": auc,
@@ -258,7 +265,7 @@ def measure_privacy_leakage(inputs: SuiteInputs) -> MetricRecord:
     # of a model that cannot tell; MUSE's and open-unlearning's default
     oracle = membership.CHANCE_AUC
     if inputs.logs is not None:
-        oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets["forget"])
+        oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets)
     value = membership.privacy_leakage(auc, oracle)
     return {"agg_value": value, "auc": auc, "oracle_auc": oracle}
 
@@ -267,7 +274,7 @@ def measure_relative_difference(inputs: SuiteInputs) -> MetricRecord:
     """Relative difference of Min-K%'s AUC from the oracle's, percent."""
     assert inputs.logs is not None
     auc = inputs.records["mia_min_k"]["auc"]
-    oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets["forget"])
+    oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets)
     return {"agg_value": relative_difference(auc, oracle), "auc": auc, "oracle_auc": oracle}
 
 
@@ -278,7 +285,7 @@ def check_retain_logs(names: Sequence[str], logs: RetainLogs, sets: Mapping[str,
     if "forget_quality" in names:
         logs.truth_ratios(sets["forget"])
     if {"privleak", "rel_diff"} & set(names):
-        logs.attack_auc("mia_min_k", sets["forget"])
+        logs.attack_auc("mia_min_k", sets)
     if "mia_reference" in names:
         for role in ("forget", "holdout"):
             logs.losses(sets[role], role)

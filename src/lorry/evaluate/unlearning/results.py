@@ -96,6 +96,7 @@ class SuiteResults:
         NonFiniteError.
         """
         value = record["agg_value"]
+        # JSON has no NaN, and a reader that takes one would compare it as a number
         if not math.isfinite(value):
             raise NonFiniteError(f"{name} is {value}; a metric of a suite has to be a number")
         head = {"digest": self.digests[name], "model": self.model, "rows": dict(self.rows[name])}
@@ -112,12 +113,13 @@ class SuiteResults:
         same = {n: one for n, one in theirs.items() if one.get("digest") == self.digests.get(n)}
         if same:
             ours = {known: one for known, one in self.records.items() if self._agrees(one)}
+            # ours first: the folder may hold metrics that only `lorry eval` was asked for
             self.records = ours | same
             self._write()
 
     def _write(self) -> None:
         summary = {known: one["agg_value"] for known, one in self.records.items()}
-        self.before_write()
+        self.before_write()  # the latest moment: a metric may take minutes
         durable.make_directory(self.folder)
         durable.write_files(
             self.folder,

@@ -67,11 +67,13 @@ class RetainLogs:
         self._expect_rows(name, record, rows)
         return self._scores(name, record.get("value_by_index"), len(rows.rows))
 
-    def attack_auc(self, attack: str, rows: SuiteSet) -> float:
-        """AUC of an attack on the oracle. Raises DataError."""
+    def attack_auc(self, attack: str, sets: Mapping[str, SuiteSet]) -> float:
+        """AUC of an attack on the oracle, of forget rows against the holdout. Raises DataError."""
         name, record = self._record(attack)
-        self._expect_rows(name, record, rows)
-        self._scores(name, self._part(record, "forget"), len(rows.rows))
+        # either side of the two moves the area
+        for role in ("forget", "holdout"):
+            self._expect_rows(name, record, sets[role], role)
+        self._scores(name, self._part(record, "forget"), len(sets["forget"].rows))
         return self._number(record.get("auc", record["agg_value"]), f"{name}.auc")
 
     def losses(self, rows: SuiteSet, role: str) -> list[float]:
@@ -79,8 +81,7 @@ class RetainLogs:
         DataError.
         """
         name, record = self._record("mia_loss")
-        if role == "forget":
-            self._expect_rows(name, record, rows)
+        self._expect_rows(name, record, rows, role)
         return self._scores(f"{name}.{role}", self._part(record, role), len(rows.rows))
 
     def _record(self, *names: str) -> tuple[str, Mapping[str, Any]]:
@@ -98,10 +99,12 @@ class RetainLogs:
         part = record.get(role)
         return part.get("value_by_index") if isinstance(part, dict) else None
 
-    def _expect_rows(self, name: str, record: Mapping[str, Any], rows: SuiteSet) -> None:
+    def _expect_rows(
+        self, name: str, record: Mapping[str, Any], rows: SuiteSet, role: str = "forget"
+    ) -> None:
         """Ours say which rows they are of; of published ones only the number tells."""
         known = record.get("rows")
-        if isinstance(known, dict) and known.get("forget") != rows.digest:
+        if isinstance(known, dict) and known.get(role) != rows.digest:
             raise DataError(
                 f"retain_logs_path={self.path}: {name} is of other rows (or another question_key) "
                 f"than {rows.name}; evaluate the oracle on the same"

@@ -95,6 +95,7 @@ class Suite:
         chosen = list(asked) or [
             name for name in self.default if logs or not self.metrics[name].needs_logs
         ]
+        # said only of what is left out by us: whoever names metrics knows which
         left = [name for name in self.default if not asked and name not in chosen]
         notes = [f"{', '.join(left)} left out: give retain_logs_path=FILE, the oracle's EVAL.json"]
         return self.order(chosen), notes if left else []
@@ -103,6 +104,7 @@ class Suite:
         """The metrics and all that they are made of, each behind its parts."""
         ordered: dict[str, None] = {}
         for name in names:
+            # the parents' own parents first; metrics are data of ours, so there is no circle
             for part in self.order(self.metrics[name].parents):
                 ordered.setdefault(part)
             ordered.setdefault(name)
@@ -154,6 +156,7 @@ def measure_suite(
             if logs is not None and suite.metrics[name].reads_logs:
                 # a value against an oracle says nothing without saying which: a report marks it
                 record["retain_logs"] = logs.summary()
+            # at once: a suite that is killed goes on behind its last finished metric
             if store is not None:
                 store.add(name, record)
         records[name] = record

@@ -38,6 +38,7 @@ UTILITY_PARTS = tuple(
     f"{role}_{part}"
     for role in ("retain", "ra", "wf")
     for part in (
+        # real authors and world facts are multiple choice, so p is a share among the choices
         "Q_A_Prob" if role == "retain" else "Q_A_Prob_normalised",
         "Q_A_ROUGE",
         "Truth_Ratio",
@@ -59,11 +60,14 @@ def _role_metrics(role: str) -> dict[str, SuiteMetric]:
         f"{role}_Q_A_ROUGE": role_metric(measure_rouge, role, ANSWER, generates=True),
     }
     right = f"{role}_Q_A_Prob"
+    # only these two have paraphrases; of the others the right answer itself stands against the wrong
     if role in ("forget", "retain"):
         right = f"{role}_Q_A_PARA_Prob"
         made[right] = role_metric(measure_probability, role, PARAPHRASED)
     parents = (right, f"{role}_Q_A_PERT_Prob")
+    # forgotten is a model that favours neither; of what is kept, one that favours the truth
     form = "closer_to_1_better" if role == "forget" else "true_better"
+    # so spelt in open-unlearning's result files, which are read by these names
     name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
     made[name] = SuiteMetric(
         partial(measures.measure_truth_ratio, form=form, right=parents[0], wrong=parents[1]),

@@ -74,6 +74,7 @@ def default_best_metric(
     """Where nothing is held out for a loss and nothing else is given, the best step is that of the
     first of these ``metrics``, of which more is better.
     """
+    # a task that has set a metric of its own has no eval_loss here
     if not metrics or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
         return run
     add_note(

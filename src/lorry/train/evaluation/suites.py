@@ -33,6 +33,7 @@ def load_run_suite(run: RunConfig, add_note: NoteCallback) -> SuiteEvaluation | 
     )
     title, results = suite.suite.title, RunDir(run.output_dir).suites
     names = (eval_file(title), summary_file(title))
+    # wherever one lies under evals/: which steps and adapters will write there is not known yet
     there = {file.parent for name in names for file in results.rglob(name)}
     for folder in sorted(there):
         refuse_foreign_suite(folder, title)
@@ -58,6 +59,7 @@ class RunSuite:
     so that one that was moved is not made anew under its old name.
     """
 
+    # the number that is reported has to be of the adapter that stays
     at_end = True
 
     def __init__(
