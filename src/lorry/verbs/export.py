@@ -4,22 +4,19 @@ that it worked: by that library, where it is installed.
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
-from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.errors import ConfigError
 from lorry.verbs import probe
 from lorry.verbs.export_gguf import GGUF_OUTTYPES, export_gguf, export_gguf_lora
-from lorry.verbs.merge import LogitsBeforeMerge, write_merged
+from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
+from lorry.verbs.merge import write_merged
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 
 if TYPE_CHECKING:
-    import torch
-
     from lorry.models.loading.open import OpenedModel
 
 
@@ -112,40 +109,3 @@ def write_peft(opened: OpenedModel, name: str, folder: Path, weight: float = 1.0
     for file, content in files.items():
         (folder / file).write_bytes(content)
     opened.tokenizer.save_pretrained(folder)
-
-
-def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any, str]:
-    """(the base with the adapter of ``folder``, who opened it): PEFT on transformers, or Lorry
-    where PEFT is not installed.
-
-    Raises ContractError when it cannot be opened.
-    """
-    from safetensors import SafetensorError
-
-    from lorry.models.loading.describe import model_file_errors
-    from lorry.models.loading.reopen import reopen_model
-
-    try:
-        # an extra of the package; the export is opened again all the same
-        if importlib.util.find_spec("peft") is None:
-            print_note(
-                "note: peft is not installed, so Lorry itself opened the export again (pip install 'lorry[peft]')"
-            )
-            dtype_name = str(dtype).removeprefix("torch.")
-            return open_with_adapters(
-                ModelConfig.model_validate(
-                    {"name": base, "adapter": str(folder), "dtype": dtype_name}
-                )
-            ).model, "lorry"
-        from peft import PeftModel
-
-        with warnings.catch_warnings(), model_file_errors(f"{folder}: PEFT cannot load it"):
-            # the two libraries' own affair
-            warnings.simplefilter("ignore", (FutureWarning, UserWarning))
-            return PeftModel.from_pretrained(
-                reopen_model(Path(base), dtype), str(folder)
-            ).eval(), "peft"
-    except (ModelError, SafetensorError) as error:
-        raise ContractError(
-            f"what was written cannot be opened again, so it was not kept: {error}"
-        ) from error

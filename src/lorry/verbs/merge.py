@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,12 @@ from lorry.config.merge import MergeSettings
 from lorry.config.schema import ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.verbs import probe
-from lorry.verbs.open_model import base_side, open_with_adapters, print_note, resolve_adapter_name
+from lorry.verbs.logit_check import LogitsBeforeMerge
+from lorry.verbs.merge_adapters import merge_several
+from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from lorry.models.loading.open import OpenedModel
 
@@ -30,9 +30,6 @@ def main(settings: MergeSettings) -> int:
     from lorry.models.loading.open import stored_dtype
 
     if settings.several:
-        # imported only here: it takes what this module has
-        from lorry.verbs.merge_adapters import merge_several
-
         return merge_several(settings)
     stored = stored_dtype(settings.run)
     opened = open_with_adapters(
@@ -109,91 +106,6 @@ def write_merged(
         )
     if report.warning:
         print_note(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")
-
-
-@dataclass(frozen=True)
-class LogitsBeforeMerge:
-    """Logits on a few rows ([1, t] each) before anything is written: of the base alone and with the
-    adapter beside it. ``side``: what the former is called.
-    """
-
-    rows: list[Tensor]
-    rows_words: str
-    base: Tensor
-    exact: Tensor
-    dtype: torch.dtype
-    side: str
-
-    @staticmethod
-    def of(opened: OpenedModel, name: str, weight: float = 1.0) -> LogitsBeforeMerge:
-        """As the opened model computes them, in its own number format."""
-        from lorry.adapters.attach import get_bank
-        from lorry.adapters.mix import Mix
-        from lorry.models.loading.reopen import compute_fp32_logits
-
-        rows, rows_words = probe.probe_rows(opened)
-        get_bank(opened.model).activate(Mix.none())
-        base = compute_fp32_logits(opened.model, rows)
-        get_bank(opened.model).activate(Mix.constants({name: weight}))
-        exact = compute_fp32_logits(opened.model, rows)
-        side = base_side(opened)
-        return LogitsBeforeMerge(rows, rows_words, base, exact, opened.model.dtype, side)
-
-    def rounded(
-        self, opened: OpenedModel, weights: dict[str, float], torch_dtype: torch.dtype
-    ) -> Tensor:
-        """Logits of the model in memory, merged and with every value rounded to ``kind``: what the
-        files must give. The exact ones will not do, since rounding may lose nearly all of a small
-        delta, and a lost module no more. ``opened`` is changed."""
-        import torch
-
-        from lorry.adapters.merge import merge
-        from lorry.models.loading.reopen import compute_fp32_logits
-
-        merge(opened.model, weights)
-        with torch.no_grad():
-            for tensor in opened.model.state_dict().values():
-                if tensor.is_floating_point():
-                    tensor.copy_(tensor.to(torch_dtype))
-        return compute_fp32_logits(opened.model, self.rows)
-
-    def compare(
-        self, model: Any, stored: str, library: str = "hf", *, rounded: Tensor | None = None
-    ) -> list[str]:
-        """What to tell of a model opened again whose weights were stored in ``stored``. Raises
-        ContractError if it is not the model in memory (``rounded``, else the exact one), to the
-        rounding of the number format that both are computed in."""
-        from lorry.adapters.merge import WARN_ERROR_RATIO
-        from lorry.models.loading.reopen import LOGIT_BOUNDS, compare_logits, compute_fp32_logits
-
-        computed, reloaded = (
-            str(self.dtype).removeprefix("torch."),
-            compute_fp32_logits(model, self.rows),
-        )
-        # to what the files must give; the exact logits come below, for what rounding cost
-        difference, bound = compare_logits(
-            self.exact if rounded is None else rounded, reloaded, LOGIT_BOUNDS[computed], stored
-        )
-        drift, adapter_effect = (
-            float((self.exact - other).abs().max()) for other in (reloaded, self.base)
-        )
-        # where the adapter moves nothing, nothing of it can be lost
-        lost_share = drift / adapter_effect if adapter_effect else 0.0
-        lines = [
-            f"reloaded by {library}: largest logit difference {difference:.1e} (bound {bound:.1e}, stored in {stored})",
-            f"from the adapter beside the {self.side}: largest logit difference {drift:.1e}, where the adapter moves "
-            f"logits by {adapter_effect:.1e}, on {self.rows_words}",
-        ]
-        if computed != "float32":
-            lines.append(
-                f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory"
-            )
-        elif lost_share > WARN_ERROR_RATIO:
-            lines.append(
-                f"warning: rounding to {stored} moved logits by {drift:.2g}, {lost_share:.0%} of what the adapter moves them; "
-                f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}keep the adapter beside the {self.side}"
-            )
-        return lines
 
 
 def merge_record(opened: OpenedModel, name: str, weight: float = 1.0) -> dict[str, Any]:

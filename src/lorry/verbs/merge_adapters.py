@@ -18,7 +18,7 @@ from lorry.errors import ConfigError, DataError, ModelError
 from lorry.notes import ignore_note
 from lorry.runs.layout import ADAPTER_FACTS, ADAPTER_WEIGHTS, RECEIPT, RUN_FILE
 from lorry.verbs import probe
-from lorry.verbs.merge import LogitsBeforeMerge, weight_files
+from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
 from lorry.verbs.open_model import open_with_adapters, print_note
 
 if TYPE_CHECKING:
@@ -82,7 +82,6 @@ def write_merged_adapter(
     from lorry.adapters.peft.files import adapter_files, start_files, write_start_files
     from lorry.models.loading.open import pick_adapter_name
     from lorry.models.loading.reopen import free_model_memory
-    from lorry.verbs.export import load_adapted_model
 
     method = settings.method or EXACT_METHOD
     name = pick_adapter_name(settings.output_dir, opened.adapters)
@@ -173,8 +172,11 @@ def check_bases(folders: Sequence[Path], base: Path) -> None:
 
 
 def weight_digests(model: Path) -> list[str]:
-    """SHA-256 of each file of a model's tensors, in their order."""
-    return [file_digest(file) for file in weight_files(model)]
+    """SHA-256 of each file that a model's tensors lie in, by name."""
+    from lorry.models.loading.weights import read_tensor_entries
+
+    files = {entry.file for entry in read_tensor_entries(model).values()}
+    return [file_digest(file) for file in sorted(files)]
 
 
 def warn_other_tokenizers(folders: Sequence[Path]) -> None:
