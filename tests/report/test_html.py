@@ -273,3 +273,18 @@ def test_metrics_of_data_sets_in_another_order_stay_together(tmp_path: Path) -> 
             [{"name": n, "metrics": {f"{name}_m": {"after": 1}}} for n in order],
         )
     assert rendered(tmp_path / "a", tmp_path / "b").text["h3"] == ["s", "t"]
+
+
+def test_runs_that_began_otherwise_have_a_before_each(tmp_path: Path) -> None:
+    """Runs over two starts: what the first one's said is not what the second began from."""
+    for name, value, text in (("a", 0.25, "Oslo"), ("b", 0.5, "Rome")):
+        (tmp_path / name).mkdir()
+        pair = {"before": value, "after": 0.75}
+        dump(tmp_path / name / "evaluation.json", [{"name": "s", "metrics": {"m": pair}}])
+        sample = {"group": "g", "prompt": "p", "reference": None, "before": text, "after": "x"}
+        dump(tmp_path / name / "samples.json", [{**sample, "tokens": None}])
+    cells = rendered(tmp_path / "a", tmp_path / "b").text["td"]
+    assert "0.25 / 0.5" in cells
+    assert "a: Oslo\nb: Rome" in cells
+    alone = rendered(tmp_path / "b").text["td"]
+    assert {"0.5", "Rome", "+0.25"} <= set(alone)

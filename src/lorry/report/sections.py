@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from lorry.evaluate.metrics.registry import exact_match
@@ -68,11 +68,12 @@ def _metric_head(runs: Sequence[RunRecord]) -> SafeHtml:
 
 
 def _metric_row(metric: str, changes: Sequence[MetricChange]) -> SafeHtml:
-    # of the first run that has one: the base is the same for all that are compared
-    before = next((one.before for one in changes if one.before is not None), None)
-    shown = [format_number(before), *(format_number(one.after) for one in changes)]
+    # one number where the runs began alike; runs over other starts have a before each
+    befores = dict.fromkeys(one.before for one in changes if one.before is not None)
+    shown = [" / ".join(map(format_number, befores)) or MISSING_VALUE]
+    shown += [format_number(one.after) for one in changes]
     if len(changes) == 1:
-        after = changes[0].after
+        before, after = changes[0].before, changes[0].after
         # a plus sign of its own: a change without a sign reads like a value
         shown.append(
             MISSING_VALUE
@@ -107,7 +108,9 @@ def samples_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     for group in dict.fromkeys(group for group, _, _ in keys):
         members = [key for key in keys if key[0] == group]
         rows = [
-            _sample_row(key[1], [one.get(key) for one in found])
+            _sample_row(
+                key[1], {run.name: one.get(key) for run, one in zip(runs, found, strict=True)}
+            )
             for key in members[:MAX_SECTION_ROWS]
         ]
         left_out = (
@@ -132,11 +135,15 @@ def _answered_samples(run: RunRecord) -> dict[tuple[str, str, int], SampleRecord
     return out
 
 
-def _sample_row(prompt: str, of_runs: Sequence[SampleRecord | None]) -> SafeHtml:
-    present = [s for s in of_runs if s is not None]
-    reference = next((s.reference for s in present if s.reference is not None), None)
-    before = next((s.before for s in present if s.before is not None), None)
-    answers = [before, *(s.after if s else None for s in of_runs)]
+def _sample_row(prompt: str, of_runs: Mapping[str, SampleRecord | None]) -> SafeHtml:
+    present = {name: s for name, s in of_runs.items() if s is not None}
+    reference = next((s.reference for s in present.values() if s.reference is not None), None)
+    befores = {name: s.before for name, s in present.items() if s.before is not None}
+    before = next(iter(befores.values()), None)
+    # runs over another start, or of another base, say something else before
+    if len(set(befores.values())) > 1:
+        before = "\n".join(f"{name}: {text.strip()}" for name, text in befores.items())
+    answers = [before, *(s.after if s else None for s in of_runs.values())]
     return html_tag(
         "tr",
         _sample_cell(prompt),
