@@ -22,7 +22,7 @@ from lorry.report.plots import render_png
 from lorry.report.unlearning_curves import unlearning_panels
 from lorry.runs.evals import read_attacks, read_suites
 from lorry.runs.read import RunRecord, read_readable_runs
-from lorry.runs.summary import final_figures
+from lorry.runs.summary import describe_run_subject, final_figures
 from tests.report.test_charts import drawn, sheet_of
 from tests.report.test_html import Page
 from tests.support.runs import HOSTILE, dump
@@ -300,6 +300,7 @@ def test_tables_and_figures_have_the_suites_values(study: Study) -> None:
     assert heads[at : at + 5] == ["metric", "start: start", "npo", "oracle", "forget quality"]
     # what metrics are made of is left to the file
     assert "forget Q A PARA Prob" not in heads
+    assert describe_run_subject(record_of_run)["method"] == "NPO"
     row = comparison_row(record_of_run)
     assert row["TOFU: extraction_strength"] == 0.2
 

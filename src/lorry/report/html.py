@@ -76,6 +76,7 @@ def _html_document(title: str, body: SafeHtml) -> str:
 def _page_header(runs: Sequence[RunRecord], title: str) -> SafeHtml:
     facts = describe_run_subject(runs[0])
     if len(runs) > 1:
+        # what differs has a table of its own, and would be untrue of most runs in the header
         facts = {
             name: value
             for name, value in facts.items()
@@ -143,6 +144,7 @@ def _run_badges(run: RunRecord, name: str) -> Iterator[SafeHtml]:
             f"{lead}{held} of {len(run.contracts)} contracts held, none failed",
             class_="badge held",
         )
+    # of a live run there is nothing to report yet, and no news in that
     elif state.state != "running":
         yield html_tag("span", f"{lead}contracts not reported", class_="badge")
 
@@ -171,6 +173,7 @@ def _figure_tiles(run: RunRecord) -> SafeHtml:
         return html_tag(
             "section",
             html_tag("h2", "Figures"),
+            # an empty part would look like a page that broke off
             html_tag("p", "No step has been recorded yet.", class_="lead"),
             id="figures",
         )
@@ -229,6 +232,7 @@ def _adapters_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     owners = [(run, *row) for run in runs for row in figures_by_adapter(run)]
     if not owners:
         return None
+    # by name: a job that ended early, or was never evaluated, lacks some
     names = list(dict.fromkeys(f.name for *_, found in owners for f in found))
     rows = []
     for index, (run, name, own, found) in enumerate(owners):

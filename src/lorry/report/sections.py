@@ -44,6 +44,7 @@ def evaluation_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         for run in runs
     ]
     parts: list[SafeHtml] = []
+    # a set's metrics together, whatever order each run's file has them in
     for data_set in dict.fromkeys(name for name, _ in names):
         metrics = [metric for name, metric in names if name == data_set]
         rows = [
@@ -158,6 +159,7 @@ def _sample_cell(text: str | None, reference: str | None = None) -> SafeHtml:
     """
     if text is None or not text.strip():
         return html_tag("td", MISSING_VALUE if text is None else "(empty)", class_="text absent")
+    # the metric's own rule, so that the mark and exact_match above never disagree
     same = reference is not None and exact_match(text, reference) == 1
     return html_tag(
         "td",
@@ -175,6 +177,7 @@ def training_rows_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     lead = "Marked tokens carry the loss; the others are context. This is the text after the chat template, as it was trained on."
     parts = []
     for run, tokens in rows[:MAX_SECTION_ROWS]:
+        # of any weight: a token of weight 0.5 is trained on as well
         supervised = sum(t.weight != 0 for t in tokens)
         whose = f"{run.name}: " if len(runs) > 1 else ""
         parts.append(html_tag("h3", f"{whose}{supervised} of {len(tokens)} tokens supervised"))
@@ -217,6 +220,7 @@ def contracts_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         parts.append(
             html_tag(
                 "ul",
+                # the file has them in the order in which they were proved
                 *map(_contract_row, sorted(run.contracts, key=lambda c: c.id)),
                 class_="contracts",
             )

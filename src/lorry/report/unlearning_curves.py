@@ -75,6 +75,7 @@ class FrontierPoint:
     def place(self, frontier: Frontier) -> tuple[float, float] | None:
         """(kept, forgotten), None where one of them is not known."""
         found = self.values.get(frontier.kept), self.values.get(frontier.forgotten)
+        # the oracle's file was not compared with itself
         if found[1] is None and self.shape == "D":
             found = found[0], frontier.own
         return _drawable_pair(*found) or next(iter(self.path(frontier)[-1:]), None)
@@ -83,6 +84,7 @@ class FrontierPoint:
         """The places at the evaluations during training that measured both."""
         if self.run is None:
             return []
+        # logged in small letters, where the suite's file has capitals
         names = {name.lower(): name for name in self.run.log.names()}
         kept, forgotten = (
             dict(zip(*self.run.log.series(names.get(wanted, wanted), self.adapter), strict=True))
@@ -110,6 +112,7 @@ def unlearning_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
         for number, group in enumerate(_by_rows(frontier, points), 1)
     )
     panels = [*frontiers, *_roc_panels(runs), *_relearn_panels(runs)]
+    # a chart of nothing but start, oracle and limits says nothing of these runs
     return [panel for panel in panels if any(series.color >= 0 for series in panel.series)]
 
 
@@ -136,6 +139,7 @@ def frontier_points(runs: Sequence[RunRecord]) -> Iterator[FrontierPoint]:
             if suite.oracle is not None:
                 oracles.setdefault(run_of_logs(suite.oracle), (suite.oracle, suite))
     for color, (path, run) in enumerate(places.items()):
+        # without one a run may still have been measured by a suite while it trained
         suites = run.evals.suites or (SuiteRecord("", "", {}, {}, {}),)
         for part in dict.fromkeys(suite.part for suite in suites):
             values = {n: v for s in suites if s.part == part for n, v in s.values.items()}
@@ -221,6 +225,7 @@ def _roc_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
     owners = [(color, run, s) for color, run in enumerate(runs) for s in run.evals.suites]
     shown = {run.path.resolve() for run in runs}
     for attack in dict.fromkeys(name for _, _, suite in owners for name in suite.rocs):
+        # above the diagonal forgotten rows still look like members, below it they are shunned
         series = [CurveSeries("chance", LIMIT, "guide", [0.0, 1.0], [0.0, 1.0])]
         beside: dict[str, CurveSeries] = {}
         for color, run, suite in owners:

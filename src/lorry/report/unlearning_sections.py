@@ -21,6 +21,7 @@ def suite_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
         # what a reader looks for first, then the rest in the order of the file
         order = [name for name in SUITE_FIGURES if name in names]
         order += [n for n in names if n not in order and not n.endswith(SUITE_PARTS)]
+        # a metric that only some were asked is a dash for the others, and never a 0
         rows = [
             _value_row(_plain(name), [values.get(name) for _, values in columns]) for name in order
         ]
@@ -76,6 +77,7 @@ def attack_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
     for attack, title in (("quantize", "Rounded weights"), ("rephrase", "In other words")):
         rows, names = [], dict[str, None]()
         for run in runs:
+            # None where nobody attacked the run
             tables = getattr(run.evals.attacks, attack, {})
             for kind in dict.fromkeys(kind for side in tables.values() for kind in side):
                 for side, found in tables.items():

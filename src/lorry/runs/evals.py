@@ -22,10 +22,17 @@ from typing import Any
 from lorry.disk import documents, receipt
 from lorry.disk.integrity import file_digest
 from lorry.errors import DataError
-from lorry.runs.layout import ADAPTER_WEIGHTS, ATTACKS, RECEIPT, START, STEP, SUITES
+from lorry.runs.layout import (
+    ADAPTER_WEIGHTS,
+    ATTACKS,
+    RECEIPT,
+    START,
+    STEP,
+    SUITE_ROWS,
+    SUITES,
+)
 from lorry.runs.series import is_number
 
-EVAL_SUFFIX = "_EVAL.json"
 # of a file, far above what a suite or an attack writes
 MOST_FILES, MOST_RECORDS, MOST_ROC_POINTS, MOST_CURVE_POINTS = 100, 2000, 100_000, 10_000
 Values = dict[str, float]
@@ -100,9 +107,9 @@ def read_suites(run_dir: Path) -> tuple[SuiteRecord, ...]:
     their values). Raises DataError for a damaged file, OSError.
     """
     folder = run_dir / SUITES
-    files = list(folder.glob(f"*{EVAL_SUFFIX}"))
+    files = list(folder.glob(f"*{SUITE_ROWS}"))
     files += [
-        path for path in folder.glob(f"*/*{EVAL_SUFFIX}") if not STEP.fullmatch(path.parent.name)
+        path for path in folder.glob(f"*/*{SUITE_ROWS}") if not STEP.fullmatch(path.parent.name)
     ]
     if len(files) > MOST_FILES:
         raise DataError(f"{folder}: {len(files)} suites; a report shows at most {MOST_FILES}")
@@ -126,7 +133,7 @@ def _suite_of(records: Mapping[str, Any], path: Path, part: str) -> SuiteRecord:
         rows[name] = _texts(record.get("rows") or {}, f"{where}.rows")
         if record.get("retain_logs") is not None:
             oracle = _read_oracle(record["retain_logs"], f"{where}.retain_logs")
-    return SuiteRecord(path.name.removesuffix(EVAL_SUFFIX), part, values, rocs, rows, oracle)
+    return SuiteRecord(path.name.removesuffix(SUITE_ROWS), part, values, rocs, rows, oracle)
 
 
 def _read_oracle(content: Any, where: str) -> OracleValues:
@@ -233,7 +240,7 @@ def find_start(run_dir: Path, run_receipt: Mapping[str, Any] | None) -> Path | N
     start = Path(origin["path"])
     if not (start / RECEIPT).is_file() or not (run_dir / START / ADAPTER_WEIGHTS).is_file():
         return None
-    # the run has a copy of what it was trained over
+    # the run has a copy of what it was trained over, and a receipt's digests are those of files
     copied = file_digest(run_dir / START / ADAPTER_WEIGHTS)
     digests = receipt.part(receipt.read(start / RECEIPT), "adapters")
     return start if copied in digests.values() else None

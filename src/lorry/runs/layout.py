@@ -28,6 +28,8 @@ CARD = "README.md"
 REPORT, PLOT = "report.html", "report.png"
 CHECKPOINTS, PREVIOUS = "checkpoints", "previous"
 SUITES = "evals"  # a folder for what `lorry eval suite=...` and `lorry attack` write
+# how its files end that have a suite's rows, and its values alone; open-unlearning's names
+SUITE_ROWS, SUITE_VALUES = "_EVAL.json", "_SUMMARY.json"
 ATTACKS = "attacks.json"
 # in an adapter's folder: the adapter that it was trained over, so that a run is whole by itself
 START = "start_adapter"

@@ -228,6 +228,8 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
         "task": config.get("task"),
         "model": config.get("model.name", config.get("model")),
         "data": config.get("data.path") or config.get("data.mix") or config.get("data"),
+        "retain": config.get("unlearn.retain"),
+        "method": config.get("unlearn.method"),
     }
     return {
         name: _plain_value(value)

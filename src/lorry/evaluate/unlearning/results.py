@@ -23,16 +23,17 @@ from lorry.disk import documents, durable
 from lorry.errors import DataError, NonFiniteError
 from lorry.evaluate.unlearning.suite import MetricRecord
 from lorry.runs import ownership
+from lorry.runs.layout import SUITE_ROWS, SUITE_VALUES
 
 
 def eval_file(title: str) -> str:
     """The name of the file with every row."""
-    return f"{title}_EVAL.json"
+    return title + SUITE_ROWS
 
 
 def summary_file(title: str) -> str:
     """The name of the file with the values alone."""
-    return f"{title}_SUMMARY.json"
+    return title + SUITE_VALUES
 
 
 def refuse_foreign_suite(folder: Path, title: str) -> None:
