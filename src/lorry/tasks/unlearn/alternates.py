@@ -38,6 +38,7 @@ def read_refusals(path: str | None) -> list[str]:
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"unlearn.idk={path}: cannot be read ({error})") from None
+    # a line break at the end closes a line and opens none
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if empty := [number for number, line in enumerate(lines, 1) if not line]:
         raise DataError(f"{name}:{empty[0]}: an empty line; every line is a refusal")
@@ -65,6 +66,7 @@ def read_alternates(path: str) -> dict[str, list[str]]:
                 raise DataError(
                     f"{row.where}: an empty alternate; every one is learnt as an answer"
                 )
+        # a question may stand in several rows: AltPO's files have a row for each alternate
         found.setdefault(question.strip(), []).extend(answers)
     return found
 
@@ -124,6 +126,7 @@ def _answers(
     variants: int,
 ) -> list[str]:
     if answers is None:
+        # of the row and not of a stream: the same whatever else is read, and after a resume
         draws = [sequence_key(row, v) ^ sequence_key(seed, -1) for v in range(variants)]
         return [refusals[draw % len(refusals)] for draw in draws]
     question = last_question(found)

@@ -49,10 +49,12 @@ class SharpnessAware:
         try:
             for name, owner in self.params.items():
                 norm = owner.norm()
+                # 0 has no direction; what is not finite is told of once the step is whole
                 if 0 < norm < float("inf"):
                     owner.values.add_(owner.grads, alpha=self.radius[name] / norm)
                     owner.touch()
                 owner.grads.zero_()
+            # not counted: what is reported of L_f is its value at theta
             add(forget, counted=False)
         finally:  # a loss that is not finite there must not leave the model there
             for name, owner in self.params.items():
@@ -87,6 +89,7 @@ class GradientRectified:
     def make(self, batches: Sequence[Batch], add: AddGradients) -> None:
         """One pass over the rows to retain, one over those to forget."""
         forget, retain = _parts(batches)
+        # first, so that one buffer serves both: g_r has moved into the mean before g_f comes
         add(retain)
         for name, owner in self.params.items():
             self.momentum[name].mul_(1 - GRU_SHARE).add_(owner.grads, alpha=GRU_SHARE)

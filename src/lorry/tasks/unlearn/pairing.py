@@ -69,6 +69,7 @@ def partners(batch: Batch, role: str) -> tuple[Tensor, Tensor]:
             found.setdefault((group[s], adapter[s]), []).append(s)
     own = [s for s, of in enumerate(batch.role) if of == role]
     for s in own:
+        # with two, which of them is meant would hang on their order in the batch
         count = len(found.get((group[s], adapter[s]), [])) if group[s] >= 0 else 0
         if count != 1:
             raise DataError(
@@ -91,6 +92,7 @@ def append_token(batch: Batch, *roles: str) -> Batch:
     index: list[int] = []
     for (start, stop), more in zip(batch.segments, longer, strict=True):
         index += [*range(start, stop), *([-1] if more else [])]
+    # [T'] the token that each place takes, -1 where the new one goes
     at = torch.tensor(index)
     real, source = at >= 0, at.clamp(min=0)
 
@@ -116,6 +118,7 @@ def delayed_weights(batch: Batch, name: str) -> BatchExtra:
     t, not t-1. Each sequence with a weight at its last token needs `append_token` first.
     """
     values = batch.extra[name].values
+    # the first of a sequence would take the last of the one before it
     later = torch.cat([values.new_zeros(1), values[:-1]])
     return BatchExtra(torch.where(batch.positions > 0, later, 0.0), "token")
 
