@@ -188,3 +188,38 @@ def test_helpers_of_tests_lie_in_support_and_are_imported_by_their_whole_name() 
         if name.split(".")[0] in {*SUPPORT, "conftest"}
     ]
     assert by_short_name == []
+
+
+SEAMS = {  # what one room alone may name, so that what is to come needs no change elsewhere
+    "backends": {"LocalBackend"},
+    "adapters": {"BaseWeights", "get_base_weights"},
+}
+
+
+@pytest.mark.parametrize(("room", "names"), SEAMS.items())
+def test_what_stands_behind_a_protocol_is_named_in_its_own_room_only(
+    room: str, names: set[str]
+) -> None:
+    found = [
+        f"{path.relative_to(SOURCE)}: {node.id}"
+        for path in FILES
+        if room_of(path) != room
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name) and node.id in names
+    ]
+    assert not found
+
+
+def test_no_room_asks_which_kind_of_parameter_set_trains() -> None:
+    kinds = {"Adapter", "BaseWeights", "ParameterSet"}
+    found = [
+        str(path.relative_to(SOURCE))
+        for path in FILES
+        if room_of(path) != "adapters"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "isinstance"
+        and kinds & {one.id for one in ast.walk(node.args[1]) if isinstance(one, ast.Name)}
+    ]
+    assert not found

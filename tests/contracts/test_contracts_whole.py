@@ -80,7 +80,7 @@ def test_1_a_name_that_matches_nothing(start: Start, tmp_path: Path) -> None:
 
 
 def tampered(patch: pytest.MonkeyPatch, change: Callable[[OpenedModel], object]) -> None:
-    after(patch, session, "enable_base_training", lambda name, run, opened, notes: change(opened))
+    after(patch, session, "enable_base_training", lambda name, opened, *_: change(opened))
 
 
 def test_2_a_frozen_weight_left_trainable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:

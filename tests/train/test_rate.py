@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorry.config.schema import JobConfig
 from lorry.models.loading.open import open_model
 from lorry.plan import machine, rates
 from lorry.train.resources import rate
@@ -22,7 +23,7 @@ from lorry.train.resources.rate import (
     record_step_rate,
     tokens_per_second,
 )
-from lorry.train.session import train_run
+from lorry.train.session import planned_run_of, train_run
 from tests.support.tinyrun import described, model_directory, quick, rows, write_rows
 
 __all__ = ["quick"]
@@ -110,12 +111,13 @@ def finished(
     for _ in range(steps):
         times.step({"tokens": 96, "seconds": seconds})
     times.waited = 0.0
-    return run, open_model(run.model, print), times
+    opened = open_model(run.model, print)
+    return planned_run_of(run, opened), opened, times
 
 
 def test_steps_of_a_run_become_a_rate(base: Path, tmp_path: Path, home: Path) -> None:
     run, opened, times = finished(base, tmp_path)
-    assert record_step_rate(run, opened, times) == ""
+    assert record_step_rate(times, run, opened.model, 1) == ""
     (kept,) = rates.read_known_rates(machine.machine_identity("cpu", "float32", 1)).runs
     g = opened.model.geometry
     linears = [p for n, p in opened.model.named_parameters() if p.dim() == 2 and "layers" in n]
@@ -127,23 +129,27 @@ def test_steps_of_a_run_become_a_rate(base: Path, tmp_path: Path, home: Path) ->
     assert kept.model == str(base)
 
 
-@pytest.mark.parametrize("settings", [{"steps": 5}, {"lora": None}, {"seconds": 0.001}])
+@pytest.mark.parametrize("settings", [{"steps": 5}, {"seconds": 0.001}])
 def test_what_the_plan_does_not_count_is_not_kept(
     settings: dict[str, Any], base: Path, tmp_path: Path, home: Path
 ) -> None:
-    if "lora" in settings:
-        run, opened, times = finished(base, tmp_path)
-        run = run.model_copy(update={"lora": None})
-    else:
-        run, opened, times = finished(base, tmp_path, **settings)
-    assert record_step_rate(run, opened, times) == ""
+    run, opened, times = finished(base, tmp_path, **settings)
+    assert record_step_rate(times, run, opened.model, 1) == ""
     assert not (home / "rates.json").exists()
+
+
+def test_runs_that_the_plan_does_not_count_have_no_rate(base: Path, tmp_path: Path) -> None:
+    run = described(base, write_rows(tmp_path / "rows.jsonl", rows(9)), tmp_path / "run")
+    opened = open_model(run.model, print)
+    assert planned_run_of(run, opened) is not None
+    for other in ({"lora": None}, {"jobs": [JobConfig(name="a")]}, {"task": "distill"}):
+        assert planned_run_of(run.model_copy(update=other), opened) is None
 
 
 def test_a_rate_that_cannot_be_kept_is_a_note(base: Path, tmp_path: Path, home: Path) -> None:
     run, opened, times = finished(base, tmp_path)
     home.write_text("a file where the directory should be")
-    note = record_step_rate(run, opened, times)
+    note = record_step_rate(times, run, opened.model, 1)
     assert note.startswith("what the steps reached is not kept for `lorry plan`: ")
 
 
@@ -152,7 +158,7 @@ def test_every_run_hands_on_its_steps(
 ) -> None:
     seen = list[list[tuple[int, float]]]()
 
-    def keep(run: Any, opened: Any, times: StepTimes) -> str:
+    def keep(times: StepTimes, *_: Any) -> str:
         seen.append(times.steps)
         return "a note"
 

@@ -86,6 +86,15 @@ class Adapter:
         """Whether it draws dropout masks."""
         return bool(self.spec.lora_dropout)
 
+    @property
+    def start_digest(self) -> None:
+        """The base stays as it is."""
+        return None
+
+    def num_parameters(self) -> int:
+        """How many numbers train."""
+        return self.values.numel()
+
     def ranges(self) -> list[tuple[slice, bool, bool]]:
         """Every A, then every B, which may have a rate of its own (LoRA+); both decay."""
         halves = [

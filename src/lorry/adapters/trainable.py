@@ -33,6 +33,8 @@ class ParameterSet(Protocol):
     ``name``: what batches, metrics and checkpoints call it. ``kind``: the prefix of its tensors in
     a checkpoint (`adapter`, `weights`). ``in_mix``: whether its sequences have a term of the mix;
     those of base weights have none. ``drops``: whether its forward pass draws dropout masks.
+    ``start_digest``: of the base before training, where this set's values are the base's own; None
+    where the base stays as it is.
     """
 
     name: str
@@ -49,6 +51,11 @@ class ParameterSet(Protocol):
     def in_mix(self) -> bool: ...
     @property
     def drops(self) -> bool: ...
+    @property
+    def start_digest(self) -> str | None: ...
+
+    def num_parameters(self) -> int:
+        """How many numbers train: fewer than ``values`` where that has gaps of alignment."""
 
     def ranges(self) -> Sequence[tuple[slice, bool, bool]]:
         """(part of the buffer, whether it takes LoRA+'s own rate, whether it decays), in order,

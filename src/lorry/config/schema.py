@@ -343,6 +343,11 @@ class RunConfig(SettingsGroup):
         "with jobs: micro-batches of several share a pass up to so many tokens",
     )
 
+    @property
+    def job_names(self) -> list[str]:
+        """Of several jobs; none of a run of one adapter."""
+        return [job.name for job in self.jobs]
+
     @field_validator("suite", mode="before")
     @classmethod
     def _no_suite(cls, value: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lorry.adapters.attach import detach, get_bank, list_skipped_modules
-from lorry.adapters.base_weights import get_base_weights
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.adapters.trainable import parameter_set
@@ -59,7 +58,7 @@ def write_and_check_adapters(
 ) -> dict[str, str]:
     """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights
     file}; where the base's own weights were trained, the whole model's, by file."""
-    if get_base_weights(opened.model) is not None:
+    if not all(parameter_set(opened.model, name).in_mix for name in prepared):
         return full.write_and_check_model(run_dir, opened, checks, prepared)
     # what `TrainResult.model` is returned with: the first adapter answers
     get_bank(opened.model).activate(Mix.one(next(iter(prepared))))
@@ -71,7 +70,7 @@ def write_and_check_adapters(
         for name, folder in _adapter_folder_list(run_dir, prepared)
     ]
     # of values, not tensors: it is the number that trainable_parameters has in the receipt
-    values = sum(get_bank(opened.model)[name].values.numel() for name in prepared)
+    values = sum(parameter_set(opened.model, name).num_parameters() for name in prepared)
     whose = f" of {len(prepared)} adapters" if len(prepared) > 1 else ""
     batches = " and the scores of a batch" if all(has_scores) else ""
     checks.held(5, f"{values} values{whose}{batches} equal bit for bit after reading back")
@@ -202,27 +201,25 @@ def run_receipt(
     """
     data = {name: _data_receipt(job) for name, job in jobs.items()}
     seeds = {name: job.run.train.seed for name, job in jobs.items()}
+    trained, one = [parameter_set(opened.model, name) for name in jobs], len(jobs) == 1
     # with lora=null the base in memory is the trained one: its digest was taken as the run began
-    weights, one = get_base_weights(opened.model), len(jobs) == 1
-    base = {
-        **opened.source,
-        "sha256": base_digest(opened.model) if weights is None else weights.start_digest,
-    }
+    start_digest = next((each.start_digest for each in trained if each.start_digest), None)
+    base = {**opened.source, "sha256": start_digest or base_digest(opened.model)}
     if (start := get_bank(opened.model, create=True).start) is not None:
         base["start"] = {"path": start.path, "sha256": start.sha256}
-    if weights is None:
+    are_adapters = all(each.in_mix for each in trained)
+    if are_adapters:
         files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
-        trained = sum(get_bank(opened.model)[name].values.numel() for name in jobs)
     else:
-        files, trained = [run_dir / file for file in digests], weights.num_parameters()
+        files = [run_dir / file for file in digests]
     made = artifacts.build_receipt(
         data=next(iter(data.values())) if one else data,
         base=base,
         code=checkpoint.code_digest(),
-        saved={"adapters" if weights is None else "weights": digests},
+        saved={"adapters" if are_adapters else "weights": digests},
         seed=next(iter(seeds.values())) if one else seeds,
         sizes={
-            "trainable_parameters": trained,
+            "trainable_parameters": sum(each.num_parameters() for each in trained),
             "total_parameters": parameter_count(opened.model),
             "saved_bytes": sum(file.stat().st_size for file in files),
         },

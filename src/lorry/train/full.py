@@ -1,7 +1,7 @@
 """Training the base weights themselves (`lora: null`): switching them on, and writing the run as a
 plain Hugging Face model.
 
-    name = enable_base_training(run, opened, add_note)      # instead of an adapter
+    name = enable_base_training(opened, "all", run_dir, add_note)      # instead of an adapter
     digests = write_and_check_model(run_dir, opened, checks, prepared)
 
 The model is written beside its place, read back and compared (contract 5), and only then moved file
@@ -20,8 +20,8 @@ from torch import Tensor
 from lorry.adapters.attach import get_bank
 from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.config import RunConfig
 from lorry.config.jobs import BASE_JOB
+from lorry.config.schema import TrainConfig
 from lorry.data.prepare import PreparedData
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
@@ -42,30 +42,31 @@ from lorry.train.start import is_full_finetune_dir
 CACHE_LINE_BYTES = 64  # bytes
 
 
-def enable_base_training(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) -> str:
-    """Switch on the base weights that `trainable` names. Returns the name they go by in batches,
+def enable_base_training(
+    opened: OpenedModel, trainable: str | list[str], run_dir: Path, add_note: NoteCallback
+) -> str:
+    """Switch on the base weights that ``trainable`` names. Returns the name they go by in batches,
     metrics and checkpoints.
 
-    Raises ConfigError for a model with an adapter, settings that only an adapter has, or a name
-    that matches nothing.
+    Raises ConfigError for a model with an adapter, for another's model in the run's directory, or
+    a name that matches nothing.
     """
     if opened.adapters:
         raise ConfigError(
-            f"{run.model.name} has an adapter, and lora=null trains the base; merge it first, or leave lora out"
+            f"{opened.source['name']} has an adapter, and lora=null trains the base; merge it first, or leave lora out"
         )
     # the start is a term beside W: written as plain weights the model would lack it
     if get_bank(opened.model, create=True).start is not None:
         raise ConfigError(
-            f"{run.model.name} stands on an adapter, which the base's weights would not hold; merge it first "
+            f"{opened.source['name']} stands on an adapter, which the base's weights would not hold; merge it first "
             "(lorry merge), and give the merged model"
         )
     # a run of this kind moves its own earlier model aside; another's would be displaced unasked
-    if (run.output_dir / "config.json").exists() and not is_full_finetune_dir(run.output_dir):
+    if (run_dir / "config.json").exists() and not is_full_finetune_dir(run_dir):
         raise ConfigError(
-            f"{run.output_dir} holds a model that no run of this kind wrote and this one would replace; give another"
+            f"{run_dir} holds a model that no run of this kind wrote and this one would replace; give another"
         )
-    refuse_adapter_settings(run)
-    weights = make_weights_trainable(opened.model, run.trainable or "all", BASE_JOB)
+    weights = make_weights_trainable(opened.model, trainable, BASE_JOB)
     total = parameter_count(opened.model)
     add_note(
         f"training {weights.num_parameters():,} of the base's {total:,} weights ({weights.num_parameters() / total:.1%}), no adapter"
@@ -73,11 +74,11 @@ def enable_base_training(run: RunConfig, opened: OpenedModel, add_note: NoteCall
     return BASE_JOB
 
 
-def refuse_adapter_settings(run: RunConfig) -> None:
+def refuse_adapter_settings(train: TrainConfig, memory_budget: str | None) -> None:
     """Raise ConfigError for settings that only an adapter has."""
-    if run.memory_budget is not None:
+    if memory_budget is not None:
         raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
-    if run.train.loraplus_lr_ratio != 1:
+    if train.loraplus_lr_ratio != 1:
         raise ConfigError(
             "train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out"
         )

@@ -60,14 +60,14 @@ from lorry.train.engine import TrainingEngine
 from lorry.train.evaluation.benchmarks import BenchmarkEvaluator, load_eval_benchmarks, main_metric
 from lorry.train.evaluation.run_evaluation import Measure, RunEvaluation, default_best_metric
 from lorry.train.evaluation.suites import RunSuite, load_run_suite, main_suite_metric
-from lorry.train.full import enable_base_training
+from lorry.train.full import enable_base_training, refuse_adapter_settings
 from lorry.train.jobs import RunOutcome, TrainingJob
 from lorry.train.monitoring.events import TrainingListener
 from lorry.train.monitoring.process import record_process
 from lorry.train.monitoring.trackers import open_trackers
 from lorry.train.resources.budget import resolve_memory_budget
 from lorry.train.resources.peak import tune_allocator
-from lorry.train.resources.rate import StepTimes, record_step_rate
+from lorry.train.resources.rate import PlannedRun, StepTimes, record_step_rate
 from lorry.train.start import (
     archive_previous_run,
     broken_contracts,
@@ -106,13 +106,13 @@ def train_run(
     the description was read, for the listeners. Raises LorryError of the kind that fits;
     contracts.json is written even then, once the run has begun."""
     # first of all: a directory with somebody's files is refused before a second is spent
-    claim_output_dir(run)
+    claim_output_dir(run.output_dir, run.job_names)
     notebook = Notebook()
     notebook.add(*settings_notes)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
         run, exams, suite = _prepare_run(run, notebook.add)
         # before the model is loaded: an unfinished run that is not resumed is refused here
-        resume_from = find_resume_checkpoint(run)
+        resume_from = find_resume_checkpoint(run.output_dir, run.train.resume_from_checkpoint)
         # a listener like the others; what it heard corrects `lorry plan` at the end
         times = StepTimes()
         trackers = open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))
@@ -132,8 +132,18 @@ def train_run(
         artifacts.write_start(run.output_dir, over, list(jobs))
         # the run's own files are all written in there; the rate below is of this machine
         result = _train_and_finish(run, opened, jobs, engine, process.home)
-        notebook.tell(record_step_rate(run, opened, times))
+        if (counted := planned_run_of(run, opened)) is not None:
+            notebook.tell(record_step_rate(times, counted, opened.model, run.backend.threads))
         return result
+
+
+def planned_run_of(run: RunConfig, opened: OpenedModel) -> PlannedRun | None:
+    """What of a run the plan counts FLOPs from; None where it counts none: several jobs, base
+    weights that train, an adapter trained further, other tasks than fine-tuning.
+    """
+    if run.task != "sft" or run.lora is None or run.jobs or opened.adapters:
+        return None
+    return PlannedRun(run.model.name, run.lora, run.train, run.data.max_length)
 
 
 def suggest_less_memory(run: RunConfig) -> str:
@@ -393,7 +403,8 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) 
     """Attach a new adapter, or go on with the one the model came with; with lora=null, switch the
     base's own weights on. Returns its name. Raises ConfigError."""
     if run.lora is None:
-        return enable_base_training(run, opened, add_note)
+        refuse_adapter_settings(run.train, run.memory_budget)
+        return enable_base_training(opened, run.trainable or "all", run.output_dir, add_note)
     if not opened.adapters:
         adapter = attach(
             opened.model, lora_spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed

@@ -9,11 +9,10 @@ earlier run move to previous/N.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from lorry.config.schema import RunConfig
 from lorry.errors import ConfigError, DataError
 from lorry.runs import ownership
 from lorry.runs.layout import (
@@ -45,18 +44,17 @@ RUN_MARKER_FILES = (
 )
 
 
-def claim_output_dir(run: RunConfig) -> None:
-    """Whether a run may write in its directory: it is empty of the names that a run writes, or a
-    run of ours is in it.
+def claim_output_dir(folder: Path, jobs: Iterable[str] = ()) -> None:
+    """Whether a run may write in a directory: it is empty of the names that a run writes, or a run
+    of ours is in it. ``jobs``: the names of several.
 
     Raises ConfigError naming what is somebody else's, before anything is touched; DiskError.
     """
-    folder = run.output_dir
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is no directory; give another one")
     # the directory of a run of ours is judged file by file when each name is written
     if not ownership.is_run(folder):
-        names = _matching_names(folder, _written_patterns([job.name for job in run.jobs]))
+        names = _matching_names(folder, _written_patterns(list(jobs)))
         ownership.refuse_foreign(
             dict.fromkeys((folder / name for name in names), _is_unmarked), MOVE_AWAY_HINT
         )
@@ -67,10 +65,11 @@ def _is_unmarked(path: Path) -> bool:
     return False
 
 
-def find_resume_checkpoint(run: RunConfig) -> Path | None:
-    """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix
+def find_resume_checkpoint(folder: Path, requested: str | None) -> Path | None:
+    """The checkpoint that a run in a directory resumes from, or None to start afresh.
+    ``requested``: `train.resume_from_checkpoint`. Raises ConfigError rather than mix
     with, or lose, another run; ModelError where there are checkpoints and none is whole; DiskError."""
-    folder, start = run.output_dir, _requested_checkpoint(run)
+    start = _requested_checkpoint(folder, requested)
     unfinished = (folder / CHECKPOINTS).is_dir() and not (folder / RECEIPT).is_file()
     if (
         unfinished
@@ -86,15 +85,14 @@ def find_resume_checkpoint(run: RunConfig) -> Path | None:
     return start
 
 
-def _requested_checkpoint(run: RunConfig) -> Path | None:
-    wanted = run.train.resume_from_checkpoint
-    if wanted is None or wanted == "auto":
-        return None if wanted is None else checkpoint.find_latest_checkpoint(run.output_dir)
-    path = Path(wanted)
+def _requested_checkpoint(folder: Path, requested: str | None) -> Path | None:
+    if requested is None or requested == "auto":
+        return None if requested is None else checkpoint.find_latest_checkpoint(folder)
+    path = Path(requested)
     within = checkpoint.find_latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     if within is None or not within.is_dir():
         raise ConfigError(
-            f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one"
+            f"train.resume_from_checkpoint={requested} is no checkpoint and no run with one"
         )
     return within
 

@@ -45,7 +45,7 @@ def start_background_run(run: RunConfig, verb: str) -> int:
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
     folder = run.output_dir
-    claim_output_dir(run)
+    claim_output_dir(run.output_dir, run.job_names)
     own_files = {
         folder / LOG_FILE: ownership.recognise_mark(LOG_START_MARK),
         folder / DESCRIPTION_FILE: lambda path: bool(ownership.read_run_description(path)),

@@ -110,7 +110,7 @@ def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> 
     if full_runs := [run for run in trained if run.lora is None]:
         from lorry.train.full import refuse_adapter_settings
 
-        refuse_adapter_settings(full_runs[0])
+        refuse_adapter_settings(full_runs[0].train, full_runs[0].memory_budget)
 
 
 def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:
@@ -132,7 +132,7 @@ def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:
             MOVE_AWAY_HINT,
         )
         for run in trained:
-            claim_output_dir(run)
+            claim_output_dir(run.output_dir, run.job_names)
 
 
 def train_in_subprocess(run: RunConfig, folder: Path) -> int:

@@ -51,7 +51,7 @@ def main(settings: DemoSettings) -> int:
     run = build_settings(
         RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes.append
     )
-    claim_output_dir(run)
+    claim_output_dir(run.output_dir, run.job_names)
     write_data(settings.output_dir, train + chat, held_out)
     print_headline(
         f"Teaching {run.model.name} {len(people) * 6} facts about {len(people)} people who do not exist ({len(train)} questions)"

@@ -46,7 +46,9 @@ def main(settings: SweepSettings) -> int:
     rows, paths = list[dict[str, Any]](), list[Path]()
     passes = settings.passes()
     for run in passes:
-        claim_output_dir(run)  # of all of them, before the first has trained
+        claim_output_dir(
+            run.output_dir, run.job_names
+        )  # of all of them, before the first has trained
     if len(passes) > 1:
         ownership.refuse_foreign(
             {settings.output_dir / SWEEP: ownership.recognise_keys("ranked_by", "jobs")},

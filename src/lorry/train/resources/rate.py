@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorry.config.schema import LoraConfig, RunConfig
+from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, ModelError
+from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import Decoder
-from lorry.models.loading.open import OpenedModel
 from lorry.plan import machine, rates
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.flops import count_flops
@@ -161,43 +162,51 @@ def tokens_per_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] |
     return sum(tokens for tokens, _ in fastest) / sum(seconds for _, seconds in fastest), len(timed)
 
 
-def record_step_rate(run: RunConfig, opened: OpenedModel, times: StepTimes) -> str:
+@dataclass(frozen=True)
+class PlannedRun:
+    """What the plan counts FLOPs from: the base's name, one new adapter on it, its batches."""
+
+    model: str
+    lora: LoraConfig
+    train: TrainConfig
+    max_length: int
+
+
+def record_step_rate(
+    times: StepTimes, run: PlannedRun, model: CausalLM, threads: int | None
+) -> str:
     """Let the steps of a finished run correct what `lorry plan` says of this machine. Returns a
     note where that cannot be done, else nothing.
 
-    Only of runs whose FLOPs the plan counts: not of several jobs, base weights that train, an
-    adapter trained further, distillation, and models that run through transformers.
+    Not of models that run through transformers, whose FLOPs the plan does not count.
     """
-    measured, lora, model = tokens_per_second(times.steps), run.lora, opened.model
+    measured = tokens_per_second(times.steps)
     device, precision = model.device.type, str(model.dtype).removeprefix("torch.")
-    if measured is None or lora is None or run.jobs or opened.adapters or run.task != "sft":
-        return ""
     if (
-        not isinstance(model, Decoder)
+        measured is None
+        or not isinstance(model, Decoder)
         or device not in RATE_DEVICES
         or model.dtype not in DTYPE_PRECISIONS
     ):
         return ""
     try:
-        run_rate = _achieved_rate(run, lora, model, times, measured)
-        rates.keep_run_rate(
-            machine.machine_identity(device, precision, run.backend.threads), run_rate
-        )
+        run_rate = _achieved_rate(run, model, times, measured)
+        rates.keep_run_rate(machine.machine_identity(device, precision, threads), run_rate)
     except (ConfigError, ModelError, DiskError) as error:
         return f"what the steps reached is not kept for `lorry plan`: {error}"
     return ""
 
 
 def _achieved_rate(
-    run: RunConfig, lora: LoraConfig, model: Decoder, times: StepTimes, found: tuple[float, int]
+    run: PlannedRun, model: Decoder, times: StepTimes, measured: tuple[float, int]
 ) -> RunRate:
     """The plan's FLOPs of the run's steps, a second."""
-    speed, count = found
-    shape = read_model_shape(model.config, where=run.model.name)
+    speed, count = measured
+    shape = read_model_shape(model.config, where=run.model)
     steps = len(times.steps) * run.train.gradient_accumulation_steps
     # tokens of a mean micro-batch, which is what a plan counts FLOPs and memory of
     tokens = max(1, round(sum(tokens for tokens, _ in times.steps) / steps))
-    length = min(run.data.max_length, max(1, tokens // run.train.per_device_train_batch_size))
+    length = min(run.max_length, max(1, tokens // run.train.per_device_train_batch_size))
     setup = MemorySetup(
         tokens=tokens,
         length=length,
@@ -207,14 +216,14 @@ def _achieved_rate(
         tiles=machine.has_tiles(),
         whole=True,
     )
-    flops = count_flops(shape, plan_adapter(shape, lora, int(lora.r)), setup).step
+    flops = count_flops(shape, plan_adapter(shape, run.lora, int(run.lora.r)), setup).step
     return RunRate(
         rate=speed * flops,
         at=rates.utc_timestamp(),
         repeats=count,
         load=machine.load_average(),
         waited=times.waited,
-        model=run.model.name,
+        model=run.model,
         parameters=shape.parameters,
         tokens=tokens,
         path=layer_path(shape),
