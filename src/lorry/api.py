@@ -117,12 +117,12 @@ def generate(
         )
     # a str is a Sequence of str, too
     single = isinstance(prompt, str)
-    asked = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     # what is no parameter of sampling is about the prompts and who answers them
     others = {
         name: options.pop(name)
         for name in ("system", "chat", "adapters", "batch_rows")
         if name in options
     }
-    texts = generate_texts(model, tokenizer, asked, SamplingParams(**options), **others)
+    texts = generate_texts(model, tokenizer, prompts, SamplingParams(**options), **others)
     return texts[0] if single else texts

@@ -54,4 +54,4 @@ def visible_message(text: str) -> str:
 
 def escape_document(document: str) -> str:
     r"""JSON or YAML for standard output: what their writers leave as it is, as ``\u202e``, which reads back the same."""
-    return _BESIDE_ASCII.sub(lambda found: f"\\u{ord(found[0]):04x}", document)
+    return _BESIDE_ASCII.sub(lambda match: f"\\u{ord(match[0]):04x}", document)

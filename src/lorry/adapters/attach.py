@@ -129,10 +129,10 @@ def head_and_embedding(model: nn.Module) -> tuple[str | None, str | None]:
     if family is not None:
         return family.head, family.embed
     paths = {id(m): p for p, m in model.named_modules()}
-    found = [
+    matrices = [
         getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input")
     ]
-    head, embed = (paths.get(id(m)) if m is not None else None for m in found)
+    head, embed = (paths.get(id(m)) if m is not None else None for m in matrices)
     return head, embed
 
 
@@ -219,20 +219,20 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
     """What `auto` and `all-linear` pass over, and experts always: "all linear layers" of a mixture
     of experts may be its attention alone."""
     experts, others = find_unadaptable(model)
-    found = []
+    skipped = []
     if experts:
         total = sum(p.numel() for p in model.parameters())
         share = sum(model.get_parameter(n).numel() for n in experts) / total
-        found.append(
+        skipped.append(
             SkippedModule(
                 f"experts ({len(experts)} tensors such as {experts[0]}, {share:.0%} of the base's weights)",
                 f"each holds all experts of a layer and is no linear layer; adapted are {', '.join(_leaf_names(adapter.slots))}",
             )
         )
     if adapter.spec.target_modules not in ("auto", "all-linear"):
-        return found
+        return skipped
     if others:
-        found.append(
+        skipped.append(
             SkippedModule(f"{len(others)} tensors such as {others[0]}", "they are no linear layers")
         )
     if adapter.spec.target_modules == "auto" and getattr(model, "reached", None) is not None:
@@ -246,13 +246,13 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
             if not isinstance(model.get_submodule(p), (nn.Embedding, BankEmbedding))
         ]
         if unread := [p for p in numbered if p not in set(_text_layers(model, numbered))]:
-            found.append(
+            skipped.append(
                 SkippedModule(
                     f"{len(unread)} linear layers such as {unread[0]}",
                     "text gives them no gradient: they are not called, or what they say is not used",
                 )
             )
-    return found
+    return skipped
 
 
 def _tensor_named(model: nn.Module, name: str) -> str:
@@ -280,26 +280,26 @@ def _filter_modules(
         raise ConfigError(
             f"exclude_modules={excluded!r} matches none of the chosen layers; {_describe_known_layers(dict.fromkeys(chosen))}"
         )
-    kept = [p for p in chosen if p not in gone]
+    paths = [p for p in chosen if p not in gone]
     if spec.layers_to_transform is not None:
-        number = {p: int(m.group(1)) for p in kept if (m := LAYER_NUMBER.search(p))}
+        number = {p: int(m.group(1)) for p in paths if (m := LAYER_NUMBER.search(p))}
         if absent := sorted(set(spec.layers_to_transform) - set(number.values())):
             have = sorted(set(number.values()))
             raise ConfigError(
                 f"layers_to_transform asks for layer {absent[0]}; the chosen layers are numbered {have[:1]} to {have[-1:]}"
             )
-        kept = [p for p in kept if number.get(p) in spec.layers_to_transform]
-    if not kept:
+        paths = [p for p in paths if number.get(p) in spec.layers_to_transform]
+    if not paths:
         raise ConfigError(
             f"target_modules and exclude_modules leave no layer; {_describe_known_layers(candidates)}"
         )
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(spec, field):
-            if not any(re.match(rf"(.*\.)?({key})$", p) for p in kept):
+            if not any(re.match(rf"(.*\.)?({key})$", p) for p in paths):
                 raise ConfigError(
-                    f"{field} names {key!r}, which matches no chosen layer{suggest_nearest(key, _leaf_names(dict.fromkeys(kept)))}"
+                    f"{field} names {key!r}, which matches no chosen layer{suggest_nearest(key, _leaf_names(dict.fromkeys(paths)))}"
                 )
-    return kept
+    return paths
 
 
 def _ends_with(path: str, name: str) -> bool:

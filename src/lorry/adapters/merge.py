@@ -202,8 +202,8 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
         ]
         for path in bank.modules
     }
-    parts = {path: found for path, found in parts.items() if found}
-    ranks = {path: sum(slot.A.shape[0] for _, slot in found) for path, found in parts.items()}
+    parts = {path: slots for path, slots in parts.items() if slots}
+    ranks = {path: sum(slot.A.shape[0] for _, slot in slots) for path, slots in parts.items()}
     most = max(ranks.values())
     # not escaped, though PEFT reads a pattern: others look the path up as it is, and a dot matches
     # itself
@@ -215,7 +215,7 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
         rank_pattern=others,
         alpha_pattern={path: float(rank) for path, rank in others.items()},
     )
-    halves = [torch.cat([slot.A for _, slot in found]) for found in parts.values()]
+    halves = [torch.cat([slot.A for _, slot in slots]) for slots in parts.values()]
     halves += [torch.cat([factor * slot.B for factor, slot in f], dim=1) for f in parts.values()]
     values = torch.cat([half.reshape(-1) for half in halves]).float()
     split = sum(half.numel() for half in halves[: len(parts)])

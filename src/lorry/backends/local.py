@@ -90,8 +90,8 @@ class LocalBackend:
 
         def add(some: Sequence[Batch], counted: bool = True) -> None:
             for batch in some:
-                found = self._micro_batch(batch.to(self.device), task, step, totals)
-                for term, values in found.items():
+                term_sums = self._micro_batch(batch.to(self.device), task, step, totals)
+                for term, values in term_sums.items():
                     sums[term] += values if counted else 0.0
 
         if self.gradient is None:
@@ -273,8 +273,8 @@ class LocalBackend:
     def _flat_tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
         owner, (m, v, _) = self.owners[name], self.optimizers[name].moments()
-        kept = {} if self.gradient is None else self.gradient.buffers(name)
-        return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v), *kept.items()]
+        buffers = {} if self.gradient is None else self.gradient.buffers(name)
+        return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v), *buffers.items()]
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -157,19 +157,19 @@ def set_in_tree(tree: dict[str, Any], placed: PlacedSetting) -> None:
 # --- what was given, as items
 
 
-def is_sweep_axis(job_names: SchemaNames, given: GivenSetting) -> bool:
+def is_sweep_axis(job_names: SchemaNames, setting: GivenSetting) -> bool:
     """Whether a typed setting is several values to try: ``r=8,16``, for a field that takes neither
     text nor a list of its own. ``job_names``: of the settings that a job may have.
     """
-    target = flag_field(job_names, given.key)
-    if target is None or not given.typed or not isinstance(given.value, str):
+    target = flag_field(job_names, setting.key)
+    if target is None or not setting.typed or not isinstance(setting.value, str):
         return False
     kinds = union_members(target.annotation)
     # a comma is part of a text, and a field of lists takes r=a,b as one value
     takes_one_value = str not in kinds and not any(
         getattr(kind, "__origin__", None) in (list, dict) for kind in kinds
     )
-    return takes_one_value and ("," in given.value or given.value.startswith("["))
+    return takes_one_value and ("," in setting.value or setting.value.startswith("["))
 
 
 def expand_jobs(
@@ -202,18 +202,20 @@ def expand_jobs(
     return items
 
 
-def _listed_jobs(given: GivenSetting, groups: Sequence[str]) -> list[JobItem]:
-    if not isinstance(given.value, list) or not all(
-        isinstance(job, Mapping) for job in given.value
+def _listed_jobs(setting: GivenSetting, groups: Sequence[str]) -> list[JobItem]:
+    if not isinstance(setting.value, list) or not all(
+        isinstance(job, Mapping) for job in setting.value
     ):
-        raise ConfigError(f"{given.where}: jobs: got {show_value(given.value)}; give {JOBS}")
-    return [_make_job_item(given, number, job, groups) for number, job in enumerate(given.value)]
+        raise ConfigError(f"{setting.where}: jobs: got {show_value(setting.value)}; give {JOBS}")
+    return [
+        _make_job_item(setting, number, job, groups) for number, job in enumerate(setting.value)
+    ]
 
 
 def _make_job_item(
-    given: GivenSetting, number: int, job: Mapping[str, Any], groups: Sequence[str]
+    setting: GivenSetting, number: int, job: Mapping[str, Any], groups: Sequence[str]
 ) -> JobItem:
-    where = given.inner.get(str(number), given.where)
+    where = setting.inner.get(str(number), setting.where)
     # int: YAML reads name: 8 as a number
     if not isinstance(job.get("name"), (str, int)):
         raise ConfigError(
@@ -228,18 +230,18 @@ def _make_job_item(
         each
         for key, value in job.items()
         if key != "name"
-        for each in _spread_group(given, f"{number}.", key, value, groups)
+        for each in _spread_group(setting, f"{number}.", key, value, groups)
     ]
     return JobItem(name, settings, where)
 
 
 def _spread_group(
-    given: GivenSetting, prefix: str, key: str, value: Any, groups: Sequence[str]
+    setting: GivenSetting, prefix: str, key: str, value: Any, groups: Sequence[str]
 ) -> list[GivenSetting]:
     """One setting per field of a group that a job has as a map."""
-    where = given.inner.get(f"{prefix}{key}", given.where)
+    where = setting.inner.get(f"{prefix}{key}", setting.where)
     if key in groups and isinstance(value, Mapping):
-        lines = {inner: given.inner.get(f"{prefix}{key}.{inner}", where) for inner in value}
+        lines = {inner: setting.inner.get(f"{prefix}{key}.{inner}", where) for inner in value}
         return [GivenSetting(f"{key}.{inner}", each, lines[inner]) for inner, each in value.items()]
     return [GivenSetting(key, value, where)]
 
@@ -270,14 +272,14 @@ def _sweep_jobs(
         raise ConfigError(
             f"{sweep.where if sweep else ''}: a sweep is a map of lists, such as {{r: [8, 16]}}; got {show_value(value)}"
         )
-    given = (
+    listed = (
         []
         if sweep is None or not value
         else [each for k, v in value.items() for each in _spread_group(sweep, "", k, v, groups)]
     )
     typed = [GivenSetting(axis.key, parse_typed_list(axis.value), axis.where) for axis in axes]
     # keyed, so that an axis typed on the command line replaces the file's of that name
-    grid = list({axis.key: axis for axis in (*given, *typed)}.values())
+    grid = list({axis.key: axis for axis in (*listed, *typed)}.values())
     choices = [
         [
             GivenSetting(a.key, combination, a.where)
@@ -299,7 +301,8 @@ def _sweep_jobs(
 
 def _name_combinations(combinations: Sequence[Sequence[GivenSetting]]) -> list[JobItem]:
     names = [
-        "-".join(_value_label(given) for given in settings) or "job" for settings in combinations
+        "-".join(_value_label(setting) for setting in settings) or "job"
+        for settings in combinations
     ]
     items = list[JobItem]()
     for name, settings in zip(names, combinations, strict=True):
@@ -313,10 +316,10 @@ def _name_combinations(combinations: Sequence[Sequence[GivenSetting]]) -> list[J
     return items
 
 
-def _value_label(given: GivenSetting) -> str:
+def _value_label(setting: GivenSetting) -> str:
     """``r8``, ``lr1e-4``, ``cosine``: a setting in a name."""
-    leaf = given.key.rpartition(".")[2]
-    value = given.value
+    leaf = setting.key.rpartition(".")[2]
+    value = setting.value
     if isinstance(value, float):
         # 1e-4 and not 0.0001: rates in a name are compared by their exponent
         mantissa, exponent = f"{value:.6e}".split("e")
@@ -347,48 +350,48 @@ def resolve_job_overrides(
     them a job may have. Raises ConfigError for one that is unknown, or the same for all jobs.
     """
     own = JobOverrides(item.name, {group: {} for group in job_names.groups})
-    for given in item.settings:
+    for setting in item.settings:
         if (
-            flag_field(job_names, given.key) is None
-            and not job_names.candidates(given.key)
-            and given.key not in job_names.groups
+            flag_field(job_names, setting.key) is None
+            and not job_names.candidates(setting.key)
+            and setting.key not in job_names.groups
         ):
-            _refuse_shared(names, given)
-        for placed in place_setting(job_names, given, add_note):
+            _refuse_shared(names, setting)
+        for placed in place_setting(job_names, setting, add_note):
             if placed.dotted in SHARED_SETTINGS:
-                _refuse_setting(given, placed.dotted)
+                _refuse_setting(setting, placed.dotted)
             group, _, leaf = placed.dotted.partition(".")
             if not leaf:
                 raise ConfigError(
-                    f"{given.where}: {given.key}={show_value(given.value)} is no setting of a job; every job is an adapter"
+                    f"{setting.where}: {setting.key}={show_value(setting.value)} is no setting of a job; every job is an adapter"
                 )
             # an entry of a map (rank_pattern.q_proj) may come beside others of the same map
             if leaf in own.tree[group] and not placed.part:
                 raise ConfigError(
-                    f"{given.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one"
+                    f"{setting.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one"
                 )
             set_in_tree(own.tree, placed)
-            own.origins[placed.dotted] = given.where
+            own.origins[placed.dotted] = setting.where
     return JobOverrides(
         own.name, {group: settings for group, settings in own.tree.items() if settings}, own.origins
     )
 
 
-def _refuse_shared(names: SchemaNames, given: GivenSetting) -> None:
+def _refuse_shared(names: SchemaNames, setting: GivenSetting) -> None:
     """Say of a setting of the run that it cannot differ; an unknown one is left to be refused as
     such.
     """
     if (
-        given.key in names.groups
-        or names.candidates(given.key)
-        or flag_field(names, given.key) is not None
+        setting.key in names.groups
+        or names.candidates(setting.key)
+        or flag_field(names, setting.key) is not None
     ):
-        _refuse_setting(given, next(iter(names.candidates(given.key)), given.key))
+        _refuse_setting(setting, next(iter(names.candidates(setting.key)), setting.key))
 
 
-def _refuse_setting(given: GivenSetting, dotted: str) -> None:
+def _refuse_setting(setting: GivenSetting, dotted: str) -> None:
     raise ConfigError(
-        f"{given.where}: {dotted} is the same for all jobs of a run; set it beside jobs, not in one of them"
+        f"{setting.where}: {dotted} is the same for all jobs of a run; set it beside jobs, not in one of them"
     )
 
 

@@ -250,8 +250,8 @@ class TrainConfig(SettingsGroup):
     @classmethod
     def _default_warmup(cls, value: Any, info: ValidationInfo) -> Any:
         # info.data holds the fields above it that are valid, so those stand before this one
-        given = info.data.get("warmup_steps") or info.data.get("warmup_epochs")
-        without = given or info.data.get("lr_scheduler_type") == "constant"
+        has_other_warmup = info.data.get("warmup_steps") or info.data.get("warmup_epochs")
+        without = has_other_warmup or info.data.get("lr_scheduler_type") == "constant"
         return (0.0 if without else 0.03) if value is None else value
 
     @model_validator(mode="after")

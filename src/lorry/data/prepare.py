@@ -221,10 +221,10 @@ def _open_data_source(
 
 def _plain_text(source: DataSource, form: RowFormat | None) -> bool:
     """Whether the rows are documents (whose pieces need not end) and not answers."""
-    return any(isinstance(found.content, TextDocument) for found in _first_rows(source, form))
+    return any(isinstance(example.content, TextDocument) for example in _first_rows(source, form))
 
 
 def _first_rows(source: DataSource, form: RowFormat | None) -> list[Any]:
-    for found in read_examples(source, form):
-        return [found]
+    for example in read_examples(source, form):
+        return [example]
     return []

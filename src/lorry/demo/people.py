@@ -331,14 +331,14 @@ def make_questions(
     train = [
         _question_row(p, fact, q)
         for p in people
-        for fact, asked in TRAIN_QUESTIONS.items()
-        for q in asked
+        for fact, wordings in TRAIN_QUESTIONS.items()
+        for q in wordings
     ]
     held_out = [
         _question_row(p, fact, q)
         for p in people
-        for fact, asked in HELD_OUT_QUESTIONS.items()
-        for q in asked
+        for fact, wordings in HELD_OUT_QUESTIONS.items()
+        for q in wordings
     ]
     random.Random(f"{seed}/order").shuffle(train)
     return train, held_out

@@ -54,9 +54,9 @@ def verify_directory(directory: Path, *, digests: bool = True) -> list[str]:
         size = plain_size(path)
         if size != entry["bytes"]:
             raise ModelError(f"{path} is damaged: {size} bytes, its manifest says {entry['bytes']}")
-        if digests and (found := file_digest(path)) != entry["sha256"]:
+        if digests and (digest := file_digest(path)) != entry["sha256"]:
             raise ModelError(
-                f"{path} is damaged: sha256 {found[:12]}..., its manifest says {entry['sha256'][:12]}..."
+                f"{path} is damaged: sha256 {digest[:12]}..., its manifest says {entry['sha256'][:12]}..."
             )
     return list(entries)
 

@@ -224,12 +224,12 @@ def evaluate_rows(
     rows: EvalRows,
     mix: Mix,
     *,
-    asked: Sequence[int] = (),
+    answer_rows: Sequence[int] = (),
     max_new_tokens: int = 64,
     batch_rows: int = 8,
 ) -> EvaluationResult:
     """Loss, perplexity and token accuracy of all rows under a mix; exact match, ROUGE-L and F1 of
-    answers to those ``asked``.
+    answers to ``answer_rows``.
 
     Raises NonFiniteError or ModelError from the model.
     """
@@ -238,9 +238,9 @@ def evaluate_rows(
     teacher_forced = score_teacher_forced(ModelScorer(model), rows, mix, batch_rows)
     # sums first, one quotient at the end: a mean of rows' means would favour short rows
     metrics = sum(teacher_forced, TeacherForcedScore()).metrics()
-    if not asked:
+    if not answer_rows:
         return EvaluationResult(metrics, {}, teacher_forced)
-    conversations = [rows.rows[number].content for number in asked]
+    conversations = [rows.rows[number].content for number in answer_rows]
     answers = generate_answers(
         model,
         rows.encoder.tokenizer,
@@ -250,15 +250,15 @@ def evaluate_rows(
         batch_rows=batch_rows,
         system=rows.encoder.system,
     )
-    scores = score_answer_rows(answers, [rows.rows[number].references for number in asked])
+    scores = score_answer_rows(answers, [rows.rows[number].references for number in answer_rows])
     by_row = {
         number: {name: values[at] for name, values in scores.items()}
-        for at, number in enumerate(asked)
+        for at, number in enumerate(answer_rows)
     }
     return EvaluationResult(
         metrics | metric_means(scores),
         metric_intervals(scores),
         teacher_forced,
-        dict(zip(asked, answers, strict=True)),
+        dict(zip(answer_rows, answers, strict=True)),
         by_row,
     )

@@ -178,9 +178,9 @@ class GenerationEngine:
             self.running[row] = self.waiting.popleft()
         # Rows nobody takes are all behind the fresh ones, which therefore keep their numbers.
         if unused := set(free[len(fresh) :]):
-            kept = [row for row in range(len(self.running)) if row not in unused]
-            self.running = [self.running[row] for row in kept]
-            self.cache.keep(torch.tensor(kept, device=self.runner.device))
+            rows = [row for row in range(len(self.running)) if row not in unused]
+            self.running = [self.running[row] for row in rows]
+            self.cache.keep(torch.tensor(rows, device=self.runner.device))
         more = min(len(self.waiting), self.batch_rows - len(self.running))
         for _ in range(more):
             fresh.append(len(self.running))
@@ -261,11 +261,11 @@ class GenerationEngine:
             )
         for request, token in zip(requests, tokens.tolist(), strict=True):
             request.append_token(token)
-        if asked := [row for row, request in enumerate(requests) if request.params.logprobs]:
-            index = torch.tensor(asked, device=logits.device)
+        if logprob_rows := [row for row, request in enumerate(requests) if request.params.logprobs]:
+            index = torch.tensor(logprob_rows, device=logits.device)
             wide = logits[index].float()
             chosen = wide.gather(1, tokens[index, None])[:, 0] - wide.logsumexp(-1)
-            for row, value in zip(asked, chosen.tolist(), strict=True):
+            for row, value in zip(logprob_rows, chosen.tolist(), strict=True):
                 requests[row].logprobs.append(value)
 
 

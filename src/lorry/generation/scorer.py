@@ -32,11 +32,11 @@ class ModelScorer:
     ) -> list[dict[str, Tensor]]:
         """Per batch, everything wanted, on the CPU."""
         call = AdapterContext(self.mix if mix is None else mix)
-        found = (
+        values = (
             evaluate_wants(self.model, batch.to(self.model.device), wants, call)
             for batch in batches
         )
-        return [{name: value.cpu() for name, value in got.items()} for got in found]
+        return [{name: value.cpu() for name, value in got.items()} for got in values]
 
     @torch.no_grad()
     def generate(

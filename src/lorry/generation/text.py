@@ -74,14 +74,14 @@ def generate_continuations(
     without the end of turn, which ends an answer as ``params.stop_token_ids`` do.
     """
     ends = frozenset((*params.stop_token_ids, *encoder.stop_tokens()))
-    made = generate_completions(
+    completions = generate_completions(
         model,
         prompts,
         replace(params, stop_token_ids=ends),
         adapters=adapters,
         batch_rows=batch_rows,
     )
-    return ["".join(IncrementalDetokenizer(encoder).decode_all(one.tokens)) for one in made]
+    return ["".join(IncrementalDetokenizer(encoder).decode_all(one.tokens)) for one in completions]
 
 
 def _encode_prompt(encoder: ExampleEncoder, text: str, chat: bool) -> list[int]:
@@ -165,9 +165,9 @@ class IncrementalDetokenizer:
         if self.end and self.end in self._held:
             self.ended, text, self._held = True, self._held.partition(self.end)[0], ""
             return text
-        kept = next(
+        length = next(
             (n for n in range(len(self.end) - 1, 0, -1) if self._held.endswith(self.end[:n])), 0
         )
-        cut = len(self._held) - kept
+        cut = len(self._held) - length
         text, self._held = self._held[:cut], self._held[cut:]
         return text

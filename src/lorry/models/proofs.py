@@ -108,12 +108,12 @@ def prove_hf_model(model: HfModel, add_note: NoteCallback, where: str) -> None:
     """
     if proofs_disabled(add_note):
         return
-    kept = lorry_home() / "proofs" / _model_proof_digest(model)
-    if (found := _read_proof(kept)) is None:
+    path = lorry_home() / "proofs" / _model_proof_digest(model)
+    if (outcome := _read_proof(path)) is None:
         _prove_or_raise(model, where)
-        _save_proof(kept, model.recompute_reason)
+        _save_proof(path, model.recompute_reason)
     else:
-        model.recompute_reason = found
+        model.recompute_reason = outcome
     if model.recompute_reason:
         add_note(
             f"it generates by reading the whole sequence again for every token, slowly: {model.recompute_reason}"
@@ -144,8 +144,8 @@ def _suggest_remedy(model: HfModel) -> str:
         "is_decoder": True,
     }
     for field, value in fields.items():
-        said = getattr(text, field, None)
-        if said is not None and said != "vision" and bool(said) is not value:
+        setting = getattr(text, field, None)
+        if setting is not None and setting != "vision" and bool(setting) is not value:
             return (
                 f"Set {field}={str(value).lower()} in config.json if it was trained to predict the next "
                 "token; as it is, it reads the answer that it should learn"
@@ -246,19 +246,19 @@ def find_cache_error(model: CausalLM) -> str:
         owners = torch.tensor(
             [i for i, n in enumerate(prompts) for _ in range(n)], device=model.device
         )
-        found = runner.forward_cached(packed, owners, memory, AdapterContext(), decoding=False)[
+        cached = runner.forward_cached(packed, owners, memory, AdapterContext(), decoding=False)[
             [stop - 1 for _, stop in packed.segments]
         ]
         for step in range(DECODE_STEPS + 1):
             expected = torch.stack([whole[i, n - 1 + step] for i, n in enumerate(prompts)])
-            errors.append((found.float() - expected).norm(dim=1) / expected.norm(dim=1))
+            errors.append((cached.float() - expected).norm(dim=1) / expected.norm(dim=1))
             if step < DECODE_STEPS:
                 now = torch.tensor(
                     [row[n + step] for row, n in zip(rows, prompts, strict=True)],
                     device=model.device,
                 )
                 packed = PackedInput(now, memory.lengths, [(0, 1), (1, 2)])
-                found = runner.forward_cached(
+                cached = runner.forward_cached(
                     packed,
                     torch.arange(2, device=model.device),
                     memory,
@@ -309,8 +309,8 @@ def find_native_mismatch(
     if proofs_disabled(add_note):
         return ""
     name = _native_proof_digest(config, dtype, device)
-    kept = lorry_home() / "proofs" / name
-    if name in _proven_digests() or _read_proof(kept) is not None:
+    path = lorry_home() / "proofs" / name
+    if name in _proven_digests() or _read_proof(path) is not None:
         _proven_digests().add(name)
         return ""
     try:
@@ -320,7 +320,7 @@ def find_native_mismatch(
     if why:
         return why
     _proven_digests().add(name)
-    _save_proof(kept, "")
+    _save_proof(path, "")
     return ""
 
 
@@ -479,21 +479,21 @@ def _read_proof(place: Path) -> str | None:
     try:
         if not place.is_file() or place.stat().st_size > MAX_PROOF_BYTES:
             return None
-        said = place.read_text(encoding="utf-8")
+        text = place.read_text(encoding="utf-8")
         os.utime(place)
     except (OSError, UnicodeDecodeError):
         return None
-    return said
+    return text
 
 
-def _save_proof(place: Path, said: str) -> None:
+def _save_proof(place: Path, text: str) -> None:
     """Remember that a proof held, and forget those that were used longest ago; where nothing can be
     written it is made again the next time. Replaced whole: another process may read it just now."""
     try:
         durable.make_directory(place.parent)
         durable.write_files(
             place.parent,
-            {place.name: said.encode()[:MAX_PROOF_BYTES].decode(errors="ignore").encode()},
+            {place.name: text.encode()[:MAX_PROOF_BYTES].decode(errors="ignore").encode()},
         )
         ours = [
             one

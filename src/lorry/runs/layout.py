@@ -90,8 +90,8 @@ STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
 def list_adapter_subfolders(folder: Path) -> list[Path]:
     """The folders in a directory that are adapters, as PEFT and runs of several lay them out. What
     one was trained over is none of them: alone it is another model."""
-    found = (path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
-    return sorted(path for path in found if path.name != START)
+    folders = (path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return sorted(path for path in folders if path.name != START)
 
 
 @dataclass(frozen=True)

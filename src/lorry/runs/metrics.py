@@ -116,11 +116,15 @@ def drop_metrics_after(path: Path, step: int) -> int:
         return 0
     lines = path.read_bytes().split(b"\n")
     # the lines' own bytes: written anew their numbers might be spelt otherwise
-    kept = [lines[number - 1] for number, record in iter_metrics(path) if record["step"] <= step]
-    dropped = sum(bool(line.strip()) for line in lines) - len(kept)
+    lines_before = [
+        lines[number - 1] for number, record in iter_metrics(path) if record["step"] <= step
+    ]
+    dropped = sum(bool(line.strip()) for line in lines) - len(lines_before)
     # a whole last line without its end is kept, and gets its end
     if dropped or lines[-1]:
-        durable.write_files(path.parent, {path.name: b"".join(line + b"\n" for line in kept)})
+        durable.write_files(
+            path.parent, {path.name: b"".join(line + b"\n" for line in lines_before)}
+        )
     return dropped
 
 

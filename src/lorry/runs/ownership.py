@@ -82,46 +82,48 @@ def read_run_description(path: Path) -> dict[str, Any]:
     ):
         return {}
     try:
-        found = documents.parse_yaml(text.decode(), str(path))[0]
+        description = documents.parse_yaml(text.decode(), str(path))[0]
     except (DataError, UnicodeDecodeError):
         return {}
-    if not isinstance(found, dict) or not isinstance(found.get("output_dir"), str):
+    if not isinstance(description, dict) or not isinstance(description.get("output_dir"), str):
         return {}
     # settings that every resolved description has, and no other tool's run.yaml all of
-    asked = {
+    identity = {
         "model": {"name", "dtype"},
         "data": {"max_length"},
         "train": {"learning_rate", "save_steps", "resume_from_checkpoint"},
     }
-    groups = {name: found.get(name) for name in asked}
+    groups = {name: description.get(name) for name in identity}
     whole = all(
-        isinstance(group, dict) and asked[name] <= group.keys() for name, group in groups.items()
+        isinstance(group, dict) and identity[name] <= group.keys() for name, group in groups.items()
     )
-    return found if whole else {}
+    return description if whole else {}
 
 
 def is_contracts(path: Path) -> bool:
     """Whether a file is the contracts.json of a run. Raises DiskError."""
-    found = _json_value(path)
+    document = _json_value(path)
     keys = {"id", "name", "status", "detail"}
     return (
-        isinstance(found, list)
-        and bool(found)
-        and all(isinstance(c, dict) and c.keys() == keys for c in found)
+        isinstance(document, list)
+        and bool(document)
+        and all(isinstance(c, dict) and c.keys() == keys for c in document)
     )
 
 
 def is_evaluation_file(path: Path) -> bool:
     """Whether a file is an evaluation.json, which `lorry eval` adds to. Raises DiskError."""
-    found = _json_value(path)
-    return isinstance(found, list) and all(
-        isinstance(entry, dict) and {"name", "metrics"} <= entry.keys() for entry in found
+    document = _json_value(path)
+    return isinstance(document, list) and all(
+        isinstance(entry, dict) and {"name", "metrics"} <= entry.keys() for entry in document
     )
 
 
 def recognise_keys(*keys: str) -> Callable[[Path], bool]:
     """Recognises a JSON object of ours by keys that it has."""
-    return lambda path: isinstance(found := _json_value(path), dict) and set(keys) <= found.keys()
+    return lambda path: (
+        isinstance(document := _json_value(path), dict) and set(keys) <= document.keys()
+    )
 
 
 def recognise_mark(mark: bytes) -> Callable[[Path], bool]:
@@ -233,15 +235,15 @@ def differs_from(path: Path, content: bytes | Path) -> bool:
     try:
         # lstat: a link is somebody's, whatever it leads to
         with translate_read_errors(path):
-            found = durable.disk.lstat(path)
+            status = durable.disk.lstat(path)
     except ModelError:
         return False
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return True
     if isinstance(content, bytes):
         # the size first: it answers most questions without reading a byte
-        return found.st_size != len(content) or integrity.read_content(path) != content
-    return found.st_size != integrity.plain_size(content) or integrity.file_digest(
+        return status.st_size != len(content) or integrity.read_content(path) != content
+    return status.st_size != integrity.plain_size(content) or integrity.file_digest(
         path
     ) != integrity.file_digest(content)
 
@@ -310,22 +312,22 @@ def _json_value(path: Path) -> Any:
         return None
 
 
-def _is_receipt(found: Any) -> bool:
+def _is_receipt(document: Any) -> bool:
     return (
-        isinstance(found, dict)
-        and isinstance(code := found.get("code"), dict)
+        isinstance(document, dict)
+        and isinstance(code := document.get("code"), dict)
         and {"sha256", "lorry"} <= code.keys()
     )
 
 
-def _has_begun(found: Any) -> bool:
+def _has_begun(document: Any) -> bool:
     """A process.json of a run that trained: one that was refused leaves its own, and has no claim
     to the directory.
     """
     return (
-        isinstance(found, dict)
-        and {"pid", "born", "folder", "begun"} <= found.keys()
-        and found["begun"] is not None
+        isinstance(document, dict)
+        and {"pid", "born", "folder", "begun"} <= document.keys()
+        and document["begun"] is not None
     )
 
 

@@ -65,10 +65,10 @@ def read_process(run_dir: Path) -> RunProcess | None:
     """
     path = run_dir / PROCESS
     try:
-        found = documents.read_json_document(path)
+        document = documents.read_json_document(path)
     except FileNotFoundError:
         return None
-    process = _process_from_json(found)
+    process = _process_from_json(document)
     if process is None:
         raise DataError(
             f"{path}:1: this is not what a run writes there; move it away if no run is at work in {run_dir}"
@@ -76,12 +76,12 @@ def read_process(run_dir: Path) -> RunProcess | None:
     return process
 
 
-def _process_from_json(found: Any) -> RunProcess | None:
+def _process_from_json(document: Any) -> RunProcess | None:
     """A process from its JSON, or None where that holds something else."""
     try:
         # unknown keys are TypeErrors of the constructors: the fields are listed once
-        ended = ProcessEnding(**found["ended"]) if found["ended"] is not None else None
-        process = RunProcess(**{**found, "ended": ended})
+        ended = ProcessEnding(**document["ended"]) if document["ended"] is not None else None
+        process = RunProcess(**{**document, "ended": ended})
         times = [
             process.started,
             *(at for at in (process.begun, ended.at if ended else None) if at is not None),
@@ -123,11 +123,11 @@ def is_process_alive(process: RunProcess, run_dir: Path) -> bool | None:
     if process.host != platform.node():
         return None
     try:
-        found = psutil.Process(process.pid)
+        other = psutil.Process(process.pid)
         return (
             # a zombie has ended, and its parent has not looked yet
-            found.status() != psutil.STATUS_ZOMBIE
-            and abs(found.create_time() - process.born) < CLOCK_SLACK
+            other.status() != psutil.STATUS_ZOMBIE
+            and abs(other.create_time() - process.born) < CLOCK_SLACK
         )
     except psutil.NoSuchProcess:
         return False
@@ -212,5 +212,5 @@ class RunDirectoryHandle(CloseableResource):
 
 def directory_identity(run_dir: Path) -> list[int]:
     """Device and inode of a directory: its name may change, and a copy has another."""
-    found = os.stat(run_dir)
-    return [found.st_dev, found.st_ino]
+    status = os.stat(run_dir)
+    return [status.st_dev, status.st_ino]

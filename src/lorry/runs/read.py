@@ -371,11 +371,11 @@ def _read_token(item: Any, where: str) -> TokenWeight:
 
 def _read_evaluation(item: dict[str, Any], where: str) -> EvaluationRecord:
     metrics = {}
-    if len(given := _take_field(item, "metrics", dict, where)) > MOST_METRICS:
+    if len(item_metrics := _take_field(item, "metrics", dict, where)) > MOST_METRICS:
         raise DataError(
-            f"{where} has {len(given)} metrics; a run writes at most {MOST_METRICS} there"
+            f"{where} has {len(item_metrics)} metrics; a run writes at most {MOST_METRICS} there"
         )
-    for name, pair in given.items():
+    for name, pair in item_metrics.items():
         # a plain number is a measurement of the trained model alone
         sides = pair if isinstance(pair, dict) else {"after": pair}
         metrics[name] = MetricChange(

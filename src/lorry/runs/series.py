@@ -56,11 +56,11 @@ class MetricsLog:
 
         NaN and infinities are included.
         """
-        found = [
+        values = [
             (r["step"], (r if adapter is None else adapter_values(r, adapter)).get(name))
             for r in self.records
         ]
-        pairs = [(step, value) for step, value in found if is_number(value)]
+        pairs = [(step, value) for step, value in values if is_number(value)]
         return [step for step, _ in pairs], [float(value) for _, value in pairs]
 
 

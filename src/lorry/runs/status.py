@@ -91,9 +91,9 @@ class RunState:
 
 def list_run_states(folder: Path) -> list[RunState]:
     """The state of every run at or below a folder, the one written to last first."""
-    found = [_state_or_why(path, _relative_name(path, folder)) for path in find_runs(folder)]
+    states = [_state_or_why(path, _relative_name(path, folder)) for path in find_runs(folder)]
     # the name too, so that runs written in the same second keep their order
-    return sorted(found, key=lambda state: (-(state.written or 0.0), state.name))
+    return sorted(states, key=lambda state: (-(state.written or 0.0), state.name))
 
 
 def find_runs(folder: Path, depth: int = DEEPEST_FOLDER) -> Iterator[Path]:

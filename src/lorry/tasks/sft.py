@@ -68,9 +68,9 @@ class SftTask:
         return batch.with_terms(nll=batch.count("token", len(self.adapters)))
 
 
-def build_sft(given: TaskInputs) -> BuiltTask:
+def build_sft(inputs: TaskInputs) -> BuiltTask:
     """Nothing but the rows."""
-    return BuiltTask(SftTask(given.stream, given.held, given.total, list(given.jobs)))
+    return BuiltTask(SftTask(inputs.stream, inputs.held, inputs.total, list(inputs.jobs)))
 
 
 SFT = TaskDefinition(build_sft)

@@ -147,10 +147,10 @@ class ContractChecks:
         """What a checkpoint keeps, so that a resumed run reports what one never stopped would:
         JSON.
         """
-        found = [asdict(c) for c in self.found.values()]
+        findings = [asdict(c) for c in self.found.values()]
         silent = {name: sorted(s) for name, s in self._silent.items()}
         return {
-            "found": found,
+            "found": findings,
             "silent": silent,
             "proof": dict(self._proof),
             "moved": dict(self._moved),

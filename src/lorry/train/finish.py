@@ -161,9 +161,9 @@ def collect_samples(
     backend: Backend,
     jobs: PreparedJobs,
     context: int | None,
-    asked: Callable[[PreparedJob], Mapping[str, Batch]],
+    sample_batches: Callable[[PreparedJob], Mapping[str, Batch]],
 ) -> list[dict[str, Any]]:
-    """The rows of samples.json: each adapter's answers to the rows that are ``asked`` of its job,
+    """The rows of samples.json: each adapter's answers to the rows that are ``sample_batches`` of its job,
     and the training rows of each data set once.
     """
     samples = list[dict[str, Any]]()
@@ -178,7 +178,7 @@ def collect_samples(
             backend.adapter_of(name),
             data.encoder,
             job.stream.batches(0)[0] if new else None,
-            asked(job),
+            sample_batches(job),
             data.ends,
             context=context,
         )

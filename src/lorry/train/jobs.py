@@ -102,28 +102,28 @@ class JobProgress:
     waited: StepCount = 0
     stopped_early: bool = False
 
-    def judge(self, found: Mapping[str, float], train: TrainConfig) -> bool:
+    def judge(self, evaluation: Mapping[str, float], train: TrainConfig) -> bool:
         """Take an evaluation into account. Returns whether it is the best so far, or the latest that
         is `USABLE`. Raises ConfigError for an unknown metric.
         """
         name = train.metric_for_best_model
         name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in found:
+        if name not in evaluation:
             raise ConfigError(
-                f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}"
+                f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(evaluation)}"
             )
-        value = found[name]
+        value = evaluation[name]
         # strictly ahead: of equal values the earlier step stays, as in transformers
         is_ahead = self.best is None or (
             value > self.best if train.greater_is_better else value < self.best
         )
         # infinity is "greater" than anything, and a first NaN would never be beaten
         is_best = is_ahead and math.isfinite(value)
-        if USABLE in found:
-            is_best = found[USABLE] > 0
+        if USABLE in evaluation:
+            is_best = evaluation[USABLE] > 0
         if is_best:
             self.best, self.best_step, self.waited = value, self.steps, 0
-        elif USABLE in found:
+        elif USABLE in evaluation:
             self.stopped_early = True
         else:
             self.waited += 1

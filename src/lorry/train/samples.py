@@ -19,19 +19,19 @@ WeightedSequence = tuple[list[int], list[float]]
 
 
 def build_samples(
-    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, train: Batch | None, asked: Mapping[str, Batch], ends: Collection[int],
+    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, train: Batch | None, groups: Mapping[str, Batch], ends: Collection[int],
     *, context: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of samples.json. Before is the base (the same weights under mix none), after the
     adapter; both greedy. Where the base itself was trained (``adapter`` None) there is no before.
-    ``asked``: rows whose prompts are answered, by the name of their group.
+    ``groups``: rows whose prompts are answered, by the name of their group.
 
     ``context``: the most tokens the model takes; a prompt that leaves no room there is not asked.
     """
     room = None if context is None else context - SAMPLE_NEW_TOKENS
     rows = [
         {**row, "group": group}
-        for group, batch in (asked if ends else {}).items()
+        for group, batch in (groups if ends else {}).items()
         for row in sample_answers(backend, adapter, encoder, batch, ends, room)
     ]
     for tokens, weights in split_sequences(train, SAMPLE_ROWS) if train is not None else []:
@@ -89,8 +89,10 @@ def sample_answers(
             "reference": encoder.tokenizer.decode(answer, skip_special_tokens=True).strip(),
             "before": None,
             **{
-                side: encoder.tokenizer.decode(made[i].tokens, skip_special_tokens=True).strip()
-                for side, made in completions.items()
+                side: encoder.tokenizer.decode(
+                    completion[i].tokens, skip_special_tokens=True
+                ).strip()
+                for side, completion in completions.items()
             },
         }
         for i, (prompt, answer) in enumerate(questions)

@@ -103,9 +103,9 @@ def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> 
         "background": settings.background,
         "train.push_to_hub": settings.train.push_to_hub,
     }
-    if trained and (given := [name for name, value in unsupported.items() if value]):
+    if trained and (unsupported_names := [name for name, value in unsupported.items() if value]):
         raise ConfigError(
-            f"{given[0]}: ways are trained one after the other, waited for and compared; leave it out"
+            f"{unsupported_names[0]}: ways are trained one after the other, waited for and compared; leave it out"
         )
     if full_runs := [run for run in trained if run.lora is None]:
         from lorry.train.full import refuse_adapter_settings

@@ -240,18 +240,18 @@ def evaluate_sides(
     from lorry.evaluate.rows import evaluate_rows
 
     max_new_tokens = settings.max_new_tokens or EVAL_NEW_TOKENS
-    asked, notes = rows.askable(opened.model.context, max_new_tokens)
+    answer_rows, notes = rows.askable(opened.model.context, max_new_tokens)
     for note in notes:
         print_note(f"note: {note}")
     results = {}
     with VisibleConsole(stderr=True).status("evaluating") as status:
         for name, mix in evaluation_mixes(opened, settings.weight).items():
-            status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(asked)} answers")
+            status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(answer_rows)} answers")
             results[name] = evaluate_rows(
                 opened.model,
                 rows,
                 mix,
-                asked=asked,
+                answer_rows=answer_rows,
                 max_new_tokens=max_new_tokens,
                 batch_rows=settings.batch_size,
             )

@@ -300,9 +300,9 @@ def adapter_digest(folder: Path) -> str:
     origin = _read_start(folder)
     settings = config.get("lora", config)
     # where a base lies and which version wrote the file change nothing of what is computed
-    said = {key: settings[key] for key in sorted(settings) if key not in INFORMATION_KEYS}
+    digested = {key: settings[key] for key in sorted(settings) if key not in INFORMATION_KEYS}
     start = None if origin is None else origin.sha256
-    facts = json.dumps([file_digest(folder / ADAPTER_WEIGHTS), said, start], sort_keys=True)
+    facts = json.dumps([file_digest(folder / ADAPTER_WEIGHTS), digested, start], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -310,20 +310,24 @@ def _read_start(folder: Path) -> AdapterOrigin | None:
     """The adapter that one in ``folder`` was trained over, as its files say. Raises ModelError
     where they say half of it."""
     facts = folder / ADAPTER_FACTS
-    said = read_adapter_json(facts).get("start") if facts.is_file() else None
+    entry = read_adapter_json(facts).get("start") if facts.is_file() else None
     over = read_adapter_json(folder / ADAPTER_CONFIG).get("peft_type") == OVER_ADAPTER
-    if said is None and not over:
+    if entry is None and not over:
         return None
-    if not (over and isinstance(said, dict) and all(isinstance(said.get(k), str) for k in _ORIGIN)):
+    if not (
+        over and isinstance(entry, dict) and all(isinstance(entry.get(k), str) for k in _ORIGIN)
+    ):
         raise ModelError(
             f"{facts}: the adapter was trained over another one, and start must say which (path and sha256)"
         )
-    return AdapterOrigin(said["path"], said["sha256"])
+    return AdapterOrigin(entry["path"], entry["sha256"])
 
 
-def _check_start(model: nn.Module, folder: Path, found: tuple[Path, AdapterOrigin] | None) -> None:
+def _check_start(
+    model: nn.Module, folder: Path, recorded: tuple[Path, AdapterOrigin] | None
+) -> None:
     """Refuse an adapter over another start than the model has. Raises ModelError."""
-    start = None if found is None else found[1]
+    start = None if recorded is None else recorded[1]
     bank = get_bank(model, create=True)
     if bank.start is not None:
         if start is None or start.sha256 != bank.start.sha256:
@@ -333,14 +337,14 @@ def _check_start(model: nn.Module, folder: Path, found: tuple[Path, AdapterOrigi
                 "open it on its own start"
             )
         return
-    if found is None or start is None:
+    if recorded is None or start is None:
         return
     if bank.adapters:
         raise ModelError(
             f"{folder}: this adapter was trained over the adapter {start.path}, and the model has "
             f"{', '.join(bank.adapters)} on the bare base; open it by itself"
         )
-    _verify_start(found[0], start, str(folder))
+    _verify_start(recorded[0], start, str(folder))
 
 
 def verify_starts(folder: Path) -> int:

@@ -191,10 +191,10 @@ def _lora_bias(value: Any) -> tuple[str, Any] | None:
 
 def _steered_layer(regex: Any) -> tuple[str, Any]:
     r"""open-unlearning's ``model\.layers\.7`` of RMU as the number of the layer."""
-    found = re.fullmatch(r".*layers(?:\\?\.)(\d+)", str(regex))
-    if found is None:
+    match = re.fullmatch(r".*layers(?:\\?\.)(\d+)", str(regex))
+    if match is None:
         raise ValueError("is understood as model\\.layers\\.N only; give layer=N")
-    return "unlearn.layer", int(found[1])
+    return "unlearn.layer", int(match[1])
 
 
 ALIAS_READERS: dict[str, AliasReader] = {

@@ -50,14 +50,14 @@ def read_argv(
             raise ConfigError(f"{word}: not an option; settings are key=value or --key value")
         else:
             bare_words.append(word)
-    files = [given.value for given in settings_given if given.key == "config"]
+    files = [setting.value for setting in settings_given if setting.key == "config"]
     # only the first bare word: lorry eval RUN data.json is a run and then a file
     if bare_words and bare_words[0].endswith(SUFFIXES):
         files.append(bare_words.pop(0))
     if len(files) > 1:
         raise ConfigError(f"two run descriptions are given, {files[0]} and {files[1]}; keep one")
     settings = _bare_words(schema, bare_words) + [
-        given for given in settings_given if given.key != "config"
+        setting for setting in settings_given if setting.key != "config"
     ]
     return Path(files[0]) if files else None, settings
 

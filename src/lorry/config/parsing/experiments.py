@@ -48,20 +48,20 @@ def take_experiment(
     """The experiment that is named among the settings, and the settings without its name and its
     parameters. Raises ConfigError for an unknown one, and for one of another verb.
     """
-    named = [given for source in sources for given in source if given.key == EXPERIMENT]
+    named = [setting for source in sources for setting in source if setting.key == EXPERIMENT]
     if not named:
         return None, [list(source) for source in sources]
     path = _find_experiment(kind, named[-1])  # the command line goes before a file
     described = read_description_file(path)
     parameters = dict(described.values.get(PARAMETERS, {}))
-    rest = [[given for given in source if given.key != EXPERIMENT] for source in sources]
+    rest = [[setting for setting in source if setting.key != EXPERIMENT] for source in sources]
     for source in rest:
-        for given in [one for one in source if one.key in parameters]:
-            source.remove(given)
-            _refuse_overridden(given, described.values, rest)
-            parameters[given.key] = _parameter_value(given)
-            if not any(f"{{{given.key}}}" in text for _, text in _texts(described.values)):
-                add_note(f"{given.key} changes nothing in this experiment")
+        for setting in [one for one in source if one.key in parameters]:
+            source.remove(setting)
+            _refuse_overridden(setting, described.values, rest)
+            parameters[setting.key] = _parameter_value(setting)
+            if not any(f"{{{setting.key}}}" in text for _, text in _texts(described.values)):
+                add_note(f"{setting.key} changes nothing in this experiment")
     values = {key: value for key, value in described.values.items() if key != PARAMETERS}
     filled = DescriptionFile(_fill_in(values, parameters), described.lines)
     name = path.relative_to(SHIPPED_EXPERIMENTS).with_suffix("").as_posix()
@@ -70,18 +70,18 @@ def take_experiment(
     return Experiment(path, filled), rest
 
 
-def _find_experiment(kind: str, given: GivenSetting) -> Path:
-    name = given.value if isinstance(given.value, str) else show_value(given.value)
+def _find_experiment(kind: str, setting: GivenSetting) -> Path:
+    name = setting.value if isinstance(setting.value, str) else show_value(setting.value)
     name = name.removesuffix(".yaml")
     known = [one for family in VERB_OF_KIND for one in experiment_names(family)]
     if name not in known:
         raise ConfigError(
-            f"{given.where}: no experiment {show_value(name)}{suggest_nearest(name[:80], known)}; this verb has "
+            f"{setting.where}: no experiment {show_value(name)}{suggest_nearest(name[:80], known)}; this verb has "
             f"{', '.join(experiment_names(kind))}"
         )
     family = name.partition("/")[0]
     if family != kind:
-        raise ConfigError(f"{given.where}: {name} is an experiment of `{VERB_OF_KIND[family]}`")
+        raise ConfigError(f"{setting.where}: {name} is an experiment of `{VERB_OF_KIND[family]}`")
     return SHIPPED_EXPERIMENTS / f"{name}.yaml"
 
 
@@ -89,13 +89,13 @@ def _refuse_overridden(
     parameter: GivenSetting, values: dict[str, Any], sources: Sequence[Sequence[GivenSetting]]
 ) -> None:
     """A parameter of which nothing is left, since all that it stands in is given as well."""
-    given = {one.key.rpartition(".")[2] for source in sources for one in source}
+    leaves = {one.key.rpartition(".")[2] for source in sources for one in source}
     places = [name for name, text in _texts(values) if f"{{{parameter.key}}}" in text]
     # data=FILE is data.path
     names = [
         leaf if leaf != "path" else group for group, _, leaf in (p.rpartition(".") for p in places)
     ]
-    if names and all(name in given for name in names):
+    if names and all(name in leaves for name in names):
         raise ConfigError(
             f"{parameter.where}: {names[0]} is given as well, which leaves nothing of {parameter.key}; keep one"
         )
@@ -103,19 +103,19 @@ def _refuse_overridden(
 
 def _texts(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """(dotted name, text) of every text in a tree of settings."""
-    found = list[tuple[str, str]]()
+    texts = list[tuple[str, str]]()
     for key, value in values.items():
         if isinstance(value, dict):
-            found += _texts(value, f"{prefix}{key}.")
+            texts += _texts(value, f"{prefix}{key}.")
         elif isinstance(value, str):
-            found.append((f"{prefix}{key}", value))
-    return found
+            texts.append((f"{prefix}{key}", value))
+    return texts
 
 
-def _parameter_value(given: GivenSetting) -> str:
-    value = given.value if isinstance(given.value, str) else show_value(given.value)
+def _parameter_value(setting: GivenSetting) -> str:
+    value = setting.value if isinstance(setting.value, str) else show_value(setting.value)
     if not PARAMETER_VALUE.fullmatch(value):
-        raise ConfigError(f"{given.where}: {given.key} is a name, such as forget10")
+        raise ConfigError(f"{setting.where}: {setting.key} is a name, such as forget10")
     return value
 
 

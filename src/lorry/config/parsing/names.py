@@ -68,8 +68,8 @@ class SchemaNames:
     def within(self, groups: Sequence[str]) -> SchemaNames:
         """Those of some groups alone."""
         fields = {name: f for name, f in self.fields.items() if name.partition(".")[0] in groups}
-        kept = {name: kind for name, kind in self.groups.items() if name in groups}
-        return SchemaNames(kept, fields, _by_leaf(fields))
+        groups_within = {name: kind for name, kind in self.groups.items() if name in groups}
+        return SchemaNames(groups_within, fields, _by_leaf(fields))
 
 
 @cache

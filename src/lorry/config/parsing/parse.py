@@ -70,7 +70,7 @@ def build_settings(
     }
     return _resolve_settings(
         schema,
-        [[given for key, value in plain.items() for given in _spread_map(schema, key, value)]],
+        [[setting for key, value in plain.items() for setting in _spread_map(schema, key, value)]],
         add_note,
     )
 
@@ -88,19 +88,21 @@ def _described_settings(
     schema: type[BaseModel], described: DescriptionFile, path: Path
 ) -> list[GivenSetting]:
     settings = [
-        (key, given)
+        (key, setting)
         for key, value in described.values.items()
-        for given in _spread_map(schema, key, value)
+        for setting in _spread_map(schema, key, value)
     ]
-    lines = [described.lines.get(given.key, described.lines.get(key)) for key, given in settings]
+    lines = [
+        described.lines.get(setting.key, described.lines.get(key)) for key, setting in settings
+    ]
     return [
         GivenSetting(
-            given.key,
-            given.value,
+            setting.key,
+            setting.value,
             f"{path}:{line}" if line else str(path),
-            inner=_nested_origins(described, given.key, path),
+            inner=_nested_origins(described, setting.key, path),
         )
-        for (_, given), line in zip(settings, lines, strict=True)
+        for (_, setting), line in zip(settings, lines, strict=True)
     ]
 
 
@@ -132,14 +134,14 @@ def _with_experiment(
 ) -> list[list[GivenSetting]]:
     """The sources under our names, after that of the experiment that one of them names."""
     kind = _experiment_kind(schema)
-    given = [list(source) for source in sources]
+    settings = [list(source) for source in sources]
     if not kind:
-        return given
-    experiment, rest = take_experiment(kind, given, add_note)
+        return settings
+    experiment, rest = take_experiment(kind, settings, add_note)
     if experiment is not None:
         rest.insert(0, _described_settings(schema, experiment.described, experiment.path))
     names = schema_names(schema)
-    return [made for source in rest for made in translate_settings(names, source, add_note)]
+    return [setting for source in rest for setting in translate_settings(names, source, add_note)]
 
 
 def _resolve_settings(
@@ -157,12 +159,12 @@ def _resolve_settings(
     for source in _with_experiment(schema, sources, add_note):
         # of one source: the command line may use another name than the file that it overrides
         name_by_setting: dict[str, str] = {}
-        for given in source:
-            if "sweep" in names.fields and is_sweep_axis(job_names, given):
-                axes.append(given)
+        for setting in source:
+            if "sweep" in names.fields and is_sweep_axis(job_names, setting):
+                axes.append(setting)
                 continue
             with _collect_errors(errors):
-                for placed in place_setting(names, given, add_note):
+                for placed in place_setting(names, setting, add_note):
                     _refuse_second_name(
                         name_by_setting.setdefault(
                             f"{placed.dotted} {placed.part}", placed.given.key
@@ -208,11 +210,11 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
     adopted = dict(tree)
     for group, several in ROW_SOURCES.items():
         for sources in several:
-            given = adopted.get(group, {})
+            job_settings = adopted.get(group, {})
             own = [job.tree.get(group, {}) for job in jobs]
             if (
-                not isinstance(given, dict)
-                or set(sources) & given.keys()
+                not isinstance(job_settings, dict)
+                or set(sources) & job_settings.keys()
                 or not any(set(sources) & rows.keys() for rows in own)
             ):
                 continue
@@ -223,7 +225,7 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
                         "this job brings none"
                     )
             chosen = (*sources, *ROW_CHOICES.get(group, ()))
-            adopted[group] = {**{k: own[0][k] for k in chosen if k in own[0]}, **given}
+            adopted[group] = {**{k: own[0][k] for k in chosen if k in own[0]}, **job_settings}
     return adopted
 
 

@@ -55,72 +55,72 @@ class PlacedSetting:
 
 
 def place_setting(
-    names: SchemaNames, given: GivenSetting, add_note: NoteCallback
+    names: SchemaNames, setting: GivenSetting, add_note: NoteCallback
 ) -> list[PlacedSetting]:
     """Find the settings that are meant: one, several for ``lora={r: 8, ...}``, none for a harmless
     word of a peer.
 
     Raises ConfigError on a name that is ambiguous, not supported yet or unknown.
     """
-    if given.key in names.groups:
-        value = _group_value(given)
+    if setting.key in names.groups:
+        value = _group_value(setting)
         if isinstance(value, dict) and value:
             inner = [
-                replace(given, key=f"{given.key}.{key}", value=each, typed=False)
+                replace(setting, key=f"{setting.key}.{key}", value=each, typed=False)
                 for key, each in value.items()
             ]
             return [placed for each in inner for placed in place_setting(names, each, add_note)]
         if value is None or value == {}:
-            return [PlacedSetting(given.key, value, given)]
-    candidates = names.candidates(given.key)
+            return [PlacedSetting(setting.key, value, setting)]
+    candidates = names.candidates(setting.key)
     # before our own reading: adapter: lora in an axolotl file names no directory
-    if _is_homonym(given, add_note):
+    if _is_homonym(setting, add_note):
         return []
     if len(candidates) == 1:
-        return [_place_field(names, candidates[0], given)]
+        return [_place_field(names, candidates[0], setting)]
     if candidates:
         raise ConfigError(
-            f"{given.where}: {given.key!r} is ambiguous; write one of: {', '.join(candidates)}"
+            f"{setting.where}: {setting.key!r} is ambiguous; write one of: {', '.join(candidates)}"
         )
-    if entry := _place_map_entry(names, given):
+    if entry := _place_map_entry(names, setting):
         return [entry]
-    if given.key in names.groups:
-        example = next(dotted for dotted in names.fields if dotted.startswith(f"{given.key}."))
+    if setting.key in names.groups:
+        example = next(dotted for dotted in names.fields if dotted.startswith(f"{setting.key}."))
         raise ConfigError(
-            f"{given.where}: {given.key!r} is a group; set one of its settings, such as {example}"
+            f"{setting.where}: {setting.key!r} is a group; set one of its settings, such as {example}"
         )
-    return _place_alias(names, given, add_note)
+    return _place_alias(names, setting, add_note)
 
 
-def _place_map_entry(names: SchemaNames, given: GivenSetting) -> PlacedSetting | None:
+def _place_map_entry(names: SchemaNames, setting: GivenSetting) -> PlacedSetting | None:
     """One entry of a setting that is a map, ``data.local.NAME=path``: the shortest beginning that
     is such a setting.
     """
-    parts = given.key.split(".")
+    parts = setting.key.split(".")
     # an entry may hold dots (local.NAME.train), so where the setting ends is found by trying
     for cut in range(1, len(parts)):
         fields = names.candidates(".".join(parts[:cut]))
         if len(fields) == 1 and accepts_type(names.fields[fields[0]], dict):
             value, name = (
-                _read_typed(given.value) if given.typed else given.value,
+                _read_typed(setting.value) if setting.typed else setting.value,
                 ".".join(parts[cut:]),
             )
             return PlacedSetting(
-                fields[0], {name: given.value if isinstance(value, str) else value}, given, name
+                fields[0], {name: setting.value if isinstance(value, str) else value}, setting, name
             )
     return None
 
 
-def _group_value(given: GivenSetting) -> Any:
+def _group_value(setting: GivenSetting) -> Any:
     """A group's map or null; text of any other kind is left for its main field."""
-    if not given.typed or not isinstance(given.value, str):
-        return given.value
-    text = given.value.strip()
+    if not setting.typed or not isinstance(setting.value, str):
+        return setting.value
+    text = setting.value.strip()
     if text in NULL_WORDS:
         return None
     if not text.startswith("{"):
         return text
-    return _read_typed(given.value)
+    return _read_typed(setting.value)
 
 
 def _read_typed(text: str) -> Any:
@@ -130,12 +130,14 @@ def _read_typed(text: str) -> Any:
         return text
 
 
-def _place_field(names: SchemaNames, dotted: str, given: GivenSetting) -> PlacedSetting:
+def _place_field(names: SchemaNames, dotted: str, setting: GivenSetting) -> PlacedSetting:
     """Read what was typed as the kind of value its field takes; a value from YAML or Python has its
     kind already.
     """
-    value = parse_typed_value(given.value, names.fields[dotted]) if given.typed else given.value
-    return PlacedSetting(dotted, value, given)
+    value = (
+        parse_typed_value(setting.value, names.fields[dotted]) if setting.typed else setting.value
+    )
+    return PlacedSetting(dotted, value, setting)
 
 
 def parse_typed_value(text: str, field: FieldInfo) -> Any:
@@ -158,73 +160,77 @@ def parse_typed_value(text: str, field: FieldInfo) -> Any:
 
 
 def _place_alias(
-    names: SchemaNames, given: GivenSetting, add_note: NoteCallback
+    names: SchemaNames, setting: GivenSetting, add_note: NoteCallback
 ) -> list[PlacedSetting]:
-    word = _peer_word(names, given.key)
+    word = _peer_word(names, setting.key)
     if word in ALIAS_READERS:
-        value = _read_typed(given.value) if given.typed else given.value
+        value = _read_typed(setting.value) if setting.typed else setting.value
         try:
             reading = ALIAS_READERS[word](value)
         except ValueError as error:
-            raise ConfigError(f"{given.where}: {given.key} {error}") from None
+            raise ConfigError(f"{setting.where}: {setting.key} {error}") from None
         if reading is None:
-            add_note(f"{_quote_setting(given.key, value)} changes nothing")
+            add_note(f"{_quote_setting(setting.key, value)} changes nothing")
             return []
         readings = reading if isinstance(reading, list) else [reading]
         settings = [
             (target, meant)
             for dotted, meant in readings
-            if (target := _alias_target(names, given.key, dotted))
+            if (target := _alias_target(names, setting.key, dotted))
         ]
         if settings:
             add_note(
-                f"{_quote_setting(given.key, value)} is read as {' '.join(_quote_setting(*pair) for pair in settings)}"
+                f"{_quote_setting(setting.key, value)} is read as {' '.join(_quote_setting(*pair) for pair in settings)}"
             )
-            return [PlacedSetting(target, meant, given) for target, meant in settings]
-    if word in ALIAS_RENAMES and (target := _alias_target(names, given.key, ALIAS_RENAMES[word])):
-        if given.value is None and not accepts_type(names.fields[target], type(None)):
+            return [PlacedSetting(target, meant, setting) for target, meant in settings]
+    if word in ALIAS_RENAMES and (target := _alias_target(names, setting.key, ALIAS_RENAMES[word])):
+        if setting.value is None and not accepts_type(names.fields[target], type(None)):
             return []  # axolotl's files list every name they know, most of them empty
-        add_note(f"{given.key} is read as {target}")
-        return [_place_field(names, target, given)]
+        add_note(f"{setting.key} is read as {target}")
+        return [_place_field(names, target, setting)]
     if word in IGNORED_ALIASES:
-        if given.value is None:
+        if setting.value is None:
             return []
         # told, since the person may have counted on it
-        add_note(f"{given.key} changes nothing: {IGNORED_ALIASES[word]}")
+        add_note(f"{setting.key} changes nothing: {IGNORED_ALIASES[word]}")
         return []
     if word in UNSUPPORTED_ALIASES:
-        value = _read_typed(given.value) if given.typed else given.value
+        value = _read_typed(setting.value) if setting.typed else setting.value
         # a value that asks for what happens anyway is no reason to refuse a whole file
         if value in UNSUPPORTED_ALIASES[word]:
             if word in ("optim", "optimizer") and value != "adamw":
                 add_note(
-                    f"{_quote_setting(given.key, value)} changes nothing: the optimizer is AdamW, its moments in float32"
+                    f"{_quote_setting(setting.key, value)} changes nothing: the optimizer is AdamW, its moments in float32"
                 )
             elif value is False:
-                add_note(f"{_quote_setting(given.key, value)} changes nothing: it is off here, too")
+                add_note(
+                    f"{_quote_setting(setting.key, value)} changes nothing: it is off here, too"
+                )
             elif value not in (
                 None,
                 [],
                 {},
             ):  # another tool's file lists names that it leaves empty
                 add_note(
-                    f"{_quote_setting(given.key, value)} changes nothing: Lorry does so anyway"
+                    f"{_quote_setting(setting.key, value)} changes nothing: Lorry does so anyway"
                 )
             return []
-        raise ConfigError(f"{given.where}: {_quote_setting(given.key, value)} is not supported yet")
+        raise ConfigError(
+            f"{setting.where}: {_quote_setting(setting.key, value)} is not supported yet"
+        )
     if word in OTHER_VERB_SETTINGS:
         raise ConfigError(
-            f"{given.where}: {given.key!r} is a setting of {OTHER_VERB_SETTINGS[word]}"
+            f"{setting.where}: {setting.key!r} is a setting of {OTHER_VERB_SETTINGS[word]}"
         )
-    raise unknown_setting_error(names, given.key, given.where)
+    raise unknown_setting_error(names, setting.key, setting.where)
 
 
-def _is_homonym(given: GivenSetting, add_note: NoteCallback) -> bool:
+def _is_homonym(setting: GivenSetting, add_note: NoteCallback) -> bool:
     """Whether a name of ours has a peer's meaning here; that it changes nothing is told then."""
-    theirs, why = HOMONYMS.get(given.key, (None, ""))
-    if theirs is None or not theirs(given.value):
+    theirs, why = HOMONYMS.get(setting.key, (None, ""))
+    if theirs is None or not theirs(setting.value):
         return False
-    add_note(f"{_quote_setting(given.key, given.value)} changes nothing: it {why}")
+    add_note(f"{_quote_setting(setting.key, setting.value)} changes nothing: it {why}")
     return True
 
 

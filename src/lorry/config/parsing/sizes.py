@@ -26,12 +26,12 @@ SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", re.IGNORECASE)
 
 def parse_size(text: str) -> int:
     """Bytes. Raises ValueError for anything that is not a positive number with a unit."""
-    found = SIZE_PATTERN.fullmatch(text.strip())
-    if found is None or (unit := found[2].upper()) not in SIZE_UNITS:
+    match = SIZE_PATTERN.fullmatch(text.strip())
+    if match is None or (unit := match[2].upper()) not in SIZE_UNITS:
         raise ValueError(
             f"{text[:40]!r} is no amount of memory; write a number with its unit, such as 3GiB or 800MB"
         )
-    amount = float(found[1]) * SIZE_UNITS[unit]
+    amount = float(match[1]) * SIZE_UNITS[unit]
     if not 1 <= amount < LARGEST_SIZE:
         raise ValueError(
             f"{text[:40]!r} is no amount of memory; it must be above 0 and below {LARGEST_SIZE >> 40:,} TiB"

@@ -37,23 +37,23 @@ class Catalog:
         """The set of this name, in any spelling (boolq, BoolQ, google/boolq). Raises ConfigError
         listing what exists.
         """
-        found = self.spellings.get(_spelling_key(name))
-        if found is None:
+        set_name = self.spellings.get(_spelling_key(name))
+        if set_name is None:
             raise self._unknown_set_error(name)
-        return self.sets[found]
+        return self.sets[set_name]
 
     def expand_suites(self, names: str | Iterable[str]) -> list[str]:
         """Names of sets, with suites spelt out, in order and without repetition. Raises ConfigError
         for an unknown name.
         """
-        found: dict[str, None] = {}
+        expanded: dict[str, None] = {}
         for name in [names] if isinstance(names, str) else names:
-            found.update(
+            expanded.update(
                 dict.fromkeys(
                     self.suites[name] if name in self.suites else (self.find_set(name).name,)
                 )
             )
-        return list(found)
+        return list(expanded)
 
     def _unknown_set_error(self, name: str) -> ConfigError:
         if name in self.suites:

@@ -66,9 +66,9 @@ def read_bool_q(row: RowColumns) -> ItemFields:
 
 def read_bool_q_adapters(row: RowColumns) -> ItemFields:
     """BoolQ as LLM-Adapters has it: questions without their passages."""
-    asked, _, _ = split_adapters_instruction(required_text(row, "instruction"))
+    question, _, _ = split_adapters_instruction(required_text(row, "instruction"))
     return choice_fields(
-        {"question": add_question_mark(asked)},
+        {"question": add_question_mark(question)},
         YES_NO,
         # "the correct answer is true": its last word
         [_yes_no_index(required_text(row, "answer", "output").split()[-1])],
@@ -78,14 +78,14 @@ def read_bool_q_adapters(row: RowColumns) -> ItemFields:
 def read_bool_q_long(row: RowColumns) -> ItemFields:
     """BoolQ in LongBench's columns."""
     # read as an answer in words first: there the label is a list of one text
-    told = generative_fields(
+    fields = generative_fields(
         {
             "question": add_question_mark(required_text(row, "input")),
             "passage": required_text(row, "context"),
         },
         row_answers(row, "answers"),
     )
-    return choice_fields(told.slots, YES_NO, [_yes_no_index(told.answer)])
+    return choice_fields(fields.slots, YES_NO, [_yes_no_index(fields.answer)])
 
 
 def read_paws(row: RowColumns) -> ItemFields:
@@ -123,8 +123,8 @@ def read_hellaswag(row: RowColumns) -> ItemFields:
 
 
 def _subject_slots(row: RowColumns) -> dict[str, str]:
-    found = column_slots(row, "question", subject="subject?")
-    return {**found, "subject": found["subject"].replace("_", " ")}
+    slots = column_slots(row, "question", subject="subject?")
+    return {**slots, "subject": slots["subject"].replace("_", " ")}
 
 
 read_mmlu = choice_list_reader(_subject_slots)

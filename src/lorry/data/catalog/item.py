@@ -106,13 +106,13 @@ def fill_template(template: str, slots: Mapping[str, str]) -> str:
     """The template filled in. A paragraph that names an empty or absent slot is left out, so
     optional columns need no twin.
     """
-    kept = []
+    lines = []
     for paragraph in template.split("\n\n"):
         names = template_slots(paragraph)
         if all(slots.get(name, "").strip() for name in names):
             # one pass over the template: a brace in a value is a brace
-            kept.append(paragraph.format_map({name: slots[name].strip() for name in names}))
-    return "\n\n".join(kept)
+            lines.append(paragraph.format_map({name: slots[name].strip() for name in names}))
+    return "\n\n".join(lines)
 
 
 def template_slots(template: str) -> list[str]:

@@ -67,14 +67,14 @@ def column_slots(row: RowColumns, /, *names: str, **renamed: str) -> dict[str, s
     """These columns as slots, each with text; ``slot="column|other"`` renames, and
     ``slot="column?"`` may be empty.
     """
-    found = {name: required_text(row, name) for name in names}
+    slots = {name: required_text(row, name) for name in names}
     for slot, columns in renamed.items():
         # the mark is the setting's, not part of the last column's name
         listed = columns.removesuffix("?").split("|")
-        found[slot] = (
+        slots[slot] = (
             optional_text(row, *listed) if columns.endswith("?") else required_text(row, *listed)
         )
-    return found
+    return slots
 
 
 def text_list(value: Any, column: str) -> list[str]:
@@ -183,7 +183,7 @@ def _check_option_index(number: int, label: Any, options: Sequence[str]) -> int:
 
 
 def choice_list_reader(
-    asked: Callable[[RowColumns], dict[str, str]],
+    question_slots: Callable[[RowColumns], dict[str, str]],
     column: str = "choices|options",
     label: tuple[str, ...] = LABELS,
 ) -> FieldsReader:
@@ -197,14 +197,16 @@ def choice_list_reader(
         options = text_list(object_member(row, name, "text") if nested else row[name], name)
         labels = text_list(object_member(row, name, "label"), name) if nested else []
         return choice_fields(
-            asked(row), options, [option_by_label(row[column_of(row, label)], options, labels)]
+            question_slots(row),
+            options,
+            [option_by_label(row[column_of(row, label)], options, labels)],
         )
 
     return read
 
 
 def choice_columns_reader(
-    asked: Callable[[RowColumns], dict[str, str]],
+    question_slots: Callable[[RowColumns], dict[str, str]],
     columns: Sequence[str],
     label: str,
     first: int = 0,
@@ -218,7 +220,9 @@ def choice_columns_reader(
         value = row[label]
         # letters before digits: no column of digits holds one
         if isinstance(value, str) and value.strip() in list(string.ascii_uppercase[: len(columns)]):
-            return choice_fields(asked(row), options, [string.ascii_uppercase.index(value.strip())])
+            return choice_fields(
+                question_slots(row), options, [string.ascii_uppercase.index(value.strip())]
+            )
         text = str(value).strip()
         if (
             isinstance(value, bool)
@@ -226,7 +230,7 @@ def choice_columns_reader(
             or not 0 <= int(text) - first < len(options)
         ):
             raise unknown_label_error(value, options)
-        return choice_fields(asked(row), options, [int(text) - first])
+        return choice_fields(question_slots(row), options, [int(text) - first])
 
     return read
 
@@ -249,7 +253,7 @@ def split_adapters_instruction(instruction: str) -> tuple[str, list[str], list[s
         )
     # "answer1/answer2", "true/false", "solution1/solution2"
     names = match[2].split("/")
-    asked, *options = re.split(
+    question, *options = re.split(
         "|".join(rf"\s+{re.escape(name.capitalize())}: " for name in names), match[1]
     )
     if options and len(options) != len(names):
@@ -257,7 +261,7 @@ def split_adapters_instruction(instruction: str) -> tuple[str, list[str], list[s
             "format",
             f"'instruction' lists {len(options)} options for the answer format {match[2]!r}",
         )
-    return asked.strip(), [option.strip() for option in options], names
+    return question.strip(), [option.strip() for option in options], names
 
 
 def split_alpaca_prompt(prompt: str) -> tuple[str, str]:
@@ -268,5 +272,5 @@ def split_alpaca_prompt(prompt: str) -> tuple[str, str]:
     if not frame:
         return head.strip(), ""
     # what stands behind the response header is no part of the question
-    instruction, _, given = rest.partition("### Response:")[0].partition("### Input:")
-    return instruction.strip(), given.strip()
+    instruction, _, input_text = rest.partition("### Response:")[0].partition("### Input:")
+    return instruction.strip(), input_text.strip()

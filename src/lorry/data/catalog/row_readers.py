@@ -149,7 +149,9 @@ def _llm_adapters(slots: SlotColumns) -> FieldsReader:
     [(slot, columns)] = slots.items()
 
     def read(row: RowColumns) -> ItemFields:
-        asked, options, names = split_adapters_instruction(required_text(row, *columns.split("|")))
+        question, options, names = split_adapters_instruction(
+            required_text(row, *columns.split("|"))
+        )
         label = required_text(row, "answer", "output").split()[-1]
         # the names of the answer format ("answer2"), which is what the label says
         if label not in names:
@@ -157,7 +159,7 @@ def _llm_adapters(slots: SlotColumns) -> FieldsReader:
                 label,
                 [f"{name}: {text}" for name, text in zip(names, options or names, strict=True)],
             )
-        return choice_fields({slot: asked}, options or names, [names.index(label)])
+        return choice_fields({slot: question}, options or names, [names.index(label)])
 
     return read
 

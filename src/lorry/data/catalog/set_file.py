@@ -112,11 +112,11 @@ class LayoutFields(_StrictModel):
         if self.reader not in ROW_READERS:
             near = suggest_nearest(self.reader, ROW_READERS)
             raise ValueError(f"no reader {self.reader!r}{near}; there are {', '.join(ROW_READERS)}")
-        reader, given = ROW_READERS[self.reader], self.settings()
-        if missing := [name for name in reader.required if name not in given]:
+        reader, settings = ROW_READERS[self.reader], self.settings()
+        if missing := [name for name in reader.required if name not in settings]:
             raise ValueError(f"the reader {self.reader} needs {missing[0]!r}")
         takes = (*reader.required, *reader.optional)
-        if odd := [name for name in given if name not in takes]:
+        if odd := [name for name in settings if name not in takes]:
             has = f"it takes {', '.join(takes)}" if takes else "it knows its columns"
             raise ValueError(f"the reader {self.reader} does not take {odd[0]!r}; {has}")
         if odd := [name for name in self.slots if name in _OPTION_SLOTS]:
@@ -127,7 +127,7 @@ class LayoutFields(_StrictModel):
             raise ValueError("two options are the same")
         needs = [set(group.split("|")) for group in self.needs]
         for name in reader.columns:
-            held = given.get(name)
+            held = settings.get(name)
             for columns in [held] if isinstance(held, str) else held or ():
                 if not any(group <= set(columns.split("|")) for group in needs):
                     raise ValueError(
@@ -138,8 +138,8 @@ class LayoutFields(_StrictModel):
     def settings(self) -> dict[str, Any]:
         """The reader's settings that were given, by name."""
         fixed = ("name", "needs", "reader")
-        given = self.model_dump(exclude=set(fixed), exclude_unset=True)
-        return {name: value for name, value in given.items() if value is not None}
+        settings = self.model_dump(exclude=set(fixed), exclude_unset=True)
+        return {name: value for name, value in settings.items() if value is not None}
 
     def layout(self) -> ColumnLayout:
         """The layout that reads rows."""
@@ -279,10 +279,10 @@ def read_set_file(path: Path) -> NamedSet:
         return SetFields.model_validate(merged.values).named_set(path)
     except ValidationError as error:
         # a key that is spelt wrong first: that another one is missing follows from it
-        found = sorted(
+        paths = sorted(
             error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden"
         )
-        lines = [_explain(item, merged, path) for item in found]
+        lines = [_explain(item, merged, path) for item in paths]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -296,10 +296,10 @@ def list_set_files(path: Path) -> list[Path]:
         inside = sorted(one for one in path.iterdir() if one.suffix in SET_FILE_SUFFIXES)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    found = [one for one in inside if not one.name.startswith("_")]
-    if not found:
+    set_files = [one for one in inside if not one.name.startswith("_")]
+    if not set_files:
         raise ConfigError(f"{path}: the folder holds no set; a set is a file NAME.yaml")
-    return found
+    return set_files
 
 
 def _read_merged(path: Path, within: tuple[Path, ...]) -> _MergedFile:
@@ -318,9 +318,9 @@ def _read_merged(path: Path, within: tuple[Path, ...]) -> _MergedFile:
         raise ConfigError(f"{where}: include: {name!r} includes this file again")
     below = _read_merged(base, (*within, path))
     # aliases are of the one set: two sets cannot be called alike
-    kept = {key: value for key, value in below.values.items() if key != "aliases"}
+    shared_keys = {key: value for key, value in below.values.items() if key != "aliases"}
     inherited = {k: at for k, at in below.origins.items() if k.partition(".")[0] not in values}
-    return _MergedFile({**kept, **values}, {**inherited, **origins})
+    return _MergedFile({**shared_keys, **values}, {**inherited, **origins})
 
 
 def _read_keys(path: Path) -> DescriptionFile:

@@ -144,11 +144,11 @@ def read_translation(row: RowColumns) -> ItemFields:
 
 def read_python_code(row: RowColumns) -> ItemFields:
     """Programming tasks, whose input may be none ("Not applicable")."""
-    given = str(row.get("input") or "").strip()
+    input_text = str(row.get("input") or "").strip()
     return generative_fields(
         {
             **column_slots(row, task="instruction"),
-            "input": "" if given.lower() == "not applicable" else given,
+            "input": "" if input_text.lower() == "not applicable" else input_text,
         },
         row_answers(row, "output", "response"),
     )
@@ -156,9 +156,9 @@ def read_python_code(row: RowColumns) -> ItemFields:
 
 def read_alpaca_prompt(row: RowColumns) -> ItemFields:
     """An instruction, and what it is given, out of a prompt in Alpaca's frame."""
-    instruction, given = split_alpaca_prompt(required_text(row, "prompt"))
+    instruction, input_text = split_alpaca_prompt(required_text(row, "prompt"))
     return generative_fields(
-        {"instruction": required_text({"prompt": instruction}, "prompt"), "input": given},
+        {"instruction": required_text({"prompt": instruction}, "prompt"), "input": input_text},
         row_answers(row),
     )
 
@@ -178,25 +178,25 @@ def read_squad(row: RowColumns) -> ItemFields:
 
 def read_coqa(row: RowColumns) -> list[ItemFields]:
     """Every turn of a conversation, with the questions and answers before it."""
-    asked, told = (
+    questions, answers = (
         text_list(row["questions"], "questions"),
         text_list(object_member(row, "answers", "input_text"), "answers"),
     )
-    if not asked or len(asked) != len(told):
+    if not questions or len(questions) != len(answers):
         raise UnusableRowError(
             "format",
-            f"the row has {len(asked)} questions and {len(told)} answers; expected as many of both, and some",
+            f"the row has {len(questions)} questions and {len(answers)} answers; expected as many of both, and some",
         )
-    story, found = required_text(row, "story"), []
-    for turn, (question, answer) in enumerate(zip(asked, told, strict=True)):
+    story, turns = required_text(row, "story"), []
+    for turn, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         before = "\n".join(
             f"Q: {q.strip()}\nA: {a.strip()}"
-            for q, a in zip(asked[:turn], told[:turn], strict=True)
+            for q, a in zip(questions[:turn], answers[:turn], strict=True)
         )
         slots = {
             "story": story,
             "history": before,
             "question": required_text({"questions": question}, "questions"),
         }
-        found.append(generative_fields(slots, [answer]))
-    return found
+        turns.append(generative_fields(slots, [answer]))
+    return turns

@@ -114,15 +114,16 @@ def _unlearnt_spans(
         return [whole]
     if not message.unlearnt:
         return []
-    said = text[answer[0] : answer[1]]
+    answer_text = text[answer[0] : answer[1]]
     # a template may trim an answer, which moves the characters that its marks count
-    shift = message.content.find(said)
+    shift = message.content.find(answer_text)
     if shift < 0 or message.content[:shift].strip():
         raise TemplateRefusedError(
             "the chat template changes an answer that has train_detail, so its characters cannot be told"
         )
     moved = (
-        (max(start - shift, 0), min(end - shift, len(said))) for start, end in message.unlearnt
+        (max(start - shift, 0), min(end - shift, len(answer_text)))
+        for start, end in message.unlearnt
     )
     return [(answer[0] + start, answer[0] + end) for start, end in moved if start < end]
 
@@ -161,8 +162,8 @@ def _with_end_of_turn(template: ChatTemplate, text: str, end: int) -> tuple[int,
     if not template.end_of_turn:
         return end, False
     # white space belongs to the answer: the model has to write it before it may stop
-    found = re.compile(r"\s*" + re.escape(template.end_of_turn)).match(text, end)
-    return (found.end(), True) if found else (end, False)
+    match = re.compile(r"\s*" + re.escape(template.end_of_turn)).match(text, end)
+    return (match.end(), True) if match else (end, False)
 
 
 def _generation_block(rendered: RenderedTemplate, answer: CharSpan) -> CharSpan | None:

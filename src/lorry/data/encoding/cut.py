@@ -108,9 +108,9 @@ def drop_oldest_exchange(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage
     """Without the first exchange (a system message stays); the same messages when only one exchange
     is left.
     """
-    kept = 1 if messages[0].role == "system" else 0
-    later = [at for at, message in enumerate(messages) if message.role == "user" and at > kept]
-    return messages[:kept] + messages[later[0] :] if later else messages
+    first = 1 if messages[0].role == "system" else 0
+    later = [at for at, message in enumerate(messages) if message.role == "user" and at > first]
+    return messages[:first] + messages[later[0] :] if later else messages
 
 
 def cut_longest(
@@ -130,8 +130,8 @@ def cut_longest(
     text = template.render(messages).text
     start, end = locate_message(template, messages, longest, text)
     inside = [edge for edge in tokens.ids_and_ends(text)[1] if start < edge <= end]
-    kept = text[inside[over - 1] : end] if over <= len(inside) else ""
-    return (*messages[:longest], replace(messages[longest], content=kept), *messages[longest + 1 :])
+    tail = text[inside[over - 1] : end] if over <= len(inside) else ""
+    return (*messages[:longest], replace(messages[longest], content=tail), *messages[longest + 1 :])
 
 
 def end_of_supervised(marked: MarkedTokens) -> int:

@@ -179,7 +179,12 @@ class ExampleEncoder:
         """
         drafts = [self._drafts(content) for content in contents]
         # one call of the tokenizer for all: a fast one works on them in parallel
-        sound = [draft for made in drafts if not isinstance(made, BadRow) for draft in made]
+        sound = [
+            draft
+            for row_drafts in drafts
+            if not isinstance(row_drafts, BadRow)
+            for draft in row_drafts
+        ]
         columns = (
             [draft.text for draft in sound],
             [draft.spans for draft in sound],
@@ -187,10 +192,10 @@ class ExampleEncoder:
         )
         marked = iter(self.tokens.many(*columns, [draft.unlearnt for draft in sound]))
         return [
-            made
-            if isinstance(made, BadRow)
-            else self._together([self._known(self._finish(d, next(marked))) for d in made])
-            for made in drafts
+            row_drafts
+            if isinstance(row_drafts, BadRow)
+            else self._together([self._known(self._finish(d, next(marked))) for d in row_drafts])
+            for row_drafts in drafts
         ]
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -223,11 +228,11 @@ class ExampleEncoder:
             "take the tokenizer that belongs to this model, or a model whose embeddings were resized"
         )
 
-    def _known(self, made: list[EncodedSequence] | BadRow) -> list[EncodedSequence] | BadRow:
-        if self.embeddings is None or isinstance(made, BadRow):
-            return made
-        reason = next(filter(None, (self._unknown(piece.tokens) for piece in made)), "")
-        return BadRow("vocabulary", reason) if reason else made
+    def _known(self, sequences: list[EncodedSequence] | BadRow) -> list[EncodedSequence] | BadRow:
+        if self.embeddings is None or isinstance(sequences, BadRow):
+            return sequences
+        reason = next(filter(None, (self._unknown(piece.tokens) for piece in sequences)), "")
+        return BadRow("vocabulary", reason) if reason else sequences
 
     def _prompt(self, conversation: Conversation) -> list[int]:
         if rendered := self.rendered.split_rendered(conversation, self.system):
@@ -351,11 +356,11 @@ class ExampleEncoder:
     ) -> list[EncodedSequence] | BadRow:
         """The sequences of one example; it is a bad row when none of them can be used."""
         # a chat whose early answers do not fit still teaches its last one
-        kept = [piece for part in parts if not isinstance(part, BadRow) for piece in part]
+        pieces = [piece for part in parts if not isinstance(part, BadRow) for piece in part]
         bad = [part for part in parts if isinstance(part, BadRow)]
-        if kept and bad:
+        if pieces and bad:
             self.notes["some answers of a chat were left out: too long for max_length"] += 1
-        return kept or bad[0]
+        return pieces or bad[0]
 
     def _plain_prompt(self, conversation: Conversation) -> str:
         prompt = conversation.plain[0] if conversation.plain else ""
@@ -393,8 +398,8 @@ class ExampleEncoder:
                 "the chat template marks no answer of this conversation for learning"
             )
         spans = chat.spans[-1:] if last else chat.spans
-        said = chat.text[spans[-1][0] : spans[-1][1]]
-        if messages[-1].content.strip() not in said:
+        answer_text = chat.text[spans[-1][0] : spans[-1][1]]
+        if messages[-1].content.strip() not in answer_text:
             self.notes[
                 "the chat template changes or shortens the answer itself, a thought for example"
             ] += 1
@@ -457,7 +462,7 @@ class ExampleEncoder:
             # computing
             ids, weights = (
                 marked.ids[: end_of_supervised(marked)],
-                [float(taken) for taken in marked.learnt[: end_of_supervised(marked)]],
+                [float(is_learnt) for is_learnt in marked.learnt[: end_of_supervised(marked)]],
             )
         else:
             ids, weights = marked.ids, [1.0] * len(marked.ids)

@@ -84,8 +84,8 @@ class RenderedTextDetector:
         header, question = self.template.written_header.strip(), self.template.question_header
         if not self.has_template or [turn.role for turn in turns] != ["user", "assistant"]:
             return None
-        asked, answer = turns[0].content, self.without_header(turns[1]).content
-        if not self.begins_rendered(asked, bool(header) and asked.rstrip().endswith(header)):
+        prompt, answer = turns[0].content, self.without_header(turns[1]).content
+        if not self.begins_rendered(prompt, bool(header) and prompt.rstrip().endswith(header)):
             return None
         if system or conversation.tools or len(turns) < len(conversation.messages):
             raise TemplateRefusedError(
@@ -97,16 +97,16 @@ class RenderedTextDetector:
                 f"{ALREADY_RENDERED}, so its turns' weight, train or train_detail have no place; {AS_MESSAGES}"
             )
         self._refuse_further_turns(answer)
-        at = asked.rfind(header) if header else len(asked)
+        at = prompt.rfind(header) if header else len(prompt)
         # or the answer brought it
-        missing = bool(header) and at <= (asked.rfind(question) if question else -1)
-        if missing and not asked.rstrip().endswith(self.template.question_end):
+        missing = bool(header) and at <= (prompt.rfind(question) if question else -1)
+        if missing and not prompt.rstrip().endswith(self.template.question_end):
             raise TemplateRefusedError(
                 f"{ALREADY_RENDERED}, but its last question does not end; {AS_MESSAGES}"
             )
         # of several columns, as alpaca's
-        composed = conversation.plain is not None and conversation.plain[0] != asked
-        if composed and not missing and asked[at:].removeprefix(header).strip():
+        composed = conversation.plain is not None and conversation.plain[0] != prompt
+        if composed and not missing and prompt[at:].removeprefix(header).strip():
             raise TemplateRefusedError(
                 f"{ALREADY_RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}"
             )
@@ -114,12 +114,12 @@ class RenderedTextDetector:
             "prompts are rendered by the chat template already; no second chat was put around them"
         ] += 1
         if missing:
-            asked, at = f"{asked}{self.template.written_header}", len(asked)
+            prompt, at = f"{prompt}{self.template.written_header}", len(prompt)
             answer = answer.lstrip("\n") if self.template.written_header.endswith("\n") else answer
         # white space behind the header as the template has it
-        if not asked[at:].removeprefix(header).strip():
-            asked = asked[:at] + self.template.written_header.lstrip()
-        return asked, self._bare(answer)
+        if not prompt[at:].removeprefix(header).strip():
+            prompt = prompt[:at] + self.template.written_header.lstrip()
+        return prompt, self._bare(answer)
 
     def without_header(self, message: ChatMessage) -> ChatMessage:
         """An answer without the assistant's header that it brings itself: the template writes it.
@@ -128,17 +128,17 @@ class RenderedTextDetector:
         header = self._header
         if message.role != "assistant" or not self._header_is_control:
             return message
-        if not (said := self._without_bos(message.content)).startswith(header):
+        if not (text := self._without_bos(message.content)).startswith(header):
             return message
         if message.unlearnt:
             raise TemplateRefusedError(
                 "an answer with train_detail brings the chat template's header; leave the header out"
             )
         self.notes["answers bring the chat template's header; it was left to the template"] += 1
-        said = said.removeprefix(header)
+        text = text.removeprefix(header)
         return replace(
             message,
-            content=said.lstrip("\n") if self.template.written_header.endswith("\n") else said,
+            content=text.lstrip("\n") if self.template.written_header.endswith("\n") else text,
         )
 
     def without_end(self, message: ChatMessage) -> ChatMessage:

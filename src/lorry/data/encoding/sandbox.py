@@ -297,14 +297,14 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return compared
 
     def _range(self, *args: Any) -> Any:
-        found = safe_range(*args)
-        self.budget.work(len(found))
-        return found
+        numbers = safe_range(*args)
+        self.budget.work(len(numbers))
+        return numbers
 
     def _dict(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        given = [value if isinstance(value, Mapping) else [*value] for value in args]
-        self.budget.weigh(given)  # a key is hashed, and a tuple of tuples of tuples takes for ever
-        return dict(self.budget.made(dict(*given, **kwargs), anew=True))
+        pairs = [value if isinstance(value, Mapping) else [*value] for value in args]
+        self.budget.weigh(pairs)  # a key is hashed, and a tuple of tuples of tuples takes for ever
+        return dict(self.budget.made(dict(*pairs, **kwargs), anew=True))
 
     def _sum(
         self, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0
@@ -343,8 +343,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         )
         self.budget.afford(len(text) + len(margin) * (text.count("\n") + 1))
         lines = text.split("\n")
-        kept = [margin + line if line or blank else line for line in lines]
-        return "\n".join(kept if first else [lines[0], *kept[1:]])
+        indented = [margin + line if line or blank else line for line in lines]
+        return "\n".join(indented if first else [lines[0], *indented[1:]])
 
     def _tojson(
         self,
@@ -383,31 +383,31 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         """The arguments of a built-in method, after its work and the size of its result were found
         affordable.
         """
-        given = (*args, *kwargs.values())
+        values = (*args, *kwargs.values())
         if (
-            any(isinstance(value, int) and abs(value) > self.budget.room for value in given)
+            any(isinstance(value, int) and abs(value) > self.budget.room for value in values)
             or method in REFUSED_METHODS
         ):
             raise RenderBudgetError(f"it calls {method} with numbers or tables no chat needs")
         if isinstance(owner, bytes):
             raise RenderBudgetError("it works with bytes, which no chat template needs")
-        for value in given:
+        for value in values:
             self.budget.compare(value)
         if not isinstance(owner, str):
             if isinstance(owner, list | tuple) and method in ("index", "count"):
                 self.budget.weigh(owner)
             return args
         if method in WIDTH_METHODS and any(
-            isinstance(value, int) and value > 1000 for value in given
+            isinstance(value, int) and value > 1000 for value in values
         ):
             raise RenderBudgetError(f"it pads text by {method} to more than 1000 columns")
         if method == "expandtabs":
             self.budget.afford(
                 len(owner)
-                + owner.count("\t") * max((v for v in given if isinstance(v, int)), default=8)
+                + owner.count("\t") * max((v for v in values if isinstance(v, int)), default=8)
             )
         if method in PRODUCT_METHODS:
-            self._afford_searches(owner, given)
+            self._afford_searches(owner, values)
         if method == "replace" and len(args) >= 2:
             self._replace(owner, args[0], args[1])
         if method == "join" and args:
@@ -416,10 +416,11 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             return (items,)
         return args
 
-    def _afford_searches(self, text: Any, given: Iterable[Any]) -> None:
+    def _afford_searches(self, text: Any, patterns: Iterable[Any]) -> None:
         if isinstance(text, str):
             self.budget.work(
-                sum(len(text) * len(sought) for sought in given if isinstance(sought, str)) // 4096
+                sum(len(text) * len(sought) for sought in patterns if isinstance(sought, str))
+                // 4096
             )
 
     def _afford_product(self, operator: str, left: Any, right: Any) -> None:
@@ -483,8 +484,8 @@ class _BudgetPlanter(NodeTransformer):
         self.environment = environment
 
     def _call(self, method: str, args: list[nodes.Expr], line: int) -> nodes.Call:
-        made = nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
-        return made.set_lineno(line, override=False).set_environment(self.environment)  # type: ignore[return-value]
+        call = nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
+        return call.set_lineno(line, override=False).set_environment(self.environment)  # type: ignore[return-value]
 
     def _counted(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         literal = sum(len(text.data) for part in node.body for text in _template_texts(part))

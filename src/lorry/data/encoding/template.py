@@ -157,9 +157,9 @@ class ChatTemplate:
                 else RenderedTemplate(framed)
             )
         # what a template may spend grows with what it was given
-        given = sum(len(message.content) + len(message.reasoning) for message in messages)
-        given += len(json.dumps(self.tools)) if self.tools else 0
-        self._sandbox.budget.open(given, len(messages))
+        size = sum(len(message.content) + len(message.reasoning) for message in messages)
+        size += len(json.dumps(self.tools)) if self.tools else 0
+        self._sandbox.budget.open(size, len(messages))
         try:
             marked = self._compiled.render(
                 self.variables,
@@ -245,7 +245,7 @@ class ChatTemplate:
         """
         question, answer = ChatMessage("user", "?"), ChatMessage("assistant", PROBE_CHARACTER)
         try:
-            asked = self.render([question]).text
+            prompt = self.render([question]).text
             opened = self.render([question], add_generation_prompt=True).text
             full = self.render([question, answer]).text
         except TemplateRefusedError as error:
@@ -257,7 +257,7 @@ class ChatTemplate:
             raise ModelError(
                 "the chat template does not show what the assistant says; it cannot be trained with"
             )
-        header = self._header(asked, opened, full[:at])
+        header = self._header(prompt, opened, full[:at])
         return (
             header,
             _find_end_of_turn(full[at + 1 :], special_tokens),
@@ -279,8 +279,8 @@ class ChatTemplate:
             return ""
         # where the last control token begins; of plain text nobody could say that it opens a turn
         starts = [at for token in special_tokens if (at := before.rfind(token)) >= 0]
-        found = before[max(starts) :].strip() if starts else ""
-        if found in special_tokens:  # Llama 3's and Phi's role stands between or in control tokens
+        header = before[max(starts) :].strip() if starts else ""
+        if header in special_tokens:  # Llama 3's and Phi's role stands between or in control tokens
             between = before[: max(starts)]
             earlier = [
                 (at, at + len(token))
@@ -288,8 +288,8 @@ class ChatTemplate:
                 if (at := between.rfind(token)) >= 0
             ]
             if earlier and (role := between[max(earlier)[1] :].strip()) and "!" not in role:
-                found = before[max(earlier)[0] :].strip()
-        return found
+                header = before[max(earlier)[0] :].strip()
+        return header
 
     def _learn_question(self, special_tokens: Sequence[str]) -> tuple[tuple[str, ...], str, str]:
         """What rendered chats begin with, the assistant's header with its first control token
@@ -322,24 +322,24 @@ class ChatTemplate:
         openings = tuple(start.strip() for start in starts if start.strip())
         return openings, tail[begin:at] + self.header, tail[:begin].strip()
 
-    def _header(self, asked: str, opened: str, before: str) -> str:
+    def _header(self, prompt: str, opened: str, before: str) -> str:
         """What stands between the user's turn and the assistant's own words, as far as a generation
         prompt gives it.
         """
         # the part of the training text that inference also gives the model
         written = common_prefix(opened, before)
-        if opened == asked and before[written:].strip():
+        if opened == prompt and before[written:].strip():
             self._forgets_header = True
             self.notes.append(
                 "the chat template ignores add_generation_prompt; the assistant's header is taken from its turns"
             )
-            return before[common_prefix(asked, before) :]
+            return before[common_prefix(prompt, before) :]
         if opened[written:]:
             self.notes.append(
                 f"the generation prompt ends with {opened[written:]!r}, which training rows do not have there"
             )
         # what a chat without and one with a generation prompt share is not header
-        start = min(common_prefix(asked, opened), written)
+        start = min(common_prefix(prompt, opened), written)
         # a template without a header (Llama 2's "[INST] ? [/INST]") is known by what follows the
         # question
         return before[start:written] or before[before.rfind("?", 0, written) + 1 : written]
@@ -398,13 +398,13 @@ def common_prefix(one: str, other: str) -> int:
 
 def _message_values(message: ChatMessage) -> dict[str, str]:
     """The message as templates know it, made of plain values only."""
-    made = {"role": message.role, "content": message.content}
+    values = {"role": message.role, "content": message.content}
     if message.name:
-        made["name"] = message.name
+        values["name"] = message.name
     return (
-        made | {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+        values | {"reasoning_content": message.reasoning, "thinking": message.reasoning}
         if message.reasoning
-        else made
+        else values
     )
 
 

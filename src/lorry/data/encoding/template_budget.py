@@ -1,7 +1,7 @@
 """The account of one rendering of a chat template: work, bytes and characters that it may still
 spend, and a clock.
 
-    budget.open(given=characters_of_the_messages)
+    budget.open(size=characters_of_the_messages)
     budget.work(3)          # three steps, see below
     budget.made(value)      # a value was built: its bytes count until the rendering ends
     budget.compare(value)   # before it is compared, searched or hashed
@@ -52,14 +52,14 @@ class RenderBudget:
     def __init__(self) -> None:
         self.open(0)
 
-    def open(self, given: int, turns: int = 0) -> None:
-        """Start anew for a rendering of so many messages, which hold ``given`` characters."""
+    def open(self, size: int, turns: int = 0) -> None:
+        """Start anew for a rendering of so many messages, which hold ``size`` characters."""
         self.steps, self.patience = (
             0,
-            MOST_STEPS + given // 2 + min(4 * turns * turns, MOST_FOR_TURNS),
+            MOST_STEPS + size // 2 + min(4 * turns * turns, MOST_FOR_TURNS),
         )
-        self.bytes, self.memory = 0, MOST_MEMORY_BYTES + 256 * given
-        self.characters, self.room = 0, MOST_CHARACTERS + 4 * given
+        self.bytes, self.memory = 0, MOST_MEMORY_BYTES + 256 * size
+        self.characters, self.room = 0, MOST_CHARACTERS + 4 * size
         self.deadline, self._next_look = time.thread_time() + MOST_SECONDS, 0
 
     def work(self, steps: int = 1) -> None:

@@ -231,9 +231,9 @@ class FrameSandbox(TemplateSandbox):
         symbolic = _holds_symbol(left) or _holds_symbol(right)
         if symbolic and operator != "+":
             _refuse_look()
-        found = super().call_binop(context, operator, left, right)
+        value = super().call_binop(context, operator, left, right)
         return (
-            self.symbol(found) if symbolic and isinstance(found, str) else _require_no_symbol(found)
+            self.symbol(value) if symbolic and isinstance(value, str) else _require_no_symbol(value)
         )
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:

@@ -129,13 +129,15 @@ def _cache_folder() -> Path:
 
 def _prune_cache(room: int) -> None:
     """Remove the sets that were not used for the longest until the others fit into ``room`` bytes."""
-    kept = sorted(
+    folders = sorted(
         (item for item in _cache_folder().iterdir() if item.is_dir()),
         key=lambda item: item.stat().st_mtime,
     )
-    sizes = [sum(file.stat().st_size for file in item.iterdir() if file.is_file()) for item in kept]
+    sizes = [
+        sum(file.stat().st_size for file in item.iterdir() if file.is_file()) for item in folders
+    ]
     total = sum(sizes)
-    for item, size in zip(kept, sizes, strict=True):
+    for item, size in zip(folders, sizes, strict=True):
         if total <= room:
             return
         durable.remove_directory(item)

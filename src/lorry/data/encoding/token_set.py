@@ -69,8 +69,8 @@ class TokenSet:
         or when no row is left.
         """
         key = cache_key(source, encoder, form)
-        if (found := read_cached(key, encoder.tell)) is not None:
-            return cls._of_cache(*found, adapter=adapter, role=role)
+        if (entry := read_cached(key, encoder.tell)) is not None:
+            return cls._of_cache(*entry, adapter=adapter, role=role)
         notes: set[str] = set()
         examples = read_examples(source, form, add_note=notes.add)
         # an encoder of another kind has to see row by row what it is given
@@ -85,18 +85,25 @@ class TokenSet:
                 f"{source.label}: its texts are joined with blank lines and cut every {encoder.max_length} tokens, as "
                 "open-unlearning does; give the file's own name to have each by itself"
             )
-        made = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
-        if not len(made):
+        token_set = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
+        if not len(token_set):
             raise DataError(
                 f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}"
             )
         # no file changed meanwhile
         if key and not source.bad.total and cache_key(source, encoder, form) == key:
-            arrays = {"tokens": made.tokens, "weights": made.weights, "edges": made.edges}
+            arrays = {
+                "tokens": token_set.tokens,
+                "weights": token_set.weights,
+                "edges": token_set.edges,
+            }
             write_cached(
-                key, arrays, {"report": asdict(made.report), "where": made.where}, encoder.tell
+                key,
+                arrays,
+                {"report": asdict(token_set.report), "where": token_set.where},
+                encoder.tell,
             )
-        return made
+        return token_set
 
     @classmethod
     def _of_cache(
@@ -126,7 +133,7 @@ class TokenSet:
         # an encoder may read several sources, and counts on
         report, before = DataReport(source.label), Counter(encoder.notes)
         tokens, weights, lengths, where = [], [], [], []
-        for found, pieces in rows:
+        for example, pieces in rows:
             report.rows += 1
             report.shortened += any(piece.cut for piece in pieces)
             report.tokens_cut += sum(piece.cut for piece in pieces)
@@ -137,7 +144,7 @@ class TokenSet:
                 tokens.append(np.asarray(piece.tokens, dtype=np.int32))
                 weights.append(np.asarray(piece.weights, dtype=np.float32))
                 lengths.append(len(piece.tokens))
-                where.append(found.where)
+                where.append(example.where)
         flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
         marks = np.concatenate(weights) if weights else np.zeros(0, np.float32)
         edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
@@ -313,10 +320,10 @@ def report_progress(
                 due *= 2
 
 
-def _read_chunk(found: Iterator[DataExample]) -> Iterator[DataExample]:
+def _read_chunk(examples: Iterator[DataExample]) -> Iterator[DataExample]:
     """The next rows for one call of the tokenizer, which uses every core for them."""
     size = 0
-    for row in islice(found, CHUNK_ROWS):
+    for row in islice(examples, CHUNK_ROWS):
         yield row
         size += row.content.size
         if size >= CHUNK_CHARACTERS:
@@ -324,19 +331,19 @@ def _read_chunk(found: Iterator[DataExample]) -> Iterator[DataExample]:
 
 
 def encode_rows(
-    found: Iterator[DataExample], source: DataSource, encoder: ExampleEncoder
+    examples: Iterator[DataExample], source: DataSource, encoder: ExampleEncoder
 ) -> Iterator[tuple[DataExample, list[EncodedSequence]]]:
     """Encode rows a chunk at a time; what cannot be encoded goes to ``source.bad``, an answer too
     long is dropped there.
     """
-    while chunk := list(_read_chunk(found)):
-        for row, made in zip(
+    while chunk := list(_read_chunk(examples)):
+        for row, encoded in zip(
             chunk, encoder.encode_many([row.content for row in chunk]), strict=True
         ):
-            if not isinstance(made, BadRow):
-                yield row, made
+            if not isinstance(encoded, BadRow):
+                yield row, encoded
             # nothing is wrong with the row, so on_bad_row=error does not stop for it
-            elif made.kind == TOO_LONG:
-                source.bad.drop(row.where, made, row.raw)
+            elif encoded.kind == TOO_LONG:
+                source.bad.drop(row.where, encoded, row.raw)
             else:
-                source.bad.report(row.where, made, row.raw)
+                source.bad.report(row.where, encoded, row.raw)

@@ -64,8 +64,8 @@ class TextTokenizer:
         # only fast tokenizers know characters
         if not getattr(self.tokenizer, "is_fast", False):
             return [
-                self._piecewise(text, marks, kept)
-                for text, marks, kept in zip(texts, spans, unlearnt, strict=True)
+                self._piecewise(text, marks, barred)
+                for text, marks, barred in zip(texts, spans, unlearnt, strict=True)
             ]
         if not texts:
             return []
@@ -89,15 +89,17 @@ class TextTokenizer:
             unlearnt,
             strict=True,
         )
-        for text, ids, offsets, marks, opener, kept in columns:
+        for text, ids, offsets, marks, opener, barred in columns:
             ends = _token_ends(offsets)
             cuts = self._unclean(ids, ends, marks, opener)
-            made = (
-                self._broken_up(text, marks, cuts, kept)
+            marked = (
+                self._broken_up(text, marks, cuts, barred)
                 if cuts
-                else MarkedTokens(list(ids), _mark_spans(ends, marks), _tokens_touching(ends, kept))
+                else MarkedTokens(
+                    list(ids), _mark_spans(ends, marks), _tokens_touching(ends, barred)
+                )
             )
-            done.append(made)
+            done.append(marked)
         # offsets are believed only after what they mark was decoded
         self._verify(texts, spans, done)
         return done
@@ -117,10 +119,10 @@ class TextTokenizer:
         if not getattr(self.tokenizer, "is_fast", False):
             ids = self._ids(text)
             return ids, list(accumulate(len(self.tokenizer.decode([token])) for token in ids))
-        made = self.tokenizer(
+        encoding = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        return list(made["input_ids"]), _token_ends(made["offset_mapping"])
+        return list(encoding["input_ids"]), _token_ends(encoding["offset_mapping"])
 
     def _unclean(
         self, ids: list[int], ends: list[int], spans: Sequence[TextSpan], opener: str
@@ -148,11 +150,11 @@ class TextTokenizer:
         unlearnt: Sequence[TextSpan],
     ) -> MarkedTokens:
         """Tokenise the stretches between the cuts on their own."""
-        made, all_ends = MarkedTokens([], []), list[int]()
+        marked, all_ends = MarkedTokens([], []), list[int]()
         for start, end in pairwise([0, *cuts, len(text)]):
             ids, ends = self._inside(text[start:end]) if start else self.ids_and_ends(text[:end])
-            made.ids += ids
-            made.learnt += _mark_spans(
+            marked.ids += ids
+            marked.learnt += _mark_spans(
                 ends,
                 [
                     (max(s, start) - start, min(e, end) - start)
@@ -161,7 +163,7 @@ class TextTokenizer:
                 ],
             )
             all_ends += [start + edge for edge in ends]
-        return MarkedTokens(made.ids, made.learnt, _tokens_touching(all_ends, unlearnt))
+        return MarkedTokens(marked.ids, marked.learnt, _tokens_touching(all_ends, unlearnt))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -187,14 +189,14 @@ class TextTokenizer:
         """
         # all edges, so that every stretch lies wholly inside or outside of each span
         cuts = sorted({0, len(text), *(edge for span in (*spans, *unlearnt) for edge in span)})
-        made, barred = MarkedTokens([], []), set[int]()
+        marked, barred = MarkedTokens([], []), set[int]()
         for start, end in pairwise(cuts):
             ids = self._ids(text[start:end])
             if any(s <= start < e for s, e in unlearnt):
-                barred.update(range(len(made.ids), len(made.ids) + len(ids)))
-            made.ids += ids
-            made.learnt += [any(s <= start < e for s, e in spans)] * len(ids)
-        return MarkedTokens(made.ids, made.learnt, frozenset(barred))
+                barred.update(range(len(marked.ids), len(marked.ids) + len(ids)))
+            marked.ids += ids
+            marked.learnt += [any(s <= start < e for s, e in spans)] * len(ids)
+        return MarkedTokens(marked.ids, marked.learnt, frozenset(barred))
 
     def _verify(
         self,
@@ -205,22 +207,24 @@ class TextTokenizer:
         """Decode what is marked and compare it with the spans: a tokenizer with false offsets would
         teach the prompt.
         """
-        said = [
+        expected_ids = [
             "".join(text[start:end] for start, end in marks)
             for text, marks in zip(texts, spans, strict=True)
         ]
         learnt = [
-            [token for token, taken in zip(row.ids, row.learnt, strict=True) if taken]
+            [token for token, is_learnt in zip(row.ids, row.learnt, strict=True) if is_learnt]
             for row in marked
         ]
-        for expected, found in zip(
-            said, self.tokenizer.batch_decode(learnt, skip_special_tokens=False), strict=True
+        for expected, actual in zip(
+            expected_ids,
+            self.tokenizer.batch_decode(learnt, skip_special_tokens=False),
+            strict=True,
         ):
-            if _strip_space(found) != _strip_space(expected) and _strip_space(
-                found
+            if _strip_space(actual) != _strip_space(expected) and _strip_space(
+                actual
             ) != self._round_trip(expected):
                 raise ModelError(
-                    f"the tokenizer's offsets are wrong: the answer {expected[:80]!r} was found as {found[:80]!r}; "
+                    f"the tokenizer's offsets are wrong: the answer {expected[:80]!r} was found as {actual[:80]!r}; "
                     "train with another tokenizer file of this model"
                 )
 

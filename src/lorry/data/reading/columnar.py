@@ -128,13 +128,13 @@ def select_columns(schema: Any, shown: str, select: ColumnSelector | None) -> li
         ) from error
     if twice := first_repeated(names):
         raise DataError(f"{shown}:1: two columns are called {twice!r}; give each a name of its own")
-    kept = (list(select(names, f"{shown}:1")) if select is not None else []) or names
-    for name in kept:
+    selected = (list(select(names, f"{shown}:1")) if select is not None else []) or names
+    for name in selected:
         if twice := within[name]:
             raise DataError(
                 f"{shown}:1: two fields of the column {name!r} are called {twice!r}; give each a name of its own"
             )
-    return kept
+    return selected
 
 
 def batch_rows(
@@ -192,12 +192,12 @@ def _json_list(path: Path, key: str, shown: str) -> list[Any]:
         raise DataError(
             f"{shown}: not a readable saved data set: {path.name}: {error.strerror or error}"
         ) from error
-    found = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(found, list):
+    entries = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(entries, list):
         raise DataError(
             f"{path}: not of a saved data set: {key!r} is not a list; save the data set anew"
         )
-    return found
+    return entries
 
 
 def _next_batch(batches: Iterator[Any], path: Path, broken: str) -> Any:
@@ -220,8 +220,8 @@ def expect_damage(error: BaseException, path: Path | str) -> None:
     """
     if isinstance(error, MemoryError):
         # Arrow's message is all there is: "malloc of size 4611686018427387904 failed"
-        asked = [int(digits) for digits in re.findall(r"\d+", str(error))]
-        if max(asked, default=0) < IMPOSSIBLE_ALLOCATION:
+        sizes = [int(digits) for digits in re.findall(r"\d+", str(error))]
+        if max(sizes, default=0) < IMPOSSIBLE_ALLOCATION:
             raise error
     elif isinstance(error, OSError) and error.errno == errno.ENOMEM:
         raise MemoryError(str(error)) from error

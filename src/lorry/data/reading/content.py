@@ -229,13 +229,13 @@ def parse_json_column(value: Any, column: str) -> Any:
     """
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
-    found = RowDecoder().only(value)
-    if isinstance(found, BadRow):
+    value_in_text = RowDecoder().only(value)
+    if isinstance(value_in_text, BadRow):
         raise UnusableRowError(
             "json",
-            f"{column!r} as JSON text: {found.reason} (Python's json.dumps writes JSON, str and repr do not)",
+            f"{column!r} as JSON text: {value_in_text.reason} (Python's json.dumps writes JSON, str and repr do not)",
         )
-    return found
+    return value_in_text
 
 
 def parse_turns(value: Any) -> Any:
@@ -245,8 +245,8 @@ def parse_turns(value: Any) -> Any:
     # a prompt in brackets is a text, too: only a list of nothing but turns is read as one
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    found = RowDecoder().only(value)
-    return found if isinstance(found, list) and found and all(map(_is_turn, found)) else value
+    turns = RowDecoder().only(value)
+    return turns if isinstance(turns, list) and turns and all(map(_is_turn, turns)) else value
 
 
 def _is_turn(item: Any) -> bool:
@@ -333,36 +333,36 @@ def _read_learning_marks(
             raise UnusableRowError(
                 "keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}"
             )
-    said = {
+    marks = {
         key: _read_switch(item[key], f"{place}.{key}")
         for key in SWITCHES
         if item.get(key) is not None
     }
-    if len(set(said.values())) > 1:
+    if len(set(marks.values())) > 1:
         raise UnusableRowError(
             "keys",
-            f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them",
+            f"{place}: {' and '.join(map(repr, marks))} contradict each other; keep one of them",
         )
-    learnt = next(iter(said.values()), True)
+    learnt = next(iter(marks.values()), True)
     detail = item.get("train_detail")
     # saying that a question is learnt would be a promise nobody keeps; that it is not is true
     # anyway
-    if role != "assistant" and (detail or any(said.values())):
-        key = "train_detail" if detail else next(iter(said))
+    if role != "assistant" and (detail or any(marks.values())):
+        key = "train_detail" if detail else next(iter(marks))
         raise UnusableRowError(
             "keys",
             f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there",
         )
     if not detail or not learnt:
         return learnt, ()
-    kept = _learnt_characters(detail, len(text), f"{place}.train_detail")
+    spans = _learnt_characters(detail, len(text), f"{place}.train_detail")
     # what lies between the learnt stretches, behind the last one, too
     gaps, at = list[tuple[int, int]](), 0
-    for start, end in [*kept, (len(text), len(text))]:
+    for start, end in [*spans, (len(text), len(text))]:
         if start > at:
             gaps.append((at, start))
         at = max(at, end)
-    return bool(kept), tuple(gaps) if kept else ()
+    return bool(spans), tuple(gaps) if spans else ()
 
 
 def _read_switch(value: Any, place: str) -> bool:
@@ -384,7 +384,7 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
     Raises UnusableRowError for a weight between 0 and 1, for words that are neither, and for columns that
     contradict each other.
     """
-    said = dict[str, bool]()
+    marks = dict[str, bool]()
     for name in SWITCHES:
         value = row.get(name)
         # a column that is the content says nothing of what is learnt
@@ -402,13 +402,13 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
             raise UnusableRowError(
                 "keys", f"{reason}; a column that means something else needs another name"
             )
-        said[name] = bool(value) if switch is None else switch
-    if len(set(said.values())) > 1:
+        marks[name] = bool(value) if switch is None else switch
+    if len(set(marks.values())) > 1:
         raise UnusableRowError(
             "keys",
-            f"the columns {' and '.join(map(repr, said))} contradict each other; keep one of them",
+            f"the columns {' and '.join(map(repr, marks))} contradict each other; keep one of them",
         )
-    return next(iter(said.values()), True)
+    return next(iter(marks.values()), True)
 
 
 def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, int]]:

@@ -189,10 +189,10 @@ def read_examples(
     reader sees the same rows.
     """
     # by file: the files of a folder may be written differently
-    settled: dict[str, RowFormat] = {}
+    format_by_file: dict[str, RowFormat] = {}
 
     def settle(columns: Iterable[str], where: str) -> RowFormat:
-        chosen = settled[file_of(where)] = form or detect_format(columns, where)
+        chosen = format_by_file[file_of(where)] = form or detect_format(columns, where)
         unused = chosen.unused(columns)
         if unused:
             add_note(
@@ -205,12 +205,12 @@ def read_examples(
         return [name for name in columns if name not in unused or name in ALSO_READ]
 
     for number, row in enumerate(source.read(select=select)):
-        if row.file not in settled:
+        if row.file not in format_by_file:
             settle(row.values, row.where)
         # read all the same, so that counts and places are those of the first time
         if number < start:
             continue
-        content = normalise_row(row.values, settled[row.file])
+        content = normalise_row(row.values, format_by_file[row.file])
         if content is NOT_LEARNT:
             source.bad.drop(row.where, NOT_LEARNT, json.dumps(row.values, default=str))
         elif isinstance(content, BadRow):
@@ -278,15 +278,19 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, COMPLETIONS)
     prompt, completion = parse_turns(row["prompt"]), parse_turns(row[column])
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        asked, said, system = (
+        prompt_value, completion_value, system = (
             text_of(prompt, "prompt"),
             answer_of(completion, column),
             _system_message(row),
         )
         # running text for a tokenizer without a template has the system message in front
         opening = f"{system[0].content}\n\n" if system else ""
-        messages = [*system, ChatMessage("user", asked), ChatMessage("assistant", said)]
-        return _make_conversation(messages, column, (opening + asked, said))
+        messages = [
+            *system,
+            ChatMessage("user", prompt_value),
+            ChatMessage("assistant", completion_value),
+        ]
+        return _make_conversation(messages, column, (opening + prompt_value, completion_value))
     before = (
         messages_of(prompt, "prompt")
         if isinstance(prompt, list)
@@ -305,7 +309,7 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
 
 def _read_instruction(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, OUTPUTS)
-    instruction, given = (
+    instruction, input_text = (
         text_of(row["instruction"], "instruction"),
         optional_text(row, "input", "context"),
     )
@@ -314,9 +318,9 @@ def _read_instruction(row: Mapping[str, Any]) -> Conversation:
         _system_message(row),
         _history_messages(parse_json_column(row.get("history"), "history")),
     )
-    user = f"{instruction}\n\n{given}" if given.strip() else instruction
+    user = f"{instruction}\n\n{input_text}" if input_text.strip() else instruction
     # Alpaca's own frame for running text (Taori et al. 2023)
-    section = f"### Input:\n{given}\n\n" if given.strip() else ""
+    section = f"### Input:\n{input_text}\n\n" if input_text.strip() else ""
     opening = f"{system[0].content}\n\n" if system else ""
     plain = (f"{opening}### Instruction:\n{instruction}\n\n{section}### Response:\n", answer)
     messages = [*system, *history, ChatMessage("user", user), ChatMessage("assistant", answer)]
@@ -343,19 +347,23 @@ def _history_messages(value: Any) -> list[ChatMessage]:
 
 
 def _read_question(row: Mapping[str, Any]) -> Conversation:
-    asked, column = column_of(row, ("question", "query")), column_of(row, ANSWERS)
+    question_column, column = column_of(row, ("question", "query")), column_of(row, ANSWERS)
     question, context, system = (
-        text_of(row[asked], asked),
+        text_of(row[question_column], question_column),
         optional_text(row, "context", "passage"),
         _system_message(row),
     )
-    said = row[column]
+    answer_value = row[column]
     if column == "answers":  # several references, any of which is right: the first is learnt
         # SQuAD: {text: [...], answer_start: [...]}
-        said = said.get("text") if isinstance(said, Mapping) else said
-        if not isinstance(said, str):
-            said = next(iter(said), "") if isinstance(said, Iterable) else said
-    answer = answer_of(said, column)
+        answer_value = (
+            answer_value.get("text") if isinstance(answer_value, Mapping) else answer_value
+        )
+        if not isinstance(answer_value, str):
+            answer_value = (
+                next(iter(answer_value), "") if isinstance(answer_value, Iterable) else answer_value
+            )
+    answer = answer_of(answer_value, column)
     before = f"{context}\n\n" if context.strip() else ""
     opening = f"{system[0].content}\n\n" if system else ""
     messages = [*system, ChatMessage("user", before + question), ChatMessage("assistant", answer)]

@@ -121,12 +121,12 @@ def read_json_rows(path: Path, shown: str) -> RowStream:
         opening, line = scan.peek(end=True), scan.line
         if opening == "{":
             try:
-                found = scan.enter_data()
+                is_list = scan.enter_data()
             except DataError:
                 if not _looks_like_lines(path):
                     raise
-                found = False
-            if not found:
+                is_list = False
+            if not is_list:
                 if scan.line > line and not _looks_like_lines(path):
                     raise scan.wrong(
                         f"expected {JSON_LAYOUTS}; an object that is itself a row, over several lines, needs [ ] around it"
@@ -351,14 +351,14 @@ class RowDecoder:
         return bad or value
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
+        mapping = dict(pairs)
         # the first one found is told; the search is paid only where a key was lost
-        if len(made) < len(pairs) and self._bad is None:
+        if len(mapping) < len(pairs) and self._bad is None:
             twice = first_repeated(key for key, _ in pairs)
             self._bad = BadRow(
                 "key twice", f"the key {twice!r} stands twice in one object; keep one"
             )
-        return made
+        return mapping
 
     def _whole(self, digits: str) -> int:
         try:
@@ -372,8 +372,8 @@ class RowDecoder:
 
 
 def _skip_space(text: str, at: int) -> int:
-    found = JSON_SPACE.match(text, at)
-    return found.end() if found else at
+    match = JSON_SPACE.match(text, at)
+    return match.end() if match else at
 
 
 def _nesting_depth(value: Any) -> int:

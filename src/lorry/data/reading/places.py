@@ -106,15 +106,15 @@ class DataLocations:
         there.sort(key=lambda split: self._local(named_set, split) is None)
         return next(iter(there), "train" if self.has(named_set, "train") else "test")
 
-    def for_shots(self, named_set: NamedSet, asked: str) -> str:
+    def for_shots(self, named_set: NamedSet, asked_split: str) -> str:
         """The split that worked examples come from: the set's own for them, or its training rows;
-        those ``asked`` where there are neither. Local training rows go before the hub."""
+        those of ``asked_split`` where there are neither. Local training rows go before the hub."""
         order = (
             ("train", "shots")
             if self._local(named_set, "train") is not None
             else ("shots", "train")
         )
-        return next((split for split in order if self.has(named_set, split)), asked)
+        return next((split for split in order if self.has(named_set, split)), asked_split)
 
     def open(self, named_set: NamedSet, split: str, *, limit: int | None = None, on_bad_row: OnBadRow = "error",
              quarantine: Path | None = None) -> DataSource:  # fmt: skip
@@ -213,15 +213,15 @@ def refuse_leak(
     training: Iterable[DataLocation],
     places: DataLocations,
     named_set: NamedSet,
-    asked: str,
+    asked_split: str,
     instead: str,
 ) -> None:
     """Raises ConfigError when rows to evaluate on are among those trained on. ``instead``: what
     would do, for the message.
     """
-    location = places.of(named_set, asked)
+    location = places.of(named_set, asked_split)
     if any(location.overlaps(other) for other in training):
         raise ConfigError(
             f"{named_set.name}: the rows to evaluate on are the rows trained on ({location.path}); "
-            f"give {places.field}.{named_set.name}.{asked}=FILE with other rows, or {instead}"
+            f"give {places.field}.{named_set.name}.{asked_split}=FILE with other rows, or {instead}"
         )

@@ -55,15 +55,15 @@ def read_csv(path: Path, shown: str) -> RowStream:
     # the rest of the file
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         head = file.read(HEAD_BYTES)
-        said = SEPARATOR_LINE.match(head)
+        separator = SEPARATOR_LINE.match(head)
         delimiter = (
             "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=_header_text(head).count)
         )
         file.seek(0)
-        if said:
-            delimiter = said[1]
+        if separator:
+            delimiter = separator[1]
             file.readline()
-        before = 1 if said else 0  # lines that the csv module does not see
+        before = 1 if separator else 0  # lines that the csv module does not see
         table = csv.reader(_csv_lines(file, shown), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -157,16 +157,16 @@ def _check_header(names: list[str], shown: str) -> list[str]:
     return names
 
 
-def _names_for_unnamed(count: int, taken: list[str]) -> list[str]:
+def _names_for_unnamed(count: int, used_names: list[str]) -> list[str]:
     """The names that pandas gives to columns without one."""
-    made = list[str]()
+    names = list[str]()
     for at in range(count):
         name, repeat = f"Unnamed: {at}", 0
-        while name in taken:
+        while name in used_names:
             repeat += 1
             name = f"Unnamed: {at}.{repeat}"
-        made.append(name)
-    return made
+        names.append(name)
+    return names
 
 
 def _check_cells(cells: list[str], header: list[str]) -> BadRow | None:

@@ -69,5 +69,5 @@ def file_of(where: str) -> str:
 
 def not_utf8(text: str) -> str:
     """Why text read with ``surrogateescape`` is none, or an empty string."""
-    found = None if text.isascii() else UNDECODED_BYTES.search(text)
-    return f"byte 0x{ord(found[0]) - 0xDC00:02x} is not valid UTF-8" if found else ""
+    match = None if text.isascii() else UNDECODED_BYTES.search(text)
+    return f"byte 0x{ord(match[0]) - 0xDC00:02x} is not valid UTF-8" if match else ""

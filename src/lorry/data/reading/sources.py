@@ -250,17 +250,17 @@ def _stands_for(path: Path, parquet: bool) -> str:
     """
     with path.open("rb") as file:
         block = file.read(4096)
-        found = next((begin for begin in PLACEHOLDER_FILES if block.startswith(begin)), b"")
-        if found == b"PAR1":
+        magic = next((begin for begin in PLACEHOLDER_FILES if block.startswith(begin)), b"")
+        if magic == b"PAR1":
             file.seek(-4, os.SEEK_END)
-            found = b"" if parquet or len(block) < 12 or file.read(4) != found else found
+            magic = b"" if parquet or len(block) < 12 or file.read(4) != magic else magic
     if (
-        found.startswith(b"BZh")
+        magic.startswith(b"BZh")
         and b"\0" not in block
         and not not_utf8(block.decode("utf-8", "surrogateescape"))
     ):
         return ""
-    return PLACEHOLDER_FILES.get(found, "")
+    return PLACEHOLDER_FILES.get(magic, "")
 
 
 def _missing_path_error(path: Path) -> DataError:

@@ -68,9 +68,9 @@ def locate_split(text: str, local: Mapping[str, str]) -> SplitLocation:
     """Where the rows of ``SUITE:SPLIT`` are. ``local``: {SUITE: folder, SUITE.SPLIT: file}. Raises
     ConfigError for a split that neither is there nor can be derived.
     """
-    found = SPLIT_NAME.fullmatch(text)
-    assert found is not None
-    suite, name = found.groups()
+    match = SPLIT_NAME.fullmatch(text)
+    assert match is not None
+    suite, name = match.groups()
     if suite == TOFU:
         return _locate_tofu(name, local)
     place = _locate_muse(name, local) if suite == MUSE else _locate_wmdp(name, local)
@@ -90,8 +90,8 @@ def local_split_path(suite: str, name: str, local: Mapping[str, str]) -> str | N
         raise ConfigError(
             f"local.{suite}={local[suite]} is no folder; give the one that holds the splits of {suite.upper()}"
         )
-    found = (folder / f"{name}{kind}" for kind in FILE_KINDS)
-    return next((str(path) for path in found if path.exists()), None)
+    candidates = (folder / f"{name}{kind}" for kind in FILE_KINDS)
+    return next((str(path) for path in candidates if path.exists()), None)
 
 
 def part_of_stream(stream: RowStream, location: SplitLocation, name: str) -> RowStream:

@@ -39,11 +39,13 @@ class JointStream:
             [assign_adapter(batch, number, self.seeds[name]) for batch in stream.batches(step)]
             for number, (name, stream) in enumerate(self.streams.items())
         ]
-        made = list[Batch]()
+        batches = list[Batch]()
         # jobs with fewer micro-batches are absent from the later ones
         for side_by_side in zip_longest(*own):
-            made += join_within([batch for batch in side_by_side if batch is not None], self.room)
-        return made
+            batches += join_within(
+                [batch for batch in side_by_side if batch is not None], self.room
+            )
+        return batches
 
     def state(self) -> dict[str, Any]:
         """Where every stream stands, as JSON."""
@@ -69,13 +71,13 @@ def assign_adapter(batch: Batch, adapter: int, seed: int) -> Batch:
 
 def join_within(batches: Sequence[Batch], room: int) -> list[Batch]:
     """Neighbours joined for as long as they have at most ``room`` tokens together."""
-    groups, taken = list[list[Batch]](), 0
+    groups, tokens = list[list[Batch]](), 0
     for batch in batches:
-        taken += batch.tokens.numel()
+        tokens += batch.tokens.numel()
         # one that is larger than the room stands alone: it has been packed for its own job
-        if not groups or taken > room:
+        if not groups or tokens > room:
             groups.append([])
-            taken = batch.tokens.numel()
+            tokens = batch.tokens.numel()
         groups[-1].append(batch)
     return [join_batches(group) for group in groups]
 
@@ -148,7 +150,7 @@ def keep_adapters(batches: Sequence[Batch], adapters: Collection[int]) -> list[B
     """The batches without the sequences of other adapters, whose terms weigh nothing then; a batch
     left empty is left out.
     """
-    kept = []
+    selected = []
     for batch in batches:
         rows = [s for s, adapter in enumerate(batch.adapter.tolist()) if adapter in adapters]
         if rows:
@@ -157,8 +159,8 @@ def keep_adapters(batches: Sequence[Batch], adapters: Collection[int]) -> list[B
                 n: t * torch.tensor([float(k in adapters) for k in range(len(t))]).to(t)
                 for n, t in batch.terms.items()
             }
-            kept.append(replace(select_sequences(batch, rows), terms=gone))
-    return kept
+            selected.append(replace(select_sequences(batch, rows), terms=gone))
+    return selected
 
 
 def interleave_adapters(batch: Batch, adapters: int) -> Batch:

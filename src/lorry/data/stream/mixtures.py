@@ -179,12 +179,12 @@ def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
             )
         return tuple(data.weights)
     catalog = open_catalog(data.catalog)
-    given = {
+    weights = {
         name: share for key, share in data.weights.items() for name in catalog.expand_suites(key)
     }
-    if odd := [name for name in given if name not in names]:
+    if odd := [name for name in weights if name not in names]:
         raise ConfigError(
             f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})"
         )
     # a set without a weight has 1, as all have without `weights`
-    return tuple(given.get(name, 1.0) for name in names)
+    return tuple(weights.get(name, 1.0) for name in names)

@@ -38,32 +38,32 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """For a person, one fact a line."""
-        said = [
+        lines = [
             f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"
         ]
-        said += [_mixture_line(name, part) for name, part in self.parts.items()]
+        lines += [_mixture_line(name, part) for name, part in self.parts.items()]
         if self.shortened:
             more = (
                 f" and {self.characters_cut} characters that were not tokenised"
                 if self.characters_cut
                 else ""
             )
-            said.append(
+            lines.append(
                 f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens{more} cut, answers kept"
             )
-        said += [f"left out: {n} rows ({reason})" for reason, n in sorted(self.left_out.items())]
-        return said + self.first_left_out + self.notes
+        lines += [f"left out: {n} rows ({reason})" for reason, n in sorted(self.left_out.items())]
+        return lines + self.first_left_out + self.notes
 
 
 def _mixture_line(name: str, part: Mapping[str, Any]) -> str:
     """A named set of a mixture in a line."""
     tokens, lengths = max(part["tokens"], 1), part["lengths"]
-    said = (
+    text = (
         f"  {name}: {part['rows']} rows, {part['drawn']} drawn an epoch ({part['share']:.1%}); {part['tokens']} tokens, "
         f"a row {lengths['mean']:.0f} on average, {lengths['median']:.0f} in the middle, {lengths['longest']:.0f} at most; "
         f"{part['supervised'] / tokens:.1%} supervised"
     )
-    return said + (
+    return text + (
         f"; {part['shortened']} prompts cut by {part['tokens_cut']} tokens"
         if part["shortened"]
         else "; none cut"
@@ -98,13 +98,13 @@ def merge_reports(
     """The report of a mixture: the sums, and what each named set is of it. ``drawn``: sequences of
     each set in an epoch.
     """
-    made = DataReport("mixture of " + ", ".join(name for name, _ in parts), lengths=lengths)
+    merged = DataReport("mixture of " + ", ".join(name for name, _ in parts), lengths=lengths)
     for (name, own), quota in zip(parts, drawn, strict=True):
         for count in COUNTED_FIELDS:
-            setattr(made, count, getattr(made, count) + getattr(own, count))
-        made.left_out |= {f"{name}: {reason}": n for reason, n in own.left_out.items()}
-        made.first_left_out += own.first_left_out
-        made.notes += [note for note in own.notes if note not in made.notes]
+            setattr(merged, count, getattr(merged, count) + getattr(own, count))
+        merged.left_out |= {f"{name}: {reason}": n for reason, n in own.left_out.items()}
+        merged.first_left_out += own.first_left_out
+        merged.notes += [note for note in own.notes if note not in merged.notes]
         figures = {count: getattr(own, count) for count in ("source", *COUNTED_FIELDS, "lengths")}
-        made.parts[name] = {**figures, "drawn": quota, "share": quota / max(sum(drawn), 1)}
-    return made
+        merged.parts[name] = {**figures, "drawn": quota, "share": quota / max(sum(drawn), 1)}
+    return merged

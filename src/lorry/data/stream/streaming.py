@@ -42,14 +42,14 @@ class StreamingTokenSet:
         read past, not encoded.
         """
         notes: set[str] = set()
-        found = read_examples(
+        examples = read_examples(
             self.source, self.form, start=first * self.window_rows, add_note=notes.add
         )
         # a window ends when a row behind it was read; that row opens the next one
-        ahead = next(found, None)
+        ahead = next(examples, None)
         while ahead is not None:
             number = ahead.number // self.window_rows
-            window = _RowWindow(ahead, found, (number + 1) * self.window_rows)
+            window = _RowWindow(ahead, examples, (number + 1) * self.window_rows)
             tokens = TokenSet.of(
                 encode_rows(iter(window), self.source, self.encoder),
                 self.source,
@@ -123,12 +123,12 @@ class StreamingTrainStream:
         # windows are numbered apart by more rows than one can hold, so that no two sequences of an
         # epoch share a key
         first = self._window << 32
-        made = [
+        batches = [
             collate([self._tokens.example(row, self._epoch, first) for row in batch])
             for batch in rows
         ]
         self._step, self._within = step + 1, self._within + 1
-        return made
+        return batches
 
     def state(self) -> dict[str, Any]:
         """The position before the next step, and the digest of the window it stands in."""

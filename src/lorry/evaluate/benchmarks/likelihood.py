@@ -128,17 +128,17 @@ def loglikelihoods(
     ConfigError, DataError (nothing to score), NonFiniteError.
     """
     wording = HarnessTokenizer(tokenizer)
-    made = [wording.pair(*pair) for pair in pairs]
-    found = dict(
+    pairs_of_tokens = [wording.pair(*pair) for pair in pairs]
+    scores = dict(
         score_pairs(
             model,
-            made,
+            pairs_of_tokens,
             mix=resolve_constant_mix(model, adapter),
             batch_tokens=batch_tokens,
             limit=max_model_length(model),
         )
     )
-    return [found[at] for at in range(len(made))]
+    return [scores[at] for at in range(len(pairs_of_tokens))]
 
 
 def max_model_length(model: Any) -> int:

@@ -60,8 +60,8 @@ class Benchmark:
     @property
     def concepts(self) -> list[tuple[str, ...]]:
         """The words that each answer has to use; empty where no question has any."""
-        found = [question.item.concepts for question in self.questions]
-        return found if any(found) else []
+        concepts = [question.item.concepts for question in self.questions]
+        return concepts if any(concepts) else []
 
 
 def load_benchmark(

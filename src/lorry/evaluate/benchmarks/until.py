@@ -44,13 +44,13 @@ KNOWN_GENERATION_SETTINGS = (
 
 
 def parse_generation_kwargs(
-    given: Mapping[str, Any], max_gen_toks: int, seed: int
+    kwargs: Mapping[str, Any], max_gen_toks: int, seed: int
 ) -> tuple[list[str], SamplingParams]:
     """(stop strings, sampling parameters) of a task's generation settings; greedy unless do_sample
     is true or a temperature above 0 is given without it. Raises ConfigError for a setting that
     would be ignored.
     """
-    remaining = dict(given)
+    remaining = dict(kwargs)
     until = remaining.pop("until", None) or []
     lengths = [
         value for name in LENGTH_SETTINGS_NAMES if (value := remaining.pop(name, None)) is not None

@@ -89,7 +89,7 @@ def bleu_of_sums(sums: numpy.ndarray, orders: int = 4) -> numpy.ndarray:
     """
     import numpy
 
-    said, expected, shared, total = (
+    predicted, expected, shared, total = (
         sums[:, 0],
         sums[:, 1],
         sums[:, 2 : 2 + orders],
@@ -98,7 +98,7 @@ def bleu_of_sums(sums: numpy.ndarray, orders: int = 4) -> numpy.ndarray:
     # cumsum: the k-th order without a match counts 1 / 2^k
     smoothed = numpy.where(shared > 0, shared, 0.5 ** numpy.cumsum(shared == 0, axis=1))
     logs = numpy.log(smoothed / numpy.maximum(total, 1)).mean(axis=1)
-    brevity = numpy.minimum(0.0, 1 - expected / numpy.maximum(said, 1))
+    brevity = numpy.minimum(0.0, 1 - expected / numpy.maximum(predicted, 1))
     return numpy.where(
         (shared > 0).any(axis=1) & (total > 0).all(axis=1), 100 * numpy.exp(brevity + logs), 0.0
     )
@@ -111,10 +111,10 @@ def chrf_of_sums(sums: numpy.ndarray, beta: float = 2.0) -> numpy.ndarray:
     """
     import numpy
 
-    said, expected, shared = numpy.moveaxis(sums.reshape(len(sums), -1, 3), 2, 0)
-    both = (said > 0) & (expected > 0)
+    predicted, expected, shared = numpy.moveaxis(sums.reshape(len(sums), -1, 3), 2, 0)
+    both = (predicted > 0) & (expected > 0)
     orders = numpy.maximum(both.sum(axis=1), 1)
-    precision = (shared / numpy.maximum(said, 1) * both).sum(axis=1) / orders
+    precision = (shared / numpy.maximum(predicted, 1) * both).sum(axis=1) / orders
     recall = (shared / numpy.maximum(expected, 1) * both).sum(axis=1) / orders
     # 0 only where both are: the quotient is 0 there and divides by 1
     below = beta**2 * precision + recall

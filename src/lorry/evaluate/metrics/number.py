@@ -27,8 +27,10 @@ def number_match(prediction: str, references: ReferenceTexts) -> float:
 
     Equal means equal: 18, 18.0, $18.00, 18% and 36/2 agree, 33.3 and 100/3 do not.
     """
-    said = final_number(prediction)
-    return float(said is not None and said in {final_number(r) for r in as_list(references)})
+    predicted = final_number(prediction)
+    return float(
+        predicted is not None and predicted in {final_number(r) for r in as_list(references)}
+    )
 
 
 def final_number(text: str) -> Fraction | None:
@@ -42,14 +44,14 @@ def final_number(text: str) -> Fraction | None:
     _, mark, rest = text.partition("####")
     if mark and (first := _NUMBER.search(rest)):
         return _number_value(first)
-    found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007  only the last one is wanted
+    match = None
+    for match in _NUMBER.finditer(text):  # noqa: B007  only the last one is wanted
         pass
-    return _number_value(found) if found else None
+    return _number_value(match) if match else None
 
 
-def _number_value(found: re.Match[str]) -> Fraction:
-    sign, inner, digits = found.groups()
+def _number_value(match: re.Match[str]) -> Fraction:
+    sign, inner, digits = match.groups()
     parts = [Fraction(Decimal(part.replace(",", ""))) for part in digits.split("/")]
     # 1/2/2020 is a date and 1/0 nothing: the last
     value = parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[-1]

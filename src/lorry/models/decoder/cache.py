@@ -165,14 +165,14 @@ class RowKVCache(KVCache):
             0, rows, positions + 1, "amax"
         )
         for row in rows.unique().tolist():
-            self._reserve_row(row, int(self.lengths[row]), kept=0)
+            self._reserve_row(row, int(self.lengths[row]), used=0)
 
     def extend(self) -> None:
         self.lengths = self.lengths + 1
         # only rows that are full: most steps find none
         for row in torch.nonzero(self.lengths > self.table[:, 1])[:, 0].tolist():
             length = int(self.lengths[row])
-            self._reserve_row(row, length, kept=length - 1)
+            self._reserve_row(row, length, used=length - 1)
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
         kernel.store_kv(k, v, self.table, rows, positions, layer)
@@ -184,17 +184,17 @@ class RowKVCache(KVCache):
     def attend(self, layer: int, q: Tensor) -> Tensor:
         return kernel.attend_to_cache(q, self.table, self.lengths, layer, self.groups)
 
-    def _reserve_row(self, row: int, length: int, kept: int) -> None:
-        """Memory for ``length`` tokens and some to come, of which the first ``kept`` are there
+    def _reserve_row(self, row: int, length: int, used: int) -> None:
+        """Memory for ``length`` tokens and some to come, of which the first ``used`` are there
         already.
         """
         self._check(length)
         layers, two, groups, held, width = self.memory[row].shape
         # A new prompt (nothing kept) gets fresh memory of its own size, even where the last one's
         # would do: one long request would leave its memory to every short one after it.
-        if held < length or kept == 0:
-            size = min(self.room, max(length + SPARE_TOKENS, held + held // 2 if kept else 0))
+        if held < length or used == 0:
+            size = min(self.room, max(length + SPARE_TOKENS, held + held // 2 if used else 0))
             fresh = self.memory[row].new_empty(layers, two, groups, size, width)
-            fresh[:, :, :, :kept] = self.memory[row][:, :, :, :kept]
+            fresh[:, :, :, :used] = self.memory[row][:, :, :, :used]
             self.memory[row] = fresh
             self.table[row] = torch.tensor([fresh.data_ptr(), size])

@@ -132,10 +132,10 @@ class DecodeRunner:
     def logits(self, hidden: Tensor, call: AdapterContext) -> Tensor:
         """[T,D] -> [T,V] in the base's dtype."""
         head = self.model.head
-        (made,) = SmallBatchProducts.of(head.group, head.group.stacks(call, head.path)[0]).forward(
-            hidden
-        )
-        return made
+        (values,) = SmallBatchProducts.of(
+            head.group, head.group.stacks(call, head.path)[0]
+        ).forward(hidden)
+        return values
 
     def _work(self, call: AdapterContext, *, anew: bool) -> list[LayerLinears[LinearProducts]]:
         """The products of every layer, adapters included; ``anew``: whatever was looked up."""

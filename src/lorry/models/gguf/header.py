@@ -176,7 +176,7 @@ def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[s
     others'.
     """
     described = []
-    found: dict[str, GgufTensor] = {}
+    tensors: dict[str, GgufTensor] = {}
     for _ in range(count):
         name = reader.text("a tensor's name")
         if not 0 < len(name) <= MAX_NAME_BYTES:
@@ -206,16 +206,16 @@ def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[s
             raise ModelError(
                 f"{reader.path}: {name} lies outside the file (offset {offset}); truncated or hostile"
             )
-        if name in found:
+        if name in tensors:
             raise ModelError(
                 f"{reader.path}: its header holds the tensor {name!r} twice; readers differ in which one they take"
             )
         # GGUF lists the fastest dimension first, torch last
-        found[name] = GgufTensor(tuple(reversed(shape)), quantisation, start + offset)
+        tensors[name] = GgufTensor(tuple(reversed(shape)), quantisation, start + offset)
         spans.append((offset, end, name))
     for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):
         if begin < end:
             raise ModelError(
                 f"{reader.path}: {one} and {other} share bytes of the file; truncated or hostile"
             )
-    return found
+    return tensors

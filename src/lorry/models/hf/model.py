@@ -185,7 +185,7 @@ class HfModel(CausalLM):
                 layer_outputs[i].append((frame, frame.unpad(tapped[i])))
         return HiddenStates(
             unpad_frames(last_states) if last_states else None,
-            {i: unpad_frames(found) for i, found in layer_outputs.items()},
+            {i: unpad_frames(frames) for i, frames in layer_outputs.items()},
         )
 
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:

@@ -74,24 +74,26 @@ def add_legacy_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Names that this transformers would then read as something else are left out again.
     """
-    found = {
+    fields = {
         key: add_legacy_rope_fields(part) if isinstance(part, dict) else part
         for key, part in config.items()
     }
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return found
+        return fields
     aliases: Mapping[str, str] = CONFIG_MAPPING[kind].attribute_map
     # every name the field has had, since readers know different ones
-    found |= {
-        alias: found[name]
+    fields |= {
+        alias: fields[name]
         for alias, name in aliases.items()
-        if alias in EXPERT_COUNT_KEYS and name in found
+        if alias in EXPERT_COUNT_KEYS and name in fields
     }
     rope = config.get("rope_parameters")
     # kept only if this transformers still reads the same rotary settings from it
-    older = {**found, **(_legacy_rope_fields(rope, kind) if isinstance(rope, dict) else {})}
-    return older if _read_rope_settings(kind, older) == _read_rope_settings(kind, config) else found
+    older = {**fields, **(_legacy_rope_fields(rope, kind) if isinstance(rope, dict) else {})}
+    return (
+        older if _read_rope_settings(kind, older) == _read_rope_settings(kind, config) else fields
+    )
 
 
 def _legacy_rope_fields(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:

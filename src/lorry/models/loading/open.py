@@ -133,12 +133,14 @@ def list_adapter_folders(path: Path) -> list[Path]:
     return folders
 
 
-def pick_adapter_name(path: Path, taken: Sequence[str]) -> str:
+def pick_adapter_name(path: Path, used_names: Sequence[str]) -> str:
     """A name for an adapter from its folder, legal and not taken yet."""
     # 56 characters, so that "-2" and the like still fit into 64
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:56].strip(".-") or "adapter"
     return next(
-        n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken
+        n
+        for n in (base, *(f"{base}-{i}" for i in range(2, len(used_names) + 3)))
+        if n not in used_names
     )
 
 

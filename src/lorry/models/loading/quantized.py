@@ -43,10 +43,10 @@ def open_quantized(
     kind = pick_dtype(dtype, where)
     described = describe_model(place.directory, native=False, add_note=add_note)
     # refuses pickles, broken shards and paths that lead elsewhere
-    found = read_tensor_entries(place.directory)
+    entries = read_tensor_entries(place.directory)
     for (
         entry
-    ) in found.values():  # before they are packed: a quantised block hides a NaN in its scale
+    ) in entries.values():  # before they are packed: a quantised block hides a NaN in its scale
         read_tensors({entry.name: entry}, kind, torch.device("cpu"))
     options: dict[str, Any] = (
         {"load_in_8bit": True}
@@ -67,7 +67,7 @@ def open_quantized(
             device_map={"": where},
             output_loading_info=True,
         )
-    refuse_unfit_tensors(place.directory, inner, info, found, add_note)
+    refuse_unfit_tensors(place.directory, inner, info, entries, add_note)
     model = HfModel(inner, add_note)
     prove_hf_model(model, add_note, str(place.directory))
     return model

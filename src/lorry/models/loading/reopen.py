@@ -36,7 +36,7 @@ def reopen_model(folder: Path, dtype: torch.dtype) -> Any:
     ContractError if it, or Lorry, cannot open what was written."""
     try:
         describe_model(folder, add_note=ignore_note)
-        found = read_tensor_entries(folder)
+        entries = read_tensor_entries(folder)
         with model_file_errors(f"{folder}: transformers cannot load it"), silence_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder),
@@ -46,7 +46,7 @@ def reopen_model(folder: Path, dtype: torch.dtype) -> Any:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        refuse_unfit_tensors(folder, model, info, found, ignore_note)
+        refuse_unfit_tensors(folder, model, info, entries, ignore_note)
     except ModelError as error:
         raise ContractError(
             f"what was written cannot be opened again, so it was not kept: {error}"
@@ -63,10 +63,12 @@ def compute_fp32_logits(model: Any, rows: Sequence[Tensor]) -> Tensor:
         return torch.cat([model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in rows])
 
 
-def compare_logits(exact: Tensor, found: Tensor, share: float, stored: str) -> tuple[float, float]:
+def compare_logits(
+    exact: Tensor, stored_logits: Tensor, share: float, stored: str
+) -> tuple[float, float]:
     """(largest difference of two models' logits, the bound on it: ``share`` of the largest logit).
     Raises ContractError above it, naming the number format the weights were ``stored`` in."""
-    difference, bound = float((exact - found).abs().max()), share * float(exact.abs().max())
+    difference, bound = float((exact - stored_logits).abs().max()), share * float(exact.abs().max())
     # this way round: NaN fails
     if not difference <= bound:
         raise ContractError(

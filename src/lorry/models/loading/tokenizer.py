@@ -41,24 +41,24 @@ def load_tokenizer(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = directory / name
         if path.is_file() and path.stat().st_size <= 1 << 24:
-            found = read_model_json(path)
+            document = read_model_json(path)
             if name == TOKENIZER_FILE_NAMES[0]:
-                _expect_whole(found, path)
+                _expect_whole(document, path)
     with model_file_errors(f"{directory}: its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=trust_remote_code, local_files_only=True
         )
 
 
-def _expect_whole(found: Mapping[str, Any], path: Path) -> None:
+def _expect_whole(document: Mapping[str, Any], path: Path) -> None:
     """What every tokenizer.json has; without it transformers fails with a bare KeyError. Raises
     ModelError naming the file.
     """
     for key, kind, what in (("model", dict, "an object"), ("added_tokens", list, "a list")):
-        if not isinstance(found.get(key), kind):
-            said = "is missing" if key not in found else f"is not {what}"
+        if not isinstance(document.get(key), kind):
+            fault = "is missing" if key not in document else f"is not {what}"
             raise ModelError(
-                f"{path}: {key!r} {said}; this is not a whole tokenizer.json, fetch or save the tokenizer again"
+                f"{path}: {key!r} {fault}; this is not a whole tokenizer.json, fetch or save the tokenizer again"
             )
 
 

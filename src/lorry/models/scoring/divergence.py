@@ -49,8 +49,8 @@ def generalized_jsd(logits: GivenLogits, beta: float) -> DenseScore:
     as it goes to 1. d / d p_v = (1 - beta) log(p_v / m_v).
     """
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, SlopeFn]:
-        q_log, p = given.to(logp.dtype).log_softmax(1), logp.exp()
+    def formula(logp: Tensor, target_logits: Tensor) -> tuple[Tensor, SlopeFn]:
+        q_log, p = target_logits.to(logp.dtype).log_softmax(1), logp.exp()
         m_log = torch.logaddexp(q_log + math.log(beta), logp + math.log1p(-beta))
         teacher_kl = torch.linalg.vecdot(q_log.exp(), q_log - m_log)
         gap = logp - m_log
@@ -67,12 +67,12 @@ def uld_divergence(logits: GivenLogits) -> DenseScore:
     its own (Boizard et al. 2024, arXiv 2402.12030).
     """
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, SlopeFn]:
+    def formula(logp: Tensor, target_logits: Tensor) -> tuple[Tensor, SlopeFn]:
         values, signs = [], torch.zeros_like(logp, dtype=torch.int8)
         for start in range(0, len(logp), SORT_ROWS):
             block = slice(start, start + SORT_ROWS)
             p, ids = _rank_descending(logp[block].exp())
-            q = _sort_descending(given[block].to(logp.dtype).softmax(1))
+            q = _sort_descending(target_logits[block].to(logp.dtype).softmax(1))
             both = min(p.shape[1], q.shape[1])
             gap = torch.cat([p[:, :both] - q[:, :both], p[:, both:]], 1)
             values.append(gap.abs().sum(1) + q[:, both:].sum(1))
@@ -88,9 +88,9 @@ def _top_k_uld(log_probs: str) -> DenseScore:
     """`uld_divergence` where of q the k largest probabilities are known, in order, in the extra
     ``log_probs`` [T,k]: their ranks one by one, the rest of either side as one."""
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, SlopeFn]:
-        k = min(given.shape[1], logp.shape[1])
-        q, (p_log, at) = given[:, :k].to(logp.dtype).exp(), logp.topk(k, 1)
+    def formula(logp: Tensor, target_logp: Tensor) -> tuple[Tensor, SlopeFn]:
+        k = min(target_logp.shape[1], logp.shape[1])
+        q, (p_log, at) = target_logp[:, :k].to(logp.dtype).exp(), logp.topk(k, 1)
         gap, rest = p_log.exp() - q, q.sum(1) - p_log.exp().sum(1)  # the rest of p over that of q
         signs = (
             _gap_sign(gap.detach(), q) - _gap_sign(rest.detach(), torch.ones_like(rest))[:, None]
@@ -107,8 +107,8 @@ def _top_k_jsd(ids: str, log_probs: str, beta: float) -> VocabStatistic:
     """`generalized_jsd` of the distributions over the k tokens and the rest."""
 
     def of(p: SoftmaxSummary, rows: VocabRows) -> Tensor:
-        given = rows.extra[log_probs].to(p.chosen.dtype)
-        q_log, p_log = (torch.cat([x, log_remaining_mass(x)], 1) for x in (given, p.chosen))
+        target_logp = rows.extra[log_probs].to(p.chosen.dtype)
+        q_log, p_log = (torch.cat([x, log_remaining_mass(x)], 1) for x in (target_logp, p.chosen))
         m_log = torch.logaddexp(q_log + math.log(beta), p_log + math.log1p(-beta))
         return beta * (q_log.exp() * (q_log - m_log)).sum(1) + (1 - beta) * (
             p_log.exp() * (p_log - m_log)
@@ -128,7 +128,7 @@ def full_vocab_divergence(loss: str, logits: GivenLogits, beta: float = 0.5) -> 
     builders = {
         "kl": forward_kl,
         "reverse_kl": reverse_kl,
-        "jsd": lambda given: generalized_jsd(given, beta),
+        "jsd": lambda target_logits: generalized_jsd(target_logits, beta),
         "uld": uld_divergence,
     }
     return builders[kind](logits)

@@ -48,9 +48,9 @@ def _spread_formula(logp: Tensor, targets: Tensor) -> tuple[Tensor, SlopeFn]:
     gap = peak - logp.mean(1)
 
     def slope() -> Tensor:
-        made = torch.full_like(logp, -1 / logp.shape[1])
-        made.scatter_add_(1, at[:, None], torch.ones_like(gap)[:, None])
-        return made.mul_(2 * gap.detach()[:, None])
+        gradient = torch.full_like(logp, -1 / logp.shape[1])
+        gradient.scatter_add_(1, at[:, None], torch.ones_like(gap)[:, None])
+        return gradient.mul_(2 * gap.detach()[:, None])
 
     return gap.square(), slope
 
@@ -79,9 +79,9 @@ def _hinge_formula(logp: Tensor, targets: Tensor) -> tuple[Tensor, SlopeFn]:
     def slope() -> Tensor:
         # through softmax: d p_k / d z_v = p_k (1[v = k] - p_v)
         live = (value.detach() > 0).to(logp.dtype)
-        made = logp.exp().mul_(((rival - own).detach() * live)[:, None])
-        made.scatter_add_(1, targets[:, None], (own.detach() * live)[:, None])
-        return made.scatter_add_(1, at[:, None], (-rival.detach() * live)[:, None])
+        gradient = logp.exp().mul_(((rival - own).detach() * live)[:, None])
+        gradient.scatter_add_(1, targets[:, None], (own.detach() * live)[:, None])
+        return gradient.scatter_add_(1, at[:, None], (-rival.detach() * live)[:, None])
 
     return value, slope
 
@@ -101,9 +101,11 @@ def lowered_cross_entropy(
     """
 
     def probs(rows: VocabRows) -> Tensor:
-        given = logits(rows)
-        given = given.to(torch.promote_types(given.dtype, torch.float32))
-        at = ids(rows).remainder(given.shape[1])[:, None]
-        return given.scatter_add(1, at, -strength(rows).to(given.dtype)[:, None]).softmax(1)
+        target_logits = logits(rows)
+        target_logits = target_logits.to(torch.promote_types(target_logits.dtype, torch.float32))
+        at = ids(rows).remainder(target_logits.shape[1])[:, None]
+        return target_logits.scatter_add(
+            1, at, -strength(rows).to(target_logits.dtype)[:, None]
+        ).softmax(1)
 
     return soft_cross_entropy(probs)

@@ -138,8 +138,8 @@ def top_k_kl(ids: str, log_probs: str, *, reverse: bool = False) -> VocabStatist
     """
 
     def of(p: SoftmaxSummary, rows: VocabRows) -> Tensor:
-        given = rows.extra[log_probs].to(p.chosen.dtype)
-        q_log = torch.cat([given, log_remaining_mass(given)], 1)
+        target_logp = rows.extra[log_probs].to(p.chosen.dtype)
+        q_log = torch.cat([target_logp, log_remaining_mass(target_logp)], 1)
         p_log = torch.cat([p.chosen, log_remaining_mass(p.chosen)], 1)
         return _top_k_kl_value(p_log, q_log) if reverse else _top_k_kl_value(q_log, p_log)
 
@@ -178,8 +178,8 @@ class DenseScore:
 def soft_cross_entropy(probs: Callable[[VocabRows], Tensor]) -> DenseScore:
     """-sum_v q_v log p_v for given probabilities q [t,V] (they need not sum to 1)."""
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        q = given.to(logp.dtype)
+    def formula(logp: Tensor, target_probs: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        q = target_probs.to(logp.dtype)
         return -_row_dot(q, logp), lambda: logp.exp_().mul_(q.sum(1, keepdim=True)).sub_(q)
 
     return DenseScore(probs, formula)
@@ -188,8 +188,8 @@ def soft_cross_entropy(probs: Callable[[VocabRows], Tensor]) -> DenseScore:
 def forward_kl(logits: Callable[[VocabRows], Tensor]) -> DenseScore:
     """KL(q || p), q the softmax of given logits [t,V]: distillation's forward divergence."""
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        q_log = given.to(logp.dtype).log_softmax(1)
+    def formula(logp: Tensor, target_logits: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        q_log = target_logits.to(logp.dtype).log_softmax(1)
         q = q_log.exp()
         return _row_dot(q, q_log) - _row_dot(q, logp), lambda: logp.exp_().sub_(q)
 
@@ -201,8 +201,8 @@ def reverse_kl(logits: Callable[[VocabRows], Tensor]) -> DenseScore:
     reinforcement.
     """
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        gap, p = logp - given.to(logp.dtype).log_softmax(1), logp.exp()
+    def formula(logp: Tensor, target_logits: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        gap, p = logp - target_logits.to(logp.dtype).log_softmax(1), logp.exp()
         value = _row_dot(p, gap)
         return value, lambda: gap.sub_(value.detach()[:, None]).mul_(p)
 

@@ -81,15 +81,15 @@ def make_encoder_factory(
     return partial(ExampleEncoder, embeddings=min(ours, place.vocab_size() or ours))
 
 
-def build_distill(given: TaskInputs) -> BuiltTask:
+def build_distill(inputs: TaskInputs) -> BuiltTask:
     """The task, and the frozen models it scores with. Raises ConfigError, ModelError."""
-    run = given.run
+    run = inputs.run
     assert isinstance(run, DistillRunConfig)
     notes: list[str] = []
     # a distillation has one job: the config refuses `jobs` for it
-    (adapter, job), aim = next(iter(given.jobs.items())), distill_objective_of(run.distill)
+    (adapter, job), aim = next(iter(inputs.jobs.items())), distill_objective_of(run.distill)
     prepared = job.data
-    place = _locate_teacher(run, given.opened, notes.append)
+    place = _locate_teacher(run, inputs.opened, notes.append)
     if run.output_dir.resolve() in {
         p.resolve() for p in (place.place.directory, place.adapter) if p is not None
     }:
@@ -97,14 +97,14 @@ def build_distill(given: TaskInputs) -> BuiltTask:
             f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir"
         )
     # part of the digest, since the dtype changes what the teacher says
-    dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
+    dtype = str(inputs.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
     digest = place.digest(run.distill, dtype)
     models: dict[str, ScoringBackend] = {}
     if run.distill.cache is None:
-        scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, notes.append)
+        scorer = models["teacher"] = open_teacher(place, run.distill, inputs.opened, notes.append)
         reader, columns = (
             _teacher_reader(prepared, scorer),
-            _teacher_columns(run.distill, given.opened),
+            _teacher_columns(run.distill, inputs.opened),
         )
         _require_columns(run.distill, scorer, columns)
         teacher: DistillTeacher = LiveTeacher(
@@ -114,20 +114,26 @@ def build_distill(given: TaskInputs) -> BuiltTask:
             _top_k_count(run.distill, scorer, columns),
         )
         notes += _missing(
-            given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None
+            inputs, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None
         )
     else:
         teacher = cached = _open_cached_teacher(
-            given, run.distill, prepared, place, aim, digest, notes.append
+            inputs, run.distill, prepared, place, aim, digest, notes.append
         )
         notes += _missing(
-            given,
+            inputs,
             prepared,
             lambda tokens, weights: sequence_digest(tokens, weights) in cached.known,
         )
-    scorers = {"self": given.backend, **models}
+    scorers = {"self": inputs.backend, **models}
     task = DistillTask(
-        given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=scorers
+        inputs.stream,
+        inputs.held,
+        inputs.total,
+        [adapter],
+        aim=aim,
+        teacher=teacher,
+        models=scorers,
     )
     return BuiltTask(task, models, {"teacher": digest}, notes)
 
@@ -174,7 +180,7 @@ def _top_k_count(config: DistillConfig, teacher: TeacherScorer, columns: int | N
 
 
 def _open_cached_teacher(
-    given: TaskInputs,
+    inputs: TaskInputs,
     config: DistillConfig,
     prepared: PreparedData,
     place: TeacherLocation,
@@ -187,17 +193,17 @@ def _open_cached_teacher(
     """
     assert config.cache is not None
     assert config.top_k is not None
-    columns = _teacher_columns(config, given.opened)
-    facts = cache.teacher_cache_facts(_all_batches(given, prepared), digest, config.top_k, columns)
+    columns = _teacher_columns(config, inputs.opened)
+    facts = cache.teacher_cache_facts(_all_batches(inputs, prepared), digest, config.top_k, columns)
     folder = cache.teacher_cache_folder(Path(config.cache), facts)
     # the name has the digests of data and teacher in it: there, it is the same answers
     if not folder.exists():
-        scorer = open_teacher(place, config, given.opened, add_note)
+        scorer = open_teacher(place, config, inputs.opened, add_note)
         # at temperature 1: what is stored serves any temperature
         head = scorer.head(1.0, columns)
         cache.write_teacher_cache(
             folder,
-            _all_batches(given, prepared),
+            _all_batches(inputs, prepared),
             _teacher_reader(prepared, scorer),
             scorer,
             head,
@@ -209,18 +215,18 @@ def _open_cached_teacher(
     return cached
 
 
-def _all_batches(given: TaskInputs, prepared: PreparedData) -> Iterator[Batch]:
+def _all_batches(inputs: TaskInputs, prepared: PreparedData) -> Iterator[Batch]:
     """Everything the run reads, once: the training rows in file order, then those held out."""
     if prepared.tokens is None:
         raise ConfigError(
             "distill.cache needs rows that are not streamed; leave data.streaming out"
         )
     yield from prepared.tokens.eval_batches(TEACHER_PASS_ROWS)
-    yield from given.held
+    yield from inputs.held
 
 
 def _missing(
-    given: TaskInputs,
+    inputs: TaskInputs,
     prepared: PreparedData,
     speaks: Callable[[Sequence[int], Sequence[float]], bool],
 ) -> list[str]:
@@ -232,7 +238,7 @@ def _missing(
     # asked of every sequence and not by counting views: the teacher's context leaves some out
     has_teacher = [
         speaks(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
-        for batch in _all_batches(given, prepared)
+        for batch in _all_batches(inputs, prepared)
         for start, stop in batch.segments
     ]
     if not (missing := has_teacher.count(False)):

@@ -113,9 +113,9 @@ def write_teacher_cache(
         "names": torch.tensor([list(name) for name in seen], dtype=torch.uint8),
         "edges": torch.tensor(edges),
         "place": torch.cat([places for places, _ in parts]).to(torch.int32),
-        "ids": torch.cat([kept.ids for _, kept in parts]),
-        "logp": torch.cat([kept.logp for _, kept in parts]),
-        "rest": torch.cat([kept.rest for _, kept in parts]),
+        "ids": torch.cat([top.ids for _, top in parts]),
+        "logp": torch.cat([top.logp for _, top in parts]),
+        "rest": torch.cat([top.rest for _, top in parts]),
     }
     durable.make_directory(folder.parent)
     # built under a temporary name, renamed when whole: a kill leaves no half cache to be read

@@ -146,10 +146,10 @@ class TeacherScorer(ModelScorer):
                 self.model, hidden.to(self.model.device), temperature
             )
             # columns that the student lacks are padding of the embedding, not tokens
-            found = self.model.logits(ready, AdapterContext(self.mix))[:, :columns].to(
+            teacher_logits = self.model.logits(ready, AdapterContext(self.mix))[:, :columns].to(
                 hidden.device
             )
-            return found if left == 1.0 else found / left
+            return teacher_logits if left == 1.0 else teacher_logits / left
 
         return logits
 

@@ -133,7 +133,7 @@ def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
     SIGTERM and SIGHUP, which would end it without a word, become Interrupted (the training loop has
     its own way with them). Raises ConfigError when another process is at work there, and DiskError.
     """
-    made = not os.path.isdir(run_dir)
+    is_new = not os.path.isdir(run_dir)
     durable.make_directory(run_dir)
     # the lock outermost: it is held until process.json says how this process ended
     with _directory_lock(run_dir), raise_on_signals(), RunDirectoryHandle(run_dir) as home:
@@ -145,7 +145,7 @@ def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
             with contextlib.suppress(OSError):
                 here.fail(error)
                 # a directory that we made and left empty is no trace worth keeping
-                if made and home.is_there() and not os.listdir(run_dir):
+                if is_new and home.is_there() and not os.listdir(run_dir):
                     durable.disk.rmdir(run_dir)
             raise
         here.finish()

@@ -48,8 +48,8 @@ class StopRequest:
 
     def take_save(self) -> bool:
         """Whether a checkpoint was asked for since the last call."""
-        asked, self.save_requested = self.save_requested, False
-        return asked
+        requested, self.save_requested = self.save_requested, False
+        return requested
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
