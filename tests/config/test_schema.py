@@ -180,8 +180,8 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             {"early_stopping_patience": 2, "eval": "e", "eval_strategy": "no"},
             "train.early_stopping_patience needs evaluation",
         ),
-        ({"eval_strategy": "epoch"}, "nothing to evaluate on"),
-        ({"eval_steps": 5}, "nothing to evaluate on"),
+        ({"eval_strategy": "epoch"}, "no rows to evaluate on"),
+        ({"eval_steps": 5}, "no rows to evaluate on"),
         ({"eval": "e", "eval_strategy": "steps"}, "needs train.eval_steps"),
         (
             {"eval": "e", "eval_strategy": "epoch", "eval_steps": 5},

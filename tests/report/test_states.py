@@ -130,7 +130,7 @@ def test_how_runs_end(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
     assert state(run).sentence() == "failed at step 9 of 200: loss is NaN at step 9"
     at_work(run, 2**22 + 1)
     assert state(run).sentence() == (
-        "dead at step 9 of 200: process 4194305 is gone without a word; resume_from_checkpoint=auto goes on from step-00000004"
+        "dead at step 9 of 200: process 4194305 ended without an error message; resume_from_checkpoint=auto goes on from step-00000004"
     )
     (run / "process.json").unlink()
     assert (

@@ -440,7 +440,7 @@ class RunConfig(SettingsGroup):
             self.always_evaluates or self.data.evaluates or train.eval_tasks or self.suite.name
         ):
             raise ValueError(
-                "evaluation is asked for but there is nothing to evaluate on; give data.eval or data.test_size"
+                "evaluation is set but there are no rows to evaluate on; give data.eval or data.test_size"
             )
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(train, name) and train.eval_strategy == "no":

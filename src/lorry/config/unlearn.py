@@ -135,7 +135,7 @@ class UnlearnConfig(SettingsGroup):
     )
     reference: Literal["live", "cached"] | None = derived_field(
         "live; cached with lora=null",
-        "when the start is asked: with every batch, or of each row once, before training",
+        "when the start is scored: with every batch, or on each row once, before training",
     )
     stop_below: float = config_field(
         0.5,

@@ -124,7 +124,7 @@ def _prove_or_raise(model: HfModel, where: str) -> None:
     if why := find_future_leak(model):
         if _is_random(model):
             raise ModelError(
-                f"{where}: {type(model.inner).__name__} says something else each time it reads the same tokens: "
+                f"{where}: {type(model.inner).__name__} gives other scores each time it reads the same tokens: "
                 "it draws random numbers even in evaluation, and no score of it means anything"
             )
         raise ModelError(
@@ -186,7 +186,7 @@ def find_future_leak(model: CausalLM) -> str:
             first.dtype in ROUNDING_TOLERANCE and share > ROUNDING_TOLERANCE[first.dtype]
         ) or not _ignores_future(model, rows, i, cut):
             which = f"changing tokens {cut} to {length - 1} of {length}"
-            return f"{which} moves what it says at those before, by {share:.0e} of the largest"
+            return f"{which} changes its scores at those before, by {share:.0e} of the largest"
     return ""
 
 

@@ -5,9 +5,9 @@ report of a live run says.
 
 running       its process is at work (process.json, see runs/process.py)
 finished      it got to its end: receipt.json is the last of its files
-interrupted   a signal stopped it, and it saved; or it ended without a word and has a checkpoint but no process.json
+interrupted   a signal stopped it, and it saved; or it ended without a message and has a checkpoint but no process.json
 failed        it said why: an error, or a contract that did not hold
-dead          its process is gone without a word (kill -9, power, out of memory)
+dead          its process ended without an error message (kill -9, power, out of memory)
 unreadable    one of its files is damaged; ``detail`` says where
 """
 
@@ -213,7 +213,7 @@ def _judge_state(
     if broken := [c for c in run.contracts if c.status == "failed"]:
         return "failed", f"contract {broken[0].id}, {broken[0].name}: {broken[0].detail}"
     if process is not None:
-        return "dead", f"process {process.pid} is gone without a word; {go_on}"
+        return "dead", f"process {process.pid} ended without an error message; {go_on}"
     return ("interrupted", go_on) if saved else ("dead", f"no process is known; {go_on}")
 
 

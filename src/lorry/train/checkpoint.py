@@ -180,7 +180,7 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
         folder = run_dir / CHECKPOINTS
         raise ModelError(
             f"{folder}: none of its {len(damage)} checkpoints is whole; nothing was touched:{''.join(damage)}\n"
-            f"restore one of them from a copy; to begin anew instead, move {folder} elsewhere or use another output_dir"
+            f"restore one of them from a copy; to start over instead, move {folder} elsewhere or use another output_dir"
         )
     return None
 

@@ -278,7 +278,7 @@ class ChatSession:
                 Conversation((*opening, *self.turns, message, ChatMessage("assistant", ".")))
             )
         except TemplateRefusedError as error:
-            raise DataError(f"{error}; /reset begins anew") from error
+            raise DataError(f"{error}; /reset starts over") from error
 
     def _exchanges(self) -> Iterator[str]:
         """Of plain text: what was typed and how it was continued, each pair in one."""

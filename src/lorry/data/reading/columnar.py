@@ -195,7 +195,7 @@ def _json_list(path: Path, key: str, shown: str) -> list[Any]:
     entries = value.get(key) if isinstance(value, dict) else None
     if not isinstance(entries, list):
         raise DataError(
-            f"{path}: not of a saved data set: {key!r} is not a list; save the data set anew"
+            f"{path}: not of a saved data set: {key!r} is not a list; save the data set again"
         )
     return entries
 

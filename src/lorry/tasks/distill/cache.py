@@ -148,7 +148,7 @@ class CachedTeacher:
             integrity.verify_directory(folder)
         except ModelError as error:
             raise ModelError(
-                f"{error}; move {folder} away, and the next run writes it anew"
+                f"{error}; move {folder} away, and the next run writes it again"
             ) from error
         self.facts = documents.read_object(folder / CACHE_FACTS_FILE, error=ModelError)
         # the folder's name has twelve digits of each; here all of them are compared
@@ -156,7 +156,7 @@ class CachedTeacher:
             if self.facts.get(key) != expected:
                 raise ConfigError(
                     f"{folder} was written for another {key} ({str(self.facts.get(key))[:12]}, here it is {str(expected)[:12]}); "
-                    "give another distill.cache, or remove it and the next run writes it anew"
+                    "give another distill.cache, or remove it and the next run writes it again"
                 )
         self.temperature, self.fn = (
             aim.temperature,
