@@ -261,7 +261,10 @@ def test_a_decoder_that_sees_the_future_does_not_run(
         return HiddenStates(last + 1e-6 * last.mean(0))
 
     monkeypatch.setattr(Decoder, "hidden", leaking)
-    assert "changes its scores at those before" in load_model(path, dtype="float32", add_note=print).source["why"]
+    assert (
+        "changes its scores at those before"
+        in load_model(path, dtype="float32", add_note=print).source["why"]
+    )
 
 
 def test_a_proof_is_made_once_for_a_config_and_again_for_another(

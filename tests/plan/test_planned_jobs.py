@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from lorry.config import RunConfig, build_settings
+from lorry.config import RunConfig, build_settings, runs_by_adapter
+from lorry.config.schema import LoraConfig
 from lorry.config.settings import PlanSettings
 from lorry.errors import ConfigError, ModelError
 from lorry.plan import machine, rates
-from lorry.plan.choices import combine_adapters, joint_setup, list_planned_jobs
+from lorry.plan.choices import JobSettings, combine_adapters, joint_setup, list_planned_jobs
 from lorry.plan.configs import find_config
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import estimate_memory
@@ -85,8 +86,12 @@ def test_small_micro_batches_share_a_pass(rows: int, joint: int | None, tokens: 
         },
         print,
     )
-    jobs = list_planned_jobs(run, SHAPE)
-    setup = joint_setup(run, jobs, "float32", "cpu", tiles=False)
+    settings = {
+        name: JobSettings(one.lora or LoraConfig(), one.train, one.data.max_length, 4)
+        for name, one in runs_by_adapter(run).items()
+    }
+    jobs = list_planned_jobs(settings, SHAPE)
+    setup = joint_setup(jobs, "float32", "cpu", tiles=False, joint_tokens=run.joint_tokens)
     assert setup.tokens == tokens
     # a token passes one adapter's terms, whoever is beside it
     one = estimate_memory(SHAPE, jobs[0].adapter, setup)

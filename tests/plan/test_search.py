@@ -16,6 +16,7 @@ from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.choices import (
+    MemoryOfChoice,
     find_fitting_choice,
     no_choice_fits_error,
     open_choices,
@@ -23,7 +24,7 @@ from lorry.plan.choices import (
 )
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import PRECISIONS, MemoryEstimate, MemorySetup, estimate_memory
-from lorry.plan.search import batch_splits, powers_of_two
+from lorry.plan.search import PlanChoice, batch_splits, powers_of_two
 from lorry.plan.shapes import ModelShape, read_model_shape
 
 SHAPES = {
@@ -43,6 +44,26 @@ def need(shape: ModelShape, rank: int = 8, **setup: Any) -> MemoryEstimate:
 def run(**settings: Any) -> RunConfig:
     return build_settings(
         RunConfig, {"data": "x.jsonl", "model": "smollm2-135m", **settings}, print
+    )
+
+
+def choices_of(described: RunConfig) -> list[PlanChoice]:
+    """What a description of SmolLM2-135M leaves open."""
+    assert described.lora is not None
+    return open_choices(
+        described.lora,
+        described.train,
+        SHAPES["smollm2-135m"],
+        ["bfloat16"],
+        has_budget=described.memory_budget is not None,
+    )
+
+
+def memory_of(described: RunConfig) -> MemoryOfChoice:
+    """Of SmolLM2-135M on a CPU with tiles."""
+    assert described.lora is not None
+    return single_device_memory(
+        described.lora, described.data.max_length, SHAPES["smollm2-135m"], "cpu", True
     )
 
 
@@ -112,7 +133,7 @@ def test_ranks_are_powers_of_two(largest: int, ranks: list[int]) -> None:
 
 
 def test_without_a_budget_nothing_is_open() -> None:
-    options = open_choices(run(), SHAPES["smollm2-135m"], ["bfloat16"])
+    options = choices_of(run())
     assert [(o.rank, o.rows, o.accumulation, o.recompute) for o in options] == [(16, 8, 1, "none")]
 
 
@@ -130,7 +151,7 @@ def test_without_a_budget_nothing_is_open() -> None:
 def test_what_was_typed_is_not_open(
     given: Any, rows: set[int], recomputes: set[str], ranks: set[int]
 ) -> None:
-    options = open_choices(run(memory_budget="3GiB", **given), SHAPES["smollm2-135m"], ["bfloat16"])
+    options = choices_of(run(memory_budget="3GiB", **given))
     assert {o.rows for o in options} == rows
     assert {o.recompute for o in options} == recomputes
     assert {o.rank for o in options} == ranks
@@ -141,10 +162,10 @@ def test_the_first_that_fits_is_taken_and_all_before_it_do_not(
     budget: float, settings: Any
 ) -> None:
     described = run(memory_budget=f"{budget:.4f}GiB", **settings)
-    shape, limit = SHAPES["smollm2-135m"], parse_size(f"{budget:.4f}GiB")
-    options = open_choices(described, shape, ["bfloat16"])
-    bill = single_device_memory(described, shape, "cpu", True)
-    found = find_fitting_choice(described, options, bill)
+    limit = parse_size(f"{budget:.4f}GiB")
+    options = choices_of(described)
+    bill = memory_of(described)
+    found = find_fitting_choice(f"{budget:.4f}GiB", options, bill)
     fitting = [o for o in options if bill(o).total <= limit]
     assert (found.best.choice if found.best else None) == (fitting[0] if fitting else None)
     if found.best:
@@ -159,32 +180,32 @@ def test_the_first_that_fits_is_taken_and_all_before_it_do_not(
     st.sampled_from([{}, {"r": "auto"}, {"gradient_checkpointing": False}]),
 )
 def test_the_smallest_budget_that_is_named_works(budget: str, settings: Any) -> None:
-    shape = SHAPES["smollm2-135m"]
     described = run(memory_budget=budget, **settings)
     found = find_fitting_choice(
-        described,
-        open_choices(described, shape, ["bfloat16"]),
-        single_device_memory(described, shape, "cpu", True),
+        budget,
+        choices_of(described),
+        memory_of(described),
     )
     if found.best is not None:
         return
-    message = str(no_choice_fits_error(described, found))
+    message = str(no_choice_fits_error(budget, found))
     enough = message.split("memory_budget=")[2].split()[0]
     again = run(memory_budget=enough, **settings)
     assert (
         find_fitting_choice(
-            again,
-            open_choices(again, shape, ["bfloat16"]),
-            single_device_memory(again, shape, "cpu", True),
+            enough,
+            choices_of(again),
+            memory_of(again),
         ).best
         is not None
     )
-    less = run(memory_budget=f"{int(enough.removesuffix('MiB')) - 1}MiB", **settings)
+    smaller = f"{int(enough.removesuffix('MiB')) - 1}MiB"
+    less = run(memory_budget=smaller, **settings)
     assert (
         find_fitting_choice(
-            less,
-            open_choices(less, shape, ["bfloat16"]),
-            single_device_memory(less, shape, "cpu", True),
+            smaller,
+            choices_of(less),
+            memory_of(less),
         ).best
         is None
     )

@@ -124,7 +124,8 @@ def test_killed_without_a_word(sft: Callable[..., Any], tmp_path: Path) -> None:
     assert dead.state == "dead"
     assert dead.step >= 2
     assert (
-        dead.detail == f"process {pid} ended without an error message; there is no checkpoint to go on from"
+        dead.detail
+        == f"process {pid} ended without an error message; there is no checkpoint to go on from"
     )
 
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from rich.table import Column, Table
 
+from lorry.config import runs_by_adapter
 from lorry.config.parsing.sizes import parse_size, size_in_words
-from lorry.config.settings import PlanSettings
+from lorry.config.schema import LoraConfig
+from lorry.config.settings import PlanModel, PlanSettings
 from lorry.console import VisibleConsole
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
 from lorry.plan import machine, rates
 from lorry.plan.choices import (
+    JobSettings,
     MemoryOfChoice,
     PlannedJob,
     adapter_at_rank,
@@ -30,6 +34,8 @@ from lorry.plan.choices import (
     memory_setup,
     no_choice_fits_error,
     open_choices,
+    refuse_budget_of_jobs,
+    require_lora,
 )
 from lorry.plan.configs import FoundConfig, find_config
 from lorry.plan.flops import count_flops, step_efficiency
@@ -72,31 +78,42 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
     # before the search, whose first choice would meet the error in the middle
     split = _plan_split(settings)
     check_split(split, shape)
-    jobs = tuple(list_planned_jobs(settings, shape, found.adapter_ranks))
+    jobs = tuple(list_planned_jobs(_job_settings(settings, found), shape))
     if len(jobs) > 1:
         return _plan_of_jobs(settings, found, shape, jobs, device, gpu, split)
+    lora, has_budget = require_lora(settings.lora), settings.memory_budget is not None
     options = open_choices(
-        settings, shape, [_base_precision(settings, device)], rank=found.adapter_rank
+        lora,
+        settings.train,
+        shape,
+        [_base_precision(settings, device)],
+        has_budget=has_budget,
+        rank=found.adapter_rank,
     )
-    need = _memory_need(settings, shape, device, split)
+    need = _memory_need(settings, lora, shape, device, split)
     search, choice = None, options[0]
     if settings.memory_budget is not None:
-        search = find_fitting_choice(settings, options, need)
+        search = find_fitting_choice(settings.memory_budget, options, need)
         if search.best is None:
-            raise _nothing_fits_error(settings, search, need)
+            raise _nothing_fits_error(settings.memory_budget, settings.model, search, need)
         choice = search.best.choice
     setup, adapter = (
-        memory_setup(settings, choice, device, machine.has_tiles()),
-        adapter_at_rank(settings, shape)(choice.rank),
+        memory_setup(settings.data.max_length, choice, device, machine.has_tiles()),
+        adapter_at_rank(lora, shape)(choice.rank),
     )
     budget, budget_is = _memory_budget(settings, gpu)
     alternative = None
     # a GPU's own memory: say what would fit it, without choosing it unasked
     if budget is not None and search is None:
-        freed = settings.model_copy(update={"memory_budget": f"{budget}B"})
-        alternative = find_fitting_choice(
-            freed, open_choices(freed, shape, [choice.precision], rank=found.adapter_rank), need
-        ).best
+        alternatives = open_choices(
+            lora,
+            settings.train,
+            shape,
+            [choice.precision],
+            has_budget=True,
+            rank=found.adapter_rank,
+        )
+        alternative = find_fitting_choice(f"{budget}B", alternatives, need).best
     flops = count_flops(shape, adapter, setup)
     tokens = setup.tokens * choice.accumulation * split.data
     # what the devices do at once, less what a pipeline waits
@@ -136,7 +153,14 @@ def _plan_of_jobs(
             f"backend={split.backend}: several jobs are planned on one device; leave out backend or jobs"
         )
     precision = _base_precision(settings, device)
-    setup = joint_setup(settings, jobs, precision, device, tiles=machine.has_tiles())
+    setup = joint_setup(
+        jobs,
+        precision,
+        device,
+        tiles=machine.has_tiles(),
+        recompute="full" if settings.train.gradient_checkpointing else "none",
+        joint_tokens=settings.joint_tokens,
+    )
     adapter, largest = combine_adapters(jobs), max(jobs, key=lambda job: job.tokens)
     choice = PlanChoice(
         rank=max(job.rank for job in jobs),
@@ -212,29 +236,51 @@ def _base_precision(settings: PlanSettings, device: DeviceType) -> PrecisionName
     )
 
 
+def _job_settings(settings: PlanSettings, found: FoundConfig) -> dict[str, JobSettings]:
+    """Of each job; without `jobs` of the adapters that the model has. Raises ConfigError."""
+    refuse_budget_of_jobs(settings.memory_budget, settings.jobs)
+    if not settings.jobs:
+        return {
+            name: JobSettings(
+                require_lora(settings.lora), settings.train, settings.data.max_length, rank
+            )
+            for name, rank in (found.adapter_ranks or {}).items()
+        }
+    # a plan has no output_dir, and a job's is a folder in it
+    runs = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
+    return {
+        name: JobSettings(
+            (lora := require_lora(run.lora)), run.train, run.data.max_length, int(lora.r)
+        )
+        for name, run in runs.items()
+    }
+
+
 def _memory_need(
-    settings: PlanSettings, shape: ModelShape, device: DeviceType, split: ParallelSplit
+    settings: PlanSettings,
+    lora: LoraConfig,
+    shape: ModelShape,
+    device: DeviceType,
+    split: ParallelSplit,
 ) -> MemoryOfChoice:
-    adapter = adapter_at_rank(settings, shape)
+    adapter = adapter_at_rank(lora, shape)
 
     def need(choice: PlanChoice) -> MemoryEstimate:
-        setup = memory_setup(settings, choice, device, machine.has_tiles())
+        setup = memory_setup(settings.data.max_length, choice, device, machine.has_tiles())
         return memory_per_gpu(shape, adapter(choice.rank), setup, split, choice.accumulation)
 
     return need
 
 
 def _nothing_fits_error(
-    settings: PlanSettings, search: ChoiceSearchResult, need: MemoryOfChoice
+    memory_budget: str, model: PlanModel, search: ChoiceSearchResult, need: MemoryOfChoice
 ) -> ConfigError:
     """The error, with what a quantised base would need if that is enough."""
-    error, least = no_choice_fits_error(settings, search), search.least.choice
+    error, least = no_choice_fits_error(memory_budget, search), search.least.choice
     # the larger first: the least that has to be given up
     for precision in ("int8", "nf4"):
         memory = need(replace(least, precision=precision))
-        if settings.model.quantize is None and memory.total <= parse_size(
-            settings.memory_budget or ""
-        ):
+        if model.quantize is None and memory.total <= parse_size(memory_budget):
             return ConfigError(
                 f"{error}. With model.quantize={precision} it would fit ({size_in_words(memory.total)}), not trainable here yet"
             )

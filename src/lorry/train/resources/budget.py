@@ -36,7 +36,7 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     # lora=null is refused with words of its own by `refuse_adapter_settings`
     if run.memory_budget is None or run.lora is None:
         return run
-    refuse_budget_of_jobs(run)
+    refuse_budget_of_jobs(run.memory_budget, run.jobs)
     model = run.model
     # config.json and headers alone: nothing that weighs is read before there is a plan
     place = resolve_model(
@@ -61,12 +61,18 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     precision = str(pick_dtype(model.dtype, where)).removeprefix("torch.")
     # an adapter that is trained further has its rank already; only the batch is left to choose
     adapter_rank = _adapter_rank(place.adapter or (Path(model.adapter) if model.adapter else None))
-    options = open_choices(run, shape, [precision], rank=adapter_rank)  # type: ignore[list-item]
-    search = find_fitting_choice(
-        run, options, single_device_memory(run, shape, device, kernel_status().amx)
+    options = open_choices(
+        run.lora,
+        run.train,
+        shape,
+        [precision],  # type: ignore[list-item]
+        has_budget=True,
+        rank=adapter_rank,
     )
+    need = single_device_memory(run.lora, run.data.max_length, shape, device, kernel_status().amx)
+    search = find_fitting_choice(run.memory_budget, options, need)
     if search.best is None:
-        raise no_choice_fits_error(run, search)
+        raise no_choice_fits_error(run.memory_budget, search)
     add_note(
         f"memory_budget={run.memory_budget}: {search.best.choice.words()}, predicted peak {size_in_words(search.best.memory.total)} of "
         f"{size_in_words(parse_size(run.memory_budget))}"
