@@ -110,3 +110,8 @@ def parameter_set(model: nn.Module, name: str) -> ParameterSet:
     """
     weights = get_base_weights(model)
     return weights if weights is not None and weights.name == name else get_bank(model)[name]
+
+
+def base_parameter_set(model: nn.Module) -> ParameterSet | None:
+    """The base's own weights where they train, else None."""
+    return get_base_weights(model)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.base_weights import get_base_weights
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import base_digest
+from lorry.adapters.trainable import base_parameter_set
 from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import BASE, TokenizedExample, collate
 from lorry.data.encoding.encode import ExampleEncoder
@@ -122,7 +122,7 @@ class SuiteModel:
                 for matrix in (slot.A, slot.B):
                     total.update(matrix.detach().cpu().contiguous().numpy().tobytes())
         # the base's digest is of a sample, rounded, which a few small steps leave as it is
-        if (trained := get_base_weights(self.model)) is not None:
+        if (trained := base_parameter_set(self.model)) is not None:
             total.update(trained.values.detach().cpu().numpy().tobytes())
         total.update("\n".join(parts).encode())
         return total.hexdigest()
