@@ -53,7 +53,7 @@ test-numpy1: setup
 test-extras: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized,llama-cpp]'
 	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py \
-	  tests/models/test_gguf_llamacpp.py tests/verbs/test_export_gguf_verb.py
+	  tests/models/test_gguf_llamacpp.py tests/models/test_gguf_mixture.py tests/verbs/test_export_gguf_verb.py
 
 # Writes requirements-lock.txt anew: the versions of constraints.txt with the SHA-256 of every file of theirs, for all platforms.
 # torch, and what only torch asks for, is left out: which build of it fits hangs on the machine (httpx2-jsfetch: browsers alone).

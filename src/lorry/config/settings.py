@@ -5,7 +5,7 @@ chat, unmerge, export, report, doctor.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -14,6 +14,7 @@ from pydantic import (
     PositiveInt,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from lorry.config.base import (
@@ -225,16 +226,41 @@ class UnmergeSettings(SettingsGroup):
 Outtype = Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
+class ExpertSource(SettingsGroup):
+    """An expert of a mixture, in mergekit-moe's words."""
+
+    source_model: PathText = Field(
+        description="adapter or run directory, base+adapter, or the base itself"
+    )
+    positive_prompts: list[str] = config_field([], "texts that belong to it")
+    negative_prompts: list[str] = config_field([], "texts that do not")
+
+
 class ExportSettings(SettingsGroup):
-    """Write a run in another library's format."""
+    """Write a run in another library's format; to=hf-moe: experts of one base, as a mergekit-moe
+    file describes them."""
 
     positional: ClassVar[str] = "run"
-    run: PathText = Field(description="run or adapter directory")
-    to: Literal["hf", "peft", "gguf", "gguf-lora"] = Field(
+    run: PathText | None = config_field(None, "run or adapter directory; of to=hf-moe experts")
+    to: Literal["hf", "peft", "gguf", "gguf-lora", "hf-moe"] = Field(
         description="hf: a merged transformers model; peft: an adapter directory; gguf: a merged model for llama.cpp; "
-        "gguf-lora: the adapter alone for llama.cpp (--lora)"
+        "gguf-lora: the adapter alone for llama.cpp (--lora); hf-moe: a Mixtral, Qwen2-MoE or Qwen3-MoE"
     )
-    dtype: DtypeName = config_field("auto", "to=hf: number format to store; auto: that of the base")
+    base_model: PathText | None = config_field(None, "to=hf-moe: the base of all experts")
+    experts: list[ExpertSource] = config_field(
+        [], "to=hf-moe: maps of source_model, positive_prompts and negative_prompts"
+    )
+    gate_mode: Literal[
+        "hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random"
+    ] = config_field("hidden", "to=hf-moe: how the prompts become a router")
+    experts_per_token: PositiveInt = config_field(2, "to=hf-moe: how many experts a token goes to")
+    attention: Literal["refuse", "average", "drop"] = config_field(
+        "refuse", "to=hf-moe: what becomes of deltas outside the MLPs, which cannot be routed"
+    )
+    seed: NonNegativeInt = config_field(0, "to=hf-moe: of random gates")
+    dtype: DtypeName = config_field(
+        "auto", "to=hf and hf-moe: number format to store; auto: that of the base"
+    )
     outtype: Outtype = config_field(
         "auto",
         "to=gguf: how matrices are stored, as in llama.cpp's --outtype; auto: as the base, of an adapter f32",
@@ -252,7 +278,22 @@ class ExportSettings(SettingsGroup):
         to, outtype = info.data.get("to", "export"), info.data.get("outtype", "auto")
         # several types of one run lie side by side
         kind = f"{outtype}-{to}" if to.startswith("gguf") and outtype != "auto" else to
+        run = info.data.get("run")
+        # a mixture goes into the folder one is in: its base may lie in a cache
+        if value is None and run is None:
+            return Path(f"{Path(info.data.get('base_model') or 'run').name}-{kind}")
         return _output_beside_run(value, info, kind)
+
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> Self:
+        mixture = self.to == "hf-moe"
+        if mixture and (not self.experts or self.base_model is None or self.run is not None):
+            raise ValueError(
+                "to=hf-moe takes base_model and experts, as in a mergekit-moe file, and no run"
+            )
+        if not mixture and (self.run is None or self.experts or self.base_model is not None):
+            raise ValueError(f"to={self.to} takes a run; base_model and experts are for to=hf-moe")
+        return self
 
     @field_validator("outtype", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""`lorry export RUN to=hf|peft|gguf|gguf-lora`: a run for another library, reloaded before we say
+"""`lorry export RUN to=hf|peft|gguf|gguf-lora|hf-moe`: a run for another library, reloaded before we say
 that it worked: by that library, where it is installed.
 """
 
@@ -11,7 +11,13 @@ from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError
 from lorry.verbs import probe
-from lorry.verbs.export_gguf import GGUF_OUTTYPES, export_gguf, export_gguf_lora
+from lorry.verbs.export_gguf import (
+    GGUF_OUTTYPES,
+    export_gguf,
+    export_gguf_lora,
+    export_gguf_mixture,
+)
+from lorry.verbs.export_moe import export_experts
 from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
 from lorry.verbs.merge import write_merged
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
@@ -25,7 +31,17 @@ def main(settings: ExportSettings) -> int:
     from lorry.models.loading.open import stored_dtype
 
     _refuse_unused(settings)
+    if settings.to == "hf-moe":
+        export_experts(settings)
+        print(settings.output_dir)
+        return 0
+    assert settings.run is not None  # the settings say so
     stored = stored_dtype(settings.run)
+    if settings.to == "gguf" and (folder := _mixture_folder(settings.run)) is not None:
+        outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
+        title = Path(settings.run).name
+        print(export_gguf_mixture(folder, settings.output_dir, outtype, title=title))
+        return 0
     opened = open_with_adapters(
         ModelConfig.model_validate(
             {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
@@ -56,6 +72,18 @@ def main(settings: ExportSettings) -> int:
         export_peft(opened, name, settings.output_dir, settings.weight)
     print(settings.output_dir)
     return 0
+
+
+def _mixture_folder(run: str) -> Path | None:
+    """The directory of a plain mixture of experts; None for anything else."""
+    from lorry.models.gguf.architecture import MIXTURES
+    from lorry.models.loading.describe import read_model_json
+    from lorry.models.loading.sources import resolve_model
+    from lorry.notes import ignore_note
+
+    location = resolve_model(run, add_note=ignore_note)
+    kind = read_model_json(location.directory / "config.json").get("model_type")
+    return location.directory if location.adapter is None and kind in MIXTURES else None
 
 
 def _refuse_unused(settings: ExportSettings) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorry.models.gguf.writer import PlannedTensor
     from lorry.models.loading.open import OpenedModel
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # torch's name of a number format -> llama.cpp's
 GGUF_OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -85,6 +86,68 @@ def export_gguf(
     )
     for line in lines:
         print_note(line)
+    return output / file.name
+
+
+def export_gguf_mixture(directory: Path, output: Path, outtype: str, *, title: str) -> Path:
+    """A GGUF file of the Mixtral, Qwen2-MoE or Qwen3-MoE in ``directory``, straight from its files,
+    in the folder ``output``; returns its path.
+
+    Raises what `export_gguf` raises, and ModelError for gates that llama.cpp makes otherwise.
+    """
+    from safetensors import safe_open
+
+    from lorry.disk import durable
+    from lorry.models.gguf.architecture import describe_architecture
+    from lorry.models.gguf.vocabulary import read_vocabulary
+    from lorry.models.gguf.writer import OUTTYPES, check_rounding, plan_tensors, write_gguf
+    from lorry.models.loading.describe import describe_model
+    from lorry.models.loading.tokenizer import load_tokenizer
+    from lorry.models.loading.weights import read_tensor_entries
+
+    def add_note(text: str) -> None:
+        print_note(f"note: {text}")
+
+    architecture = describe_architecture(describe_model(directory, add_note=add_note).config)
+    tokenizer = load_tokenizer(directory, add_note=add_note)
+    if tokenizer is None:
+        raise ModelError(f"{directory} has no tokenizer; put its tokenizer.json beside the weights")
+    vocabulary = read_vocabulary(tokenizer, architecture.geometry.vocab, add_note)
+    entries = read_tensor_entries(directory)
+    copies = {}
+    if architecture.needs_head and HEAD not in entries:
+        add_note(
+            "head and embedding are two tensors in the file: llama.cpp takes no tied Qwen2-MoE"
+        )
+        copies = {HEAD: entries[EMBEDDING]}
+    everything = {**entries, **copies}
+    plan = plan_tensors(
+        architecture, {name: entry.shape for name, entry in everything.items()}, outtype, add_note
+    )
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, entry in everything.items():
+            with safe_open(entry.file, framework="pt") as file:
+                yield name, file.get_tensor(entry.name)
+
+    def add_keys(writer: GGUFWriter) -> None:
+        writer.add_type("model")
+        writer.add_name(title)
+        writer.add_file_type(OUTTYPES[outtype][1])
+        writer.add_quantization_version(_quantization_version())
+        architecture.add_keys(writer)
+        vocabulary.add_to(writer)
+
+    with durable.build_directory(output) as folder:
+        file = folder / f"{title}-{outtype}.gguf"
+        write_gguf(file, architecture, plan, stream(), add_keys)
+        error, bound = check_rounding(file, architecture, plan, stream())
+    print_note(
+        f"reread: {len(plan)} tensors, each value within {error:.1e} of the largest beside it (bound {bound:.1e}, {outtype})"
+    )
+    print_note(
+        "note: no reader but llama.cpp computes such a file, so its logits were not compared"
+    )
     return output / file.name
 
 

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorry.config.schema import ModelConfig
+from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError, ModelError
 from lorry.verbs import probe
-from lorry.verbs.open_model import print_note
+from lorry.verbs.open_model import open_with_adapters, print_note
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,70 @@ if TYPE_CHECKING:
 
 # of the largest logit, in fp32: the noise of two ways to add up the same experts
 EXACT_SHARE = 1e-5
+
+
+def export_experts(settings: ExportSettings) -> None:
+    """The mixture that ``settings`` describe, its router made from prompts. Raises what
+    `export_moe` raises, and ConfigError for an expert that is no adapter of the base.
+    """
+    from lorry.models.loading.open import stored_dtype
+    from lorry.models.moe.checkpoint import describe_moe
+    from lorry.models.moe.gates import ExpertPrompts, gates_from_prompts
+
+    base = str(settings.base_model)
+    folders = [_adapter_of(expert.source_model, base) for expert in settings.experts]
+    unique = list(dict.fromkeys(folder for folder in folders if folder is not None))
+    opened = open_with_adapters(
+        ModelConfig.model_validate({"name": base, "dtype": "float32"}), adapters=unique
+    )
+    if opened.source.get("adapter"):
+        raise ConfigError(f"base_model={base} is itself a run; name the model it was trained on")
+    if len(opened.adapters) != len(unique):
+        raise ConfigError(
+            f"an expert's source_model holds several adapters; name one of their folders ({', '.join(unique)})"
+        )
+    names = dict(zip(unique, opened.adapters, strict=True))
+    experts: dict[str, dict[str, float]] = {}
+    for number, folder in enumerate(folders):
+        title = "base" if folder is None else names[folder]
+        # one adapter may be two experts, with other prompts
+        title = title if title not in experts else f"{title}-{number}"
+        experts[title] = {} if folder is None else {names[folder]: 1.0}
+    model, top_k = _expect_decoder(opened), settings.experts_per_token
+    # before a prompt is read: what the class cannot hold
+    describe_moe(model.config, experts=len(experts), top_k=top_k, normalize=True)
+    prompts = [ExpertPrompts(e.positive_prompts, e.negative_prompts) for e in settings.experts]
+    routers = gates_from_prompts(
+        model, opened.tokenizer, prompts, settings.gate_mode, seed=settings.seed
+    )
+    export_moe(
+        opened,
+        settings.output_dir,
+        experts,
+        routers,
+        top_k=top_k,
+        attention=settings.attention,
+        dtype=stored_dtype(base) if settings.dtype == "auto" else settings.dtype,
+    )
+    print_note(
+        f"note: the router is made of prompts (gate_mode={settings.gate_mode}) and not trained; the layer reads "
+        "another vector, the normed input of its MLP"
+    )
+
+
+def _adapter_of(source: str, base: str) -> str | None:
+    """The adapter directory that ``source`` names ("base+adapter" or "adapter"), None for the base
+    itself. Raises ConfigError for another base.
+    """
+    named, plus, adapter = source.partition("+")
+    # a folder's own name may hold a plus
+    if plus and not Path(source).exists():
+        if named != base:
+            raise ConfigError(
+                f"source_model={source}: the base is {base}; experts of one mixture share it"
+            )
+        return adapter
+    return None if source == base else source
 
 
 def export_moe(

@@ -25,9 +25,10 @@ import torch
 from gguf import MODEL_ARCH, GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorry.errors import ModelError
-from lorry.families import ModelGeometry, find_family
+from lorry.families import ModelGeometry, find_family, unsupported_fields
 from lorry.models.gguf.tensors import ROTARY_FACTORS
 
 # model_type -> (the model type whose family describes its dense part, llama.cpp's architecture)
@@ -37,10 +38,42 @@ ARCHITECTURES = {
     "smollm": ("smollm", MODEL_ARCH.LLAMA),
     "qwen2": ("qwen2", MODEL_ARCH.QWEN2),
     "qwen3": ("qwen3", MODEL_ARCH.QWEN3),
+    "mixtral": ("llama", MODEL_ARCH.LLAMA),
+    "qwen2_moe": ("qwen2", MODEL_ARCH.QWEN2MOE),
+    "qwen3_moe": ("qwen3", MODEL_ARCH.QWEN3MOE),
 }
+MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+# fields of a mixture's config beyond its dense family's that are read here, or are of training
+MIXTURE_KEYS = frozenset(
+    {
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "norm_topk_prob",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "output_router_logits",
+        "qkv_bias",
+    }
+)
 # llama.cpp's Llama turns neighbouring pairs of a head, Hugging Face's the two halves of it
 PERMUTED = frozenset({MODEL_ARCH.LLAMA})
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _TURNED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """Experts of a layer, those of a token, the width of one, and of the shared one (0: none)."""
+
+    experts: int
+    used: int
+    width: int
+    shared_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +82,7 @@ class GgufArchitecture:
 
     arch: MODEL_ARCH
     geometry: ModelGeometry
+    mixture: ExpertCounts | None = None
 
     @property
     def name(self) -> str:
@@ -60,13 +94,24 @@ class GgufArchitecture:
         architecture has not.
         """
         found = gguf.get_tensor_name_map(self.arch, self.geometry.layers).get_name(
-            name, try_suffixes=(".weight", ".bias")
+            _EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias")
         )
         if found is None:
             raise ModelError(
                 f"llama.cpp's architecture {self.name} has no tensor for {name}; use to=hf"
             )
         return str(found)
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether llama.cpp refuses a file without a head of its own, tied or not."""
+        return self.arch == MODEL_ARCH.QWEN2MOE
+
+    @staticmethod
+    def expert_of(name: str) -> int:
+        """The number of the expert that a tensor of the model belongs to; 0 of any other."""
+        found = _EXPERT.search(name)
+        return 0 if found is None else int(found[1])
 
     @staticmethod
     def is_stack(place: str) -> bool:
@@ -114,6 +159,14 @@ class GgufArchitecture:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(g.rotary.scaling["factor"])
 
+        if self.mixture is not None:
+            writer.add_expert_count(self.mixture.experts)
+            writer.add_expert_used_count(self.mixture.used)
+            if self.arch != MODEL_ARCH.LLAMA:
+                writer.add_expert_feed_forward_length(self.mixture.width)
+            if self.mixture.shared_width:
+                writer.add_expert_shared_feed_forward_length(self.mixture.shared_width)
+
     def extra_tensors(self) -> dict[str, NDArray[numpy.float32]]:
         """{GGUF name: values} of tensors that the model has not: the rotary factors of Llama 3."""
         rotary = self.geometry.rotary
@@ -135,17 +188,53 @@ def describe_architecture(config: Mapping[str, Any]) -> GgufArchitecture:
     dense, arch = ARCHITECTURES[kind]
     family = find_family(dense)
     assert family is not None, dense
+    if kind in MIXTURES:
+        plain = {key: value for key, value in config.items() if key not in MIXTURE_KEYS}
+        if odd := unsupported_fields(family, plain, CONFIG_MAPPING[kind]().to_dict()):
+            raise ModelError(f"a GGUF file of this {kind} cannot be written: {', '.join(odd)}")
     geometry = family.geometry(config)
     if geometry.activation != "silu":
         raise ModelError(
             f"hidden_act={geometry.activation!r}: llama.cpp computes silu in every {kind} model"
         )
-    extra = geometry.biased - (set(family.roles.qkv) if kind == "qwen2" else set())
+    extra = geometry.biased - (set(family.roles.qkv) if dense == "qwen2" else set())
     if extra and arch != MODEL_ARCH.LLAMA:
         raise ModelError(f"attention_bias=true: llama.cpp has no biases in {kind} models")
     if geometry.rotary is not None and geometry.rotary.kind == "llama3" and arch not in PERMUTED:
         raise ModelError(f"rope_type='llama3': llama.cpp has no such scaling in {kind} models")
-    return GgufArchitecture(arch, geometry)
+    mixture = _describe_mixture(kind, config, geometry) if kind in MIXTURES else None
+    return GgufArchitecture(arch, geometry, mixture)
+
+
+def _describe_mixture(
+    kind: str, config: Mapping[str, Any], geometry: ModelGeometry
+) -> ExpertCounts:
+    """Raises ModelError for a mixture whose gates llama.cpp makes otherwise than transformers: it
+    divides those of the chosen experts by their sum in a Mixtral and a Qwen3-MoE whatever the
+    config says, and never in a Qwen2-MoE.
+    """
+    # one field under two names: transformers 5 writes the first for every class
+    experts = config.get("num_local_experts") or config["num_experts"]
+    used, normalized = config["num_experts_per_tok"], bool(config.get("norm_topk_prob"))
+    # over all experts the softmax sums to 1 by itself
+    if used < experts and kind == "qwen2_moe" and normalized:
+        raise ModelError(
+            f"norm_topk_prob=true with {used} of {experts} experts: llama.cpp does not normalise the gates of a "
+            "Qwen2-MoE and would compute another model; write it with all experts for every token"
+        )
+    if used < experts and kind == "qwen3_moe" and not normalized:
+        raise ModelError(
+            f"norm_topk_prob=false with {used} of {experts} experts: llama.cpp normalises the gates of a Qwen3-MoE all the same "
+            "and would compute another model"
+        )
+    if kind == "mixtral":
+        return ExpertCounts(experts, used, geometry.mlp_width)
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise ModelError("a mixture with dense layers between cannot be written into a GGUF file")
+    if kind == "qwen2_moe" and config.get("qkv_bias") is False:
+        raise ModelError("qkv_bias=false: a GGUF file of a Qwen2-MoE without biases is not written")
+    shared = config.get("shared_expert_intermediate_size", 0) if kind == "qwen2_moe" else 0
+    return ExpertCounts(experts, used, config["moe_intermediate_size"], shared)
 
 
 def _interleave(tensor: Tensor, heads: int) -> Tensor:

@@ -85,13 +85,17 @@ def plan_tensors(
     for place, names in sources.items():
         shape = shapes[names[0]]
         kind = Q8_0 if wanted == Q4_0 and place == head else wanted
-        if len(shape) == 1 or place.endswith(("_norm.weight", "_gate_inp.weight")):
+        if len(shape) == 1 or place.endswith(
+            ("_norm.weight", "_gate_inp.weight", "_gate_inp_shexp.weight")
+        ):
             kind = F32
         if shape[-1] % GGML_QUANT_SIZES[kind][0]:
             narrow.append(place)
             kind = F16
         whole = (len(names), *shape) if architecture.is_stack(place) else shape
-        planned.append(PlannedTensor(place, whole, kind, tuple(names)))
+        # ten comes before two in the order of names
+        ordered = sorted(names, key=architecture.expert_of)
+        planned.append(PlannedTensor(place, whole, kind, tuple(ordered)))
     if narrow:
         add_note(
             f"{len(narrow)} tensors are stored in f16, since their rows are no multiple of 32 "
