@@ -260,8 +260,8 @@ def test_colour_on_a_terminal_only(
         (["sft", "no.yaml"], "error: no.yaml: cannot be read (No such file or directory)\n"),
         (["merge"], "error: run is missing; give run=...\n"),
         (
-            ["export", "runs/a", "to=gguf"],
-            "error: to=gguf: to: 'gguf' is not built yet; give one of hf, peft\n",
+            ["export", "runs/a", "to=safetensors"],
+            "error: to=safetensors: to: got 'safetensors'; give one of hf, peft, gguf, gguf-lora, hf-moe\n",
         ),
     ],
 )
