@@ -18,7 +18,7 @@ import yaml
 
 from lorry import config
 from lorry.cli import VERBS
-from lorry.config import DistillRunConfig, RunConfig, build_settings, parse_settings
+from lorry.config import DistillRunConfig, MoeRunConfig, RunConfig, build_settings, parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
@@ -150,7 +150,7 @@ def test_architecture_lists_the_rooms_there_are() -> None:
 
 def test_examples_are_valid_run_descriptions() -> None:
     for path in sorted((ROOT / "examples").glob("*.yaml")):
-        schema = DistillRunConfig if path.stem == "distill" else RunConfig
+        schema = {"distill": DistillRunConfig, "experts": MoeRunConfig}.get(path.stem, RunConfig)
         run = parse_settings(schema, [str(path)], print)
         assert build_settings(schema, run.model_dump(), print) == run
 

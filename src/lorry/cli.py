@@ -80,6 +80,13 @@ VERBS = (
         "Train",
     ),
     CliVerb(
+        "moe",
+        "MoeRunConfig",
+        "experts=[...]",
+        "train a mixture of LoRA experts, and a router over them",
+        "Train",
+    ),
+    CliVerb(
         "plan",
         "PlanSettings",
         "[MODEL]",

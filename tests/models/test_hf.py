@@ -469,13 +469,16 @@ def test_a_dense_model_leaves_nothing_out() -> None:
 class Halves:
     """A router of the layers that gates ``adapters`` with a half."""
 
-    adapters = ("default",)
+    adapters, halves = ("default",), ("attn", "mlp")
 
     def parameters(self, layer: int) -> list[Tensor]:
         return []
 
-    def gates(self, layer: int, half: str, x: Tensor) -> Tensor:
-        return torch.full((x.shape[0], 1), 0.5)
+    def logits(self, layer: int, half: str, x: Tensor) -> Tensor:
+        return torch.zeros(x.shape[0], 1)
+
+    def gates(self, logits: Tensor) -> Tensor:
+        return logits + 0.5
 
 
 @pytest.mark.parametrize("adapters", [["default", "default"], ["default", None]])
@@ -484,7 +487,10 @@ def test_a_router_of_the_layers_is_refused(adapters: list[str | None]) -> None:
     gate.
     """
     model = foreign("opt")
+    router = Halves()
     attach(model, LoraSpec(r=2))
-    call = AdapterContext(Mix.per_sequence(adapters, [0, 12, 15]), None, Halves())
+    call = AdapterContext(
+        Mix.packed([Mix.layer_routed(router) if a else Mix.none() for a in adapters], [0, 12, 15])
+    )
     with pytest.raises(ContractError, match="no linear of a decoder layer"):
         logits(model, SEQUENCES[:2], call)

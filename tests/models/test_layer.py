@@ -557,6 +557,8 @@ def test_a_product_by_itself_is_differentiated_too(tmp_path: Path) -> None:
 class Softmax:
     """A toy router: gates [T, K] = softmax(x W), one W [width, K] per layer and half."""
 
+    halves = ("attn", "mlp")
+
     def __init__(
         self, model: Decoder, adapters: Sequence[str], dtype: torch.dtype = torch.float32
     ) -> None:
@@ -571,8 +573,11 @@ class Softmax:
     def parameters(self, layer: int) -> Sequence[Tensor]:
         return [self.weights[layer, half] for half in ("attn", "mlp")]
 
-    def gates(self, layer: int, half: str, x: Tensor) -> Tensor:
-        return (x.to(self.weights[layer, half].dtype) @ self.weights[layer, half]).softmax(-1)
+    def logits(self, layer: int, half: str, x: Tensor) -> Tensor:
+        return x.to(self.weights[layer, half].dtype) @ self.weights[layer, half]
+
+    def gates(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
 
 
 class Routed:
@@ -605,7 +610,7 @@ class Routed:
 
     def note(self, at: tuple[int, str], normed: Tensor) -> None:
         part = self.strength[self.bounds[self.row] : self.bounds[self.row + 1]]
-        self.gates[at] = self.router.gates(*at, normed) * part
+        self.gates[at] = self.router.gates(self.router.logits(*at, normed)) * part
 
     def add(self, path: str, at: tuple[int, str], x: Tensor, y: Tensor) -> Tensor:
         for k, name in enumerate(self.router.adapters):
@@ -661,7 +666,9 @@ def test_a_router_reads_each_layers_normed_inputs(
     objective(there).backward()
     model.gradient_checkpointing = recompute
     call, batch = (
-        AdapterContext(Mix((MixTerm("a"), MixTerm("b", slice(5, 100), 0.5))), None, router),
+        AdapterContext(
+            Mix((MixTerm("a", route=0), MixTerm("b", slice(5, 100), 0.5, route=1)), router)
+        ),
         packed(),
     )
     with torch.no_grad():
@@ -689,11 +696,12 @@ def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
     """
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
     attach(model, LoraSpec(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"]), "a")
-    call = AdapterContext(Mix.one("a"), None, Softmax(model, ["a"]))
+    call = AdapterContext(Mix.layer_routed(Softmax(model, ["a"])))
     with pytest.raises(ContractError, match=r"lm_head: .* no linear of a decoder layer"):
         ours(model, call, packed())
     gate = torch.ones(sum(LENGTHS))
     with pytest.raises(ContractError, match="one of its own"):
         model.hidden(
-            packed(), AdapterContext(Mix.routed(["a"], gate[:, None]), None, Softmax(model, ["a"]))
+            packed(),
+            AdapterContext(Mix((MixTerm("a", None, gate, 0),), Softmax(model, ["a"]))),
         )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -24,6 +24,9 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from lorry.adapters.router import TokenRouter
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
 # not only dots: "." and ".." are folders already; 64 characters fit every file system beside a
@@ -76,10 +79,9 @@ class Adapter:
         """For messages."""
         return f"adapter {self.name!r}"
 
-    @property
-    def in_mix(self) -> bool:
-        """Its sequences have a term of the mix."""
-        return True
+    def mix(self) -> Mix:
+        """One term, g = 1."""
+        return Mix.one(self.name)
 
     @property
     def drops(self) -> bool:
@@ -190,6 +192,8 @@ class AdapterBank:
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
+        # what trains and is no adapter, by name: a router of the layers
+        self.routers: dict[str, TokenRouter] = {}
         self.base_adapters: dict[str, Adapter] = {}
         self.start: AdapterOrigin | None = None
         self.modules: dict[str, AdaptableLayer] = {}

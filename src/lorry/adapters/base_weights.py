@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, freeze_base, get_bank, select_modules
 from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
@@ -82,10 +83,9 @@ class BaseWeights:
         """For messages."""
         return "a base weight"
 
-    @property
-    def in_mix(self) -> bool:
+    def mix(self) -> Mix:
         """Its sequences have g = 0."""
-        return False
+        return Mix.none()
 
     @property
     def drops(self) -> bool:

@@ -269,7 +269,7 @@ class LinearGroup:
             ]
             if not slots:
                 continue
-            route = None if call.router is None else call.route_of(term.adapter)
+            route = term.route
             if route is not None and (not routed or isinstance(term.gate, Tensor)):
                 raise self._unroutable(term)
             # a constant g goes into the scale (no work per token); a tensor stays a gate with a
@@ -374,9 +374,7 @@ class BankEmbedding(AdaptableLayer):
         if not terms:
             return y
         call = self.resolve(call)
-        if any(
-            t.adapter in self.slots and call.route_of(t.adapter) is not None for t in call.mix.terms
-        ):
+        if any(t.adapter in self.slots and t.route is not None for t in call.mix.terms):
             raise ContractError(
                 f"{self.path}: a router of the layers cannot gate an embedding's adapter"
             )

@@ -264,7 +264,7 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
     constants: dict[str, float] = {}
     for term in (Mix.constants(weights) if weights is not None else bank.active).terms:
         # one matrix serves every token: only a g that is the same for all of them can go into it
-        if term.rows is not None or isinstance(term.gate, Tensor):
+        if term.rows is not None or isinstance(term.gate, Tensor) or term.route is not None:
             raise ConfigError(
                 f"the mix of {term.adapter!r} varies over tokens and cannot become one weight; pass weights={{name: number}}"
             )

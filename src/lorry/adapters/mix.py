@@ -17,24 +17,56 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from lorry.adapters.dropout import DropoutNoise
+from lorry.errors import ContractError
 
 
 @dataclass(frozen=True)
 class MixTerm:
     """One adapter's share: ``rows`` of the packed tokens (None = all), ``gate`` g: a number, or a
-    tensor [rows] with gradient.
+    tensor [rows] with gradient; ``route``: the column of the mix's router whose gates multiply it.
     """
 
     adapter: str
     rows: slice | None = None
     gate: float | Tensor = 1.0
+    route: int | None = None
+
+
+Half = Literal["attn", "mlp"]
+
+
+class LayerRouter(Protocol):
+    """Gates that every decoder layer makes of its own normed inputs: a mixture of LoRA experts with
+    a router per layer, where `Mix.routed` has one for all of them.
+
+    ``adapters``: the experts, in the order of the gates' columns; ``halves``: those of a layer that
+    are gated. It works in layers of Lorry's own decoder alone: a routed term at another module (the
+    head, the embedding, a model that runs through transformers), or in a half that has no gates,
+    raises ContractError when that module is called.
+    """
+
+    adapters: Sequence[str]
+    halves: Sequence[Half]
+
+    def parameters(self, layer: int) -> Sequence[Tensor]:
+        """What `logits` of this layer reads and gradients may go to."""
+
+    def logits(self, layer: int, half: Half, x: Tensor) -> Tensor:
+        """x [T,width], what attention's or the MLP's projections read -> [T, adapters]. By
+        operations that autograd follows; and the same for the same x, since it is called again in
+        backward."""
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """[T, adapters] -> the gates of the same shape, of the terms of that half's linears."""
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The terms of a forward pass over T packed tokens."""
+    """The terms of a forward pass over T packed tokens, and the router that those with a ``route``
+    ask in every layer."""
 
     terms: tuple[MixTerm, ...] = ()
+    router: LayerRouter | None = None
 
     @staticmethod
     def none() -> Mix:
@@ -75,6 +107,36 @@ class Mix:
         """A router's weights, ``gates`` [T, K], differentiable: a mixture of experts."""
         return Mix(tuple(MixTerm(name, None, gates[:, k]) for k, name in enumerate(adapters)))
 
+    @staticmethod
+    def layer_routed(router: LayerRouter) -> Mix:
+        """Every expert of a router, gated by it in each layer."""
+        terms = (MixTerm(name, route=k) for k, name in enumerate(router.adapters))
+        return Mix(tuple(terms), router)
+
+    @staticmethod
+    def packed(mixes: Sequence[Mix], starts: Sequence[int]) -> Mix:
+        """Each packed sequence under its own mix of whole-batch terms: ``mixes`` [S], ``starts``
+        [S+1]. Equal neighbours share their terms, and terms that are for everybody name no rows.
+        Raises ContractError for two different routers, of which a layer asks one.
+        """
+        runs: list[tuple[Mix, int, int]] = []
+        for mix, start, stop in zip(mixes, starts[:-1], starts[1:], strict=True):
+            if runs and runs[-1][0] == mix:
+                runs[-1] = (mix, runs[-1][1], stop)
+            else:
+                runs.append((mix, start, stop))
+        if len(runs) == 1:
+            return runs[0][0]
+        routers = {id(mix.router): mix.router for mix in mixes if mix.router is not None}
+        if len(routers) > 1:
+            raise ContractError("one pass asks one router; run the sequences of two apart")
+        terms = (
+            replace(term, rows=slice(start, stop))
+            for mix, start, stop in runs
+            for term in mix.terms
+        )
+        return Mix(tuple(terms), next(iter(routers.values()), None))
+
     def narrow(self, rows: Tensor) -> Mix:
         """The mix of some of the tokens, ``rows`` [t] sorted positions: for the head, which sees
         supervised tokens only.
@@ -88,51 +150,28 @@ class Mix:
                 else term.gate
             )
             if term.rows is None:
-                terms.append(MixTerm(term.adapter, None, gate))
+                terms.append(replace(term, gate=gate))
                 continue
             start, stop = bisect_left(edges, term.rows.start), bisect_left(edges, term.rows.stop)
             if isinstance(gate, Tensor):
                 gate = gate[rows[start:stop] - term.rows.start]
             if stop > start:
-                terms.append(MixTerm(term.adapter, slice(start, stop), gate))
-        return Mix(tuple(terms))
-
-
-class LayerRouter(Protocol):
-    """Gates that every decoder layer makes of its own normed inputs: a mixture of LoRA experts with
-    a router per layer, where `Mix.routed` has one for all of them.
-
-    ``adapters``: those that it gates; a number that their terms have multiplies the gate. It works
-    in layers of Lorry's own decoder alone: an adapter of its at another module (the head, the
-    embedding, a model that runs through transformers) raises ContractError when that module is
-    called.
-    """
-
-    adapters: Sequence[str]
-
-    def parameters(self, layer: int) -> Sequence[Tensor]:
-        """What `gates` of this layer reads and gradients may go to."""
-
-    def gates(self, layer: int, half: Literal["attn", "mlp"], x: Tensor) -> Tensor:
-        """x [T,width], what attention's or the MLP's projections read -> [T, adapters], for the
-        terms of that half's linears. By operations that autograd follows; and the same for the same
-        x, since it is called again in backward."""
+                terms.append(replace(term, rows=slice(start, stop), gate=gate))
+        return Mix(tuple(terms), self.router)
 
 
 @dataclass(frozen=True)
 class AdapterContext:
-    """What a forward pass hands to every adapted layer: the mix, the dropout noise (None = no
-    dropout), and the router of the layers, if they have one."""
+    """What a forward pass hands to every adapted layer: the mix and the dropout noise (None = no
+    dropout)."""
 
     mix: Mix = Mix()
     noise: DropoutNoise | None = None
-    router: LayerRouter | None = None
 
-    def route_of(self, adapter: str) -> int | None:
-        """The column of the router's gates that this adapter's terms take."""
-        if self.router is None or adapter not in self.router.adapters:
-            return None
-        return list(self.router.adapters).index(adapter)
+    @property
+    def router(self) -> LayerRouter | None:
+        """What the layers ask for gates, if anything."""
+        return self.mix.router
 
     def narrow(self, rows: Tensor) -> AdapterContext:
         """The same call for some of the tokens, ``rows`` [t] sorted positions."""
@@ -145,8 +184,8 @@ class AdapterContext:
         """
         gated = [t.rows is None and isinstance(t.gate, Tensor) for t in self.mix.terms]
         terms = [
-            MixTerm(t.adapter, slice(0, tokens), t.gate) if g else t
+            replace(t, rows=slice(0, tokens)) if g else t
             for t, g in zip(self.mix.terms, gated, strict=True)
         ]
         noise = None if self.noise is None else self.noise.padded(total)
-        return replace(self, mix=Mix(tuple(terms)), noise=noise)
+        return replace(self, mix=Mix(tuple(terms), self.mix.router), noise=noise)

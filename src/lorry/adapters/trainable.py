@@ -2,7 +2,8 @@
 same shape.
 
 An adapter is one (`bank.Adapter`), the base's own weights are one (`base_weights.BaseWeights`).
-What is to come (a router, magnitudes, a value head) implements the same face, and optimizer,
+So is a router of the layers (`router.TokenRouter`).
+What is to come (magnitudes, a value head) implements the same face, and optimizer,
 backend, contracts and checkpoints take it as it is.
 """
 
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.base_weights import get_base_weights
+from lorry.adapters.mix import Mix
+
+# the first part of the names of what trains, in a checkpoint
+PARAMETER_KINDS = ("adapter", "weights", "router")
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,7 @@ class ParameterSet(Protocol):
     """values, grads: [P] fp32, on the model's device.
 
     ``name``: what batches, metrics and checkpoints call it. ``kind``: the prefix of its tensors in
-    a checkpoint (`adapter`, `weights`). ``in_mix``: whether its sequences have a term of the mix;
-    those of base weights have none. ``drops``: whether its forward pass draws dropout masks.
+    a checkpoint, one of `PARAMETER_KINDS`. ``drops``: whether its forward pass draws dropout masks.
     ``start_digest``: of the base before training, where this set's values are the base's own; None
     where the base stays as it is.
     """
@@ -48,11 +52,14 @@ class ParameterSet(Protocol):
         """What messages call it: adapter 'people', a base weight."""
 
     @property
-    def in_mix(self) -> bool: ...
-    @property
     def drops(self) -> bool: ...
     @property
     def start_digest(self) -> str | None: ...
+
+    def mix(self) -> Mix:
+        """What its sequences run under: an adapter its own term, base weights none, a router every
+        expert, gated by it.
+        """
 
     def num_parameters(self) -> int:
         """How many numbers train: fewer than ``values`` where that has gaps of alignment."""
@@ -105,11 +112,13 @@ def param_groups(params: ParameterSet, *, lr_ratio: float, weight_decay: float) 
 
 
 def parameter_set(model: nn.Module, name: str) -> ParameterSet:
-    """What trains under this name: the base's weights if they were switched on as such, else an
-    adapter. Raises ConfigError.
+    """What trains under this name: the base's weights if they were switched on as such, a router,
+    else an adapter. Raises ConfigError.
     """
-    weights = get_base_weights(model)
-    return weights if weights is not None and weights.name == name else get_bank(model)[name]
+    weights, bank = get_base_weights(model), get_bank(model)
+    if weights is not None and weights.name == name:
+        return weights
+    return bank.routers[name] if name in bank.routers else bank[name]
 
 
 def base_parameter_set(model: nn.Module) -> ParameterSet | None:

@@ -13,7 +13,7 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.trainable import ParameterSet, parameter_set
+from lorry.adapters.trainable import PARAMETER_KINDS, ParameterSet, parameter_set
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.backends.protocol import (
     GradientNorms,
@@ -64,11 +64,9 @@ class LocalBackend:
         self.present: frozenset[str] = frozenset()
         self.at, self.keys = 0, list[int]()  # the step being made and its sequences, for messages
 
-    def adapter_of(self, name: str) -> str | None:
-        """The adapter that a name means in a mix; None for what trains and has no term there (base
-        weights).
-        """
-        return name if name not in self.owners or self.owners[name].in_mix else None
+    def mix_of(self, name: str) -> Mix:
+        """What a name's sequences run under: what trains says it itself, another is an adapter."""
+        return self.owners[name].mix() if name in self.owners else Mix.one(name)
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +125,7 @@ class LocalBackend:
         # [S]; BASE is -1 and no index: its sequences are left out of every sum below
         owner = batch.adapter.clamp(min=0)
         call = AdapterContext(
-            self.mix_of(batch, task.adapters), self._noise(batch, task.adapters, step)
+            self.batch_mix(batch, task.adapters), self._noise(batch, task.adapters, step)
         )
         losses = task.loss(evaluate_wants(self.model, batch, task.wants(batch), call), batch)
         total, seen = torch.zeros((), device=self.device), {}
@@ -171,14 +169,11 @@ class LocalBackend:
             self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist())
         )
 
-    def mix_of(self, batch: Batch, adapters: Sequence[str]) -> Mix:
-        """One-hot per sequence by the batch's adapter numbers; BASE, and base weights that train,
-        mean no adapter.
-        """
-        names = [
-            None if k == BASE else self.adapter_of(adapters[k]) for k in batch.adapter.tolist()
-        ]
-        return Mix.per_sequence(names, batch.starts.tolist())
+    def batch_mix(self, batch: Batch, adapters: Sequence[str]) -> Mix:
+        """Each sequence under the mix of what its adapter number names; BASE is none."""
+        own = [self.mix_of(name) for name in adapters]
+        mixes = [Mix.none() if k == BASE else own[k] for k in batch.adapter.tolist()]
+        return Mix.packed(mixes, batch.starts.tolist())
 
     def step(self, lr: Mapping[str, float]) -> GradientNorms:
         """Update every adapter that was present, at its own rate. Raises NonFiniteError, and
@@ -231,7 +226,7 @@ class LocalBackend:
         for batch in batches:
             # a batch at a time, results on the CPU: a set may be larger than the device
             moved = batch.to(self.device)
-            call = AdapterContext(self.mix_of(batch, self.trained) if mix is None else mix)
+            call = AdapterContext(self.batch_mix(batch, self.trained) if mix is None else mix)
             out.append(
                 {
                     name: value.cpu()
@@ -325,7 +320,9 @@ class LocalBackend:
                 if any(_covers_memory(part, master) for part in held)
             }
         saved = {
-            t.partition("/")[2] for t in self.state() if t.startswith(("adapter/", "weights/"))
+            rest
+            for kind, _, rest in (t.partition("/") for t in self.state())
+            if kind in PARAMETER_KINDS
         }
         # an adapter that must not move is no parameter of the model: nothing else would see it
         frozen = self.bank.frozen_tensors(self.trained)

@@ -8,6 +8,7 @@ from lorry.config.distill import DistillConfig, DistillRunConfig
 from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.merge import MergeSettings
+from lorry.config.moe import MoeRunConfig, RouterRunConfig
 from lorry.config.parsing.parse import build_settings, dump_settings, parse_settings
 from lorry.config.schema import (
     BackendConfig,
@@ -48,9 +49,11 @@ __all__ = [
     "LoraConfig",
     "MergeSettings",
     "ModelConfig",
+    "MoeRunConfig",
     "PlanSettings",
     "PushSettings",
     "ReportSettings",
+    "RouterRunConfig",
     "RunConfig",
     "RunsSettings",
     "SweepSettings",

@@ -74,7 +74,10 @@ SHARED_SETTINGS = frozenset(
 # names in a run directory that are not an adapter's
 # cannot import runs/layout.py, a room below; tests/test_layout.py holds the two equal
 RESERVED_NAMES = frozenset(
-    ["checkpoints", "previous", "evals", "start_adapter", "tensorboard", "data"]
+    [
+        *["checkpoints", "previous", "evals", "start_adapter"],
+        *["router", "experts", "tensorboard", "data"],
+    ]
 )
 # of files in a run directory: a folder with such a name would be taken for one
 FILE_SUFFIXES = frozenset(

@@ -22,13 +22,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.generation.request import (
     Completion,
@@ -270,20 +269,8 @@ class GenerationEngine:
 
 
 def _adapter_context(requests: Sequence[Request], starts: Sequence[int]) -> AdapterContext:
-    """The call of packed sequences, each under its request's mix; ``starts`` [S+1]. Neighbours with
-    equal mixes share their terms, and terms that are for everybody name no rows."""
-    runs = [
-        (mix, [place for place, _ in run])
-        for mix, run in groupby(enumerate(requests), key=lambda pair: pair[1].mix)
-    ]
-    if len(runs) == 1:
-        return AdapterContext(runs[0][0])
-    terms = [
-        MixTerm(term.adapter, slice(starts[places[0]], starts[places[-1] + 1]), term.gate)
-        for mix, places in runs
-        for term in mix.terms
-    ]
-    return AdapterContext(Mix(tuple(terms)))
+    """The call of packed sequences, each under its request's mix; ``starts`` [S+1]."""
+    return AdapterContext(Mix.packed([request.mix for request in requests], starts))
 
 
 @contextmanager

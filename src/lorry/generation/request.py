@@ -93,7 +93,8 @@ class Request:
 
 
 def resolve_constant_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
-    """A mix that is the same for every token, of a name, a mix, or None: the model's active one.
+    """A mix that is the same for every token (the router of the layers, too, where it has one), of
+    a name, a mix, or None: the model's active one.
     Raises ConfigError for an adapter that is not there and for a mix that differs between tokens,
     which means nothing for the tokens to come.
     """
@@ -104,6 +105,7 @@ def resolve_constant_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
         mix = Mix.one(adapter) if isinstance(adapter, str) else adapter
     for term in mix.terms:
         bank[term.adapter]
+        # a router of the layers makes its gates of each token as it comes
         if term.rows is not None or isinstance(term.gate, Tensor):
             raise ConfigError(
                 "this mix belongs to the tokens of one batch; give one that is the same for all: "

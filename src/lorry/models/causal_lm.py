@@ -61,11 +61,13 @@ class DecoderOutput:
 @dataclass
 class HiddenStates:
     """last [T,D] after the final norm (None when the pass stopped early);
-    layer_outputs: {layer: [T,D], its output}.
+    layer_outputs: {layer: [T,D], its output}; router_logits: what the call's router made, layer by
+    layer and half by half, [T, adapters] each.
     """
 
     last: Tensor | None
     layer_outputs: Mapping[int, Tensor] = field(default_factory=dict)
+    router_logits: Sequence[Tensor] = ()
 
 
 class CausalLM(nn.Module, ABC):

@@ -33,6 +33,9 @@ SUITE_ROWS, SUITE_VALUES = "_EVAL.json", "_SUMMARY.json"
 ATTACKS = "attacks.json"
 # in an adapter's folder: the adapter that it was trained over, so that a run is whole by itself
 START = "start_adapter"
+# of a mixture of experts: a folder beside those of its adapters, and what lies in it
+ROUTER, ROUTER_FILE, ROUTER_WEIGHTS = "router", "router.json", "router.safetensors"
+EXPERTS = "experts"  # the run in which a mixture's experts were trained
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, as the next
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "lorry_adapter.json"  # the base's digest and what else PEFT's file has no field for
@@ -82,7 +85,9 @@ PUBLISHED = (
     EVALUATION,
 )
 # folders of a run that are no adapter's
-NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, SUITES, START, "tensorboard", "data"})
+NOT_ADAPTERS = frozenset(
+    {CHECKPOINTS, PREVIOUS, SUITES, START, ROUTER, EXPERTS, "tensorboard", "data"}
+)
 # eight digits or more: names sort like their steps, beyond 99,999,999 by number
 STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
 

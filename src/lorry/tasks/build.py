@@ -85,7 +85,8 @@ class TaskInputs:
 class BuiltTask:
     """The task; ``models``: the frozen models it scores with besides its own; ``digests``: what
     else the result hangs on, for the run's identity and its receipt; ``notes``: what a person
-    should know; ``measure(adapter)``: what an evaluation of an adapter finds besides the loss.
+    should know; ``measure(adapter)``: what an evaluation of an adapter finds besides the loss;
+    ``record(step)``: what else metrics.jsonl says of the step just made, counted from 1.
     """
 
     task: Task
@@ -93,6 +94,7 @@ class BuiltTask:
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     measure: Callable[[str], Mapping[str, float]] = lambda adapter: {}
+    record: Callable[[int], Mapping[str, Any]] = lambda step: {}
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class TaskDefinition:
     micro-batches from its rows; ``samples``: rows of a job that are answered at its end, by the
     name of their group; ``gradient(runs)``: how a step's gradient is made, from the run that each job
     would be alone (None: it is that of the loss); ``over_start``: an adapter that the model has becomes a part of the
-    frozen base, where other tasks go on training it.
+    frozen base, where other tasks go on training it; ``attach``: makes what trains, {name: the
+    run it would be alone} (None: an adapter for each job).
     """
 
     build: Callable[[TaskInputs], BuiltTask]
@@ -114,3 +117,4 @@ class TaskDefinition:
     samples: Callable[[PreparedJob], Mapping[str, Batch]] = held_out_rows
     gradient: Callable[[Mapping[str, RunConfig]], GradientRule | None] = lambda runs: None
     over_start: bool = False
+    attach: Callable[[RunConfig, OpenedModel, NoteCallback], dict[str, RunConfig]] | None = None

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from lorry.tasks.build import TaskDefinition
 from lorry.tasks.distill.builder import DISTILL
+from lorry.tasks.moe.builder import MOE
 from lorry.tasks.sft import SFT
 from lorry.tasks.unlearn.builder import UNLEARN
 
-TASKS: dict[str, TaskDefinition] = {"sft": SFT, "distill": DISTILL, "unlearn": UNLEARN}
+TASKS: dict[str, TaskDefinition] = {"sft": SFT, "distill": DISTILL, "unlearn": UNLEARN, "moe": MOE}

@@ -18,6 +18,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
+from lorry.adapters.trainable import PARAMETER_KINDS
 from lorry.backends.protocol import Backend, GradientNorms, ParameterInspection, Task
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import interleave_adapters
@@ -40,11 +41,8 @@ CONTRACT_NAMES = {
 PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
 ZERO_FINGERPRINT = "zero"
 MAX_NAMED_MODULES = 12  # names of layers in one message
-# of a backend's state, what trains: adapters, or base weights
-STATE_PREFIXES = (
-    "adapter/",
-    "weights/",
-)
+# of a backend's state, what trains
+STATE_PREFIXES = tuple(f"{kind}/" for kind in PARAMETER_KINDS)
 
 ContractStatus = Literal["held", "failed", "not_checked"]
 
@@ -302,6 +300,8 @@ class ContractChecks:
             what = (
                 "zero-initialised matrices"
                 if self._low_rank(next(iter(self._moved)))
+                else "tensors of the router"
+                if any(t.startswith("router/") for t in self._start)
                 else "tensors of the base"
             )
             self.held(3, f"{moved} {what}{whose} moved within {steps} steps; a gradient at each")
@@ -335,17 +335,17 @@ class ContractChecks:
         return f"lora.exclude_modules=[{','.join(distinct[:MAX_NAMED_MODULES])}]{more}"
 
     def _moving(self, name: str) -> list[str]:
-        """The tensors that must move: of a base that trains all that do, of an adapter those that
-        began at zero (lora_B; an embedding's lora_A), or else lora_B."""
+        """The tensors that must move: of a base or a router that trains all that do, of an adapter
+        those that began at zero (lora_B; an embedding's lora_A), or else lora_B."""
         if not self._low_rank(name):
-            return [t for t in self._start if t.startswith(f"weights/{name}/")]
+            return [t for t in self._start if t.split("/")[1] == name]
         mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
         # The matrix at zero is where a first gradient shows; the other moves only after it.
         zero = [t for t in mine if self._start[t] == ZERO_FINGERPRINT]
         return zero or [t for t in mine if t.endswith("lora_B")]
 
     def _low_rank(self, name: str) -> bool:
-        return not any(t.startswith(f"weights/{name}/") for t in self._start)
+        return not any(t.startswith((f"weights/{name}/", f"router/{name}/")) for t in self._start)
 
     def finite(self, backend: Backend, step: int) -> None:
         """Contract 7 for what an update made: every master and moment after ``step`` updates. An

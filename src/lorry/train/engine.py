@@ -51,7 +51,7 @@ class TrainingEngine:
     out, all are alike: ``train``'s settings, the task's steps, ``epoch_of(step)``, the epoch a step
     belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``: frozen ones
     the task scores with besides the backend; ``evaluations``: what is asked of an adapter besides
-    the loss of held-out rows.
+    the loss of held-out rows; ``record(step)``: what the task adds to the line of a step.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class TrainingEngine:
         tolerance: float = 1e-5,
         models: Mapping[str, ScoringBackend] | None = None,
         evaluations: Sequence[RunEvaluation] = (),
+        record: Callable[[int], Mapping[str, Any]] = lambda step: {},
     ) -> None:
+        self.record_task = record
         self.models, self.evaluations = {"self": backend, **(models or {})}, evaluations
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.checks, self.listeners, self.tolerance = (
@@ -232,6 +234,7 @@ class TrainingEngine:
                 f"loss_{term}": sum(values[n] for n in names) / max(len(names), 1)
                 for term, values in stats.terms.items()
             }
+        record |= self.record_task(step)
         if len(self.jobs) > 1:
             tokens = dict(
                 zip(self.jobs, count_adapter_tokens(batches, len(self.jobs)), strict=True)

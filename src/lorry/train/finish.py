@@ -13,7 +13,7 @@ import torch
 from lorry.adapters.attach import detach, get_bank, list_skipped_modules
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
-from lorry.adapters.trainable import parameter_set
+from lorry.adapters.trainable import base_parameter_set, parameter_set
 from lorry.backends.protocol import Backend
 from lorry.data.batch import Batch
 from lorry.data.prepare import PreparedData
@@ -27,7 +27,7 @@ from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs import ownership
 from lorry.runs.layout import ADAPTER_WEIGHTS, EVALUATION, RECEIPT, STEP, SUITES, RunDir
 from lorry.tasks.build import PreparedJob, PreparedJobs
-from lorry.train import artifacts, checkpoint, full
+from lorry.train import artifacts, checkpoint, full, mixture
 from lorry.train.checks import ContractChecks
 from lorry.train.samples import build_samples
 
@@ -43,7 +43,7 @@ def describe_unadapted(model: CausalLM, names: Sequence[str]) -> list[str]:
     """What contract 1 says besides: what the adapters do not sit on, each thing once; nothing where
     the base itself trains.
     """
-    adapters = [name for name in names if parameter_set(model, name).in_mix]
+    adapters = [name for name in names if name in get_bank(model).adapters]
     return list(
         dict.fromkeys(
             one.what
@@ -58,8 +58,12 @@ def write_and_check_adapters(
 ) -> dict[str, str]:
     """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights
     file}; where the base's own weights were trained, the whole model's, by file."""
-    if not all(parameter_set(opened.model, name).in_mix for name in prepared):
+    if base_parameter_set(opened.model) is not None:
         return full.write_and_check_model(run_dir, opened, checks, prepared)
+    if get_bank(opened.model).routers:
+        return mixture.write_and_check_mixture(
+            run_dir, opened, checks, prepared, base_model_name(opened)
+        )
     # what `TrainResult.model` is returned with: the first adapter answers
     get_bank(opened.model).activate(Mix.one(next(iter(prepared))))
     digests = artifacts.write_adapters(
@@ -175,7 +179,7 @@ def collect_samples(
         shown_digests.add(data.digest)
         rows = build_samples(
             backend,
-            backend.adapter_of(name),
+            backend.mix_of(name),
             data.encoder,
             job.stream.batches(0)[0] if new else None,
             sample_batches(job),
@@ -207,8 +211,11 @@ def run_receipt(
     base = {**opened.source, "sha256": start_digest or base_digest(opened.model)}
     if (start := get_bank(opened.model, create=True).start) is not None:
         base["start"] = {"path": start.path, "sha256": start.sha256}
-    are_adapters = all(each.in_mix for each in trained)
-    if are_adapters:
+    saved = {"adapters" if start_digest is None else "weights": digests}
+    if get_bank(opened.model).routers:
+        saved["router"] = mixture.router_digests(run_dir)
+        files = [run_dir / name for name in saved["router"]]
+    elif start_digest is None:
         files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
     else:
         files = [run_dir / file for file in digests]
@@ -216,7 +223,7 @@ def run_receipt(
         data=next(iter(data.values())) if one else data,
         base=base,
         code=checkpoint.code_digest(),
-        saved={"adapters" if are_adapters else "weights": digests},
+        saved=saved,
         seed=next(iter(seeds.values())) if one else seeds,
         sizes={
             "trainable_parameters": sum(each.num_parameters() for each in trained),

@@ -19,11 +19,11 @@ WeightedSequence = tuple[list[int], list[float]]
 
 
 def build_samples(
-    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, train: Batch | None, groups: Mapping[str, Batch], ends: Collection[int],
+    backend: ScoringBackend, trained: Mix, encoder: ExampleEncoder, train: Batch | None, groups: Mapping[str, Batch], ends: Collection[int],
     *, context: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of samples.json. Before is the base (the same weights under mix none), after the
-    adapter; both greedy. Where the base itself was trained (``adapter`` None) there is no before.
+    """The rows of samples.json. Before is the base (the same weights under mix none), after what
+    was ``trained``; both greedy. Where that is the base itself there is no before.
     ``groups``: rows whose prompts are answered, by the name of their group.
 
     ``context``: the most tokens the model takes; a prompt that leaves no room there is not asked.
@@ -32,7 +32,7 @@ def build_samples(
     rows = [
         {**row, "group": group}
         for group, batch in (groups if ends else {}).items()
-        for row in sample_answers(backend, adapter, encoder, batch, ends, room)
+        for row in sample_answers(backend, trained, encoder, batch, ends, room)
     ]
     for tokens, weights in split_sequences(train, SAMPLE_ROWS) if train is not None else []:
         marked_tokens = [
@@ -54,7 +54,7 @@ def build_samples(
 
 def sample_answers(
     backend: ScoringBackend,
-    adapter: str | None,
+    trained: Mix,
     encoder: ExampleEncoder,
     batch: Batch,
     ends: Collection[int],
@@ -72,11 +72,7 @@ def sample_answers(
     prompts = [prompt for prompt, _ in questions]
     if not prompts:
         return []
-    sides = (
-        {"after": Mix.none()}
-        if adapter is None
-        else {"before": Mix.none(), "after": Mix.one(adapter)}
-    )
+    sides = {"before": Mix.none(), "after": trained} if trained.terms else {"after": trained}
     params = SamplingParams(max_new_tokens=SAMPLE_NEW_TOKENS, stop_token_ids=ends)
     # greedy for both: a difference is the adapter's and not the dice's
     completions = {

@@ -337,9 +337,11 @@ def _is_readable_evaluation(run_dir: Path) -> bool:
 def attach_jobs(
     run: RunConfig, opened: OpenedModel, add_note: NoteCallback
 ) -> dict[str, RunConfig]:
-    """One new adapter for each job (or the one that the model came with): {adapter: the run it
-    would be alone}. Raises what `attach_adapter` raises.
+    """What the task trains; else one new adapter for each job (or the one that the model came
+    with): {name: the run it would be alone}. Raises what `attach_adapter` raises.
     """
+    if (attach_own := TASKS[run.task].attach) is not None:
+        return attach_own(run, opened, add_note)
     return {attach_adapter(one, opened, add_note): one for one in runs_by_adapter(run).values()}
 
 
@@ -473,6 +475,7 @@ def build_engine(
         tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
         models=built.models,
         evaluations=asked,
+        record=built.record,
     )
 
 

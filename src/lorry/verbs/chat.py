@@ -9,6 +9,7 @@ Answers go to standard output as they are made, everything else to standard erro
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from lorry.data.reading.content import ChatMessage
     from lorry.models.loading.open import OpenedModel
 
-CHAT_HELP = """/adapter NAME   answer with this adapter; none: the base (or start) alone
+CHAT_HELP = """/router on|off|NAME=1  of a mixture: the router, the base alone, or these gates
+/adapter NAME   answer with this adapter; none: the base (or start) alone
 /adapters       list them
 /system TEXT    set the system message; without TEXT: none
 /reset          forget the conversation
@@ -119,6 +121,9 @@ class ChatSession:
             embeddings=opened.model.vocab_size,
         )
         self.adapter = opened.adapters[0] if opened.adapters else None
+        # of a mixture: its router, or gates that were typed; goes before the adapter
+        self.mixture = opened.mixture
+        self.mixture_words = "the mixture of all experts"
         self.system = settings.system
         self.turns: list[ChatMessage] = []
         self.questions = 0
@@ -142,13 +147,15 @@ class ChatSession:
                 print_note(self.list_adapters())
             case "/adapter":
                 self.switch_adapter(rest)
+            case "/router":
+                self.set_router(rest)
             case "/reset":
                 self.turns.clear()
                 print_note("(the conversation is forgotten)")
             case "/system":
                 self.set_system(rest)
             case _:
-                known = ["/adapter", "/adapters", "/system", "/reset", "/help", "/quit"]
+                known = ["/adapter", "/adapters", "/router", "/system", "/reset", "/help", "/quit"]
                 raise DataError(
                     f"unknown command {command}{suggest_nearest(command, known)} (/help lists them; // begins a line with /)"
                 )
@@ -164,7 +171,7 @@ class ChatSession:
                 f"no adapter named {name!r}{suggest_nearest(name, self.opened.adapters)}; {self.list_adapters()}"
             )
         # an adapter that is itself called "none" goes before the word
-        self.adapter = name if name in self.opened.adapters else None
+        self.adapter, self.mixture = name if name in self.opened.adapters else None, None
         print_note(f"({self.describe_adapter()})")
 
     def set_system(self, text: str) -> None:
@@ -180,10 +187,31 @@ class ChatSession:
         """The adapters in a line, the one in use marked."""
         names = [*self.opened.adapters, NO_ADAPTER]
         return "adapters: " + ", ".join(
-            f"{n} (in use)" if n == (self.adapter or NO_ADAPTER) else n for n in names
+            f"{n} (in use)" if self.mixture is None and n == (self.adapter or NO_ADAPTER) else n
+            for n in names
         )
 
+    def set_router(self, words: str) -> None:
+        """on: answer by the mixture's router; off: the base alone; A=1 B=0.5: these gates. Raises
+        DataError.
+        """
+        from lorry.adapters.mix import Mix
+
+        if self.opened.mixture is None:
+            raise DataError("this is no mixture of experts; /adapter NAME chooses an adapter")
+        if words in ("on", ""):
+            self.mixture, self.mixture_words = self.opened.mixture, "the mixture of all experts"
+        elif words == "off":
+            self.mixture, self.adapter = None, None
+        else:
+            gates = _read_gates(words, self.opened.adapters)
+            shown = ", ".join(f"{name}={gate:g}" for name, gate in gates.items())
+            self.mixture, self.mixture_words = Mix.constants(gates), f"the gates {shown}"
+        print_note(f"({self.describe_adapter()})")
+
     def describe_adapter(self) -> str:
+        if self.mixture is not None:
+            return self.mixture_words
         if not self.adapter:
             return f"the {base_side(self.opened)} alone"
         share = "" if self.settings.weight == 1 else f" times {self.settings.weight:g}"
@@ -218,7 +246,9 @@ class ChatSession:
                 seed=settings.seed + self.questions - 1,
                 stop_token_ids=self.encoder.stop_tokens(),
             ),
-            adapter=Mix.constants({self.adapter: settings.weight} if self.adapter else {}),
+            adapter=Mix.constants({self.adapter: settings.weight} if self.adapter else {})
+            if self.mixture is None
+            else self.mixture,
         )
         detokenizer, pieces, completed = IncrementalDetokenizer(self.encoder), list[str](), False
         try:
@@ -285,6 +315,23 @@ class ChatSession:
         # turns come in pairs: `answer` adds both or neither
         for message, pieces in zip(self.turns[::2], self.turns[1::2], strict=True):
             yield message.content.replace("\\n", "\n") + pieces.content
+
+
+def _read_gates(words: str, adapters: list[str]) -> dict[str, float]:
+    """{adapter: g} of ``A=1 B=0.5``. Raises DataError."""
+    gates = {}
+    for word in words.replace(",", " ").split():
+        name, _, number = word.partition("=")
+        try:
+            gate = float(number)
+        except ValueError:
+            gate = math.nan
+        if name not in adapters or not math.isfinite(gate):
+            raise DataError(
+                f"/router {word}: give on, off, or NAME=NUMBER for names of {', '.join(adapters)}"
+            )
+        gates[name] = gate
+    return gates
 
 
 def _visible_piece(piece: str, pieces: list[str], chat: bool) -> Iterator[str]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
 RESULTS_FILE, FILE_SUFFIXES = "results.json", (".json", ".csv")
+MIXTURE_SIDE = "mixture"  # all experts, as the router has them
 # as `generate_answers` has it; enough for an answer, not for an essay
 EVAL_NEW_TOKENS = 64
 
@@ -173,9 +174,10 @@ def evaluation_mixes(opened: OpenedModel, weight: float = 1.0) -> dict[str, Mix]
     """What is asked: the base (or start), and each adapter, times ``weight``, under its name."""
     from lorry.adapters.mix import Mix
 
-    return {base_side(opened): Mix.none()} | {
+    sides = {base_side(opened): Mix.none()} | {
         side_label(name, opened, weight): Mix.constants({name: weight}) for name in opened.adapters
     }
+    return sides if opened.mixture is None else {**sides, MIXTURE_SIDE: opened.mixture}
 
 
 def note_other_dtype(opened: OpenedModel) -> None:

@@ -92,6 +92,7 @@ ALIAS_RENAMES: dict[str, str] = {
     **dict.fromkeys(["teacher_model", "teacher_model_name_or_path"], "distill.teacher"),
     "num_threads": "backend.threads",
     "max_memory": "memory_budget",
+    "experts": "jobs",  # of `lorry moe`
     "subjects": "jobs",  # of `lorry unlearn`: what is forgotten apart, an adapter for each
 }
 

@@ -13,7 +13,7 @@ T tokens, H heads, G key/value heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, cast
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import BankLinear, LinearGroup
-from lorry.adapters.mix import AdapterContext
+from lorry.adapters.mix import AdapterContext, Half
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
+from lorry.errors import ContractError
 from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, RotaryConfig
 from lorry.models.decoder import attention
 from lorry.models.decoder.attention import AttentionStats, PackedSegments
@@ -36,7 +37,8 @@ class ForwardContext:
     """One forward pass: the adapters' context, rotary tables [T, dim/2], the segments, and a cache
     when generating.
 
-    ``recompute``: layers keep their input only and run again in backward.
+    ``recompute``: layers keep their input only and run again in backward; ``router_logits``: what
+    the router made in the layers so far, layer by layer and half by half, [T, adapters] each.
     """
 
     call: AdapterContext
@@ -50,6 +52,7 @@ class ForwardContext:
     # one new token a row: attention reads the cache instead of the segments
     decoding: bool = False
     recompute: bool = False
+    router_logits: list[Tensor] = field(default_factory=list)
 
 
 class LayerTerms(NamedTuple):
@@ -172,15 +175,12 @@ class DecoderBlock:
         products: LayerLinears[LinearProducts],
         *,
         save: bool = False,
-    ) -> tuple[Tensor, SavedActivations | None]:
-        """x [T, width] -> [T, width], without a graph, and what backward needs if there is to be
-        one (``save``).
+    ) -> tuple[Tensor, SavedActivations | None, list[Tensor]]:
+        """x [T, width] -> [T, width], without a graph, what backward needs if there is to be one
+        (``save``), and the router's logits.
         """
-        router, normed = state.call.router, self.norms.attn.compute(x)
-        if router is not None:
-            apply_router_gates(
-                router.gates(self.index, "attn", normed), products.qkv, products.attn_out
-            )
+        logits, normed = list[Tensor](), self.norms.attn.compute(x)
+        self._route(state, "attn", normed, (products.qkv, products.attn_out), logits)
         heads = products.qkv.forward(normed)
         del normed  # as soon as it has served: it is as large as the layer's input
         q, k, v = self.split_heads(heads)
@@ -204,10 +204,7 @@ class DecoderBlock:
             residual, normed = attended.add_(x), self.norms.mlp.compute(x)
         else:
             residual, normed = self.norms.mlp.add_and_normalise(attended, x)
-        if router is not None:
-            apply_router_gates(
-                router.gates(self.index, "mlp", normed), products.mlp_in, products.mlp_out
-            )
+        self._route(state, "mlp", normed, (products.mlp_in, products.mlp_out), logits)
         inner = products.mlp_in.forward(normed)
         # an ungated MLP has one inner product, which goes through the activation
         gate, up = inner if len(inner) > 1 else (inner[0], None)
@@ -221,7 +218,31 @@ class DecoderBlock:
                 x, q, k, v, attn, None if parallel else residual, gate, up, stats
             )
         # in place: y is this layer's own tensor and has no other reader
-        return y.add_(residual), saved
+        return y.add_(residual), saved, logits
+
+    def _route(
+        self,
+        state: ForwardContext,
+        half: Half,
+        normed: Tensor,
+        products: Sequence[LinearProducts],
+        logits: list[Tensor],
+    ) -> None:
+        """Give the routed terms of a half their gates, and add the logits behind those of the
+        other. Raises ContractError where the router has none for them.
+        """
+        router = state.call.router
+        if router is None:
+            return
+        if half in router.halves:
+            logits.append(router.logits(self.index, half, normed))
+            apply_router_gates(router.gates(logits[-1]), *products)
+        elif any(stack.route is not None for p in products for stack in p.stacks):
+            # without this check the term would count in full, as if its gate were 1
+            raise ContractError(
+                f"layer {self.index}: an expert has an adapter in the {half} half, whose input its "
+                "router does not read"
+            )
 
     def apply_positions(self, q: Tensor, k: Tensor, state: ForwardContext) -> tuple[Tensor, Tensor]:
         """q and k with their head norms and positions."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.adapters.mix import LayerRouter
+from lorry.adapters.mix import Half, LayerRouter
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.families import LayerLinears
 from lorry.models.decoder import attention
@@ -29,6 +29,7 @@ def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor
     """
     # found once: which terms want gradients decides whether there is a node at all
     work = block.lora_terms(state.call)
+    y: Tensor
     if torch.is_grad_enabled():
         base = block.trainable_base_tensors()
         terms = [entry for part in work.terms for entry in TermParams.flat(part)]
@@ -41,9 +42,15 @@ def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor
             or router
             or any(t is not None and t.requires_grad for t in terms)
         ):
-            return LayerFunction.apply(x, LayerCall(block, state, work), *terms, *router, *base)
+            y, *logits = LayerFunction.apply(
+                x, LayerCall(block, state, work), *terms, *router, *base
+            )
+            state.router_logits += logits
+            return y
     # nothing below wants a gradient: no node, nothing saved
-    return block.forward(x, state, block.products(work, work.gates()))[0]
+    y, _, found = block.forward(x, state, block.products(work, work.gates()))
+    state.router_logits += found
+    return y
 
 
 def router_parameters(router: LayerRouter, layer: int) -> list[Tensor]:
@@ -62,36 +69,41 @@ class LayerCall:
 
 class LayerFunction(torch.autograd.Function):
     """`apply(x, call, *parameters of the terms, *router's that train, *base weights that train)`:
-    products in order, `TermParams.flat` of each."""
+    products in order, `TermParams.flat` of each. Gives the layer's output and the router's logits,
+    half by half, so that a loss of them reaches the router and what it reads."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: LayerCall, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, call: LayerCall, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         block, state, stacks = call.block, call.state, call.work.stacks
         ctx.block, ctx.state = block, state
         rest = iter(tensors)
         terms = LayerLinears(*(TermParams.unflat(part, rest) for part in stacks))
         gates = [term.gate for part in terms for term in part]
         products = block.products(call.work, gates)
-        y, saved = block.forward(x, state, products, save=not state.recompute)
+        # no zeros for logits that no loss reads
+        ctx.set_materialize_grads(False)
+        y, saved, logits = block.forward(x, state, products, save=not state.recompute)
         gates = [gate for p in products for gate in p.gates]  # a router's too
         if saved is None:
             ctx.save_for_backward(x, *gates)
-            return y
+            return y, *logits
         # the attention's own graph is no tensor that save_for_backward could take
         ctx.work, ctx.graph = call.work, saved.stats.graph
         down_outputs_by_product = [down for p in products for down in p.down_outputs]
         ctx.save_for_backward(*saved.tensors(), *down_outputs_by_product, *gates)
-        return y
+        return y, *logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         block, state, tensors = ctx.block, ctx.state, iter(ctx.saved_tensors)
         needs_x, _, *needs_tensors = ctx.needs_input_grad
         if state.recompute:
             work, x = block.lora_terms(state.call), next(tensors)
             products = block.products(work, tensors)
-            _, saved = block.forward(x, state, products, save=True)
+            _, saved, _ = block.forward(x, state, products, save=True)
             assert saved is not None
         else:
             work = ctx.work
@@ -105,7 +117,9 @@ class LayerFunction(torch.autograd.Function):
         flags = iter(needs_tensors)
         needs = LayerLinears(*(TermParams.unflat(stacks, flags) for stacks in work.stacks))
         router = (
-            None if state.call.router is None else RouterBackward(state.call.router, block.index)
+            None
+            if state.call.router is None
+            else RouterBackward(state.call.router, block.index, grads[1:])
         )
         # flags: terms, then the router's, then the base's, as `apply` was called
         base = [*flags] if router is None else [*flags][len(router.params) :]
@@ -113,7 +127,11 @@ class LayerFunction(torch.autograd.Function):
             block, state, products, saved, needs, router, train_base=any(base)
         )
         # an expanded gradient (of a sum) has stride 0, which the kernels do not take
-        dx = layer_backward.run(grads[0].contiguous(), needs_x)
+        dy = grads[0]
+        if dy is None:
+            # the last layer, where a loss reads its logits and nothing its output
+            dy = saved.x.new_zeros(saved.x.shape)
+        dx = layer_backward.run(dy.contiguous(), needs_x)
         router_grads = [] if router is None else router.grads
         return (
             dx,
@@ -173,18 +191,21 @@ class LinearsBackward:
 
 
 class RouterBackward:
-    """The backward of a layer's router. ``params`` are what of it trains, ``grads`` their
-    gradients.
+    """The backward of a layer's router. ``logit_grads``: those of its logits, a half each, or None
+    where no loss reads them; ``params`` are what of it trains, ``grads`` their gradients.
     """
 
-    def __init__(self, router: LayerRouter, layer: int) -> None:
+    def __init__(
+        self, router: LayerRouter, layer: int, logit_grads: Sequence[Tensor | None]
+    ) -> None:
         self.router, self.layer = router, layer
+        self.logit_grads = dict(zip(router.halves, logit_grads, strict=True))
         self.params = router_parameters(router, layer)
         self.grads: list[Tensor | None] = [None] * len(self.params)
 
     def run(
         self,
-        half: Literal["attn", "mlp"],
+        half: Half,
         normed: Tensor,
         linears: Sequence[LinearsBackward],
         needs_x: bool,
@@ -194,17 +215,26 @@ class RouterBackward:
         routed = [pair for linear in linears for pair in linear.pop_router_gradients()]
         # detached: the small graph ends here, what is below is written out
         inputs = [normed.detach().requires_grad_()] if needs_x else []
-        if not routed or not (inputs or self.params):
+        dlogits = self.logit_grads.get(half)
+        if (not routed and dlogits is None) or not (inputs or self.params):
             return None
         with torch.enable_grad():
-            gates = self.router.gates(self.layer, half, inputs[0] if inputs else normed)
-        if not gates.requires_grad:
+            logits = self.router.logits(self.layer, half, inputs[0] if inputs else normed)
+            gates = self.router.gates(logits)
+        outputs, seeds = list[Tensor](), list[Tensor]()
+        if routed and gates.requires_grad:
+            dgates = torch.zeros_like(gates)
+            for stack, grad in routed:
+                # added: several linears of the half take the same gate
+                dgates[stack.tokens, stack.route] += grad
+            outputs, seeds = [gates], [dgates]
+        if dlogits is not None and logits.requires_grad:
+            outputs, seeds = [*outputs, logits], [*seeds, dlogits]
+        if not outputs:
             return None
-        dgates = torch.zeros_like(gates)
-        for stack, grad in routed:
-            # added: several linears of the half take the same gate
-            dgates[stack.tokens, stack.route] += grad
-        grads = list(torch.autograd.grad(gates, [*self.params, *inputs], dgates, allow_unused=True))
+        grads = list(
+            torch.autograd.grad(outputs, [*self.params, *inputs], seeds, allow_unused=True)
+        )
         # the input stands last in the list above
         dx = grads.pop() if inputs else None
         for i, grad in enumerate(grads):
@@ -359,14 +389,14 @@ class LayerBackward:
 
     def _through_router(
         self,
-        half: Literal["attn", "mlp"],
+        half: Half,
         x: Tensor,
         norm: DecoderNorm,
         dn: Tensor | None,
         linears: Sequence[LinearsBackward],
     ) -> Tensor | None:
         """dn, the gradient of ``norm``'s output for x, with what comes to it through the router."""
-        if self.router is None:
+        if self.router is None or half not in self.router.logit_grads:
             return dn
         through_gates = self.router.run(half, norm.compute(x), linears, dn is not None)
         return dn if dn is None or through_gates is None else dn + through_gates

@@ -121,7 +121,11 @@ class Decoder(CausalLM):
         if total == tokens:
             return states
         last = None if states.last is None else states.last[:tokens]
-        return HiddenStates(last, {layer: x[:tokens] for layer, x in states.layer_outputs.items()})
+        return HiddenStates(
+            last,
+            {layer: x[:tokens] for layer, x in states.layer_outputs.items()},
+            [logits[:tokens] for logits in states.router_logits],
+        )
 
     def _padded_length(self, tokens: int) -> int:
         """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every
@@ -214,8 +218,9 @@ class Decoder(CausalLM):
                 layer_outputs[i] = x
             # without the final norm: it belongs to the head
             if i == stop:
-                return HiddenStates(None, layer_outputs)
-        return HiddenStates(self.get_submodule(self.family.final_norm)(x), layer_outputs)
+                return HiddenStates(None, layer_outputs, state.router_logits)
+        last = self.get_submodule(self.family.final_norm)(x)
+        return HiddenStates(last, layer_outputs, state.router_logits)
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rotary = self.geometry.rotary

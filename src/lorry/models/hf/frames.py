@@ -98,13 +98,9 @@ class PaddedFrame:
         whole = whole and touched[-1] - touched[0] == len(touched) - 1
         if whole and not isinstance(gate, Tensor):
             if len(touched) == len(self.spans):
-                return [MixTerm(term.adapter, None, gate)]
+                return [replace(term, rows=None)]
             return [
-                MixTerm(
-                    term.adapter,
-                    slice(touched[0] * self.length, (touched[-1] + 1) * self.length),
-                    gate,
-                )
+                replace(term, rows=slice(touched[0] * self.length, (touched[-1] + 1) * self.length))
             ]
         # a term that ends inside a sequence: a gate per token, 0 outside
         inside = (self.rows >= start) & (self.rows < stop)
@@ -115,10 +111,12 @@ class PaddedFrame:
             else torch.full(rows.shape, float(gate), device=self.device)
         )
         return [
-            MixTerm(
-                term.adapter,
-                None,
-                values.new_zeros(len(self.spans) * self.length).index_copy(0, positions, values),
+            replace(
+                term,
+                rows=None,
+                gate=values.new_zeros(len(self.spans) * self.length).index_copy(
+                    0, positions, values
+                ),
             )
         ]
 

@@ -13,6 +13,7 @@ from typing import Any
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, load_start
+from lorry.adapters.router_files import load_router
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
@@ -21,7 +22,13 @@ from lorry.models.loading.sources import resolve_model
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
 from lorry.models.loading.weights import FLOAT_DTYPES, read_tensor_entries
 from lorry.notes import NoteCallback, ignore_note
-from lorry.runs.layout import ADAPTER_CONFIG, RUN_FILE, list_adapter_subfolders
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    ROUTER,
+    ROUTER_FILE,
+    RUN_FILE,
+    list_adapter_subfolders,
+)
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -29,12 +36,14 @@ DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 @dataclass
 class OpenedModel:
     """A model ready to use, its tokenizer (None if it has none), where the base came from, and the
-    adapters attached, first one active."""
+    adapters attached, first one active; ``mixture``: of a directory with a router, the mix of its
+    experts, which is active then."""
 
     model: CausalLM
     tokenizer: Any
     source: dict[str, Any]
     adapters: list[str]
+    mixture: Mix | None = None
 
 
 def open_model(
@@ -90,10 +99,26 @@ def open_model(
         name = pick_adapter_name(path, names)
         load_adapter(loaded.model, path, name)
         names.append(name)
-    if names:
+    if (mixture := _open_mixture(loaded.model, paths, folders, names)) is not None:
+        get_bank(loaded.model).activate(mixture)
+    elif names:
         # `attach` makes the sum of all active; a person who opens a run means one
         get_bank(loaded.model).activate(Mix.one(names[0]))
-    return OpenedModel(loaded.model, tokenizer, loaded.source, names)
+    return OpenedModel(loaded.model, tokenizer, loaded.source, names, mixture)
+
+
+def _open_mixture(
+    model: CausalLM, paths: Sequence[str | Path], folders: Sequence[Path], names: Sequence[str]
+) -> Mix | None:
+    """The router of the one path that is a mixture's directory. Raises ModelError."""
+    mixtures = [Path(path) for path in paths if (Path(path) / ROUTER / ROUTER_FILE).is_file()]
+    if not mixtures:
+        return None
+    if len(paths) > 1:
+        raise ModelError(
+            f"{mixtures[0]} is a mixture of experts, which no other adapter goes beside; open it alone"
+        )
+    return load_router(model, mixtures[0], dict(zip(names, folders, strict=True)))
 
 
 def _own_tokenizer(adapter: Path, add_note: NoteCallback) -> Any | None:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.data.batch import Batch
+from lorry.errors import ContractError
 from lorry.kernels.softmax import accumulator_dtype
 from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.scoring.tiles import LogitsStatistics, StatisticsRequest, compute_statistics
@@ -38,6 +39,7 @@ from lorry.models.scoring.vocab import (
 __all__ = [
     "FinalHidden",
     "HiddenState",
+    "RouterLogits",
     "ScoreFn",
     "TokenScore",
     "VocabRows",
@@ -87,7 +89,14 @@ class FinalHidden:
     """
 
 
-Want = TokenScore | HiddenState | FinalHidden
+@dataclass(frozen=True)
+class RouterLogits:
+    """What the mix's router made in every layer before the softmax, [T, sites, adapters]: sites are
+    the layers' halves that it reads, in the order they run. Raises ContractError without a router.
+    """
+
+
+Want = TokenScore | HiddenState | FinalHidden | RouterLogits
 
 
 def evaluate_wants(
@@ -103,9 +112,14 @@ def evaluate_wants(
     final = [n for n, w in wants.items() if isinstance(w, FinalHidden)]
     layers = {n: w.layer for n, w in wants.items() if isinstance(w, HiddenState)}
     packed = PackedInput(batch.tokens, batch.positions, batch.segments)
-    stop = None if scores or final else max(layers.values(), default=None)
+    routed = [name for name, want in wants.items() if isinstance(want, RouterLogits)]
+    stop = None if scores or final or routed else max(layers.values(), default=None)
     hidden = model.hidden(packed, call, output_layers=sorted(set(layers.values())), stop=stop)
     outputs = {name: hidden.layer_outputs[layer] for name, layer in layers.items()}
+    if routed:
+        if not hidden.router_logits:
+            raise ContractError("the router's logits are wanted of a mix without a router")
+        outputs |= dict.fromkeys(routed, torch.stack(list(hidden.router_logits), 1))
     if scores or final:
         assert hidden.last is not None
         outputs |= dict.fromkeys(final, hidden.last)

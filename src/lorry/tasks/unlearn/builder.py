@@ -144,8 +144,7 @@ class RetentionMonitor:
 
     def __call__(self, adapter: str) -> dict[str, float]:
         """{eval_forget_probability, eval_retain_probability, eval_retain_kept, eval_balance, ...}."""
-        name = self.backend.adapter_of(adapter)
-        mix = Mix.none() if name is None else Mix.one(name)
+        mix = self.backend.mix_of(adapter)
         now = {role: self._measure(batches, mix) for role, batches in self.batches.items()}
         found = {f"eval_{role}_probability": p for role, (p, _) in now.items()}
         found |= {f"eval_{role}_nll": nll for role, (_, nll) in now.items()}

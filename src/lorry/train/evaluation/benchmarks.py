@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import Mix
+from lorry.adapters.trainable import parameter_set
 from lorry.config import RunConfig, runs_by_adapter
 from lorry.data.catalog import open_catalog
 from lorry.data.encoding.encode import ExampleEncoder
@@ -62,12 +61,8 @@ class BenchmarkEvaluator:
         )
 
     def __call__(self, name: str) -> Mapping[str, float]:
-        # base weights that train go by a job's name, too, and have no adapter of that name
-        mix = (
-            Mix.one(name)
-            if name in get_bank(self.opened.model, create=True).names()
-            else Mix.none()
-        )
+        # what trains says what it runs under: base weights go by a job's name, too
+        mix = parameter_set(self.opened.model, name).mix()
         values = dict[str, float]()
         for exam in self.exams:
             result = evaluate_benchmark(

@@ -1,0 +1,176 @@
+"""The files of a mixture's router, in the folder `router` beside the experts': router.json says how
+tokens get their experts, router.safetensors holds what was trained.
+
+An expert is named with the digest of its files, so that one that has changed is refused by name.
+Nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import Mix
+from lorry.adapters.peft.config import read_adapter_json
+from lorry.adapters.peft.files import adapter_digest, base_digest
+from lorry.adapters.router import ROUTER_NAME, RoutingRule, TokenRouter, attach_router
+from lorry.disk.integrity import read_content
+from lorry.errors import ConfigError, ModelError
+from lorry.runs.layout import ROUTER, ROUTER_FILE, ROUTER_WEIGHTS
+
+CONSTANT_KINDS = ("uniform", "fixed")
+
+
+class ExpertRecord(BaseModel):
+    """An expert as a router knows it: its name, and the digest of its files (`adapter_digest`)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    sha256: str
+
+
+class RouterRecord(BaseModel):
+    """router.json. ``experts``: in the order of the gates' columns; ``gates``: of the constant
+    kinds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    kind: str
+    level: str
+    base_digest: str
+    experts: list[ExpertRecord]
+    input: str = "mlp"
+    top_k: int = 2
+    normalize: bool = True
+    temperature: float = 1.0
+    straight_through: bool = False
+    gates: dict[str, float] | None = None
+
+
+def router_files(
+    model: nn.Module, folders: Mapping[str, Path], gates: Mapping[str, float] | None = None
+) -> dict[str, bytes]:
+    """{name in the folder `router`: content} of the model's router, or of constant ``gates`` of its
+    experts; ``folders``: where each expert's files lie, in the order of the columns."""
+    experts = [{"name": n, "sha256": adapter_digest(f)} for n, f in folders.items()]
+    said: dict[str, Any] = {
+        "level": "delta",
+        "base_digest": base_digest(model),
+        "experts": experts,
+    }
+    if gates is not None:
+        alike = len(set(gates.values())) == 1 and len(gates) == len(folders)
+        said |= {"kind": "uniform" if alike else "fixed", "gates": dict(gates)}
+        return {ROUTER_FILE: _json(said)}
+    router = get_bank(model).routers[ROUTER_NAME]
+    said |= {"kind": "token", **vars(router.rule)}
+    tensors = {
+        n: v.detach().cpu().contiguous() for n, v in router.split_like(router.values).items()
+    }
+    return {ROUTER_WEIGHTS: save(tensors, {"format": "pt"}), ROUTER_FILE: _json(said)}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def read_router_record(folder: Path) -> RouterRecord:
+    """router.json of a mixture's directory. Raises ModelError for what no mixture has there."""
+    file = folder / ROUTER / ROUTER_FILE
+    try:
+        return RouterRecord.model_validate(read_adapter_json(file))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelError(
+            f"{file}: {where} is not what a router has there ({first['msg']})"
+        ) from None
+
+
+def load_router(model: nn.Module, folder: Path, experts: Mapping[str, Path]) -> Mix:
+    """The mix of the mixture in ``folder``: its router attached to the model, whose adapters its
+    experts are (``experts``: {name: where its files lie}). Raises ModelError for experts that are
+    missing, others or changed, and for a router of another base or shape, or with NaN.
+    """
+    file, record = folder / ROUTER / ROUTER_FILE, read_router_record(folder)
+    names = [expert.name for expert in record.experts]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ModelError(
+            f"{file}: experts are two or more names, each once; got {', '.join(names)}"
+        )
+    if missing := [name for name in names if name not in experts]:
+        raise ModelError(f"{file}: expert {missing[0]!r} is not in {folder}; put its folder back")
+    for expert in record.experts:
+        if (found := adapter_digest(experts[expert.name])) != expert.sha256:
+            raise ModelError(
+                f"{experts[expert.name]}: not the expert {expert.name!r} that the router was made for (digest "
+                f"{found[:16]}..., then {expert.sha256[:16]}...); put its files back, or make the mixture again"
+            )
+    if record.base_digest != base_digest(model):
+        raise ModelError(f"{file}: the mixture stands on other base weights than this model's")
+    if record.kind in CONSTANT_KINDS:
+        return _constant_mix(file, record)
+    if record.kind != "token" or record.level != "delta":
+        raise ModelError(
+            f"{file}: a router of kind {record.kind!r} at level {record.level!r}; known are token, uniform and fixed at delta"
+        )
+    if extra := [name for name in experts if name not in names]:
+        raise ModelError(
+            f"{folder / extra[0]} is an adapter that the router does not know; its experts are {', '.join(names)}"
+        )
+    rule = RoutingRule(
+        record.input, record.top_k, record.normalize, record.temperature, record.straight_through
+    )
+    try:
+        router = attach_router(model, names, rule)
+    except ConfigError as error:
+        raise ModelError(f"{file}: {error}") from None
+    _read_weights(folder / ROUTER / ROUTER_WEIGHTS, router)
+    for weight in router.weights.values():
+        weight.requires_grad_(False)
+    return router.mix()
+
+
+def _constant_mix(file: Path, record: RouterRecord) -> Mix:
+    gates, names = record.gates or {}, [expert.name for expert in record.experts]
+    for name, gate in gates.items():
+        if name not in names or not math.isfinite(gate):
+            raise ModelError(
+                f"{file}: gates has {name!r}: {gate}; a number for each of {', '.join(names)}"
+            )
+    return Mix.constants(gates)
+
+
+@torch.no_grad()
+def _read_weights(file: Path, router: TokenRouter) -> None:
+    try:
+        tensors = load(read_content(file))
+    except FileNotFoundError:
+        raise ModelError(f"{file} is missing: the router's weights") from None
+    except SafetensorError as error:
+        raise ModelError(f"{file}: damaged ({error})") from None
+    wanted = router.split_like(router.values)
+    if odd := sorted(set(tensors) ^ set(wanted)):
+        raise ModelError(
+            f"{file}: {odd[0]} is {'missing' if odd[0] in wanted else 'no tensor of this router'} ({len(odd)} such tensors)"
+        )
+    for name, view in wanted.items():
+        found = tensors[name]
+        if found.shape != view.shape or found.dtype != torch.float32:
+            raise ModelError(
+                f"{file}: {name} is {found.dtype} {tuple(found.shape)}, of this model and these experts float32 {tuple(view.shape)}"
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise ModelError(f"{file}: {name} holds NaN or infinity")
+        view.copy_(found)

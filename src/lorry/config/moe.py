@@ -1,0 +1,191 @@
+"""The description of a mixture of LoRA experts: adapters trained in one run or brought along, and a
+router over them. No torch here.
+
+Try: lorry moe examples/experts.yaml output_dir=runs/mixture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import model_validator as validate_model
+
+from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field
+from lorry.config.data import DataConfig
+from lorry.config.jobs import RESERVED_NAMES
+from lorry.config.schema import JobConfig, RunConfig, TrainConfig
+
+EXPERTS = (
+    "a list of maps, such as [{name: a, data: a.jsonl}, {name: b, adapter: runs/b, data: b.jsonl}]"
+)
+# of `router.train`, where it says nothing else; rows are of each expert's data
+ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+
+
+class RouterConfig(SettingsGroup):
+    """how a token gets its experts"""
+
+    main: ClassVar[str] = "kind"
+    kind: Literal["token", "uniform", "fixed"] = config_field(
+        "token",
+        "token: a linear per layer, trained; uniform: every expert 1/K; fixed: the numbers of gates",
+    )
+    level: Literal["delta"] = config_field("delta", "what is mixed: the adapters' terms")
+    input: Literal["mlp", "attn", "both"] = config_field(
+        "mlp", "whose normed input is read and whose adapters are gated; both: each by its own"
+    )
+    top_k: PositiveInt = config_field(2, "experts that a token has")
+    normalize: bool = config_field(True, "their gates sum to 1")
+    temperature: PositiveFloat = config_field(1.0, "divides the logits")
+    straight_through: bool = config_field(
+        False, "with top_k=1: gate 1, with the gradient of the expert's probability"
+    )
+    init: Literal["hidden", "zero"] = config_field(
+        "hidden", "hidden: means of the layers' inputs over each expert's rows; zero"
+    )
+    label_loss: float = config_field(
+        0.1, "weight of the cross-entropy to the expert whose row it is", ge=0
+    )
+    aux_loss: float = config_field(0.0, "weight of the load-balance loss", ge=0)
+    z_loss: float = config_field(0.0, "weight of the mean squared logsumexp of the logits", ge=0)
+    gates: dict[str, float] = config_field({}, "of kind=fixed: {EXPERT: g}; 0 where not named")
+    train: dict[str, Any] = config_field(
+        {}, "settings of its training where not the experts'; max_steps 200, learning_rate 1e-3"
+    )
+
+    @validate_model(mode="after")
+    def _settings_of_the_kind(self) -> RouterConfig:
+        if (self.kind == "fixed") != bool(self.gates):
+            raise ValueError("router.gates={EXPERT: g} is for router.kind=fixed, which needs it")
+        if self.kind != "token" and self.train:
+            raise ValueError(f"router.train: nothing of kind={self.kind} trains; leave it out")
+        if self.top_k != 1 and self.straight_through:
+            raise ValueError("router.straight_through is for top_k=1 alone; leave it out")
+        if (
+            self.kind == "token"
+            and self.top_k == 1
+            and self.normalize
+            and not self.straight_through
+        ):
+            raise ValueError(
+                "router.top_k=1 with normalize=true has gates of 1 whatever the router says, so no gradient "
+                "reaches it; give straight_through=true, or normalize=false"
+            )
+        return self
+
+
+class ExpertConfig(SettingsGroup):
+    """where an expert comes from that is not trained here"""
+
+    main: ClassVar[str] = "adapter"
+    adapter: PathText | None = config_field(
+        None, "an existing PEFT adapter; its data then trains the router alone"
+    )
+
+
+class ExpertJobConfig(JobConfig):
+    """One expert: a job of the run, or an adapter that is there."""
+
+    expert: dict[str, Any] = config_field({}, "what is not the run's")
+
+
+class MoeDataConfig(DataConfig):
+    """the experts' rows; an adapter of a uniform or fixed mixture needs none"""
+
+    needs_rows: ClassVar[bool] = False
+
+
+class MoeRunConfig(RunConfig):
+    """Experts, trained in one run or brought along, and a router over them."""
+
+    job_groups: ClassVar[tuple[str, ...]] = (*RunConfig.job_groups, "expert")
+    task: Literal["moe"] = config_field("moe", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
+    data: MoeDataConfig = MoeDataConfig()
+    expert: ExpertConfig = ExpertConfig()
+    router: RouterConfig = RouterConfig()
+    jobs: list[ExpertJobConfig] = config_field(  # type: ignore[assignment]  # its jobs have a group more
+        [],
+        "the experts: maps of a name, data or adapter, and the settings that are its own; also experts=[...]",
+        json_schema_extra={"allowed": EXPERTS},
+    )
+
+    @validate_model(mode="after")
+    def _router_fits_the_experts(self) -> MoeRunConfig:
+        # without jobs this is one expert's own run
+        if self.jobs and self.expert.adapter is not None:
+            raise ValueError("expert.adapter is a setting of one expert; give it in experts")
+        check_router(self.router, [job.name for job in self.jobs])
+        return self
+
+
+def check_router(router: RouterConfig, experts: list[str]) -> None:
+    """Raise ValueError for a router that these experts cannot have; none are no complaint yet."""
+    if not experts:
+        return
+    if len(experts) < 2:
+        raise ValueError(f"experts: a mixture needs two at least, got {experts[0]} alone")
+    if router.kind == "token" and router.top_k > len(experts):
+        raise ValueError(
+            f"router.top_k={router.top_k}: there are {len(experts)} experts; give 1 to {len(experts)}"
+        )
+    if odd := [name for name in router.gates if name not in experts]:
+        raise ValueError(f"router.gates names {odd[0]!r}; the experts are {', '.join(experts)}")
+    if odd := [name for name in experts if name.lower() in RESERVED_NAMES]:
+        raise ValueError(
+            f"{odd[0]!r} cannot be an expert's name: a run directory has a folder like that"
+        )
+
+
+class RoutedExpert(SettingsGroup):
+    """An expert that is there, and rows of its domain."""
+
+    name: CheckedName
+    adapter: PathText
+    data: DataConfig
+
+
+class RouterRunConfig(RunConfig):
+    """The training of a router over frozen experts; what `lorry moe` makes of its second stage."""
+
+    task: Literal["moe"] = config_field("moe", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
+    experts: list[RoutedExpert] = Field(min_length=2)
+    router: RouterConfig = RouterConfig()
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _short_training(cls, value: Any) -> Any:
+        return {**ROUTER_TRAIN, **value} if isinstance(value, Mapping) else value
+
+    @validate_model(mode="before")
+    @classmethod
+    def _first_rows_set_the_pace(cls, values: Any) -> Any:
+        """The rows of the first expert are what a pass is counted in."""
+        if isinstance(values, dict) and values.get("experts"):
+            first = values["experts"][0]
+            data = first["data"] if isinstance(first, Mapping) else first.data
+            return {**values, "data": data}
+        return values
+
+    @validate_model(mode="after")
+    def _router_fits(self) -> RouterRunConfig:
+        check_router(self.router, [expert.name for expert in self.experts])
+        if any(expert.data.streaming for expert in self.experts):
+            raise ValueError("data.streaming: a router's rows are counted; leave streaming out")
+        evaluates = {expert.name: expert.data.evaluates for expert in self.experts}
+        if len(set(evaluates.values())) > 1:
+            odd = next(name for name, held in evaluates.items() if not held)
+            raise ValueError(
+                f"expert {odd!r} has no held-out rows and others have; the mixture's evaluation weighs domains equally: "
+                "give data.eval or data.test_size to each expert, or to none"
+            )
+        return self
+
+
+def router_train(run: MoeRunConfig) -> dict[str, Any]:
+    """`train` of the router's run: defaults of its own, then what `router.train` gives."""
+    shared = {"seed": run.train.seed, "logging_steps": run.train.logging_steps}
+    return TrainConfig.model_validate({**shared, **ROUTER_TRAIN, **run.router.train}).model_dump(
+        mode="json", exclude_unset=True
+    )

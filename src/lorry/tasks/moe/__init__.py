@@ -1,0 +1,1 @@
+"""A router over frozen experts, trained on rows of every expert's domain."""

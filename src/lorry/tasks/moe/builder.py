@@ -1,0 +1,216 @@
+"""A router's run from its description to a task: experts attached and frozen, a row of every domain
+in each micro-batch, the router's first values.
+
+`MOE` is the definition that `tasks.registry` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import AdapterContext, Half, Mix
+from lorry.adapters.peft.files import find_adapter, load_adapter
+from lorry.adapters.router import ROUTER_NAME, RoutingRule, TokenRouter, attach_router
+from lorry.config import RunConfig
+from lorry.config.moe import RouterConfig, RouterRunConfig
+from lorry.config.schema import DataConfig
+from lorry.data.batch import Batch
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.prepare import PreparedData
+from lorry.data.stream.dataset import BatchStream, TrainStream
+from lorry.data.stream.roles import RoleStream
+from lorry.errors import ConfigError
+from lorry.models.causal_lm import CausalLM, PackedInput
+from lorry.models.loading.open import OpenedModel
+from lorry.notes import NoteCallback
+from lorry.tasks.build import BuiltTask, PreparedJob, TaskDefinition, TaskInputs
+from lorry.tasks.moe.task import MoeTask
+
+MEAN_ROWS = 16  # rows of each expert whose hidden states make the router's first values
+# by how much the first logits put the right expert ahead, nats on the mean: clearly, and still soft
+FIRST_MARGIN = 2.0
+FIRST_SPREAD = 1.0  # standard deviation of the first logits over tokens, at most
+
+
+def _settings_of(run: RunConfig) -> RouterRunConfig:
+    assert isinstance(run, RouterRunConfig)
+    return run
+
+
+def rule_of(router: RouterConfig) -> RoutingRule:
+    """The rule that the settings describe."""
+    return RoutingRule(
+        router.input,
+        router.top_k,
+        router.normalize,
+        router.temperature,
+        router.straight_through,
+    )
+
+
+def attach_experts(
+    run: RunConfig, opened: OpenedModel, add_note: NoteCallback
+) -> dict[str, RunConfig]:
+    """Every expert, frozen, and a router over them. Raises ConfigError, ModelError."""
+    if opened.adapters:
+        raise ConfigError(
+            f"{run.model.name} has an adapter already; a mixture stands on a base: name that"
+        )
+    settings = _settings_of(run)
+    for expert in settings.experts:
+        folder, _ = find_adapter(Path(expert.adapter))
+        # no dropout while the router trains: it has to learn of the experts that will answer
+        load_adapter(opened.model, folder, expert.name, trainable=False)
+    attach_router(opened.model, [e.name for e in settings.experts], rule_of(settings.router))
+    return {ROUTER_NAME: run}
+
+
+def row_sets(run: RunConfig) -> dict[str, DataConfig]:
+    """The rows of the experts behind the first, by name."""
+    return {expert.name: expert.data for expert in _settings_of(run).experts[1:]}
+
+
+def domain_stream(
+    run: RunConfig, data: PreparedData, sets: Mapping[str, PreparedData]
+) -> BatchStream:
+    """A row of every other domain beside each of the first."""
+    assert isinstance(data.stream, TrainStream)
+    first = _settings_of(run).experts[0].name
+    beside = {name: _tokens(prepared) for name, prepared in sets.items()}
+    return RoleStream(data.stream, first, beside=beside, alternates={}, seed=run.train.seed)
+
+
+def _tokens(prepared: PreparedData) -> TokenSet:
+    assert prepared.tokens is not None  # the description refuses streaming
+    return prepared.tokens
+
+
+def _domains(job: PreparedJob) -> dict[str, PreparedData]:
+    return {_settings_of(job.run).experts[0].name: job.data, **job.row_sets}
+
+
+def with_role(batch: Batch, role: str) -> Batch:
+    """The batch as one of a domain's rows."""
+    return replace(batch, role=(role,) * len(batch))
+
+
+class InputRecorder:
+    """A `LayerRouter` that gates nothing and adds up what ``read(layer, half, x)`` makes of the
+    layers' normed inputs x [T,D]. ``tokens``: how many of a pass are real; a decoder may pad it.
+    """
+
+    adapters: Sequence[str] = ()
+
+    def __init__(self, halves: Sequence[Half], read: Callable[[int, Half, Tensor], Tensor]) -> None:
+        self.halves, self.read, self.tokens, self.count = halves, read, 0, 0
+        self.sums: dict[tuple[int, Half], Tensor] = {}
+
+    def parameters(self, layer: int) -> list[Tensor]:
+        """None."""
+        return []
+
+    def logits(self, layer: int, half: Half, x: Tensor) -> Tensor:
+        """[T, 0], and x is read."""
+        seen = self.read(layer, half, x[: self.tokens]).double()
+        before = self.sums.get((layer, half))
+        self.sums[layer, half] = seen if before is None else before + seen
+        return x.new_zeros(x.shape[0], 0)
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """Nothing to gate."""
+        return logits
+
+    def run(self, model: CausalLM, batches: Sequence[Batch]) -> dict[tuple[int, Half], Tensor]:
+        """The means over the batches' tokens of what is read in the base, by layer and half."""
+        for batch in batches:
+            packed = PackedInput(batch.tokens, batch.positions, batch.segments)
+            self.tokens = batch.tokens.numel()
+            self.count += self.tokens
+            model.hidden(packed, AdapterContext(Mix((), self)))
+        return {site: total / self.count for site, total in self.sums.items()}
+
+
+@torch.no_grad()
+def start_at_class_means(
+    model: CausalLM, router: TokenRouter, domains: Mapping[str, Sequence[Batch]]
+) -> None:
+    """Set each matrix's rows to the mean normed input of the base over an expert's rows, less the
+    mean over experts. They are scaled so that a domain's tokens put their expert `FIRST_MARGIN`
+    ahead on the mean; less where logits would then vary by more than `FIRST_SPREAD` from token to
+    token, as those of domains of nearly equal means do.
+    """
+    means = {
+        name: InputRecorder(router.halves, lambda layer, half, x: x.double().sum(0)).run(
+            model, domains[name]
+        )
+        for name in router.adapters
+    }
+    for site, weight in router.weights.items():
+        centred = torch.stack([means[name][site] for name in router.adapters])
+        centred = centred - centred.mean(0)
+        size = centred.square().sum(1).mean()
+        # rows of one domain under two names have equal means: nothing tells them apart
+        scale = FIRST_MARGIN * router.rule.temperature / size if size > 0 else size
+        weight.copy_(centred * scale)
+
+    def moments(layer: int, half: Half, x: Tensor) -> Tensor:
+        z = router.logits(layer, half, x).double()
+        return torch.stack([z.sum(0), z.square().sum(0)])
+
+    every = [batch for batches in domains.values() for batch in batches]
+    for site, (mean, square) in InputRecorder(router.halves, moments).run(model, every).items():
+        spread = float((square - mean.square()).clamp(min=0).mean().sqrt())
+        if spread > FIRST_SPREAD:
+            router.weights[site].mul_(FIRST_SPREAD / spread)
+
+
+def build_moe(given: TaskInputs) -> BuiltTask:
+    """The task, with the router at its first values."""
+    run, (job,) = _settings_of(given.run), given.jobs.values()
+    model = given.opened.model
+    router = get_bank(model).routers[ROUTER_NAME]
+    domains = _domains(job)
+    rows = run.train.per_device_eval_batch_size
+    if run.router.init == "hidden":
+        first = {
+            name: [
+                batch.to(model.device)
+                for batch in _tokens(data)
+                .select(np.arange(min(MEAN_ROWS, len(_tokens(data)))))
+                .eval_batches(rows)
+            ]
+            for name, data in domains.items()
+        }
+        start_at_class_means(model, router, first)
+    held = [with_role(batch, name) for name, data in domains.items() for batch in data.evaluation]
+    task = MoeTask(
+        given.stream,
+        held,
+        given.total,
+        list(given.jobs),
+        router=router,
+        settings=run.router,
+        tell=given.tell,
+    )
+    digests = {f"rows of {name}": data.digest for name, data in job.row_sets.items()}
+    return BuiltTask(task, digests=digests, record=task.record)
+
+
+MOE = TaskDefinition(
+    build_moe,
+    row_sets=row_sets,
+    stream=domain_stream,
+    samples=lambda job: {
+        f"held-out rows of {name}": data.evaluation[0]
+        for name, data in _domains(job).items()
+        if data.evaluation
+    },
+    attach=attach_experts,
+)

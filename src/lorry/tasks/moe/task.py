@@ -1,0 +1,185 @@
+"""The loss of a router: the mixture's on each domain's rows, domains weighed equally, and losses of
+the router's own logits.
+
+A term per domain, each divided by its own supervised tokens: one mean over all tokens would be that
+of the domain with the longest answers. T tokens, N sites (halves of layers), K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorry.adapters.router import TokenRouter
+from lorry.backends.protocol import LossTerms, ScoringBackend
+from lorry.config.moe import RouterConfig
+from lorry.data.batch import Batch
+from lorry.data.stream.joint import JointStream
+from lorry.models.scoring.score import RouterLogits, TokenScore, Want, log_prob
+from lorry.tasks.losses import nll_loss
+from lorry.tasks.sft import SftTask
+
+RECORD_STEPS = 10  # between two lines that say who got which tokens
+RARELY, MOSTLY = 0.01, 0.9  # shares of all tokens outside of which an expert is worth a warning
+
+
+class MoeTask(SftTask):
+    """`SftTask` whose sequences have a domain as role, each the expert's name. ``evaluation``:
+    held-out batches with roles.
+    """
+
+    def __init__(
+        self,
+        stream: JointStream,
+        evaluation: Sequence[Batch],
+        total_steps: int,
+        adapters: Sequence[str],
+        *,
+        router: TokenRouter,
+        settings: RouterConfig,
+        tell: Callable[[str], None],
+    ) -> None:
+        super().__init__(stream, evaluation, total_steps, adapters)
+        self.router, self.settings, self.tell = router, settings, tell
+        self.experts = list(router.adapters)
+        self.step_load = RouterLoad(router)
+        self.run_load = RouterLoad(router)
+
+    def wants(self, batch: Batch) -> Mapping[str, Want]:
+        """Log-probabilities and the router's logits."""
+        return {"logprob": TokenScore(log_prob), "router": RouterLogits()}
+
+    def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
+        """The micro-batches of a step."""
+        self.step_load = RouterLoad(self.router)
+        return super().step_batches(step, models)
+
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
+        """nll_EXPERT: the mean over a domain's supervised tokens, over K; label, aux, z: times their
+        weights, means over tokens and sites."""
+        nll, logits = nll_loss(got["logprob"], batch), got["router"]
+        if logits.requires_grad:  # a step's, not an evaluation's
+            self.step_load.add(logits.detach(), batch)
+            self.run_load.add(logits.detach(), batch)
+        terms = {
+            f"nll_{name}": torch.where(_of_role(batch, name), nll, 0.0) / len(self.experts)
+            for name in self.experts
+        }
+        s = self.settings
+        if s.label_loss:
+            own = torch.tensor([self.experts.index(r) for r in batch.role], device=logits.device)
+            labels = own[batch.sequence_of][:, None].expand(logits.shape[:2])
+            per_token = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            terms["label"] = s.label_loss * batch.sum_by_sequence(
+                per_token.view(logits.shape[:2]).mean(1)
+            )
+        if s.aux_loss:
+            # of a micro-batch, as everybody has it: the shares are no sum over sequences
+            balance = load_balance_loss(logits, self.router)
+            terms["aux"] = s.aux_loss * balance * batch.lengths.to(balance.dtype)
+        if s.z_loss:
+            terms["z"] = s.z_loss * batch.sum_by_sequence(logits.logsumexp(-1).square().mean(1))
+        return terms
+
+    def record(self, step: int) -> Mapping[str, Any]:
+        """What a line of metrics.jsonl says of the step just made, every `RECORD_STEPS` and at the
+        end; then also what a person should know of the load."""
+        if step == self.total_steps:
+            for warning in self.run_load.warnings():
+                self.tell(warning)
+        due = step % RECORD_STEPS == 0 or step == self.total_steps
+        return {"router": self.step_load.shares()} if due else {}
+
+    def _weigh(self, batch: Batch) -> Batch:
+        count = len(self.adapters)
+        weights = {f"nll_{name}": batch.count("token", count, name) for name in self.experts}
+        tokens = batch.lengths.sum().double().expand(count)
+        s = self.settings
+        for name, factor in (("label", s.label_loss), ("aux", s.aux_loss), ("z", s.z_loss)):
+            if factor:
+                weights[name] = tokens
+        return batch.with_terms(**weights)
+
+
+def _of_role(batch: Batch, name: str) -> Tensor:
+    return torch.tensor([role == name for role in batch.role], device=batch.starts.device)
+
+
+def load_balance_loss(logits: Tensor, router: TokenRouter) -> Tensor:
+    """E * sum_e f_e P_e, mean over sites, as transformers has it: top_k at balance. logits [T,N,K]."""
+    kept = (router.gates(logits.flatten(0, 1)).view_as(logits) != 0).float()
+    return logits.shape[-1] * (kept.mean(0) * logits.softmax(-1).mean(0)).sum(-1).mean()
+
+
+class RouterLoad:
+    """Who got which tokens: per domain and site, each expert's share of the (token, slot) pairs, its
+    mean gate, and the entropy of the router's distribution in nats.
+    """
+
+    def __init__(self, router: TokenRouter) -> None:
+        self.router = router
+        self.sums: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        """Count a micro-batch: logits [T,N,K]."""
+        gates = self.router.gates(logits.flatten(0, 1)).view_as(logits)
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        for s, (start, stop) in enumerate(batch.segments):
+            own = slice(start, stop)
+            seen = (
+                (gates[own] != 0).double().sum(0).cpu(),
+                gates[own].double().sum(0).cpu(),
+                entropy[own].double().sum(0).cpu(),
+                stop - start,
+            )
+            before = self.sums.get(batch.role[s])
+            self.sums[batch.role[s]] = (
+                seen
+                if before is None
+                else (
+                    before[0] + seen[0],
+                    before[1] + seen[1],
+                    before[2] + seen[2],
+                    before[3] + seen[3],
+                )
+            )
+
+    def shares(self) -> dict[str, Any]:
+        """{load | gate: {domain: {expert: [N]}}, entropy: {domain: [N]}}."""
+        names, found = self.router.adapters, dict[str, Any](load={}, gate={}, entropy={})
+        for domain, (pairs, gates, entropy, tokens) in self.sums.items():
+            share = pairs / (tokens * self.router.rule.top_k)
+            found["load"][domain] = {n: _rounded(share[:, k]) for k, n in enumerate(names)}
+            found["gate"][domain] = {n: _rounded(gates[:, k] / tokens) for k, n in enumerate(names)}
+            found["entropy"][domain] = _rounded(entropy / tokens)
+        return found
+
+    def warnings(self) -> list[str]:
+        """A line for each expert that hardly any token, or nearly every one, has."""
+        if not self.sums:
+            return []
+        pairs = torch.stack([counted.sum(0) for counted, *_ in self.sums.values()]).sum(0)
+        sites = next(iter(self.sums.values()))[0].shape[0]
+        tokens = sum(count for *_, count in self.sums.values()) * sites
+        lines = []
+        for k, name in enumerate(self.router.adapters):
+            share = float(pairs[k]) / tokens
+            # of all experts every token has each: nothing to say
+            if share < RARELY:
+                lines.append(
+                    f"expert {name} has {share:.1%} of all tokens: the mixture hardly uses it"
+                )
+            elif share > MOSTLY and self.router.rule.top_k < len(self.router.adapters):
+                lines.append(
+                    f"expert {name} has {share:.0%} of all tokens: the others hardly count"
+                )
+        return lines
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(v), 4) for v in values]

@@ -1,0 +1,87 @@
+"""A mixture of experts as a directory: a PEFT folder for each expert, and `router/` beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.router import ROUTER_NAME, TokenRouter
+from lorry.adapters.router_files import load_router, router_files
+from lorry.data.prepare import PreparedData
+from lorry.disk import durable
+from lorry.errors import ModelError
+from lorry.generation.scorer import ModelScorer
+from lorry.models.loading.open import OpenedModel
+from lorry.models.scoring.score import TokenScore, log_prob
+from lorry.runs import ownership
+from lorry.runs.layout import ROUTER
+from lorry.train import artifacts
+from lorry.train.checks import ContractChecks
+
+
+def write_mixture(
+    run_dir: Path,
+    opened: OpenedModel,
+    experts: Sequence[str],
+    base_name: str,
+    gates: Mapping[str, float] | None = None,
+) -> dict[str, str]:
+    """Every expert, the tokenizer, and the router (of constant ``gates``, or the model's own).
+    Returns {adapter: SHA-256 of its weights file}. Raises DiskError."""
+    digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, experts, base_name)
+    # of the files as they are now: what a mixture is checked against when it is opened
+    files = router_files(opened.model, {name: run_dir / name for name in experts}, gates)
+    durable.make_directory(run_dir / ROUTER, parents=False)
+    ownership.write_owned_files(run_dir, {f"{ROUTER}/{name}": c for name, c in files.items()})
+    return digests
+
+
+def router_digests(run_dir: Path) -> dict[str, str]:
+    """{file: SHA-256} of the router's files, for the receipt."""
+    return {
+        f"{ROUTER}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((run_dir / ROUTER).iterdir())
+        if path.is_file()
+    }
+
+
+def write_and_check_mixture(
+    run_dir: Path,
+    opened: OpenedModel,
+    checks: ContractChecks,
+    prepared: Mapping[str, PreparedData],
+    base_name: str,
+) -> dict[str, str]:
+    """Write the mixture; read the router back (contract 5): its values and the scores of a batch
+    must be the same bits. Returns {expert: SHA-256 of its weights file}."""
+    bank = get_bank(opened.model)
+    trained: TokenRouter = bank.routers[ROUTER_NAME]
+    digests = write_mixture(run_dir, opened, trained.adapters, base_name)
+    try:
+        mix = load_router(opened.model, run_dir, {n: run_dir / n for n in trained.adapters})
+    except ModelError as error:
+        raise checks.fail(5, str(error)) from error
+    reloaded = bank.routers[ROUTER_NAME]
+    bank.routers[ROUTER_NAME] = trained
+    if not torch.equal(trained.values.cpu(), reloaded.values.cpu()):
+        raise checks.fail(
+            5, f"{run_dir / ROUTER}: the router read back is not the one that was trained"
+        )
+    data = prepared[ROUTER_NAME]
+    batch = next(iter(data.evaluation), None) or data.stream.batches(0)[0]
+    scores = [
+        ModelScorer(opened.model).score([batch], {"s": TokenScore(log_prob)}, one)[0]["s"]
+        for one in (trained.mix(), mix)
+    ]
+    if not torch.equal(*scores):
+        raise checks.fail(5, f"{run_dir / ROUTER}: the router read back gives other logits")
+    checks.held(
+        5,
+        f"{trained.values.numel()} values of the router and the scores of a batch equal bit for bit after reading back",
+    )
+    bank.activate(trained.mix())
+    return digests

@@ -1,0 +1,198 @@
+"""`lorry moe CONFIG.yaml`: experts in one run over one base, then a router over them.
+
+Two stages, each a run of its own that goes on where it was stopped: OUTPUT/experts, a run of one
+job for each expert that is not brought along, and OUTPUT, the router's, which holds a copy of every
+expert and is the mixture. A finished stage of the same description and code is not done again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorry.config import dump_settings
+from lorry.config.jobs import runs_by_adapter
+from lorry.config.moe import MoeRunConfig, RouterRunConfig, router_train
+from lorry.config.schema import RunConfig
+from lorry.disk import receipt
+from lorry.errors import ConfigError
+from lorry.runs.layout import CHECKPOINTS, EXPERTS, RECEIPT, RUN_FILE, RunDir
+from lorry.verbs.open_model import print_note
+
+if TYPE_CHECKING:
+    from lorry.models.loading.open import OpenedModel
+
+
+def main(run: MoeRunConfig) -> int:
+    """Train what is to be trained. The last line of standard output is the mixture's directory."""
+    if not run.jobs:
+        raise ConfigError("experts is missing: give experts=[{name: a, data: a.jsonl}, ...]")
+    if run.background:
+        raise ConfigError("background: `lorry moe` runs in the terminal; leave it out")
+    folders = train_experts(run)
+    if run.router.kind == "token":
+        train_router(run, folders)
+    else:
+        write_constant_mixture(run, folders)
+    print(f"chat    lorry chat {run.output_dir}", file=sys.stderr)
+    print(Path(run.output_dir))
+    return 0
+
+
+def train_experts(run: MoeRunConfig) -> dict[str, Path]:
+    """{expert: where its adapter lies}, in their order, after training those that were not brought
+    along. Raises LorryError.
+    """
+    brought = {
+        job.name: Path(job.expert["adapter"]) for job in run.jobs if job.expert.get("adapter")
+    }
+    own = [job for job in run.jobs if job.name not in brought]
+    alone = runs_by_adapter(run)
+    for job in own:
+        if not (alone[job.name].data.path or alone[job.name].data.mix):
+            raise ConfigError(
+                f"expert {job.name!r} has neither data=FILE nor adapter=DIR; give one"
+            )
+    if run.router.kind == "token":
+        for name in brought:
+            if not (alone[name].data.path or alone[name].data.mix):
+                raise ConfigError(
+                    f"expert {name!r} has no data: a router is trained on rows of every expert's domain; give data=FILE"
+                )
+    folder = run.output_dir / EXPERTS
+    if own:
+        _train_stage(_experts_run(run, [job.name for job in own], alone), "experts")
+    return {
+        job.name: brought.get(job.name) or RunDir(folder).adapter(job.name, len(own))
+        for job in run.jobs
+    }
+
+
+def _experts_run(run: MoeRunConfig, names: list[str], alone: dict[str, RunConfig]) -> RunConfig:
+    """The run of the experts that are trained: a job each, or a run of a single adapter."""
+    shared = run.model_dump(
+        mode="json", exclude={"jobs", "router", "expert", "task", "output_dir", "background"}
+    )
+    shared |= {"output_dir": run.output_dir / EXPERTS}
+    groups = ("lora", "data", "train")
+    dumped = {name: alone[name].model_dump(mode="json") for name in names}
+    first = dumped[names[0]]
+    if len(names) == 1:
+        return RunConfig.model_validate({**shared, **{g: first[g] for g in groups}})
+    # what the run has is that of the first expert, so that its rows are there
+    base = {**shared, **{group: first[group] for group in groups}}
+    base["lora"] = {**base["lora"], "adapter_name": "default"}
+    jobs = [
+        {
+            "name": name,
+            **{
+                group: {
+                    key: value
+                    for key, value in dumped[name][group].items()
+                    if value != base[group][key] and (group, key) != ("lora", "adapter_name")
+                }
+                for group in groups
+            },
+        }
+        for name in names
+    ]
+    return RunConfig.model_validate({**base, "jobs": jobs})
+
+
+def train_router(run: MoeRunConfig, folders: dict[str, Path]) -> None:
+    """The router's run, in the mixture's own directory."""
+    alone = runs_by_adapter(run)
+    experts = [
+        {"name": name, "adapter": str(path), "data": alone[name].data.model_dump(mode="json")}
+        for name, path in folders.items()
+    ]
+    settings: dict[str, Any] = {
+        "model": run.model.model_dump(mode="json"),
+        "backend": run.backend.model_dump(mode="json"),
+        "experts": experts,
+        "router": run.router.model_dump(mode="json"),
+        "train": router_train(run),
+        "output_dir": run.output_dir,
+    }
+    _train_stage(RouterRunConfig.model_validate(settings), "router")
+
+
+def _train_stage(run: RunConfig, what: str) -> None:
+    """A stage: left out where it has finished as described, gone on with where it was stopped."""
+    from lorry.report import write_report
+    from lorry.train.monitoring.events import terminal_listener
+    from lorry.train.session import train_run
+
+    folder = run.output_dir
+    same = _is_same_description(folder, run)
+    if same and receipt.read(folder / RECEIPT) is not None and _is_unchanged(run):
+        print_note(f"{what}: {folder} has finished as described; not done again")
+        return
+    if same and (folder / CHECKPOINTS).is_dir() and receipt.read(folder / RECEIPT) is None:
+        print_note(f"{what}: {folder} was stopped; it goes on from its newest checkpoint")
+        train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
+        run = run.model_copy(update={"train": train})
+    listener = terminal_listener(run.train.logging_steps)
+    train_run(run, listeners=[listener])
+    write_report([folder])
+
+
+def _is_same_description(folder: Path, run: RunConfig) -> bool:
+    """Whether the run in a directory is described as this one, resuming aside."""
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return False
+    before, now = file.read_text(encoding="utf-8"), dump_settings(run)
+    asked = "resume_from_checkpoint:"
+    lines = [[line for line in text.splitlines() if asked not in line] for text in (before, now)]
+    return lines[0] == lines[1]
+
+
+def _is_unchanged(run: RunConfig) -> bool:
+    """Whether what a finished stage was made of is what it was: code and experts' files."""
+    from lorry.adapters.peft.files import adapter_digest, find_adapter
+    from lorry.adapters.router_files import read_router_record
+    from lorry.train.checkpoint import code_digest
+
+    made = receipt.read(run.output_dir / RECEIPT) or {}
+    if receipt.part(made, "code").get("sha256") != code_digest():
+        return False
+    if not isinstance(run, RouterRunConfig):
+        return True
+    known = {e.name: e.sha256 for e in read_router_record(run.output_dir).experts}
+    # the copies in the mixture are fp32 masters, as the run's own experts are
+    return all(
+        adapter_digest(find_adapter(expert.adapter)[0]) == known.get(expert.name)
+        for expert in run.experts
+    )
+
+
+def write_constant_mixture(run: MoeRunConfig, folders: dict[str, Path]) -> None:
+    """A mixture whose gates are numbers: nothing trains."""
+    from lorry.adapters.peft.files import find_adapter, load_adapter
+    from lorry.disk import durable
+    from lorry.runs.layout import ROUTER
+    from lorry.train.finish import base_model_name
+    from lorry.train.mixture import write_mixture
+
+    durable.make_directory(run.output_dir)
+    taken = [n for n in (ROUTER, *folders) if (run.output_dir / n).exists()]
+    if taken:
+        raise ConfigError(f"{run.output_dir / taken[0]} is there already; give another output_dir")
+    opened = _open_base(run)
+    for name, path in folders.items():
+        load_adapter(opened.model, find_adapter(path)[0], name, trainable=False)
+    gates = run.router.gates or dict.fromkeys(folders, 1 / len(folders))
+    write_mixture(run.output_dir, opened, list(folders), base_model_name(opened), gates)
+
+
+def _open_base(run: MoeRunConfig) -> OpenedModel:
+    from lorry.verbs.open_model import open_with_adapters
+
+    opened = open_with_adapters(run.model)
+    if opened.adapters:
+        raise ConfigError(
+            f"{run.model.name} has an adapter already; a mixture stands on a base: name that"
+        )
+    return opened

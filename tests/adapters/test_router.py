@@ -1,0 +1,204 @@
+"""A router of the layers: its gradients against autograd on transformers' model, its rules, and what
+it refuses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.router import RoutingRule, TokenRouter, attach_router
+from lorry.adapters.spec import LoraSpec
+from lorry.errors import ConfigError, ContractError
+from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder.model import Decoder
+from tests.support import tiny
+
+SEQUENCES = [[5, 9, 3, 7, 11, 2], [8, 1, 4, 6, 13, 12, 10, 9]]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def model_with_experts(
+    tmp_path: Path, rule: RoutingRule
+) -> tuple[Decoder, torch.nn.Module, TokenRouter]:
+    """Three experts of different ranks (all linears with input both, else the MLP's), and a router
+    of random values."""
+    source = tiny.fresh("llama", num_hidden_layers=2)
+    model = tiny.decoder(source, tmp_path)
+    targets = "all-linear" if rule.input == "both" else MLP
+    for rank, name in ((2, "a"), (4, "b"), (3, "c")):
+        spec = LoraSpec(r=rank, init_lora_weights=False, target_modules=targets)
+        adapter = attach(model, spec, name, seed=rank)
+        with torch.no_grad():
+            adapter.values.mul_(0.3)
+        adapter.touch()
+    router = attach_router(model, ["a", "b", "c"], rule)
+    with torch.no_grad():
+        router.values.copy_(torch.randn(router.values.numel(), generator=torch.manual_seed(3)))
+    return model, source, router
+
+
+class Twin:
+    """transformers' model in float64 with plain autograd terms by hooks on each linear."""
+
+    def __init__(self, theirs: torch.nn.Module, model: Decoder, router: TokenRouter) -> None:
+        self.theirs, self.rule = theirs.double(), router.rule
+        bank = get_bank(model)
+        self.masters = {
+            name: {n: t.detach().double().requires_grad_() for n, t in bank[name].tensors().items()}
+            for name in router.adapters
+        }
+        self.scale = {n: {m: s.scale for m, s in bank[n].slots.items()} for n in router.adapters}
+        self.weights = {
+            site: w.detach().double().requires_grad_() for site, w in router.weights.items()
+        }
+        self.gates: dict[tuple[int, str], Tensor] = {}
+        self.logits: dict[tuple[int, str], Tensor] = {}
+        for layer, half in router.sites:
+            norm = "input_layernorm" if half == "attn" else "post_attention_layernorm"
+            module = theirs.get_submodule(f"model.layers.{layer}.{norm}")
+            module.register_forward_hook(lambda m, x, y, at=(layer, half): self.route(at, y))
+        for path in bank[router.adapters[0]].slots:
+            layer, half = int(path.split(".")[2]), "mlp" if ".mlp." in path else "attn"
+            theirs.get_submodule(path).register_forward_hook(
+                lambda m, x, y, p=path, at=(layer, half): self.add(p, at, x[0], y)
+            )
+
+    def route(self, at: tuple[int, str], normed: Tensor) -> None:
+        z = F.linear(normed, self.weights[at]) / self.rule.temperature
+        p = z.softmax(-1)
+        value, chosen = p.topk(self.rule.top_k, -1)
+        if self.rule.straight_through:
+            value = 1 + value - value.detach()
+        elif self.rule.normalize:
+            value = value / value.sum(-1, keepdim=True)
+        self.logits[at] = z
+        self.gates[at] = torch.zeros_like(p).scatter(-1, chosen, value)
+
+    def add(self, path: str, at: tuple[int, str], x: Tensor, y: Tensor) -> Tensor:
+        for k, (name, own) in enumerate(self.masters.items()):
+            a, b = own[f"{path}.lora_A"], own[f"{path}.lora_B"]
+            y = y + self.gates[at][..., k, None] * self.scale[name][path] * (x @ a.t() @ b.t())
+        return y
+
+    def loss(self) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for tokens in SEQUENCES:
+            ids = torch.tensor([tokens])
+            logits = self.theirs(input_ids=ids).logits[0]
+            total = total + F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+            total = total + sum(z.logsumexp(-1).square().sum() for z in self.logits.values())
+        return total
+
+
+def our_loss(model: Decoder, router: TokenRouter) -> Tensor:
+    call, packed = AdapterContext(router.mix()), PackedInput.of(SEQUENCES)
+    states = model.hidden(packed, call)
+    logits, total = model.logits(states.last, call), torch.zeros(())
+    for start, stop in packed.segments:
+        own = packed.tokens[start:stop]
+        total = total + F.cross_entropy(logits[start : stop - 1], own[1:], reduction="sum")
+    return total + torch.stack(list(states.router_logits), 1).logsumexp(-1).square().sum()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RoutingRule("mlp", 1, straight_through=True),
+        RoutingRule("mlp", 1, normalize=False, temperature=1.7),
+        RoutingRule("both", 2),
+        RoutingRule("mlp", 2, normalize=False),
+        RoutingRule("both", 3),
+    ],
+    ids=["top1-st", "top1-plain", "both-top2", "top2-plain", "both-all"],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_autograd(
+    rule: RoutingRule, recompute: bool, tmp_path: Path
+) -> None:
+    """Router and experts of different ranks, through two layers, with a loss of the logits beside
+    that of the tokens: the router in float32 within 1e-5 of float64 on transformers."""
+    model, source, router = model_with_experts(tmp_path, rule)
+    model.gradient_checkpointing = recompute
+    twin = Twin(source, model, router)
+    expected = twin.loss()
+    expected.backward()
+    found = our_loss(model, router)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for site, weight in router.weights.items():
+        wanted = twin.weights[site].grad
+        assert weight.grad is not None
+        assert float((weight.grad.double() - wanted).norm() / wanted.norm()) < 1e-5, site
+    for name in router.adapters:
+        grads = get_bank(model)[name].split_like(get_bank(model)[name].grads)
+        for tensor, wanted in ((n, t.grad) for n, t in twin.masters[name].items()):
+            if wanted is None or not wanted.any():
+                assert not grads[tensor].any()
+                continue
+            error = float((grads[tensor].double() - wanted).norm() / wanted.norm())
+            # as without a router: the worst tensor of a layer, of float32 against float64
+            assert error < 2e-5, (name, tensor)
+
+
+def test_gates_are_softmax_over_the_chosen_logits() -> None:
+    """Order of the stock classes: softmax, top-k, divide; equal to a softmax over the chosen."""
+    z = torch.randn(20, 4, dtype=torch.float64)
+    gates = RoutingRule("mlp", 2).gates(z)
+    value, chosen = z.topk(2, -1)
+    torch.testing.assert_close(gates.gather(-1, chosen), value.softmax(-1))
+    assert (gates != 0).sum(-1).tolist() == [2] * 20
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (RoutingRule("mlp", 1), "no gradient"),
+        (RoutingRule("mlp", 4), "1 to 3 of 3"),
+        (RoutingRule("mlp", 0), "1 to 3 of 3"),
+        (RoutingRule("mlp", 2, straight_through=True), "for top_k=1 alone"),
+        (RoutingRule("mlp", 2, temperature=0.0), "above 0"),
+        (RoutingRule("head", 2), "mlp, attn or both"),
+    ],
+)
+def test_a_rule_that_cannot_train_is_refused(rule: RoutingRule, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TokenRouter(["a", "b", "c"], rule, layers=1, width=4)
+
+
+def test_an_expert_outside_the_gated_half_is_refused(tmp_path: Path) -> None:
+    """By name before a run, and by the layer for a router that was made without asking."""
+    model = tiny.decoder(tiny.fresh("llama"), tmp_path)
+    for name in ("a", "b"):
+        attach(model, LoraSpec(r=2, target_modules="all-linear"), name)
+    with pytest.raises(
+        ConfigError, match=r"expert 'a' has an adapter at .*q_proj.*router.input=mlp"
+    ):
+        attach_router(model, ["a", "b"], RoutingRule())
+    g = model.geometry
+    router = TokenRouter(["a", "b"], RoutingRule(), layers=g.layers, width=g.width)
+    with pytest.raises(ContractError, match="attn half"):
+        model.hidden(PackedInput.of(SEQUENCES), AdapterContext(router.mix()))
+
+
+def test_sequences_of_a_batch_have_their_own_mixes(tmp_path: Path) -> None:
+    """One under the router, one under a plain expert of it, one under the base: each as alone."""
+    model, _, router = model_with_experts(tmp_path, RoutingRule("mlp", 2))
+    mixes = [router.mix(), Mix.one("b"), Mix.none()]
+    rows = [*SEQUENCES, [3, 2, 9, 1]]
+    with torch.no_grad():
+        packed = PackedInput.of(rows)
+        starts = [0, *(stop for _, stop in packed.segments)]
+        together = model.hidden(packed, AdapterContext(Mix.packed(mixes, starts))).last
+        for tokens, mix, (start, stop) in zip(rows, mixes, packed.segments, strict=True):
+            alone = model.hidden(PackedInput.of([tokens]), AdapterContext(mix)).last
+            torch.testing.assert_close(together[start:stop], alone, rtol=1e-5, atol=1e-5)
+    other = TokenRouter(["a", "b"], RoutingRule(), layers=2, width=model.geometry.width)
+    with pytest.raises(ContractError, match="one router"):
+        Mix.packed([router.mix(), other.mix()], [0, 3, 6])

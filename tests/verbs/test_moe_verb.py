@@ -1,0 +1,260 @@
+"""`lorry moe`: experts in one run, a router over them, the mixture's directory and who reads it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorry
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.peft.files import load_adapter
+from lorry.config import RouterRunConfig, parse_settings
+from lorry.config.moe import RouterConfig, check_router
+from lorry.errors import ModelError
+from lorry.generation.engine import generate_completions
+from lorry.generation.sampling import SamplingParams
+from lorry.models.causal_lm import PackedInput
+from lorry.train.session import train_run
+from tests.support.verbworld import PEOPLE, World, model_directory, write_rows
+from tests.support.verbworld import lorry as run_lorry
+
+MLP = "[gate_proj, up_proj, down_proj]"
+
+
+def description(folder: Path, base: Path, **router: object) -> Path:
+    """A description of two experts, and what it reads."""
+    rows = [
+        write_rows(folder / f"{name}.jsonl", PEOPLE[at : at + 2])
+        for name, at in (("a", 0), ("b", 2))
+    ]
+    settings = {"top_k": 2, "train": {"max_steps": 10, "save_steps": 4}, **router}
+    file = folder / "experts.yaml"
+    file.write_text(f"""
+model: {{name: {base}, dtype: float32}}
+lora: {{target_modules: {MLP}, r: 4}}
+data: {{max_length: 128}}
+train: {{max_steps: 4, learning_rate: 1e-2, save_strategy: "no"}}
+backend: {{threads: 1}}
+experts: [{{name: one, data: {rows[0]}}}, {{name: two, data: {rows[1]}, r: 8}}]
+router: {json.dumps(settings)}
+output_dir: {folder / "mix"}
+""")
+    return file
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished mixture of two experts; not to be changed."""
+    folder = tmp_path_factory.mktemp("mixture")
+    assert run_lorry("moe", description(folder, model_directory(folder / "base"))) == 0
+    return folder / "mix"
+
+
+def copied(mixture: Path, to: Path) -> Path:
+    shutil.copytree(mixture, to)
+    return to
+
+
+def test_what_a_mixture_is(mixture: Path) -> None:
+    """Contracts hold, experts are those of the first stage bit for bit, and the load is logged."""
+    contracts = json.loads((mixture / "contracts.json").read_text())
+    assert {c["status"] for c in contracts} == {"held"}
+    for name in ("one", "two"):
+        trained = load_file(mixture / "experts" / name / "adapter_model.safetensors")
+        kept = load_file(mixture / name / "adapter_model.safetensors")
+        assert trained.keys() == kept.keys()
+        assert all(torch.equal(trained[key], kept[key]) for key in kept)
+    said = json.loads((mixture / "router" / "router.json").read_text())
+    assert [e["name"] for e in said["experts"]] == ["one", "two"]
+    weights = load_file(mixture / "router" / "router.safetensors")
+    assert sorted(weights) == ["layers.0.mlp.weight", "layers.1.mlp.weight"]
+    lines = [json.loads(line) for line in (mixture / "metrics.jsonl").read_text().splitlines()]
+    load = lines[-1]["router"]["load"]
+    # of two experts with top_k=2 every token has both: half of the slots each
+    assert load["one"]["one"] == pytest.approx([0.5, 0.5])
+    gates = lines[-1]["router"]["gate"]["two"]
+    assert [a + b for a, b in zip(gates["one"], gates["two"], strict=True)] == pytest.approx(
+        [1, 1], abs=1e-3
+    )
+
+
+def test_a_mixture_answers(mixture: Path) -> None:
+    """Greedy answers of a batch are the argmax of whole forwards, and neighbours change nothing."""
+    model, tokenizer = lorry.load(mixture)
+    mix = get_bank(model).active
+    assert mix.router is not None
+    prompts = [tokenizer.encode(p["question"]) for p in PEOPLE]
+    asked: list[Mix | str | None] = [mix, "one", mix, None]
+    params = SamplingParams(max_new_tokens=6)
+    answers = generate_completions(model, prompts, params, adapters=asked, batch_rows=3)
+    for prompt, own, answer in zip(prompts, asked, answers, strict=True):
+        one = own if isinstance(own, Mix) else Mix.none() if own is None else Mix.one(own)
+        tokens = list(prompt)
+        for token in answer.tokens:
+            call = AdapterContext(one)
+            with torch.no_grad():
+                hidden = model.hidden(PackedInput.of([tokens]), call).last
+                assert int(model.logits(hidden[-1:], call).argmax()) == token
+            tokens.append(token)
+
+
+def test_a_mixture_is_read_by_the_verbs(
+    mixture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = copied(mixture, tmp_path / "mix")
+    rows = write_rows(tmp_path / "rows.jsonl", PEOPLE)
+    assert run_lorry("eval", run, f"data={rows}") == 0
+    assert "mixture" in capsys.readouterr().out
+    assert run_lorry("doctor", run) == 0
+    assert run_lorry("report", run) == 0
+    typed = "Hello\n/router one=1\nHello\n/router off\n/router on\n/adapter two\n/router three=1\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    capsys.readouterr()
+    assert run_lorry("chat", run, "max_new_tokens=2") == 3
+    told = capsys.readouterr().err
+    assert "the gates one=1" in told
+    assert "the mixture of all experts" in told
+    assert "/router three=1: give on, off, or NAME=NUMBER for names of one, two" in told
+
+
+def test_a_finished_mixture_is_not_made_again(
+    mixture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (mixture / "router" / "router.safetensors").stat().st_mtime_ns
+    assert run_lorry("moe", mixture.parent / "experts.yaml") == 0
+    told = capsys.readouterr().err
+    assert told.count("has finished as described; not done again") == 2
+    assert (mixture / "router" / "router.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_stopped_router_goes_on_bit_for_bit(mixture: Path, tmp_path: Path) -> None:
+    """From a checkpoint in the middle to the very router that was never stopped."""
+    run = copied(mixture, tmp_path / "mix")
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    for name in ("receipt.json", "router/router.safetensors"):
+        (run / name).unlink()
+    file = run / "run.yaml"
+    settings = file.read_text().replace(f"output_dir: {mixture}\n", f"output_dir: {run}\n")
+    file.write_text(settings)
+    again = parse_settings(
+        RouterRunConfig, [str(file), "train.resume_from_checkpoint=auto"], lambda text: None
+    )
+    train_run(again)
+    here, there = (load_file(where / "router" / "router.safetensors") for where in (run, mixture))
+    assert all(torch.equal(here[key], there[key]) for key in there)
+
+
+def change_expert(run: Path) -> None:
+    file = run / "two" / "adapter_model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+
+
+def change_router(**change: object) -> Callable[[Path], None]:
+    def apply(run: Path) -> None:
+        file = run / "router" / "router.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+    return apply
+
+
+def change_weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def apply(run: Path) -> None:
+        file = run / "router" / "router.safetensors"
+        save_file({k: change(v).contiguous() for k, v in load_file(file).items()}, file)
+
+    return apply
+
+
+def other_order(run: Path) -> None:
+    file = run / "router" / "router.json"
+    said = json.loads(file.read_text())
+    first, second = said["experts"]
+    said["experts"] = [
+        {"name": first["name"], "sha256": second["sha256"]},
+        {"name": second["name"], "sha256": first["sha256"]},
+    ]
+    file.write_text(json.dumps(said))
+
+
+def rename_expert(run: Path) -> None:
+    (run / "two").rename(run / "three")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (change_expert, r"two: not the expert 'two' that the router was made for"),
+        (other_order, r"not the expert 'one'"),
+        (rename_expert, r"expert 'two' is not in"),
+        (change_router(top_k=3), "1 to 2 of 2"),
+        (change_router(kind="hash"), "kind 'hash'"),
+        (change_router(base_digest="0" * 64), "other base weights"),
+        (change_router(more=1), "more is not what a router has there"),
+        (change_router(input="both"), "is missing"),
+        (change_weights(lambda w: w[:, :-1]), r"float32 \(2, 31\)"),
+        (change_weights(lambda w: w * float("nan")), "NaN"),
+        (change_weights(lambda w: w.half()), "float16"),
+        (lambda run: (run / "router" / "router.safetensors").write_bytes(b"\x80\x04"), "damaged"),
+    ],
+)
+def test_a_router_of_other_experts_is_refused(
+    damage: Callable[[Path], None], words: str, mixture: Path, tmp_path: Path
+) -> None:
+    run = copied(mixture, tmp_path / "mix")
+    damage(run)
+    with pytest.raises(ModelError, match=words):
+        lorry.load(run)
+
+
+def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: Path) -> None:
+    """Nothing trains: the sum of the experts, half each, is what a plain forward has."""
+    experts = ", ".join(f"{{name: {n}, adapter: {mixture / n}}}" for n in ("one", "two"))
+    made = tmp_path / "uniform"
+    base = mixture.parent / "base"
+    words = [f"model={base}", "dtype=float32", f"experts=[{experts}]", f"output_dir={made}"]
+    assert run_lorry("moe", *words, "router.kind=uniform") == 0
+    model, _ = lorry.load(made)
+    assert get_bank(model).active == Mix.constants({"one": 0.5, "two": 0.5})
+    theirs, _ = lorry.load(base)
+    for name in ("one", "two"):
+        load_adapter(theirs, mixture / name, name)
+    get_bank(theirs).activate(Mix.constants({"one": 0.5, "two": 0.5}))
+    ids = torch.tensor([[5, 9, 3, 7]])
+    assert torch.equal(model(ids).logits, theirs(ids).logits)
+
+
+def test_gates_of_experts_that_are_not_there() -> None:
+    router = RouterConfig(kind="fixed", gates={"three": 1.0})
+    with pytest.raises(ValueError, match="names 'three'; the experts are one, two"):
+        check_router(router, ["one", "two"])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["router.top_k=1"], "no gradient"),
+        (["router.top_k=3"], "there are 2 experts"),
+        (["router.kind=fixed"], "router.gates={EXPERT: g} is for router.kind=fixed"),
+        (["lora.target_modules=all-linear", "max_steps=1"], "router.input=mlp does not gate"),
+        (["experts=[{name: one, data: a.jsonl}]"], "two at least"),
+        (["experts=[{name: router, data: a.jsonl}, {name: b, data: a.jsonl}]"], "router"),
+        (["experts=[{name: one}, {name: two}]"], "neither data=FILE nor adapter=DIR"),
+    ],
+)
+def test_what_no_mixture_can_be(
+    more: list[str], words: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_lorry("moe", description(tmp_path, world.base), *more)
+    assert code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
