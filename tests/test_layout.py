@@ -15,7 +15,8 @@ NAMES = {
     for name, value in vars(layout).items()
     if name.isupper()
     and isinstance(value, str)
-    and value not in (layout.CHECKPOINTS, layout.PREVIOUS)
+    # words that mean other things elsewhere: a router is also a setting, and what trains
+    and value not in (layout.CHECKPOINTS, layout.PREVIOUS, layout.ROUTER, layout.EXPERTS)
 }
 
 
