@@ -101,6 +101,8 @@ def test_what_it_computes_otherwise_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = directory(tmp_path / "moe", OTHER[name])
+    assert lorry("export", folder, "to=gguf", "weight=0.5") == 2
+    assert "is a plain model" in capsys.readouterr().err
     assert lorry("export", folder, "to=gguf", f"output_dir={tmp_path / 'out'}") == 4
     message = {
         "qwen2, normalised": "does not normalise the gates",

@@ -166,6 +166,8 @@ def test_what_cannot_be_exported(
         ((world.run, "to=gguf", "outtype=q4_k_m"), 2, "outtype"),
         ((world.base, "to=gguf-lora"), 2, "is a plain model and has no adapter"),
         ((world.base, "to=gguf", "adapter=animals"), 2, "has no adapter"),
+        ((world.base, "to=gguf", "weight=0.5"), 2, "is a plain model and has no adapter"),
+        ((world.run, "to=gguf", "gate_mode=hidden"), 2, "gate_mode is not for to=gguf"),
         ((gelu, "to=gguf"), 4, "hidden_act='gelu'"),
         ((window, "to=gguf"), 4, "sliding_window=8"),
         ((world.run, "to=gguf", f"output_dir={world.base}"), 2, "already exists and is not empty"),

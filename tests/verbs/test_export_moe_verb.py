@@ -125,6 +125,7 @@ def test_what_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFix
         ({"experts": []}, 2, "takes base_model and experts"),
         ({"shared_experts": [{"source_model": source}]}, 2, "shared_experts"),
         ({"gate_mode": "sideways"}, 2, "gate_mode"),
+        ({"weight": 0.5}, 2, "weight is not for to=hf-moe"),
         (
             {
                 "base_model": source,

@@ -236,6 +236,9 @@ class ExpertSource(SettingsGroup):
     negative_prompts: list[str] = config_field([], "texts that do not")
 
 
+MIXTURE_SETTINGS = frozenset({"gate_mode", "experts_per_token", "attention", "seed"})
+
+
 class ExportSettings(SettingsGroup):
     """Write a run in another library's format; to=hf-moe: experts of one base, as a mergekit-moe
     file describes them."""
@@ -293,6 +296,10 @@ class ExportSettings(SettingsGroup):
             )
         if not mixture and (self.run is None or self.experts or self.base_model is not None):
             raise ValueError(f"to={self.to} takes a run; base_model and experts are for to=hf-moe")
+        # never passed over: who gives one of these means something by it
+        unused = {"adapter", "weight"} if mixture else MIXTURE_SETTINGS
+        if given := sorted(unused & self.model_fields_set):
+            raise ValueError(f"{given[0]} is not for to={self.to}")
         return self
 
     @field_validator("outtype", mode="before")

@@ -40,6 +40,10 @@ def main(settings: ExportSettings) -> int:
     if settings.to == "gguf" and (folder := _mixture_folder(settings.run)) is not None:
         outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
         title = Path(settings.run).name
+        if settings.adapter is not None or settings.weight != 1.0:
+            raise ConfigError(
+                f"{settings.run} is a plain model and has no adapter or weight of one"
+            )
         print(export_gguf_mixture(folder, settings.output_dir, outtype, title=title))
         return 0
     opened = open_with_adapters(
@@ -49,7 +53,7 @@ def main(settings: ExportSettings) -> int:
     )
     if settings.to == "gguf":
         # a model without an adapter has something to say to llama.cpp, too
-        plain = not opened.adapters and settings.adapter is None
+        plain = not opened.adapters and settings.adapter is None and settings.weight == 1.0
         name = None if plain else resolve_adapter_name(opened, settings.adapter, settings.run)
         outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
         title = Path(settings.run).name
