@@ -18,9 +18,10 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter
 from lorry.config import RouterRunConfig, parse_settings
 from lorry.config.moe import RouterConfig, check_router
-from lorry.errors import ModelError
+from lorry.errors import ConfigError, ModelError
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
+from lorry.hub.files import collect_upload
 from lorry.models.causal_lm import PackedInput
 from lorry.train.session import train_run
 from tests.support.verbworld import PEOPLE, World, model_directory, write_rows
@@ -153,6 +154,23 @@ def test_a_stopped_router_goes_on_bit_for_bit(mixture: Path, tmp_path: Path) -> 
     train_run(again)
     here, there = (load_file(where / "router" / "router.safetensors") for where in (run, mixture))
     assert all(torch.equal(here[key], there[key]) for key in there)
+
+
+def test_another_router_makes_room(mixture: Path, tmp_path: Path) -> None:
+    """What a mixture was moves to previous/N whole, experts and router; and the hub takes none."""
+    run = copied(mixture, tmp_path / "mix")
+    file = tmp_path / "again.yaml"
+    text = (run / "run.yaml").read_text()
+    file.write_text(text.replace(f"output_dir: {mixture}\n", f"output_dir: {run}\n"))
+    (run / "run.yaml").write_text(file.read_text())
+    settings = [str(file), "router.temperature=2", "train.max_steps=2"]
+    train_run(parse_settings(RouterRunConfig, settings, lambda text: None))
+    for name in ("one/adapter_config.json", "router/router.json", "receipt.json", "run.yaml"):
+        assert (run / "previous" / "1" / name).is_file(), name
+    assert json.loads((run / "router" / "router.json").read_text())["temperature"] == 2
+    lorry.load(run)
+    with pytest.raises(ConfigError, match="its router is not uploaded yet"):
+        collect_upload(run, at="me/mixture")
 
 
 def change_expert(run: Path) -> None:

@@ -24,12 +24,15 @@ from lorry.runs.layout import (
     ADAPTER_FILES,
     ADAPTER_WEIGHTS,
     CARD,
+    EXPERTS,
     MODEL_FILES,
     NOT_ADAPTERS,
     PLOT,
     PUBLISHED,
     RECEIPT,
     REPORT,
+    ROUTER,
+    ROUTER_FILE,
     SHARDS,
     START,
     TOKENIZER_FILES,
@@ -56,6 +59,11 @@ def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
     if not (run_dir / RECEIPT).is_file():
         raise ConfigError(
             f"{run_dir} is not a finished run (it has no receipt.json); only a finished one goes to the hub"
+        )
+    if (run_dir / ROUTER / ROUTER_FILE).is_file():
+        # its experts would go alone, and whoever opened them would have another model
+        raise ConfigError(
+            f"{run_dir} is a mixture of experts, and its router is not uploaded yet; push the run of its experts, {run_dir / EXPERTS}"
         )
     files: dict[str, UploadContent] = {
         p.name: p

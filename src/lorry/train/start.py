@@ -24,6 +24,8 @@ from lorry.runs.layout import (
     MODEL_FILES,
     RECEIPT,
     RESULTS,
+    ROUTER,
+    ROUTER_FILE,
     RUN_FILE,
     SHARDS,
     STAGED,
@@ -187,14 +189,18 @@ def _matching_names(folder: Path, patterns: list[str]) -> list[str]:
 
 
 def _recorded_adapter_folders(folder: Path) -> list[str]:
-    """The folders that a run of several jobs made for their adapters, by its own description."""
-    jobs = ownership.run_description_of(folder).get("jobs")
-    names = (
-        [str(job.get("name")) for job in jobs if isinstance(job, Mapping)]
-        if isinstance(jobs, list)
-        else []
-    )
-    return [
+    """The folders that a run of several jobs made for their adapters, or a mixture for its experts
+    and its router, by its own description."""
+    described = ownership.run_description_of(folder)
+    names = [
+        str(one.get("name"))
+        for key in ("jobs", "experts")
+        if isinstance(listed := described.get(key), list)
+        for one in listed
+        if isinstance(one, Mapping)
+    ]
+    is_mixture = "experts" in described and (folder / ROUTER / ROUTER_FILE).is_file()
+    return [ROUTER] * is_mixture + [
         n
         for n in names
         # a run.yaml is text that anybody may have written: no path, no "." and ".." moves a folder
