@@ -127,6 +127,20 @@ def test_alternates_stand_in_the_group_of_their_row(
             assert len(set(keys)) == len(keys)  # each has dropout of its own
 
 
+def test_a_row_meets_others_in_every_epoch() -> None:
+    made = stream(16, 16, batch=4, accumulation=1, seed=0)
+    partners = dict[int, set[int]]()
+    for step in range(3 * made.steps_per_epoch):
+        for batch in named(made, step):
+            forget = [row for role, row, *_ in batch if role == "forget"]
+            retain = [row for role, row, *_ in batch if role == "retain"]
+            for one, other in zip(forget, retain, strict=True):
+                partners.setdefault(one, set()).add(other)
+    # 16 rows of three draws each: by chance alone at most one pair in 16 comes back
+    assert sum(map(len, partners.values())) > 36
+    assert any(one - 1000 != other - 2000 for one, others in partners.items() for other in others)
+
+
 def test_another_set_is_refused_on_resume() -> None:
     made = stream(4, 5, batch=2, accumulation=1, seed=0)
     made.load_state(made.state())

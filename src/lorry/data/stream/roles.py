@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lorry.adapters.seeds import derive_seed
 from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.stream.dataset import TrainStream
@@ -112,7 +113,9 @@ class RoleStream:
 
     def _order_of(self, role: str, lap: int) -> np.ndarray:
         """[n]: the rows of another set in the order of its ``lap``-th pass."""
-        return self.beside[role].order(self.seed, lap, self.first.shuffle)
+        # a seed of its own: two sets of one size would share a permutation, and a row of the first
+        # would meet the same row of the other in every epoch
+        return self.beside[role].order(derive_seed(role, self.seed), lap, self.first.shuffle)
 
     def alternate_sets(self) -> dict[str, TokenSet]:
         """The other answers, by the role of the rows whose questions they answer."""
