@@ -187,6 +187,19 @@ def test_an_expert_outside_the_gated_half_is_refused(tmp_path: Path) -> None:
         model.hidden(PackedInput.of(SEQUENCES), AdapterContext(router.mix()))
 
 
+def test_a_routed_term_never_loses_its_router(tmp_path: Path) -> None:
+    """An adapter that comes or goes leaves the active router; a routed term without one is refused."""
+    model, _, router = model_with_experts(tmp_path, RoutingRule("mlp", 2))
+    bank = get_bank(model)
+    bank.activate(router.mix())
+    attach(model, LoraSpec(r=2, target_modules=MLP), "d")
+    assert bank.active.router is router
+    bank.remove("d")
+    assert bank.active == router.mix()
+    with pytest.raises(ContractError, match="routed, and the mix has no router"):
+        model.hidden(PackedInput.of(SEQUENCES), AdapterContext(Mix(router.mix().terms)))
+
+
 def test_sequences_of_a_batch_have_their_own_mixes(tmp_path: Path) -> None:
     """One under the router, one under a plain expert of it, one under the base: each as alone."""
     model, _, router = model_with_experts(tmp_path, RoutingRule("mlp", 2))

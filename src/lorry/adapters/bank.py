@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -250,7 +250,8 @@ class AdapterBank:
         adapter.bind_grads()
         self.adapters[name] = adapter
         # a plain model(x) then applies all attached adapters, as their sum
-        self.activate(Mix((*self.active.terms, *Mix.one(name).terms)))
+        terms = (*self.active.terms, *Mix.one(name).terms)
+        self.activate(replace(self.active, terms=terms))
         return adapter
 
     def remove(self, name: str) -> None:
@@ -258,7 +259,7 @@ class AdapterBank:
         for path in self[name].slots:
             del self.modules[path].slots[name]
         del self.adapters[name]
-        self.activate(Mix(tuple(t for t in self.active.terms if t.adapter != name)))
+        self.activate(self._active_without(name))
 
     def move_to_base(self, name: str, origin: AdapterOrigin) -> Adapter:
         """Freeze an adapter and make it part of the base: from now on it is under every mix with
@@ -271,10 +272,15 @@ class AdapterBank:
             # a policy that drops what the reference does not would not be the start at step 0
             slot.dropout = 0.0
             self.modules[path].base_terms += Mix.one(name).terms
-        self.activate(Mix(tuple(t for t in self.active.terms if t.adapter != name)))
+        self.activate(self._active_without(name))
         self.base_adapters[name] = self.adapters.pop(name)
         self.start = origin
         return adapter
+
+    def _active_without(self, name: str) -> Mix:
+        """The active mix without an adapter, its router as it was: the others keep their columns."""
+        terms = tuple(term for term in self.active.terms if term.adapter != name)
+        return replace(self.active, terms=terms)
 
     def activate(self, mix: Mix) -> None:
         """Choose what a plain `model(x)`, without a mix of its own, uses."""

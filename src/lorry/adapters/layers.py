@@ -270,6 +270,11 @@ class LinearGroup:
             if not slots:
                 continue
             route = term.route
+            if route is not None and call.router is None:
+                # without its gate the term would count in full
+                raise ContractError(
+                    f"{self.linears[0].path}: the adapter {term.adapter!r} is routed, and the mix has no router"
+                )
             if route is not None and (not routed or isinstance(term.gate, Tensor)):
                 raise self._unroutable(term)
             # a constant g goes into the scale (no work per token); a tensor stays a gate with a

@@ -186,4 +186,4 @@ def repeat_context_per_token(call: AdapterContext, whole: PackedInput) -> Adapte
         else replace(term, rows=slice(starts[term.rows.start], starts[term.rows.stop]))
         for term in call.mix.terms
     )
-    return replace(call, mix=Mix(tuple(terms)), noise=None)
+    return replace(call, mix=Mix(tuple(terms), call.mix.router), noise=None)

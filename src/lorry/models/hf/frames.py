@@ -78,7 +78,7 @@ class PaddedFrame:
         # a term without tokens in this frame gives none
         terms = [framed for term in call.mix.terms for framed in self._term(term)]
         noise = None if call.noise is None else self._noise(call.noise)
-        return replace(call, mix=Mix(tuple(terms)), noise=noise)
+        return replace(call, mix=Mix(tuple(terms), call.mix.router), noise=noise)
 
     def _term(self, term: MixTerm) -> list[MixTerm]:
         gate = term.gate
