@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorry.config import PlanSettings, RunConfig, SweepSettings, UnlearnConfig, parse_settings
+from lorry.config import RunConfig, SweepSettings, UnlearnConfig, parse_settings
 from lorry.config.parsing.aliases import ALIAS_RENAMES
 from lorry.errors import ConfigError
 
@@ -12,7 +12,7 @@ from lorry.errors import ConfigError
 OTHERWISE_READ = {"alpha", "beta1", "beta2"}
 
 
-@pytest.mark.parametrize("schema", [RunConfig, SweepSettings, PlanSettings])
+@pytest.mark.parametrize("schema", [RunConfig, SweepSettings])
 @pytest.mark.parametrize("name", sorted(UnlearnConfig.model_fields.keys() - OTHERWISE_READ))
 def test_a_setting_of_unlearning_names_its_verb(schema: type[RunConfig], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{name}' is a setting of .*lorry unlearn"):

@@ -29,6 +29,7 @@ from lorry.config.settings import (
     ReportSettings,
     RunsSettings,
     SweepSettings,
+    UnlearnPlanSettings,
     UnmergeSettings,
 )
 from lorry.config.unlearn import UnlearnConfig, UnlearnRunConfig
@@ -59,6 +60,7 @@ __all__ = [
     "SweepSettings",
     "TrainConfig",
     "UnlearnConfig",
+    "UnlearnPlanSettings",
     "UnlearnRunConfig",
     "UnmergeSettings",
     "build_settings",

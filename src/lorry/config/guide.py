@@ -28,7 +28,10 @@ def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
     own = {dotted: field for dotted, field in names.fields.items() if "." not in dotted}
     if own:
         page += ["Settings", *_help_rows(own, width), ""]
-    for group, inner in names.groups.items():
+    groups = dict(names.groups)
+    for other in getattr(schema, "other_tasks", ()):  # a verb that reads another's settings, too
+        groups |= {n: g for n, g in schema_names(other).groups.items() if n not in groups}
+    for group, inner in groups.items():
         main = getattr(inner, "main", "")
         page.append(
             f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else "")

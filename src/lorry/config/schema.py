@@ -7,6 +7,7 @@ Try: lorry sft --help
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -302,15 +303,39 @@ class JobConfig(SettingsGroup):
         return {f"{group}.{key}": v for group, own in groups.items() for key, v in own.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepReads:
+    """What an optimizer step reads for each row of `per_device_train_batch_size`, for `lorry plan`:
+    the task's settings say it. ``together``: sequences beside each other in a micro-batch;
+    ``passes``: sequences run forward and backward in all; ``asks_start``: what is asked of the
+    frozen start about the same sequences and kept beside the micro-batches: scores (a number a
+    token) or hidden (a row of the model's width); ``live``: whether it is asked with every step;
+    ``copies``: fp32 buffers besides, as large as what trains; ``highest_layer``: the last layer
+    that runs, without the output head; None: all of it.
+    """
+
+    together: int = 1
+    passes: int = 1
+    asks_start: Literal["scores", "hidden"] | None = None
+    live: bool = False
+    copies: int = 0
+    highest_layer: int | None = None
+
+
+ROW_ALONE = StepReads()
+
+
 class RunConfig(SettingsGroup):
     """A training run: which model, which adapter, which data, how, where. ``always_evaluates``:
     whether the task has something to look at without rows that were held out; ``job_groups``: those
     whose settings one of several jobs may have of its own; ``experiment_kind``: the folder of the
-    verb's experiments.
+    verb's experiments; ``freezes_start``: whether an adapter that the model brings becomes a part of
+    the base, under a new one, instead of being trained further.
     """
 
     experiment_kind: ClassVar[str] = "finetune"
     always_evaluates: ClassVar[bool] = False
+    freezes_start: ClassVar[bool] = False
     job_groups: ClassVar[tuple[str, ...]] = ("lora", "data", "train")
     task: Literal["sft"] = config_field("sft", "fixed by the verb")
     model: ModelConfig = ModelConfig()
@@ -342,6 +367,11 @@ class RunConfig(SettingsGroup):
         "1024 on a CPU, 8192 on a GPU",
         "with jobs: micro-batches of several share a pass up to so many tokens",
     )
+
+    @property
+    def step_reads(self) -> StepReads:
+        """What a step reads for each row: the row itself."""
+        return ROW_ALONE
 
     @property
     def job_names(self) -> list[str]:

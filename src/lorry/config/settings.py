@@ -26,6 +26,7 @@ from lorry.config.base import (
     derived_field,
 )
 from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, RunConfig
+from lorry.config.unlearn import UnlearnRunConfig
 
 # learning rate of a way that is given none, as a multiple of the run's: all weights of a model want a
 # smaller step than an adapter, whose product starts at zero
@@ -87,16 +88,30 @@ class PlanBackend(BackendConfig):
     )
 
 
-class PlanSettings(RunConfig):
-    """Memory and time of a training run, before anything is loaded; takes what `lorry sft` takes."""
+class PlanFields(SettingsGroup):
+    """What a plan has beside the settings of the run that it is about, or in place of them."""
 
     positional: ClassVar[str] = "model"
     model: PlanModel = PlanModel()
     data: PlanData = PlanData()
     backend: PlanBackend = PlanBackend()
     # otherwise the run's default would be worked out, and shown by --dump-config as if it mattered
-    output_dir: DirPath | None = config_field(None, "nothing is written")  # type: ignore[assignment]  # a plan needs none
+    output_dir: DirPath | None = config_field(None, "nothing is written")
     format: Literal["table", "json"] = config_field("table", "how the plan is shown")
+
+
+class UnlearnPlanSettings(PlanFields, UnlearnRunConfig):  # type: ignore[misc]  # wider fields
+    """Memory and time of an unlearning run, before anything is loaded; takes what `lorry unlearn`
+    takes.
+    """
+
+
+class PlanSettings(PlanFields, RunConfig):  # type: ignore[misc]  # its fields are wider
+    """Memory and time of a training run, before anything is loaded; takes what `lorry sft` takes, or
+    `lorry unlearn` (forget=FILE and the like).
+    """
+
+    other_tasks: ClassVar[tuple[type[RunConfig], ...]] = (UnlearnPlanSettings,)
 
 
 class SweepSettings(RunConfig):

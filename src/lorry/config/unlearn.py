@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt, PositiveFloat, field_validator
 from pydantic import model_validator as validate_model
 
 from lorry.config.base import PathText, SettingsGroup, config_field, derived_field
-from lorry.config.schema import JOBS, JobConfig, RunConfig, TrainConfig
+from lorry.config.schema import JOBS, JobConfig, RunConfig, StepReads, TrainConfig
 from lorry.errors import suggest_nearest
 
 RetainLossName = Literal["NLL", "KL", "EMBED"]
@@ -55,6 +55,13 @@ UNLEARN_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 # methods whose loss is of another answer to the forget question as well
 NEED_ALTERNATES = frozenset({"DPO", "IdkDPO", "AltPO", "IdkAP", "JensUn"})
+# methods that run the other answer beside the row's own, and of which rows (in place of it: no more
+# sequences); and what the forget loss asks of the start. Held to tasks/unlearn/methods.py by a test.
+_RUN_ALTERNATES = {"DPO": "forget", "IdkDPO": "forget", "AltPO": "forget", "IdkAP": "retain"}
+_FORGET_ASKS: dict[str, Literal["scores", "hidden"]] = {
+    **dict.fromkeys(("NPO", "DPO", "IdkDPO", "AltPO"), "scores"),
+    "UNDIAL": "hidden",
+}
 # settings that only some combinations of the others read, and which
 _READ_WITH = {
     "retain_loss": "with alpha above 0",
@@ -242,6 +249,34 @@ class UnlearnConfig(SettingsGroup):
         """Whether a loss of retain rows is part of the objective."""
         return bool(self.alpha) or self.method == "PDU"
 
+    @property
+    def step_reads(self) -> StepReads:
+        """What a step reads for each row of the anchor, that row's partner included."""
+        alternate = _RUN_ALTERNATES.get(self.method)
+        forget = 1 + (alternate == "forget")
+        retain = (1 + (alternate == "retain")) if self.retains else 0
+        # sam and gru part a micro-batch, and sam runs the rows to forget once more, uphill
+        parted = self.gradient != "plain"
+        compares = self.retains and (
+            self.method in ("KL", "JensUn") or self.retain_loss in ("KL", "EMBED")
+        )
+        steered = self.method == "RMU"
+        return StepReads(
+            together=max(forget, retain) if parted else forget + retain,
+            passes=forget * (1 + (self.gradient == "sam")) + retain,
+            asks_start="hidden"
+            if compares or (steered and self.adaptive)
+            else _FORGET_ASKS.get(self.method),
+            live=self.reference == "live",
+            copies=int(parted),
+            highest_layer=self.layer if self.stops_at_layer else None,
+        )
+
+    @property
+    def stops_at_layer(self) -> bool:
+        """Whether nothing above `layer` is run: the whole loss is of hidden states."""
+        return self.method == "RMU" and (self.retain_loss == "EMBED" or not self.alpha)
+
     def settings(self) -> dict[str, Any]:
         """The method's own settings, by name."""
         values = {name: getattr(self, name) for name in UNLEARN_METHODS[self.method]}
@@ -265,6 +300,7 @@ class UnlearnRunConfig(RunConfig):
     """
 
     experiment_kind: ClassVar[str] = "unlearn"
+    freezes_start: ClassVar[bool] = True
     always_evaluates: ClassVar[bool] = True  # at the rows to forget, and those to keep
     job_groups: ClassVar[tuple[str, ...]] = (*RunConfig.job_groups, "unlearn")
     task: Literal["unlearn"] = config_field("unlearn", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
@@ -283,6 +319,11 @@ class UnlearnRunConfig(RunConfig):
             "allowed": "a map of lists, such as {beta: [0.1, 0.5]}, or a list of maps"
         },
     )
+
+    @property
+    def step_reads(self) -> StepReads:
+        """The method's, for each row of a micro-batch."""
+        return self.unlearn.step_reads
 
     @validate_model(mode="before")
     @classmethod
@@ -338,7 +379,7 @@ class UnlearnRunConfig(RunConfig):
             object.__setattr__(
                 self, "train", self.train.model_copy(update={"load_best_model_at_end": True})
             )
-        steered = own.method == "RMU" and (own.retain_loss == "EMBED" or not own.alpha)
+        steered = own.stops_at_layer
         if steered and self.lora is not None and self.lora.layers_to_transform is None:
             # above the layer that is steered no adapter would ever train
             assert own.layer is not None

@@ -34,11 +34,13 @@ class AdaptedMatrix:
 @dataclass(frozen=True)
 class PlannedAdapter:
     """All of an adapter's matrices. ``beside``: values of other adapters that are held with it and
-    that no token of a micro-batch passes.
+    that no token of a micro-batch passes; ``frozen``: values of adapters under it that do not train,
+    which every token passes.
     """
 
     matrices: tuple[AdaptedMatrix, ...]
     beside: int = 0
+    frozen: int = 0
 
     @property
     def parameters(self) -> int:

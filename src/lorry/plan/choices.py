@@ -17,11 +17,11 @@ forward pass up to `joint_tokens`, larger ones take turns (data/stream/joint.py)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from lorry.config.parsing.sizes import parse_size, size_in_words
-from lorry.config.schema import JobConfig, LoraConfig, TrainConfig
+from lorry.config.schema import ROW_ALONE, JobConfig, LoraConfig, StepReads, TrainConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import PlannedAdapter, largest_rank, plan_adapter
 from lorry.plan.constants import MIN_BATCH_TOKENS
@@ -58,13 +58,19 @@ def require_lora(lora: LoraConfig | None) -> LoraConfig:
 
 
 def memory_setup(
-    max_length: int, choice: PlanChoice, device: DeviceType, tiles: bool
+    max_length: int,
+    choice: PlanChoice,
+    device: DeviceType,
+    tiles: bool,
+    reads: StepReads = ROW_ALONE,
 ) -> MemorySetup:
-    """How a choice runs: micro-batches of at most rows x max_length tokens. ``tiles``: see
-    `MemorySetup`.
+    """How a choice runs: micro-batches of at most rows x max_length tokens, times the sequences that
+    are read for each row. ``tiles``: see `MemorySetup`.
     """
     return MemorySetup(
-        tokens=choice.rows * max_length,
+        tokens=choice.rows * max_length * reads.together,
+        step_tokens=choice.rows * max_length * reads.passes * choice.accumulation,
+        reads=reads,
         length=max_length,
         recompute=choice.recompute,
         precision=choice.precision,
@@ -74,23 +80,34 @@ def memory_setup(
     )
 
 
-def adapter_at_rank(lora: LoraConfig, shape: ModelShape) -> Callable[[int], PlannedAdapter]:
-    """The adapter at a rank, made once per rank."""
+def adapter_at_rank(
+    lora: LoraConfig, shape: ModelShape, frozen: int = 0
+) -> Callable[[int], PlannedAdapter]:
+    """The adapter at a rank, made once per rank. ``frozen``: values of those under it."""
 
     @cache
     def adapter(rank: int) -> PlannedAdapter:
-        return plan_adapter(shape, lora, rank)
+        return replace(plan_adapter(shape, lora, rank), frozen=frozen)
 
     return adapter
 
 
 def single_device_memory(
-    lora: LoraConfig, max_length: int, shape: ModelShape, device: DeviceType, tiles: bool
+    lora: LoraConfig,
+    max_length: int,
+    shape: ModelShape,
+    device: DeviceType,
+    tiles: bool,
+    *,
+    reads: StepReads = ROW_ALONE,
+    frozen: int = 0,
 ) -> MemoryOfChoice:
-    """Memory of a choice on a single device."""
-    adapter = adapter_at_rank(lora, shape)
+    """Memory of a choice on a single device. ``frozen``: values of adapters under the one that
+    trains.
+    """
+    adapter = adapter_at_rank(lora, shape, frozen)
     return lambda choice: estimate_memory(
-        shape, adapter(choice.rank), memory_setup(max_length, choice, device, tiles)
+        shape, adapter(choice.rank), memory_setup(max_length, choice, device, tiles, reads)
     )
 
 
@@ -147,7 +164,7 @@ def no_choice_fits_error(memory_budget: str, search: ChoiceSearchResult) -> Conf
 @dataclass(frozen=True, kw_only=True)
 class PlannedJob:
     """One job: its adapter and what of it runs at once. ``rows`` of at most ``length`` tokens are a
-    micro-batch, ``accumulation`` of them a step.
+    micro-batch, ``accumulation`` of them a step; ``reads``: what is read for each row.
     """
 
     name: str
@@ -156,11 +173,17 @@ class PlannedJob:
     accumulation: int
     length: int
     adapter: PlannedAdapter
+    reads: StepReads = ROW_ALONE
 
     @property
     def tokens(self) -> int:
         """Of one micro-batch, at most."""
-        return self.rows * self.length
+        return self.rows * self.length * self.reads.together
+
+    @property
+    def step_tokens(self) -> int:
+        """Run forward and backward in one step, at most."""
+        return self.rows * self.length * self.reads.passes * self.accumulation
 
 
 @dataclass(frozen=True)
@@ -171,6 +194,7 @@ class JobSettings:
     train: TrainConfig
     max_length: int
     rank: int
+    reads: StepReads = ROW_ALONE
 
 
 def refuse_budget_of_jobs(memory_budget: str | None, jobs: Sequence[JobConfig]) -> None:
@@ -194,6 +218,7 @@ def list_planned_jobs(jobs: Mapping[str, JobSettings], shape: ModelShape) -> lis
             accumulation=job.train.gradient_accumulation_steps,
             length=job.max_length,
             adapter=plan_adapter(shape, job.lora, job.rank),
+            reads=job.reads,
         )
         for name, job in jobs.items()
     ]
@@ -226,6 +251,9 @@ def joint_setup(
     together = min(room, sum(job.tokens for job in jobs))
     return MemorySetup(
         tokens=max(together, *(job.tokens for job in jobs)),
+        step_tokens=sum(job.step_tokens for job in jobs),
+        # what decides the passes is one for all the jobs of an unlearning run
+        reads=next((job.reads for job in jobs if job.reads.asks_start), jobs[0].reads),
         length=max(job.length for job in jobs),
         recompute=recompute,
         precision=precision,

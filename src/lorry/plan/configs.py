@@ -7,13 +7,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from lorry.disk import documents
 from lorry.errors import ModelError, suggest_nearest
 from lorry.plan.known import KNOWN_CONFIGS
-from lorry.runs.layout import ADAPTER_CONFIG, list_adapter_subfolders
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FACTS,
+    ADAPTER_WEIGHTS,
+    START,
+    list_adapter_subfolders,
+)
 
 HUB_ID = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -24,12 +33,13 @@ DIGEST_SUFFIX = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's director
 @dataclass(frozen=True)
 class FoundConfig:
     """A config, where it was found, and the ranks of the adapters that were named instead of a base,
-    by name (none: a base was named).
+    by name (none: a base was named). ``folders``: those of the adapters.
     """
 
     config: dict[str, Any]
     where: str
     adapter_ranks: Mapping[str, int] = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()
 
     @property
     def adapter_rank(self) -> int | None:
@@ -81,7 +91,41 @@ def _directory_config(path: Path) -> FoundConfig:
     cached = DIGEST_SUFFIX.fullmatch(Path(first).name)
     known = cached is not None and not Path(first).is_dir() and cached[1] in KNOWN_CONFIGS
     ranks = {folder.name: rank for folder, (_, rank) in bases.items()}
-    return replace(find_config(cached[1] if known and cached else first), adapter_ranks=ranks)
+    return replace(
+        find_config(cached[1] if known and cached else first),
+        adapter_ranks=ranks,
+        folders=tuple(folders),
+    )
+
+
+def count_start_values(folder: Path) -> int:
+    """Values of the adapter in a folder and of those that it was trained over. Raises ModelError for
+    files that are not there or not whole.
+    """
+    values, seen = 0, set[Path]()
+    while folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        values += _count_values(folder / ADAPTER_WEIGHTS)
+        facts = folder / ADAPTER_FACTS
+        start = _read_config(facts).get("start") if facts.is_file() else None
+        if not isinstance(start, dict):
+            break
+        # the copy beside an adapter goes before the directory that its files name
+        copy = folder / START
+        folder = copy if (copy / ADAPTER_WEIGHTS).is_file() else Path(str(start.get("path")))
+    return values
+
+
+def _count_values(file: Path) -> int:
+    try:
+        # shapes alone: no tensor is read
+        with safe_open(file, framework="numpy") as opened:
+            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118 - safe_open is not iterable
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file}: not a complete safetensors file ({error}); a run that starts from this adapter needs it"
+        ) from None
+    return sum(prod(shape) for shape in shapes)
 
 
 def _adapter_facts(path: Path) -> tuple[str, int]:

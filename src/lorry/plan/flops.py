@@ -3,7 +3,8 @@
 Per token, with N = N_b + N_h weights of matrices used, P adapter values, L layers, causal attention
 over T (its backward is 2.5 times its forward): forward F = 2N + 2 L q T + 2P, backward B = 2N + 5 L
 q T + 4P, since the base is frozen and has no weight gradients. Recompute repeats the layers'
-forward. Layers below the lowest adapter have no backward.
+forward. Layers below the lowest adapter have no backward. A start that is asked with every step
+(an unlearning run's) adds a forward: a third of a step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.constants import STEP_EFFICIENCIES
-from lorry.plan.memory import MemorySetup, layer_path
+from lorry.plan.memory import MemorySetup, layer_path, layers_run
 from lorry.plan.shapes import ModelShape
 
 
@@ -26,31 +27,45 @@ class TokenFlops:
     head: int
     attention: int
     adapter: int
+    reference: int = 0
 
     @property
     def step(self) -> int:
-        return self.forward + self.backward + self.recompute
+        return self.forward + self.backward + self.recompute + self.reference
 
 
 def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) -> TokenFlops:
     """Of one token in a sequence of ``setup.length``."""
-    g = shape.geometry
-    # the head's gradient always runs: the loss is behind it
-    share = (g.layers - min(adapter.lowest, g.layers)) / g.layers  # layers that run backward
-    body, head, p = 2 * shape.active_body, 2 * shape.head_size, adapter.parameters
+    g, run = shape.geometry, layers_run(shape, setup)
+    # the head's gradient always runs where the head does: the loss is behind it
+    share = max(run - adapter.lowest, 0) / g.layers  # layers that run backward
+    body, p = 2 * shape.active_body * run // g.layers, adapter.parameters
+    head = 2 * shape.head_size if setup.reads.highest_layer is None else 0
     # q k^T and p v over half the square, 2 FLOPs each
-    scores = g.layers * shape.queries * setup.length
-    forward = body + head + 2 * scores + 2 * p
-    backward = int(share * (body + 5 * scores)) + head + 4 * p
+    scores = shape.queries * setup.length
+    frozen = body + head + 2 * run * scores + 2 * adapter.frozen
+    forward = frozen + 2 * p
+    # that of a frozen adapter passes its term on: as much again as its forward
+    backward = (
+        int(share * (2 * shape.active_body + 5 * g.layers * scores))
+        + head
+        + 4 * p
+        + 2 * adapter.frozen
+    )
     # the head is scored once whatever is recomputed, so it is not in here
-    again = int(share * (body + 2 * scores)) + 2 * p if setup.recompute == "full" else 0
+    again = (
+        int(share * (2 * shape.active_body + 2 * g.layers * scores)) + 2 * p
+        if setup.recompute == "full"
+        else 0
+    )
     return TokenFlops(
         forward=forward,
         backward=backward,
         recompute=again,
         head=2 * head,
-        attention=2 * scores + int(share * 5 * scores),
+        attention=2 * run * scores + int(share * 5 * g.layers * scores),
         adapter=6 * p,
+        reference=frozen if setup.reads.asks_start and setup.reads.live else 0,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lorry.config.schema import ROW_ALONE, StepReads
 from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.constants import (
     ALLOCATOR_GAPS,
@@ -52,7 +53,9 @@ MASTER_BYTES, MOMENT_BYTES = 8, 8  # fp32 values and gradients; AdamW's two mome
 class MemorySetup:
     """How a model is run. ``tokens``: of one micro-batch, at most; ``length``: of its longest
     sequence; ``tiles``: the processor has matrix tiles, for which there is an attention kernel;
-    ``whole``: a run on real data, not steps of one length alone.
+    ``whole``: a run on real data, not steps of one length alone; ``reads``: what a step reads for
+    each row, ``step_tokens``: of all its micro-batches, at most (0: of one), of which the start
+    is asked before the first of them is run.
     """
 
     tokens: int
@@ -62,6 +65,8 @@ class MemorySetup:
     device: DeviceType = "cpu"
     tiles: bool = True
     whole: bool = False
+    reads: StepReads = ROW_ALONE
+    step_tokens: int = 0
 
     @property
     def element(self) -> int:
@@ -126,7 +131,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The peak of training steps on one device."""
     g = shape.geometry
-    layers = range(adapter.lowest, g.layers)  # nothing is kept below the lowest adapter
+    # nothing is kept below the lowest adapter, nor above the last layer that runs
+    layers = range(adapter.lowest, layers_run(shape, setup))
     return tabulate_memory(
         shape,
         setup,
@@ -164,6 +170,7 @@ def tabulate_memory(
     order. Sizes in bytes; ``adapter``: what of it lies on this device; ``scores`` and
     ``layer_backward``: workspaces of the vocabulary product and of one layer.
     """
+    said = start_bytes(shape, setup)
     # never alive together: the scores are done before the first layer runs backward
     workspace = max(scores, layer_backward)
     return MemoryEstimate(
@@ -186,7 +193,18 @@ def tabulate_memory(
                 f"{adapter.parameters / 1e6:.2f}M {adapter_words}",
             ),
             MemoryComponent(
-                "optimizer", MOMENT_BYTES * adapter.parameters, "AdamW's two moments, fp32"
+                "optimizer",
+                (MOMENT_BYTES + 4 * setup.reads.copies) * adapter.parameters,
+                "AdamW's two moments, fp32" + (", and a copy" if setup.reads.copies else ""),
+            ),
+            *(
+                [
+                    MemoryComponent(
+                        "frozen adapters", frozen, "the adapters that the run starts from"
+                    )
+                ]
+                if (frozen := frozen_adapter_bytes(adapter, setup))
+                else []
             ),
             MemoryComponent(
                 "workspace",
@@ -197,6 +215,15 @@ def tabulate_memory(
                 "allocator",
                 allocator_overhead(shape, setup, saved + workspace),
                 "gaps between buffers that come and go",
+            ),
+            *(
+                [
+                    MemoryComponent(
+                        "start", said, f"the start's {setup.reads.asks_start} of a step's rows"
+                    )
+                ]
+                if said
+                else []
             ),
             # last, so that a budget that a smaller micro-batch would meet breaks here (`breaks`)
             MemoryComponent(
@@ -254,7 +281,33 @@ def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
     return (MASTER_BYTES + copy) * adapter.parameters
 
 
+def frozen_adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
+    """Those under the adapter that trains. They keep the gradient buffer that they were made with
+    (`AdapterBank.add`), which nothing fills; moments they have none.
+    """
+    copy = 0 if setup.precision == "float32" else setup.element
+    return (MASTER_BYTES + copy) * adapter.frozen
+
+
 # --- what comes and goes
+
+
+def layers_run(shape: ModelShape, setup: MemorySetup) -> int:
+    """How many of the layers a step runs, from the first."""
+    highest = setup.reads.highest_layer
+    return shape.geometry.layers if highest is None else min(highest + 1, shape.geometry.layers)
+
+
+def start_bytes(shape: ModelShape, setup: MemorySetup) -> int:
+    """What the start said of all the sequences of a step, held until the step is done: it is asked
+    about every micro-batch before the first is run (`UnlearnTask.step_batches`). Its own forward
+    keeps nothing and is over by then.
+    """
+    if setup.reads.asks_start is None:
+        return 0
+    # scores are fp32 whatever the model computes in
+    row = 4 if setup.reads.asks_start == "scores" else shape.geometry.width * setup.element
+    return max(setup.step_tokens, setup.tokens) * row
 
 
 def saved_bytes_per_token(
@@ -325,6 +378,10 @@ def score_workspace(shape: ModelShape, setup: MemorySetup, adapter: PlannedAdapt
     (models/scoring/tiles.py). An adapted head makes whole rows, by chunks.
     """
     d, e = shape.geometry.width, setup.element
+    if (
+        setup.reads.highest_layer is not None
+    ):  # hidden states and their difference in fp32, no scores
+        return setup.tokens * d * (e + 8)
     kept = 3 * setup.tokens * d * e  # the three [T, d] tensors named first
     if adapter.adapts_head():
         return kept + CHUNK_COPIES * min(SCORE_CHUNK, setup.tokens) * shape.geometry.vocab * e

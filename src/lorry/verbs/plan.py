@@ -2,6 +2,7 @@
 a budget, what fits it.
 
 lorry plan model=smollm2-135m r=auto memory_budget=3GiB
+lorry plan model=runs/people forget=forget.jsonl retain=retain.jsonl method=NPO
 lorry plan llama-3-70b backend=fsdp processes=8 max_length=4096 per_device_train_batch_size=1
 """
 
@@ -17,7 +18,7 @@ from rich.table import Column, Table
 from lorry.config import runs_by_adapter
 from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig
-from lorry.config.settings import PlanModel, PlanSettings
+from lorry.config.settings import PlanModel, PlanSettings, UnlearnPlanSettings
 from lorry.console import VisibleConsole
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
@@ -37,7 +38,7 @@ from lorry.plan.choices import (
     refuse_budget_of_jobs,
     require_lora,
 )
-from lorry.plan.configs import FoundConfig, find_config
+from lorry.plan.configs import FoundConfig, count_start_values, find_config
 from lorry.plan.flops import count_flops, step_efficiency
 from lorry.plan.memory import (
     TRAINABLE_PRECISIONS,
@@ -58,7 +59,10 @@ DEFAULT_GPU = "h100"
 MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
 
 
-def main(settings: PlanSettings) -> int:
+AnyPlanSettings = PlanSettings | UnlearnPlanSettings
+
+
+def main(settings: AnyPlanSettings) -> int:
     """Print the plan. Raises ConfigError where nothing fits the budget, ModelError where there is
     no such config.
     """
@@ -71,16 +75,20 @@ def main(settings: PlanSettings) -> int:
     return 0
 
 
-def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
+def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
     """The whole plan of a description whose model's config was found."""
     shape = read_model_shape(found.config, where=found.where, native=settings.model.native)
     device, gpu = _plan_device(settings)
     # before the search, whose first choice would meet the error in the middle
     split = _plan_split(settings)
     check_split(split, shape)
+    frozen = _start_values(settings, found)
+    if settings.freezes_start:
+        # its adapters are part of the base: those that train are the description's
+        found = replace(found, adapter_ranks={})
     jobs = tuple(list_planned_jobs(_job_settings(settings, found), shape))
     if len(jobs) > 1:
-        return _plan_of_jobs(settings, found, shape, jobs, device, gpu, split)
+        return _plan_of_jobs(settings, found, shape, jobs, device, gpu, split, frozen)
     lora, has_budget = require_lora(settings.lora), settings.memory_budget is not None
     options = open_choices(
         lora,
@@ -90,7 +98,7 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
         has_budget=has_budget,
         rank=found.adapter_rank,
     )
-    need = _memory_need(settings, lora, shape, device, split)
+    need = _memory_need(settings, lora, shape, device, split, frozen)
     search, choice = None, options[0]
     if settings.memory_budget is not None:
         search = find_fitting_choice(settings.memory_budget, options, need)
@@ -98,8 +106,10 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
             raise _nothing_fits_error(settings.memory_budget, settings.model, search, need)
         choice = search.best.choice
     setup, adapter = (
-        memory_setup(settings.data.max_length, choice, device, machine.has_tiles()),
-        adapter_at_rank(lora, shape)(choice.rank),
+        memory_setup(
+            settings.data.max_length, choice, device, machine.has_tiles(), settings.step_reads
+        ),
+        adapter_at_rank(lora, shape, frozen)(choice.rank),
     )
     budget, budget_is = _memory_budget(settings, gpu)
     alternative = None
@@ -115,7 +125,7 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
         )
         alternative = find_fitting_choice(f"{budget}B", alternatives, need).best
     flops = count_flops(shape, adapter, setup)
-    tokens = setup.tokens * choice.accumulation * split.data
+    tokens = setup.step_tokens * split.data
     # what the devices do at once, less what a pipeline waits
     devices = split.processes / pipeline_slowdown(split, choice.accumulation)
     return RunPlan(
@@ -139,13 +149,14 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
 
 
 def _plan_of_jobs(
-    settings: PlanSettings,
+    settings: AnyPlanSettings,
     found: FoundConfig,
     shape: ModelShape,
     jobs: tuple[PlannedJob, ...],
     device: DeviceType,
     gpu: str | None,
     split: ParallelSplit,
+    frozen: int,
 ) -> RunPlan:
     """Several adapters over one base in one pass. Raises ConfigError for several devices."""
     if split.processes > 1:
@@ -161,7 +172,8 @@ def _plan_of_jobs(
         recompute="full" if settings.train.gradient_checkpointing else "none",
         joint_tokens=settings.joint_tokens,
     )
-    adapter, largest = combine_adapters(jobs), max(jobs, key=lambda job: job.tokens)
+    adapter = replace(combine_adapters(jobs), frozen=frozen)
+    largest = max(jobs, key=lambda job: job.tokens)
     choice = PlanChoice(
         rank=max(job.rank for job in jobs),
         rows=largest.rows,
@@ -169,8 +181,15 @@ def _plan_of_jobs(
         recompute=setup.recompute,
         precision=precision,
     )
-    flops = [count_flops(shape, job.adapter, replace(setup, length=job.length)) for job in jobs]
-    tokens = [job.tokens * job.accumulation for job in jobs]
+    flops = [
+        count_flops(
+            shape,
+            replace(job.adapter, frozen=frozen),
+            replace(setup, length=job.length, reads=job.reads),
+        )
+        for job in jobs
+    ]
+    tokens = [job.step_tokens for job in jobs]
     work = sum(n * each.step for n, each in zip(tokens, flops, strict=True))
     budget, budget_is = _memory_budget(settings, gpu)
     return RunPlan(
@@ -197,7 +216,7 @@ def _plan_of_jobs(
 # --- what the description means
 
 
-def _plan_device(settings: PlanSettings) -> tuple[DeviceType, str | None]:
+def _plan_device(settings: AnyPlanSettings) -> tuple[DeviceType, str | None]:
     """cpu or cuda, and the GPU whose numbers count (None: this machine's own)."""
     device, gpu = settings.model.device, settings.backend.gpu
     several_gpus = settings.backend.name != "single"
@@ -212,7 +231,7 @@ def _plan_device(settings: PlanSettings) -> tuple[DeviceType, str | None]:
     return ("cuda", None) if device.startswith("cuda") or machine.has_cuda() else ("cpu", None)
 
 
-def _plan_split(settings: PlanSettings) -> ParallelSplit:
+def _plan_split(settings: AnyPlanSettings) -> ParallelSplit:
     b = settings.backend
     return ParallelSplit(
         backend=b.name,
@@ -223,7 +242,7 @@ def _plan_split(settings: PlanSettings) -> ParallelSplit:
     )
 
 
-def _base_precision(settings: PlanSettings, device: DeviceType) -> PrecisionName:
+def _base_precision(settings: AnyPlanSettings, device: DeviceType) -> PrecisionName:
     """The base's format: quantised if asked, else the dtype; auto is bfloat16 where the device is
     fast in it.
     """
@@ -236,7 +255,7 @@ def _base_precision(settings: PlanSettings, device: DeviceType) -> PrecisionName
     )
 
 
-def _job_settings(settings: PlanSettings, found: FoundConfig) -> dict[str, JobSettings]:
+def _job_settings(settings: AnyPlanSettings, found: FoundConfig) -> dict[str, JobSettings]:
     """Of each job; without `jobs` of the adapters that the model has. Raises ConfigError."""
     refuse_budget_of_jobs(settings.memory_budget, settings.jobs)
     if not settings.jobs:
@@ -250,23 +269,46 @@ def _job_settings(settings: PlanSettings, found: FoundConfig) -> dict[str, JobSe
     runs = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
     return {
         name: JobSettings(
-            (lora := require_lora(run.lora)), run.train, run.data.max_length, int(lora.r)
+            (lora := require_lora(run.lora)),
+            run.train,
+            run.data.max_length,
+            int(lora.r),
+            run.step_reads,
         )
         for name, run in runs.items()
     }
 
 
+def _start_values(settings: AnyPlanSettings, found: FoundConfig) -> int:
+    """Values of the adapters that a run finds in its model and freezes. Raises ConfigError for a model
+    with several, of which it starts from one.
+    """
+    if not settings.freezes_start:
+        return 0
+    given = settings.model.adapter
+    folders = found.folders if given is None else (Path(given),)
+    if len(folders) > 1:
+        raise ConfigError(
+            f"{settings.model.name} has {len(folders)} adapters, and an unlearning run starts from one; name one of "
+            "their folders"
+        )
+    return sum(count_start_values(folder) for folder in folders)
+
+
 def _memory_need(
-    settings: PlanSettings,
+    settings: AnyPlanSettings,
     lora: LoraConfig,
     shape: ModelShape,
     device: DeviceType,
     split: ParallelSplit,
+    frozen: int,
 ) -> MemoryOfChoice:
-    adapter = adapter_at_rank(lora, shape)
+    adapter = adapter_at_rank(lora, shape, frozen)
 
     def need(choice: PlanChoice) -> MemoryEstimate:
-        setup = memory_setup(settings.data.max_length, choice, device, machine.has_tiles())
+        setup = memory_setup(
+            settings.data.max_length, choice, device, machine.has_tiles(), settings.step_reads
+        )
         return memory_per_gpu(shape, adapter(choice.rank), setup, split, choice.accumulation)
 
     return need
@@ -287,18 +329,18 @@ def _nothing_fits_error(
     return error
 
 
-def _memory_budget(settings: PlanSettings, gpu: str | None) -> tuple[int | None, str]:
+def _memory_budget(settings: AnyPlanSettings, gpu: str | None) -> tuple[int | None, str]:
     if settings.memory_budget is not None:
         return parse_size(settings.memory_budget), f"memory_budget={settings.memory_budget}"
     return (machine.GPUS[gpu].memory, f"one {gpu}") if gpu else (None, "")
 
 
-def _is_trainable(settings: PlanSettings) -> bool:
+def _is_trainable(settings: AnyPlanSettings) -> bool:
     return settings.model.quantize is None and settings.backend.name == "single"
 
 
 def _step_speed(
-    settings: PlanSettings,
+    settings: AnyPlanSettings,
     shape: ModelShape,
     setup: MemorySetup,
     tokens: int,
@@ -331,7 +373,7 @@ def _step_speed(
 
 
 def _best_measurement(
-    settings: PlanSettings, shape: ModelShape, setup: MemorySetup
+    settings: AnyPlanSettings, shape: ModelShape, setup: MemorySetup
 ) -> tuple[RateMeasurement | None, str]:
     """What is known best of this machine (plan/rates.py), and in words where it comes from: steps
     of runs of like size; else its matrix rate, measured now (a few seconds) where none is known or
@@ -393,7 +435,7 @@ def _matrix_measurement(
 
 
 def _plan_notes(
-    settings: PlanSettings, shape: ModelShape, found: FoundConfig, choice: PlanChoice
+    settings: AnyPlanSettings, shape: ModelShape, found: FoundConfig, choice: PlanChoice
 ) -> list[str]:
     notes = []
     if not shape.native:
@@ -416,6 +458,19 @@ def _plan_notes(
         notes.append(
             f"max_length={settings.data.max_length} is beyond the model's context of {shape.geometry.context}"
         )
+    reads = settings.step_reads
+    if isinstance(settings, UnlearnPlanSettings):
+        each = f"{reads.together} sequence{'s' * (reads.together > 1)} in a micro-batch"
+        asked = f"; the start is asked for {reads.asks_start} of them" if reads.asks_start else ""
+        notes.append(
+            f"{settings.unlearn.method}: for each row of per_device_train_batch_size {each}{asked}"
+        )
+        if reads.asks_start and not reads.live:
+            row = 4 if reads.asks_start == "scores" else 4 * shape.geometry.width
+            notes.append(
+                f"reference=cached also keeps up to {row} bytes for each token of the rows read, not counted here; "
+                "nor is the pass over them before training"
+            )
     if len(found.adapter_ranks) > 1:
         notes.append(
             f"{settings.model.name} has {len(found.adapter_ranks)} adapters, counted as jobs of one pass; "

@@ -52,6 +52,7 @@ def parse_settings(schema: type[Schema], argv: Sequence[str], add_note: NoteCall
     Raises ConfigError: an unknown or ambiguous name, a value that is not allowed, settings that
     exclude each other, a bad file.
     """
+    schema = _schema_of_task(schema, argv)
     config, settings = read_argv(schema, strip_launcher(_experiment_kind(schema), argv, add_note))
     return _resolve_settings(
         schema, [_from_file(schema, config), settings] if config else [settings], add_note
@@ -73,6 +74,28 @@ def build_settings(
         [[setting for key, value in plain.items() for setting in _spread_map(schema, key, value)]],
         add_note,
     )
+
+
+def _schema_of_task(schema: type[Schema], argv: Sequence[str]) -> type[Schema]:
+    """The schema, or that of its ``other_tasks`` which alone knows a setting that is given: `lorry
+    plan` reads the settings of several verbs.
+    """
+    for other in getattr(schema, "other_tasks", ()):
+        try:
+            config, settings = read_argv(other, argv)
+        except ConfigError:
+            continue  # told when the words are read for what they are meant to be
+        keys = [setting.key for setting in settings]
+        if config is not None:
+            keys += read_description_file(config).values
+        if any(_is_known(other, key) and not _is_known(schema, key) for key in keys):
+            return other
+    return schema
+
+
+def _is_known(schema: type[BaseModel], key: str) -> bool:
+    names = schema_names(schema)
+    return key in names.groups or bool(names.candidates(key))
 
 
 def dump_settings(settings: BaseModel) -> str:

@@ -20,6 +20,7 @@ from lorry.plan.choices import (
     refuse_budget_of_jobs,
     single_device_memory,
 )
+from lorry.plan.configs import count_start_values
 from lorry.plan.memory import DeviceType
 from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
@@ -60,7 +61,12 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
     precision = str(pick_dtype(model.dtype, where)).removeprefix("torch.")
     # an adapter that is trained further has its rank already; only the batch is left to choose
-    adapter_rank = _adapter_rank(place.adapter or (Path(model.adapter) if model.adapter else None))
+    adapter = place.adapter or (Path(model.adapter) if model.adapter else None)
+    frozen = 0
+    if run.freezes_start and adapter is not None:
+        # the one that trains is new; this one and those under it are held beside it
+        frozen, adapter = sum(map(count_start_values, find_adapters_in(adapter)[:1])), None
+    adapter_rank = _adapter_rank(adapter)
     options = open_choices(
         run.lora,
         run.train,
@@ -69,7 +75,15 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
         has_budget=True,
         rank=adapter_rank,
     )
-    need = single_device_memory(run.lora, run.data.max_length, shape, device, kernel_status().amx)
+    need = single_device_memory(
+        run.lora,
+        run.data.max_length,
+        shape,
+        device,
+        kernel_status().amx,
+        reads=run.step_reads,
+        frozen=frozen,
+    )
     search = find_fitting_choice(run.memory_budget, options, need)
     if search.best is None:
         raise no_choice_fits_error(run.memory_budget, search)
