@@ -19,7 +19,7 @@ from lorry.data.batch import Batch
 from lorry.data.prepare import PreparedData
 from lorry.data.stream.roles import RoleStream
 from lorry.disk import receipt
-from lorry.errors import ModelError
+from lorry.errors import DataError, ModelError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import OpenedModel
@@ -84,9 +84,14 @@ def write_and_check_adapters(
 def displace_measurements(run_dir: Path, digests: Mapping[str, str]) -> None:
     """Where this run has ended before, with another adapter (other code or another machine made other
     bits of it), what was measured of that one (evaluation.json, evals/) moves to previous/N. Raises
-    DataError for a damaged receipt, DiskError.
+    DiskError.
     """
-    before = receipt.read(run_dir / RECEIPT)
+    try:
+        before = receipt.read(run_dir / RECEIPT)
+    except DataError:
+        # somebody's file of that name: it vouches for no adapter, so nothing here was measured of
+        # this one
+        before = {}
     if before is None or (before.get("adapters") or before.get("weights")) == dict(digests):
         return
     names = [EVALUATION] if ownership.is_evaluation_file(run_dir / EVALUATION) else []
