@@ -73,7 +73,7 @@ def material(world: Path, given: Mapping[str, Any], **settings: Any) -> TaskInpu
     run, notes = build_settings(DistillRunConfig, described_as, print), list[str]()
     opened = open_model(run.model, notes.append)
     attach(opened.model, LoraSpec(r=2), "default")
-    make = make_encoder_factory(run, opened, notes)
+    make = make_encoder_factory(run, opened, notes.append)
     data = prepare_data(
         run.data, run.train, opened.tokenizer, quarantine=world / "aside.jsonl", make=make
     )
