@@ -238,11 +238,53 @@ def test_the_rows_of_the_suite_follow_the_rows_of_the_run() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "split"),
+    [
+        ("[tofu:forget05]", "forget05"),
+        ("[tofu:retain99]", "forget01"),
+        ("[tofu:full, more.jsonl]", "forget10"),
+    ],
+)
+def test_a_suite_asks_about_the_rows_of_a_list(rows: str, split: str) -> None:
+    run = parse_settings(RunConfig, [f"data={rows}", "suite=tofu"], print)
+    assert run.suite.forget_split == split
+
+
+@pytest.mark.parametrize("rows", ["[tofu:forget01, tofu:forget05]", "[tofu:retain90, more.jsonl]"])
+def test_a_suite_that_may_ask_about_several_rows_needs_a_split(rows: str) -> None:
+    words = [f"data={rows}", "suite=tofu"]
+    with pytest.raises(ConfigError, match="give forget_split"):
+        parse_settings(RunConfig, words, print)
+    run = parse_settings(RunConfig, [*words, "forget_split=forget01"], print)
+    assert run.suite.forget_split == "forget01"
+
+
+def test_a_suite_asks_every_job_about_one_split(tmp_path: Path) -> None:
+    """A job of other rows would be measured on those of another."""
+    subjects = "subjects=[{name: a, forget: tofu:forget01}, {name: b, forget: tofu:forget05}]"
+    words = ["model=m", "retain=tofu:retain95", "method=NPO", subjects, "suite=tofu"]
+    with pytest.raises(
+        ConfigError, match=r"job 'b': suite=tofu asks every job about forget01.*forget05"
+    ):
+        parse_settings(UnlearnRunConfig, words, print)
+    run = parse_settings(UnlearnRunConfig, [*words, "forget_split=forget05"], print)
+    assert (run.suite.forget_split, len(run.jobs)) == ("forget05", 2)
+    file = tmp_path / "run.yaml"
+    file.write_text(config.dump_settings(run))
+    assert parse_settings(UnlearnRunConfig, [str(file)], print) == run
+
+
+@pytest.mark.parametrize(
     ("metric", "greater"),
     [
         ("eval_loss", False),
         ("eval_forget_nll", False),
         ("eval_x_perplexity", False),
+        # terms of a loss: what distillation has beside its NLL, and a router's run of each domain
+        ("eval_distill", False),
+        ("nll_people", False),
+        ("eval_z", False),
+        ("eval_forget_probability", True),
         ("eval_bool_q_accuracy", True),
         ("forget_quality", True),
     ],

@@ -35,6 +35,10 @@ from lorry.config.data import DataConfig
 from lorry.config.parsing.names import show_value
 from lorry.config.suite import TrainingSuiteConfig
 
+# numbers of an evaluation of which less is better: a loss, and the terms that tasks/distill and
+# tasks/moe make theirs of (nll_EXPERT among them)
+LOSS_METRIC = re.compile(r"(.*_)?(loss|nll|perplexity)|nll_.*|distill|label|aux|z")
+TOFU_SPLIT = re.compile(r"tofu:(forget|retain)(\d\d)")  # of its rows, in percent
 EvalStrategy = Literal["no", "steps", "epoch"]
 SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 ReportTo = Literal["tensorboard", "wandb", "trackio"]
@@ -196,7 +200,8 @@ class TrainConfig(SettingsGroup):
         "eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy"
     )
     greater_is_better: bool = derived_field(
-        "false for a loss, NLL or perplexity, else true", "whether more of that metric is better"
+        "false for a loss, its terms, NLL or perplexity, else true",
+        "whether more of that metric is better",
     )
     early_stopping_patience: PositiveInt | None = config_field(
         None, "stop after so many evaluations without a better one"
@@ -243,9 +248,8 @@ class TrainConfig(SettingsGroup):
     @classmethod
     def _direction_of_the_metric(cls, value: Any, info: ValidationInfo) -> Any:
         # as transformers' TrainingArguments, which knows losses alone
-        less = ("loss", "nll", "perplexity")
-        metric = info.data.get("metric_for_best_model", "loss")
-        return not metric.endswith(less) if value is None else value
+        metric = info.data.get("metric_for_best_model", "loss").removeprefix("eval_")
+        return LOSS_METRIC.fullmatch(metric) is None if value is None else value
 
     @field_validator("warmup_ratio", mode="before")
     @classmethod
@@ -393,11 +397,24 @@ class RunConfig(SettingsGroup):
         given = "forget_split" in suite.model_fields_set
         if suite.name != "tofu" or given or "data" not in info.data:
             return suite
-        found = re.fullmatch(r"tofu:(forget|retain)(\d\d)", str(info.data["data"].path))
-        if found is None:
+        path = info.data["data"].path
+        paths = [path] if isinstance(path, str) else path or []
+        found = [TOFU_SPLIT.fullmatch(str(one)) for one in paths]
+        splits = {
+            f"forget{int(one[2]) if one[1] == 'forget' else 100 - int(one[2]):02d}"
+            for one in found
+            if one is not None
+        }
+        if not splits:
             return suite
-        share = int(found[2]) if found[1] == "forget" else 100 - int(found[2])
-        return suite.model_copy(update={"forget_split": f"forget{share:02d}"})
+        # beside other rows, or of two sizes: which of them the suite should ask about is a guess
+        if len(splits) > 1 or None in found:
+            raise ValueError(
+                f"which rows of TOFU suite=tofu is to ask about does not follow from {', '.join(map(str, paths))}; "
+                "give forget_split"
+            )
+        (split,) = splits
+        return suite.model_copy(update={"forget_split": split})
 
     @field_validator("train")
     @classmethod

@@ -291,13 +291,20 @@ def _validate_jobs(
     jobs: Sequence[JobOverrides],
 ) -> list[dict[str, Any]]:
     """Each job validated as the whole run it would be alone; kept are its name and the values that
-    are not the run's.
+    are not the run's. Raises ConfigError.
     """
     differences = []
     for job in jobs:
         job_run = _validate_schema(
             type(run), names, job.apply_to(tree), {**origins, **job.origins}, f"job {job.name!r}: "
         )
+        # one suite is asked of every adapter; its split follows from rows that a job may have its own of
+        if job_run.suite != run.suite:
+            raise ConfigError(
+                f"job {job.name!r}: suite={run.suite.name} asks every job about {run.suite.forget_split}, and this "
+                f"one's rows are those of {job_run.suite.forget_split}; give forget_split, or leave suite out and "
+                "evaluate each (lorry eval)"
+            )
         differences.append({"name": job.name, **job_differences(run, job_run)})
     return differences
 
