@@ -268,6 +268,13 @@ def test_gates_of_experts_that_are_not_there() -> None:
         (["experts=[{name: one, data: a.jsonl}]"], "two at least"),
         (["experts=[{name: router, data: a.jsonl}, {name: b, data: a.jsonl}]"], "router"),
         (["experts=[{name: one}, {name: two}]"], "neither data=FILE nor adapter=DIR"),
+        (["router.train={steps: 1}"], "router.train.steps: Extra inputs are not permitted"),
+        (["router.train={max_steps: many}"], "router.train.max_steps"),
+        (
+            ["experts=[{name: a, data: a.jsonl, test_size: 0.5}, {name: b, data: a.jsonl}]"],
+            "expert 'b' has no held-out rows",
+        ),
+        (["push_to_hub=true"], "`lorry moe` uploads nothing"),
     ],
 )
 def test_what_no_mixture_can_be(
@@ -276,3 +283,11 @@ def test_what_no_mixture_can_be(
     code = run_lorry("moe", description(tmp_path, world.base), *more)
     assert code == 2
     assert words in " ".join(capsys.readouterr().err.split())
+    # what the router cannot be is said before its experts have trained
+    assert "input=mlp" in words or not (tmp_path / "mix").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", 1), ("aux_loss", 0.5), ("input", "both")])
+def test_constant_gates_refuse_what_they_do_not_read(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"router.{name} is for router.kind=token"):
+        RouterConfig.model_validate({"kind": "uniform", name: value})

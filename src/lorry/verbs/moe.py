@@ -2,7 +2,8 @@
 
 Two stages, each a run of its own that goes on where it was stopped: OUTPUT/experts, a run of one
 job for each expert that is not brought along, and OUTPUT, the router's, which holds a copy of every
-expert and is the mixture. A finished stage of the same description and code is not done again.
+expert and is the mixture. A finished stage of the same description and code is not done again; what a
+data file of the same name holds by now is not looked at, which the note says.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from lorry.config import dump_settings
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.moe import MoeRunConfig, RouterRunConfig, router_train
-from lorry.config.schema import RunConfig
+from lorry.config.schema import RunConfig, TrainConfig
 from lorry.disk import receipt
 from lorry.errors import ConfigError
 from lorry.runs.layout import CHECKPOINTS, EXPERTS, RECEIPT, RUN_FILE, RunDir
@@ -30,9 +33,18 @@ def main(run: MoeRunConfig) -> int:
         raise ConfigError("experts is missing: give experts=[{name: a, data: a.jsonl}, ...]")
     if run.background:
         raise ConfigError("background: `lorry moe` runs in the terminal; leave it out")
-    folders = train_experts(run)
-    if run.router.kind == "token":
-        train_router(run, folders)
+    if run.train.push_to_hub or run.router.train.get("push_to_hub"):
+        raise ConfigError(
+            "push_to_hub: `lorry moe` uploads nothing; leave it out, and push the run of its experts afterwards "
+            f"(lorry push {run.output_dir / EXPERTS})"
+        )
+    refuse_missing_rows(run)
+    folders = expert_folders(run)
+    # before the experts train: hours later its settings would be as wrong
+    router = router_run(run, folders) if run.router.kind == "token" else None
+    train_experts(run)
+    if router is not None:
+        _train_stage(router, "router")
     else:
         write_constant_mixture(run, folders)
     print(f"chat    lorry chat {run.output_dir}", file=sys.stderr)
@@ -40,33 +52,37 @@ def main(run: MoeRunConfig) -> int:
     return 0
 
 
-def train_experts(run: MoeRunConfig) -> dict[str, Path]:
-    """{expert: where its adapter lies}, in their order, after training those that were not brought
-    along. Raises LorryError.
-    """
-    brought = {
-        job.name: Path(job.expert["adapter"]) for job in run.jobs if job.expert.get("adapter")
-    }
-    own = [job for job in run.jobs if job.name not in brought]
-    alone = runs_by_adapter(run)
-    for job in own:
-        if not (alone[job.name].data.path or alone[job.name].data.mix):
+def brought_adapters(run: MoeRunConfig) -> dict[str, Path]:
+    """{expert: its PEFT directory} of those that are not trained here."""
+    return {job.name: Path(job.expert["adapter"]) for job in run.jobs if job.expert.get("adapter")}
+
+
+def refuse_missing_rows(run: MoeRunConfig) -> None:
+    """Raise ConfigError for an expert without the rows that it, or the router, is trained on."""
+    brought, alone = brought_adapters(run), runs_by_adapter(run)
+    for name, own in alone.items():
+        if own.data.path or own.data.mix:
+            continue
+        if name not in brought:
+            raise ConfigError(f"expert {name!r} has neither data=FILE nor adapter=DIR; give one")
+        if run.router.kind == "token":
             raise ConfigError(
-                f"expert {job.name!r} has neither data=FILE nor adapter=DIR; give one"
+                f"expert {name!r} has no data: a router is trained on rows of every expert's domain; give data=FILE"
             )
-    if run.router.kind == "token":
-        for name in brought:
-            if not (alone[name].data.path or alone[name].data.mix):
-                raise ConfigError(
-                    f"expert {name!r} has no data: a router is trained on rows of every expert's domain; give data=FILE"
-                )
-    folder = run.output_dir / EXPERTS
-    if own:
-        _train_stage(_experts_run(run, [job.name for job in own], alone), "experts")
-    return {
-        job.name: brought.get(job.name) or RunDir(folder).adapter(job.name, len(own))
-        for job in run.jobs
-    }
+
+
+def expert_folders(run: MoeRunConfig) -> dict[str, Path]:
+    """{expert: where its adapter lies}, in their order; of those that are trained, where it will."""
+    brought, folder = brought_adapters(run), RunDir(run.output_dir / EXPERTS)
+    own = len(run.jobs) - len(brought)
+    return {job.name: brought.get(job.name) or folder.adapter(job.name, own) for job in run.jobs}
+
+
+def train_experts(run: MoeRunConfig) -> None:
+    """Train those that were not brought along. Raises LorryError."""
+    brought = brought_adapters(run)
+    if own := [job.name for job in run.jobs if job.name not in brought]:
+        _train_stage(_experts_run(run, own, runs_by_adapter(run)), "experts")
 
 
 def _experts_run(run: MoeRunConfig, names: list[str], alone: dict[str, RunConfig]) -> RunConfig:
@@ -100,8 +116,8 @@ def _experts_run(run: MoeRunConfig, names: list[str], alone: dict[str, RunConfig
     return RunConfig.model_validate({**base, "jobs": jobs})
 
 
-def train_router(run: MoeRunConfig, folders: dict[str, Path]) -> None:
-    """The router's run, in the mixture's own directory."""
+def router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunConfig:
+    """The router's run, in the mixture's own directory. Raises ConfigError for what it cannot be."""
     alone = runs_by_adapter(run)
     experts = [
         {"name": name, "adapter": str(path), "data": alone[name].data.model_dump(mode="json")}
@@ -112,10 +128,17 @@ def train_router(run: MoeRunConfig, folders: dict[str, Path]) -> None:
         "backend": run.backend.model_dump(mode="json"),
         "experts": experts,
         "router": run.router.model_dump(mode="json"),
-        "train": router_train(run),
         "output_dir": run.output_dir,
     }
-    _train_stage(RouterRunConfig.model_validate(settings), "router")
+    try:
+        return RouterRunConfig.model_validate({**settings, "train": router_train(run)})
+    except ValidationError as error:
+        of_train = error.title == TrainConfig.__name__
+        lines = [
+            ".".join(map(str, ["router.train"] * of_train + list(one["loc"]))) + f": {one['msg']}"
+            for one in error.errors(include_url=False)
+        ]
+        raise ConfigError("the router's run: " + "; ".join(lines)) from None
 
 
 def _train_stage(run: RunConfig, what: str) -> None:
@@ -127,7 +150,10 @@ def _train_stage(run: RunConfig, what: str) -> None:
     folder = run.output_dir
     same = _is_same_description(folder, run)
     if same and receipt.read(folder / RECEIPT) is not None and _is_unchanged(run):
-        print_note(f"{what}: {folder} has finished as described; not done again")
+        print_note(
+            f"{what}: {folder} has finished as described; not done again (a data file that has changed is not noticed: "
+            "then move the folder away first)"
+        )
         return
     if same and (folder / CHECKPOINTS).is_dir() and receipt.read(folder / RECEIPT) is None:
         print_note(f"{what}: {folder} was stopped; it goes on from its newest checkpoint")

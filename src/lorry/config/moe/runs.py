@@ -16,12 +16,27 @@ from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field
 from lorry.config.data import DataConfig
 from lorry.config.jobs import RESERVED_NAMES
 from lorry.config.schema import JobConfig, RunConfig, TrainConfig
+from lorry.config.suite import first_changed
 
 EXPERTS = (
     "a list of maps, such as [{name: a, data: a.jsonl}, {name: b, adapter: runs/b, data: b.jsonl}]"
 )
 # of `router.train`, where it says nothing else; rows are of each expert's data
 ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+
+
+# of a router that reads tokens; constant gates hold in every layer and half
+TOKEN_FIELDS = (
+    "input",
+    "top_k",
+    "normalize",
+    "temperature",
+    "straight_through",
+    "init",
+    "label_loss",
+    "aux_loss",
+    "z_loss",
+)
 
 
 class RouterConfig(SettingsGroup):
@@ -52,7 +67,8 @@ class RouterConfig(SettingsGroup):
     z_loss: float = config_field(0.0, "weight of the mean squared logsumexp of the logits", ge=0)
     gates: dict[str, float] = config_field({}, "of kind=fixed: {EXPERT: g}; 0 where not named")
     train: dict[str, Any] = config_field(
-        {}, "settings of its training where not the experts'; max_steps 200, learning_rate 1e-3"
+        {},
+        "settings of its training, not the experts'; else max_steps 200, learning_rate 1e-3, 2 rows of each expert",
     )
 
     @validate_model(mode="after")
@@ -61,6 +77,10 @@ class RouterConfig(SettingsGroup):
             raise ValueError("router.gates={EXPERT: g} is for router.kind=fixed, which needs it")
         if self.kind != "token" and self.train:
             raise ValueError(f"router.train: nothing of kind={self.kind} trains; leave it out")
+        if self.kind != "token" and (odd := first_changed(self, TOKEN_FIELDS)):
+            raise ValueError(
+                f"router.{odd} is for router.kind=token; kind={self.kind} does not read it"
+            )
         if self.top_k != 1 and self.straight_through:
             raise ValueError("router.straight_through is for top_k=1 alone; leave it out")
         if (
@@ -184,7 +204,8 @@ class RouterRunConfig(RunConfig):
 
 
 def router_train(run: MoeRunConfig) -> dict[str, Any]:
-    """`train` of the router's run: defaults of its own, then what `router.train` gives."""
+    """`train` of the router's run, plain values: the run's seed and logging_steps, defaults of its own,
+    then what `router.train` gives. Raises ValidationError."""
     shared = {"seed": run.train.seed, "logging_steps": run.train.logging_steps}
     return TrainConfig.model_validate({**shared, **ROUTER_TRAIN, **run.router.train}).model_dump(
         mode="json", exclude_unset=True
