@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lorry.adapters.router import ROUTER_NAME, TokenRouter
 from lorry.adapters.router_files import load_router, router_files
 from lorry.data.prepare import PreparedData
 from lorry.disk import durable
+from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.loading.open import OpenedModel
@@ -43,7 +43,7 @@ def write_mixture(
 def router_digests(run_dir: Path) -> dict[str, str]:
     """{file: SHA-256} of the router's files, for the receipt."""
     return {
-        f"{ROUTER}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        f"{ROUTER}/{path.name}": file_digest(path)
         for path in sorted((run_dir / ROUTER).iterdir())
         if path.is_file()
     }

@@ -51,6 +51,10 @@ def evaluate_suite(settings: EvalSettings) -> int:
     for note in evaluation.notes:
         print_note(note)
     found = open_with_adapters(settings.model)
+    if found.mixture is not None:
+        print_note(
+            "note: a suite is asked of each expert alone, not of the mixture; `lorry eval data=FILE` asks both"
+        )
     sides: list[str | None] = [*found.adapters] or [None]
     # which adapters there are is known only now, and theirs are files that may be somebody's, too
     places = [folder if len(sides) == 1 else folder / str(adapter) for adapter in sides]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
+from lorry.adapters.trainable import parameter_set
 from lorry.config import RunConfig
 from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
 from lorry.evaluate.unlearning.results import eval_file, refuse_foreign_suite, summary_file
@@ -87,12 +87,12 @@ class RunSuite:
         self.suite.measure(asked, results)
 
     def _ask(self, adapter: str) -> SuiteModel:
-        # base weights that train go by a job's name, too, and have no adapter of that name
-        adapted = adapter in get_bank(self.opened.model, create=True).names()
+        # what trains says what it runs under: base weights go by a job's name, too
+        mix = parameter_set(self.opened.model, adapter).mix()
         return self.suite.ask(
             self.opened,
-            Mix.constants({adapter: 1.0} if adapted else {}),
-            start=Mix.none() if adapted else None,
+            mix,
+            start=Mix.none() if mix.terms else None,
             batch_rows=self.batch_rows,
             system=self.system,
         )
