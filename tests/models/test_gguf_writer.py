@@ -112,6 +112,17 @@ def test_rounding_is_within_its_bound(values: numpy.ndarray, outtype: str) -> No
     assert (errors <= largest * (share * (1 + 1e-5)) + below_normal).all()
 
 
+@pytest.mark.parametrize("outtype", OUTTYPES)
+def test_values_below_the_normal_numbers_are_no_damage(outtype: str, tmp_path: Path) -> None:
+    """Of a merge in fp32; BF16 rounds them by more than its share of them."""
+    file, architecture, plan, state = write(tmp_path, outtype)
+    tiny = torch.tensor([1e-40, -3e-39, 1e-45, 2.0**-134])
+    state["model.layers.0.mlp.up_proj.weight"][0, :4] = tiny
+    write_gguf(file, architecture, plan, state.items(), architecture.add_keys)
+    error, bound = check_rounding(file, architecture, plan, state.items())
+    assert error <= bound
+
+
 @pytest.mark.parametrize("damage", ["a byte of a weight", "two heads exchanged", "another tensor"])
 def test_a_wrong_file_is_found(damage: str, tmp_path: Path) -> None:
     file, architecture, plan, state = write(tmp_path, "q8_0")

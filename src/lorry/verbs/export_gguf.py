@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorry.models.gguf.architecture import GgufArchitecture
+    from lorry.models.gguf.vocabulary import GgufVocabulary
     from lorry.models.gguf.writer import PlannedTensor
     from lorry.models.loading.open import OpenedModel
 
@@ -49,7 +50,7 @@ def export_gguf(
     from lorry.disk import durable
     from lorry.families import find_family
     from lorry.models.gguf.vocabulary import read_vocabulary
-    from lorry.models.gguf.writer import OUTTYPES, check_rounding, plan_tensors, write_gguf
+    from lorry.models.gguf.writer import check_rounding, plan_tensors, write_gguf
 
     def add_note(text: str) -> None:
         print_note(f"note: {text}")
@@ -69,12 +70,7 @@ def export_gguf(
     plan = plan_tensors(architecture, shapes, outtype, add_note)
 
     def add_keys(writer: GGUFWriter) -> None:
-        writer.add_type("model")
-        writer.add_name(title)
-        writer.add_file_type(OUTTYPES[outtype][1])
-        writer.add_quantization_version(_quantization_version())
-        architecture.add_keys(writer)
-        vocabulary.add_to(writer)
+        _add_model_keys(writer, title, outtype, architecture, vocabulary)
 
     with durable.build_directory(output) as folder:
         file = folder / f"{title}-{outtype}.gguf"
@@ -100,7 +96,7 @@ def export_gguf_mixture(directory: Path, output: Path, outtype: str, *, title: s
     from lorry.disk import durable
     from lorry.models.gguf.architecture import describe_architecture
     from lorry.models.gguf.vocabulary import read_vocabulary
-    from lorry.models.gguf.writer import OUTTYPES, check_rounding, plan_tensors, write_gguf
+    from lorry.models.gguf.writer import check_rounding, plan_tensors, write_gguf
     from lorry.models.loading.describe import describe_model
     from lorry.models.loading.tokenizer import load_tokenizer
     from lorry.models.loading.weights import read_tensor_entries
@@ -131,12 +127,7 @@ def export_gguf_mixture(directory: Path, output: Path, outtype: str, *, title: s
                 yield name, file.get_tensor(entry.name)
 
     def add_keys(writer: GGUFWriter) -> None:
-        writer.add_type("model")
-        writer.add_name(title)
-        writer.add_file_type(OUTTYPES[outtype][1])
-        writer.add_quantization_version(_quantization_version())
-        architecture.add_keys(writer)
-        vocabulary.add_to(writer)
+        _add_model_keys(writer, title, outtype, architecture, vocabulary)
 
     with durable.build_directory(output) as folder:
         file = folder / f"{title}-{outtype}.gguf"
@@ -169,10 +160,24 @@ def _describe_opened(opened: OpenedModel) -> GgufArchitecture:
     return architecture
 
 
-def _quantization_version() -> int:
+def _add_model_keys(
+    writer: GGUFWriter,
+    title: str,
+    outtype: str,
+    architecture: GgufArchitecture,
+    vocabulary: GgufVocabulary,
+) -> None:
+    """Write a model's metadata: what the file is, the architecture's numbers, the tokenizer."""
     import gguf
 
-    return int(gguf.GGML_QUANT_VERSION)
+    from lorry.models.gguf.writer import OUTTYPES
+
+    writer.add_type("model")
+    writer.add_name(title)
+    writer.add_file_type(OUTTYPES[outtype][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    architecture.add_keys(writer)
+    vocabulary.add_to(writer)
 
 
 def _stream(

@@ -53,8 +53,8 @@ class LogitsBeforeMerge:
     def rounded(
         self, opened: OpenedModel, weights: dict[str, float], torch_dtype: torch.dtype
     ) -> Tensor:
-        """Logits of the model in memory, merged and with every value rounded to ``kind``: what the
-        files must give. The exact ones will not do, since rounding may lose nearly all of a small
+        """Logits of the model in memory, merged and with every value rounded to ``torch_dtype``: what
+        the files must give. The exact ones will not do, since rounding may lose nearly all of a small
         delta, and a lost module no more. ``opened`` is changed."""
         import torch
 

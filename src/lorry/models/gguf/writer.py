@@ -2,7 +2,7 @@
 
     plan = plan_tensors(architecture, shapes, "q8_0", add_note)  # shapes: {Hugging Face name: shape}
     write_gguf(file, architecture, plan, tensors, add_keys)      # tensors: (name, tensor) one by one
-    for name, exact, stored in reread(...): ...                  # what a reader gets back
+    check_rounding(file, architecture, plan, tensors)            # ContractError if it reads otherwise
 
 Norms, biases and routers stay F32, as llama.cpp's own tools keep them. Where rows do not divide into
 the blocks of 32 of Q8_0 and Q4_0 a tensor is stored in F16 and named in a note. In q4_0 the matrix
@@ -44,10 +44,11 @@ LARGEST_F16 = 65504.0
 # Largest rounding error: (share of the largest value in the block that a scale serves, plus so much
 # where the scale itself, an F16, is below the normal numbers). Q8_0: half a step of 127 a side.
 # Q4_0: a whole step of 8, at the end that the four bits have not. Both: the scale's own 11 bits.
+# BF16 has fp32's exponents, and below the normal numbers steps of 2^-133.
 ROUNDING = {
     F32: (0.0, 0.0),
     F16: (2**-11, 2**-25),
-    BF16: (2**-8, 0.0),
+    BF16: (2**-8, 2**-134),
     Q8_0: (1 / 254 + 2**-11, 127 * 2**-25),
     Q4_0: (1 / 8 + 2**-11, 8 * 2**-25),
 }
