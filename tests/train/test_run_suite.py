@@ -270,6 +270,14 @@ def test_the_best_adapter_by_a_metric_of_the_suite(
     assert records_of(tmp_path / "run/evals") == records_of(tmp_path / f"run/evals/step-{best:08d}")
 
 
+def test_a_number_without_a_better_direction_chooses_no_adapter_by_itself(
+    world: World, tofu: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="none says by itself which adapter is better"):
+        sft(world, tofu, tmp_path / "run", **SUITE, load_best_model_at_end=True)
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
 def test_weights_that_hardly_move_are_another_model(
     world: World, tofu: Path, tmp_path: Path
 ) -> None:

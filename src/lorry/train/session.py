@@ -167,7 +167,9 @@ def _prepare_run(
     """
     run = resolve_memory_budget(run, add_note)
     exams, suite = load_eval_benchmarks(run), load_run_suite(run, add_note)
-    metrics = [main_metric(exam) for exam in exams] + ([main_suite_metric(suite)] if suite else [])
+    metrics = [main_metric(exam) for exam in exams] + (
+        [main_suite_metric(suite, run)] if suite else []
+    )
     return default_best_metric(run, metrics, add_note), exams, suite
 
 

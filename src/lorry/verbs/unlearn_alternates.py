@@ -57,13 +57,13 @@ def main(settings: AlternatesSettings) -> int:
         embeddings=opened.model.vocab_size,
     )
     wanted = SamplingSettings(
-        settings.n,
-        settings.temperature,
-        settings.max_new_tokens,
-        settings.seed,
-        settings.prompt,
-        settings.prefill,
-        settings.batch_size,
+        n=settings.n,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+        prompt=settings.prompt,
+        prefill=settings.prefill,
+        batch_rows=settings.batch_size,
     )
     if source.bad.total:
         print_note(f"note: {source.bad.summary()}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from lorry.adapters.mix import Mix
 from lorry.adapters.trainable import parameter_set
 from lorry.config import RunConfig
+from lorry.errors import ConfigError
 from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
 from lorry.evaluate.unlearning.results import eval_file, refuse_foreign_suite, summary_file
 from lorry.evaluate.unlearning.scores import SuiteModel
@@ -47,9 +48,19 @@ def metric_key(metric: str) -> str:
     return f"eval_{metric.lower()}"
 
 
-def main_suite_metric(suite: SuiteEvaluation) -> str:
-    """What speaks for a suite among the numbers of an evaluation; more of it is better."""
+def main_suite_metric(suite: SuiteEvaluation, run: RunConfig) -> str:
+    """What speaks for a suite among the numbers of an evaluation: its main metric, more of which is
+    better. Raises ConfigError where that is not asked and the run would choose an adapter by
+    another, of which nobody knows whether more is better (privleak is best at 0)."""
     main = suite.suite.main
+    chooses = run.train.load_best_model_at_end or run.train.early_stopping_patience
+    # a metric of the user's own or the task's has its direction beside it
+    unsaid = run.train.metric_for_best_model == "eval_loss" and not run.data.evaluates
+    if main not in suite.names and chooses and unsaid:
+        raise ConfigError(
+            f"metrics: of {', '.join(suite.names)} none says by itself which adapter is better; ask {main}, "
+            "too, or give metric_for_best_model and greater_is_better"
+        )
     # of what was asked for instead, the last is no part of another
     return metric_key(main if main in suite.names else suite.names[-1])
 
