@@ -167,6 +167,12 @@ def test_what_cannot_be_exported(
         ((world.base, "to=gguf-lora"), 2, "is a plain model and has no adapter"),
         ((world.base, "to=gguf", "adapter=animals"), 2, "has no adapter"),
         ((world.base, "to=gguf", "weight=0.5"), 2, "is a plain model and has no adapter"),
+        (
+            (world.run, "to=gguf-lora", "weight=0"),
+            2,
+            "weight of people is 0, which leaves the base",
+        ),
+        ((world.run, "to=peft", "weight=0"), 2, "weight of people is 0, which leaves the base"),
         ((world.run, "to=gguf", "gate_mode=hidden"), 2, "gate_mode is not for to=gguf"),
         ((gelu, "to=gguf"), 4, "hidden_act='gelu'"),
         ((window, "to=gguf"), 4, "sliding_window=8"),

@@ -23,6 +23,7 @@ from lorry.adapters.peft.files import adapter_digest, load_adapter, load_start, 
 from lorry.adapters.spec import LoraSpec
 from lorry.config import MergeSettings, build_settings, dump_settings, parse_settings
 from lorry.errors import ConfigError
+from lorry.verbs import merge_adapters
 from tests.support.verbworld import PEOPLE, lorry, model_directory, write_rows
 
 IDS = torch.arange(3, 30)[None]
@@ -182,6 +183,38 @@ def test_scale_auto_is_the_lowest_loss_of_half_the_rows(
     assert losses(out)[1] == pytest.approx(held["chosen"], abs=1e-5)
 
 
+@pytest.mark.parametrize("nan_below", [0.45, 2.0])
+def test_scale_auto_takes_no_loss_that_is_no_number(
+    nan_below: float,
+    adapters: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """NaN at the first scales, where `min` would stay; at all of them there is none to choose."""
+
+    def losses(opened: Any, rows: Any, mix: Mix, batch_rows: int) -> tuple[float, float]:
+        scale = mix.terms[0].gate if mix.terms else 0.0
+        assert isinstance(scale, float)
+        return (scale if scale > nan_below else float("nan")), 1.0 / (scale or 1.0)
+
+    monkeypatch.setattr(merge_adapters, "halves_loss", losses)
+    law, code, out = adapters / "runs" / "law", adapters / "runs" / "code", tmp_path / "out"
+    rows = adapters / "rows.jsonl"
+    done = lorry("merge", law, code, "scale=auto", f"data={rows}", f"output_dir={out}")
+    if nan_below == 2.0:
+        assert done == 4
+        assert "infinite or NaN at every scale" in capsys.readouterr().err
+        assert not out.exists()
+        return
+    assert done == 0
+    made = json.loads((out / "receipt.json").read_text(), parse_constant=pytest.fail)["merge"]
+    assert made["scale"] == 0.5
+    found = made["chosen_on"]["losses"]
+    assert found["0.4"] is None
+    assert found["0.6"] == 0.6
+
+
 def test_adapters_over_one_start_stay_over_it(
     adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +257,10 @@ def test_what_is_refused_leaves_nothing(
         assert list(tmp_path.glob("out*")) == []
 
     refused(2, "weights has 1 numbers and there are 2 adapters", law, code, "weights=[1]")
+    refused(2, "merged adapter is zero: every weight is 0", law, code, "weights=[0,0]")
+    refused(2, "merged adapter is zero: scale is 0", law, code, "scale=0")
+    refused(2, "zero: density=1e-09", law, code, "method=ties_svd", "density=1e-9")
+    refused(2, "of adapter 'code' is 0", law, code, "method=core_tsv", "weights=[1,0]")
     refused(2, "is named twice", law, adapters / "runs" / ".." / "runs" / "law")
     refused(2, "have the ranks 4, 2", law, code, "method=ties")
     refused(4, "holds no adapter", law, adapters / "base")

@@ -274,6 +274,11 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
             )
         constants[bank[term.adapter].name] = constants.get(term.adapter, 0.0) + term.gate
     # g = 0 over a start is the start, which there is something of to merge
+    if not constants and weights and not bank.base_adapters:
+        raise ConfigError(
+            f"the weight of {', '.join(weights)} is 0, which leaves the base as it is: there is "
+            "nothing to merge or to write; give another weight"
+        )
     if not constants and not (weights and bank.base_adapters):
         raise ConfigError(
             f"no adapter to merge; pass weights={{name: 1.0}} with names from {', '.join(bank.names()) or 'none'}"

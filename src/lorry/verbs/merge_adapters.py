@@ -5,6 +5,7 @@ directory with a receipt; opened again before it gets its name.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -205,7 +206,7 @@ def tokenizer_contents(adapter: Path) -> dict[str, str]:
 
 def choose_scale(settings: MergeSettings, opened: OpenedModel, name: str) -> ScaleChoice:
     """The coefficient of `GRID` with the lowest loss on the rows 0, 2, 4 ... of data; 1, 3, 5 ...
-    are held out. Raises DataError for fewer than two rows.
+    are held out. Raises DataError for fewer than two rows, ModelError where no loss is finite.
     """
     from lorry.adapters.mix import Mix
     from lorry.verbs.eval import encode_eval_rows, open_eval_source
@@ -227,7 +228,14 @@ def choose_scale(settings: MergeSettings, opened: OpenedModel, name: str) -> Sca
         return halves_loss(opened, rows, mix, evaluation.batch_size)
 
     base, found = losses(0.0), {scale: losses(scale) for scale in GRID}
-    best = min(found, key=lambda scale: found[scale][0])
+    # NaN is below nothing, so that `min` keeps one that comes first
+    finite = [scale for scale in GRID if math.isfinite(found[scale][0])]
+    if not finite:
+        raise ModelError(
+            f"scale=auto: the loss on {settings.data.path} is infinite or NaN at every scale; "
+            "look at the weights and adapters"
+        )
+    best = min(finite, key=lambda scale: found[scale][0])
     held_out = {"base": base[1], "1": found[1.0][1], "chosen": found[best][1]}
     return ScaleChoice(best, {scale: chosen for scale, (chosen, _) in found.items()}, held_out)
 
@@ -320,9 +328,13 @@ def merge_receipt(
 
 
 def choice_record(settings: MergeSettings, choice: ScaleChoice) -> dict[str, Any]:
-    """What scale=auto read and found."""
+    """What scale=auto read and found; null for a loss that is not finite, which JSON has not."""
+
+    def numbers(losses: Mapping[str, float]) -> dict[str, float | None]:
+        return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+
     return {
         "data": settings.data.path,
-        "losses": {f"{scale:g}": loss for scale, loss in choice.losses.items()},
-        "held_out_losses": choice.held_out,
+        "losses": numbers({f"{scale:g}": loss for scale, loss in choice.losses.items()}),
+        "held_out_losses": numbers(choice.held_out),
     }

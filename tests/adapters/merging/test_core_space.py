@@ -18,6 +18,7 @@ from lorry.adapters.attach import attach, detach, get_bank
 from lorry.adapters.merging.core_space import (
     column_basis,
     core_bases,
+    flatten_spectrum,
     merge_task_singular_vectors,
     truncate,
 )
@@ -245,6 +246,47 @@ def test_iso_has_one_singular_value_and_keeps_their_sum(banked: Any) -> None:
     kept = int((expected > 1e-9 * expected[0]).sum())
     np.testing.assert_allclose(found[:kept], expected.sum() / kept, rtol=1e-5)
     assert found[kept:].max() < 1e-5
+
+
+def test_iso_makes_no_direction_that_the_sum_has_not() -> None:
+    """Two of four singular values are 0; the mean is of the others, and zeros stay zeros."""
+    ((a, b),) = factors(0, 4, 4, [2])
+    found = np.linalg.svd(flatten_spectrum(b @ a).numpy())
+    expected = np.linalg.svd((b @ a).numpy())
+    np.testing.assert_allclose(found[1], expected[1].sum() / 2 * np.array([1, 1, 0, 0]), atol=1e-12)
+    for side in (lambda u: u[0][:, :2] @ u[0][:, :2].T, lambda u: u[2][:2].T @ u[2][:2]):
+        np.testing.assert_allclose(side(found), side(expected), atol=1e-12)
+    zeros = torch.zeros(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(flatten_spectrum(zeros), zeros)
+
+
+def test_iso_of_a_lesser_rank_stays_where_the_adapters_are(tiny: Any, shake: Any) -> None:
+    """An untrained B beside a trained one, a rank that is there twice, one that float32 rounded:
+    the delta stays in the rows and columns of the trained one, with its mean as singular value.
+    """
+    model = tiny("llama", num_hidden_layers=1)
+    for name, rank in (("a", 2), ("fresh", 3), ("wide", 4)):
+        attach(model, LoraSpec(r=rank, lora_alpha=rank, target_modules=("q_proj",)), name)
+    bank = get_bank(model)
+    shake(bank["a"].masters().values())
+    one, wide = bank["a"].slots[FIRST], bank["wide"].slots[FIRST]
+    with torch.no_grad():
+        # the same delta by four outer products, as a merge of some rank stores it
+        turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]
+        wide.A.copy_(turn[:, :2] @ one.A)
+        wide.B.copy_(one.B @ turn[:, :2].T)
+    delta = (one.B.detach().double() @ one.A.detach().double()).numpy()
+    u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    for weights, size in (
+        ({"a": 1.0, "fresh": 1.0}, 1),
+        ({"wide": 1.0}, 1),
+        ({"a": 0.5, "wide": 1.0, "fresh": -1.0}, 1.5),
+    ):
+        merged = merge_adapters(model, weights, "merged", method="core_iso").adapter.slots[FIRST]
+        found = (merged.B.detach().double() @ merged.A.detach().double()).numpy()
+        detach(model, "merged")
+        expected = size * s[:2].mean() * u[:, :2] @ vt[:2]
+        np.testing.assert_allclose(found, expected, atol=1e-4 * s[0])
 
 
 def test_dare_drops_and_rescales_by_seed_and_module_alone(banked: Any) -> None:

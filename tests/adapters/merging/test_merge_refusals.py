@@ -39,6 +39,16 @@ def model(tiny: Any, shake: Any) -> nn.Module:
         ({"a": 1.0, "b": 1.0}, {"rank": 2}, "method=cat reads no rank; those that do: svd"),
         ({"a": 1.0, "b": 1.0}, {"method": "svd", "rank": 0}, "rank is 0"),
         ({"a": 1.0, "b": 1.0}, {"scale": float("inf")}, "scale is inf"),
+        ({"a": 1.0, "b": 1.0}, {"scale": 0.0}, "merged adapter is zero: scale is 0"),
+        ({"a": 0.0, "b": 0.0}, {}, "merged adapter is zero: every weight is 0"),
+        ({"a": 1.0, "b": 0.0}, {"method": "core_iso"}, "of adapter 'b' is 0; leave it out"),
+        ({"a": 1.0, "b": 0.0}, {"method": "core_tsv"}, "of adapter 'b' is 0; leave it out"),
+        (
+            {"a": 1.0, "b": 1.0},
+            {"method": "ties_svd", "density": 1e-9},
+            "zero: density=1e-09 keeps",
+        ),
+        ({"a": 1.0, "b": 1.0}, {"scale": 1e-60}, "merged adapter is zero"),
         ({"a": 1.0}, {"method": "svd", "rank": 2}, "of one adapter is a copy"),
         ({"a": 1.0, "b": 1.0}, {"method": "dare_ties"}, "have the ranks 4, 2"),
         ({"a": 1.0, "b": 1.0}, {"name": "a"}, "'a' is already attached"),
@@ -52,6 +62,26 @@ def test_settings_that_make_no_adapter(
         lorry.merge_adapters(model, weights, **options)
     assert get_bank(model).names() == ["a", "b"]
     assert get_bank(model).active is active
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "svd", "core_linear", "core_iso", "core_tsv"])
+def test_adapters_that_add_up_to_nothing_are_refused(method: str, tiny: Any, shake: Any) -> None:
+    """A copy has 3 B and A / 3, rounded, or 2 B and A / 2; where there is no such sum, one that was
+    never trained."""
+    model = tiny("llama", num_hidden_layers=1)
+    for name in ("a", "copy", "fresh"):
+        attach(model, LoraSpec(r=2, target_modules=("q_proj",)), name)
+    bank = get_bank(model)
+    shake(bank["a"].masters().values())
+    weights = {"fresh": 1.0} if method in ("linear", "core_tsv") else {"a": 1.0, "copy": -1.0}
+    factor = 3.0 if method in ("cat", "core_iso") else 2.0
+    with torch.no_grad():
+        for path, slot in bank["a"].slots.items():
+            bank["copy"].slots[path].A.copy_(slot.A / factor)
+            bank["copy"].slots[path].B.copy_(slot.B * factor)
+    with pytest.raises(ConfigError, match=r"the merged adapter is zero: .* x "):
+        lorry.merge_adapters(model, weights, method=method)
+    assert bank.names() == ["a", "copy", "fresh"]
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)

@@ -104,7 +104,14 @@ def nearest_orthonormal(matrix: Tensor) -> Tensor:
     return p[:, :count] @ qt[:count]
 
 
-def flatten_spectrum(core: Tensor) -> Tensor:
-    """Iso-C (Marczak et al. 2025, arXiv 2502.04959): every singular value replaced by their mean."""
+def flatten_spectrum(core: Tensor, floor: float = 0.0) -> Tensor:
+    """Iso-C (Marczak et al. 2025, arXiv 2502.04959): every singular value replaced by their mean.
+
+    Values that are 0 but for rounding, or at most ``floor``, stay 0 and are not in the mean: their
+    vectors are arbitrary, and the mean would make directions of them that no adapter has.
+    """
     u, s, vt = torch.linalg.svd(core, full_matrices=False)
-    return s.mean() * (u @ vt)
+    count = min(_rank(s, max(core.shape)), int((s > floor).sum()))
+    if not count:
+        return torch.zeros_like(core)
+    return s[:count].mean() * (u[:, :count] @ vt[:count])

@@ -112,7 +112,8 @@ def merge_adapters(
     majority_sign_method: "total" or "frequency". rank: of methods with an SVD; None is the largest
     of the adapters (svd), or all that there is (core). seed: which values DARE drops. scale: factor
     of the result. Values go through the CPU, a module at a time. Raises ConfigError for settings
-    that do not go together, ModelError where the result is not finite; nothing is attached then.
+    that do not go together and for a result that is zero at every module, ModelError where it is
+    not finite; nothing is attached then.
     """
     bank = get_bank(model)
     # before any work, though `attach` asks both again
@@ -144,7 +145,7 @@ def merge_adapters(
         for path in found:
             _draw_new_adapter(bank.modules[path], drawn, specs[0].init_lora_weights, generator)
     recipe = _Recipe(chosen, density, majority_sign_method, rank, generator)
-    values, modules = dict[str, Tensor](), list[MergedModule]()
+    values, modules, zero = dict[str, Tensor](), list[MergedModule](), True
     for path, slots in found.items():
         if chosen.space == "core":
             # ours: a function of names, so that other modules change nothing
@@ -159,7 +160,14 @@ def merge_adapters(
                     f"merging makes {path}.lora_{side} infinite or NaN; look at the weights and adapters"
                 )
             values[f"{path}.lora_{side}"] = value
+        zero = zero and _is_zero(values[f"{path}.lora_A"], values[f"{path}.lora_B"])
         modules.append(MergedModule(path, made.right.shape[0], len(terms), made.energy, made.lost))
+    if zero:
+        pruned = f"density={density:g} keeps none of their values, " if chosen.prune else ""
+        raise ConfigError(
+            f"the merged adapter is zero: {pruned}they cancel each other, or none has been trained "
+            f"({', '.join(f'{weight:g} x {each}' for each, weight in weights.items())})"
+        )
     adapter = _attach_values(model, name, values, modules)
     bank.activate(Mix.one(name))
     return AdapterMerge(adapter, ran, tuple(modules))
@@ -201,6 +209,14 @@ def _checked_method(
         raise ConfigError(f"rank is {rank}; it must be at least 1")
     if not math.isfinite(scale):
         raise ConfigError(f"scale is {scale}; give a finite number")
+    if scale == 0 or not any(weights.values()):
+        what = "scale is 0" if scale == 0 else "every weight is 0"
+        raise ConfigError(f"the merged adapter is zero: {what}")
+    if method.spectrum and (idle := [each for each, weight in weights.items() if weight == 0]):
+        raise ConfigError(
+            f"the weight of adapter {idle[0]!r} is 0; leave it out: method={name} would count it "
+            "among the adapters"
+        )
     return method
 
 
@@ -315,7 +331,12 @@ def _merge_cores(
         merged = recipe.combine(cores, weights)
     _check_finite(path, merged)
     if recipe.method.spectrum == "iso":
-        merged = flatten_spectrum(merged)
+        # what float32 rounded off the factors: a copy of it in another direction is no task's
+        size = math.fsum(
+            abs(w * slot.scale) * float(a.norm() * b.norm())
+            for (a, b), (w, slot) in zip(parts, terms, strict=True)
+        )
+        merged = flatten_spectrum(merged, torch.finfo(torch.float32).eps * size)
     small = truncate(merged, recipe.rank)
     return small._replace(left=u @ small.left, right=small.right @ v)
 
@@ -326,6 +347,15 @@ def _check_finite(path: str, merged: Tensor) -> None:
         raise ModelError(
             f"merging makes the delta of {path} infinite or NaN; look at the weights and adapters"
         )
+
+
+def _is_zero(a: Tensor, b: Tensor) -> bool:
+    """Whether B [out, r] A [r, in] is 0 but for float32's rounding of its r outer products."""
+    a, b = a.double(), b.double()
+    outer = a.norm(dim=1) * b.norm(dim=0)
+    # by the small Gram matrices: the product itself is [out, in]
+    square = float(((b.mT @ b) * (a @ a.mT)).sum())
+    return square <= (torch.finfo(torch.float32).eps * float(outer.sum())) ** 2
 
 
 def _attach_values(
