@@ -5,6 +5,7 @@ with the first folded into its weights gives; files that no other reader takes f
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,21 @@ def test_a_start_with_another_factor_is_refused(tiny: Any, shake: Any, tmp_path:
         load_adapter(tiny("llama"), folder)
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 8}))
     load_adapter(tiny("llama"), folder)
+
+
+def test_the_start_keeps_no_gradient_buffer(tiny: Any, shake: Any, tmp_path: Path, ids: Tensor, logits: Any) -> None:  # fmt: skip
+    """It would be as large as the start; a copy and a move to a device do without it, too."""
+    saved_over_start(tiny, shake, tmp_path)
+    model = tiny("llama")
+    load_start(model, tmp_path / "start")
+    with_new(model, shake)
+    before = logits(model, ids)
+    bank = get_bank(model)
+    bank.to(torch.device("cpu"))
+    twin = deepcopy(model)
+    for one in (model, twin):
+        (frozen,) = get_bank(one).base_adapters.values()
+        assert frozen.grads.untyped_storage().nbytes() == 0
+        assert all(master.grad is None for master in frozen.masters().values())
+        assert torch.equal(logits(one, ids), before)
+        assert all(grad.any() for grad in gradients(one, ids).values())

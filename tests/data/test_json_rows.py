@@ -396,6 +396,10 @@ def test_an_array_of_strings_is_rows_of_text(
         ('["a", 3, "c"]', [], {0: "a string", 1: "a number", 2: "a string"}),
         ('["a", "b", 3, null]', [{"text": "a"}, {"text": "b"}], {2: "a number", 3: "null"}),
         ('["a"]', [{"text": "a"}], {}),
+        # null could have been either
+        ('["a", null, "c"]', [{"text": "a"}, {"text": "c"}], {1: "null"}),
+        ('[null, "b", "c"]', [{"text": "b"}, {"text": "c"}], {0: "null"}),
+        ('["a", null, {"text": "b"}]', [{"text": "b"}], {0: "a string", 1: "null"}),
         ('{"data": ["a", "b"]}', [], {0: "a string", 1: "a string"}),
         ('{"prompt": "p", "data": ["a", "b"]}', [], {0: "a string", 1: "a string"}),
     ],
@@ -444,6 +448,8 @@ def test_lines_of_strings_are_rows_of_text(
         ('"a"\n3\n"c"\n', [], {1: "found a string", 2: "found a number", 3: "found a string"}),
         ('"a"\n"b"\n{"text": "c"}\n3\n', ["a", "b", "c"], {4: "found a number"}),
         ('"a"\n"b\n"c"\n', ["a", "c"], {2: "not valid JSON"}),
+        ('"a"\nnull\n"c"\n"d"\n', ["a", "c", "d"], {2: "found null"}),
+        ('"a"\n null \n{"text": "c"}\n', ["c"], {1: "found a string", 2: "found null"}),
         ('"a"\n', [], {1: "found a string"}),  # a file of one text may be anything in quotes
     ],
 )

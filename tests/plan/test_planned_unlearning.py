@@ -178,9 +178,9 @@ def test_a_description_of_a_run_and_its_start(tmp_path: Path) -> None:
 
     made = build_plan(written, find_config(written.model.name)).as_json()
     assert made["adapter_parameters"] == values("second")
-    assert made["memory"]["frozen adapters"] == 8 * values("first")
+    assert made["memory"]["frozen adapters"] == 4 * values("first")
     again = unlearned(f"model={tmp_path / 'second'}", "max_length=32")
-    assert again["memory"]["frozen adapters"] == 8 * (values("first") + values("second"))
+    assert again["memory"]["frozen adapters"] == 4 * (values("first") + values("second"))
     assert not any("trained further" in note for note in again["notes"])
     # the run itself chooses by the same bytes
     budget = settings | {"memory_budget": "500MiB", "output_dir": str(tmp_path / "third")}

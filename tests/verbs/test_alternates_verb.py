@@ -138,7 +138,8 @@ def test_altpo_learns_them(kind: str, world: World, tmp_path: Path) -> None:
     words = (f"model={world.run}", f"forget={world.rows}", f"alternates={out}", "n=2")
     assert lorry("unlearn-alternates", *words, SHORT, *SETTINGS, "temperature=2") == 0
     read = read_alternates(str(out))
-    assert {q: len(answers) for q, answers in read.items()} == {r["question"]: 2 for r in PEOPLE}
+    sampled = {q: {a: len(found) for a, found in by.items()} for q, by in read.items()}
+    assert sampled == {r["question"]: {r["answer"]: 2} for r in PEOPLE}
     retain = write_rows(
         tmp_path / "retain.jsonl", [{"question": "Who is Nils?", "answer": "Nils is a baker."}]
     )

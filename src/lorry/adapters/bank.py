@@ -45,7 +45,7 @@ def check_adapter_name(name: str) -> str:
 
 @dataclass
 class Adapter:
-    """One named adapter. values, grads: [P] fp32; split: where the B half starts; slots: module
+    """One named adapter. values: [P] fp32; grads: the same, or empty of one in the base; split: where the B half starts; slots: module
     path -> AdapterSlot.
     """
 
@@ -143,8 +143,10 @@ class Adapter:
 
     def bind_grads(self) -> None:
         """Point every master's .grad into the flat gradient buffer, so that autograd accumulates
-        there.
+        there. An adapter of the base has no buffer, and nothing to point to.
         """
+        if self.grads.numel() < self.values.numel():
+            return
         for param, view in self._views(self.grads):
             # autograd adds in place to a .grad that exists, so the flat buffer is always the
             # gradient
@@ -263,12 +265,15 @@ class AdapterBank:
 
     def move_to_base(self, name: str, origin: AdapterOrigin) -> Adapter:
         """Freeze an adapter and make it part of the base: from now on it is under every mix with
-        g = 1, without dropout, and no longer one of the bank's names. Raises ConfigError if there
-        is no such adapter."""
+        g = 1, without dropout and without a gradient buffer, and no longer one of the bank's names.
+        Raises ConfigError if there is no such adapter."""
         adapter = self[name]
+        # as large as its values, and nothing would ever fill it
+        adapter.grads = adapter.grads.new_empty(0)
         for path, slot in adapter.slots.items():
-            slot.A.requires_grad_(False)
-            slot.B.requires_grad_(False)
+            for param in (slot.A, slot.B):
+                param.requires_grad_(False)
+                param.grad = None  # a view that would keep the buffer alive
             # a policy that drops what the reference does not would not be the start at step 0
             slot.dropout = 0.0
             self.modules[path].base_terms += Mix.one(name).terms

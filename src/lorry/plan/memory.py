@@ -46,7 +46,8 @@ FOUR_BIT = (4 + (8 + 32 / 256) / 64) / 8
 WEIGHT_BYTES: dict[PrecisionName, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": FOUR_BIT, "fp4": FOUR_BIT,
 }  # fmt: skip
-MASTER_BYTES, MOMENT_BYTES = 8, 8  # fp32 values and gradients; AdamW's two moments
+# fp32 values; with their gradients; AdamW's two moments
+VALUE_BYTES, MASTER_BYTES, MOMENT_BYTES = 4, 8, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,11 +283,11 @@ def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
 
 
 def frozen_adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
-    """Those under the adapter that trains. They keep the gradient buffer that they were made with
-    (`AdapterBank.add`), which nothing fills; moments they have none.
+    """Those under the adapter that trains: values and their copy, no gradients and no moments
+    (`AdapterBank.move_to_base`).
     """
     copy = 0 if setup.precision == "float32" else setup.element
-    return (MASTER_BYTES + copy) * adapter.frozen
+    return (VALUE_BYTES + copy) * adapter.frozen
 
 
 # --- what comes and goes

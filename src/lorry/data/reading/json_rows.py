@@ -9,7 +9,8 @@ object (it keeps the last), and anything behind the end of an array. Several arr
 other, as joined exports have them, are all read.
 
 An array of strings, as MUSE's raw texts are written, is an array of rows ``{"text": string}``, and so
-are lines of strings. The first two elements (or lines) say whether a file is one: a single string
+are lines of strings. The first two elements (or lines) that can be read and are not null say whether
+a file is one: a single string
 before or among objects is a bad row, and so are strings under 'data', which may be a column of a
 row, the only line of a file, which may be anything in quotes, and a string that holds a row: the
 file was encoded twice, and its braces would be learnt as text.
@@ -192,8 +193,10 @@ def _settle_strings(elements: Iterator[ArrayElement], bare: bool, alone: bool = 
         if texts is None and isinstance(element, _StringElement) and first is None:
             first = element
             continue
-        # what cannot be read could have been either, and settles nothing
-        damaged = isinstance(element, RowFault) and element.bad.kind != NOT_AN_OBJECT
+        # what cannot be read could have been either, and so could null: they settle nothing
+        damaged = isinstance(element, RowFault) and (
+            element.bad.kind != NOT_AN_OBJECT or element.raw.strip() == "null"
+        )
         if texts is None and not damaged and not isinstance(element, FileRemark):
             texts = first is not None and isinstance(element, _StringElement)
             if first is not None:

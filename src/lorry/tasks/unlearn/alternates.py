@@ -5,6 +5,10 @@
 
 The question is the row's own, turn by turn; only the last answer is another. What cannot be asked
 that way, a text without a question, is refused.
+
+A row finds its alternates in a file by its last question and, where the file has answers, by its
+own answer. Conversations that end with the same question and that no answer tells apart would learn
+each other's alternates: they are refused.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from lorry.errors import DataError
 
 QUESTION_COLUMNS = ("question", "prompt", "instruction")
 ALTERNATE_COLUMNS = ("alternate", "alternates", "alternative")
+# {question: {the answer that they are other than: alternates}}; None: of rows without an answer
+AlternatesByQuestion = Mapping[str, Mapping[str | None, Sequence[str]]]
 
 
 def read_refusals(path: str | None) -> list[str]:
@@ -47,11 +53,12 @@ def read_refusals(path: str | None) -> list[str]:
     return lines
 
 
-def read_alternates(path: str) -> dict[str, list[str]]:
-    """{question: its other answers} of a file of rows with a question and an alternate (or a list
-    of them). Raises DataError, with file and line.
+def read_alternates(path: str) -> dict[str, dict[str | None, list[str]]]:
+    """{question: {its answer, None where the row has none: other answers}} of a file of rows with a
+    question, an alternate (or a list of them) and maybe an answer. White space around and within an
+    answer does not count. Raises DataError, with file and line.
     """
-    found = dict[str, list[str]]()
+    found = dict[str, dict[str | None, list[str]]]()
     for row in open_source(path):
         question = next((row.values[c] for c in QUESTION_COLUMNS if c in row.values), None)
         given = next((row.values[c] for c in ALTERNATE_COLUMNS if c in row.values), None)
@@ -67,7 +74,9 @@ def read_alternates(path: str) -> dict[str, list[str]]:
                     f"{row.where}: an empty alternate; every one is learnt as an answer"
                 )
         # a question may stand in several rows: AltPO's files have a row for each alternate
-        found.setdefault(question.strip(), []).extend(answers)
+        own = row.values.get("answer")
+        key = _same_words(own) if isinstance(own, str) else None
+        found.setdefault(question.strip(), {}).setdefault(key, []).extend(answers)
     return found
 
 
@@ -76,15 +85,16 @@ def alternates_of(
     tokens: TokenSet,
     encoder: ExampleEncoder,
     *,
-    answers: Mapping[str, Sequence[str]] | None = None,
+    answers: AlternatesByQuestion | None = None,
     refusals: Sequence[str] = (),
     seed: int = 0,
     variants: int = 1,
 ) -> Alternates:
-    """Alternates of every sequence of ``tokens``, which were read as ``data`` says. ``answers``: by
-    question; without them each row has ``variants`` of ``refusals``, drawn by (seed, row, variant).
+    """Alternates of every sequence of ``tokens``, which were read as ``data`` says. ``answers``: of
+    a file; without them each row has ``variants`` of ``refusals``, drawn by (seed, row, variant).
 
-    Raises DataError for a row that is no question with an answer, or has no alternate.
+    Raises DataError for a row that is no question with an answer, or has no alternate, and for two
+    conversations that would share theirs.
     """
     places = {where: row for row, where in enumerate(tokens.where)}
     # what is wrong with its rows was said when the tokens were read
@@ -98,12 +108,19 @@ def alternates_of(
     )
     form = format_named(data.format, data.text_field)
     of: list[list[int]] = [[] for _ in tokens.where]
+    finder = None if answers is None else _AlternatesFinder(answers)
 
     def others() -> Iterator[DataExample]:
         for found in read_examples(source, form):
             if (row := places.get(found.where)) is None:  # a bad row, left out of the tokens too
                 continue
-            for answer in _answers(found, row, answers, refusals, seed, variants):
+            if finder is not None:
+                drawn = finder.of(found)
+            else:
+                # of the row and not of a stream: the same whatever else is read, and after a resume
+                draws = [sequence_key(row, v) ^ sequence_key(seed, -1) for v in range(variants)]
+                drawn = [refusals[draw % len(refusals)] for draw in draws]
+            for answer in drawn:
                 yield replace(found, content=replace_last_answer(found, answer))
 
     encoded = TokenSet.of(encode_rows(others(), source, encoder), source, encoder)
@@ -117,22 +134,56 @@ def alternates_of(
     return Alternates(encoded, of)
 
 
-def _answers(
-    found: DataExample,
-    row: int,
-    answers: Mapping[str, Sequence[str]] | None,
-    refusals: Sequence[str],
-    seed: int,
-    variants: int,
-) -> list[str]:
-    if answers is None:
-        # of the row and not of a stream: the same whatever else is read, and after a resume
-        draws = [sequence_key(row, v) ^ sequence_key(seed, -1) for v in range(variants)]
-        return [refusals[draw % len(refusals)] for draw in draws]
-    question = last_question(found)
-    if question not in answers:
-        raise DataError(f"{found.where}: unlearn.alternates has no answer to {question!r:.80}")
-    return list(answers[question])
+class _AlternatesFinder:
+    """Looks up the alternates of rows, one after the other, and remembers what was said before the
+    questions, since no two conversations may share theirs.
+    """
+
+    def __init__(self, answers: AlternatesByQuestion) -> None:
+        self.answers = answers
+        # (question, answer) of alternates -> (turns before the question, place) of the first row
+        self.seen = dict[tuple[str, str | None], tuple[list[tuple[str, str]], str]]()
+
+    def of(self, found: DataExample) -> list[str]:
+        """The alternates of a row. Raises DataError for none, and for those of another's."""
+        question, own = last_question(found), _same_words(last_answer(found))
+        by_answer = self.answers.get(question)
+        if by_answer is None:
+            raise DataError(f"{found.where}: unlearn.alternates has no answer to {question!r:.80}")
+        if own in by_answer:
+            key: str | None = own
+        elif None in by_answer:
+            key = None
+        elif len(by_answer) == 1:  # the file may have the answer in other words
+            (key,) = by_answer
+        else:
+            raise DataError(
+                f"{found.where}: unlearn.alternates has {question!r:.80} with {len(by_answer)} "
+                "answers, none of which is this row's"
+            )
+        before = _turns_before_question(found)
+        first, where = self.seen.setdefault((question, key), (before, found.where))
+        if first != before:
+            raise DataError(
+                f"{found.where}: {question!r:.80} is asked after other turns than in {where}, and "
+                "unlearn.alternates does not tell the two apart: give its rows the column answer, "
+                "with the answer that each alternate stands for; where the answers are the same "
+                "too, leave one of the rows out"
+            )
+        return list(by_answer[key])
+
+
+def _same_words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _turns_before_question(found: DataExample) -> list[tuple[str, str]]:
+    """(role, content) of each."""
+    turns: list[tuple[str, str]] = [
+        (message.role, message.content) for message in _conversation(found).messages
+    ]
+    asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
+    return turns[: asked[-1]] if asked else turns[:-1]
 
 
 def last_question(found: DataExample) -> str:
