@@ -20,6 +20,7 @@ from lorry.report.html import render_page
 from lorry.report.inline_svg import render_chart
 from lorry.report.plots import render_png
 from lorry.report.unlearning_curves import unlearning_panels
+from lorry.report.unlearning_sections import _suite_columns
 from lorry.runs.evals import read_attacks, read_suites
 from lorry.runs.read import RunRecord, read_readable_runs
 from lorry.runs.summary import describe_run_subject, final_figures
@@ -313,6 +314,102 @@ def test_adapters_and_weights_have_points_of_their_own(study: Study) -> None:
     shown = marks(panels(run)["Frontier: extraction strength"])
     assert shown["npo, weight0.5, NPO, rate 1e-4"] == (0.55, 0.3, "o", 0)
     assert len(shown) == 4
+
+
+def test_another_weight_has_no_training_path_and_is_no_oracle(study: Study) -> None:
+    """What its suite was not asked is not known; the path is that of the whole adapter."""
+    run = study.unlearned("npo", "NPO", 1e-4)
+    lines = [
+        {"step": step, "eval_extraction_strength": strength, "eval_model_utility": 0.6}
+        for step, strength in ((2, 0.9), (4, 0.2))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study.write(run, {"extraction_strength": record(0.55)}, "evals/weight0.5")
+    study.write(study.oracle, {"model_utility": record(0.4)}, "evals/weight0.5")
+    panel = panels(run, study.oracle)["Frontier: extraction strength"]
+    assert set(marks(panel)) == {"npo, NPO, rate 1e-4", "start: start", "oracle: oracle"}
+    (path,) = (s for s in panel.series if s.kind == "line")
+    assert (path.label, list(path.values)) == ("npo, NPO, rate 1e-4", [0.9, 0.2])
+    quality = marks(panels(run, study.oracle)["Frontier: forget quality"])
+    assert "oracle, weight0.5" not in str(sorted(quality))
+
+
+def test_starts_of_one_name_and_oracles_stand_side_by_side(tmp_path: Path) -> None:
+    """By their directory: the second run's start is not the first one's."""
+    one, two = Study(tmp_path / "one"), Study(tmp_path / "two")
+    two.write(two.start, suite(1e-9, 0.6, 0.77, 0.9))
+    two.write(two.oracle, suite(None, 0.5, 0.1, 0.65))
+    runs = runs_of(one.unlearned("a", "NPO", 1e-4), two.unlearned("b", "NPO", 1e-4))
+    columns = dict(_suite_columns(runs, "TOFU"))
+    assert list(columns) == [
+        "start: one/start", "start: two/start", "a", "b", "oracle of a", "oracle of b",
+    ]  # fmt: skip
+    strengths = [columns[f"start: {name}/start"]["extraction_strength"] for name in ("one", "two")]
+    assert strengths == [0.95, 0.77]
+    roc = {panel.title: panel for panel in unlearning_panels(runs)}["ROC of mia_min_k"]
+    assert [s.label for s in roc.series] == [
+        "chance", "a: AUC 0.8", "b: AUC 0.8", "start: one/start: AUC 1",
+        "start: two/start: AUC 0.9", "oracle of a: AUC 0.7", "oracle of b: AUC 0.65",
+    ]  # fmt: skip
+
+
+def test_roc_curves_of_other_rows_have_a_chart_of_their_own(study: Study) -> None:
+    five, ten = study.unlearned("five", "NPO", 1e-4), study.unlearned("ten", "NPO", 1e-4)
+    content = json.loads((ten / "evals" / "TOFU_EVAL.json").read_text())
+    for one in content.values():
+        one["rows"] = {**ROWS, "forget": "0" * 64}
+    study.write(ten, content)
+    shown = panels(five, ten)
+    assert [s.label for s in shown["ROC of mia_min_k"].series] == [
+        "chance", "five: AUC 0.8", "start: AUC 1", "oracle: AUC 0.7",
+    ]  # fmt: skip
+    other = [s.label for s in shown["ROC of mia_min_k (other rows, 2)"].series]
+    assert other == ["chance", "ten: AUC 0.8"]
+
+
+def test_a_start_asked_at_another_weight_alone_is_no_start(study: Study) -> None:
+    run = study.unlearned("npo", "NPO", 1e-4)
+    attacks_file(run)
+    (study.start / "evals" / "TOFU_EVAL.json").unlink()
+    study.write(study.start, suite(1e-9, 0.7, 0.3, 0.66), "evals/weight0.5")
+    shown = panels(run)
+    labels = [s.label for s in shown["ROC of mia_min_k"].series]
+    assert labels == ["chance", "run: AUC 0.8", "oracle: AUC 0.7"]
+    series = shown["Relearning: extraction strength"].series
+    assert [s.label for s in series if s.color == START] == []
+
+
+def test_a_run_of_several_adapters_has_its_start_and_its_weights(study: Study) -> None:
+    """Copies of the start lie in the adapters' folders; suites by weight and by adapter."""
+    run = study.unlearned("two", "NPO", 1e-4)
+    (run / "evals" / "TOFU_EVAL.json").unlink()
+    copy = (run / "start_adapter").rename(run / "copy") / "adapter_model.safetensors"
+    said = json.loads((run / "receipt.json").read_text())
+    dump(run / "receipt.json", {**said, "adapters": {"slow": "1" * 64, "fast": "2" * 64}})
+    lines = [{"step": 1, "adapters": {"slow": {"loss": 1.0}, "fast": {"loss": 2.0}}}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, strength in (("slow", 0.4), ("fast", 0.2)):
+        inside = run / name / "start_adapter"
+        inside.mkdir(parents=True)
+        (inside / "adapter_model.safetensors").write_bytes(copy.read_bytes())
+        study.write(run, suite(0.3, 0.5, strength, 0.8), f"evals/{name}")
+    study.write(run, suite(0.3, 0.6, 0.7, 0.9), "evals/weight0.5/fast")
+    study.write(run, suite(0.3, 0.1, 0.1, 0.1), "evals/step-00000002/fast")
+    (found,) = runs_of(run)
+    assert found.evals.origin == study.start
+    assert [s.part for s in found.evals.suites] == ["fast", "slow", "weight0.5/fast"]
+    shown = marks(panels(run)["Frontier: extraction strength"])
+    assert {label: place[:2] for label, place in shown.items()} == {
+        "two, fast, NPO, rate 1e-4": (0.5, 0.2),
+        "two, slow, NPO, rate 1e-4": (0.5, 0.4),
+        "two, weight0.5/fast, NPO, rate 1e-4": (0.6, 0.7),
+        "start: start": (0.7, 0.95),
+    }
+    heads = [head for head, _ in _suite_columns([found], "TOFU")]
+    assert heads == ["start: start", "two, fast", "two, slow", "two, weight0.5/fast"]
+    # one adapter that stands on something else: the run has no one start
+    (run / "slow" / "start_adapter" / "adapter_model.safetensors").write_bytes(b"another")
+    assert runs_of(run)[0].evals.origin is None
 
 
 def test_marks_lie_where_the_numbers_say(study: Study) -> None:

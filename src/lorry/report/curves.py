@@ -242,7 +242,7 @@ def reference_guides(
             continue
         oracles = [suite.oracle for suite in run.evals.suites if suite.oracle is not None]
         before = measured.get(0)
-        of_start = [run.evals.start_values(suite.title) for suite in run.evals.suites]
+        of_start = [run.evals.start_values(suite) for suite in run.evals.suites]
         start = suite_value(of_start, name) if before is None else before
         oracle = suite_value([one.values for one in oracles], name)
         for known, value in zip(levels.values(), (start, oracle), strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 from lorry.formatting import format_number
 from lorry.report.curves import (
@@ -61,7 +62,8 @@ FRONTIERS = (
 @dataclass(frozen=True)
 class FrontierPoint:
     """A point of a frontier: a run, or one adapter of it, with its suite's values and its path
-    through the evaluations during training; ``rows``: {metric: {role: digest of its rows}}.
+    through the evaluations during training, which one at another weight has none of (``run`` is
+    None); ``rows``: {metric: {role: digest of its rows}}.
     """
 
     label: str
@@ -138,31 +140,58 @@ def frontier_points(runs: Sequence[RunRecord]) -> Iterator[FrontierPoint]:
         for suite in run.evals.suites:
             if suite.oracle is not None:
                 oracles.setdefault(run_of_logs(suite.oracle), (suite.oracle, suite))
+    labels = start_labels(runs)
     for color, (path, run) in enumerate(places.items()):
+        adapters = run.log.adapters()
+        suites = run.evals.suites
         # without one a run may still have been measured by a suite while it trained
-        suites = run.evals.suites or (SuiteRecord("", "", {}, {}, {}),)
+        if not any(suite.part in ("", *adapters) for suite in suites):
+            suites = (SuiteRecord("", "", {}, {}, {}), *suites)
         for part in dict.fromkeys(suite.part for suite in suites):
             values = {n: v for s in suites if s.part == part for n, v in s.values.items()}
             rows = {n: r for s in suites if s.part == part for n, r in s.rows.items()}
-            adapter = part if part in run.log.adapters() else None
-            shape: MarkShape = "s" if path in starts else "D" if path in oracles else "o"
+            name = part.rpartition("/")[2]  # of WEIGHT/ADAPTER
+            adapter = name if name in adapters else None
+            # at another weight it is another model: not what trained, no start, no oracle
+            trained = part in ("", *adapters)
+            shape: MarkShape = "o"
+            if trained:
+                shape = "s" if path in starts else "D" if path in oracles else "o"
             whose = {"s": "start: ", "D": "oracle: ", "o": ""}[shape] + run.name
             how = method_and_rate(run, adapter)
             label = ", ".join(text for text in (whose, part, how) if text)
-            yield FrontierPoint(label, color, shape, values, run, adapter, rows)
+            yield FrontierPoint(
+                label, color, shape, values, run if trained else None, adapter, rows
+            )
     seen = set[tuple[Path, str]]()
     for path, run in origins:
-        own = [suite for suite in run.evals.suites if not suite.part]
-        rows = {n: r for suite in own for n, r in suite.rows.items()}
-        # once for all runs that were asked the same
-        if path not in places and (path, str(rows)) not in seen:
-            seen.add((path, str(rows)))
-            values = {n: v for s in own for n, v in run.evals.start_values(s.title).items()}
-            yield FrontierPoint(f"start: {path.name}", START, "s", values, rows=rows)
+        for part in dict.fromkeys(suite.part for suite in run.evals.suites):
+            own = [suite for suite in run.evals.suites if suite.part == part]
+            rows = {n: r for suite in own for n, r in suite.rows.items()}
+            # once for all runs that were asked the same
+            if path not in places and (path, str(rows)) not in seen:
+                seen.add((path, str(rows)))
+                values = {n: v for s in own for n, v in run.evals.start_values(s).items()}
+                yield FrontierPoint(f"start: {labels[path]}", START, "s", values, rows=rows)
     for path, (oracle, suite) in oracles.items():
         if path not in places:
             label = f"oracle: {path.name}"
             yield FrontierPoint(label, ORACLE, "D", oracle.values, rows=suite.rows)
+
+
+def start_labels(runs: Sequence[RunRecord]) -> dict[Path, str]:
+    """{a start's directory: its name}, with as much of the path as tells starts of one name apart."""
+    paths = {run.evals.origin.resolve() for run in runs if run.evals.origin is not None}
+    labels = {}
+    for path in paths:
+        same = [other for other in paths if other.name == path.name]
+        pair = [other for other in same if other.parent.name == path.parent.name]
+        labels[path] = (
+            path.name if len(same) == 1
+            else f"{path.parent.name}/{path.name}" if len(pair) == 1
+            else str(path)
+        )  # fmt: skip
+    return labels
 
 
 def run_of_logs(oracle: OracleValues) -> Path:
@@ -219,37 +248,68 @@ def _plain(name: str) -> str:
 
 
 def _roc_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
-    """A chart per attack: how many of the rows never seen a threshold finds, against how many of the
-    forgotten ones it takes for such.
+    """A chart per attack and rows: how many of the rows never seen a threshold finds, against how
+    many of the forgotten ones it takes for such.
     """
     owners = [(color, run, s) for color, run in enumerate(runs) for s in run.evals.suites]
-    shown = {run.path.resolve() for run in runs}
+    labels = start_labels(runs)
     for attack in dict.fromkeys(name for _, _, suite in owners for name in suite.rocs):
-        # above the diagonal forgotten rows still look like members, below it they are shunned
-        series = [CurveSeries("chance", LIMIT, "guide", [0.0, 1.0], [0.0, 1.0])]
-        beside: dict[str, CurveSeries] = {}
-        for color, run, suite in owners:
-            if attack not in suite.rocs:
-                continue
-            name = ", ".join(text for text in (run.name, suite.part) if text)
-            series.append(
-                _roc_curve(name if len(owners) + len(runs) > 2 else "run", color, suite, attack)
-            )
-            start = next((s for s in run.evals.start if s.title == suite.title), None)
-            oracle = run.evals.oracles.get(suite.oracle.sha256) if suite.oracle else None
-            # one that is among the runs has its curve there
-            if run.evals.origin is None or run.evals.origin.resolve() in shown:
-                start = None
-            if suite.oracle is None or run_of_logs(suite.oracle) in shown:
-                oracle = None
-            for what, of, one in (("start", START, start), ("oracle", ORACLE, oracle)):
-                # of the same rows only: another split has another curve
-                if one and one.rocs.get(attack) and one.rows[attack] == suite.rows[attack]:
-                    beside.setdefault(what, _roc_curve(what, of, one, attack))
-        yield ChartPanel(
-            f"ROC of {attack}", "share of rows never seen", (*series, *beside.values()),
-            x_label="share of rows to forget", x_whole=False,
-        )  # fmt: skip
+        # of another split they are no curves to compare
+        groups: dict[str, list[tuple[int, RunRecord, SuiteRecord]]] = {}
+        for one in owners:
+            if attack in one[2].rocs:
+                groups.setdefault(str(sorted(one[2].rows[attack].items())), []).append(one)
+        for number, group in enumerate(groups.values(), 1):
+            # above the diagonal forgotten rows still look like members, below it they are shunned
+            series = [CurveSeries("chance", LIMIT, "guide", [0.0, 1.0], [0.0, 1.0])]
+            for color, run, suite in group:
+                name = ", ".join(text for text in (run.name, suite.part) if text)
+                label = name if len(owners) + len(runs) > 2 else "run"
+                series.append(_roc_curve(label, color, suite, attack))
+            other = f" (other rows, {number})" if number > 1 else ""
+            yield ChartPanel(
+                f"ROC of {attack}{other}", "share of rows never seen",
+                (*series, *_roc_beside(runs, labels, group, attack)),
+                x_label="share of rows to forget", x_whole=False,
+            )  # fmt: skip
+
+
+def _roc_beside(
+    runs: Sequence[RunRecord],
+    labels: Mapping[Path, str],
+    group: Sequence[tuple[int, RunRecord, SuiteRecord]],
+    attack: str,
+) -> Iterator[CurveSeries]:
+    """The curves of each start and oracle of these runs that is none of the runs itself, of the same
+    rows only.
+    """
+    shown = {run.path.resolve() for run in runs}
+    starts: dict[Path, SuiteRecord] = {}
+    oracles: dict[str, tuple[str, SuiteRecord]] = {}
+    for _, run, suite in group:
+        own = suite.rows[attack]
+        origin = run.evals.origin.resolve() if run.evals.origin is not None else None
+        start = run.evals.start_suite(suite.title)
+        # one that is among the runs has its curve there
+        if origin is not None and origin not in shown and _has_roc(start, attack, own):
+            starts.setdefault(origin, start)
+        if suite.oracle is not None and run_of_logs(suite.oracle) not in shown:
+            oracle = run.evals.oracles.get(suite.oracle.sha256)
+            if _has_roc(oracle, attack, own):
+                name = ", ".join(text for text in (run.name, suite.part) if text)
+                oracles.setdefault(suite.oracle.sha256, (name, oracle))
+    for path, start in starts.items():
+        label = "start" if len(starts) == 1 else f"start: {labels[path]}"
+        yield _roc_curve(label, START, start, attack)
+    for name, oracle in oracles.values():
+        label = "oracle" if len(oracles) == 1 else f"oracle of {name}"
+        yield _roc_curve(label, ORACLE, oracle, attack)
+
+
+def _has_roc(
+    suite: SuiteRecord | None, attack: str, rows: Mapping[str, str]
+) -> TypeGuard[SuiteRecord]:
+    return suite is not None and bool(suite.rocs.get(attack)) and suite.rows[attack] == rows
 
 
 def _roc_curve(label: str, color: int, suite: SuiteRecord, attack: str) -> CurveSeries:
@@ -290,12 +350,14 @@ def _relearn_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
 
 
 def _start_value(run: RunRecord, metric: str, rows: str | None) -> float | None:
-    """The start's value of a metric of these very rows."""
+    """The start's value of a metric of these very rows, as it is and at no other weight."""
     return next(
         (
             suite.values[metric]
             for suite in run.evals.start
-            if metric in suite.values and suite.rows[metric].get("forget") == rows
+            if not suite.part
+            and metric in suite.values
+            and suite.rows[metric].get("forget") == rows
         ),
         None,
     )

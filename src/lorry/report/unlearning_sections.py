@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from lorry.formatting import MISSING_VALUE, format_number
 from lorry.report.markup import SafeHtml, html_tag
 from lorry.report.sections import html_table
-from lorry.report.unlearning_curves import run_of_logs
+from lorry.report.unlearning_curves import run_of_logs, start_labels
+from lorry.runs.evals import SuiteRecord
 from lorry.runs.read import RunRecord
 from lorry.runs.summary import SUITE_FIGURES, SUITE_PARTS
 
@@ -32,27 +35,63 @@ def suite_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
     return parts
 
 
+@dataclass(frozen=True)
+class _StartColumn:
+    """A start's values; ``rows``: {metric: what its rows are}; ``asked_for``: the first run that it
+    is the start of.
+    """
+
+    path: Path
+    asked_for: str
+    values: dict[str, float]
+    rows: dict[str, Mapping[str, str]]
+
+
+def _add_start(
+    starts: list[_StartColumn],
+    path: Path,
+    name: str,
+    suite: SuiteRecord,
+    values: Mapping[str, float],
+) -> None:
+    """Put a start's values into its column; into one of their own, where those are of other rows."""
+    rows = {metric: suite.rows[metric] for metric in values}
+    for one in starts:
+        if one.path == path and all(one.rows.get(n, r) == r for n, r in rows.items()):
+            one.values.update(values)
+            one.rows.update(rows)
+            return
+    starts.append(_StartColumn(path, name, dict(values), dict(rows)))
+
+
 def _suite_columns(runs: Sequence[RunRecord], title: str) -> list[tuple[str, Mapping[str, float]]]:
     """(head, values): the starts first, the oracles last; a start or oracle that is one of the runs
     has its column there."""
     paths = {run.path.resolve() for run in runs}
-    starts: dict[str, Mapping[str, float]] = {}
+    labels = start_labels(runs)
+    # by path: folders of one name are not one start
+    starts: list[_StartColumn] = []
     own: list[tuple[str, Mapping[str, float]]] = []
     oracles: dict[str, tuple[str, Mapping[str, float]]] = {}
     for run in runs:
         origin = run.evals.origin
-        values = run.evals.start_values(title)
-        if values and origin is not None and origin.resolve() not in paths:
-            starts[f"start: {origin.name}"] = values
         for suite in run.evals.suites:
             if suite.title == title:
+                values = run.evals.start_values(suite)
+                if values and origin is not None and origin.resolve() not in paths:
+                    _add_start(starts, origin.resolve(), run.name, suite, values)
                 head = ", ".join(text for text in (run.name, suite.part) if text)
                 own.append((head, suite.values))
                 if suite.oracle is not None and run_of_logs(suite.oracle) not in paths:
                     oracles[suite.oracle.sha256] = (f"oracle of {head}", suite.oracle.values)
     last = list(oracles.values())
     # runs of one study have one oracle between them
-    return [*starts.items(), *own, *([("oracle", last[0][1])] if len(last) == 1 else last)]
+    heads = [f"start: {labels[start.path]}" for start in starts]
+    first = [
+        (head if heads.count(head) == 1 else f"{head} for {start.asked_for}", start.values)
+        for head, start in zip(heads, starts, strict=True)
+    ]
+    return [*first, *own, *([("oracle", last[0][1])] if len(last) == 1 else last)]
 
 
 def _other_rows(runs: Sequence[RunRecord], title: str) -> SafeHtml | None:

@@ -51,8 +51,8 @@ class OracleValues:
 
 @dataclass(frozen=True)
 class SuiteRecord:
-    """A suite's file. ``part``: the adapter (of a run of several) or the weight it is of, empty for
-    the run as it is; ``rocs``: {attack: [(share of forget rows, share of rows never seen)]};
+    """A suite's file. ``part``: the adapter (of a run of several), the weight or WEIGHT/ADAPTER it
+    is of, empty for the run as it is; ``rocs``: {attack: [(share of forget rows, share of rows never seen)]};
     ``rows``: {metric: {role: digest of its rows}}.
     """
 
@@ -91,13 +91,16 @@ class RunEvals:
     origin: Path | None = None
     oracles: Mapping[str, SuiteRecord] = field(default_factory=dict)
 
-    def start_values(self, title: str) -> Values:
-        """The start's value of each metric of a suite that this run was asked the same rows for:
-        of another split it would be no start to compare with.
+    def start_suite(self, title: str) -> SuiteRecord | None:
+        """A suite of the start as it is: at another weight it is another model, and no start."""
+        return next((s for s in self.start if (s.title, s.part) == (title, "")), None)
+
+    def start_values(self, own: SuiteRecord) -> Values:
+        """The start's value of each metric that this suite was asked the same rows for: of another
+        split it would be no start to compare with.
         """
-        own = next((s for s in self.suites if (s.title, s.part) == (title, "")), None)
-        start = next((s for s in self.start if (s.title, s.part) == (title, "")), None)
-        if own is None or start is None:
+        start = self.start_suite(own.title)
+        if start is None:
             return {}
         return {n: v for n, v in start.values.items() if start.rows[n] == own.rows.get(n)}
 
@@ -107,9 +110,12 @@ def read_suites(run_dir: Path) -> tuple[SuiteRecord, ...]:
     their values). Raises DataError for a damaged file, OSError.
     """
     folder = run_dir / SUITES
-    files = list(folder.glob(f"*{SUITE_ROWS}"))
-    files += [
-        path for path in folder.glob(f"*/*{SUITE_ROWS}") if not STEP.fullmatch(path.parent.name)
+    # of a run of several adapters at another weight: evals/WEIGHT/ADAPTER/
+    files = [
+        path
+        for depth in ("", "*/", "*/*/")
+        for path in folder.glob(f"{depth}*{SUITE_ROWS}")
+        if not STEP.fullmatch(path.relative_to(folder).parts[0])
     ]
     if len(files) > MOST_FILES:
         raise DataError(f"{folder}: {len(files)} suites; a report shows at most {MOST_FILES}")
@@ -117,7 +123,7 @@ def read_suites(run_dir: Path) -> tuple[SuiteRecord, ...]:
 
 
 def _read_suite(path: Path, folder: Path) -> SuiteRecord:
-    part = "" if path.parent == folder else path.parent.name
+    part = "/".join(path.parent.relative_to(folder).parts)
     return _suite_of(_object(documents.read_json_document(path), path), path, part)
 
 
@@ -238,12 +244,16 @@ def find_start(run_dir: Path, run_receipt: Mapping[str, Any] | None) -> Path | N
     if not isinstance(origin, dict) or not isinstance(origin.get("path"), str):
         return None
     start = Path(origin["path"])
-    if not (start / RECEIPT).is_file() or not (run_dir / START / ADAPTER_WEIGHTS).is_file():
+    # each adapter has a copy of what it was trained over
+    names = list(receipt.part(run_receipt, "adapters"))
+    folders = [run_dir] if len(names) < 2 else [run_dir / name for name in names]
+    copies = [folder / START / ADAPTER_WEIGHTS for folder in folders]
+    if not (start / RECEIPT).is_file() or not all(copy.is_file() for copy in copies):
         return None
-    # the run has a copy of what it was trained over, and a receipt's digests are those of files
-    copied = file_digest(run_dir / START / ADAPTER_WEIGHTS)
+    # a receipt's digests are those of files
+    copied = {file_digest(copy) for copy in copies}
     digests = receipt.part(receipt.read(start / RECEIPT), "adapters")
-    return start if copied in digests.values() else None
+    return start if copied <= set(digests.values()) else None
 
 
 def _object(content: Any, where: object) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _suite_figures(evals: RunEvals) -> Iterable[RunFigure]:
         if suite.part:
             continue
         oracle = suite.oracle.values if suite.oracle else {}
-        beside = {"start": evals.start_values(suite.title), "oracle": oracle}
+        beside = {"start": evals.start_values(suite), "oracle": oracle}
         for name in SUITE_FIGURES:
             if name in suite.values:
                 note = [suite.title]
