@@ -102,6 +102,7 @@ def test_help_lists_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
         "distill",
         "unlearn",
         "unlearn-alternates",
+        "moe",
         "push",
         "compare",
         "runs",

@@ -244,7 +244,7 @@ def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: P
     assert run_lorry("moe", *words, "router.kind=uniform") == 0
     model, _ = lorry.load(made)
     assert get_bank(model).active == Mix.constants({"one": 0.5, "two": 0.5})
-    theirs, _ = lorry.load(base)
+    theirs, _ = lorry.load(base, dtype="float32")
     for name in ("one", "two"):
         load_adapter(theirs, mixture / name, name)
     get_bank(theirs).activate(Mix.constants({"one": 0.5, "two": 0.5}))
