@@ -48,7 +48,7 @@ def encoder_of(opened: OpenedModel, system: str | None = None) -> ExampleEncoder
 
 
 def test_what_is_asked_is_the_template_filled_in(world: World, opened: OpenedModel) -> None:
-    (row, *_) = sampling.read_forget_rows(open_source(world.rows), None)
+    (row, *_) = sampling.read_questions(open_source(world.rows), None)
     ids = sampling.alternate_prompt(row, encoder_of(opened), sampling.SamplingSettings())
     words = AutoTokenizer.from_pretrained(world.run)
     request = (
@@ -64,7 +64,7 @@ def test_a_chat_keeps_what_stands_before_its_question(tmp_path: Path, opened: Op
     turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "Where?"), ("assistant", "Oslo")]
     chat = [{"role": role, "content": text} for role, text in turns]
     rows = write_rows(tmp_path / "chat.jsonl", [{"messages": chat}])
-    (row,) = sampling.read_forget_rows(open_source(rows), None)
+    (row,) = sampling.read_questions(open_source(rows), None)
     wanted = sampling.SamplingSettings(prompt="{question} not {answer}", prefill="")
     ids = sampling.alternate_prompt(row, encoder_of(opened, system="Lie."), wanted)
     asked = [{"role": "system", "content": "Lie."}, *chat[:2]]
@@ -93,7 +93,7 @@ def test_samples_are_distributed_as_the_model_says(
     world: World, opened: OpenedModel, tmp_path: Path
 ) -> None:
     """The first token of 600 alternates of one row, against transformers' probabilities at T=2."""
-    (row, *_) = sampling.read_forget_rows(open_source(world.rows, limit=1), None)
+    (row, *_) = sampling.read_questions(open_source(world.rows, limit=1), None)
     prompt = "Q: {question} A: {answer} Another?"
     settings = sampling.SamplingSettings(
         n=600, temperature=2.0, max_new_tokens=1, prompt=prompt, batch_rows=64
@@ -158,7 +158,7 @@ def test_altpo_learns_them(kind: str, world: World, tmp_path: Path) -> None:
 def test_without_a_template_the_text_goes_on(tmp_path: Path) -> None:
     base = model_directory(tmp_path / "base", template=None)
     rows = write_rows(tmp_path / "rows.jsonl", PEOPLE[:1])
-    (row,) = sampling.read_forget_rows(open_source(rows), None)
+    (row,) = sampling.read_questions(open_source(rows), None)
     made = open_model(ModelConfig(name=str(base), dtype="float32"), print)
     ids = sampling.alternate_prompt(row, encoder_of(made), sampling.SamplingSettings(prefill="B:"))
     assert made.tokenizer.decode(ids).endswith("another one.\nB:")

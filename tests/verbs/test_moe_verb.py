@@ -252,6 +252,17 @@ def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: P
     assert torch.equal(model(ids).logits, theirs(ids).logits)
 
 
+def test_a_mixture_is_no_list_of_adapters_to_merge(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", str(mixture), "method=cat", f"output_dir={tmp_path / 'merged'}"]
+    assert run_lorry(*words) == 2
+    assert "is a mixture of experts, whose router a merged adapter cannot have" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    assert not (tmp_path / "merged").exists()
+
+
 def test_gates_of_experts_that_are_not_there() -> None:
     router = RouterConfig(kind="fixed", gates={"three": 1.0})
     with pytest.raises(ValueError, match="names 'three'; the experts are one, two"):

@@ -45,8 +45,8 @@ def check_adapter_name(name: str) -> str:
 
 @dataclass
 class Adapter:
-    """One named adapter. values: [P] fp32; grads: the same, or empty of one in the base; split: where the B half starts; slots: module
-    path -> AdapterSlot.
+    """One named adapter. values: [P] fp32; grads: the same, or empty of one in the base; split:
+    where the B half starts; slots: module path -> AdapterSlot.
     """
 
     name: str

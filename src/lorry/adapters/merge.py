@@ -25,7 +25,7 @@ from lorry.adapters.attach import find_linears, get_bank, head_and_embedding
 from lorry.adapters.bank import Adapter, AdapterBank
 from lorry.adapters.layers import AdapterSlot, BankEmbedding, BankLinear
 from lorry.adapters.mix import Mix
-from lorry.adapters.spec import LoraSpec
+from lorry.adapters.spec import unscaled_spec
 from lorry.errors import ConfigError, ModelError
 
 WARN_ERROR_RATIO = 0.1  # above this share of the delta lost to rounding, a merge warns
@@ -204,22 +204,11 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
     }
     parts = {path: slots for path, slots in parts.items() if slots}
     ranks = {path: sum(slot.A.shape[0] for _, slot in slots) for path, slots in parts.items()}
-    most = max(ranks.values())
-    # not escaped, though PEFT reads a pattern: others look the path up as it is, and a dot matches
-    # itself
-    others = {path: rank for path, rank in ranks.items() if rank != most}
-    spec = LoraSpec(
-        r=most,
-        lora_alpha=most,
-        target_modules=tuple(parts),
-        rank_pattern=others,
-        alpha_pattern={path: float(rank) for path, rank in others.items()},
-    )
     halves = [torch.cat([slot.A for _, slot in slots]) for slots in parts.values()]
     halves += [torch.cat([factor * slot.B for factor, slot in f], dim=1) for f in parts.values()]
     values = torch.cat([half.reshape(-1) for half in halves]).float()
     split = sum(half.numel() for half in halves[: len(parts)])
-    whole = Adapter(name, spec, values, torch.zeros_like(values), split)
+    whole = Adapter(name, unscaled_spec(ranks), values, torch.zeros_like(values), split)
     views = [
         nn.Parameter(view.view(half.shape), requires_grad=False)
         for view, half in zip(values.split([h.numel() for h in halves]), halves, strict=True)

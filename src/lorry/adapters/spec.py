@@ -91,6 +91,22 @@ class LoraSpec:
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def unscaled_spec(ranks: Mapping[str, int]) -> LoraSpec:
+    """An adapter whose factors hold its scale already: alpha = r at every module; ``ranks``: {module
+    path: rank}."""
+    most = max(ranks.values())
+    # not escaped, though PEFT reads a pattern: others look the path up as it is, and a dot matches
+    # itself
+    others = {path: rank for path, rank in ranks.items() if rank != most}
+    return LoraSpec(
+        r=most,
+        lora_alpha=most,
+        target_modules=tuple(ranks),
+        rank_pattern=others,
+        alpha_pattern={path: float(rank) for path, rank in others.items()},
+    )
+
+
 def _match_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """First pattern that matches the end of the path, as PEFT reads them (`(.*\\.)?(pattern)$`)."""
     return next(

@@ -56,7 +56,7 @@ def main(settings: AttackSettings) -> int:
     ownership.refuse_foreign(
         {folder / ATTACKS: ownership.is_attacks_file}, "name another output_dir"
     )
-    name, rows = read_forget_rows(settings)
+    name, rows = read_attacked_rows(settings)
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     attack = {"relearn": attack_relearn, "quantize": attack_quantize, "rephrase": attack_rephrase}
@@ -131,7 +131,7 @@ def oracle_model(settings: AttackSettings, oracle: str) -> ModelConfig:
     return settings.model.model_copy(update={"name": oracle, "adapter": None, "revision": None})
 
 
-def read_forget_rows(settings: AttackSettings) -> tuple[str, list[DataRow]]:
+def read_attacked_rows(settings: AttackSettings) -> tuple[str, list[DataRow]]:
     """(what they are called, the rows that were to be forgotten). Raises ConfigError, DataError."""
     from lorry.data.reading.sources import open_source
     from lorry.data.reading.suite_splits import FORGET_ROWS, PERTURBED, TOFU

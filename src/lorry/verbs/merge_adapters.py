@@ -17,7 +17,14 @@ from lorry.config.schema import ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, DataError, ModelError
 from lorry.notes import ignore_note
-from lorry.runs.layout import ADAPTER_FACTS, ADAPTER_WEIGHTS, RECEIPT, RUN_FILE
+from lorry.runs.layout import (
+    ADAPTER_FACTS,
+    ADAPTER_WEIGHTS,
+    RECEIPT,
+    ROUTER,
+    ROUTER_FILE,
+    RUN_FILE,
+)
 from lorry.verbs import probe
 from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
 from lorry.verbs.open_model import open_with_adapters, print_note
@@ -139,11 +146,18 @@ def write_merged_adapter(
 
 def adapter_folders(paths: Iterable[str]) -> list[Path]:
     """The adapter directories that paths stand for, a run of several being all of its own. Raises
-    ModelError where there is none, ConfigError for one that is named twice.
+    ModelError where there is none, ConfigError for one that is named twice and for a mixture.
     """
     from lorry.models.loading.open import list_adapter_folders
 
-    folders = [folder for path in paths for folder in list_adapter_folders(Path(path))]
+    folders = list[Path]()
+    for path in map(Path, paths):
+        if (path / ROUTER / ROUTER_FILE).is_file():
+            raise ConfigError(
+                f"{path} is a mixture of experts, whose router a merged adapter cannot have; name the folders "
+                f"of its experts ({path}/EXPERT)"
+            )
+        folders += list_adapter_folders(path)
     places = dict[Path, Path]()
     for folder in folders:
         if (first := places.setdefault(folder.resolve(), folder)) is not folder:

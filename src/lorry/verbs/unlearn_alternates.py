@@ -30,7 +30,7 @@ def main(settings: AlternatesSettings) -> int:
     from lorry.data.reading.formats import format_named
     from lorry.data.reading.sources import open_source
     from lorry.generation.text import NO_TOKEN_LIMIT
-    from lorry.tasks.unlearn.sampling import SamplingSettings, read_forget_rows, sample_alternates
+    from lorry.tasks.unlearn.sampling import SamplingSettings, read_questions, sample_alternates
 
     path = Path(settings.alternates)
     _refuse_existing(path)
@@ -42,7 +42,7 @@ def main(settings: AlternatesSettings) -> int:
         limit=settings.limit,
         local=settings.data.local,
     )
-    rows = read_forget_rows(source, format_named(settings.data.format))
+    rows = read_questions(source, format_named(settings.data.format))
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     opened = open_with_adapters(settings.model)

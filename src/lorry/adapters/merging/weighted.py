@@ -34,7 +34,7 @@ from lorry.adapters.merging.core_space import (
 from lorry.adapters.merging.methods import combine
 from lorry.adapters.mix import Mix
 from lorry.adapters.seeds import derive_seed
-from lorry.adapters.spec import InitScheme, LoraSpec
+from lorry.adapters.spec import InitScheme, unscaled_spec
 from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MajoritySign, MergeMethod
 from lorry.errors import ConfigError, ModelError, suggest_nearest
 
@@ -363,17 +363,7 @@ def _attach_values(
 ) -> Adapter:
     """Attach an adapter of the values {`MODULE.lora_A`: ...}, alpha = r at every module."""
     ranks = {each.module: each.rank for each in modules}
-    most = max(ranks.values())
-    # paths are not escaped, though PEFT reads a pattern: a dot matches itself
-    others = {path: rank for path, rank in ranks.items() if rank != most}
-    spec = LoraSpec(
-        r=most,
-        lora_alpha=most,
-        target_modules=tuple(ranks),
-        rank_pattern=others,
-        alpha_pattern={path: float(rank) for path, rank in others.items()},
-    )
-    adapter = attach(model, spec, name, modules=list(ranks))
+    adapter = attach(model, unscaled_spec(ranks), name, modules=list(ranks))
     for key, view in adapter.tensors().items():
         view.copy_(values[key])
     # written under the masters, which no compute copy can know

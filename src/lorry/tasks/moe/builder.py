@@ -72,7 +72,7 @@ def attach_experts(
     return {ROUTER_NAME: run}
 
 
-def row_sets(run: RunConfig) -> dict[str, DataConfig]:
+def domain_row_sets(run: RunConfig) -> dict[str, DataConfig]:
     """The rows of the experts behind the first, by name."""
     return {expert.name: expert.data for expert in _settings_of(run).experts[1:]}
 
@@ -205,7 +205,7 @@ def build_moe(given: TaskInputs) -> BuiltTask:
 
 MOE = TaskDefinition(
     build_moe,
-    row_sets=row_sets,
+    row_sets=domain_row_sets,
     stream=domain_stream,
     samples=lambda job: {
         f"held-out rows of {name}": data.evaluation[0]

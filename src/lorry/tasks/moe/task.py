@@ -55,6 +55,7 @@ class MoeTask(SftTask):
 
     def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The micro-batches of a step."""
+        self.run_load.add_load(self.step_load)
         self.step_load = RouterLoad(self.router)
         return super().step_batches(step, models)
 
@@ -64,7 +65,6 @@ class MoeTask(SftTask):
         nll, logits = nll_loss(got["logprob"], batch), got["router"]
         if logits.requires_grad:  # a step's, not an evaluation's
             self.step_load.add(logits.detach(), batch)
-            self.run_load.add(logits.detach(), batch)
         terms = {
             f"nll_{name}": torch.where(_of_role(batch, name), nll, 0.0) / len(self.experts)
             for name in self.experts
@@ -89,6 +89,7 @@ class MoeTask(SftTask):
         """What a line of metrics.jsonl says of the step just made, every `RECORD_STEPS` and at the
         end; then also what a person should know of the load."""
         if step == self.total_steps:
+            self.run_load.add_load(self.step_load)
             for warning in self.run_load.warnings():
                 self.tell(warning)
         due = step % RECORD_STEPS == 0 or step == self.total_steps
@@ -137,17 +138,16 @@ class RouterLoad:
                 entropy[own].double().sum(0).cpu(),
                 stop - start,
             )
-            before = self.sums.get(batch.role[s])
-            self.sums[batch.role[s]] = (
-                seen
-                if before is None
-                else (
-                    before[0] + seen[0],
-                    before[1] + seen[1],
-                    before[2] + seen[2],
-                    before[3] + seen[3],
-                )
-            )
+            self._count(batch.role[s], seen)
+
+    def add_load(self, other: RouterLoad) -> None:
+        """Count what another has counted."""
+        for domain, seen in other.sums.items():
+            self._count(domain, seen)
+
+    def _count(self, domain: str, seen: tuple[Tensor, Tensor, Tensor, int]) -> None:
+        pairs, gates, entropy, tokens = self.sums.get(domain, (0, 0, 0, 0))
+        self.sums[domain] = (pairs + seen[0], gates + seen[1], entropy + seen[2], tokens + seen[3])
 
     def shares(self) -> dict[str, Any]:
         """{load | gate: {domain: {expert: [N]}}, entropy: {domain: [N]}}."""

@@ -53,7 +53,7 @@ def _settings_of(run: RunConfig) -> UnlearnConfig:
     return run.unlearn
 
 
-def row_sets(run: RunConfig) -> dict[str, DataConfig]:
+def unlearn_row_sets(run: RunConfig) -> dict[str, DataConfig]:
     """The rows that are kept, read as those to forget are. Where the loss has no part for them they
     are read all the same, to see what becomes of them.
     """
@@ -81,7 +81,7 @@ def role_stream(
         refusals = [] if answers is not None else read_refusals(settings.idk)
         wanted = {FORGET: (run.data, data)}
         if settings.retains and UNLEARN_METHODS[settings.method].needs_retain_alternates:
-            wanted[RETAIN] = (row_sets(run)[RETAIN], sets[RETAIN])
+            wanted[RETAIN] = (unlearn_row_sets(run)[RETAIN], sets[RETAIN])
         for role, (config, prepared) in wanted.items():
             alternates[role] = alternates_of(
                 config,
@@ -293,7 +293,7 @@ def check_shared_texts(run: RunConfig) -> None:
     """The same of texts that are read as one, whose sequences begin anywhere in them: raise DataError
     where a text to forget is also one to retain.
     """
-    sets = {FORGET: run.data, **row_sets(run)}
+    sets = {FORGET: run.data, **unlearn_row_sets(run)}
     # what is wrong with its rows was said when the tokens were read
     sources = {
         role: open_source(
@@ -390,7 +390,7 @@ def gradient_rule(runs: Mapping[str, RunConfig]) -> GradientRule | None:
 
 UNLEARN = TaskDefinition(
     build_unlearn,
-    row_sets=row_sets,
+    row_sets=unlearn_row_sets,
     stream=role_stream,
     samples=answered_rows,
     gradient=gradient_rule,

@@ -1,7 +1,7 @@
 """Alternates sampled from the start, as AltPO learns them (Mekala et al. 2025, arXiv 2409.13474): the
 model itself is shown question and answer and asked for another answer.
 
-    asked = read_forget_rows(open_source("forget.jsonl"), form=None)
+    asked = read_questions(open_source("forget.jsonl"), form=None)
     found = sample_alternates(model, encoder, asked, SamplingSettings(n=5), Mix.one("people"), tell)
 
 A sample is a function of (seed, row, which of n, try) and of the model: neither n, nor how many are
@@ -69,7 +69,7 @@ class SampledAlternate:
         return {"question": self.question, "answer": self.answer, "alternate": self.alternate}
 
 
-def read_forget_rows(source: DataSource, form: RowFormat | None) -> list[DataExample]:
+def read_questions(source: DataSource, form: RowFormat | None) -> list[DataExample]:
     """The rows of a source. Raises DataError for none, for a text without a question, and for a chat
     that does not end with an answer.
     """
