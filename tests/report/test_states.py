@@ -21,7 +21,7 @@ from rich.console import Console
 from lorry.disk import durable
 from lorry.report import write_report
 from lorry.report.table import render_runs, runs_table
-from lorry.runs import status
+from lorry.runs import series, status
 from lorry.runs.read import read_run
 from tests.support.runs import HOSTILE, dump, full, metrics
 
@@ -102,6 +102,28 @@ def test_a_running_run_its_page_and_its_tables(
     assert {
         p.name: p.read_bytes() for p in folder.iterdir() if p.suffix not in (".html", ".png")
     } == before
+
+
+def test_a_run_that_ends_while_it_is_read(
+    tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = at_work(tmp_path / "run", child.pid)
+    metrics(folder, 40)
+    read_metrics = series.read_metrics
+
+    def end_behind(path: Path) -> series.MetricsLog:
+        log = read_metrics(path)
+        if child.poll() is None:  # its last step, a checkpoint, and the end, right behind the read
+            metrics(folder, 41)
+            checkpoint(folder, 41)
+            at_work(folder, child.pid, **ended(75, "SIGTERM arrived"))
+            child.kill()
+            child.wait()
+        return log
+
+    monkeypatch.setattr(series, "read_metrics", end_behind)
+    found = state(folder)
+    assert (found.state, found.step, found.checkpoint) == ("interrupted", 41, "step-00000041")
 
 
 def test_before_its_first_step(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:

@@ -95,8 +95,8 @@ class EvaluationRecord:
 @dataclass(frozen=True)
 class RunRecord:
     """Everything that the files of a run say. ``config``: run.yaml, empty where there is none;
-    ``config_text``: the same as it is written; ``evals``: empty but in what `read_readable_runs`
-    gives.
+    ``config_text``: the same as it is written; ``process_alive``: see `is_process_alive`; ``evals``:
+    empty but in what `read_readable_runs` gives.
     """
 
     path: Path
@@ -109,6 +109,7 @@ class RunRecord:
     samples: tuple[SampleRecord, ...]
     evaluation: tuple[EvaluationRecord, ...]
     process: RunProcess | None = None
+    process_alive: bool | None = False
     evals: RunEvals = field(default_factory=RunEvals)
 
     @cached_property
@@ -218,6 +219,19 @@ def _require_run(path: Path) -> None:
 
 
 def _read_run_files(path: Path, name: str) -> RunRecord:
+    # A run that ends while it is read has written its last steps between one file and the next.
+    # It writes process.json three times (started, begun, ended), so that the fourth is the last.
+    for _ in range(4):
+        run = _read_files_once(path, name)
+        if run.process == process.read_process(path):
+            break
+    return run
+
+
+def _read_files_once(path: Path, name: str) -> RunRecord:
+    # before the other files: of a process that has ended they are complete
+    running = process.read_process(path)
+    alive = running is not None and process.is_process_alive(running, path)
     config_text = _read_text(path / RUN_FILE)
     return RunRecord(
         path=path,
@@ -230,7 +244,8 @@ def _read_run_files(path: Path, name: str) -> RunRecord:
         contracts=read_contracts(path),
         samples=read_samples(path),
         evaluation=read_evaluation(path),
-        process=process.read_process(path),
+        process=running,
+        process_alive=alive,
     )
 
 

@@ -33,7 +33,7 @@ from lorry.runs.layout import (
     RUN_FILE,
     STEP,
 )
-from lorry.runs.process import RunProcess, is_process_alive
+from lorry.runs.process import RunProcess
 from lorry.runs.read import RunRecord, read_run
 from lorry.runs.series import MetricsLog, is_number
 from lorry.runs.summary import describe_run_subject, flatten_config
@@ -190,7 +190,7 @@ def _judge_state(
         if saved
         else "there is no checkpoint to go on from"
     )
-    at_work = False if process is None else is_process_alive(process, run.path)
+    at_work = False if process is None else run.process_alive
     # of another machine nothing is known but what it writes, and when
     if process is not None and at_work is None:
         at_work = (
