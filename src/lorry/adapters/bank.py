@@ -13,20 +13,17 @@ import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, OutOfMemoryError
-
-if TYPE_CHECKING:
-    from lorry.adapters.router import TokenRouter
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
 # not only dots: "." and ".." are folders already; 64 characters fit every file system beside a
@@ -194,8 +191,8 @@ class AdapterBank:
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
-        # what trains and is no adapter, by name: a router of the layers
-        self.routers: dict[str, TokenRouter] = {}
+        # what gates the adapters, by name; one that trains is a `ParameterSet` too
+        self.routers: dict[str, MixtureRouter] = {}
         self.base_adapters: dict[str, Adapter] = {}
         self.start: AdapterOrigin | None = None
         self.modules: dict[str, AdaptableLayer] = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -58,6 +58,26 @@ class LayerRouter(Protocol):
 
     def gates(self, logits: Tensor) -> Tensor:
         """[T, adapters] -> the gates of the same shape, of the terms of that half's linears."""
+
+
+class MixtureRouter(Protocol):
+    """A router over attached experts as the mixture's directory knows it (`adapters.router_files`).
+
+    ``router_kind``: one of `config.moe.ROUTER_KINDS`; ``adapters``: the experts, in the order of the
+    gates' columns.
+    """
+
+    router_kind: str
+    adapters: Sequence[str]
+
+    def settings(self) -> Mapping[str, Any]:
+        """Those of router.json that are the kind's own, plain values of `RouterRecord`'s fields."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The values of router.safetensors by name, fp32: views that can be written. None: no file."""
+
+    def mix(self) -> Mix:
+        """Every expert, gated by the router."""
 
 
 @dataclass(frozen=True)

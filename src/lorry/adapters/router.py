@@ -71,11 +71,12 @@ class RoutingRule:
 
 
 class TokenRouter:
-    """A `ParameterSet` and a `LayerRouter`: ``adapters``, the experts, as columns of its gates;
+    """A `ParameterSet`, a `LayerRouter` and a `MixtureRouter`: ``adapters``, the experts, as columns of its gates;
     values, grads [P] fp32, a matrix [K, D] for each layer and half.
     """
 
     name, kind, label, drops = ROUTER_NAME, "router", "the router", False
+    router_kind = "token"
 
     def __init__(
         self,
@@ -118,6 +119,16 @@ class TokenRouter:
     def mix(self) -> Mix:
         """Every expert, gated by the router."""
         return Mix.layer_routed(self)
+
+    # --- in a directory
+
+    def settings(self) -> Mapping[str, Any]:
+        """The rule."""
+        return vars(self.rule)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its matrices, by name."""
+        return self.split_like(self.values)
 
     # --- as what trains
 

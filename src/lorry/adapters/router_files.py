@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import Mix
+from lorry.adapters.mix import Mix, MixtureRouter
 from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.files import adapter_digest, base_digest
-from lorry.adapters.router import ROUTER_NAME, RoutingRule, TokenRouter, attach_router
+from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
 from lorry.disk.integrity import read_content
 from lorry.errors import ConfigError, ModelError
 from lorry.runs.layout import ROUTER, ROUTER_FILE, ROUTER_WEIGHTS
@@ -74,10 +74,10 @@ def router_files(
         said |= {"kind": "uniform" if alike else "fixed", "gates": dict(gates)}
         return {ROUTER_FILE: _json(said)}
     router = get_bank(model).routers[ROUTER_NAME]
-    said |= {"kind": "token", **vars(router.rule)}
-    tensors = {
-        n: v.detach().cpu().contiguous() for n, v in router.split_like(router.values).items()
-    }
+    said |= {"kind": router.router_kind, **router.settings()}
+    tensors = {n: v.detach().cpu().contiguous() for n, v in router.tensors().items()}
+    if not tensors:
+        return {ROUTER_FILE: _json(said)}
     return {ROUTER_WEIGHTS: save(tensors, {"format": "pt"}), ROUTER_FILE: _json(said)}
 
 
@@ -121,25 +121,41 @@ def load_router(model: nn.Module, folder: Path, experts: Mapping[str, Path]) -> 
         raise ModelError(f"{file}: the mixture stands on other base weights than this model's")
     if record.kind in CONSTANT_KINDS:
         return _constant_mix(file, record)
-    if record.kind != "token" or record.level != "delta":
+    if record.kind not in MAKERS or record.level != "delta":
         raise ModelError(
-            f"{file}: a router of kind {record.kind!r} at level {record.level!r}; known are token, uniform and fixed at delta"
+            f"{file}: a router of kind {record.kind!r} at level {record.level!r}; known are "
+            f"{', '.join((*MAKERS, *CONSTANT_KINDS))} at delta"
         )
     if extra := [name for name in experts if name not in names]:
         raise ModelError(
             f"{folder / extra[0]} is an adapter that the router does not know; its experts are {', '.join(names)}"
         )
+    try:
+        router = MAKERS[record.kind](model, names, record)
+    except ConfigError as error:
+        raise ModelError(f"{file}: {error}") from None
+    if wanted := router.tensors():
+        _read_weights(folder / ROUTER / ROUTER_WEIGHTS, wanted)
+    return router.mix()
+
+
+def _make_token_router(
+    model: nn.Module, experts: Sequence[str], record: RouterRecord
+) -> MixtureRouter:
     rule = RoutingRule(
         record.input, record.top_k, record.normalize, record.temperature, record.straight_through
     )
-    try:
-        router = attach_router(model, names, rule)
-    except ConfigError as error:
-        raise ModelError(f"{file}: {error}") from None
-    _read_weights(folder / ROUTER / ROUTER_WEIGHTS, router)
+    router = attach_router(model, experts, rule)
     for weight in router.weights.values():
         weight.requires_grad_(False)
-    return router.mix()
+    return router
+
+
+# kind -> what attaches its router, values still to be read, to a model with these experts
+# (`AdapterBank.routers`). Raises ConfigError.
+MAKERS: dict[str, Callable[[nn.Module, Sequence[str], RouterRecord], MixtureRouter]] = {
+    "token": _make_token_router,
+}
 
 
 def _constant_mix(file: Path, record: RouterRecord) -> Mix:
@@ -153,14 +169,13 @@ def _constant_mix(file: Path, record: RouterRecord) -> Mix:
 
 
 @torch.no_grad()
-def _read_weights(file: Path, router: TokenRouter) -> None:
+def _read_weights(file: Path, wanted: Mapping[str, Tensor]) -> None:
     try:
         tensors = load(read_content(file))
     except FileNotFoundError:
         raise ModelError(f"{file} is missing: the router's weights") from None
     except SafetensorError as error:
         raise ModelError(f"{file}: damaged ({error})") from None
-    wanted = router.split_like(router.values)
     if odd := sorted(set(tensors) ^ set(wanted)):
         raise ModelError(
             f"{file}: {odd[0]} is {'missing' if odd[0] in wanted else 'no tensor of this router'} ({len(odd)} such tensors)"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorry.adapters.attach import get_bank
 from lorry.adapters.base_weights import get_base_weights
 from lorry.adapters.mix import Mix
+from lorry.adapters.router import TokenRouter
 
 # the first part of the names of what trains, in a checkpoint
 PARAMETER_KINDS = ("adapter", "weights", "router")
@@ -118,7 +119,8 @@ def parameter_set(model: nn.Module, name: str) -> ParameterSet:
     weights, bank = get_base_weights(model), get_bank(model)
     if weights is not None and weights.name == name:
         return weights
-    return bank.routers[name] if name in bank.routers else bank[name]
+    router = bank.routers.get(name)
+    return router if isinstance(router, TokenRouter) else bank[name]
 
 
 def base_parameter_set(model: nn.Module) -> ParameterSet | None:

@@ -59,15 +59,16 @@ def write_and_check_mixture(
     """Write the mixture; read the router back (contract 5): its values and the scores of a batch
     must be the same bits. Returns {expert: SHA-256 of its weights file}."""
     bank = get_bank(opened.model)
-    trained: TokenRouter = bank.routers[ROUTER_NAME]
+    trained = bank.routers[ROUTER_NAME]
+    assert isinstance(trained, TokenRouter)
     digests = write_mixture(run_dir, opened, trained.adapters, base_name)
     try:
         mix = load_router(opened.model, run_dir, {n: run_dir / n for n in trained.adapters})
     except ModelError as error:
         raise checks.fail(5, str(error)) from error
-    reloaded = bank.routers[ROUTER_NAME]
+    reloaded = bank.routers[ROUTER_NAME].tensors()
     bank.routers[ROUTER_NAME] = trained
-    if not torch.equal(trained.values.cpu(), reloaded.values.cpu()):
+    if not all(torch.equal(v.cpu(), reloaded[n].cpu()) for n, v in trained.tensors().items()):
         raise checks.fail(
             5, f"{run_dir / ROUTER}: the router read back is not the one that was trained"
         )

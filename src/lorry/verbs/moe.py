@@ -9,6 +9,7 @@ data file of the same name holds by now is not looked at, which the note says.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from lorry.config import dump_settings
 from lorry.config.jobs import runs_by_adapter
-from lorry.config.moe import MoeRunConfig, RouterRunConfig, router_train
+from lorry.config.moe import ROUTER_KINDS, MoeRunConfig, RouterRunConfig, router_train
 from lorry.config.schema import RunConfig, TrainConfig
 from lorry.disk import receipt
 from lorry.errors import ConfigError
@@ -41,12 +42,12 @@ def main(run: MoeRunConfig) -> int:
     refuse_missing_rows(run)
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
-    router = router_run(run, folders) if run.router.kind == "token" else None
+    router = router_run(run, folders) if ROUTER_KINDS[run.router.kind].trains else None
     train_experts(run)
     if router is not None:
         _train_stage(router, "router")
     else:
-        write_constant_mixture(run, folders)
+        write_untrained_mixture(run, folders)
     print(f"chat    lorry chat {run.output_dir}", file=sys.stderr)
     print(Path(run.output_dir))
     return 0
@@ -65,9 +66,10 @@ def refuse_missing_rows(run: MoeRunConfig) -> None:
             continue
         if name not in brought:
             raise ConfigError(f"expert {name!r} has neither data=FILE nor adapter=DIR; give one")
-        if run.router.kind == "token":
+        if ROUTER_KINDS[run.router.kind].needs_rows:
             raise ConfigError(
-                f"expert {name!r} has no data: a router is trained on rows of every expert's domain; give data=FILE"
+                f"expert {name!r} has no data: a router of kind={run.router.kind} is made of rows of every expert's "
+                "domain; give data=FILE"
             )
 
 
@@ -194,8 +196,8 @@ def _is_unchanged(run: RunConfig) -> bool:
     )
 
 
-def write_constant_mixture(run: MoeRunConfig, folders: dict[str, Path]) -> None:
-    """A mixture whose gates are numbers: nothing trains."""
+def write_untrained_mixture(run: MoeRunConfig, folders: dict[str, Path]) -> None:
+    """A mixture whose router is made without training."""
     from lorry.adapters.peft.files import find_adapter, load_adapter
     from lorry.disk import durable
     from lorry.runs.layout import ROUTER
@@ -209,8 +211,22 @@ def write_constant_mixture(run: MoeRunConfig, folders: dict[str, Path]) -> None:
     opened = _open_base(run)
     for name, path in folders.items():
         load_adapter(opened.model, find_adapter(path)[0], name, trainable=False)
-    gates = run.router.gates or dict.fromkeys(folders, 1 / len(folders))
+    gates = UNTRAINED[run.router.kind](run, opened, list(folders))
     write_mixture(run.output_dir, opened, list(folders), base_model_name(opened), gates)
+
+
+def _constant_gates(
+    run: MoeRunConfig, opened: OpenedModel, experts: list[str]
+) -> dict[str, float] | None:
+    return run.router.gates or dict.fromkeys(experts, 1 / len(experts))
+
+
+# kind -> what makes its router over the experts of the opened base: gates that are numbers, or None
+# where it attaches one to the model's bank (`AdapterBank.routers`)
+UNTRAINED: dict[str, Callable[[MoeRunConfig, OpenedModel, list[str]], dict[str, float] | None]] = {
+    "uniform": _constant_gates,
+    "fixed": _constant_gates,
+}
 
 
 def _open_base(run: MoeRunConfig) -> OpenedModel:

@@ -1,5 +1,6 @@
 """The settings of a mixture of experts and of its router's run. No torch here."""
 
+from lorry.config.moe.kinds import ROUTER_KINDS, RouterKind
 from lorry.config.moe.runs import (
     ExpertConfig,
     ExpertJobConfig,
@@ -13,12 +14,14 @@ from lorry.config.moe.runs import (
 )
 
 __all__ = [
+    "ROUTER_KINDS",
     "ExpertConfig",
     "ExpertJobConfig",
     "MoeDataConfig",
     "MoeRunConfig",
     "RoutedExpert",
     "RouterConfig",
+    "RouterKind",
     "RouterRunConfig",
     "check_router",
     "router_train",

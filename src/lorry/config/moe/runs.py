@@ -15,6 +15,7 @@ from pydantic import model_validator as validate_model
 from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field
 from lorry.config.data import DataConfig
 from lorry.config.jobs import RESERVED_NAMES
+from lorry.config.moe.kinds import KIND_FIELDS, ROUTER_KINDS, RouterKindName, kinds_reading
 from lorry.config.schema import JobConfig, RunConfig, TrainConfig
 from lorry.config.suite import first_changed
 
@@ -25,25 +26,11 @@ EXPERTS = (
 ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
 
 
-# of a router that reads tokens; constant gates hold in every layer and half
-TOKEN_FIELDS = (
-    "input",
-    "top_k",
-    "normalize",
-    "temperature",
-    "straight_through",
-    "init",
-    "label_loss",
-    "aux_loss",
-    "z_loss",
-)
-
-
 class RouterConfig(SettingsGroup):
     """how a token gets its experts"""
 
     main: ClassVar[str] = "kind"
-    kind: Literal["token", "uniform", "fixed"] = config_field(
+    kind: RouterKindName = config_field(
         "token",
         "token: a linear per layer, trained; uniform: every expert 1/K; fixed: the numbers of gates",
     )
@@ -75,11 +62,13 @@ class RouterConfig(SettingsGroup):
     def _settings_of_the_kind(self) -> RouterConfig:
         if (self.kind == "fixed") != bool(self.gates):
             raise ValueError("router.gates={EXPERT: g} is for router.kind=fixed, which needs it")
-        if self.kind != "token" and self.train:
+        if not ROUTER_KINDS[self.kind].trains and self.train:
             raise ValueError(f"router.train: nothing of kind={self.kind} trains; leave it out")
-        if self.kind != "token" and (odd := first_changed(self, TOKEN_FIELDS)):
+        unread = [name for name in KIND_FIELDS if name not in ROUTER_KINDS[self.kind].reads]
+        if odd := first_changed(self, unread):
             raise ValueError(
-                f"router.{odd} is for router.kind=token; kind={self.kind} does not read it"
+                f"router.{odd} is for router.kind={', '.join(kinds_reading(odd))}; "
+                f"kind={self.kind} does not read it"
             )
         if self.top_k != 1 and self.straight_through:
             raise ValueError("router.straight_through is for top_k=1 alone; leave it out")
@@ -146,7 +135,7 @@ def check_router(router: RouterConfig, experts: list[str]) -> None:
         return
     if len(experts) < 2:
         raise ValueError(f"experts: a mixture needs two at least, got {experts[0]} alone")
-    if router.kind == "token" and router.top_k > len(experts):
+    if ROUTER_KINDS[router.kind].has_top_k and router.top_k > len(experts):
         raise ValueError(
             f"router.top_k={router.top_k}: there are {len(experts)} experts; give 1 to {len(experts)}"
         )

@@ -176,6 +176,7 @@ def build_moe(given: TaskInputs) -> BuiltTask:
     run, (job,) = _settings_of(given.run), given.jobs.values()
     model = given.opened.model
     router = get_bank(model).routers[ROUTER_NAME]
+    assert isinstance(router, TokenRouter)
     domains = _domains(job)
     rows = run.train.per_device_eval_batch_size
     if run.router.init == "hidden":

@@ -1,0 +1,56 @@
+"""The kinds of router, and what each reads of the settings. No torch here.
+
+A new kind has a row here; its maker in `adapters.router_files.MAKERS`, or, where its gates are
+numbers, nothing more; and, where nothing trains, a function in `verbs.moe.UNTRAINED`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RouterKindName = Literal["token", "uniform", "fixed"]
+
+# settings of `router` that only some kinds read; one that is given and not read is an error
+KIND_FIELDS = (
+    "input",
+    "top_k",
+    "normalize",
+    "temperature",
+    "straight_through",
+    "init",
+    "label_loss",
+    "aux_loss",
+    "z_loss",
+    "gates",
+    "train",
+)
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """A kind of router. ``reads``: which of `KIND_FIELDS`; ``trains``: whether a run of its own makes
+    it (`RouterRunConfig`); ``needs_rows``: whether every expert has to have data."""
+
+    reads: tuple[str, ...]
+    trains: bool = False
+    needs_rows: bool = False
+
+    @property
+    def has_top_k(self) -> bool:
+        """Whether a token or sequence has some of the experts."""
+        return "top_k" in self.reads
+
+
+ROUTER_KINDS: dict[RouterKindName, RouterKind] = {
+    "token": RouterKind(
+        tuple(name for name in KIND_FIELDS if name != "gates"), trains=True, needs_rows=True
+    ),
+    "uniform": RouterKind(()),
+    "fixed": RouterKind(("gates",)),
+}
+
+
+def kinds_reading(setting: str) -> list[str]:
+    """The kinds that read one of `KIND_FIELDS`."""
+    return [name for name, kind in ROUTER_KINDS.items() if setting in kind.reads]
