@@ -141,7 +141,10 @@ def test_a_wrong_file_is_found(damage: str, tmp_path: Path) -> None:
         check_rounding(file, architecture, plan, state.items())
 
 
-@pytest.mark.parametrize(("value", "outtype"), [(7e4, "f16"), (7e6, "q8_0"), (float("nan"), "f32")])
+@pytest.mark.parametrize(
+    ("value", "outtype"),
+    [(7e4, "f16"), (8.4e6, "q8_0"), (5.3e5, "q4_0"), (float("nan"), "f32")],
+)
 def test_values_that_a_type_has_not(value: float, outtype: str) -> None:
     tensor = torch.zeros(1, 32)
     tensor[0, 3] = value
@@ -149,6 +152,19 @@ def test_values_that_a_type_has_not(value: float, outtype: str) -> None:
         encode_tensor("x", tensor, OUTTYPES[outtype][0])
     if value == value:
         encode_tensor("x", tensor, OUTTYPES["bf16"][0])
+
+
+@pytest.mark.parametrize(
+    ("value", "outtype"), [(65504.0, "f16"), (127 * 65504.0, "q8_0"), (-8 * 65504.0, "q4_0")]
+)
+def test_the_largest_values_that_a_type_has(value: float, outtype: str) -> None:
+    """Of a type of blocks not an F16's own largest, but what its scale, an F16, takes."""
+    import gguf
+
+    tensor, kind = torch.zeros(1, 32), OUTTYPES[outtype][0]
+    tensor[0, 3] = value
+    stored = numpy.ascontiguousarray(encode_tensor("x", tensor, kind)).view(numpy.uint8)
+    assert gguf.dequantize(stored, kind).reshape(-1)[3] == value
 
 
 @pytest.mark.parametrize(

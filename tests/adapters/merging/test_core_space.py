@@ -289,6 +289,30 @@ def test_iso_of_a_lesser_rank_stays_where_the_adapters_are(tiny: Any, shake: Any
         np.testing.assert_allclose(found, expected, atol=1e-4 * s[0])
 
 
+def test_tsv_counts_no_direction_that_float32_made(tiny: Any, shake: Any) -> None:
+    """One task's adapter under three sets of factors whose product is the same but for rounding, one
+    of them of twice the rank: TSV has the triples of that task, and none of the rounding."""
+    model = tiny("llama", num_hidden_layers=1)
+    for name, rank in (("a", 4), ("scaled", 4), ("wide", 8)):
+        attach(model, LoraSpec(r=rank, lora_alpha=rank, target_modules=("q_proj",)), name)
+    bank = get_bank(model)
+    shake(bank["a"].masters().values())
+    one, scaled, wide = (bank[name].slots[FIRST] for name in ("a", "scaled", "wide"))
+    with torch.no_grad():
+        scaled.A.copy_(one.A * 3)
+        scaled.B.copy_(one.B / 3)
+        turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0]
+        wide.A.copy_(turn[:, :4] @ one.A)
+        wide.B.copy_(one.B @ turn[:, :4].T)
+    expected = (one.B.detach().double() @ one.A.detach().double()).numpy()
+    for others in (["a", "scaled"], ["a", "wide"], ["scaled", "wide"], ["a", "scaled", "wide"]):
+        made = merge_adapters(model, dict.fromkeys(others, 1.0), "merged", method="core_tsv")
+        slot = made.adapter.slots[FIRST]
+        found = (slot.B.detach().double() @ slot.A.detach().double()).numpy()
+        detach(model, "merged")
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_dare_drops_and_rescales_by_seed_and_module_alone(banked: Any) -> None:
     model = banked("llama")
     u, v, cores = twin_core(model, FIRST)

@@ -46,11 +46,12 @@ def column_basis(matrix: Tensor) -> Tensor:
     return q @ u[:, : max(_rank(s, max(matrix.shape)), 1)]
 
 
-def _rank(singular_values: Tensor, size: int) -> int:
-    """How many are not 0 but for rounding, by `torch.linalg.matrix_rank`'s measure."""
+def _rank(singular_values: Tensor, size: int, dtype: torch.dtype | None = None) -> int:
+    """How many are not 0 but for rounding, by `torch.linalg.matrix_rank`'s measure; ``dtype``: what
+    rounded, where it is not theirs."""
     if not singular_values.numel():
         return 0
-    floor = size * torch.finfo(singular_values.dtype).eps * singular_values[0]
+    floor = size * torch.finfo(dtype or singular_values.dtype).eps * singular_values[0]
     return int((singular_values > floor).sum())
 
 
@@ -76,16 +77,22 @@ def truncate(matrix: Tensor, rank: int | None) -> LowRankMatrix:
     )
 
 
-def merge_task_singular_vectors(cores: Sequence[Tensor]) -> Tensor:
+def merge_task_singular_vectors(
+    cores: Sequence[Tensor], floors: Sequence[float] | None = None, share: int | None = None
+) -> Tensor:
     """TSV-M (Gargiulo et al. 2024, arXiv 2412.00081) of K weighted cores [n, m]: the first 1/K of
     each one's singular triples side by side, U and V made orthonormal, U diag(S) V^T.
+
+    floors [K]: what the rounding of a core's factors may come to; values up to it are no triples of
+    the task. share: how many of each; None: 1/K of the core's. Cores of directions that are one but
+    for rounding are larger than those of the very same, and the share must not hang on it.
     """
-    share = max(min(cores[0].shape) // len(cores), 1)
+    share = share or max(min(cores[0].shape) // len(cores), 1)
     lefts, values, rights = [], [], []
-    for core in cores:
+    for core, floor in zip(cores, floors or [0.0] * len(cores), strict=True):
         u, s, vt = torch.linalg.svd(core, full_matrices=False)
         # triples of value 0 have arbitrary vectors, which would turn those of the other tasks
-        count = min(share, _rank(s, max(core.shape)))
+        count = min(share, _rank(s, max(core.shape)), int((s > floor).sum()))
         lefts.append(u[:, :count])
         values.append(s[:count])
         rights.append(vt[:count])
@@ -97,10 +104,11 @@ def merge_task_singular_vectors(cores: Sequence[Tensor]) -> Tensor:
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:
     """P Q^T of the SVD P S Q^T; directions of singular value 0 stay 0, since any completion of them
-    would be arbitrary.
+    would be arbitrary. The columns (or rows) are unit vectors made of float32 factors, whatever
+    their dtype now: two that are one but for float32's rounding are one.
     """
     p, s, qt = torch.linalg.svd(matrix, full_matrices=False)
-    count = _rank(s, max(matrix.shape))
+    count = _rank(s, max(matrix.shape), torch.float32)
     return p[:, :count] @ qt[:count]
 
 

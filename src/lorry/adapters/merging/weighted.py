@@ -323,20 +323,23 @@ def _merge_cores(
         slot.scale * (u.mT @ b) @ (a @ v.mT) for (a, b), (_, slot) in zip(parts, terms, strict=True)
     ]
     weights = [w for w, _ in terms]
+    # what float32 rounded off the factors: a copy of it in another direction is no task's
+    noise = [
+        torch.finfo(torch.float32).eps * abs(w * slot.scale) * float(a.norm() * b.norm())
+        for (a, b), (w, slot) in zip(parts, terms, strict=True)
+    ]
     if recipe.method.spectrum == "tsv":
+        # by the ranks, not by the core: whether two directions are one is a matter of rounding there
+        ranks, (a, b) = sum(slot.A.shape[0] for _, slot in terms), parts[0]
+        share = max(min(ranks, a.shape[1], b.shape[0]) // len(terms), 1)
         merged = merge_task_singular_vectors(
-            [w * core for w, core in zip(weights, cores, strict=True)]
+            [w * core for w, core in zip(weights, cores, strict=True)], noise, share
         )
     else:
         merged = recipe.combine(cores, weights)
     _check_finite(path, merged)
     if recipe.method.spectrum == "iso":
-        # what float32 rounded off the factors: a copy of it in another direction is no task's
-        size = math.fsum(
-            abs(w * slot.scale) * float(a.norm() * b.norm())
-            for (a, b), (w, slot) in zip(parts, terms, strict=True)
-        )
-        merged = flatten_spectrum(merged, torch.finfo(torch.float32).eps * size)
+        merged = flatten_spectrum(merged, math.fsum(noise))
     small = truncate(merged, recipe.rank)
     return small._replace(left=u @ small.left, right=small.right @ v)
 

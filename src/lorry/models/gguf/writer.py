@@ -40,7 +40,10 @@ OUTTYPES = {
     "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+# Largest value of a type that is stored by way of an F16: itself, or the scale of its block, which is
+# the largest of the block over 127 in Q8_0 and over 8 in Q4_0.
 LARGEST_F16 = 65504.0
+LARGEST = {F16: LARGEST_F16, Q8_0: 127 * LARGEST_F16, Q4_0: 8 * LARGEST_F16}
 # Largest rounding error: (share of the largest value in the block that a scale serves, plus so much
 # where the scale itself, an F16, is below the normal numbers). Q8_0: half a step of 127 a side.
 # Q4_0: a whole step of 8, at the end that the four bits have not. Both: the scale's own 11 bits.
@@ -110,9 +113,9 @@ def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> NDAr
     values = tensor.float().contiguous().numpy()
     if not numpy.isfinite(values).all():
         raise ModelError(f"{name} holds NaN or infinity; nothing was written")
-    if kind in (F16, Q8_0, Q4_0) and float(numpy.abs(values).max(initial=0.0)) > LARGEST_F16:
+    if float(numpy.abs(values).max(initial=0.0)) > (largest := LARGEST.get(kind, math.inf)):
         raise ModelError(
-            f"{name} holds a value above {LARGEST_F16:g}, the largest that {kind.name} stores; "
+            f"{name} holds a value above {largest:.8g}, the largest that {kind.name} stores; "
             "use outtype=bf16 or f32"
         )
     encoded: NDArray[numpy.generic] = gguf.quantize(values, kind)
