@@ -16,7 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorry.config import RunConfig, build_settings, dump_settings, parse_settings
-from lorry.config.parsing.files import LARGEST_DESCRIPTION, read_description_file, read_scalar
+from lorry.config.parsing.files import (
+    LARGEST_DESCRIPTION,
+    blank_comments,
+    read_description_file,
+    read_scalar,
+)
 from lorry.errors import ConfigError
 from lorry.visible import is_visible
 
@@ -273,3 +278,26 @@ def test_dump_reads_back_to_the_same_run(chosen: dict[str, Any]) -> None:
 def test_dump_without_adapter() -> None:
     run = build_settings(RunConfig, {"data": "x", "lora": None}, print)
     assert yaml.safe_load(dump_settings(run))["lora"] is None
+
+
+def test_json_may_have_comments(tmp_path: Path) -> None:
+    """Lines and columns of errors stay; what looks like one in a text is text."""
+    run = read(
+        tmp_path,
+        '{ // the rows\n "data": "a//b.jsonl", /* two\n lines */ "learning_rate": 1e-3 // so\n}',
+        "run.json",
+    )
+    assert run.data.path == "a//b.jsonl"
+    assert run.train.learning_rate == 1e-3
+    with pytest.raises(ConfigError, match=r"run.json:3: lora.r: got 0"):
+        read(tmp_path, '{"data": "x", /* one\n*/\n"lora": {"r": 0} // none\n}', "run.json")
+    with pytest.raises(ConfigError, match=r"run.json:\d: not JSON"):
+        read(tmp_path, '{"data": "x" /* never closed\n}', "run.json")
+
+
+@given(st.text(alphabet='"\\/*ab \n', max_size=40))
+def test_comments_leave_every_text_and_line_where_it_was(text: str) -> None:
+    assert len(blank_comments(text)) == len(text)
+    assert blank_comments(text).count("\n") == text.count("\n")
+    whole = json.dumps({"data": text})
+    assert blank_comments(whole) == whole

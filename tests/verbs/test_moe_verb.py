@@ -135,7 +135,7 @@ def test_a_finished_mixture_is_not_made_again(
     before = (mixture / "router" / "router.safetensors").stat().st_mtime_ns
     assert run_lorry("moe", mixture.parent / "experts.yaml") == 0
     told = capsys.readouterr().err
-    assert told.count("has finished as described; not done again") == 2
+    assert told.count("has finished, and nothing it was made of has changed") == 2
     assert (mixture / "router" / "router.safetensors").stat().st_mtime_ns == before
 
 

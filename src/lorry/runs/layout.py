@@ -36,6 +36,7 @@ START = "start_adapter"
 # of a mixture of experts: a folder beside those of its adapters, and what lies in it
 ROUTER, ROUTER_FILE, ROUTER_WEIGHTS = "router", "router.json", "router.safetensors"
 EXPERTS = "experts"  # the run in which a mixture's experts were trained
+STAGES = "stages.json"  # of what each stage of a mixture was made
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, as the next
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "lorry_adapter.json"  # the base's digest and what else PEFT's file has no field for

@@ -2,8 +2,8 @@
 
 Two stages, each a run of its own that goes on where it was stopped: OUTPUT/experts, a run of one
 job for each expert that is not brought along, and OUTPUT, the router's, which holds a copy of every
-expert and is the mixture. A finished stage of the same description and code is not done again; what a
-data file of the same name holds by now is not looked at, which the note says.
+expert and is the mixture. A finished stage is not done again while nothing that it was made of has
+changed: settings, code, base, data files, experts (moe_stages.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lorry.config import dump_settings
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.moe import ROUTER_KINDS, MoeRunConfig, RouterRunConfig, router_train
 from lorry.config.schema import RunConfig, TrainConfig
-from lorry.disk import receipt
 from lorry.errors import ConfigError
-from lorry.runs.layout import CHECKPOINTS, EXPERTS, RECEIPT, RUN_FILE, RunDir
-from lorry.verbs.open_model import print_note
+from lorry.runs.layout import EXPERTS, ROUTER, RunDir
+from lorry.verbs.moe_stages import Stages, adapter_inputs, clear_constant_mixture, row_inputs
 
 if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
@@ -43,11 +41,24 @@ def main(run: MoeRunConfig) -> int:
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
     router = router_run(run, folders) if ROUTER_KINDS[run.router.kind].trains else None
-    train_experts(run)
+    stages = Stages(run.output_dir, run.model)
+    train_experts(run, stages)
+    experts = adapter_inputs(folders)
     if router is not None:
-        _train_stage(router, "router")
+        clear_constant_mixture(run.output_dir)
+        stages.train("router", router, (one.data for one in router.experts), experts)
     else:
-        write_untrained_mixture(run, folders)
+        own = runs_by_adapter(run)
+        reads = (
+            [own[name].data for name in folders] if ROUTER_KINDS[run.router.kind].needs_rows else []
+        )
+        stages.write(
+            "router",
+            [run.output_dir / name for name in (ROUTER, *folders)],
+            {**experts, **row_inputs(reads)},
+            lambda: write_untrained_mixture(run, folders),
+            "\n".join(one.model_dump_json() for one in (run.router, *reads)),
+        )
     print(f"chat    lorry chat {run.output_dir}", file=sys.stderr)
     print(Path(run.output_dir))
     return 0
@@ -80,11 +91,11 @@ def expert_folders(run: MoeRunConfig) -> dict[str, Path]:
     return {job.name: brought.get(job.name) or folder.adapter(job.name, own) for job in run.jobs}
 
 
-def train_experts(run: MoeRunConfig) -> None:
+def train_experts(run: MoeRunConfig, stages: Stages) -> None:
     """Train those that were not brought along. Raises LorryError."""
-    brought = brought_adapters(run)
+    brought, alone = brought_adapters(run), runs_by_adapter(run)
     if own := [job.name for job in run.jobs if job.name not in brought]:
-        _train_stage(_experts_run(run, own, runs_by_adapter(run)), "experts")
+        stages.train("experts", _experts_run(run, own, alone), (alone[name].data for name in own))
 
 
 def _experts_run(run: MoeRunConfig, names: list[str], alone: dict[str, RunConfig]) -> RunConfig:
@@ -143,71 +154,14 @@ def router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunConfig:
         raise ConfigError("the router's run: " + "; ".join(lines)) from None
 
 
-def _train_stage(run: RunConfig, what: str) -> None:
-    """A stage: left out where it has finished as described, gone on with where it was stopped."""
-    from lorry.report import write_report
-    from lorry.train.monitoring.events import terminal_listener
-    from lorry.train.session import train_run
-
-    folder = run.output_dir
-    same = _is_same_description(folder, run)
-    if same and receipt.read(folder / RECEIPT) is not None and _is_unchanged(run):
-        print_note(
-            f"{what}: {folder} has finished as described; not done again (a data file that has changed is not noticed: "
-            "then move the folder away first)"
-        )
-        return
-    if same and (folder / CHECKPOINTS).is_dir() and receipt.read(folder / RECEIPT) is None:
-        print_note(f"{what}: {folder} was stopped; it goes on from its newest checkpoint")
-        train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
-        run = run.model_copy(update={"train": train})
-    listener = terminal_listener(run.train.logging_steps)
-    train_run(run, listeners=[listener])
-    write_report([folder])
-
-
-def _is_same_description(folder: Path, run: RunConfig) -> bool:
-    """Whether the run in a directory is described as this one, resuming aside."""
-    file = folder / RUN_FILE
-    if not file.is_file():
-        return False
-    before, now = file.read_text(encoding="utf-8"), dump_settings(run)
-    asked = "resume_from_checkpoint:"
-    lines = [[line for line in text.splitlines() if asked not in line] for text in (before, now)]
-    return lines[0] == lines[1]
-
-
-def _is_unchanged(run: RunConfig) -> bool:
-    """Whether what a finished stage was made of is what it was: code and experts' files."""
-    from lorry.adapters.peft.files import adapter_digest, find_adapter
-    from lorry.adapters.router_files import read_router_record
-    from lorry.train.checkpoint import code_digest
-
-    made = receipt.read(run.output_dir / RECEIPT) or {}
-    if receipt.part(made, "code").get("sha256") != code_digest():
-        return False
-    if not isinstance(run, RouterRunConfig):
-        return True
-    known = {e.name: e.sha256 for e in read_router_record(run.output_dir).experts}
-    # the copies in the mixture are fp32 masters, as the run's own experts are
-    return all(
-        adapter_digest(find_adapter(expert.adapter)[0]) == known.get(expert.name)
-        for expert in run.experts
-    )
-
-
 def write_untrained_mixture(run: MoeRunConfig, folders: dict[str, Path]) -> None:
     """A mixture whose router is made without training."""
     from lorry.adapters.peft.files import find_adapter, load_adapter
     from lorry.disk import durable
-    from lorry.runs.layout import ROUTER
     from lorry.train.finish import base_model_name
     from lorry.train.mixture import write_mixture
 
     durable.make_directory(run.output_dir)
-    taken = [n for n in (ROUTER, *folders) if (run.output_dir / n).exists()]
-    if taken:
-        raise ConfigError(f"{run.output_dir / taken[0]} is there already; give another output_dir")
     opened = _open_base(run)
     for name, path in folders.items():
         load_adapter(opened.model, find_adapter(path)[0], name, trainable=False)

@@ -16,6 +16,8 @@ import yaml
 from lorry.disk.documents import YAML_FLOAT, YAML_INTEGER, parse_json, parse_yaml, read_text
 from lorry.errors import ConfigError
 
+# a text, or a comment, each up to the end where it is not closed: looked for once, in linear time
+JSON_PART = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|//[^\n]*|/\*.*?(?:\*/|\Z)', re.DOTALL)
 LARGEST_DESCRIPTION = 1 << 18  # bytes; a longer run description is a mistake or an attack
 
 
@@ -76,6 +78,7 @@ def read_description_file(
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix == ".json":
+        text = blank_comments(text)
         # JSON is YAML but for escapes and tabs; read as what it is called
         values = parse_json(text, str(path), error=ConfigError)
         lines = _json_lines(values, text) if isinstance(values, dict) else {}
@@ -86,6 +89,16 @@ def read_description_file(
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: {expected}")
     return DescriptionFile(values, lines)
+
+
+def blank_comments(text: str) -> str:
+    """JSON with spaces in the place of `// ...` and `/* ... */`, so that every other character stays
+    where it was and errors name its line."""
+
+    def blank(part: re.Match[str]) -> str:
+        return part[0] if part[0].startswith('"') else re.sub(r"[^\n]", " ", part[0])
+
+    return JSON_PART.sub(blank, text)
 
 
 def _key_lines(node: yaml.MappingNode) -> list[tuple[str, int]]:

@@ -1,0 +1,176 @@
+"""The stages of `lorry moe`: each is left out where it has finished and all that it was made of is as
+it was, goes on where it was stopped, and is done again, which is said, where anything has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lorry.config import dump_settings
+from lorry.config.data import DataConfig
+from lorry.config.schema import ModelConfig, RunConfig
+from lorry.disk import receipt
+from lorry.errors import ConfigError
+from lorry.runs import ownership
+from lorry.runs.layout import (
+    CHECKPOINTS,
+    RECEIPT,
+    ROUTER,
+    ROUTER_FILE,
+    RUN_FILE,
+    TOKENIZER_FILES,
+)
+from lorry.runs.stages import StageRecord, data_digests, path_digest, text_digest
+from lorry.verbs.open_model import print_note
+
+# what of a model's directory is read; a report or a card beside it may change
+MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages below ``folder``, of one base."""
+
+    folder: Path
+    model: ModelConfig
+
+    @cached_property
+    def record(self) -> StageRecord:
+        """What each was made of."""
+        return StageRecord(self.folder)
+
+    @cached_property
+    def shared_inputs(self) -> dict[str, str]:
+        """What every stage is made of: code and base. Raises ModelError."""
+        from lorry.models.loading.sources import resolve_model
+        from lorry.notes import ignore_note
+        from lorry.train.checkpoint import code_digest
+
+        place = resolve_model(
+            self.model.name, revision=self.model.revision, add_note=ignore_note
+        ).directory
+        files = sorted({file for pattern in MODEL_PATTERNS for file in place.glob(pattern)})
+        base = text_digest("\n".join(f"{file.name} {path_digest(file)}" for file in files))
+        extra = {
+            f"model.{name}": path_digest(Path(given).expanduser())
+            for name in ("adapter", "chat_template_path")
+            if (given := getattr(self.model, name)) is not None
+            and Path(given).expanduser().exists()
+        }
+        return {"Lorry itself": code_digest(), f"the base {self.model.name}": base, **extra}
+
+    def train(
+        self,
+        stage: str,
+        run: RunConfig,
+        data: Iterable[DataConfig],
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
+        """A stage that is a run, which reads ``data``. ``inputs``: digests of what else it is made
+        of. Raises LorryError."""
+        from lorry.report import write_report
+        from lorry.train.monitoring.events import terminal_listener
+        from lorry.train.session import train_run
+        from lorry.train.start import archive_previous_run
+
+        folder = run.output_dir
+        inputs = {
+            "its settings": _settings_digest(run),
+            **self.shared_inputs,
+            **row_inputs(data),
+            **(inputs or {}),
+        }
+        ended = receipt.read(folder / RECEIPT) is not None
+        if self._is_finished(stage, inputs, folder, there=ended):
+            return
+        stopped = not ended and (folder / CHECKPOINTS).is_dir()
+        changed = self.record.changes(stage, inputs)
+        if stopped and changed:
+            # else it would be refused as the unfinished run of other settings
+            print_note(f"{folder} is in {archive_previous_run(folder, going_on=False)} now")
+        elif stopped and changed is not None:
+            print_note(f"{stage}: {folder} was stopped; it goes on from its newest checkpoint")
+            train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
+            run = run.model_copy(update={"train": train})
+        self.record.begin(stage, inputs)
+        train_run(run, listeners=[terminal_listener(run.train.logging_steps)])
+        write_report([folder])
+        self.record.finish(stage, inputs)
+
+    def write(
+        self,
+        stage: str,
+        outputs: list[Path],
+        inputs: Mapping[str, str],
+        write: Callable[[], None],
+        settings: str,
+    ) -> None:
+        """A stage that only writes: ``outputs``, all of them beside each other; what an earlier one
+        left there moves to previous/N. ``settings``: what it is told. Raises LorryError, ConfigError
+        for a place that is somebody else's."""
+        inputs = {"its settings": text_digest(settings), **self.shared_inputs, **inputs}
+        place = outputs[0].parent
+        there = [path.name for path in outputs if path.exists()]
+        if self._is_finished(stage, inputs, place, there=len(there) == len(outputs)):
+            return
+        if there and self.record.changes(stage, inputs) is None:
+            raise ConfigError(f"{place / there[0]} is there already; give another output_dir")
+        if there:
+            print_note(f"{place} held an earlier one; it is in "
+                       f"{ownership.move_to_previous(place, there)} now")  # fmt: skip
+        self.record.begin(stage, inputs)
+        write()
+        self.record.finish(stage, inputs)
+
+    def _is_finished(
+        self, stage: str, inputs: Mapping[str, str], place: Path, *, there: bool
+    ) -> bool:
+        """Whether a stage need not be done, and say why it is, or is not."""
+        changed = self.record.changes(stage, inputs)
+        if there and changed == [] and self.record.is_finished(stage):
+            print_note(f"{stage}: {place} has finished, and nothing it was made of has changed")
+            return True
+        if there and changed:
+            print_note(f"{stage}: {', '.join(changed)} changed since {place} was made: done again")
+        return False
+
+
+def adapter_inputs(folders: Mapping[str, Path]) -> dict[str, str]:
+    """The digests of experts, of those that are there. Raises ModelError."""
+    from lorry.adapters.peft.files import adapter_digest, find_adapter
+
+    return {
+        f"expert {name}": adapter_digest(find_adapter(folder)[0])
+        for name, folder in folders.items()
+    }
+
+
+def row_inputs(data: Iterable[DataConfig]) -> dict[str, str]:
+    """The digests of the files that these settings read. Raises ModelError."""
+    return {
+        f"the rows in {path}": digest
+        for settings in data
+        for path, digest in data_digests(settings).items()
+    }
+
+
+def clear_constant_mixture(folder: Path) -> None:
+    """Move a mixture whose router no run trained to FOLDER/previous/N: a run would not know its
+    files. Raises DiskError, ModelError for a router.json that is none."""
+    from lorry.adapters.router_files import read_router_record
+
+    if not (folder / ROUTER / ROUTER_FILE).is_file() or (folder / RUN_FILE).exists():
+        return
+    names = [expert.name for expert in read_router_record(folder).experts]
+    tokenizer = sorted({file.name for one in TOKENIZER_FILES for file in folder.glob(one)})
+    there = [name for name in (*tokenizer, *names, ROUTER) if (folder / name).exists()]
+    print_note(f"{folder} held a mixture; it is in {ownership.move_to_previous(folder, there)} now")
+
+
+def _settings_digest(run: RunConfig) -> str:
+    """Of a run's description, resuming aside."""
+    lines = dump_settings(run).splitlines()
+    return text_digest("\n".join(line for line in lines if "resume_from_checkpoint:" not in line))
