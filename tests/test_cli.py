@@ -145,7 +145,7 @@ def test_verb_help_shows_every_setting_with_its_default_and_help(
         "[0.0002]",
         "[2 x r]",
         "[smollm2-135m-instruct]",
-        "[required, or mix]",
+        "[required, unless mix is given]",
         "[runs/DATA-MODEL]",
     ):
         assert shown in text

@@ -264,7 +264,7 @@ def test_a_suite_asks_every_job_about_one_split(tmp_path: Path) -> None:
     subjects = "subjects=[{name: a, forget: tofu:forget01}, {name: b, forget: tofu:forget05}]"
     words = ["model=m", "retain=tofu:retain95", "method=NPO", subjects, "suite=tofu"]
     with pytest.raises(
-        ConfigError, match=r"job 'b': suite=tofu asks every job about forget01.*forget05"
+        ConfigError, match=r"job 'b': suite=tofu evaluates every job on forget01.*forget05"
     ):
         parse_settings(UnlearnRunConfig, words, print)
     run = parse_settings(UnlearnRunConfig, [*words, "forget_split=forget05"], print)

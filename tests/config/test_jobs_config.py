@@ -113,7 +113,8 @@ def test_jobs_that_bring_their_own_data_need_no_other() -> None:
     other = runs_by_adapter(parse_settings(RunConfig, several, print))["b"].data
     assert other == parse_settings(RunConfig, ["data=b.jsonl"], print).data
     with pytest.raises(
-        ConfigError, match=r"job 'b': data\.path is missing: the run has no rows of its own"
+        ConfigError,
+        match=r"job 'b': data\.path is missing: neither the run nor this job names rows",
     ):
         parse_settings(
             RunConfig, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], print
@@ -259,7 +260,7 @@ def test_a_mistake_in_a_job_is_told_with_its_line(
         ("[{name: a/b}]", "'a/b' is not a name"),
         ("[{name: checkpoints}]", "'checkpoints' cannot be a job's name"),
         ("[{name: run.yaml}]", r"'run\.yaml' cannot be a job's name"),
-        ("[{name: a, lora: null}]", "no setting of a job; every job is an adapter"),
+        ("[{name: a, lora: null}]", "cannot be set for a job, since every job trains an adapter"),
         ("[{name: a, test_size: 0.1, eval: y}]", r"job 'a': data\.test_size and data\.eval"),
         (
             "[{name: a, load_best_model_at_end: true}]",
@@ -323,9 +324,9 @@ def test_subjects_are_jobs_with_rows_of_their_own(word: str, tmp_path: Path) -> 
     [
         (["forget=f", "jobs=[{name: a, method: KL}]"], "unlearn.method is the same for all jobs"),
         (["forget=f", "layer=3,5"], "unlearn.layer is the same for all jobs"),
-        (["forget=f", "delta=1,2"], "job 'delta1'.*delta is not read by NPO"),
+        (["forget=f", "delta=1,2"], "job 'delta1'.*delta is not used by NPO"),
         (["jobs=[{name: a, forget: f}, {name: b, r: 2}]"], "job 'b': unlearn.forget is missing"),
-        (["forget=f", "jobs=[{name: a, data: g}]"], "job 'a'.*reads forget=FILE|both say what"),
+        (["forget=f", "jobs=[{name: a, data: g}]"], "job 'a'.*reads forget=FILE|both name the forget set"),
         (["forget=f", "jobs=[{name: a}]", "subjects=[{name: a}]"], "both set jobs"),
     ],
 )  # fmt: skip
@@ -401,7 +402,7 @@ def test_passes_of_a_few_jobs_each() -> None:
         (["sweep={save_steps: [8, 9]}"], r"train\.save_steps is the same for all jobs"),
         (["dtype=bf16,fp32"], r"model\.dtype: got 'bf16,fp32'"),
         (["sweep=8"], "a sweep is a map of lists"),
-        (["sweep=[{r: 8}]", "seed=0,1"], "a list of maps and nothing beside it"),
+        (["sweep=[{r: 8}]", "seed=0,1"], "a list of maps, not both"),
         (["jobs=[{name: a}]", "r=8,16"], "a list of jobs and a sweep are both given"),
     ],
 )

@@ -164,7 +164,7 @@ def test_several_files() -> None:
         (["r=" + "9" * 5000], "lora.r: got '999"),
         (
             ["seed=99999999999999999999999"],
-            "train.seed: got 99999999999999999999999; whole numbers go to",
+            "train.seed: got 99999999999999999999999; the largest whole number is",
         ),
         (["max_length=0x" + "f" * 5000], "data.max_length: got '0xfffff"),
         (["rank_pattern={q_proj: 1" + "0" * 30 + "}"], "lora.rank_pattern: got "),
@@ -179,8 +179,8 @@ def test_several_files() -> None:
             "train.num_train_epochs: got 1e+300; give a number above 0 and at most 100000",
         ),
         (["learning_rate=1e999"], "train.learning_rate: got '1e999'; give a number above 0"),
-        (["memory_budget=" + "9" * 5000], "is no amount of memory"),
-        (["memory_budget=" + "9" * 400 + "GiB"], "is no amount of memory"),
+        (["memory_budget=" + "9" * 5000], "is not an amount of memory"),
+        (["memory_budget=" + "9" * 400 + "GiB"], "is not an amount of memory"),
         (["task=dpo"], "task: got 'dpo'; give sft"),
     ],
 )
@@ -426,7 +426,7 @@ def test_bare_words_go_to_the_main_setting() -> None:
         ).dtype
         == "bfloat16"
     )
-    with pytest.raises(ConfigError, match=r"runs/b: one word too many after 'runs/a'"):
+    with pytest.raises(ConfigError, match=r"runs/b: unexpected word after 'runs/a'"):
         parse_settings(DoctorSettings, ["runs/a", "runs/b"], print)
     with pytest.raises(ConfigError, match=r"^--foo: unknown setting 'foo'"):
         parse_settings(MergeSettings, ["--foo", "3", "runs/a"], print)
@@ -440,10 +440,13 @@ def test_bare_words_go_to_the_main_setting() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seed": 10**30}, r"train\.seed: got 10{30}; whole numbers go to 9223372036854775807"),
+        (
+            {"seed": 10**30},
+            r"train\.seed: got 10{30}; the largest whole number is 9223372036854775807",
+        ),
         (
             {"max_length": 1 << 20_000},
-            r"data\.max_length: got a whole number of 20001 bits; whole numbers go to",
+            r"data\.max_length: got a whole number of 20001 bits; the largest whole number is",
         ),
         ({"rank_pattern": {"q_proj": 10**30}}, r"lora\.rank_pattern: got 10{11}"),
         ({"learning_rate": float("inf")}, r"train\.learning_rate: got inf; give a number above 0"),

@@ -177,7 +177,11 @@ def test_a_llama_factory_file_as_it_is(tmp_path: Path) -> None:
             "    type: gpteacher",
             "datasets must have one and the same type (alpaca,",
         ),
-        ("    type: alpaca", "    shards: 5", "datasets has shards, which Lorry has no word for"),
+        (
+            "    type: alpaca",
+            "    shards: 5",
+            "datasets has shards, which has no counterpart in Lorry",
+        ),
         (
             "  pad_token:",
             "  bos_token:",

@@ -315,7 +315,7 @@ def test_weights_that_hardly_move_are_another_model(
         ({"metrics": ["forget_truth_ratio"], "retain_logs_path": "none.json"}, "none.json"),
         ({"holdout_split": "nowhere", "metrics": ["mia_loss"]}, "nowhere"),
         ({"suite": None}, "metrics is for suite=tofu"),
-        ({"suite": "muse", "metrics": [], "forget_split": "forget05"}, "is not read by suite=muse"),
+        ({"suite": "muse", "metrics": [], "forget_split": "forget05"}, "is not used by suite=muse"),
     ],
 )
 def test_bad_settings_are_one_error_before_anything_is_written(

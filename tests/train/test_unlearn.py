@@ -375,7 +375,7 @@ def wrong(world: Path, tmp_path: Path, match: str, **settings: Any) -> None:
 
 def test_bad_settings(world: Path, tmp_path: Path) -> None:
     bad = {
-        "delta is not read by NPO": {"delta": 1.0},
+        "delta is not used by NPO": {"delta": 1.0},
         "NPOO' is no method.*did you mean .NPO": {"method": "NPOO"},
         "retain is missing": {"retain": None},
         "greater than 0|above 0": {"beta": 0},
@@ -383,14 +383,14 @@ def test_bad_settings(world: Path, tmp_path: Path) -> None:
         "alternates is missing": {"method": "AltPO"},
         "forget=FILE": {"forget": None, "data": {"path": str(world / "all.jsonl")}},
         "streaming": {"streaming": True},
-        "early_stop=collapse looks at": {
+        "early_stop=collapse needs a retain set": {
             "method": "GradAscent",
             "retain": None,
             "early_stop": "collapse",
         },
-        "sam_rho is read with gradient=sam": {"sam_rho": 0.1},
-        "gradient=gru goes by the retain loss": {"gradient": "gru", "alpha": 0},
-        "anchor=retain is a pass over retained rows": {"anchor": "retain", "alpha": 0},
+        "sam_rho is used with gradient=sam": {"sam_rho": 0.1},
+        "gradient=gru needs a retain loss": {"gradient": "gru", "alpha": 0},
+        "anchor=retain needs a retain set": {"anchor": "retain", "alpha": 0},
         "both end a run": {"early_stop": "collapse", "early_stopping_patience": 2},
     }
     for match, settings in bad.items():

@@ -233,7 +233,7 @@ def test_the_next_question_is_no_part_of_an_answer(opened: OpenedModel) -> None:
         (["prompt=Say {answer}"], 2, "has to hold {question}"),
         (["prompt={question} {other}"], 2, "has to hold {question}"),
         (["prompt={question:>9}"], 2, "as they are"),
-        (["prompt={question"], 2, "is no template"),
+        (["prompt={question"], 2, "is not a valid template"),
         (["n=2", "temperature=0"], 2, "greedy answers to one question are all the same"),
         (["forget={folder}/text.jsonl"], 3, "a text without a question has no other answer"),
         (["forget={folder}/none.jsonl"], 3, "there are no rows"),

@@ -196,7 +196,7 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
         (["data=x.jsonl", "memory_budget=1GiB"], "memory_budget is planned for adapters only"),
         (
             ["data=x.jsonl", "learning_rates={fill: 1e-3}"],
-            "learning_rates names 'fill', which is none of ways",
+            "learning_rates names 'fill', which is not among ways",
         ),
     ],
 )

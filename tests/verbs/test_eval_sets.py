@@ -279,10 +279,10 @@ def test_right_answers_beyond_the_context_cost_the_perplexity_only(
     [
         (["data={rows}", "n_shot=2"], "n_shot is for tasks=[...]"),
         (["data={rows}", "temperature=0.7"], "temperature is for tasks=[...]"),
-        (["data={rows}", "output_dir=table.csv"], "tables in CSV are of tasks=[...]"),
+        (["data={rows}", "output_dir=table.csv"], "CSV tables are for tasks=[...]"),
         (
             ["tasks=[bool_q]", "data.split=test"],
-            "data.split is for data=FILE; named sets know how they are read; task_split",
+            "data.split is for data=FILE; a named set defines its own format; task_split",
         ),
         (["tasks=[bool_q]", "top_p=0.9"], "top_p is for sampled answers"),
         (["tasks=[bool_q]", "output_dir={folder}"], "is a directory with a file's name"),

@@ -330,7 +330,7 @@ def test_the_command_line_tells_the_two_forms_apart() -> None:
         (["a", "b", "method=core_iso", "seed=1"], "core_iso reads no seed"),
         (["a", "b", "method=linear", "majority_sign_method=frequency"], "reads no majority_sign"),
         (["a", "b", "rank=4"], "method=cat reads no rank"),
-        (["a", "b", "scale=auto"], "needs rows to choose by: data=FILE"),
+        (["a", "b", "scale=auto"], "needs rows to choose the coefficient by; give data=FILE"),
         (["a", "b", "data=f"], "data.path is for scale=auto"),
         (["a", "b", "method=tie"], "linear, cat, svd"),
         (["a", "b", "density=0", "method=ties"], "above 0"),

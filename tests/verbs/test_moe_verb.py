@@ -276,7 +276,7 @@ def test_gates_of_experts_that_are_not_there() -> None:
         (["router.top_k=3"], "there are 2 experts"),
         (["router.kind=fixed"], "router.gates={EXPERT: g} is for router.kind=fixed"),
         (["lora.target_modules=all-linear", "max_steps=1"], "router.input=mlp does not gate"),
-        (["experts=[{name: one, data: a.jsonl}]"], "two at least"),
+        (["experts=[{name: one, data: a.jsonl}]"], "at least two"),
         (["experts=[{name: router, data: a.jsonl}, {name: b, data: a.jsonl}]"], "router"),
         (["experts=[{name: one}, {name: two}]"], "neither data=FILE nor adapter=DIR"),
         (["router.train={steps: 1}"], "router.train.steps: Extra inputs are not permitted"),

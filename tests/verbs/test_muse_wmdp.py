@@ -291,8 +291,8 @@ def test_bad_questions_are_one_error(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("limit=3",), "limit is not read by suite=wmdp"),
-        (("retain_logs_path=x.json",), "retain_logs_path is not read by suite=wmdp"),
+        (("limit=3",), "limit is not used by suite=wmdp"),
+        (("retain_logs_path=x.json",), "retain_logs_path is not used by suite=wmdp"),
         (("metrics=[wmdp_chem]",), "has no wmdp-chem.json"),
     ],
 )

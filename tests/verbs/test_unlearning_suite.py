@@ -474,7 +474,7 @@ def test_our_own_oracle_has_to_be_of_the_same_rows(
         (["metrics=[forget_qualty]"], "no 'forget_qualty' (did you mean 'forget_quality'?)"),
         (["metrics=[forget_quality]"], "give its EVAL.json as retain_logs_path"),
         (["forget_split=forget07"], "TOFU has forget01, forget05, forget10"),
-        (["temperature=1"], "how suite=tofu asks is fixed"),
+        (["temperature=1"], "suite=tofu fixes its own"),
         (["data=x.jsonl"], "one of these"),
         (["output_dir=x.json"], "name a folder"),
         (["local.tofu=nowhere"], "is no folder"),

@@ -34,13 +34,15 @@ class AlternatesData(SettingsGroup):
     """how the rows are read, as `lorry unlearn` reads them"""
 
     local: dict[str, PathText] = config_field(
-        {}, "local.tofu=FOLDER with TOFU's splits, where they are not taken from the hub"
+        {}, "local.tofu=FOLDER that holds TOFU's splits; without it they come from the hub"
     )
     name: str | None = config_field(None, "configuration of a hub data set")
     split: str = config_field("train", "split of a folder or hub data set")
-    format: FormatName = config_field("auto", "how a row is read; auto goes by its columns")
-    on_bad_row: Literal["error", "skip"] = config_field("error", "stop, or leave the row out")
-    system: str | None = config_field(None, "system message for conversations that bring none")
+    format: FormatName = config_field("auto", "row format; auto: recognised from the columns")
+    on_bad_row: Literal["error", "skip"] = config_field(
+        "error", "on a row that cannot be used: stop, or skip it"
+    )
+    system: str | None = config_field(None, "system message for conversations without one")
 
 
 class AlternatesSettings(SettingsGroup):
@@ -52,42 +54,45 @@ class AlternatesSettings(SettingsGroup):
     model: ModelConfig = ModelConfig()
     forget: PathText | list[PathText] = config_field(
         ...,
-        "rows to forget: file, directory or hub id, or a list of them; or of a benchmark by name: tofu:forget10",
+        (
+            "forget set: file, directory or hub id, or a list of them; or a "
+            "benchmark's split: tofu:forget10"
+        ),
     )
     alternates: PathText = config_field(
-        ..., "file to write, which is not there yet: .json, one array of rows, or .jsonl"
+        ..., "file to write, which must not exist yet: .json (one array of rows) or .jsonl"
     )
-    n: PositiveInt = config_field(1, "alternates of a question; AltPO's authors take 5")
+    n: PositiveInt = config_field(1, "alternates per question; AltPO's authors use 5")
     temperature: float = config_field(1.0, "1: the model's own distribution; 0: greedy", ge=0)
-    max_new_tokens: PositiveInt = config_field(200, "longest alternate in tokens")
+    max_new_tokens: PositiveInt = config_field(200, "maximum length of an alternate, in tokens")
     seed: NonNegativeInt = config_field(
-        0, "of the sampling: a function of (seed, row, which of n) alone"
+        0, "seed of the sampling; an alternate depends only on seed, row and its number"
     )
     prompt: str = config_field(
         ALTERNATES_PROMPT,
-        "what the model is asked, with {question} and {answer} of the row",
-        json_schema_extra={"shown": "another plausible answer, all facts changed"},
+        "prompt template, with {question} and {answer} of the row",
+        json_schema_extra={"shown": "asks for another plausible answer with all facts changed"},
     )
     prefill: str = config_field(
-        ALTERNATES_PREFILL, "how its answer begins; no part of the alternate"
+        ALTERNATES_PREFILL, "start of the model's answer; not part of the alternate"
     )
     data: AlternatesData = AlternatesData()
-    limit: PositiveInt | None = config_field(None, "of the first so many rows")
-    batch_size: PositiveInt = config_field(32, "alternates sampled at a time")
+    limit: PositiveInt | None = config_field(None, "sample for the first n rows only")
+    batch_size: PositiveInt = config_field(32, "alternates per batch")
     backend: BackendConfig = BackendConfig()
 
     @field_validator("forget")
     @classmethod
     def _some_path(cls, value: str | list[str]) -> str | list[str]:
         if not value:
-            raise ValueError("names no file")
+            raise ValueError("is empty; give a file")
         return value
 
     @field_validator("alternates")
     @classmethod
     def _kind_of_file(cls, value: str) -> str:
         if not value.lower().endswith(FILE_KINDS):
-            raise ValueError(f"{value}: the name of the file ends in {' or '.join(FILE_KINDS)}")
+            raise ValueError(f"{value}: the file name has to end in {' or '.join(FILE_KINDS)}")
         return value
 
     @field_validator("prompt")
@@ -97,21 +102,23 @@ class AlternatesSettings(SettingsGroup):
         try:
             parts = list(Formatter().parse(value))
         except ValueError as error:
-            raise ValueError(f"is no template ({error}); write {{{{ for a brace") from None
+            raise ValueError(f"is not a valid template ({error}); write {{{{ for a brace") from None
         named = {name for _, name, _, _ in parts if name is not None}
         if "question" not in named or not named <= set(PLACEHOLDERS):
             raise ValueError(
                 "has to hold {question} and may hold {answer}, and nothing else in braces; write {{ for a brace"
             )
         if any(spec or conversion for _, _, spec, conversion in parts):
-            raise ValueError("takes {question} and {answer} as they are, without a format behind")
+            raise ValueError(
+                "holds a format or conversion; write {question} and {answer} without one"
+            )
         return value
 
     @validate_model(mode="after")
     def _draws_differ(self) -> AlternatesSettings:
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
-                f"n={self.n} with temperature=0: greedy answers to one question are all the same; "
-                "take n=1, or a temperature above 0"
+                f"n={self.n} with temperature=0: greedy answers to one question are "
+                "all the same; give n=1, or a temperature above 0"
             )
         return self

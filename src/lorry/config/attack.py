@@ -39,41 +39,53 @@ class AttackSettings(SettingsGroup):
         "rephrase: other words, another format, a jailbreak prefix"
     )
     forget_split: str = config_field(
-        "forget10", "TOFU's rows that were to be forgotten: forget01, forget05 or forget10"
+        "forget10", "TOFU's forget set: forget01, forget05 or forget10"
     )
     forget: PathText | None = config_field(
-        None, "a file of such rows instead: question, answer, paraphrased_answer, perturbed_answer"
+        None,
+        (
+            "forget set as a file instead; columns question, answer, "
+            "paraphrased_answer, perturbed_answer"
+        ),
     )
-    local: dict[str, PathText] = config_field({}, "local.tofu=FOLDER with TOFU's splits")
+    local: dict[str, PathText] = config_field({}, "local.tofu=FOLDER that holds TOFU's splits")
     oracle: PathText | None = config_field(
-        None, "a run or model trained without the rows, attacked beside it; robustness R needs it"
+        None, "run or model trained without the forget set, attacked too; needed for robustness R"
     )
     relearn_share: float = config_field(
-        0.1, "relearn: share of the rows that is trained on; the others are measured", gt=0, lt=1
+        0.1, "relearn: share of the forget set to train on; the other rows are measured", gt=0, lt=1
     )
     relearn_steps: list[NonNegativeInt] = config_field(
-        [0, 5, 10, 25, 50], "relearn: steps after which the other rows are measured, from 0 on"
+        [0, 5, 10, 25, 50], "relearn: steps after which the other rows are measured; starts with 0"
     )
-    learning_rate: PositiveFloat = config_field(2e-4, "relearn: constant rate of the new adapter")
+    learning_rate: PositiveFloat = config_field(
+        2e-4, "relearn: constant learning rate of the new adapter"
+    )
     r: PositiveInt = config_field(16, "relearn: rank of the new adapter", le=2**30)
-    batch_size: PositiveInt = config_field(8, "rows of a relearning step; rows generated at a time")
-    seed: NonNegativeInt = config_field(0, "relearn: of the choice of rows, their order, A")
+    batch_size: PositiveInt = config_field(
+        8, "rows per relearning step; rows per batch of generation"
+    )
+    seed: NonNegativeInt = config_field(
+        0, "relearn: seed of the choice of rows, their order and the initial A"
+    )
     limit: PositiveInt | None = config_field(
-        None, "rephrase: answer the first so many rows; probabilities are always of all"
+        None,
+        ("rephrase: generate answers to the first n rows only; probabilities always use all rows"),
     )
     max_new_tokens: PositiveInt | None = derived_field(
-        "200", "rephrase: longest generated answer in tokens"
+        "200", "rephrase: maximum length of a generated answer, in tokens"
     )
     backend: BackendConfig = BackendConfig()
     output_dir: DirPath | None = derived_field(
-        "evals in the run", "folder for attacks.json, to which each attack adds its part"
+        "evals/ in the run directory",
+        "folder for attacks.json; each attack adds its results to that file",
     )
 
     @field_validator("relearn_steps")
     @classmethod
     def _from_the_start(cls, value: list[int]) -> list[int]:
         if sorted(set(value)) != value or not value or value[0] != 0:
-            raise ValueError("has to rise from 0, where the model stands before the attack")
+            raise ValueError("has to start at 0 (the model before the attack) and increase")
         return value
 
     @validate_model(mode="after")
@@ -81,9 +93,9 @@ class AttackSettings(SettingsGroup):
         unread = [n for n, attacks in ATTACKS_OF_FIELDS.items() if self.attack not in attacks]
         if odd := first_changed(self, unread):
             raise ValueError(
-                f"{odd} is not read by {self.attack}; it is a setting of "
+                f"{odd} is not used by {self.attack}; it is a setting of "
                 f"{', '.join(ATTACKS_OF_FIELDS[odd])}"
             )
         if self.forget is not None and first_changed(self, ("forget_split",)):
-            raise ValueError("forget and forget_split both say what was forgotten; keep one")
+            raise ValueError("forget and forget_split both name the forget set; keep one")
         return self

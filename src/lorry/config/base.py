@@ -56,7 +56,8 @@ def _clean_directory(path: Path) -> Path:
     parts = [len(os.fsencode(part)) for part in cleaned.parts]
     if max(parts, default=0) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH:
         raise ValueError(
-            f"a name in a path may have {LONGEST_NAME} bytes and a path {LONGEST_PATH}; {_shorten_path(str(path))} is longer"
+            f"a name in a path may have at most {LONGEST_NAME} bytes and a whole "
+            f"path {LONGEST_PATH}; {_shorten_path(str(path))} is longer"
         )
     return cleaned
 
@@ -108,7 +109,9 @@ def _refuse_beyond_64_bits(value: Any) -> None:
     while waiting:
         part = waiting.pop()
         if isinstance(part, int) and not -LARGEST_INTEGER <= part <= LARGEST_INTEGER:
-            raise ValueError(f"got {show_value(part)}; whole numbers go to {LARGEST_INTEGER}")
+            raise ValueError(
+                f"got {show_value(part)}; the largest whole number is {LARGEST_INTEGER}"
+            )
         if isinstance(part, (dict, list)) and id(part) not in seen:
             seen.add(id(part))
             waiting += part.values() if isinstance(part, dict) else part

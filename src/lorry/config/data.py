@@ -24,12 +24,18 @@ class DataConfig(SettingsGroup):
     needs_rows: ClassVar[bool] = True
     path: PathText | list[PathText] | None = config_field(
         None,
-        "file, directory or hub id, or a list of them; or rows of a benchmark by name: tofu:full",
-        json_schema_extra={"shown": "required, or mix"},
+        (
+            "training rows: file, directory or hub id, or a list of them; or a "
+            "benchmark's split: tofu:full"
+        ),
+        json_schema_extra={"shown": "required, unless mix is given"},
     )
     mix: list[str] = config_field(
         [],
-        "named sets and suites (docs/sets.md) to mix instead of a path, such as [common_gen, bool_q]",
+        (
+            "named sets and suites (docs/sets.md) to train on instead of path, such as "
+            "[common_gen, bool_q]"
+        ),
     )
     weights: dict[str, PositiveFloat] | list[PositiveFloat] | None = config_field(
         None,
@@ -40,44 +46,52 @@ class DataConfig(SettingsGroup):
         "files of named sets: local.NAME=path, or of one split: local.NAME.train=path; folders of tofu, muse, wmdp",
     )
     catalog: PathText | None = config_field(
-        None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"
+        None, "your own named sets: a YAML file, or a folder of them (docs/sets.md)"
     )
     template: NonNegativeInt | None = config_field(
         None, "prompt template of named sets; null: drawn for each row by the seed"
     )
     name: str | None = config_field(None, "configuration of a hub data set")
     split: str = config_field("train", "split of a hub data set")
-    format: FormatName = config_field("auto", "how a row is read; auto goes by its columns")
+    format: FormatName = config_field("auto", "row format; auto: recognised from the columns")
     eval: PathText | None = config_field(None, "file, directory or hub id to evaluate on")
     eval_split: str | None = config_field(None, "split to evaluate on, of eval or else of path")
     test_size: int | float | None = config_field(
         None, "rows of path held out for evaluation: a share below 1 or a count"
     )
-    n: PositiveInt | None = config_field(None, "use the first n rows; with mix, of each named set")
-    eval_n: PositiveInt | None = config_field(None, "the same of the rows to evaluate on")
-    streaming: bool = config_field(False, "read rows as they are needed")
-    shuffle: bool = config_field(True, "another order each epoch, a function of (seed, epoch)")
+    n: PositiveInt | None = config_field(
+        None, "use the first n rows only; with mix, of each named set"
+    )
+    eval_n: PositiveInt | None = config_field(
+        None, "evaluate on the first n rows only; with mix, of each named set"
+    )
+    streaming: bool = config_field(False, "read rows while training, not all beforehand")
+    shuffle: bool = config_field(
+        True, "shuffle each epoch; the order depends only on seed and epoch"
+    )
     # ge=2: a prompt's token and the token that is learnt
     max_length: int = config_field(
-        1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2
+        1024,
+        ("maximum length of an example, in tokens; a longer one is cut at the start of its prompt"),
+        ge=2,
     )
     packing: bool = config_field(
-        False, "lay several examples end to end in max_length tokens; they do not see each other"
+        False, "pack several examples into max_length tokens; they do not attend to each other"
     )
     completion_only_loss: bool | None = config_field(
-        None, "learn the answers only; null: yes, unless the rows are plain text"
+        None, "loss on the answers only; null: yes, unless the rows are plain text"
     )
     on_bad_row: Literal["error", "skip", "quarantine"] = config_field(
-        "error", "stop, drop the row, or keep it in a file aside"
+        "error", "on a row that cannot be used: stop, skip it, or write it to quarantine.jsonl"
     )
-    system: str | None = config_field(None, "system message for conversations that bring none")
+    system: str | None = config_field(None, "system message for conversations without one")
     text_field: str | None = config_field(None, "column of plain text")
 
     @field_validator("path")
     @classmethod
     def _some_path(cls, value: str | list[str] | None) -> str | list[str] | None:
         if value is not None and not value:
-            raise ValueError("names no file")
+            raise ValueError("is empty; give a file")
         return value
 
     @field_validator("mix")
@@ -85,7 +99,8 @@ class DataConfig(SettingsGroup):
     def _each_once(cls, value: list[str]) -> list[str]:
         if repeated := [name for name in value if value.count(name) > 1]:
             raise ValueError(
-                f"names {repeated[0]!r} twice; weights says how much of a set there is"
+                f"names {repeated[0]!r} twice; to read a set more often, raise its "
+                "share in data.weights"
             )
         return value
 
@@ -96,7 +111,7 @@ class DataConfig(SettingsGroup):
                 "data.path is missing: give data=FILE, or data.mix=[...] with named sets"
             )
         if self.path is not None and self.mix:
-            raise ValueError("data.path and data.mix both say what to read; keep one")
+            raise ValueError("data.path and data.mix both name the training rows; keep one")
         if self.weights is not None and not self.mix:
             raise ValueError(
                 "data.weights are the shares of the named sets in data.mix, which is empty"
@@ -104,7 +119,8 @@ class DataConfig(SettingsGroup):
         # refused rather than ignored: whoever gives one of them expects it to do something
         if self.mix and (self.streaming or self.format != "auto" or self.text_field is not None):
             raise ValueError(
-                "data.streaming, format and text_field are for data.path; named sets know how they are read"
+                "data.streaming, format and text_field apply to data.path; a named "
+                "set defines its own format"
             )
         return self
 
@@ -124,7 +140,8 @@ class DataConfig(SettingsGroup):
     def _one_way_to_evaluate(self) -> DataConfig:
         if self.test_size is not None and (self.eval or self.eval_split):
             raise ValueError(
-                "data.test_size and data.eval (or data.eval_split) both say what to evaluate on; keep one"
+                "data.test_size and data.eval (or data.eval_split) both name the "
+                "evaluation set; keep one"
             )
         return self
 

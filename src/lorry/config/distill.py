@@ -21,32 +21,40 @@ class DistillConfig(SettingsGroup):
 
     main: ClassVar[str] = "teacher"
     teacher: PathText | None = config_field(
-        None, "model or run to learn from; null with teacher_adapter: the student's own base"
+        None, "teacher: a model or a run; null with teacher_adapter: the student's base model"
     )
     teacher_adapter: PathText | None = config_field(
-        None, "adapter of the teacher; on the student's base it costs no second model"
+        None, "adapter of the teacher; on the student's base model no second model is loaded"
     )
-    teacher_dtype: DtypeName = config_field("auto", "format of the teacher's weights")
+    teacher_dtype: DtypeName = config_field("auto", "dtype of the teacher's weights")
     teacher_quantize: Literal["nf4", "fp4", "int8"] | None = config_field(
-        None, "hold its matrices in 4 or 8 bits (bitsandbytes)"
+        None, "load the teacher's matrices in 4 or 8 bits (bitsandbytes)"
     )
     loss: DivergenceName = config_field(
         "kl",
         "kl (teacher to student), reverse_kl, jsd (with beta), or uld for another tokenizer (sorted probabilities)",
     )
-    temperature: float = config_field(1.0, "both distributions are softened by it", ge=1e-3, le=1e3)
+    temperature: float = config_field(1.0, "temperature of both distributions", ge=1e-3, le=1e3)
     beta: float = config_field(
         0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1
     )
     # gt=0: with 0 nothing would be learnt from the teacher, and it would be read for nothing
     alpha: float = config_field(
-        0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1
+        0.5,
+        (
+            "weight of the distillation loss; 1 - alpha is that of the cross-entropy "
+            "on the data's answers"
+        ),
+        gt=0,
+        le=1,
     )
     top_k: PositiveInt | None = derived_field(
-        "null; 64 with cache", "keep the teacher's likeliest tokens only; null: all of them"
+        "null; 64 with cache",
+        "use the teacher's k likeliest tokens only; null: the whole vocabulary",
     )
     cache: PathText | None = config_field(
-        None, "directory that keeps the teacher's scores, so that it is read once"
+        None,
+        ("directory to cache the teacher's scores in, so that the teacher runs over each row once"),
     )
 
     @model_validator(mode="before")
@@ -78,9 +86,9 @@ class DistillRunConfig(RunConfig):
     @model_validator(mode="after")
     def _one_student(self) -> DistillRunConfig:
         if self.jobs:
-            raise ValueError("jobs: a distillation trains one student; run several")
+            raise ValueError("jobs: a distillation trains one student; start one run for each")
         if self.data.streaming:
             raise ValueError(
-                "data.streaming: a distillation reads its rows more than once; leave streaming out"
+                "data.streaming: distillation reads its rows more than once; leave streaming out"
             )
         return self

@@ -45,20 +45,27 @@ class EvalData(SettingsGroup):
 
     main: ClassVar[str] = "path"
     path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = config_field(
-        None, "file, directory or hub id, or a list"
+        None, "evaluation set: file, directory or hub id, or a list of them"
     )
     name: str | None = config_field(None, "configuration of a hub data set")
     split: str = config_field("train", "split of a folder or hub data set")
-    format: FormatName = config_field("auto", "how a row is read; auto goes by its columns")
+    format: FormatName = config_field("auto", "row format; auto: recognised from the columns")
     text_field: str | None = config_field(None, "column of plain text")
     max_length: int = config_field(
-        1024, "longest row in tokens for the loss; a longer one loses the start of its prompt", ge=2
+        1024,
+        (
+            "maximum length of a row for the loss, in tokens; a longer one is cut at "
+            "the start of its prompt"
+        ),
+        ge=2,
     )
     completion_only_loss: bool | None = config_field(
-        None, "loss of the answers only; null: yes, unless the rows are plain text"
+        None, "loss on the answers only; null: yes, unless the rows are plain text"
     )
-    on_bad_row: Literal["error", "skip"] = config_field("error", "stop, or leave the row out")
-    system: str | None = config_field(None, "system message for conversations that bring none")
+    on_bad_row: Literal["error", "skip"] = config_field(
+        "error", "on a row that cannot be used: stop, or skip it"
+    )
+    system: str | None = config_field(None, "system message for conversations without one")
 
 
 class EvalSettings(SettingsGroup):
@@ -71,17 +78,24 @@ class EvalSettings(SettingsGroup):
     model: ModelConfig = ModelConfig()
     weight: float = config_field(
         1.0,
-        "g of the adapters: 0.5 half of them, below 0 negation; what they were trained over stays",
+        (
+            "weight of the adapters: 0.5 half, below 0 negated; an adapter they were "
+            "trained on top of stays at 1"
+        ),
     )
     data: EvalData = EvalData()
     tasks: list[str] = config_field(
-        [], "named sets and suites instead of a file, such as [bool_q, common_gen] or flan"
+        [],
+        (
+            "named sets and suites to evaluate on instead of a file, such as [bool_q, "
+            "common_gen] or flan"
+        ),
     )
     local: dict[str, PathText] = config_field(
         {}, "files of named sets: local.NAME=path, or of a split: local.NAME.test=path"
     )
     catalog: PathText | None = config_field(
-        None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"
+        None, "your own named sets: a YAML file, or a folder of them (docs/sets.md)"
     )
     suite: SuiteConfig = SuiteConfig()
     peer_masks: bool = config_field(
@@ -89,7 +103,7 @@ class EvalSettings(SettingsGroup):
         "suite: extraction strength with open-unlearning's floor, 1/n for a total miss instead of 0",
     )
     task_split: Literal["auto", "train", "validation", "test"] = config_field(
-        "auto", "which rows of the tasks; auto: the labelled split that is not trained on"
+        "auto", "split of the tasks; auto: the labelled split that is not for training"
     )
     n_shot: NonNegativeInt = config_field(
         0, "few-shot examples before each question, drawn from the training split by the seed"
@@ -97,25 +111,30 @@ class EvalSettings(SettingsGroup):
     # 0 and not drawn, as in training: two evaluations should ask the same
     template: NonNegativeInt = config_field(0, "prompt template of the tasks")
     chat: bool = config_field(
-        True, "ask through the chat template where there is one; false: as plain text"
+        True, "render prompts with the chat template if the model has one; false: plain text"
     )
     backend: BackendConfig = BackendConfig()
-    limit: PositiveInt | None = config_field(None, "evaluate the first so many rows")
-    batch_size: PositiveInt = config_field(8, "rows at a time")
+    limit: PositiveInt | None = config_field(None, "evaluate the first n rows only")
+    batch_size: PositiveInt = config_field(8, "rows per batch")
     max_new_tokens: PositiveInt | None = derived_field(
-        "64; each task's and suite's own", "longest generated answer in tokens"
+        "64; of tasks and suites their own", "maximum length of a generated answer, in tokens"
     )
     temperature: float = config_field(0.0, "0: greedy; above: sampled", ge=0)
     top_p: float | None = config_field(
-        None, "sample from the likeliest tokens of this share", gt=0, le=1
+        None, "sample from the likeliest tokens whose probabilities sum to top_p", gt=0, le=1
     )
-    top_k: PositiveInt | None = config_field(None, "sample from so many likeliest tokens")
-    seed: NonNegativeInt = config_field(0, "of the shots, the sampling and the intervals")
+    top_k: PositiveInt | None = config_field(None, "sample from the k likeliest tokens")
+    seed: NonNegativeInt = config_field(
+        0, "seed of the few-shot examples, the sampling and the confidence intervals"
+    )
     output_dir: DirPath | None = config_field(
         None,
-        "folder for results.json with every answer, of tasks also results.csv and results.png; or the .json or .csv file alone; "
-        "for a suite's two files (unless given, evals/ in the run). "
-        "The values alone are kept in evaluation.json of the run that was asked, whatever is set here",
+        (
+            "folder for results.json with every answer, and for tasks also results.csv "
+            "and results.png; or one .json or .csv file. With suite: folder for its "
+            "two files (default: evals/ in the run directory). The metrics alone are "
+            "always written to evaluation.json of the evaluated run"
+        ),
     )
 
     @model_validator(mode="after")
@@ -135,7 +154,7 @@ class EvalSettings(SettingsGroup):
             return self
         refuse_unread(self, suite)
         if odd := first_changed(self, NOT_OF_SUITES):
-            raise ValueError(f"{odd} is for tasks=[...]; how suite={suite} asks is fixed")
+            raise ValueError(f"{odd} is for tasks=[...]; suite={suite} fixes its own")
         if self.output_dir is not None and self.output_dir.suffix:
             raise ValueError(
                 f"output_dir={self.output_dir}: suite={suite} writes two files; name a folder"
@@ -148,21 +167,22 @@ class EvalSettings(SettingsGroup):
         # field
         if self.data.path and (unused := first_changed(self, TASK_FIELDS)):
             raise ValueError(
-                f"{unused} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand"
+                f"{unused} is for tasks=[...]; the rows of data={self.data.path} "
+                "are evaluated as they stand, with greedy decoding"
             )
         if not self.data.path and (unused := first_changed(self.data, FILE_FIELDS)):
-            hint = (
-                "; task_split says which rows are asked" if self.tasks and unused == "split" else ""
-            )
+            hint = "; task_split chooses the rows" if self.tasks and unused == "split" else ""
             raise ValueError(
-                f"data.{unused} is for data=FILE; named sets know how they are read{hint}"
+                f"data.{unused} is for data=FILE; a named set defines its own format{hint}"
             )
         if self.temperature == 0 and (unused := first_changed(self, ("top_p", "top_k"))):
             raise ValueError(
-                f"{unused} is for sampled answers; give temperature=1 or another above 0 with it"
+                f"{unused} is for sampling; give a temperature above 0 with it, "
+                "such as temperature=1"
             )
         if self.output_dir is not None and self.output_dir.suffix == ".csv" and not self.tasks:
             raise ValueError(
-                f"output_dir={self.output_dir}: tables in CSV are of tasks=[...]; name a folder or a .json file"
+                f"output_dir={self.output_dir}: CSV tables are for tasks=[...]; "
+                "name a folder or a .json file"
             )
         return self

@@ -39,7 +39,10 @@ def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
         page += [*_help_rows(inner.model_fields, width), ""]
     if kind := getattr(schema, "experiment_kind", ""):
         listed = ", ".join(experiment_names(kind))
-        text = f"experiment=NAME gives all settings of a published experiment, under those that are typed: {listed}"
+        text = (
+            "experiment=NAME loads the settings of a published experiment; settings "
+            f"that you give override them: {listed}"
+        )
         page += [*textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False), ""]
     page += [
         "A setting may be written alone (r=8) where its name is unique, with its group (lora.r=8), or as a flag (--lora_r 8).",

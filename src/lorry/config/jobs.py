@@ -199,7 +199,9 @@ def expand_jobs(
         if item.name.lower() in where_by_name:
             first = where_by_name[item.name.lower()]
             raise ConfigError(
-                f"{item.where}: two jobs are called {item.name!r} (the first: {first}); each has a folder of its name"
+                f"{item.where}: two jobs are called {item.name!r} (the first: "
+                f"{first}); each job is written to a folder of its name, so names "
+                "must differ"
             )
         where_by_name[item.name.lower()] = item.where
     return items
@@ -222,12 +224,13 @@ def _make_job_item(
     # int: YAML reads name: 8 as a number
     if not isinstance(job.get("name"), (str, int)):
         raise ConfigError(
-            f"{where}: job {number + 1} has no name; give name: and the settings that are its own"
+            f"{where}: job {number + 1} has no name; give name: and the settings that differ"
         )
     name = str(job["name"])
     if name in RESERVED_NAMES or Path(name).suffix in FILE_SUFFIXES:
         raise ConfigError(
-            f"{where}: {name!r} cannot be a job's name: a run directory has a file or folder like that"
+            f"{where}: {name!r} cannot be a job's name: a run directory has a file "
+            "or folder of that name"
         )
     settings = [
         each
@@ -259,7 +262,7 @@ def _sweep_jobs(
     if sweep is not None and isinstance(value, list) and value:
         if axes or not all(isinstance(combination, Mapping) for combination in value):
             raise ConfigError(
-                f"{sweep.where}: a sweep is a map of lists, or a list of maps and nothing beside it"
+                f"{sweep.where}: a sweep is a map of lists or a list of maps, not both"
             )
         return _name_combinations(
             [
@@ -366,7 +369,8 @@ def resolve_job_overrides(
             group, _, leaf = placed.dotted.partition(".")
             if not leaf:
                 raise ConfigError(
-                    f"{setting.where}: {setting.key}={show_value(setting.value)} is no setting of a job; every job is an adapter"
+                    f"{setting.where}: {setting.key}={show_value(setting.value)} "
+                    "cannot be set for a job, since every job trains an adapter"
                 )
             # an entry of a map (rank_pattern.q_proj) may come beside others of the same map
             if leaf in own.tree[group] and not placed.part:

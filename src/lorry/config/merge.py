@@ -114,39 +114,57 @@ class MergeSettings(SettingsGroup):
     positional: ClassVar[str] = "run others"
     run: PathText = Field(description="run or adapter directory")
     others: list[PathText] = config_field(
-        [], "more of them, on the same base: all become one adapter, nothing is folded"
+        [],
+        (
+            "more of them, on the same base model: all are merged into one adapter, "
+            "and the base model is left alone"
+        ),
     )
     # before output_dir, whose default it is part of
     method: MethodName | None = config_field(
-        None, "how several adapters become one; null: cat, their exact sum"
+        None, "method for merging several adapters into one; null: cat, their exact sum"
     )
     output_dir: DirPath = derived_field(
-        "RUN-merged; of several RUN-METHOD", "where the merged model goes, or the merged adapter"
+        "RUN-merged; of several RUN-METHOD",
+        "directory for the merged model, or for the merged adapter",
     )
     dtype: DtypeName = config_field(
         "auto",
-        "number format to store; auto: that of the base; float32 loses nothing of the adapter",
+        "dtype to store; auto: that of the base model; float32 keeps the adapter exactly",
     )
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
     weight: float = config_field(
         1.0,
-        "g of the adapter: 0.5 half of it, 0 none, below 0 negation; what it was trained over stays",
+        (
+            "weight of the adapter: 0.5 half, 0 none, below 0 negated; an adapter it "
+            "was trained on top of stays at 1"
+        ),
     )
     weights: list[float] | None = config_field(
-        None, "of several: one for each, in their order, also below 0; null: 1 each"
+        None,
+        ("with several adapters: one weight each, in their order, negative allowed; null: 1 each"),
     )
     density: float = config_field(
         0.5, "share of values that ties, dare and magnitude_prune keep", gt=0, le=1
     )
     majority_sign_method: MajoritySign = config_field(
-        "total", "sign of a value in ties: that of the sum of all, or the one most of them have"
+        "total",
+        ("how ties elects the sign of a value: by the sum over adapters, or by how many have it"),
     )
     rank: PositiveInt | None = config_field(
-        None, "rank of the result, by SVD; null: of svd the largest, of core all that there is"
+        None,
+        (
+            "rank of the result, by SVD; null: for svd the largest rank given, for "
+            "core the full rank"
+        ),
     )
-    seed: NonNegativeInt = config_field(0, "which values dare drops")
+    seed: NonNegativeInt = config_field(0, "seed of the values that dare drops")
     scale: float | Literal["auto"] = config_field(
-        1.0, "factor of the result; auto: the best of 0.1, 0.2 ... 1.5 on every other row of data"
+        1.0,
+        (
+            "scaling coefficient of the result; auto: the best of 0.1, 0.2 ... 1.5 on "
+            "every other row of data"
+        ),
     )
     data: EvalData = EvalData()
 
@@ -169,22 +187,27 @@ class MergeSettings(SettingsGroup):
         # by value, not by whether it was written: a description that was dumped has every field
         if not self.several:
             if odd := self._given_data() or first_changed(self, ADAPTER_FIELDS):
-                raise ValueError(f"{odd} is for several adapters made one: name more, or method=")
+                raise ValueError(
+                    f"{odd} is for merging several adapters: name more, or give method="
+                )
             return self
         if odd := first_changed(self, FOLD_FIELDS):
             raise ValueError(
-                f"{odd} is for folding one adapter into its base; for several adapters, {INSTEAD[odd]}"
+                f"{odd} is for merging one adapter into its base model; for several "
+                f"adapters, {INSTEAD[odd]}"
             )
         name = self.method or EXACT_METHOD
         if odd := first_changed(
             self, [each for each in METHOD_FIELDS if each not in MERGE_METHODS[name].settings]
         ):
             takers = [each for each, method in MERGE_METHODS.items() if odd in method.settings]
-            raise ValueError(f"method={name} reads no {odd}; those that do: {', '.join(takers)}")
+            raise ValueError(
+                f"method={name} does not use {odd}; the methods that do: {', '.join(takers)}"
+            )
         if self.scale == "auto" and self.data.path is None:
-            raise ValueError("scale=auto needs rows to choose by: data=FILE")
+            raise ValueError("scale=auto needs rows to choose the coefficient by; give data=FILE")
         if self.scale != "auto" and (odd := self._given_data()):
-            raise ValueError(f"{odd} is for scale=auto, which chooses by it")
+            raise ValueError(f"{odd} is read with scale=auto only")
         return self
 
     def _given_data(self) -> str:

@@ -59,14 +59,14 @@ class ModelConfig(SettingsGroup):
     revision: str | None = config_field(None, "branch, tag or commit of a hub model")
     dtype: DtypeName = config_field(
         "auto",
-        "format of the base weights; auto: bfloat16 where the device is fast in it, else float32",
+        "dtype of the base weights; auto: bfloat16 where the device is fast in it, else float32",
     )
     device: str = config_field(
         "auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS}
     )
     # off: that code has all rights of whoever runs this
-    trust_remote_code: bool = config_field(False, "run Python code that a hub model brings along")
-    adapter: PathText | None = config_field(None, "adapter directory to go on from")
+    trust_remote_code: bool = config_field(False, "run Python code that comes with a hub model")
+    adapter: PathText | None = config_field(None, "adapter directory to continue training from")
     chat_template_path: PathText | None = config_field(
         None, "Jinja file used instead of the tokenizer's chat template"
     )
@@ -84,11 +84,15 @@ class LoraConfig(SettingsGroup):
         16, "rank; auto: the largest power of two that fits memory_budget"
     )
     lora_alpha: PositiveInt | PositiveFloat | None = derived_field(
-        "2 x r", "strength: the update is scaled by lora_alpha / r", le=2**31
+        "2 x r", "the adapter's update is scaled by lora_alpha / r", le=2**31
     )
     lora_dropout: float = config_field(0.0, "dropout on the adapter's input", ge=0, lt=1)
     target_modules: str | list[str] = config_field(
-        "auto", "auto (what text trains of attention and MLP), all-linear, names, or a regex"
+        "auto",
+        (
+            "auto (the linears of attention and MLP that text passes through), "
+            "all-linear, names, or a regex"
+        ),
     )
     exclude_modules: str | list[str] | None = config_field(None, "names or a regex to leave out")
     use_rslora: bool = config_field(False, "scale by lora_alpha / sqrt(r)")
@@ -100,12 +104,12 @@ class LoraConfig(SettingsGroup):
         config_field({}, "lora_alpha by module name or regex")
     )
     layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = config_field(
-        None, "only these layer numbers"
+        None, "adapt only the layers of these numbers"
     )
     # a setting of one value, so that PEFT's files read, and the other values get an error of their
     # own (`UNSUPPORTED_VALUES`)
     bias: Literal["none"] = config_field("none", "biases stay frozen")
-    adapter_name: CheckedName = config_field("default", "the adapter's name among those of a model")
+    adapter_name: CheckedName = config_field("default", "name of the adapter")
 
     @field_validator("lora_alpha", mode="before")
     @classmethod
@@ -122,7 +126,7 @@ class LoraConfig(SettingsGroup):
         if isinstance(value, str) and value != "auto" and PLAIN_NAMES.fullmatch(value):
             return re.split(r"\s*,\s*", value)
         if value in ("", []):
-            raise ValueError("names no module")
+            raise ValueError("is empty; name a module")
         return value
 
     @field_validator("target_modules", "exclude_modules")
@@ -146,24 +150,22 @@ class TrainConfig(SettingsGroup):
     learning_rate: float = config_field(2e-4, "peak learning rate", gt=0)
     loraplus_lr_ratio: float = config_field(1.0, "LoRA+: learning rate of B over that of A", gt=0)
     num_train_epochs: float = config_field(3.0, "passes over the data", gt=0, le=100_000)
-    max_steps: int = config_field(-1, "optimizer steps; -1: as num_train_epochs says", ge=-1)
+    max_steps: int = config_field(-1, "optimizer steps; -1: decided by num_train_epochs", ge=-1)
     per_device_train_batch_size: PositiveInt = config_field(
         8, "examples (packed rows) per micro-batch"
     )
-    per_device_eval_batch_size: PositiveInt = config_field(8, "the same when evaluating")
+    per_device_eval_batch_size: PositiveInt = config_field(8, "examples per batch of an evaluation")
     gradient_accumulation_steps: PositiveInt = config_field(1, "micro-batches per optimizer step")
     # TRL's name; nothing to do with the checkpoints of save_steps
     gradient_checkpointing: bool = config_field(
         False, "recompute activations: less memory, more time"
     )
-    lr_scheduler_type: SchedulerType = config_field(
-        "linear", "shape of the learning rate over the steps"
-    )
-    warmup_steps: NonNegativeInt = config_field(0, "steps of rising learning rate")
-    warmup_epochs: float = config_field(0.0, "the same in passes over the data", ge=0)
+    lr_scheduler_type: SchedulerType = config_field("linear", "learning rate schedule")
+    warmup_steps: NonNegativeInt = config_field(0, "warmup, in steps")
+    warmup_epochs: float = config_field(0.0, "warmup, in epochs", ge=0)
     warmup_ratio: float = derived_field(
         "0.03; 0 with warmup_steps, warmup_epochs or a constant schedule",
-        "the same as a share of all steps",
+        "warmup, as a share of all steps",
         ge=0,
         lt=1,
     )
@@ -172,42 +174,46 @@ class TrainConfig(SettingsGroup):
     adam_beta1: float = config_field(0.9, "AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = config_field(0.999, "AdamW's second moment", ge=0, lt=1)
     adam_epsilon: float = config_field(1e-8, "AdamW's epsilon", gt=0)
-    max_grad_norm: float = config_field(1.0, "clip the gradient's norm; 0: do not", ge=0)
-    seed: NonNegativeInt = config_field(0, "everything random follows from it")
-    logging_steps: PositiveInt = config_field(1, "show every so many steps")
+    max_grad_norm: float = config_field(
+        1.0, "maximum gradient norm, clipped above it; 0: no clipping", ge=0
+    )
+    seed: NonNegativeInt = config_field(0, "seed of everything random")
+    logging_steps: PositiveInt = config_field(1, "print a line every n steps")
     eval_strategy: EvalStrategy | None = derived_field(
         "epoch (steps with eval_steps) if there is eval data", "when to evaluate"
     )
-    eval_steps: PositiveInt | None = config_field(None, "evaluate every so many steps")
+    eval_steps: PositiveInt | None = config_field(None, "evaluate every n steps")
     eval_on_start: bool = config_field(False, "evaluate before the first step as well")
     save_strategy: Literal["steps", "epoch", "no"] = config_field(
         "steps", "when to write a checkpoint"
     )
-    save_steps: PositiveInt = config_field(100, "write one every so many steps")
+    save_steps: PositiveInt = config_field(100, "write a checkpoint every n steps")
     # two: if the newest is damaged by what ended the run, one before it is left
-    save_total_limit: PositiveInt | None = config_field(2, "checkpoints kept; null: all")
+    save_total_limit: PositiveInt | None = config_field(
+        2, "number of checkpoints to keep; null: all"
+    )
     load_best_model_at_end: bool = config_field(
-        False, "end with the best evaluated adapter, not the last"
+        False, "save the adapter of the best evaluation, not the last one"
     )
     eval_tasks: list[str] = config_field(
-        [], "named sets and suites to ask at every evaluation, from data.local or the hub"
+        [], "named sets and suites to run at every evaluation, from data.local or the hub"
     )
-    eval_limit: PositiveInt = config_field(100, "rows of each of eval_tasks")
+    eval_limit: PositiveInt = config_field(100, "rows of each task in eval_tasks")
     eval_n_shot: NonNegativeInt = config_field(
         0, "few-shot examples before each question of eval_tasks"
     )
     metric_for_best_model: str = config_field(
-        "eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy"
+        "eval_loss", "metric of the best evaluation; of eval_tasks such as eval_bool_q_accuracy"
     )
     greater_is_better: bool = derived_field(
         "false for a loss, its terms, NLL or perplexity, else true",
-        "whether more of that metric is better",
+        "whether a higher value of that metric is better",
     )
     early_stopping_patience: PositiveInt | None = config_field(
-        None, "stop after so many evaluations without a better one"
+        None, "stop after n evaluations without a better one"
     )
     resume_from_checkpoint: PathText | None = config_field(
-        None, "auto (or true): the newest in output_dir, if any; or a path"
+        None, "auto or true: the newest checkpoint in output_dir, if any; or a path"
     )
     report_to: list[ReportTo] = config_field([], "none, or tensorboard, wandb, trackio")
     run_name: str | None = config_field(None, "name for reports and the default output_dir")
@@ -355,21 +361,27 @@ class RunConfig(SettingsGroup):
     backend: BackendConfig = BackendConfig()
     memory_budget: MemorySize | None = config_field(
         None,
-        "such as 3GiB: micro-batches and recompute are chosen to fit it where they are left alone (see lorry plan)",
+        (
+            "such as 3GiB: micro-batch size and recomputation are chosen to fit it "
+            "unless they are set (see lorry plan)"
+        ),
     )
     output_dir: DirPath = derived_field("runs/DATA-MODEL", "the run directory")
     background: bool = config_field(
         False,
-        "a process of its own, which outlives the terminal; `lorry runs` shows where it stands",
+        (
+            "run detached in the background, also after the terminal closes; `lorry "
+            "runs` shows its progress"
+        ),
     )
     jobs: list[JobConfig] = config_field(
         [],
-        "several adapters in one pass: maps of a name and the settings that are its own",
+        "train several adapters in one pass: maps of a name and the settings that differ",
         json_schema_extra={"allowed": JOBS},
     )
     joint_tokens: PositiveInt | None = derived_field(
         "1024 on a CPU, 8192 on a GPU",
-        "with jobs: micro-batches of several share a pass up to so many tokens",
+        "with jobs: micro-batches of several jobs share a forward pass of at most n tokens",
     )
 
     @property
@@ -410,8 +422,8 @@ class RunConfig(SettingsGroup):
         # beside other rows, or of two sizes: which of them the suite should ask about is a guess
         if len(splits) > 1 or None in found:
             raise ValueError(
-                f"which rows of TOFU suite=tofu is to ask about does not follow from {', '.join(map(str, paths))}; "
-                "give forget_split"
+                f"suite=tofu: {', '.join(map(str, paths))} does not tell which "
+                "split of TOFU is the forget set; give forget_split"
             )
         (split,) = splits
         return suite.model_copy(update={"forget_split": split})
@@ -458,9 +470,7 @@ class RunConfig(SettingsGroup):
     def _rank_is_to_be_had(self) -> RunConfig:
         # here and not in LoraConfig: memory_budget is a setting of the run
         if self.lora is not None and self.lora.r == "auto" and self.memory_budget is None:
-            raise ValueError(
-                "lora.r=auto needs the memory it may use; give memory_budget=3GiB or the like"
-            )
+            raise ValueError("lora.r=auto needs a memory budget; give memory_budget, such as 3GiB")
         return self
 
     @field_validator("trainable", mode="before")
@@ -476,7 +486,8 @@ class RunConfig(SettingsGroup):
     def _trainable_without_an_adapter(self) -> RunConfig:
         if self.trainable is not None and self.lora is not None:
             raise ValueError(
-                "trainable says which base weights train; give lora=null with it, or leave it out"
+                "trainable chooses which base weights train; give lora=null with "
+                "it, or leave it out"
             )
         return self
 
@@ -487,7 +498,7 @@ class RunConfig(SettingsGroup):
             self.always_evaluates or self.data.evaluates or train.eval_tasks or self.suite.name
         ):
             raise ValueError(
-                "evaluation is set but there are no rows to evaluate on; give data.eval or data.test_size"
+                "evaluation is on, but there is no evaluation set; give data.eval or data.test_size"
             )
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(train, name) and train.eval_strategy == "no":

@@ -45,7 +45,7 @@ class DemoSettings(SettingsGroup):
     max_steps: PositiveInt | None = config_field(
         None, "optimizer steps; null: as many as the demo needs"
     )
-    seed: NonNegativeInt = config_field(0, "the people and everything random follow from it")
+    seed: NonNegativeInt = config_field(0, "seed of the people and of everything random")
     fast: bool = config_field(False, "a smaller demo, to see that everything works")
 
 
@@ -57,7 +57,7 @@ class PlanModel(ModelConfig):
         "HF directory, hub id, run, or a well-known name: llama-3-8b, qwen3-0.6b, mixtral-8x7b ...",
     )
     quantize: Literal["int8", "nf4", "fp4"] | None = config_field(
-        None, "format of the base's matrices; planned, not trainable here yet"
+        None, "dtype of the base model's matrices; can be planned, not trained yet"
     )
 
 
@@ -96,8 +96,8 @@ class PlanFields(SettingsGroup):
     data: PlanData = PlanData()
     backend: PlanBackend = PlanBackend()
     # otherwise the run's default would be worked out, and shown by --dump-config as if it mattered
-    output_dir: DirPath | None = config_field(None, "nothing is written")
-    format: Literal["table", "json"] = config_field("table", "how the plan is shown")
+    output_dir: DirPath | None = config_field(None, "not used: a plan writes nothing")
+    format: Literal["table", "json"] = config_field("table", "output format")
 
 
 class UnlearnPlanSettings(PlanFields, UnlearnRunConfig):  # type: ignore[misc]  # wider fields
@@ -119,7 +119,10 @@ class SweepSettings(RunConfig):
 
     sweep: dict[str, Any] | list[dict[str, Any]] = config_field(
         {},
-        "lists of values by setting, every combination of which is a job; or a list of combinations",
+        (
+            "map of setting to list of values, where every combination is a job; or a "
+            "list of combinations"
+        ),
         json_schema_extra={"allowed": "a map of lists, such as {r: [8, 16]}, or a list of maps"},
     )
     jobs_per_pass: PositiveInt = config_field(
@@ -172,9 +175,12 @@ class CompareSettings(RunConfig):
     )
     learning_rates: dict[str, PositiveFloat] = config_field(
         {},
-        "by way; where absent lora takes learning_rate, mlp and attention a tenth and full a twentieth of it",
+        (
+            "learning rate of each way; default: learning_rate for lora, a tenth of it "
+            "for mlp and attention, a twentieth for full"
+        ),
     )
-    format: Literal["table", "json"] = config_field("table", "how the comparison is shown")
+    format: Literal["table", "json"] = config_field("table", "output format")
 
     @field_validator("learning_rates")
     @classmethod
@@ -182,7 +188,7 @@ class CompareSettings(RunConfig):
         ways = info.data.get("ways", [])
         if unknown := [name for name in value if name not in ways]:
             raise ValueError(
-                f"learning_rates names {unknown[0]!r}, which is none of ways ({', '.join(ways)})"
+                f"learning_rates names {unknown[0]!r}, which is not among ways ({', '.join(ways)})"
             )
         return value
 
@@ -217,10 +223,13 @@ class ChatSettings(SettingsGroup):
     )
     weight: float = config_field(
         1.0,
-        "g of the adapter: 0.5 half of it, 0 none, below 0 negation; what it was trained over stays",
+        (
+            "weight of the adapter: 0.5 half, 0 none, below 0 negated; an adapter it "
+            "was trained on top of stays at 1"
+        ),
     )
-    max_new_tokens: PositiveInt = config_field(256, "longest answer in tokens")
-    temperature: float = config_field(0.0, "0: always the likeliest token", ge=0)
+    max_new_tokens: PositiveInt = config_field(256, "maximum length of an answer, in tokens")
+    temperature: float = config_field(0.0, "0: greedy decoding", ge=0)
     system: str | None = config_field(None, "system message")
     seed: NonNegativeInt = config_field(0, "seed of the sampling")
 
@@ -230,7 +239,7 @@ class UnmergeSettings(SettingsGroup):
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run or merged directory")
-    output_dir: DirPath = derived_field("RUN-unmerged", "where the base goes")
+    output_dir: DirPath = derived_field("RUN-unmerged", "directory for the base model")
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -247,8 +256,8 @@ class ExpertSource(SettingsGroup):
     source_model: PathText = Field(
         description="adapter or run directory, base+adapter, or the base itself"
     )
-    positive_prompts: list[str] = config_field([], "texts that belong to it")
-    negative_prompts: list[str] = config_field([], "texts that do not")
+    positive_prompts: list[str] = config_field([], "texts that are typical of this expert")
+    negative_prompts: list[str] = config_field([], "texts that are not")
 
 
 MIXTURE_SETTINGS = frozenset({"gate_mode", "experts_per_token", "attention", "seed"})
@@ -259,7 +268,9 @@ class ExportSettings(SettingsGroup):
     file describes them."""
 
     positional: ClassVar[str] = "run"
-    run: PathText | None = config_field(None, "run or adapter directory; of to=hf-moe experts")
+    run: PathText | None = config_field(
+        None, "run or adapter directory; with to=hf-moe leave it out and give experts"
+    )
     to: Literal["hf", "peft", "gguf", "gguf-lora", "hf-moe"] = Field(
         description="hf: a merged transformers model; peft: an adapter directory; gguf: a merged model for llama.cpp; "
         "gguf-lora: the adapter alone for llama.cpp (--lora); hf-moe: a Mixtral, Qwen2-MoE or Qwen3-MoE"
@@ -273,21 +284,29 @@ class ExportSettings(SettingsGroup):
     ] = config_field("hidden", "to=hf-moe: how the prompts become a router")
     experts_per_token: PositiveInt = config_field(2, "to=hf-moe: how many experts a token goes to")
     attention: Literal["refuse", "average", "drop"] = config_field(
-        "refuse", "to=hf-moe: what becomes of deltas outside the MLPs, which cannot be routed"
+        "refuse", "to=hf-moe: what to do with updates outside the MLPs, which cannot be routed"
     )
-    seed: NonNegativeInt = config_field(0, "to=hf-moe: of random gates")
+    seed: NonNegativeInt = config_field(0, "to=hf-moe: seed of random gates")
     dtype: DtypeName = config_field(
-        "auto", "to=hf and hf-moe: number format to store; auto: that of the base"
+        "auto", "to=hf and hf-moe: dtype to store; auto: that of the base model"
     )
     outtype: Outtype = config_field(
         "auto",
-        "to=gguf: how matrices are stored, as in llama.cpp's --outtype; auto: as the base, of an adapter f32",
+        (
+            "to=gguf: dtype of the matrices, as in llama.cpp's --outtype; auto: that "
+            "of the base model, for an adapter f32"
+        ),
     )
-    output_dir: DirPath = derived_field("RUN-TO, of gguf RUN-OUTTYPE-gguf", "where the export goes")
+    output_dir: DirPath = derived_field(
+        "RUN-TO, of gguf RUN-OUTTYPE-gguf", "directory or file to write"
+    )
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
     weight: float = config_field(
         1.0,
-        "g of the adapter: 0.5 half of it, 0 none, below 0 negation; what it was trained over stays",
+        (
+            "weight of the adapter: 0.5 half, 0 none, below 0 negated; an adapter it "
+            "was trained on top of stays at 1"
+        ),
     )
 
     @field_validator("output_dir", mode="before")
@@ -333,7 +352,7 @@ class PushSettings(SettingsGroup):
         None, "repository OWNER/NAME; null: the directory's name under your account"
     )
     hub_private_repo: bool = config_field(
-        False, "make the repository private; one that exists and is public is refused"
+        False, "make the repository private; an existing public repository is an error"
     )
 
 
@@ -353,7 +372,7 @@ class RunsSettings(SettingsGroup):
 
     positional: ClassVar[str] = "folder"
     folder: PathText = config_field("runs", "folder of run directories, searched to a few levels")
-    format: Literal["table", "json"] = config_field("table", "how the list is shown")
+    format: Literal["table", "json"] = config_field("table", "output format")
 
 
 class DoctorSettings(SettingsGroup):

@@ -53,7 +53,7 @@ def refuse_unread(group: SettingsGroup, suite: str | None) -> None:
     unread = [n for n in own if n in SUITES_OF_FIELDS and suite not in SUITES_OF_FIELDS[n]]
     if suite is not None and (odd := first_changed(group, unread)):
         raise ValueError(
-            f"{odd} is not read by suite={suite}; it is a setting of "
+            f"{odd} is not used by suite={suite}; it is a setting of "
             f"suite={', '.join(SUITES_OF_FIELDS[odd])}"
         )
 
@@ -67,23 +67,24 @@ class SuiteConfig(SettingsGroup):
         "tofu, muse or wmdp, from local.tofu=FOLDER (or muse, wmdp) or the hub; "
         "writes TOFU_EVAL.json and TOFU_SUMMARY.json (MUSE_, LMEval_)",
     )
-    forget_split: str = config_field(
-        "forget10", "the rows that were to be forgotten: forget01, forget05 or forget10"
-    )
+    forget_split: str = config_field("forget10", "the forget set: forget01, forget05 or forget10")
     holdout_split: str | None = derived_field(
-        "holdoutNN of forgetNN", "rows that were never trained on, for membership inference"
+        "holdoutNN of forgetNN", "holdout set, which was never trained on, for membership inference"
     )
     retain_logs_path: PathText | None = config_field(
         None,
-        "EVAL.json of a model trained without the forget rows, ours or open-unlearning's; forget_quality needs it",
+        (
+            "EVAL.json of a model trained without the forget set, ours or "
+            "open-unlearning's; forget_quality needs it"
+        ),
     )
     metrics: list[str] = config_field(
-        [], "these metrics and what they are made of; empty: the suite's usual ones"
+        [], "compute only these metrics and those they need; empty: the suite's usual ones"
     )
     question_key: str = config_field(
-        "question", "the column asked of forget and retain rows, such as paraphrased_question"
+        "question", "question column of the forget and retain sets, such as paraphrased_question"
     )
-    corpus: Literal["News", "Books"] = config_field("News", "which corpus of MUSE")
+    corpus: Literal["News", "Books"] = config_field("News", "corpus of MUSE")
 
     @model_validator(mode="after")
     def _read_by_the_suite(self) -> SuiteConfig:
@@ -96,12 +97,12 @@ class TrainingSuiteConfig(SuiteConfig):
 
     forget_split: str = config_field(
         "forget10",
-        "the rows that are to be forgotten: forget01, forget05 or forget10",
+        "the forget set: forget01, forget05 or forget10",
         json_schema_extra={"shown": "that of forget=tofu:forgetNN, else forget10"},
     )
     limit: PositiveInt | None = config_field(
-        None, "generate answers to the first so many rows; all else is always of all"
+        None, "generate answers to the first n rows only; all other metrics always use all rows"
     )
     max_new_tokens: PositiveInt | None = derived_field(
-        "the suite's own", "longest generated answer in tokens"
+        "the suite's own", "maximum length of a generated answer, in tokens"
     )

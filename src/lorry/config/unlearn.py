@@ -77,10 +77,13 @@ class UnlearnConfig(SettingsGroup):
     main: ClassVar[str] = "method"
     forget: PathText | list[PathText] = config_field(
         ...,
-        "rows to forget: file, directory or hub id, or a list of them; or of a benchmark by name: tofu:forget10",
+        (
+            "forget set: file, directory or hub id, or a list of them; or a "
+            "benchmark's split: tofu:forget10"
+        ),
     )
     retain: PathText | list[PathText] | None = config_field(
-        None, "rows whose answers are kept; a method with alpha above 0 needs them"
+        None, "retain set: rows whose answers the model is to keep; required with alpha above 0"
     )
     method: str = config_field(
         "NPO",
@@ -92,7 +95,8 @@ class UnlearnConfig(SettingsGroup):
         "the method's", "weight of the retain loss; of PDU lambda's first value", ge=0
     )
     retain_loss: RetainLossName | None = derived_field(
-        "the method's", "NLL, KL to the start, or EMBED: distance of hidden states to the start's"
+        "the method's",
+        ("NLL, KL to the reference model, or EMBED: distance of hidden states to the reference's"),
     )
     beta: PositiveFloat | None = derived_field(
         "the method's", "sharpness of NPO, SimNPO, DPO, IdkAP, WGA; strength of UNDIAL"
@@ -101,18 +105,18 @@ class UnlearnConfig(SettingsGroup):
     beta1: PositiveFloat | None = derived_field("5", "SatImp: power of p")
     beta2: PositiveFloat | None = derived_field("1", "SatImp: power of 1 - p")
     steering_coeff: PositiveFloat | None = derived_field(
-        "2", "RMU: length of the vector that hidden states are driven to"
+        "2", "RMU: length of the vector that hidden states are steered to"
     )
     adaptive: bool | None = derived_field(
-        "false", "RMU: times the norm of the start's own hidden states"
+        "false", "RMU: times the norm of the reference model's own hidden states"
     )
     layer: NonNegativeInt | None = derived_field(
-        "7", "RMU: whose output is steered; retain_loss=EMBED: is compared; from 0"
+        "7", "layer, counted from 0, whose output RMU steers and retain_loss=EMBED compares"
     )
     retain_loss_eps: PositiveFloat | Literal["auto"] | None = derived_field(
-        "auto: the start's retain loss + 0.1", "PDU: the retain loss that is to be kept, nats"
+        "auto: the reference model's retain loss + 0.1", "PDU: upper bound of the retain loss, nats"
     )
-    dual_step_size: PositiveFloat | None = derived_field("1", "PDU: step of lambda")
+    dual_step_size: PositiveFloat | None = derived_field("1", "PDU: step size of lambda")
     dual_update_upon: Literal["step", "epoch"] | None = derived_field(
         "step", "PDU: when lambda moves"
     )
@@ -120,46 +124,64 @@ class UnlearnConfig(SettingsGroup):
         "5", "PDU: epochs before lambda moves"
     )
     ignore_first_n_answer_tokens: NonNegativeInt | None = derived_field(
-        "1", "CEU: tokens of an answer that are left out"
+        "1", "CEU: number of first answer tokens without a loss"
     )
     peer_masks: bool | None = derived_field(
-        "false", "UNDIAL, PDU, KL: average where open-unlearning does, prompt included"
+        "false", "UNDIAL, PDU, KL: average over open-unlearning's tokens, which include the prompt"
     )
     alternates: PathText | None = config_field(
-        None, "file of other answers: rows of question and alternate; AltPO, DPO, IdkAP, JensUn"
+        None,
+        ("file of alternate answers: rows of question and alternate; AltPO, DPO, IdkAP, JensUn"),
     )
-    idk: PathText | None = config_field(None, "file of refusals, one a line; null: our own lines")
+    idk: PathText | None = config_field(
+        None, "file of refusals, one a line; null: Lorry's own list"
+    )
     anchor: Literal["forget", "retain"] = config_field(
         "forget",
-        "the rows that an epoch is a pass over; beside each a row of the others is drawn without repeats",
+        (
+            "the set that an epoch passes over; each of its rows is paired with a row "
+            "of the other set, drawn without repeats"
+        ),
     )
     gradient: Literal["plain", "sam", "gru"] = config_field(
         "plain",
-        "sam: the forget loss where it is steepest nearby; gru: its gradient without what undoes the retained; plain: neither",
+        (
+            "sam: gradient of the forget loss at its highest point nearby; gru: that "
+            "gradient without the part that raises the retain loss; plain: neither"
+        ),
     )
     sam_rho: PositiveFloat | None = derived_field(
-        "0.01", "gradient=sam: how far off; 0.01 to 0.1 with all weights"
+        "0.01", "gradient=sam: radius; 0.01 to 0.1 where all weights train"
     )
     reference: Literal["live", "cached"] | None = derived_field(
         "live; cached with lora=null",
-        "when the start is scored: with every batch, or on each row once, before training",
+        (
+            "when the reference model (the start) is scored: with every batch, or once "
+            "on each row before training"
+        ),
     )
     stop_below: float = config_field(
         0.5,
-        "share of the start's probability of retained answers below which a model has collapsed",
+        (
+            "share of the reference model's probability of retain answers; below it "
+            "the model counts as collapsed"
+        ),
         ge=0,
         lt=1,
     )
     early_stop: Literal["collapse"] | None = config_field(
         None,
-        "collapse: stop at the first evaluation below stop_below, and keep the adapter of the one before",
+        (
+            "collapse: stop at the first evaluation below stop_below, and save the "
+            "adapter of the one before"
+        ),
     )
 
     @field_validator("forget", "retain")
     @classmethod
     def _some_path(cls, value: str | list[str] | None) -> str | list[str] | None:
         if value is not None and not value:
-            raise ValueError("names no file")
+            raise ValueError("is empty; give a file")
         return value
 
     @field_validator("method", mode="before")
@@ -168,7 +190,8 @@ class UnlearnConfig(SettingsGroup):
         same = {name.lower(): name for name in UNLEARN_METHODS}
         if str(value).lower() not in same:
             raise ValueError(
-                f"{value!r} is no method{suggest_nearest(str(value), UNLEARN_METHODS)}; there are "
+                f"{value!r} is not a "
+                f"method{suggest_nearest(str(value), UNLEARN_METHODS)}; there are "
                 f"{', '.join(UNLEARN_METHODS)}"
             )
         return same[str(value).lower()]
@@ -182,7 +205,8 @@ class UnlearnConfig(SettingsGroup):
             if getattr(self, name) is not None and name not in line and not neutral:
                 readers = [m for m, other in UNLEARN_METHODS.items() if name in other]
                 raise ValueError(
-                    f"unlearn.{name} is not read by {self.method}; it is a setting of {', '.join(readers)}"
+                    f"unlearn.{name} is not used by {self.method}; it is a setting "
+                    f"of {', '.join(readers)}"
                 )
         # in this order: whether the later ones are read hangs on the earlier ones
         for name in sorted(line, key=lambda n: (n != "alpha", n != "retain_loss")):
@@ -191,41 +215,48 @@ class UnlearnConfig(SettingsGroup):
                     object.__setattr__(self, name, line[name])
             elif getattr(self, name) not in (None, False):
                 raise ValueError(
-                    f"unlearn.{name} changes nothing here: {self.method} reads it {_READ_WITH[name]}"
+                    f"unlearn.{name} changes nothing here: {self.method} uses it {_READ_WITH[name]}"
                 )
         if self.alternates is not None and self.method not in NEED_ALTERNATES:
             raise ValueError(
-                f"unlearn.alternates is not read by {self.method}; {', '.join(sorted(NEED_ALTERNATES))} do"
+                f"unlearn.alternates is not used by {self.method}; "
+                f"{', '.join(sorted(NEED_ALTERNATES))} do"
             )
         if self.idk is not None and self.method not in NEED_ALTERNATES - {"AltPO"}:
-            raise ValueError(f"unlearn.idk is not read by {self.method}")
+            raise ValueError(f"unlearn.idk is not used by {self.method}")
         if self.alternates is not None and self.idk is not None:
-            raise ValueError("unlearn.alternates and unlearn.idk both give other answers; keep one")
+            raise ValueError(
+                "unlearn.alternates and unlearn.idk both give alternate answers; keep one"
+            )
         if self.sam_rho is not None and self.gradient != "sam":
-            raise ValueError("unlearn.sam_rho is read with gradient=sam alone")
+            raise ValueError("unlearn.sam_rho is used with gradient=sam only")
         if self.gradient == "sam" and self.sam_rho is None:
             object.__setattr__(self, "sam_rho", 0.01)
         if self.gradient == "gru" and not self.retains:
             raise ValueError(
-                f"unlearn.gradient=gru goes by the retain loss, and {self.method} has none here; give alpha above 0"
+                f"unlearn.gradient=gru needs a retain loss, and {self.method} has "
+                "none here; give alpha above 0"
             )
         if self.anchor == "retain" and not self.retains:
             raise ValueError(
-                f"unlearn.anchor=retain is a pass over retained rows, and {self.method} reads none here; give alpha above 0"
+                f"unlearn.anchor=retain needs a retain set, and {self.method} reads "
+                "none here; give alpha above 0"
             )
         if self.early_stop and self.retain is None:
             raise ValueError(
-                "unlearn.early_stop=collapse looks at retained answers; give retain=FILE"
+                "unlearn.early_stop=collapse needs a retain set to detect a "
+                "collapse; give retain=FILE"
             )
         if self.method == "AltPO" and self.alternates is None:
             raise ValueError(
-                "unlearn.alternates is missing: AltPO learns other answers; give alternates=FILE "
-                "(`lorry unlearn-alternates` samples one), or method=IdkDPO"
+                "unlearn.alternates is missing: AltPO trains on alternate answers; "
+                "give alternates=FILE (`lorry unlearn-alternates` samples one), or "
+                "method=IdkDPO"
             )
         if self.retains and self.retain is None:
             raise ValueError(
-                f"unlearn.retain is missing: {self.method} keeps what other rows say (alpha={self.alpha:g}); "
-                "give retain=FILE, or alpha=0"
+                f"unlearn.retain is missing: {self.method} has a retain loss "
+                f"(alpha={self.alpha:g}); give retain=FILE, or alpha=0"
             )
         return self
 
@@ -307,13 +338,19 @@ class UnlearnRunConfig(RunConfig):
     unlearn: UnlearnConfig
     jobs: list[UnlearnJobConfig] = config_field(  # type: ignore[assignment]  # its jobs have a group more
         [],
-        "several adapters in one pass: maps of a name and the settings that are its own; also subjects=[...]",
+        (
+            "train several adapters in one pass: maps of a name and the settings that "
+            "differ; also subjects=[...]"
+        ),
         json_schema_extra={"allowed": JOBS},
     )
     # read into jobs; kept out of what is written, which has those
     sweep: dict[str, Any] | list[dict[str, Any]] = config_field(
         {},
-        "lists of values by setting, every combination of which is a job; or a list of combinations",
+        (
+            "map of setting to list of values, where every combination is a job; or a "
+            "list of combinations"
+        ),
         exclude=True,
         json_schema_extra={
             "allowed": "a map of lists, such as {beta: [0.1, 0.5]}, or a list of maps"
@@ -340,7 +377,9 @@ class UnlearnRunConfig(RunConfig):
         if data.get("mix"):
             raise ValueError("data.mix: an unlearning run reads forget=FILE and retain=FILE")
         if data.get("path") not in (None, forget):
-            raise ValueError("data.path and unlearn.forget both say what is forgotten; keep forget")
+            raise ValueError(
+                "data.path and unlearn.forget both name the forget set; keep unlearn.forget"
+            )
         return values if forget is None else {**values, "data": {**data, "path": forget}}
 
     @field_validator("train")
@@ -356,16 +395,19 @@ class UnlearnRunConfig(RunConfig):
     def _what_is_read(self) -> UnlearnRunConfig:
         if self.data.streaming:
             raise ValueError(
-                "data.streaming: an unlearning run counts its rows; leave streaming out"
+                "data.streaming: an unlearning run needs the number of its rows "
+                "beforehand; leave streaming out"
             )
         if self.data.evaluates:
             raise ValueError(
-                "data.eval, data.test_size: an unlearning run looks at its forget and retain rows; leave them out"
+                "data.eval, data.test_size: an unlearning run evaluates on its "
+                "forget and retain sets; leave them out"
             )
         own = self.unlearn
         if own.reference == "live" and self.lora is None:
             raise ValueError(
-                "unlearn.reference=live asks the base, which lora=null changes; leave it out (cached)"
+                "unlearn.reference=live scores the base model, which lora=null "
+                "trains; leave it out (cached)"
             )
         if own.reference is None:
             kind = "cached" if self.lora is None else "live"

@@ -32,30 +32,41 @@ class RouterConfig(SettingsGroup):
     main: ClassVar[str] = "kind"
     kind: RouterKindName = config_field(
         "token",
-        "token: a linear per layer, trained; uniform: every expert 1/K; fixed: the numbers of gates",
+        (
+            "token: a linear per layer, trained; uniform: every expert 1/K; fixed: the "
+            "weights in gates"
+        ),
     )
-    level: Literal["delta"] = config_field("delta", "what is mixed: the adapters' terms")
+    level: Literal["delta"] = config_field("delta", "what is mixed: the adapters' updates")
     input: Literal["mlp", "attn", "both"] = config_field(
-        "mlp", "whose normed input is read and whose adapters are gated; both: each by its own"
+        "mlp",
+        (
+            "block that is routed: its normed input is read, its adapters are gated; "
+            "both: each by its own router"
+        ),
     )
-    top_k: PositiveInt = config_field(2, "experts that a token has")
-    normalize: bool = config_field(True, "their gates sum to 1")
-    temperature: PositiveFloat = config_field(1.0, "divides the logits")
+    top_k: PositiveInt = config_field(2, "experts per token")
+    normalize: bool = config_field(True, "scale a token's gates to sum to 1")
+    temperature: PositiveFloat = config_field(1.0, "temperature of the router's softmax")
     straight_through: bool = config_field(
         False, "with top_k=1: gate 1, with the gradient of the expert's probability"
     )
     init: Literal["hidden", "zero"] = config_field(
-        "hidden", "hidden: means of the layers' inputs over each expert's rows; zero"
+        "hidden",
+        ("initial router: hidden: means of the layers' inputs over each expert's rows; or zero"),
     )
     label_loss: float = config_field(
-        0.1, "weight of the cross-entropy to the expert whose row it is", ge=0
+        0.1, "weight of the cross-entropy between the gates and the row's expert", ge=0
     )
     aux_loss: float = config_field(0.0, "weight of the load-balance loss", ge=0)
     z_loss: float = config_field(0.0, "weight of the mean squared logsumexp of the logits", ge=0)
     gates: dict[str, float] = config_field({}, "of kind=fixed: {EXPERT: g}; 0 where not named")
     train: dict[str, Any] = config_field(
         {},
-        "settings of its training, not the experts'; else max_steps 200, learning_rate 1e-3, 2 rows of each expert",
+        (
+            "settings of the router's training (the experts have their own); default "
+            "max_steps 200, learning_rate 1e-3, 2 rows of each expert"
+        ),
     )
 
     @validate_model(mode="after")
@@ -63,12 +74,12 @@ class RouterConfig(SettingsGroup):
         if (self.kind == "fixed") != bool(self.gates):
             raise ValueError("router.gates={EXPERT: g} is for router.kind=fixed, which needs it")
         if not ROUTER_KINDS[self.kind].trains and self.train:
-            raise ValueError(f"router.train: nothing of kind={self.kind} trains; leave it out")
+            raise ValueError(f"router.train: kind={self.kind} trains nothing; leave it out")
         unread = [name for name in KIND_FIELDS if name not in ROUTER_KINDS[self.kind].reads]
         if odd := first_changed(self, unread):
             raise ValueError(
                 f"router.{odd} is for router.kind={', '.join(kinds_reading(odd))}; "
-                f"kind={self.kind} does not read it"
+                f"kind={self.kind} does not use it"
             )
         if self.top_k != 1 and self.straight_through:
             raise ValueError("router.straight_through is for top_k=1 alone; leave it out")
@@ -79,8 +90,9 @@ class RouterConfig(SettingsGroup):
             and not self.straight_through
         ):
             raise ValueError(
-                "router.top_k=1 with normalize=true has gates of 1 whatever the router says, so no gradient "
-                "reaches it; give straight_through=true, or normalize=false"
+                "router.top_k=1 with normalize=true makes every gate 1 whatever "
+                "the logits are, so no gradient reaches it; give "
+                "straight_through=true, or normalize=false"
             )
         return self
 
@@ -116,7 +128,10 @@ class MoeRunConfig(RunConfig):
     router: RouterConfig = RouterConfig()
     jobs: list[ExpertJobConfig] = config_field(  # type: ignore[assignment]  # its jobs have a group more
         [],
-        "the experts: maps of a name, data or adapter, and the settings that are its own; also experts=[...]",
+        (
+            "the experts: maps of a name, data or adapter, and the settings that "
+            "differ; also experts=[...]"
+        ),
         json_schema_extra={"allowed": EXPERTS},
     )
 
@@ -134,7 +149,7 @@ def check_router(router: RouterConfig, experts: list[str]) -> None:
     if not experts:
         return
     if len(experts) < 2:
-        raise ValueError(f"experts: a mixture needs two at least, got {experts[0]} alone")
+        raise ValueError(f"experts: a mixture needs at least two, got {experts[0]} alone")
     if ROUTER_KINDS[router.kind].has_top_k and router.top_k > len(experts):
         raise ValueError(
             f"router.top_k={router.top_k}: there are {len(experts)} experts; give 1 to {len(experts)}"
@@ -143,7 +158,7 @@ def check_router(router: RouterConfig, experts: list[str]) -> None:
         raise ValueError(f"router.gates names {odd[0]!r}; the experts are {', '.join(experts)}")
     if odd := [name for name in experts if name.lower() in RESERVED_NAMES]:
         raise ValueError(
-            f"{odd[0]!r} cannot be an expert's name: a run directory has a folder like that"
+            f"{odd[0]!r} cannot be an expert's name: a run directory has a folder of that name"
         )
 
 
@@ -181,7 +196,10 @@ class RouterRunConfig(RunConfig):
     def _router_fits(self) -> RouterRunConfig:
         check_router(self.router, [expert.name for expert in self.experts])
         if any(expert.data.streaming for expert in self.experts):
-            raise ValueError("data.streaming: a router's rows are counted; leave streaming out")
+            raise ValueError(
+                "data.streaming: training a router needs the number of its rows "
+                "beforehand; leave streaming out"
+            )
         evaluates = {expert.name: expert.data.evaluates for expert in self.experts}
         if len(set(evaluates.values())) > 1:
             odd = next(name for name, held in evaluates.items() if not held)

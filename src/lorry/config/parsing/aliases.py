@@ -157,7 +157,8 @@ def _axolotl_datasets(sets: Any) -> list[tuple[str, Any]]:
     )
     if odd:
         raise ValueError(
-            f"has {', '.join(odd)}, which Lorry has no word for; give data= and data.format instead"
+            f"has {', '.join(odd)}, which has no counterpart in Lorry; give data= "
+            "and data.format instead"
         )
     settings: list[tuple[str, Any]] = [
         ("data.path", sets[0]["path"] if len(sets) == 1 else [one["path"] for one in sets])
@@ -231,15 +232,13 @@ ALIAS_READERS: dict[str, AliasReader] = {
     "val_size": _share_or_rows,
 }
 
-_ROWS = "how rows are read and tokenised is Lorry's own affair, and gives the same tokens"
-_KERNELS = (
-    "which kernel a product or attention runs on is chosen by what this machine has (lorry doctor)"
-)
-_PROCESS = "there is one process"
-_TYPE = "the model's and tokenizer's own files say so"
-_OUTPUT = "what an output directory holds is never overwritten: an earlier run moves to previous/N"
-_REPORT = "the run's report has it"
-_WATCH = "a loss that is not finite stops the run, whatever is set here"
+_ROWS = "Lorry reads and tokenises rows its own way, with the same tokens"
+_KERNELS = "kernels are chosen by what this machine has (lorry doctor)"
+_PROCESS = "a run is one process"
+_TYPE = "the model's and tokenizer's own files decide it"
+_OUTPUT = "an output directory is never overwritten: an earlier run moves to previous/N"
+_REPORT = "it stands in the run's report"
+_WATCH = "a loss that is not finite always stops the run"
 IGNORED_ALIASES: dict[str, str] = {
     **dict.fromkeys(
         [
@@ -268,7 +267,7 @@ IGNORED_ALIASES: dict[str, str] = {
             "eval_sample_packing",
             "sample_packing_eff_est",
         ],
-        "sequences are packed without padding and never see each other",
+        "sequences are packed without padding and never attend to each other",
     ),
     **dict.fromkeys(
         [
@@ -325,12 +324,13 @@ IGNORED_ALIASES: dict[str, str] = {
         ],
         _REPORT,
     ),
-    "device_map": "a model is on one device, which device says",
-    "do_eval": "eval_strategy says when to evaluate",
-    "bf16_full_eval": "evaluation has the dtype of training",
-    "overwrite": "a suite measures what is not measured yet",
+    "device_map": "a model is on one device, set by device",
+    "do_eval": "eval_strategy decides when to evaluate",
+    "bf16_full_eval": "evaluation uses the dtype of training",
+    "overwrite": "a suite computes only the metrics that its files lack",
     **dict.fromkeys(
-        ["save_only_model", "save_on_each_node"], "a checkpoint holds all that resuming needs"
+        ["save_only_model", "save_on_each_node"],
+        "a checkpoint always holds everything that resuming needs",
     ),
     **dict.fromkeys(
         ["loss_watchdog_threshold", "loss_watchdog_patience", "logging_nan_inf_filter"], _WATCH

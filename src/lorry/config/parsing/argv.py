@@ -84,7 +84,8 @@ def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]
         words, rest = words[:single], words[single:]
     if len(words) > len(dotted):
         raise ConfigError(
-            f"{words[len(dotted)]}: one word too many after {words[len(dotted) - 1]!r}; settings are key=value without spaces"
+            f"{words[len(dotted)]}: unexpected word after "
+            f"{words[len(dotted) - 1]!r}; settings are key=value without spaces"
         )
     given = [GivenSetting(name, word, word) for name, word in zip(dotted, words, strict=False)]
     return [*given, GivenSetting(dotted[-1], rest, " ".join(rest))] if rest else given

@@ -66,7 +66,7 @@ def take_experiment(
     filled = DescriptionFile(_fill_in(values, parameters), described.lines)
     name = path.relative_to(SHIPPED_EXPERIMENTS).with_suffix("").as_posix()
     shown = "".join(f", {key}={word}" for key, word in parameters.items())
-    add_note(f"{EXPERIMENT}={name}{shown}: the settings of {path}, under those given here")
+    add_note(f"{EXPERIMENT}={name}{shown}: the settings of {path}, overridden by those given here")
     return Experiment(path, filled), rest
 
 
@@ -97,7 +97,8 @@ def _refuse_overridden(
     ]
     if names and all(name in leaves for name in names):
         raise ConfigError(
-            f"{parameter.where}: {names[0]} is given as well, which leaves nothing of {parameter.key}; keep one"
+            f"{parameter.where}: {names[0]} is given as well, so that "
+            f"{parameter.key} would change nothing; keep one"
         )
 
 

@@ -98,7 +98,7 @@ def strip_launcher(kind: str, argv: Sequence[str], add_note: NoteCallback) -> li
     words = list(argv)
     scripts = [at for at, word in enumerate(words) if SCRIPT.fullmatch(word)]
     if scripts and LAUNCHER.fullmatch(words[0]):
-        add_note(f"{' '.join(words[: scripts[0] + 1])} changes nothing: the verb says it")
+        add_note(f"{' '.join(words[: scripts[0] + 1])} changes nothing: the verb implies it")
         del words[: scripts[0] + 1]
     for config, given in reversed(_config_names(words)):
         if config not in KIND_OF_CONFIG:  # one of theirs holds settings that would be lost
@@ -109,7 +109,7 @@ def strip_launcher(kind: str, argv: Sequence[str], add_note: NoteCallback) -> li
         if KIND_OF_CONFIG[config] != kind:
             verb = VERB_OF_KIND[KIND_OF_CONFIG[config]]
             raise ConfigError(f"--config-name={config} is what `{verb}` does")
-        add_note(f"--config-name={config} changes nothing: the verb says it")
+        add_note(f"--config-name={config} changes nothing: the verb implies it")
         del words[given]
     kept = []
     for word in _read_train_set(words, add_note):
@@ -163,12 +163,12 @@ def translate_settings(
             if name.endswith(ADAPTED) and "lora.r" in names.fields:
                 adapter = [GivenSetting(k, v, given.where) for k, v in ADAPTER_SETTINGS.items()]
             if weights:
-                add_note(f"{given.where} names no weights: those of {WEIGHTS} are taken")
+                add_note(f"{given.where} names no weights: {WEIGHTS} is used")
                 continue
             given = replace(given, value=HUB_IDS[name.removesuffix(ADAPTED)])
             add_note(f"model={name} is read as model={given.value}{_adapter_note(adapter)}")
         elif given.key == TRAINER and name == FINETUNE and "unlearn.method" not in names.fields:
-            add_note(f"{TRAINER}={FINETUNE} changes nothing: the verb says it")
+            add_note(f"{TRAINER}={FINETUNE} changes nothing: the verb implies it")
             continue
         elif given.key == TRAINER and "unlearn.method" in names.fields:
             given = replace(given, key="unlearn.method")

@@ -244,8 +244,8 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
             for job, rows in zip(jobs, own, strict=True):
                 if not set(sources) & rows.keys():
                     raise ConfigError(
-                        f"job {job.name!r}: {group}.{sources[0]} is missing: the run has no rows of its own, and "
-                        "this job brings none"
+                        f"job {job.name!r}: {group}.{sources[0]} is missing: "
+                        "neither the run nor this job names rows"
                     )
             chosen = (*sources, *ROW_CHOICES.get(group, ()))
             adopted[group] = {**{k: own[0][k] for k in chosen if k in own[0]}, **job_settings}
@@ -301,9 +301,10 @@ def _validate_jobs(
         # one suite is asked of every adapter; its split follows from rows that a job may have its own of
         if job_run.suite != run.suite:
             raise ConfigError(
-                f"job {job.name!r}: suite={run.suite.name} asks every job about {run.suite.forget_split}, and this "
-                f"one's rows are those of {job_run.suite.forget_split}; give forget_split, or leave suite out and "
-                "evaluate each (lorry eval)"
+                f"job {job.name!r}: suite={run.suite.name} evaluates every job on "
+                f"{run.suite.forget_split}, but this job forgets "
+                f"{job_run.suite.forget_split}; give forget_split, or leave suite "
+                "out and evaluate each job (lorry eval)"
             )
         differences.append({"name": job.name, **job_differences(run, job_run)})
     return differences

@@ -204,7 +204,7 @@ def _place_alias(
                 )
             elif value is False:
                 add_note(
-                    f"{_quote_setting(setting.key, value)} changes nothing: it is off here, too"
+                    f"{_quote_setting(setting.key, value)} changes nothing: it is off in Lorry too"
                 )
             elif value not in (
                 None,

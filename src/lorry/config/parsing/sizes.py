@@ -29,12 +29,14 @@ def parse_size(text: str) -> int:
     match = SIZE_PATTERN.fullmatch(text.strip())
     if match is None or (unit := match[2].upper()) not in SIZE_UNITS:
         raise ValueError(
-            f"{text[:40]!r} is no amount of memory; write a number with its unit, such as 3GiB or 800MB"
+            f"{text[:40]!r} is not an amount of memory; write a number with its "
+            "unit, such as 3GiB or 800MB"
         )
     amount = float(match[1]) * SIZE_UNITS[unit]
     if not 1 <= amount < LARGEST_SIZE:
         raise ValueError(
-            f"{text[:40]!r} is no amount of memory; it must be above 0 and below {LARGEST_SIZE >> 40:,} TiB"
+            f"{text[:40]!r} is not an amount of memory; it must be above 0 and "
+            f"below {LARGEST_SIZE >> 40:,} TiB"
         )
     return int(amount)
 
