@@ -258,6 +258,6 @@ def test_plain_numbers_are_bytes_and_words_are_close(size: int) -> None:
 
 def test_an_automatic_rank_needs_a_budget() -> None:
     with pytest.raises(
-        ConfigError, match=r"lora\.r=auto needs the memory it may use; give memory_budget"
+        ConfigError, match=r"lora\.r=auto needs a memory budget; give memory_budget"
     ):
         run(r="auto")
