@@ -209,6 +209,10 @@ def test_a_misspelt_path_and_an_unknown_id(llama: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(sources, "snapshot_download", offline)
         with pytest.raises(ModelError, match=f"did you mean '{hint}'|did you mean './{hint}'"):
             opened(typed)
+    (llama.parent / "newrun-x7").mkdir()  # as a new run's own directory: nothing to open
+    with pytest.raises(ModelError, match="no model at") as told:
+        opened("./newrun-x8")
+    assert "did you mean" not in str(told.value)
     with pytest.raises(ModelError, match="give the directory"):
         opened(llama / "config.json")
     with pytest.raises(ModelError, match=r"config\.json does not exist"):

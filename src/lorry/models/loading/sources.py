@@ -169,8 +169,8 @@ def _download_snapshot(name: str, revision: str | None, trust_remote_code: bool)
 
 
 def _suggest_names(name: str) -> str:
-    """A "did you mean" tail over the embedded names and the directories beside the path that was
-    typed.
+    """A "did you mean" tail over the embedded names and what can be opened beside the path that was
+    typed: the new directory of this very run is no model.
     """
     path = Path(name).expanduser()
     parent = path.parent if path.parent.is_dir() else Path()
@@ -178,6 +178,8 @@ def _suggest_names(name: str) -> str:
         beside = [
             os.path.join(path.parent, p.name) if path.parent != Path() else p.name
             for p in parent.iterdir()
+            if p.suffix == ".gguf"
+            or (p.is_dir() and ((p / "config.json").is_file() or find_adapters_in(p)))
         ]
     except OSError:
         beside = []
