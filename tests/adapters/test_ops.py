@@ -309,7 +309,53 @@ def test_no_copy_of_the_input_per_adapter() -> None:
         model(x)
     assert sum(t.data_ptr() == x.data_ptr() for t in kept) == 1
     sizes = sorted(t.shape[0] for t in kept if t.dim() == 2 and t.shape[0] == T)
-    assert sizes == [T] * (1 + len(RANKS)), "x, and A x per adapter"
+    assert sizes == [T, T], "x, and A x of all adapters as one"
+
+
+def test_experts_of_one_stack_keep_their_ranks_rates_and_gradients() -> None:
+    """Four gated experts of different ranks at one linear; one is frozen and one has a dropout rate
+    of its own, so that it is a product by itself: values and gradients of plain float64 autograd."""
+    model = build("linear", torch.float32)
+    bank = get_bank(model)
+    attach(model, LoraSpec(r=4, lora_alpha=2, init_lora_weights=False), "d", modules=["inner"])
+    bank["c"].slots["inner"].dropout = 0.5
+    for side in "AB":
+        getattr(bank["b"].slots["inner"], side).requires_grad_(False)
+    names, starts, keys = list("abcd"), (0, 5, T), (3, 8)
+    x = draw(T, I, seed=1).float().requires_grad_()
+    gates = draw(T, 4, seed=2).float().requires_grad_()
+    noise = DropoutNoise(0, 1, keys, starts)
+    layer = bank.modules["inner"]
+    mask = noise.at("inner", 0.5).mask(I, x.device) * 2.0
+    with ambient(AdapterContext(Mix.routed(names, gates), noise)):
+        stacks, _ = layer.group.stacks(AdapterContext(Mix.routed(names, gates), noise), "inner")
+        y = model(x)
+    assert [stack.num_slots for stack in stacks] == [3, 1]
+    dy = draw(T, O, seed=3)
+    y.backward(dy.float())
+    leaves = {
+        n: [
+            getattr(bank[n].slots["inner"], side).detach().double().requires_grad_()
+            for side in "AB"
+        ]
+        for n in names
+    }
+    source, shares = x.detach().double().requires_grad_(), gates.detach().double().requires_grad_()
+    wanted = source @ layer.weight.double().T + layer.bias.double()
+    for k, (name, (a, b)) in enumerate(leaves.items()):
+        read = source * mask if name == "c" else source
+        scale = bank[name].slots["inner"].scale
+        wanted = wanted + shares[:, k, None] * scale * (read @ a.T @ b.T)
+    wanted.backward(dy)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), source.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gates.grad.double(), shares.grad, rtol=1e-5, atol=1e-4)
+    for name, (a, b) in leaves.items():
+        grads = bank[name].split_like(bank[name].grads)
+        for side, leaf in (("A", a), ("B", b)):
+            expected = torch.zeros_like(leaf) if name == "b" else leaf.grad
+            found = grads[f"inner.lora_{side}"].double()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_one_batch_serves_several_adapters_end_to_end(
@@ -333,7 +379,7 @@ def test_the_parameters_of_terms_come_back_in_their_places() -> None:
     """A and B of each part, then the gate; what belongs to others stays in the iterator."""
     part = AdapterShare(0, slice(0, 1), torch.zeros(1, 1), 1.0)
     stacks = [
-        StackedAdapters(slice(None), torch.zeros(1, 1), [part] * n, None, False, lambda: None)
+        StackedAdapters(slice(None), torch.zeros(1, 1), [part] * n, None, lambda: None)
         for n in (2, 1)
     ]
     names = iter(["A0", "B0", "A1", "B1", "gate", "A", "B", "other gate", "base"])

@@ -690,6 +690,87 @@ def test_a_router_reads_each_layers_normed_inputs(
         assert float((w.grad.double() - wanted).norm() / wanted.norm()) < bound, at
 
 
+class SoftmaxByLinear:
+    """A toy router of the linears: gates of a linear = softmax(x V^T), one V [K, in] for each."""
+
+    halves = ("attn", "mlp")
+
+    def __init__(
+        self, model: Decoder, adapters: Sequence[str], dtype: torch.dtype = torch.float32
+    ) -> None:
+        draw, family = torch.Generator().manual_seed(9), model.family
+        self.adapters, self.layer = adapters, family.layer
+        paths = [
+            family.path(target, i)
+            for i in range(model.geometry.layers)
+            for targets in family.roles
+            for target in targets
+        ]
+        self.weights = {
+            path: torch.randn(len(adapters), model.get_submodule(path).in_features, generator=draw)
+            .mul(0.2)
+            .to(dtype)
+            .requires_grad_()
+            for path in paths
+        }
+
+    def parameters(self, layer: int) -> Sequence[Tensor]:
+        prefix = self.layer.format(i=layer) + "."
+        return [w for path, w in self.weights.items() if path.startswith(prefix)]
+
+    def linear_gates(self, linears: Sequence[str], x: Tensor) -> Tensor:
+        parts = [(x.to(w.dtype) @ w.t()).softmax(-1) for w in map(self.weights.get, linears)]
+        return torch.cat(parts, -1)
+
+
+class RoutedByLinear(Routed):
+    """`Routed`, with each linear's gates made of what it reads."""
+
+    def note(self, at: tuple[int, str], normed: Tensor) -> None:
+        self.part = self.strength[self.bounds[self.row] : self.bounds[self.row + 1]]
+
+    def add(self, path: str, at: tuple[int, str], x: Tensor, y: Tensor) -> Tensor:
+        self.gates[at] = self.router.linear_gates([path], x) * self.part
+        return super().add(path, at, x, y)
+
+
+@pytest.mark.parametrize(("name", "recompute"), [("llama", False), ("gpt2", True)])
+def test_a_router_of_the_linears_gates_each_by_its_own_input(
+    name: str, recompute: bool, tmp_path: Path
+) -> None:
+    """Outputs, and gradients of experts and router through two layers, against float64 autograd:
+    q, k and v have other gates, and those of the last linear read what the activation made."""
+    source = tiny.fresh(
+        name, **WIDE[name], **{"n_layer" if name == "gpt2" else "num_hidden_layers": 2}
+    )
+    model = tiny.decoder(source, tmp_path, torch.float32)
+    attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
+    (out,) = model.family.roles.mlp_out
+    only = model.family.targets[out].rpartition(".")[2]
+    attach(model, LoraSpec(r=3, init_lora_weights=False, target_modules=[only]), "b", seed=1)
+    theirs, router = rounded(model, source, torch.float32), SoftmaxByLinear(model, ["a", "b"])
+    twin = SoftmaxByLinear(model, ["a", "b"], torch.float64)
+    exact = RoutedByLinear(theirs, model, twin, torch.ones(sum(LENGTHS), 1).double())
+    there = exact.run()
+    objective(there).backward()
+    model.gradient_checkpointing = recompute
+    call, batch = AdapterContext(Mix.layer_routed(router)), packed()
+    with torch.no_grad():
+        here = model.logits(model.hidden(batch, call).last, call)
+    assert float((here.double() - there.detach()).norm() / there.detach().norm()) < FLOAT[1]
+    for adapter in "ab":
+        get_bank(model)[adapter].grads.zero_()
+    ours(model, call, batch).backward()
+    for adapter in "ab":
+        assert error(model, adapter, exact.truth[adapter]) < FLOAT[1]
+    for path, w in router.weights.items():
+        wanted = twin.weights[path].grad
+        if wanted is None or not wanted.any():
+            assert w.grad is None or not w.grad.any()
+            continue
+        assert float((w.grad.double() - wanted).norm() / wanted.norm()) < FLOAT[1], path
+
+
 def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
     """An adapter at the head cannot take a gate of the layers, nor a term two gates: said, not left
     out.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.mix import AdapterContext, MixTerm
+from lorry.adapters.mix import AdapterContext, LinearRouter, MixTerm
 from lorry.adapters.product import (
     AdapterShare,
     DenseLinear,
@@ -26,6 +26,7 @@ from lorry.adapters.product import (
     Linears,
     LowRankFunction,
     PartParams,
+    SlotShare,
     StackedAdapters,
     TermParams,
 )
@@ -36,8 +37,19 @@ from lorry.errors import ContractError
 AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)
 
 
-# what they were made from, the stacked A's, the parts
-StackEntry = tuple[tuple[object, ...], Tensor, list[AdapterShare]]
+@dataclass(frozen=True, slots=True)
+class ComputeCopies:
+    """The copies of masters that products read, and the other fields of a `StackedAdapters` that
+    hang on nothing but the adapters."""
+
+    lora_A: Tensor
+    parts: Sequence[AdapterShare]
+    slots: Sequence[SlotShare] | None = None
+    columns: Tensor | None = None
+
+
+# what they were made from, and they
+StackEntry = tuple[tuple[object, ...], ComputeCopies]
 
 
 @dataclass
@@ -249,8 +261,7 @@ class LinearGroup:
     ) -> tuple[list[StackedAdapters], list[TermParams[Tensor | None]]]:
         """What the call's terms need here, and their masters and gates. ``routed``: whether the
         call's router may be asked here. Raises ContractError for a term of its elsewhere."""
-        stacks: list[StackedAdapters] = []
-        terms: list[TermParams[Tensor | None]] = []
+        stacks, terms = list[StackedAdapters](), list[TermParams[Tensor | None]]()
         for linear in self.linears:
             # all of them before any product: half a group computed would be memory for nothing
             linear.terms(call)  # refuses a merged layer
@@ -261,51 +272,101 @@ class LinearGroup:
             if linear.unmerged_weight is None
             for t in linear.base_terms
         ]
-        for term in (*dict.fromkeys(of_base), *call.mix.terms):
-            slots = [
-                (i, linear.slots[term.adapter])
-                for i, linear in enumerate(self.linears)
-                if term.adapter in linear.slots
-            ]
-            if not slots:
+        for term in dict.fromkeys(of_base):
+            self._add_stack([term], call, site, stacks, terms)
+        for alike in self._alike(call, routed=routed):
+            self._add_stack(alike, call, site, stacks, terms)
+        return stacks, terms
+
+    def _alike(self, call: AdapterContext, *, routed: bool) -> list[list[MixTerm]]:
+        """The call's terms that have a slot here; together those that one product computes: of the
+        same tokens and dropout rate, and with gates from the same place."""
+        groups: dict[object, list[MixTerm]] = {}
+        for term in call.mix.terms:
+            slot = next(
+                (m.slots[term.adapter] for m in self.linears if term.adapter in m.slots), None
+            )
+            if slot is None:
                 continue
-            route = term.route
-            if route is not None and call.router is None:
+            per_token = isinstance(term.gate, Tensor)
+            if term.route is not None and call.router is None:
                 # without its gate the term would count in full
                 raise ContractError(
                     f"{self.linears[0].path}: the adapter {term.adapter!r} is routed, and the mix has no router"
                 )
-            if route is not None and (not routed or isinstance(term.gate, Tensor)):
+            if term.route is not None and (not routed or per_token):
                 raise self._unroutable(term)
-            # a constant g goes into the scale (no work per token); a tensor stays a gate with a
-            # gradient
-            constant = 1.0 if isinstance(term.gate, Tensor) else term.gate
-            a, parts = self._compute_copies(slots)
-            if constant != 1.0:
-                parts = [AdapterShare(p.layer, p.rows, p.lora_B, p.scale * constant) for p in parts]
             # one adapter has one dropout rate, so its first slot speaks for the group
-            rate = slots[0][1].dropout if call.noise is not None else 0.0
-            dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
-            gate = term.gate if isinstance(term.gate, Tensor) else None
-            tokens, term_rows = slice(None) if term.rows is None else term.rows, None
-            gated = gate is not None or route is not None
-            if (
-                # gates are [rows] of the term, which widened rows would no longer match
-                not gated
-                and term.rows is not None
-                and a.dtype == torch.bfloat16
-                and a.device.type == "cpu"
-            ):
-                # only oneDNN's bf16 products are compiled per shape; elsewhere wider rows would be
-                # waste
-                tokens, term_rows = align_rows(term.rows)
-            stacks.append(
-                StackedAdapters(
-                    tokens, a, parts, dropout, gated, partial(_touch_slots, slots), term_rows, route
-                )
+            rate = slot.dropout if call.noise is not None else 0.0
+            rows = None if term.rows is None else (term.rows.start, term.rows.stop)
+            groups.setdefault((rows, rate, per_token, term.route is not None), []).append(term)
+        return list(groups.values())
+
+    def _add_stack(
+        self,
+        group: Sequence[MixTerm],
+        call: AdapterContext,
+        site: str,
+        stacks: list[StackedAdapters],
+        terms: list[TermParams[Tensor | None]],
+    ) -> None:
+        """Put what these terms (`_alike`) need here behind the others."""
+        slots = [
+            (i, k, linear.slots[term.adapter])
+            for i, linear in enumerate(self.linears)
+            for k, term in enumerate(group)
+            if term.adapter in linear.slots
+        ]
+        first = group[0]
+        routed, gates = (
+            first.route is not None,
+            [t.gate for t in group if isinstance(t.gate, Tensor)],
+        )
+        # a constant g goes into the scale (no work per token); a tensor stays a gate with a gradient
+        constants = [1.0 if isinstance(t.gate, Tensor) else t.gate for t in group]
+        # which of the gates is a slot's
+        columns = None
+        if routed:
+            assert call.router is not None
+            # a router of the linears has a block of columns for each of them
+            step = len(call.router.adapters) if isinstance(call.router, LinearRouter) else 0
+            columns = [i * step + (group[k].route or 0) for i, k, _ in slots]
+        elif gates:
+            columns = [k for _, k, _ in slots]
+        copies = self._compute_copies(slots, constants, columns)
+        rate = slots[0][2].dropout if call.noise is not None else 0.0
+        dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
+        tokens, term_rows = slice(None) if first.rows is None else first.rows, None
+        if (
+            # gates are [rows] of the term, which widened rows would no longer match
+            columns is None
+            and first.rows is not None
+            and copies.lora_A.dtype == torch.bfloat16
+            and copies.lora_A.device.type == "cpu"
+        ):
+            # only oneDNN's bf16 products are compiled per shape; elsewhere wider rows would be
+            # waste
+            tokens, term_rows = align_rows(first.rows)
+        masters = [slot for _, _, slot in slots]
+        stacks.append(
+            StackedAdapters(
+                tokens,
+                copies.lora_A,
+                copies.parts,
+                dropout,
+                partial(_touch_slots, masters),
+                term_rows,
+                copies.slots,
+                copies.columns,
+                routed,
             )
-            terms.append(TermParams(tuple(PartParams(slot.A, slot.B) for _, slot in slots), gate))
-        return stacks, terms
+        )
+        terms.append(
+            TermParams(
+                tuple(PartParams(slot.A, slot.B) for slot in masters),
+                torch.stack(gates, 1) if gates else None,
+            )
+        )
 
     def _unroutable(self, term: MixTerm) -> ContractError:
         where = f"{self.linears[0].path}: the adapter {term.adapter!r} has a gate of the router of the layers"
@@ -316,27 +377,75 @@ class LinearGroup:
         )
 
     def _compute_copies(
-        self, slots: Sequence[tuple[int, AdapterSlot]]
-    ) -> tuple[Tensor, list[AdapterShare]]:
-        """(the stacked A's, each linear's share), remade where a master has changed."""
+        self,
+        slots: Sequence[tuple[int, int, AdapterSlot]],
+        constants: Sequence[float],
+        columns: Sequence[int] | None,
+    ) -> ComputeCopies:
+        """The stacked A's, each linear's share, and who has what of it, remade where a master has
+        changed. slots: (linear, term, slot), linear by linear; constants: of each term."""
         dtype = self.linears[0].dtype
+        several = columns is not None or len(constants) > 1
         # dtype and place in the group as well as the masters: a base cast to another dtype needs
         # new copies
-        stamp = (dtype, *(value for i, slot in slots for value in (i, *slot.stamp())))
-        stacks, key = slots[0][1].stacks, tuple(slot.slot_id for _, slot in slots)
-        entry = stacks.get(key)
+        stamp = (
+            dtype,
+            several and (tuple(constants), columns and tuple(columns)),
+            *(value for i, _, slot in slots for value in (i, *slot.stamp())),
+        )
+        cache, key = slots[0][2].stacks, (several, *(slot.slot_id for _, _, slot in slots))
+        entry = cache.get(key)
         if entry is None or entry[0] != stamp:
-            a = torch.cat([slot.A.detach() for _, slot in slots]).to(dtype)
-            parts, at = [], 0
-            for i, slot in slots:
-                parts.append(
-                    AdapterShare(
-                        i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale
-                    )
-                )
-                at += slot.A.shape[0]
-            stacks[key] = entry = (stamp, a, parts)
-        return entry[1], entry[2]
+            make = self._copies_of_several if several else self._copies_of_one
+            cache[key] = entry = (stamp, make(slots, dtype, constants, columns))
+        copies = entry[1]
+        if several or constants[0] == 1.0:
+            return copies
+        parts = [
+            AdapterShare(p.layer, p.rows, p.lora_B, p.scale * constants[0]) for p in copies.parts
+        ]
+        return replace(copies, parts=parts)
+
+    def _copies_of_one(
+        self,
+        slots: Sequence[tuple[int, int, AdapterSlot]],
+        dtype: torch.dtype,
+        constants: Sequence[float],
+        columns: Sequence[int] | None,
+    ) -> ComputeCopies:
+        """Of one adapter without gates: its scale, and a constant, multiply the product."""
+        a = torch.cat([slot.A.detach() for _, _, slot in slots]).to(dtype)
+        parts, at = [], 0
+        for i, _, slot in slots:
+            rows = slice(at, at + slot.A.shape[0])
+            parts.append(AdapterShare(i, rows, slot.B.detach().to(dtype), slot.scale))
+            at = rows.stop
+        return ComputeCopies(a, parts)
+
+    def _copies_of_several(
+        self,
+        slots: Sequence[tuple[int, int, AdapterSlot]],
+        dtype: torch.dtype,
+        constants: Sequence[float],
+        columns: Sequence[int] | None,
+    ) -> ComputeCopies:
+        """Of several, or of one with gates: scales and constants are in the copies of the B's."""
+        a = torch.cat([slot.A.detach() for _, _, slot in slots]).to(dtype)
+        parts, shares, at = list[AdapterShare](), list[SlotShare](), 0
+        for i in dict.fromkeys(i for i, _, _ in slots):
+            start, ups = at, []
+            for _, k, slot in (entry for entry in slots if entry[0] == i):
+                rows, scale = slice(at, at + slot.A.shape[0]), slot.scale * constants[k]
+                own = slice(rows.start - start, rows.stop - start)
+                shares.append(SlotShare(len(parts), rows, own, scale))
+                ups.append(slot.B.detach() * scale)
+                at = rows.stop
+            parts.append(AdapterShare(i, slice(start, at), torch.cat(ups, 1).to(dtype), 1.0))
+        wanted = None
+        if columns is not None:
+            ranks = torch.tensor([slot.A.shape[0] for _, _, slot in slots])
+            wanted = torch.tensor(columns).repeat_interleave(ranks).to(a.device)
+        return ComputeCopies(a, parts, shares, wanted)
 
 
 def align_rows(rows: slice) -> tuple[slice, slice]:
@@ -349,8 +458,8 @@ def align_rows(rows: slice) -> tuple[slice, slice]:
     return slice(start, -(-rows.stop // 64) * 64), slice(rows.start - start, rows.stop - start)
 
 
-def _touch_slots(slots: Sequence[tuple[int, AdapterSlot]]) -> None:
-    for _, slot in slots:
+def _touch_slots(slots: Sequence[AdapterSlot]) -> None:
+    for slot in slots:
         slot.touch()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -80,13 +80,34 @@ class MixtureRouter(Protocol):
         """Every expert, gated by the router."""
 
 
+@runtime_checkable
+class LinearRouter(Protocol):
+    """Gates that differ from linear to linear, each made of what that linear reads. ``adapters``,
+    ``halves`` and where it works: as of a `LayerRouter`; its logits are nobody's.
+    """
+
+    adapters: Sequence[str]
+    halves: Sequence[Half]
+
+    def parameters(self, layer: int) -> Sequence[Tensor]:
+        """What `linear_gates` of this layer's linears reads and gradients may go to."""
+
+    def linear_gates(self, linears: Sequence[str], x: Tensor) -> Tensor:
+        """x [T,I], what the linears of these paths read -> [T, linears * adapters], the first
+        linear's gates first. By operations that autograd follows; and the same for the same x,
+        since it is called again in backward."""
+
+
+AnyRouter = LayerRouter | LinearRouter
+
+
 @dataclass(frozen=True)
 class Mix:
     """The terms of a forward pass over T packed tokens, and the router that those with a ``route``
     ask in every layer."""
 
     terms: tuple[MixTerm, ...] = ()
-    router: LayerRouter | None = None
+    router: AnyRouter | None = None
 
     @staticmethod
     def none() -> Mix:
@@ -128,7 +149,7 @@ class Mix:
         return Mix(tuple(MixTerm(name, None, gates[:, k]) for k, name in enumerate(adapters)))
 
     @staticmethod
-    def layer_routed(router: LayerRouter) -> Mix:
+    def layer_routed(router: AnyRouter) -> Mix:
         """Every expert of a router, gated by it in each layer."""
         terms = (MixTerm(name, route=k) for k, name in enumerate(router.adapters))
         return Mix(tuple(terms), router)
@@ -189,7 +210,7 @@ class AdapterContext:
     noise: DropoutNoise | None = None
 
     @property
-    def router(self) -> LayerRouter | None:
+    def router(self) -> AnyRouter | None:
         """What the layers ask for gates, if anything."""
         return self.mix.router
 

@@ -2,7 +2,9 @@
 (A_k x).
 
 Linears that read the same input are one piece of work: their A's are stacked, so x A^T, dA and the
-low-rank part of dx are one matrix product each, however many projections there are. The rank-R
+low-rank part of dx are one matrix product each, however many projections there are. So are the
+experts of a mixture: K terms for the same tokens are one stack, whose B's lie side by side in each
+linear, and a gate multiplies its expert's ranks between the two. The rank-R
 terms are added straight into the base products, nothing is copied per adapter, and the masters get
 fp32 gradients while everything is computed in the base's dtype.
 
@@ -19,6 +21,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lorry.adapters.dropout import SeededDropout
 
@@ -39,23 +42,68 @@ class AdapterShare:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class SlotShare:
+    """One adapter's part of a linear's share, where several share a stack: the number of that
+    share, the adapter's rows of the stacked A and columns of the share's lora_B, and its scale,
+    which that compute copy holds already.
+    """
+
+    part: int
+    rows: slice
+    columns: slice
+    scale: float
+
+
 @dataclass(slots=True)
 class StackedAdapters:
-    """One term of the mix at linears that read the same input.
+    """One term of the mix at linears that read the same input; or several for the same tokens, as
+    one (``slots``: whose masters are where; None for one ungated adapter, whose parts are that).
 
     ``tokens``: which rows of x; ``term_rows``: which of those the term is for, where a few more are
-    taken along; lora_A [S,I]: the stacked compute copies; ``gated``: a gate per token multiplies the
-    term. ``mark_stale`` is called when gradients for the masters are made: they are about to change.
+    taken along; lora_A [S,I]: the stacked compute copies; ``columns`` [S] int64: the column of the
+    gates [tokens, C] that multiplies each of its ranks, None where nothing does; ``routed``: whether
+    these gates are the router's. ``mark_stale`` is called when gradients for the masters are made:
+    they are about to change.
     """
 
     tokens: slice
     lora_A: Tensor
     parts: Sequence[AdapterShare]
     dropout: SeededDropout | None
-    gated: bool
     mark_stale: Callable[[], None]
     term_rows: slice | None = None
-    route: int | None = None  # the column of the layer's router that is its gate
+    slots: Sequence[SlotShare] | None = None
+    columns: Tensor | None = None
+    routed: bool = False
+
+    @property
+    def num_slots(self) -> int:
+        """How many pairs of masters it stands for."""
+        return len(self.parts if self.slots is None else self.slots)
+
+    def slot_shares(self) -> Sequence[SlotShare]:
+        """Where the masters' gradients lie in those of the stacked copies, pair by pair."""
+        if self.slots is not None:
+            return self.slots
+        return [SlotShare(i, p.rows, slice(None), p.scale) for i, p in enumerate(self.parts)]
+
+    def weigh(self, low: Tensor, gates: Tensor | None) -> Tensor:
+        """low [tokens, S], each rank times its gate."""
+        if gates is None:
+            return low
+        assert self.columns is not None
+        return low * gates.to(low.dtype).index_select(1, self.columns)
+
+    def gate_gradient(self, h: Tensor, raw: Tensor, gates: Tensor) -> Tensor:
+        """The gradient of gates [tokens, C], in their dtype: d y / d g = sum over its ranks of
+        h * (s B^T dy), both [tokens, S]."""
+        assert self.columns is not None
+        # in fp32, since the products may cancel; a product with 0 and 1 sums the ranks of a column
+        ranks = F.one_hot(self.columns, gates.shape[1]).to(
+            torch.promote_types(h.dtype, torch.float32)
+        )
+        return ((h.to(ranks.dtype) * raw.to(ranks.dtype)) @ ranks).to(gates.dtype)
 
     def zero_other_rows(self, low: Tensor) -> Tensor:
         """low [tokens, S], with zeros in the rows that are not this term's: what they add anywhere
@@ -112,8 +160,8 @@ class PartParams(NamedTuple, Generic[T_co]):
 class TermParams(NamedTuple, Generic[T_co]):
     """One thing for each parameter of a term at linears that read the same input: the parameter
     itself, whether it wants a gradient, or that gradient. ``parts``: as in the term's
-    `StackedAdapters`; ``gate``: of the gate per token (None in place of a tensor where the term has
-    none).
+    `StackedAdapters`, pair by pair; ``gate``: of the gates per token (None in place of a tensor where
+    the term has none, or they are the router's).
 
     autograd takes and gives flat tuples of tensors. Their order is known to `flat` and `unflat`
     alone, so that a variant with one parameter more changes this class and nothing it passes
@@ -136,7 +184,10 @@ class TermParams(NamedTuple, Generic[T_co]):
     def unflat(stacks: Sequence[StackedAdapters], flat: Iterator[T]) -> list[TermParams[T]]:
         """`flat` backwards: take from an iterator as much as the terms of these stacks hold."""
         return [
-            TermParams(tuple(PartParams(next(flat), next(flat)) for _ in stack.parts), next(flat))
+            TermParams(
+                tuple(PartParams(next(flat), next(flat)) for _ in range(stack.num_slots)),
+                next(flat),
+            )
             for stack in stacks
         ]
 
@@ -228,7 +279,7 @@ class DenseLinear:
 
 @dataclass(slots=True)
 class LinearProducts:
-    """The work of linears with one input in one pass. ``gates``: per stack [tokens] or None.
+    """The work of linears with one input in one pass. ``gates``: per stack [tokens, C] or None.
 
     Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``down_outputs`` (per stack
     [tokens, S], what A made of x) is what forward leaves for backward, besides x itself.
@@ -252,7 +303,7 @@ class LinearProducts:
             self.down_outputs.append(h)
             # gated at rank width (S columns), not at output width (O): the same result for fewer
             # multiplications
-            weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
+            weighted = stack.weigh(h, gate)
             for part in stack.parts:
                 stack.add_product(
                     ys[part.layer], weighted[:, part.rows], part.lora_B.t(), part.scale
@@ -277,7 +328,7 @@ class LinearProducts:
                 )
             # before the gate: the gate's own gradient needs what it multiplied
             self.raw_up_grads.append(stack.zero_other_rows(up))
-            self.up_grads.append(up if gate is None else up * gate.to(up.dtype)[:, None])
+            self.up_grads.append(stack.weigh(up, gate))
             if dx is None:
                 continue
             if stack.dropout is None:
@@ -318,23 +369,28 @@ class LinearProducts:
                 if any(part.A for part in need.parts)
                 else None
             )
-            weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
+            shares = stack.slot_shares()
+            db: list[Tensor | None] = [None] * len(stack.parts)
+            train = {s.part for s, wanted in zip(shares, need.parts, strict=True) if wanted.B}
+            weighted = stack.weigh(h, gate) if train else h
+            for i in train:
+                # one product for all the adapters of a linear
+                g = grads[stack.parts[i].layer][stack.tokens]
+                # a clone: the slice is a view of the caller's gradient
+                g = g if stack.term_rows is None else stack.zero_other_rows(g.clone())
+                db[i] = torch.mm(g.t(), weighted[:, stack.parts[i].rows]).float()
             parts: list[PartParams[Tensor | None]] = []
-            for part, wanted in zip(stack.parts, need.parts, strict=True):
-                db = None
-                if wanted.B:
-                    g = grads[part.layer][stack.tokens]
-                    # a clone: the slice is a view of the caller's gradient
-                    g = g if stack.term_rows is None else stack.zero_other_rows(g.clone())
-                    db = torch.mm(g.t(), weighted[:, part.rows]).float().mul_(part.scale)
-                parts.append(PartParams(da[part.rows] if da is not None and wanted.A else None, db))
-            dgate = (
-                # d y / d g = sum over ranks of h * (s B^T dy), summed in fp32 since the S products
-                # may cancel
-                (h.float() * raw.float()).sum(1).to(gate.dtype)
-                if gate is not None and need.gate
-                else None
-            )
+            for share, wanted in zip(shares, need.parts, strict=True):
+                own = db[share.part]
+                parts.append(
+                    PartParams(
+                        da[share.rows] if da is not None and wanted.A else None,
+                        own[:, share.columns].mul_(share.scale)
+                        if own is not None and wanted.B
+                        else None,
+                    )
+                )
+            dgate = stack.gate_gradient(h, raw, gate) if gate is not None and need.gate else None
             out.append(TermParams(tuple(parts), dgate))
         return out
 

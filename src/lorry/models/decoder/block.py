@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import BankLinear, LinearGroup
-from lorry.adapters.mix import AdapterContext, Half
+from lorry.adapters.mix import AdapterContext, Half, LinearRouter
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.errors import ContractError
 from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, RotaryConfig
@@ -53,6 +53,9 @@ class ForwardContext:
     decoding: bool = False
     recompute: bool = False
     router_logits: list[Tensor] = field(default_factory=list)
+
+
+LinearRole = Literal["qkv", "attn_out", "mlp_in", "mlp_out"]  # the fields of `LayerLinears`
 
 
 class LayerTerms(NamedTuple):
@@ -181,7 +184,7 @@ class DecoderBlock:
         """
         logits, normed = list[Tensor](), self.norms.attn.compute(x)
         self._route(state, "attn", normed, (products.qkv, products.attn_out), logits)
-        heads = products.qkv.forward(normed)
+        heads = self._product("qkv", normed, state, products)
         del normed  # as soon as it has served: it is as large as the layer's input
         q, k, v = self.split_heads(heads)
         del heads
@@ -197,7 +200,7 @@ class DecoderBlock:
             attn = state.cache.attend(self.index, q)
         else:
             attn, stats = attention.attention_forward(q, k, v, state.segments, save=save)
-        (attended,) = products.attn_out.forward(attn.flatten(1))
+        (attended,) = self._product("attn_out", attn.flatten(1), state, products)
         parallel = self.geometry.parallel_residual
         if parallel:
             # GPT-NeoX: the MLP reads the layer's input, not attention's result
@@ -205,10 +208,10 @@ class DecoderBlock:
         else:
             residual, normed = self.norms.mlp.add_and_normalise(attended, x)
         self._route(state, "mlp", normed, (products.mlp_in, products.mlp_out), logits)
-        inner = products.mlp_in.forward(normed)
+        inner = self._product("mlp_in", normed, state, products)
         # an ungated MLP has one inner product, which goes through the activation
         gate, up = inner if len(inner) > 1 else (inner[0], None)
-        (y,) = products.mlp_out.forward(apply_gate(self.activation, gate, up))
+        (y,) = self._product("mlp_out", apply_gate(self.activation, gate, up), state, products)
         saved = None
         if save:
             if self.norms.q is not None:
@@ -235,14 +238,33 @@ class DecoderBlock:
         if router is None:
             return
         if half in router.halves:
-            logits.append(router.logits(self.index, half, normed))
-            apply_router_gates(router.gates(logits[-1]), *products)
-        elif any(stack.route is not None for p in products for stack in p.stacks):
+            if not isinstance(router, LinearRouter):
+                logits.append(router.logits(self.index, half, normed))
+                apply_router_gates(router.gates(logits[-1]), *products)
+        elif any(stack.routed for p in products for stack in p.stacks):
             # without this check the term would count in full, as if its gate were 1
             raise ContractError(
                 f"layer {self.index}: an expert has an adapter in the {half} half, whose input its "
                 "router does not read"
             )
+
+    def _product(
+        self,
+        role: LinearRole,
+        x: Tensor,
+        state: ForwardContext,
+        products: LayerLinears[LinearProducts],
+    ) -> list[Tensor]:
+        """What the linears of a role make of x, whose gates a router of the linears makes first."""
+        product, router = getattr(products, role), state.call.router
+        if isinstance(router, LinearRouter) and any(stack.routed for stack in product.stacks):
+            apply_router_gates(router.linear_gates(self.paths(role), x), product)
+        outputs: list[Tensor] = product.forward(x)
+        return outputs
+
+    def paths(self, role: LinearRole) -> list[str]:
+        """Of the linears of a role."""
+        return [linear.path for linear in getattr(self.linears, role).linears]
 
     def apply_positions(self, q: Tensor, k: Tensor, state: ForwardContext) -> tuple[Tensor, Tensor]:
         """q and k with their head norms and positions."""
@@ -274,10 +296,10 @@ class DecoderBlock:
 
 
 def apply_router_gates(gates: Tensor, *products: LinearProducts) -> None:
-    """Give the terms that a router gates their columns of ``gates`` [T, adapters]."""
+    """Give the terms that a router gates their tokens of ``gates`` [T, columns]."""
     for product in products:
         product.gates = [
-            gate if stack.route is None else gates[stack.tokens, stack.route]
+            gates[stack.tokens] if stack.routed else gate
             for stack, gate in zip(product.stacks, product.gates, strict=True)
         ]
 

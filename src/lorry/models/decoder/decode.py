@@ -59,7 +59,7 @@ class SmallBatchProducts(LinearProducts):
         if x.shape[0] > kernel.MAX_FEW_ROWS:
             return super().forward(x)
         ys = [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
-        for stack, direct in zip(self.stacks, self.direct, strict=True):
+        for stack, direct, gate in zip(self.stacks, self.direct, self.gates, strict=True):
             tokens = _own_tokens(stack) if direct else stack.tokens
             part_x = x[tokens]
             # [rows of the term, sum of ranks]: x A^T of all linears of the group at once
@@ -68,6 +68,7 @@ class SmallBatchProducts(LinearProducts):
                 if direct
                 else stack.zero_other_rows(torch.mm(part_x, stack.lora_A.t()))
             )
+            h = stack.weigh(h, gate)
             for part in stack.parts:
                 if direct:
                     kernel.add_linear_product(
@@ -122,8 +123,8 @@ class DecodeRunner:
         decoding: bool,
     ) -> Tensor:
         """As `Decoder.forward_cached`: tokens [T] -> hidden [T,D]."""
-        # a router's gates differ from token to token: nothing could be looked up for the next
-        products = None if call.router is not None else self._work(call, anew=not decoding)
+        # a router's gates differ from token to token: the layers put each pass's into the products
+        products = self._work(call, anew=not decoding)
         return self.model.forward_cached(
             packed, rows, cache, call, decoding=decoding, products=products
         )

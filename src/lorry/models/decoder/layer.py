@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.adapters.mix import Half, LayerRouter
+from lorry.adapters.mix import AnyRouter, Half, LinearRouter
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.families import LayerLinears
 from lorry.models.decoder import attention
-from lorry.models.decoder.block import DecoderBlock, ForwardContext, LayerTerms, SavedActivations
-from lorry.models.decoder.pointwise import DecoderNorm, apply_rotary, gated_activation_backward
+from lorry.models.decoder.block import (
+    DecoderBlock,
+    ForwardContext,
+    LayerTerms,
+    LinearRole,
+    SavedActivations,
+)
+from lorry.models.decoder.pointwise import (
+    DecoderNorm,
+    apply_rotary,
+    gated_activation,
+    gated_activation_backward,
+)
 
 
 def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor:
@@ -53,7 +64,7 @@ def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor
     return y
 
 
-def router_parameters(router: LayerRouter, layer: int) -> list[Tensor]:
+def router_parameters(router: AnyRouter, layer: int) -> list[Tensor]:
     """Those of the router's parameters that want gradients."""
     return [p for p in router.parameters(layer) if p.requires_grad]
 
@@ -119,7 +130,7 @@ class LayerFunction(torch.autograd.Function):
         router = (
             None
             if state.call.router is None
-            else RouterBackward(state.call.router, block.index, grads[1:])
+            else RouterBackward(state.call.router, block, grads[1:])
         )
         # flags: terms, then the router's, then the base's, as `apply` was called
         base = [*flags] if router is None else [*flags][len(router.params) :]
@@ -150,11 +161,11 @@ class LinearsBackward:
         self, products: LinearProducts, needs: Sequence[TermParams[bool]], train_base: bool
     ) -> None:
         self.products, self.needs = products, needs
-        self.routed = any(stack.route is not None for stack in products.stacks)
+        self.routed = any(stack.routed for stack in products.stacks)
         # a router's gates are no input of the node: their gradients go on to the router
         if self.routed:
             pairs = zip(products.stacks, needs, strict=True)
-            self.needs = [n if stack.route is None else n._replace(gate=True) for stack, n in pairs]
+            self.needs = [n._replace(gate=True) if stack.routed else n for stack, n in pairs]
         self.trains_base = train_base and any(layer.requires_grad for layer in products.layers)
         self.needs_gradient = self.trains_base or self.routed or any(TermParams.flat(needs))
         self.terms: Sequence[TermParams[Tensor | None]] = TermParams.none(products.stacks)
@@ -184,56 +195,77 @@ class LinearsBackward:
     def pop_router_gradients(self) -> list[tuple[StackedAdapters, Tensor]]:
         """The gradients of the gates that came from a router; they are none of the terms' own then."""
         pairs = list(zip(self.products.stacks, self.terms, strict=True))
-        self.terms = [t if stack.route is None else t._replace(gate=None) for stack, t in pairs]
-        return [
-            (stack, t.gate) for stack, t in pairs if stack.route is not None and t.gate is not None
-        ]
+        self.terms = [t._replace(gate=None) if stack.routed else t for stack, t in pairs]
+        return [(stack, t.gate) for stack, t in pairs if stack.routed and t.gate is not None]
 
 
 class RouterBackward:
     """The backward of a layer's router. ``logit_grads``: those of its logits, a half each, or None
-    where no loss reads them; ``params`` are what of it trains, ``grads`` their gradients.
+    where no loss reads them; ``params`` are what of it trains, ``grads`` their gradients. What a
+    router made is made again: nothing is kept of it.
     """
 
     def __init__(
-        self, router: LayerRouter, layer: int, logit_grads: Sequence[Tensor | None]
+        self, router: AnyRouter, block: DecoderBlock, logit_grads: Sequence[Tensor | None]
     ) -> None:
-        self.router, self.layer = router, layer
-        self.logit_grads = dict(zip(router.halves, logit_grads, strict=True))
-        self.params = router_parameters(router, layer)
+        self.router, self.block = router, block
+        halves = () if isinstance(router, LinearRouter) else router.halves
+        self.logit_grads = dict(zip(halves, logit_grads, strict=True))
+        self.params = router_parameters(router, block.index)
         self.grads: list[Tensor | None] = [None] * len(self.params)
 
-    def run(
+    def through_half(
         self,
         half: Half,
         normed: Tensor,
         linears: Sequence[LinearsBackward],
         needs_x: bool,
     ) -> Tensor | None:
-        """The gradient of ``normed`` through the gates that the linears' terms took, or None; its
-        parameters' are added to ``grads``. The gates are made again: nothing is kept of them."""
+        """The gradient of ``normed`` through the gates that the terms of a half's linears took, and
+        the logits; None if nothing comes that way. Its parameters' are added to ``grads``."""
+        router, dlogits = self.router, self.logit_grads.get(half)
+        if isinstance(router, LinearRouter):
+            return None
         routed = [pair for linear in linears for pair in linear.pop_router_gradients()]
         # detached: the small graph ends here, what is below is written out
         inputs = [normed.detach().requires_grad_()] if needs_x else []
-        dlogits = self.logit_grads.get(half)
         if (not routed and dlogits is None) or not (inputs or self.params):
             return None
         with torch.enable_grad():
-            logits = self.router.logits(self.layer, half, inputs[0] if inputs else normed)
-            gates = self.router.gates(logits)
-        outputs, seeds = list[Tensor](), list[Tensor]()
-        if routed and gates.requires_grad:
-            dgates = torch.zeros_like(gates)
-            for stack, grad in routed:
-                # added: several linears of the half take the same gate
-                dgates[stack.tokens, stack.route] += grad
-            outputs, seeds = [gates], [dgates]
-        if dlogits is not None and logits.requires_grad:
-            outputs, seeds = [*outputs, logits], [*seeds, dlogits]
-        if not outputs:
+            logits = router.logits(self.block.index, half, inputs[0] if inputs else normed)
+            gates = router.gates(logits)
+        seeds = [] if not routed else [(gates, gate_gradient(gates, routed))]
+        return self._take([*seeds, *([] if dlogits is None else [(logits, dlogits)])], inputs)
+
+    def through_linears(
+        self, role: LinearRole, x: Tensor, linears: LinearsBackward, needs_x: bool
+    ) -> Tensor | None:
+        """`through_half`, of a router of the linears, for those of a role and what they read, x."""
+        router = self.router
+        if not isinstance(router, LinearRouter) or not linears.routed:
+            return None
+        routed = linears.pop_router_gradients()
+        inputs = [x.detach().requires_grad_()] if needs_x else []
+        if not routed or not (inputs or self.params):
+            return None
+        with torch.enable_grad():
+            gates = router.linear_gates(self.block.paths(role), inputs[0] if inputs else x)
+        return self._take([(gates, gate_gradient(gates, routed))], inputs)
+
+    def _take(
+        self, seeds: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Add to ``grads`` what comes from these (output, its gradient), and give the input's."""
+        seeds = [(output, grad) for output, grad in seeds if output.requires_grad]
+        if not seeds:
             return None
         grads = list(
-            torch.autograd.grad(outputs, [*self.params, *inputs], seeds, allow_unused=True)
+            torch.autograd.grad(
+                [output for output, _ in seeds],
+                [*self.params, *inputs],
+                [grad for _, grad in seeds],
+                allow_unused=True,
+            )
         )
         # the input stands last in the list above
         dx = grads.pop() if inputs else None
@@ -241,6 +273,15 @@ class RouterBackward:
             total = self.grads[i]
             self.grads[i] = total if grad is None else grad if total is None else total + grad
         return dx
+
+
+def gate_gradient(gates: Tensor, routed: Sequence[tuple[StackedAdapters, Tensor]]) -> Tensor:
+    """The gradient of a router's gates [T, columns] from those of the terms that took them."""
+    total = torch.zeros_like(gates)
+    for stack, grad in routed:
+        # added: several linears take the same gate
+        total[stack.tokens] += grad
+    return total
 
 
 class NormBackward:
@@ -330,13 +371,24 @@ class LayerBackward:
         residual = saved.x if saved.residual is None else saved.residual
         dh = linears.mlp_out.input_grad([dy])
         assert dh is not None
-        # h comes along from the gate's backward, needed below for mlp_out's weights
-        dinner, h = gated_activation_backward(self.block.activation, dh, saved.gate, saved.up)
-        linears.mlp_out.weight_grads(h, [dy])
+        activation = self.block.activation
+        if self._routes("mlp_out"):
+            # these gates were made of h: their gradient has to be in dh before it goes on
+            h = gated_activation(activation, saved.gate, saved.up)
+            linears.mlp_out.weight_grads(h, [dy])
+            dh = self._through_linear_gates("mlp_out", h, dh)
+            assert dh is not None
+            dinner, h = gated_activation_backward(activation, dh, saved.gate, saved.up)
+        else:
+            # h comes along from the gate's backward, needed below for mlp_out's weights
+            dinner, h = gated_activation_backward(activation, dh, saved.gate, saved.up)
+            linears.mlp_out.weight_grads(h, [dy])
         # both are as wide as the MLP: the peak of the layer's memory is here
         del h, dh
         dn = linears.mlp_in.input_grad(dinner, below or norm.requires_grad)
         linears.mlp_in.weight_grads(residual, dinner, norm.norm)
+        if self._routes("mlp_in"):
+            dn = self._through_linear_gates("mlp_in", norm.norm.compute(residual), dn)
         dn = self._through_router("mlp", residual, norm.norm, dn, (linears.mlp_in, linears.mlp_out))
         if dn is None:
             return None
@@ -358,6 +410,9 @@ class LayerBackward:
         dattn = linears.attn_out.input_grad([dy])
         assert dattn is not None
         linears.attn_out.weight_grads(saved.attn.flatten(1), [dy])
+        if self._routes("attn_out"):
+            dattn = self._through_linear_gates("attn_out", saved.attn.flatten(1), dattn)
+            assert dattn is not None
         q, k = saved.q, saved.k
         if norms.q is not None:
             # saved before norm and rotation where heads are normed: done again
@@ -380,6 +435,8 @@ class LayerBackward:
         dheads = block.join_heads(dq, dk, dv)
         dn = linears.qkv.input_grad(dheads, needs_x)
         linears.qkv.weight_grads(saved.x, dheads, norms.attn.norm)
+        if self._routes("qkv"):
+            dn = self._through_linear_gates("qkv", norms.attn.norm.compute(saved.x), dn)
         dn = self._through_router(
             "attn", saved.x, norms.attn.norm, dn, (linears.qkv, linears.attn_out)
         )
@@ -398,5 +455,22 @@ class LayerBackward:
         """dn, the gradient of ``norm``'s output for x, with what comes to it through the router."""
         if self.router is None or half not in self.router.logit_grads:
             return dn
-        through_gates = self.router.run(half, norm.compute(x), linears, dn is not None)
+        through_gates = self.router.through_half(half, norm.compute(x), linears, dn is not None)
         return dn if dn is None or through_gates is None else dn + through_gates
+
+    def _routes(self, role: LinearRole) -> bool:
+        """Whether a router of the linears made the gates of a role's terms."""
+        return (
+            self.router is not None
+            and isinstance(self.router.router, LinearRouter)
+            and getattr(self.linears, role).routed
+        )
+
+    def _through_linear_gates(
+        self, role: LinearRole, x: Tensor, dx: Tensor | None
+    ) -> Tensor | None:
+        """dx, the gradient of what a role's linears read, x, with what comes through their gates."""
+        assert self.router is not None
+        linears = getattr(self.linears, role)
+        through_gates = self.router.through_linears(role, x, linears, dx is not None)
+        return dx if dx is None or through_gates is None else dx + through_gates.to(dx.dtype)
