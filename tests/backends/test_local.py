@@ -181,6 +181,29 @@ def test_adamw_and_clipping_equal_torch() -> None:
     ).abs().max() > 1e-2
 
 
+def test_l2_regularization_is_a_term_of_the_loss() -> None:
+    """Its gradient is clipped and goes through AdamW's moments, as autograd's of factor * sum(p^2);
+    once a step, however many micro-batches there are."""
+    model, local = start()
+    settings = OptimSettings(max_grad_norm=0.5, l2_regularization=0.3, weight_decay=0.1)
+    local = LocalBackend(model, ("default",), settings)
+    adapter = local.bank["default"]
+    plain = torch.nn.Parameter(adapter.values.clone())
+    twin = torch.optim.AdamW([plain], lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        task = Fixed([[examples(3, step), examples(2, step + 9)]])
+        local.forward_backward(task.step_batches(0, {"self": local}), task, step)
+        data_gradient = adapter.grads.clone()
+        loss = (data_gradient * plain).sum() + 0.3 * plain.square().sum()
+        twin.zero_grad()
+        loss.backward()
+        expected_norm = float(torch.nn.utils.clip_grad_norm_([plain], 0.5))
+        twin.step()
+        norms = local.step({"default": 1e-2})
+        assert norms.norms["default"] == pytest.approx(expected_norm, rel=1e-5)
+        assert (adapter.values - plain).abs().max() < 1e-6
+
+
 def test_nothing_steps_on_a_non_finite_loss_or_gradient() -> None:
     model, local = start()
     task = Fixed([[examples(4)]])

@@ -178,6 +178,9 @@ class LocalBackend:
     def step(self, lr: Mapping[str, float]) -> GradientNorms:
         """Update every adapter that was present, at its own rate. Raises NonFiniteError, and
         updates nobody, if any gradient is not finite."""
+        for name in self.trained:
+            if name in self.present:
+                self.optimizers[name].add_l2_gradient()
         norms = self._norms()
         # all of them before the first steps: nobody is updated by a step that failed for one
         for name, norm in norms.norms.items():

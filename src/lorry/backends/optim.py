@@ -18,13 +18,14 @@ from lorry.adapters.trainable import ParameterSet, param_groups
 @dataclass(frozen=True)
 class OptimSettings:
     """AdamW's numbers; max_grad_norm 0 switches clipping off; loraplus_lr_ratio = rate of B
-    over rate of A."""
+    over rate of A; l2_regularization: the factor of the sum of squares that is added to the loss."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     loraplus_lr_ratio: float = 1.0
+    l2_regularization: float = 0.0
 
 
 class ParameterSetOptimizer:
@@ -57,6 +58,12 @@ class ParameterSetOptimizer:
                 "exp_avg": self.m[group.part],
                 "exp_avg_sq": self.v[group.part],
             }
+
+    def add_l2_gradient(self) -> None:
+        """Add that of ``l2_regularization`` times the sum of squares: once a step, before the norm,
+        as a term of the loss has it; AdamW's decay is none of the gradient's."""
+        if factor := self.settings.l2_regularization:
+            self.params.grads.add_(self.params.values, alpha=2 * factor)
 
     def step(self, lr: float, norm: float) -> None:
         """Clip to max_grad_norm, update the masters, zero the gradient."""

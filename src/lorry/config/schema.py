@@ -171,6 +171,11 @@ class TrainConfig(SettingsGroup):
     )
     # as in transformers' TrainingArguments
     weight_decay: float = config_field(0.0, "decoupled weight decay of AdamW", ge=0)
+    l2_regularization: float = config_field(
+        0.0,
+        "factor of the sum of squares of what trains, a term of the loss that is not shown",
+        ge=0,
+    )
     adam_beta1: float = config_field(0.9, "AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = config_field(0.999, "AdamW's second moment", ge=0, lt=1)
     adam_epsilon: float = config_field(1e-8, "AdamW's epsilon", gt=0)

@@ -543,5 +543,10 @@ def optim_settings_of(train: TrainConfig) -> OptimSettings:
     """The optimizer's numbers from a run's settings."""
     betas = (train.adam_beta1, train.adam_beta2)
     return OptimSettings(
-        betas, train.adam_epsilon, train.weight_decay, train.max_grad_norm, train.loraplus_lr_ratio
+        betas,
+        train.adam_epsilon,
+        train.weight_decay,
+        train.max_grad_norm,
+        train.loraplus_lr_ratio,
+        train.l2_regularization,
     )

@@ -1,26 +1,45 @@
-"""`lorry moe CONFIG.yaml`: experts in one run over one base, then a router over them.
+"""`lorry moe CONFIG`: experts over one base, a router over them, and what is made of both.
 
-Two stages, each a run of its own that goes on where it was stopped: OUTPUT/experts, a run of one
-job for each expert that is not brought along, and OUTPUT, the router's, which holds a copy of every
-expert and is the mixture. A finished stage is not done again while nothing that it was made of has
-changed: settings, code, base, data files, experts (moe_stages.py).
+Its stages (moe_stages.py): OUTPUT/experts, a run of one job for each expert that is not brought along,
+or a run for each; OUTPUT (of a workspace OUTPUT/gating_network), the router's run, which holds a copy
+of every expert and is the mixture; then what is asked for: the mixture in a stock class, that one
+finetuned, a GGUF file (moe_outputs.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from lorry.config.jobs import runs_by_adapter
-from lorry.config.moe import ROUTER_KINDS, MoeRunConfig, RouterRunConfig, router_train
+from lorry.config.merge import EXACT_METHOD, MergeSettings
+from lorry.config.moe import (
+    ROUTER_KINDS,
+    MoeRunConfig,
+    RouterConfig,
+    RouterRunConfig,
+    check_router,
+    router_train,
+)
 from lorry.config.schema import RunConfig, TrainConfig
 from lorry.errors import ConfigError
-from lorry.runs.layout import EXPERTS, ROUTER, RunDir
+from lorry.runs.layout import ADAPTER_CONFIG, EXPERTS, REPORT, ROUTER, RUN_FILE, RunDir
+from lorry.verbs import merge
+from lorry.verbs.moe_outputs import (
+    call_verb,
+    check_outputs,
+    convert,
+    finetune,
+    merge_experts,
+    write_moe,
+)
 from lorry.verbs.moe_stages import Stages, adapter_inputs, clear_constant_mixture, row_inputs
+
+LOG = "train.log"  # of a workspace: what its stages said
 
 if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
@@ -41,32 +60,111 @@ def main(run: MoeRunConfig) -> int:
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
     router = router_run(run, folders) if ROUTER_KINDS[run.router.kind].trains else None
-    stages = Stages(run.output_dir, run.model)
-    train_experts(run, stages)
-    experts = adapter_inputs(folders)
-    if router is not None:
-        clear_constant_mixture(run.output_dir)
-        stages.train("router", router, (one.data for one in router.experts), experts)
+    check_outputs(run)
+    moe_router = export_router_run(run, folders)
+    log = run.output_dir / LOG if run.layout == "workspace" else None
+    stages = Stages(run.output_dir, run.model, log)
+    if run.skip_experts:
+        refuse_missing_experts(folders)
     else:
-        own = runs_by_adapter(run)
-        reads = (
-            [own[name].data for name in folders] if ROUTER_KINDS[run.router.kind].needs_rows else []
+        make_experts(run, stages)
+    experts = adapter_inputs(folders)
+    if run.merge_experts:
+        merge_experts(run, stages, folders)
+    if not run.skip_gating:
+        make_mixture(run, router, folders, experts, stages)
+    if moe_router is not None and not run.skip_merge:
+        stages.train(
+            "router of the export", moe_router, (e.data for e in moe_router.experts), experts
         )
-        stages.write(
-            "router",
-            [run.output_dir / name for name in (ROUTER, *folders)],
-            {**experts, **row_inputs(reads)},
-            lambda: write_untrained_mixture(run, folders),
-            "\n".join(one.model_dump_json() for one in (run.router, *reads)),
-        )
-    print(f"chat    lorry chat {run.output_dir}", file=sys.stderr)
-    print(Path(run.output_dir))
+    made = [run.folders.mixture, *write_outputs(run, stages)]
+    if run.layout == "workspace":
+        write_workspace_report(run)
+    for path in made[1:]:
+        stages.tell(f"wrote   {path}")
+    print(f"chat    lorry chat {made[0]}", file=sys.stderr)
+    print(made[0])
     return 0
 
 
-def brought_adapters(run: MoeRunConfig) -> dict[str, Path]:
-    """{expert: its PEFT directory} of those that are not trained here."""
-    return {job.name: Path(job.expert["adapter"]) for job in run.jobs if job.expert.get("adapter")}
+def export_router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunConfig | None:
+    """The run of a token router for the export, where the mixture's router is of another kind: a
+    stock class holds a matrix for each layer and nothing else. Raises ConfigError."""
+    moe = run.export_of("hf-moe")
+    if moe is None or moe.gate_mode != "router" or run.router.kind == "token":
+        return None
+    top_k = moe.experts_per_token or run.router.top_k
+    router = RouterConfig(kind="token", top_k=top_k, straight_through=top_k == 1)
+    check_router(router, [job.name for job in run.jobs])
+    return router_run(run, folders, router, run.folders.moe_router)
+
+
+def make_mixture(
+    run: MoeRunConfig,
+    router: RouterRunConfig | None,
+    folders: dict[str, Path],
+    experts: Mapping[str, str],
+    stages: Stages,
+) -> None:
+    """Train the router, or write one that nothing trains. ``experts``: their digests. Raises
+    LorryError."""
+    output = run.folders.mixture
+    if router is not None:
+        clear_constant_mixture(output)
+        stages.train("router", router, (one.data for one in router.experts), experts)
+        return
+    own = runs_by_adapter(run)
+    reads = [own[name].data for name in folders] if ROUTER_KINDS[run.router.kind].needs_rows else []
+    stages.write(
+        "router",
+        [output / name for name in (ROUTER, *folders)],
+        {**experts, **row_inputs(reads)},
+        lambda: write_untrained_mixture(run, folders),
+        "\n".join([str(run.train.seed), *(o.model_dump_json() for o in (run.router, *reads))]),
+    )
+
+
+def write_outputs(run: MoeRunConfig, stages: Stages) -> list[Path]:
+    """The stages behind the mixture; returns what they wrote. Raises LorryError."""
+    written = list[Path]()
+    moe, gguf = run.export_of("hf-moe"), run.export_of("gguf")
+    if moe is not None and not run.skip_merge:
+        write_moe(run, moe, stages)
+        written.append(run.folders.moe)
+    if run.finetune and not run.skip_finetune:
+        finetune(run, stages)
+        written.append(run.folders.finetuned)
+    if gguf is not None and not run.skip_convert:
+        written.append(convert(run, gguf, stages))
+    return written
+
+
+def write_workspace_report(run: MoeRunConfig) -> None:
+    """One page for all runs of the workspace."""
+    from lorry.report import write_report
+
+    own = [run.folders.experts]
+    if not run.together:
+        own = [run.folders.experts / job.name for job in run.jobs]
+    runs = [*own, run.folders.mixture, run.folders.finetuned]
+    there = [folder for folder in runs if (folder / RUN_FILE).is_file()]
+    if there:
+        write_report(there, run.output_dir / REPORT)
+
+
+def refuse_missing_experts(folders: Mapping[str, Path]) -> None:
+    """Raise ConfigError where skip_experts counts on one that is not there."""
+    for name, folder in folders.items():
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"skip_experts: expert {name!r} is not in {folder}; leave skip_experts out to train it"
+            )
+
+
+def brought_adapters(run: MoeRunConfig) -> dict[str, list[str]]:
+    """{expert: its PEFT directories} of those that are not trained here."""
+    given = {job.name: job.expert.get("adapter") for job in run.jobs}
+    return {n: [one] if isinstance(one, str) else list(one) for n, one in given.items() if one}
 
 
 def refuse_missing_rows(run: MoeRunConfig) -> None:
@@ -85,25 +183,68 @@ def refuse_missing_rows(run: MoeRunConfig) -> None:
 
 
 def expert_folders(run: MoeRunConfig) -> dict[str, Path]:
-    """{expert: where its adapter lies}, in their order; of those that are trained, where it will."""
-    brought, folder = brought_adapters(run), RunDir(run.output_dir / EXPERTS)
+    """{expert: where its adapter lies}, in their order; of those that are made, where it will."""
+    brought, folder = brought_adapters(run), run.folders.experts
     own = len(run.jobs) - len(brought)
-    return {job.name: brought.get(job.name) or folder.adapter(job.name, own) for job in run.jobs}
+
+    def place(name: str) -> Path:
+        adapters = brought.get(name, [])
+        if len(adapters) == 1:
+            return Path(adapters[0])
+        # several are added up in a folder of the expert's name, as experts in turn have one
+        return folder / name if adapters or in_turn(run) else RunDir(folder).adapter(name, own)
+
+    return {job.name: place(job.name) for job in run.jobs}
 
 
-def train_experts(run: MoeRunConfig, stages: Stages) -> None:
-    """Train those that were not brought along. Raises LorryError."""
+def in_turn(run: MoeRunConfig) -> bool:
+    """Whether each expert is trained by a run of its own."""
+    # a workspace has a folder for each expert, also where only one trains
+    own = len(run.jobs) - len(brought_adapters(run))
+    return not run.together or (own == 1 and run.layout == "workspace")
+
+
+def make_experts(run: MoeRunConfig, stages: Stages) -> None:
+    """Train those that were not brought along; add up those that are several adapters. Raises
+    LorryError."""
     brought, alone = brought_adapters(run), runs_by_adapter(run)
-    if own := [job.name for job in run.jobs if job.name not in brought]:
-        stages.train("experts", _experts_run(run, own, alone), (alone[name].data for name in own))
+    own = [job.name for job in run.jobs if job.name not in brought]
+    for names in [[name] for name in own] if in_turn(run) else [own] if own else []:
+        made = _experts_run(run, names, alone)
+        stage = f"expert {names[0]}" if in_turn(run) else "experts"
+        stages.train(stage, made, (alone[name].data for name in names))
+    weights = {job.name: job.expert.get("adapter_weights") for job in run.jobs}
+    for name, adapters in brought.items():
+        if len(adapters) > 1:
+            add_up_adapters(run.folders.experts / name, adapters, weights[name], stages)
+
+
+def add_up_adapters(
+    folder: Path, adapters: list[str], weights: list[float] | None, stages: Stages
+) -> None:
+    """One expert of several adapters of the same base: their exact sum. Raises LorryError."""
+    first, *others = adapters
+    settings = MergeSettings.model_validate(
+        {"run": first, "others": others, "method": EXACT_METHOD, "weights": weights}
+        | {"output_dir": str(folder)}
+    )
+    stages.write(
+        f"expert {folder.name}",
+        [folder],
+        adapter_inputs({adapter: Path(adapter) for adapter in adapters}),
+        lambda: call_verb(merge.main, settings),
+        settings.model_dump_json(),
+    )
 
 
 def _experts_run(run: MoeRunConfig, names: list[str], alone: dict[str, RunConfig]) -> RunConfig:
     """The run of the experts that are trained: a job each, or a run of a single adapter."""
+    own_fields = MoeRunConfig.model_fields.keys() - RunConfig.model_fields.keys()
     shared = run.model_dump(
-        mode="json", exclude={"jobs", "router", "expert", "task", "output_dir", "background"}
+        mode="json", exclude={"jobs", "task", "output_dir", "background", *own_fields}
     )
-    shared |= {"output_dir": run.output_dir / EXPERTS}
+    folder = run.folders.experts
+    shared |= {"output_dir": folder / names[0] if in_turn(run) else folder}
     groups = ("lora", "data", "train")
     dumped = {name: alone[name].model_dump(mode="json") for name in names}
     first = dumped[names[0]]
@@ -129,8 +270,15 @@ def _experts_run(run: MoeRunConfig, names: list[str], alone: dict[str, RunConfig
     return RunConfig.model_validate({**base, "jobs": jobs})
 
 
-def router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunConfig:
-    """The router's run, in the mixture's own directory. Raises ConfigError for what it cannot be."""
+def router_run(
+    run: MoeRunConfig,
+    folders: dict[str, Path],
+    router: RouterConfig | None = None,
+    output: Path | None = None,
+) -> RouterRunConfig:
+    """The run of the router, or of another one, in the mixture's own directory or ``output``. Raises
+    ConfigError for what it cannot be."""
+    router = router or run.router
     alone = runs_by_adapter(run)
     experts = [
         {"name": name, "adapter": str(path), "data": alone[name].data.model_dump(mode="json")}
@@ -140,11 +288,11 @@ def router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunConfig:
         "model": run.model.model_dump(mode="json"),
         "backend": run.backend.model_dump(mode="json"),
         "experts": experts,
-        "router": run.router.model_dump(mode="json"),
-        "output_dir": run.output_dir,
+        "router": router.model_dump(mode="json"),
+        "output_dir": output or run.folders.mixture,
     }
     try:
-        return RouterRunConfig.model_validate({**settings, "train": router_train(run)})
+        return RouterRunConfig.model_validate({**settings, "train": router_train(run, router)})
     except ValidationError as error:
         of_train = error.title == TrainConfig.__name__
         lines = [
@@ -161,12 +309,12 @@ def write_untrained_mixture(run: MoeRunConfig, folders: dict[str, Path]) -> None
     from lorry.train.finish import base_model_name
     from lorry.train.mixture import write_mixture
 
-    durable.make_directory(run.output_dir)
+    durable.make_directory(run.folders.mixture)
     opened = _open_base(run)
     for name, path in folders.items():
         load_adapter(opened.model, find_adapter(path)[0], name, trainable=False)
     gates = UNTRAINED[run.router.kind](run, opened, list(folders))
-    write_mixture(run.output_dir, opened, list(folders), base_model_name(opened), gates)
+    write_mixture(run.folders.mixture, opened, list(folders), base_model_name(opened), gates)
 
 
 def _constant_gates(

@@ -4,15 +4,18 @@ it was, goes on where it was stopped, and is done again, which is said, where an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from lorry.config import dump_settings
 from lorry.config.data import DataConfig
 from lorry.config.schema import ModelConfig, RunConfig
-from lorry.disk import receipt
+from lorry.disk import durable, receipt
+from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
 from lorry.runs import ownership
 from lorry.runs.layout import (
@@ -25,6 +28,10 @@ from lorry.runs.layout import (
 )
 from lorry.runs.stages import StageRecord, data_digests, path_digest, text_digest
 from lorry.verbs.open_model import print_note
+from lorry.visible import make_visible
+
+if TYPE_CHECKING:
+    from lorry.train.monitoring.events import TrainingListener
 
 # what of a model's directory is read; a report or a card beside it may change
 MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
@@ -32,10 +39,12 @@ MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *T
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages below ``folder``, of one base."""
+    """The stages below ``folder``, of one base. ``log``: a file to which all that is told of them is
+    added."""
 
     folder: Path
     model: ModelConfig
+    log: Path | None = None
 
     @cached_property
     def record(self) -> StageRecord:
@@ -52,15 +61,17 @@ class Stages:
         place = resolve_model(
             self.model.name, revision=self.model.revision, add_note=ignore_note
         ).directory
-        files = sorted({file for pattern in MODEL_PATTERNS for file in place.glob(pattern)})
-        base = text_digest("\n".join(f"{file.name} {path_digest(file)}" for file in files))
         extra = {
             f"model.{name}": path_digest(Path(given).expanduser())
             for name in ("adapter", "chat_template_path")
             if (given := getattr(self.model, name)) is not None
             and Path(given).expanduser().exists()
         }
-        return {"Lorry itself": code_digest(), f"the base {self.model.name}": base, **extra}
+        return {
+            "Lorry itself": code_digest(),
+            f"the base {self.model.name}": model_digest(place),
+            **extra,
+        }
 
     def train(
         self,
@@ -72,7 +83,7 @@ class Stages:
         """A stage that is a run, which reads ``data``. ``inputs``: digests of what else it is made
         of. Raises LorryError."""
         from lorry.report import write_report
-        from lorry.train.monitoring.events import terminal_listener
+        from lorry.train.monitoring.events import PlainListener, terminal_listener
         from lorry.train.session import train_run
         from lorry.train.start import archive_previous_run
 
@@ -90,15 +101,38 @@ class Stages:
         changed = self.record.changes(stage, inputs)
         if stopped and changed:
             # else it would be refused as the unfinished run of other settings
-            print_note(f"{folder} is in {archive_previous_run(folder, going_on=False)} now")
+            self.tell(f"{folder} is in {archive_previous_run(folder, going_on=False)} now")
         elif stopped and changed is not None:
-            print_note(f"{stage}: {folder} was stopped; it goes on from its newest checkpoint")
+            self.tell(f"{stage}: {folder} was stopped; it goes on from its newest checkpoint")
             train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
             run = run.model_copy(update={"train": train})
         self.record.begin(stage, inputs)
-        train_run(run, listeners=[terminal_listener(run.train.logging_steps)])
+        every = run.train.logging_steps
+        with self._open_log() as log:
+            listeners: list[TrainingListener] = [terminal_listener(every)]
+            if log is not None:
+                listeners.append(PlainListener(every, log))
+            train_run(run, listeners=listeners)
         write_report([folder])
         self.record.finish(stage, inputs)
+
+    def tell(self, text: str) -> None:
+        """A line for a person, and in the log."""
+        print_note(text)
+        # a log that is full is no reason to lose a run
+        with self._open_log() as log, contextlib.suppress(OSError):
+            if log is not None:
+                print(make_visible(text), file=log, flush=True)
+
+    def _open_log(self) -> contextlib.AbstractContextManager[TextIO | None]:
+        """The log, to add to; None without one."""
+        if self.log is None:
+            return contextlib.nullcontext()
+        durable.make_directory(self.log.parent)
+        try:
+            return self.log.open("a", encoding="utf-8")
+        except OSError as error:
+            raise DiskError(error.errno, error.strerror, str(self.log)) from error
 
     def write(
         self,
@@ -119,7 +153,7 @@ class Stages:
         if there and self.record.changes(stage, inputs) is None:
             raise ConfigError(f"{place / there[0]} is there already; give another output_dir")
         if there:
-            print_note(f"{place} held an earlier one; it is in "
+            self.tell(f"{place} held an earlier one; it is in "
                        f"{ownership.move_to_previous(place, there)} now")  # fmt: skip
         self.record.begin(stage, inputs)
         write()
@@ -131,11 +165,17 @@ class Stages:
         """Whether a stage need not be done, and say why it is, or is not."""
         changed = self.record.changes(stage, inputs)
         if there and changed == [] and self.record.is_finished(stage):
-            print_note(f"{stage}: {place} has finished, and nothing it was made of has changed")
+            self.tell(f"{stage}: {place} has finished, and nothing it was made of has changed")
             return True
         if there and changed:
-            print_note(f"{stage}: {', '.join(changed)} changed since {place} was made: done again")
+            self.tell(f"{stage}: {', '.join(changed)} changed since {place} was made: done again")
         return False
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of a model's files, whatever reports lie beside them. Raises ModelError, DiskError."""
+    files = sorted({file for pattern in MODEL_PATTERNS for file in folder.glob(pattern)})
+    return text_digest("\n".join(f"{file.name} {path_digest(file)}" for file in files))
 
 
 def adapter_inputs(folders: Mapping[str, Path]) -> dict[str, str]:

@@ -7,6 +7,7 @@ Try: lorry moe examples/experts.yaml output_dir=runs/mixture
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -16,8 +17,12 @@ from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field
 from lorry.config.data import DataConfig
 from lorry.config.jobs import RESERVED_NAMES
 from lorry.config.moe.kinds import KIND_FIELDS, ROUTER_KINDS, RouterKindName, kinds_reading
+from lorry.config.moe.project import translate_project
+from lorry.config.moe.stages import EXPORTS, OUTPUT_NAMES, ExportStage, Layout, StageFolders
+from lorry.config.parsing.files import DescriptionFile
 from lorry.config.schema import JobConfig, RunConfig, TrainConfig
-from lorry.config.suite import first_changed
+from lorry.config.suite import TrainingSuiteConfig, first_changed
+from lorry.notes import NoteCallback
 
 EXPERTS = (
     "a list of maps, such as [{name: a, data: a.jsonl}, {name: b, adapter: runs/b, data: b.jsonl}]"
@@ -101,9 +106,27 @@ class ExpertConfig(SettingsGroup):
     """where an expert comes from that is not trained here"""
 
     main: ClassVar[str] = "adapter"
-    adapter: PathText | None = config_field(
-        None, "an existing PEFT adapter; its data then trains the router alone"
+    adapter: PathText | list[PathText] | None = config_field(
+        None,
+        "an existing PEFT adapter, or several, added up; its data then trains the router alone",
     )
+    adapter_weights: list[float] | None = config_field(
+        None, "of several adapters: one for each, in their order; null: 1 each"
+    )
+
+    @validate_model(mode="after")
+    def _a_weight_for_each(self) -> ExpertConfig:
+        adapters = self.adapter if isinstance(self.adapter, list) else [self.adapter]
+        if adapters == []:
+            raise ValueError("expert.adapter names no directory")
+        if self.adapter_weights is not None and (
+            len(self.adapter_weights) != len(adapters) or len(adapters) < 2
+        ):
+            raise ValueError(
+                f"expert.adapter_weights has {len(self.adapter_weights)} numbers for {len(adapters)} adapters; they are for several "
+                "(adapter: [A, B])"
+            )
+        return self
 
 
 class ExpertJobConfig(JobConfig):
@@ -134,6 +157,32 @@ class MoeRunConfig(RunConfig):
         ),
         json_schema_extra={"allowed": EXPERTS},
     )
+    together: bool = config_field(
+        True, "train the experts in one run over one base; false: in turn, a run each"
+    )
+    merge_experts: bool = config_field(
+        False, "write each expert merged into the base as well, to EXPERT/merged"
+    )
+    export: list[ExportStage] = config_field(
+        [], "formats to write the finished mixture in", json_schema_extra={"allowed": EXPORTS}
+    )
+    finetune: dict[str, Any] = config_field(
+        {},
+        "train all weights of the hf-moe export on the experts' rows: settings as of lorry sft, and train_router",
+    )
+    layout: Layout = config_field(
+        "run",
+        "run: the mixture is OUTPUT; workspace: OUTPUT/gating_network, with rmoe_model beside it",
+    )
+    skip_experts: bool = config_field(False, "take the experts that are in OUTPUT/experts")
+    skip_gating: bool = config_field(False, "take the mixture that is there, or export without one")
+    skip_merge: bool = config_field(False, "write no hf-moe; take the one that is there")
+    skip_finetune: bool = config_field(False, "do not train the hf-moe's weights")
+    skip_convert: bool = config_field(False, "write no GGUF file")
+    conversion_mode: Literal["preserve_moe", "average"] = config_field(
+        "preserve_moe",
+        "what the GGUF file is made of: the hf-moe, or one dense model with the mean of the experts",
+    )
 
     @validate_model(mode="after")
     def _router_fits_the_experts(self) -> MoeRunConfig:
@@ -142,6 +191,38 @@ class MoeRunConfig(RunConfig):
             raise ValueError("expert.adapter is a setting of one expert; give it in experts")
         check_router(self.router, [job.name for job in self.jobs])
         return self
+
+    @validate_model(mode="after")
+    def _exports_follow_from_each_other(self) -> MoeRunConfig:
+        formats = [stage.to for stage in self.export]
+        if twice := [name for name in formats if formats.count(name) > 1]:
+            raise ValueError(f"export: {twice[0]} is named twice")
+        needs_moe = "gguf" in formats and self.conversion_mode == "preserve_moe"
+        if "hf-moe" not in formats and (needs_moe or self.finetune):
+            what = "gguf" if "gguf" in formats else "finetune"
+            raise ValueError(f"{what} is made of the hf-moe export: export=[hf-moe, ...]")
+        if "bleurt" in self.train.metric_for_best_model.lower():
+            raise ValueError(
+                "train.metric_for_best_model: BLEURT is not to be had; there are eval_loss, and with eval_tasks "
+                "eval_truthfulqa_rouge_l (ROUGE-L) and eval_truthfulqa_mc_accuracy (MC2)"
+            )
+        return self
+
+    def export_of(self, form: str) -> ExportStage | None:
+        """The stage that writes a format, if any."""
+        return next((stage for stage in self.export if stage.to == form), None)
+
+    @property
+    def folders(self) -> StageFolders:
+        """Where each stage writes."""
+        return StageFolders(self.output_dir, self.layout)
+
+    @classmethod
+    def translate_description(
+        cls, described: DescriptionFile, path: Path, add_note: NoteCallback
+    ) -> DescriptionFile:
+        """A file of the project RMoE under our names; any other as it is. Raises ConfigError."""
+        return translate_project(described, path, add_note)
 
 
 def check_router(router: RouterConfig, experts: list[str]) -> None:
@@ -156,7 +237,7 @@ def check_router(router: RouterConfig, experts: list[str]) -> None:
         )
     if odd := [name for name in router.gates if name not in experts]:
         raise ValueError(f"router.gates names {odd[0]!r}; the experts are {', '.join(experts)}")
-    if odd := [name for name in experts if name.lower() in RESERVED_NAMES]:
+    if odd := [name for name in experts if name.lower() in RESERVED_NAMES | OUTPUT_NAMES]:
         raise ValueError(
             f"{odd[0]!r} cannot be an expert's name: a run directory has a folder of that name"
         )
@@ -176,6 +257,17 @@ class RouterRunConfig(RunConfig):
     task: Literal["moe"] = config_field("moe", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
     experts: list[RoutedExpert] = Field(min_length=2)
     router: RouterConfig = RouterConfig()
+    # a suite asks adapters, and what trains here is none; not written either
+    suite: TrainingSuiteConfig = Field(default=TrainingSuiteConfig(), exclude=True)
+
+    @field_validator("suite")
+    @classmethod
+    def _asks_no_suite(cls, value: TrainingSuiteConfig) -> TrainingSuiteConfig:
+        if value.name is not None:
+            raise ValueError(
+                f"suite={value.name} asks the experts while they train; a router's run has none (lorry eval asks a mixture)"
+            )
+        return value
 
     @field_validator("train", mode="before")
     @classmethod
@@ -210,10 +302,10 @@ class RouterRunConfig(RunConfig):
         return self
 
 
-def router_train(run: MoeRunConfig) -> dict[str, Any]:
-    """`train` of the router's run, plain values: the run's seed and logging_steps, defaults of its own,
+def router_train(run: MoeRunConfig, router: RouterConfig) -> dict[str, Any]:
+    """`train` of a router's run, plain values: the run's seed and logging_steps, defaults of its own,
     then what `router.train` gives. Raises ValidationError."""
     shared = {"seed": run.train.seed, "logging_steps": run.train.logging_steps}
-    return TrainConfig.model_validate({**shared, **ROUTER_TRAIN, **run.router.train}).model_dump(
+    return TrainConfig.model_validate({**shared, **ROUTER_TRAIN, **router.train}).model_dump(
         mode="json", exclude_unset=True
     )

@@ -55,7 +55,7 @@ def parse_settings(schema: type[Schema], argv: Sequence[str], add_note: NoteCall
     schema = _schema_of_task(schema, argv)
     config, settings = read_argv(schema, strip_launcher(_experiment_kind(schema), argv, add_note))
     return _resolve_settings(
-        schema, [_from_file(schema, config), settings] if config else [settings], add_note
+        schema, [_from_file(schema, config, add_note), settings] if config else [settings], add_note
     )
 
 
@@ -103,8 +103,15 @@ def dump_settings(settings: BaseModel) -> str:
     return write_yaml(settings.model_dump(mode="json"))
 
 
-def _from_file(schema: type[BaseModel], path: Path) -> list[GivenSetting]:
-    return _described_settings(schema, read_description_file(path), path)
+def _from_file(schema: type[BaseModel], path: Path, add_note: NoteCallback) -> list[GivenSetting]:
+    """The settings of a file. A schema's ``translate_description`` knows another project's files."""
+    described, translate = (
+        read_description_file(path),
+        getattr(schema, "translate_description", None),
+    )
+    if translate is not None:
+        described = translate(described, path, add_note)
+    return _described_settings(schema, described, path)
 
 
 def _described_settings(

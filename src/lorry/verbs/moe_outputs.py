@@ -1,0 +1,253 @@
+"""What `lorry moe` writes of a finished mixture: experts merged into their base, the mixture in a stock
+class (`lorry export to=hf-moe`), that one finetuned (`lorry sft lora=null`), and a GGUF file.
+
+Each is a stage (moe_stages.py), of what the one before it has written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorry.config import build_settings
+from lorry.config.jobs import runs_by_adapter
+from lorry.config.merge import MergeSettings
+from lorry.config.moe import MoeRunConfig
+from lorry.config.moe.stages import ExportStage
+from lorry.config.schema import RunConfig
+from lorry.config.settings import ExportSettings
+from lorry.disk import durable
+from lorry.disk.integrity import iter_blocks
+from lorry.errors import ConfigError, ModelError
+from lorry.notes import ignore_note
+from lorry.runs.layout import PREVIOUS, ROUTER, ROUTER_FILE
+from lorry.runs.ownership import is_run
+from lorry.runs.stages import path_digest
+from lorry.verbs import export, merge
+from lorry.verbs.moe_stages import Stages, model_digest
+
+MERGED = "merged"  # an expert's folder for a whole model
+# of the finetuning's settings, the one that is not of `lorry sft`
+TRAIN_ROUTER = "train_router"
+# of all classes that a mixture is written in
+NOT_THE_ROUTER = r"(?!.*\.(block_sparse_moe|mlp)\.gate(\.weight)?$).*"
+
+
+def check_outputs(run: MoeRunConfig) -> None:
+    """Raise ConfigError or ModelError, before anything trains, for what could not be written: a
+    family without such a class, another class, finetuning settings that are none."""
+    moe = run.export_of("hf-moe")
+    if moe is None:
+        return
+    from lorry.models.loading.describe import read_model_json
+    from lorry.models.loading.sources import resolve_model
+    from lorry.models.moe.checkpoint import describe_moe
+
+    place = resolve_model(run.model.name, revision=run.model.revision, add_note=ignore_note)
+    config = read_model_json(place.directory / "config.json")
+    count = len(run.jobs)
+    top_k = moe.experts_per_token or min(run.router.top_k, count)
+    twin = describe_moe(config, experts=count, top_k=top_k, normalize=run.router.normalize)
+    if moe.architecture not in ("auto", twin.names.model_type):
+        raise ConfigError(
+            f"export: architecture={moe.architecture}: a {config.get('model_type')} becomes a {twin.names.model_type}; "
+            "leave it out, or take another base"
+        )
+    moe_settings(run, moe, run.folders.mixture)
+    if run.finetune:
+        finetune_run(run)
+
+
+def merge_experts(run: MoeRunConfig, stages: Stages, folders: Mapping[str, Path]) -> None:
+    """Each expert folded into the base's weights, in its folder. Raises LorryError."""
+    from lorry.adapters.peft.files import adapter_digest, find_adapter
+
+    for name, folder in folders.items():
+        adapter, _ = find_adapter(folder)
+        output = run.folders.experts / name / MERGED
+        settings = MergeSettings.model_validate({"run": str(adapter), "output_dir": str(output)})
+        stages.write(
+            f"expert {name} merged",
+            [output],
+            {f"expert {name}": adapter_digest(adapter)},
+            lambda settings=settings: call_verb(merge.main, settings),  # type: ignore[misc]  # a default binds it now
+            settings.model_dump_json(),
+        )
+
+
+def write_moe(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> None:
+    """The mixture in a stock class. Raises LorryError."""
+    source = export_source(run, stage)
+    settings = moe_settings(run, stage, source)
+    stages.write(
+        "merge",
+        [run.folders.moe],
+        mixture_inputs(source),
+        lambda: call_verb(export.main, settings),
+        settings.model_dump_json(),
+    )
+
+
+def moe_settings(run: MoeRunConfig, stage: ExportStage, source: Path) -> ExportSettings:
+    """`lorry export` of ``source`` as the stage describes it. Raises ConfigError."""
+    given = stage.model_dump(mode="json", exclude={"architecture", "outtype", "path"})
+    return _export_settings(
+        {
+            **{key: value for key, value in given.items() if value is not None},
+            "run": str(source),
+            "output_dir": str(run.folders.moe),
+        }
+    )
+
+
+def export_source(run: MoeRunConfig, stage: ExportStage) -> Path:
+    """The directory that the stock class is made of: a mixture with a token router, or, where gates
+    come from prompts, one that says which rows are whose. Raises ConfigError for one that is missing."""
+    folders = run.folders
+    if stage.gate_mode != "router":
+        described = (folder for folder in (folders.mixture, folders.experts) if is_run(folder))
+        return next(described, folders.mixture)
+    source = folders.mixture if run.router.kind == "token" else folders.moe_router
+    if not (source / ROUTER / ROUTER_FILE).is_file():
+        raise ConfigError(
+            f"skip_gating: {source} holds no mixture yet, and the export's gates are its router's; leave "
+            "skip_gating out, or give gate_mode: hidden"
+        )
+    return source
+
+
+def mixture_inputs(folder: Path) -> dict[str, str]:
+    """The digests of a mixture's files, or of adapters in a folder. Raises ModelError."""
+    from lorry.adapters.peft.files import adapter_digest
+    from lorry.runs.layout import list_adapter_subfolders
+
+    files = {
+        f"expert {path.name}": adapter_digest(path) for path in list_adapter_subfolders(folder)
+    }
+    router = folder / ROUTER
+    return {**files, "the router": path_digest(router)} if router.is_dir() else files
+
+
+def finetune_run(run: MoeRunConfig) -> RunConfig:
+    """The run that trains the weights of the hf-moe on the rows of all experts. Raises ConfigError
+    for settings that are none, and for rows that no single run reads."""
+    settings = dict(run.finetune)
+    router = settings.pop(TRAIN_ROUTER, True)
+    if not isinstance(router, bool):
+        raise ConfigError(f"finetune.{TRAIN_ROUTER}: give true or false")
+    model = {**run.model.model_dump(mode="json"), "name": str(run.folders.moe)}
+    given = {
+        "model": model,
+        "backend": run.backend.model_dump(mode="json"),
+        "lora": None,
+        "trainable": None if router else NOT_THE_ROUTER,
+        "data": joined_rows(run),
+        "output_dir": str(run.folders.finetuned),
+        "seed": run.train.seed,
+        "logging_steps": run.train.logging_steps,
+    }
+    try:
+        return build_settings(RunConfig, {**given, **settings}, ignore_note)
+    except ConfigError as error:
+        raise ConfigError(f"finetune: {error}") from None
+
+
+def joined_rows(run: MoeRunConfig) -> dict[str, Any]:
+    """Where the rows of all experts are, as one run's data. Raises ConfigError."""
+    own = [one.data for one in runs_by_adapter(run).values()]
+    first, splits = own[0], {data.split for data in own}
+    names = [name for data in own for name in data.mix]
+    paths = [
+        path
+        for data in own
+        for path in ([data.path] if isinstance(data.path, str) else data.path or [])
+    ]
+    if (names and paths) or len(splits) > 1:
+        raise ConfigError(
+            "finetune: the experts' rows are named sets and files, or of several splits, which no single run reads; "
+            "finetune the export by itself: lorry sft lora=null model=OUTPUT/hf-moe data=..."
+        )
+    if not names and not paths:
+        raise ConfigError("finetune: no expert has data to train the weights on")
+    local = {key: value for data in own for key, value in data.local.items()}
+    shared: dict[str, Any] = {"split": first.split, "local": local}
+    if names:
+        return {**shared, "mix": list(dict.fromkeys(names)), "template": first.template}
+    return {**shared, "path": paths}
+
+
+def finetune(run: MoeRunConfig, stages: Stages) -> None:
+    """Train the weights of the hf-moe. Raises LorryError."""
+    made = finetune_run(run)
+    if not run.folders.moe.is_dir():
+        raise ModelError(f"{run.folders.moe} is not there: skip_merge takes one that was written")
+    stages.train("finetune", made, [made.data], {"the hf-moe": model_digest(run.folders.moe)})
+
+
+def convert(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
+    """A GGUF file of the finetuned model, else of the hf-moe, else of the experts' mean; returns its
+    path. Raises LorryError."""
+    folders = run.folders
+    average = run.conversion_mode == "average"
+    candidates = [folders.finetuned] if run.finetune and not run.skip_finetune else []
+    source = folders.mixture if average else next(iter([*candidates, folders.moe]))
+    if not source.is_dir():
+        raise ModelError(
+            f"{source} is not there, so there is nothing to convert; leave skip_merge out"
+        )
+    settings = _export_settings(
+        {
+            "run": str(source),
+            "to": "gguf",
+            "outtype": stage.outtype,
+            "output_dir": str(folders.gguf),
+        }
+    )
+    inputs = mixture_inputs(source) if average else {"its model": model_digest(source)}
+    earlier = folders.output / PREVIOUS
+    stages.write(
+        "convert",
+        [folders.gguf],
+        inputs,
+        lambda: call_verb(export.main, settings),
+        settings.model_dump_json(),
+    )
+    (file,) = folders.gguf.glob("*.gguf")
+    if stage.path is not None:
+        place_copy(file, Path(stage.path), list(earlier.glob(f"*/{folders.gguf.name}/*.gguf")))
+        return Path(stage.path)
+    return file
+
+
+def place_copy(file: Path, target: Path, earlier: Sequence[Path]) -> None:
+    """Copy a file to ``target``, where there may be a copy of an ``earlier`` one. Raises ConfigError
+    for a name that holds anything else, DiskError."""
+    if target.exists():
+        there = path_digest(target)
+        if there == path_digest(file):
+            return
+        if there not in (path_digest(one) for one in earlier):
+            raise ConfigError(
+                f"{target} is there already and is not ours to replace; the new file is {file}"
+            )
+    durable.make_directory(target.parent)
+    durable.write_files(target.parent, {target.name: iter_blocks(file)})
+
+
+def _export_settings(values: Mapping[str, Any]) -> ExportSettings:
+    try:
+        return ExportSettings.model_validate(values)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"export: {message}") from None
+
+
+def call_verb(verb: Any, settings: Any) -> None:
+    """Another verb's work, its last line beside the results: on standard output is the mixture's."""
+    with contextlib.redirect_stdout(sys.stderr):
+        verb(settings)

@@ -1,0 +1,156 @@
+"""`lorry moe` in stages: a workspace, experts in turn, experts of several adapters, merged experts,
+what is skipped; and what is told before anything trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lorry
+from lorry.config import MoeRunConfig, build_settings
+from lorry.errors import ConfigError
+from lorry.notes import ignore_note
+from tests.support.verbworld import PEOPLE, model_directory, write_rows
+from tests.support.verbworld import lorry as run_lorry
+
+MLP = "[gate_proj, up_proj, down_proj]"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace of two experts in turn, merged as well; not to be changed."""
+    folder = tmp_path_factory.mktemp("workspace")
+    model_directory(folder / "base")
+    for name, at in (("a", 0), ("b", 2)):
+        write_rows(folder / f"{name}.jsonl", PEOPLE[at : at + 2])
+    (folder / "experts.yaml").write_text(f"""
+model: {{name: {folder / "base"}, dtype: float32}}
+lora: {{target_modules: {MLP}, r: 2}}
+data: {{max_length: 96}}
+train: {{max_steps: 2, learning_rate: 1e-2, save_strategy: "no", seed: 3}}
+backend: {{threads: 1}}
+experts: [{{name: one, data: {folder / "a.jsonl"}}}, {{name: two, data: {folder / "b.jsonl"}, r: 4}}]
+router: {{train: {{max_steps: 2}}}}
+together: false
+merge_experts: true
+layout: workspace
+output_dir: {folder / "work"}
+""")
+    assert run_lorry("moe", folder / "experts.yaml") == 0
+    return folder
+
+
+def test_a_workspace_is_laid_out_as_the_project_does(workspace: Path) -> None:
+    work = workspace / "work"
+    for name, rank in (("one", 2), ("two", 4)):
+        expert = work / "experts" / name
+        assert json.loads((expert / "adapter_config.json").read_text())["r"] == rank
+        assert (expert / "adapter_model.safetensors").is_file()
+        # a whole model for stock software, and not the base
+        merged, base = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            for path in (expert / "merged", workspace / "base")
+        )
+        ids = torch.tensor([[5, 9, 3, 7]])
+        model, _ = lorry.load(expert, dtype="float32")
+        with torch.no_grad():
+            ours, theirs, plain = (m(ids).logits for m in (model, merged, base))
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+        assert (plain - theirs).abs().max() > 1e-3
+    lorry.load(work / "gating_network")
+    assert (work / "report.html").is_file()
+    log = (work / "train.log").read_text()
+    assert log.count("step 2/2") == 3
+
+
+def test_a_stage_that_is_skipped_takes_what_is_there(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router = workspace / "work" / "gating_network" / "router" / "router.safetensors"
+    before = router.stat().st_mtime_ns
+    skips = ("--skip-experts", "--skip-gating", "--skip-merge", "--skip-finetune", "--skip-convert")
+    capsys.readouterr()
+    assert run_lorry("moe", workspace / "experts.yaml", *skips, "learning_rate=1e-3") == 0
+    assert capsys.readouterr().out == f"{workspace / 'work' / 'gating_network'}\n"
+    assert router.stat().st_mtime_ns == before
+    words = (f"output_dir={tmp_path / 'new'}", "--skip-experts")
+    assert run_lorry("moe", workspace / "experts.yaml", *words) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "skip_experts: expert 'one' is not in" in told
+
+
+def test_an_expert_of_several_adapters_is_their_weighted_sum(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """Its delta is w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2, from the files themselves."""
+    one, two = (workspace / "work" / "experts" / name for name in ("one", "two"))
+    words = [
+        f"model={workspace / 'base'}",
+        "dtype=float32",
+        f"experts=[{{name: both, adapter: [{one}, {two}], adapter_weights: [1.0, -0.5]}}, {{name: two, adapter: {two}}}]",
+        "router.kind=uniform",
+        f"output_dir={tmp_path / 'mix'}",
+    ]
+    assert run_lorry("moe", *words) == 0
+
+    def deltas(folder: Path) -> dict[str, torch.Tensor]:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        scale = config["lora_alpha"] / config["r"]
+        return {
+            key: scale * tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()
+            for key in tensors
+            if "lora_A" in key
+        }
+
+    summed, first, second = deltas(tmp_path / "mix" / "both"), deltas(one), deltas(two)
+    assert summed.keys() == first.keys() == second.keys()
+    for key, delta in summed.items():
+        expected = first[key] - 0.5 * second[key]
+        assert (delta - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"export": ["gguf"]}, "gguf is made of the hf-moe export"),
+        ({"export": ["hf-moe", {"to": "hf-moe", "dtype": "float32"}]}, "hf-moe is named twice"),
+        ({"export": [{"to": "gguf", "attention": "drop"}]}, "attention is not read by to=gguf"),
+        ({"finetune": {"max_steps": 1}}, "finetune is made of the hf-moe export"),
+        ({"metric_for_best_model": "eval_bleurt_max_score"}, "BLEURT is not to be had"),
+    ],
+)
+def test_stages_that_cannot_be(more: dict[str, object], words: str) -> None:
+    experts = [{"name": "a", "data": "a.jsonl"}, {"name": "b", "data": "b.jsonl"}]
+    with pytest.raises(ConfigError, match=words):
+        build_settings(MoeRunConfig, {"experts": experts, **more}, ignore_note)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["export=[{to: hf-moe, architecture: qwen3_moe}]"], "a llama becomes a mixtral"),
+        (["export=[hf-moe]", "finetune={rnk: 1}"], "finetune: "),
+        (
+            ["export=[hf-moe]", "finetune={train_router: 3}"],
+            "finetune.train_router: give true or false",
+        ),
+        (["export=[{to: hf-moe, experts_per_token: 3}]"], "from 1 to the number of experts"),
+    ],
+)
+def test_what_no_export_can_be_is_told_before_anything_trains(
+    more: list[str],
+    words: str,
+    workspace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "new"
+    assert run_lorry("moe", workspace / "experts.yaml", *more, f"output_dir={output}") != 0
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
