@@ -23,6 +23,7 @@ from lorry.report.curves import (
 from lorry.report.inline_svg import render_chart
 from lorry.report.markup import SafeHtml, html_tag, join_html
 from lorry.report.plots import SERIES_COLORS
+from lorry.report.router_sections import router_section
 from lorry.report.unlearning_curves import unlearning_panels
 from lorry.report.unlearning_sections import attack_tables, suite_tables
 from lorry.runs import status
@@ -330,6 +331,7 @@ PAGE_SECTIONS: tuple[PageSection, ...] = (
     _adapters_section,
     _unlearning_section,
     _curves_section,
+    router_section,
     sections.evaluation_section,
     sections.samples_section,
     sections.training_rows_section,

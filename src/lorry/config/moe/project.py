@@ -54,41 +54,41 @@ class ProjectLora(SettingsGroup):
 
     enabled: bool = True
     r: PositiveInt = 8
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: list[str] | None = None
 
 
 class ProjectExperts(SettingsGroup):
     """expert_training"""
 
-    max_length: int = Field(512, ge=2)
-    num_epochs: float = Field(3, gt=0)
+    max_length: int = Field(default=512, ge=2)
+    num_epochs: float = Field(default=3, gt=0)
     batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 4
-    learning_rate: float = Field(5e-5, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    l2_regularization: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    l2_regularization: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     disable_eval_split: bool = False
-    eval_split: float = Field(0.2, gt=0, lt=1)
+    eval_split: float = Field(default=0.2, gt=0, lt=1)
     qmsum_max_new_tokens: Literal[200] = 200
-    temperature: float = Field(0.0, ge=0, le=0)
+    temperature: float = Field(default=0.0, ge=0, le=0)
     lora: ProjectLora = ProjectLora()
 
 
 class ProjectGating(SettingsGroup):
     """gating"""
 
-    hidden_dims: list[PositiveInt] = Field([512, 256])
-    dropout: float = Field(0.1, ge=0, lt=1)
-    learning_rate: float = Field(1e-4, gt=0)
+    hidden_dims: list[PositiveInt] = Field(default=[512, 256])
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: PositiveInt = 32
     num_epochs: PositiveInt = 10
-    weight_decay: float = Field(0.01, ge=0)
-    train_split: float = Field(0.7, gt=0, lt=1)
-    val_split: float = Field(0.15, gt=0, lt=1)
-    test_split: float = Field(0.15, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    train_split: float = Field(default=0.7, gt=0, lt=1)
+    val_split: float = Field(default=0.15, gt=0, lt=1)
+    test_split: float = Field(default=0.15, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _splits_add_to_one(self) -> ProjectGating:
@@ -112,13 +112,13 @@ class ProjectFinetune(SettingsGroup):
     """full_finetune"""
 
     enabled: bool = False
-    max_length: int = Field(512, ge=2)
-    num_epochs: float = Field(3, gt=0)
+    max_length: int = Field(default=512, ge=2)
+    num_epochs: float = Field(default=3, gt=0)
     batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 4
-    learning_rate: float = Field(5e-5, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    eval_split: float = Field(0.2, gt=0, lt=1)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    eval_split: float = Field(default=0.2, gt=0, lt=1)
 
 
 class ProjectConfig(SettingsGroup):
@@ -127,7 +127,7 @@ class ProjectConfig(SettingsGroup):
     main: ClassVar[str] = ""
     method: Literal["rmoe"] = "rmoe"
     base_model: str = "qwen2-0.5b"
-    datasets: list[str] = Field(["truthfulqa", "longbench"], min_length=2)
+    datasets: list[str] = Field(default=["truthfulqa", "longbench"], min_length=2)
     seed: NonNegativeInt = 42
     prompt_dir: None = None
     quantize: str = "Q4_0"

@@ -7,6 +7,7 @@ of the domain with the longest answers. T tokens, N sites (halves of layers), K 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorry.adapters.mix import Half
 from lorry.adapters.router import TokenRouter
 from lorry.backends.protocol import LossTerms, ScoringBackend
 from lorry.config.moe import RouterConfig
@@ -24,6 +26,7 @@ from lorry.tasks.losses import nll_loss
 from lorry.tasks.sft import SftTask
 
 RECORD_STEPS = 10  # between two lines that say who got which tokens
+MOST_CONDITION = 5.0  # of a gate matrix; mergekit-moe warns above it, too
 RARELY, MOSTLY = 0.01, 0.9  # shares of all tokens outside of which an expert is worth a warning
 
 
@@ -90,7 +93,7 @@ class MoeTask(SftTask):
         end; then also what a person should know of the load."""
         if step == self.total_steps:
             self.run_load.add_load(self.step_load)
-            for warning in self.run_load.warnings():
+            for warning in [*self.run_load.warnings(), *condition_warnings(self.router)]:
                 self.tell(warning)
         due = step % RECORD_STEPS == 0 or step == self.total_steps
         return {"router": self.step_load.shares()} if due else {}
@@ -114,6 +117,34 @@ def load_balance_loss(logits: Tensor, router: TokenRouter) -> Tensor:
     """E * sum_e f_e P_e, mean over sites, as transformers has it: top_k at balance. logits [T,N,K]."""
     kept = (router.gates(logits.flatten(0, 1)).view_as(logits) != 0).float()
     return logits.shape[-1] * (kept.mean(0) * logits.softmax(-1).mean(0)).sum(-1).mean()
+
+
+@torch.no_grad()
+def gate_conditions(router: TokenRouter) -> dict[tuple[int, Half], float]:
+    """Of each matrix: the largest singular value over the smallest, of its rows less their mean. A
+    vector that all rows have in common changes no softmax; without it K rows span K - 1 directions,
+    and 1 is experts that are all told apart as well as each other."""
+    conditions = dict[tuple[int, Half], float]()
+    for site, weight in router.weights.items():
+        rows = weight.detach().double().cpu()
+        values = torch.linalg.svdvals(rows - rows.mean(0))[: len(rows) - 1]
+        largest, smallest = float(values[0]), float(values[-1])
+        # below what float32 tells from 0 there is no direction
+        is_flat = smallest <= largest * torch.finfo(weight.dtype).eps
+        conditions[site] = math.inf if is_flat else largest / smallest
+    return conditions
+
+
+def condition_warnings(router: TokenRouter) -> list[str]:
+    """A line where experts are told apart much worse than others are."""
+    above = {s: c for s, c in gate_conditions(router).items() if c > MOST_CONDITION}
+    if not above:
+        return []
+    (layer, half), worst = max(above.items(), key=lambda one: one[1])
+    return [
+        f"{len(above)} of {len(router.weights)} gate matrices have a condition above {MOST_CONDITION:g} (layer {layer}, "
+        f"{half}: {worst:.1f}): they tell some experts apart much worse than others"
+    ]
 
 
 class RouterLoad:
