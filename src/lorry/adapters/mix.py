@@ -23,7 +23,8 @@ from lorry.errors import ContractError
 @dataclass(frozen=True)
 class MixTerm:
     """One adapter's share: ``rows`` of the packed tokens (None = all), ``gate`` g: a number, or a
-    tensor [rows] with gradient; ``route``: the column of the mix's router whose gates multiply it.
+    tensor [rows] with gradient; ``route``: the column of the mix's router (of the layers, or of the
+    sequence) whose gates multiply it.
     """
 
     adapter: str
@@ -101,13 +102,32 @@ class LinearRouter(Protocol):
 AnyRouter = LayerRouter | LinearRouter
 
 
+class SequenceRouter(Protocol):
+    """Gates of a whole sequence, made of its prompt's hidden state in the base: the same in every
+    layer and for every token, those of the answer too.
+
+    ``adapters``: the experts, in the order of the gates' columns; ``layer`` (0-based; None: after the
+    final norm) and ``pooling`` (mean or last): the state that it reads, `models.prompt_states`.
+    Whoever runs a model makes the gates first (`models.causal_lm.with_prompt_gates`, generation for
+    each request once); a layer that meets a term without its gate raises ContractError.
+    """
+
+    adapters: Sequence[str]
+    layer: int | None
+    pooling: str
+
+    def gates(self, states: Tensor) -> Tensor:
+        """[S,D] fp32 of S prompts -> [S, adapters]; of each row by itself."""
+
+
 @dataclass(frozen=True)
 class Mix:
     """The terms of a forward pass over T packed tokens, and the router that those with a ``route``
-    ask in every layer."""
+    ask: ``router`` in every layer, ``sequence_router`` once, before the layers run."""
 
     terms: tuple[MixTerm, ...] = ()
     router: AnyRouter | None = None
+    sequence_router: SequenceRouter | None = None
 
     @staticmethod
     def none() -> Mix:
@@ -155,6 +175,20 @@ class Mix:
         return Mix(tuple(terms), router)
 
     @staticmethod
+    def by_prompt(router: SequenceRouter) -> Mix:
+        """Every expert of a router, gated by it sequence by sequence."""
+        terms = (MixTerm(name, route=k) for k, name in enumerate(router.adapters))
+        return Mix(tuple(terms), sequence_router=router)
+
+    def with_gates(self, gates: Sequence[float]) -> Mix:
+        """The mix of one sequence whose prompt got these ``gates`` [adapters]."""
+        terms = (
+            term if term.route is None else MixTerm(term.adapter, term.rows, term.gate * gates[term.route])
+            for term in self.terms
+        )
+        return Mix(tuple(t for t in terms if isinstance(t.gate, Tensor) or t.gate != 0), self.router)
+
+    @staticmethod
     def packed(mixes: Sequence[Mix], starts: Sequence[int]) -> Mix:
         """Each packed sequence under its own mix of whole-batch terms: ``mixes`` [S], ``starts``
         [S+1]. Equal neighbours share their terms, and terms that are for everybody name no rows.
@@ -169,14 +203,23 @@ class Mix:
         if len(runs) == 1:
             return runs[0][0]
         routers = {id(mix.router): mix.router for mix in mixes if mix.router is not None}
-        if len(routers) > 1:
+        of_sequences = {
+            id(mix.sequence_router): mix.sequence_router
+            for mix in mixes
+            if mix.sequence_router is not None
+        }
+        if len(routers) + len(of_sequences) > 1:
             raise ContractError("one pass asks one router; run the sequences of two apart")
         terms = (
             replace(term, rows=slice(start, stop))
             for mix, start, stop in runs
             for term in mix.terms
         )
-        return Mix(tuple(terms), next(iter(routers.values()), None))
+        return Mix(
+            tuple(terms),
+            next(iter(routers.values()), None),
+            next(iter(of_sequences.values()), None),
+        )
 
     def narrow(self, rows: Tensor) -> Mix:
         """The mix of some of the tokens, ``rows`` [t] sorted positions: for the head, which sees
@@ -198,7 +241,7 @@ class Mix:
                 gate = gate[rows[start:stop] - term.rows.start]
             if stop > start:
                 terms.append(replace(term, rows=slice(start, stop), gate=gate))
-        return Mix(tuple(terms), self.router)
+        return replace(self, terms=tuple(terms))
 
 
 @dataclass(frozen=True)
@@ -229,4 +272,4 @@ class AdapterContext:
             for t, g in zip(self.mix.terms, gated, strict=True)
         ]
         noise = None if self.noise is None else self.noise.padded(total)
-        return replace(self, mix=Mix(tuple(terms), self.mix.router), noise=noise)
+        return replace(self, mix=replace(self.mix, terms=tuple(terms)), noise=noise)

@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.mix import AdapterContext, Mix, SequenceRouter
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.generation.request import (
     Completion,
@@ -37,7 +37,7 @@ from lorry.generation.request import (
     resolve_constant_mix,
 )
 from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
-from lorry.models.causal_lm import CausalLM, PackedInput
+from lorry.models.causal_lm import CausalLM, PackedInput, prompt_states
 from lorry.models.decoder.decode import DecodeRunner
 
 # Running requests at once unless the caller says otherwise. A decode step reads every weight once
@@ -128,6 +128,7 @@ class GenerationEngine:
             )
         self._failed = True  # until this step is through
         with evaluation_mode(self.model):
+            self._fix_gates()
             if fresh := self._schedule():
                 self._prefill(fresh)
             else:
@@ -161,6 +162,21 @@ class GenerationEngine:
             )
 
     # --- who runs
+
+    def _fix_gates(self) -> None:
+        """Give requests that came under a router of the sequence the gates of their prompts: from
+        then on their mix is one of constants, whoever shares the batch and however long they answer.
+        """
+        by_router: dict[SequenceRouter, list[Request]] = {}
+        for request in self._arrived:
+            if (router := request.mix.sequence_router) is not None:
+                by_router.setdefault(router, []).append(request)
+        for router, requests in by_router.items():
+            prompts = [request.prompt for request in requests]
+            model = cast(CausalLM, self.model)
+            gates = router.gates(prompt_states(model, prompts, router.layer, router.pooling))
+            for request, row in zip(requests, gates.tolist(), strict=True):
+                request.mix = request.mix.with_gates(row)
 
     def _schedule(self) -> list[int]:
         """Give the rows of finished requests to waiting ones, and drop those that nobody takes or

@@ -93,8 +93,8 @@ class Request:
 
 
 def resolve_constant_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
-    """A mix that is the same for every token (the router of the layers, too, where it has one), of
-    a name, a mix, or None: the model's active one.
+    """A mix that is the same for every token (with its router, of the layers or of the sequence,
+    where it has one), of a name, a mix, or None: the model's active one.
     Raises ConfigError for an adapter that is not there and for a mix that differs between tokens,
     which means nothing for the tokens to come.
     """

@@ -7,8 +7,8 @@ T packed tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.attach import default_context
-from lorry.adapters.mix import AdapterContext
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.errors import ContractError
+
+# prompt tokens in one pass of the base, unless a single prompt is longer: products at full speed,
+# and activations far below what the weights take
+PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,9 @@ class CausalLM(nn.Module, ABC):
             (keep.cumsum(1) - 1)[keep],
             list(zip([0, *ends[:-1]], ends, strict=True)),
         )
-        call = default_context(self)
+        # what is given is the prompt: this call knows of no answer behind it
+        lengths = [stop - start for start, stop in packed.segments]
+        call = with_prompt_gates(self, packed, default_context(self), lengths)
         logits = self.logits(self.hidden(packed, call).last, call)
         # zeros where padding is: nothing was computed there
         out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
@@ -164,3 +171,85 @@ class CausalLM(nn.Module, ABC):
 def parameter_count(model: nn.Module) -> int:
     """How many numbers a model holds, tied ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def prompt_states(
+    model: CausalLM, prompts: Sequence[Sequence[int]], layer: int | None, pooling: str
+) -> Tensor:
+    """[S,D] float32: the hidden state of each prompt in the base without adapters: of ``layer``'s
+    output (0-based; None: after the final norm), the ``mean`` over the prompt's tokens, or that of
+    its ``last`` one. Layers above are not run.
+    """
+    rows: list[Tensor] = []
+    for group in _prompt_groups(prompts):
+        packed = PackedInput.of(group, model.device)
+        wanted = [] if layer is None else [layer]
+        states = model.hidden(packed, AdapterContext(Mix.none()), output_layers=wanted, stop=layer)
+        hidden = states.last if layer is None else states.layer_outputs[layer]
+        assert hidden is not None
+        rows += [
+            hidden[stop - 1].float() if pooling == "last" else hidden[start:stop].float().mean(0)
+            for start, stop in packed.segments
+        ]
+    return torch.stack(rows)
+
+
+def _prompt_groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """The prompts in their order, as many together as `PROMPT_TOKENS` takes."""
+    group: list[Sequence[int]] = []
+    held = 0
+    for prompt in prompts:
+        if group and held + len(prompt) > PROMPT_TOKENS:
+            yield group
+            group, held = [], 0
+        group.append(prompt)
+        held += len(prompt)
+    if group:
+        yield group
+
+
+def with_prompt_gates(
+    model: CausalLM, packed: PackedInput, call: AdapterContext, lengths: Sequence[int]
+) -> AdapterContext:
+    """The call with the gates that its mix's `SequenceRouter` makes of each sequence's prompt, the
+    first ``lengths`` [S] tokens of it; the call itself without such a router.
+
+    One pass of the base over the prompts of the sequences that are routed. Raises ContractError for
+    a term that is for a part of a sequence: gates are a sequence's.
+    """
+    router = call.mix.sequence_router
+    if router is None:
+        return call
+    own = [
+        [term for term in call.mix.terms if term.route is not None and _holds(term, start, stop)]
+        for start, stop in packed.segments
+    ]
+    routed = [s for s, terms in enumerate(own) if terms]
+    starts = [start for start, _ in packed.segments]
+    prompts = [packed.tokens[starts[s] : starts[s] + lengths[s]].tolist() for s in routed]
+    gates = (
+        router.gates(prompt_states(model, prompts, router.layer, router.pooling)).tolist()
+        if routed
+        else []
+    )
+    terms = [term for term in call.mix.terms if term.route is None]
+    for s, row in zip(routed, gates, strict=True):
+        rows = None if len(packed.segments) == 1 else slice(*packed.segments[s])
+        for term in own[s]:
+            assert term.route is not None and not isinstance(term.gate, Tensor)
+            if gate := row[term.route] * term.gate:
+                terms.append(MixTerm(term.adapter, rows, gate))
+    return replace(call, mix=Mix(tuple(terms), call.mix.router))
+
+
+def _holds(term: MixTerm, start: int, stop: int) -> bool:
+    """Whether a term is for this sequence."""
+    if term.rows is None or (term.rows.start <= start and stop <= term.rows.stop):
+        return True
+    if stop <= term.rows.start or term.rows.stop <= start:
+        return False
+    raise ContractError(
+        f"the adapter {term.adapter!r} is routed by the prompt and is for a part of a sequence; "
+        "gates of a prompt are those of the whole sequence"
+    )

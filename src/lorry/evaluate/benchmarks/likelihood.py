@@ -27,7 +27,7 @@ from lorry.data.batch import BatchExtra, TokenizedExample, collate
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.generation.engine import evaluation_mode
 from lorry.generation.request import resolve_constant_mix
-from lorry.models.causal_lm import PackedInput
+from lorry.models.causal_lm import PackedInput, with_prompt_gates
 from lorry.models.scoring.score import log_prob, score_supervised_tokens
 from lorry.models.scoring.vocab import VocabStatistic
 
@@ -175,16 +175,21 @@ def score_pairs(
     """
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    for batch in batch_scoring_rows(group_scoring_rows(pairs, limit), batch_tokens):
+    rows = group_scoring_rows(pairs, limit, by_context=mix.sequence_router is not None)
+    for batch in batch_scoring_rows(rows, batch_tokens):
         with torch.no_grad(), evaluation_mode(model):
             # a whole batch before it is handed out: in between the model must be as it was
             scores = list(_score_batch(model, batch, mix))
         yield from scores
 
 
-def group_scoring_rows(pairs: Sequence[TokenPair], limit: int) -> list[ScoringRow]:
-    """Longest first; equal beginnings side by side."""
-    rows: dict[tuple[int, ...], ScoringRow] = {}
+def group_scoring_rows(
+    pairs: Sequence[TokenPair], limit: int, *, by_context: bool = False
+) -> list[ScoringRow]:
+    """Longest first; equal beginnings side by side. ``by_context``: pairs share a row only where
+    their contexts are equal too, since what a router makes of them is.
+    """
+    rows: dict[tuple[tuple[int, ...], int], ScoringRow] = {}
     for number, pair in enumerate(pairs):
         count = len(pair.continuation)
         if count > limit:
@@ -194,7 +199,8 @@ def group_scoring_rows(pairs: Sequence[TokenPair], limit: int) -> list[ScoringRo
         # limit + 1: the last token is only a target and is never run
         kept_tokens = (*pair.context, *pair.continuation)[-(limit + 1) :]
         inputs = kept_tokens[:-1]
-        rows.setdefault(inputs, ScoringRow(inputs)).add(number, count, kept_tokens[-1])
+        row = rows.setdefault((inputs, count if by_context else 0), ScoringRow(inputs))
+        row.add(number, count, kept_tokens[-1])
     # longest first: what does not fit into memory shows at once
     return sorted(rows.values(), key=lambda row: (-len(row.inputs), row.inputs))
 
@@ -236,6 +242,10 @@ def _score_batch(
         ]
     ).to(model.device)
     packed, call = PackedInput.of([row.inputs for row in rows], model.device), AdapterContext(mix)
+    # the first scored token is no part of the context, and inputs lack the last
+    call = with_prompt_gates(
+        model, packed, call, [len(row.inputs) + 1 - row.wanted for row in rows]
+    )
     hidden = model.hidden(packed, call).last
     table = score_supervised_tokens(
         model,

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.data.batch import Batch
-from lorry.errors import ContractError
+from lorry.errors import ContractError, DataError
 from lorry.kernels.softmax import accumulator_dtype
-from lorry.models.causal_lm import CausalLM, PackedInput
+from lorry.models.causal_lm import CausalLM, PackedInput, with_prompt_gates
 from lorry.models.scoring.tiles import LogitsStatistics, StatisticsRequest, compute_statistics
 from lorry.models.scoring.vocab import (
     DenseScore,
@@ -49,6 +49,7 @@ __all__ = [
     "evaluate_wants",
     "frozen_head",
     "log_prob",
+    "prompt_lengths",
     "scale_by_temperature",
     "score_supervised_tokens",
 ]
@@ -106,12 +107,16 @@ def evaluate_wants(
     [T, D].
 
     Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass
-    stops at the highest.
+    stops at the highest. A router of the sequence (`SequenceRouter`) sees what comes before a
+    sequence's first supervised token, as it would in generation. Raises DataError for a sequence
+    without such a prompt.
     """
     scores = {n: w for n, w in wants.items() if isinstance(w, TokenScore)}
     final = [n for n, w in wants.items() if isinstance(w, FinalHidden)]
     layers = {n: w.layer for n, w in wants.items() if isinstance(w, HiddenState)}
     packed = PackedInput(batch.tokens, batch.positions, batch.segments)
+    if call.mix.sequence_router is not None:
+        call = with_prompt_gates(model, packed, call, prompt_lengths(batch))
     routed = [name for name, want in wants.items() if isinstance(want, RouterLogits)]
     stop = None if scores or final or routed else max(layers.values(), default=None)
     hidden = model.hidden(packed, call, output_layers=sorted(set(layers.values())), stop=stop)
@@ -140,6 +145,24 @@ def evaluate_wants(
                 # 0 at all other tokens, whose scores no loss reads
                 outputs[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, at, column)
     return outputs
+
+
+def prompt_lengths(batch: Batch) -> list[int]:
+    """Tokens of each sequence before its first supervised one; all of them where none is. Raises
+    DataError where that is its first token alone, as of plain text: there is nothing to route by.
+    """
+    supervised = (batch.weights != 0).cpu()
+    lengths = []
+    for s, (start, stop) in enumerate(batch.segments):
+        at = torch.nonzero(supervised[start:stop])[:1]
+        lengths.append(int(at) if len(at) else stop - start)
+        if lengths[-1] < 2 < stop - start:
+            raise DataError(
+                f"sequence {s} of a batch (key {int(batch.key[s])}) has no prompt before its first supervised token, "
+                "and the mixture's router reads prompts alone (plain text, or completion_only_loss=false); give rows "
+                "with prompts, or one expert by name"
+            )
+    return lengths
 
 
 def _weighted_rows(batch: Batch, weights: str) -> Tensor:
