@@ -183,10 +183,14 @@ class Mix:
     def with_gates(self, gates: Sequence[float]) -> Mix:
         """The mix of one sequence whose prompt got these ``gates`` [adapters]."""
         terms = (
-            term if term.route is None else MixTerm(term.adapter, term.rows, term.gate * gates[term.route])
+            term
+            if term.route is None
+            else MixTerm(term.adapter, term.rows, term.gate * gates[term.route])
             for term in self.terms
         )
-        return Mix(tuple(t for t in terms if isinstance(t.gate, Tensor) or t.gate != 0), self.router)
+        return Mix(
+            tuple(t for t in terms if isinstance(t.gate, Tensor) or t.gate != 0), self.router
+        )
 
     @staticmethod
     def packed(mixes: Sequence[Mix], starts: Sequence[int]) -> Mix:

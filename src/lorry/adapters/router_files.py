@@ -24,6 +24,13 @@ from lorry.adapters.mix import Mix, MixtureRouter
 from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.files import adapter_digest, base_digest
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
+from lorry.adapters.sequence_router import (
+    ClassifierRouter,
+    PromptRule,
+    PrototypeRouter,
+    attach_sequence_router,
+    classifier_shapes,
+)
 from lorry.disk.integrity import read_content
 from lorry.errors import ConfigError, ModelError
 from lorry.runs.layout import ROUTER, ROUTER_FILE, ROUTER_WEIGHTS
@@ -42,7 +49,8 @@ class ExpertRecord(BaseModel):
 
 class RouterRecord(BaseModel):
     """router.json. ``experts``: in the order of the gates' columns; ``gates``: of the constant
-    kinds."""
+    kinds; ``layer``, ``pooling``, ``width``: the state that a router of the sequence reads, and its
+    length; ``hidden``: widths of a classifier; ``training``: how it was made, for a person."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -56,6 +64,11 @@ class RouterRecord(BaseModel):
     temperature: float = 1.0
     straight_through: bool = False
     gates: dict[str, float] | None = None
+    layer: int | None = None
+    pooling: str = "mean"
+    width: int | None = None
+    hidden: list[int] = []
+    training: dict[str, Any] | None = None
 
 
 def router_files(
@@ -151,10 +164,53 @@ def _make_token_router(
     return router
 
 
+def _make_prototype_router(
+    model: nn.Module, experts: Sequence[str], record: RouterRecord
+) -> MixtureRouter:
+    shape = (len(experts), _state_width(model, record))
+    router = PrototypeRouter(experts, _prompt_rule(record), _empty(model, shape))
+    attach_sequence_router(model, router)
+    return router
+
+
+def _make_classifier_router(
+    model: nn.Module, experts: Sequence[str], record: RouterRecord
+) -> MixtureRouter:
+    if any(width < 1 for width in record.hidden):
+        raise ConfigError(f"hidden={record.hidden}: widths are 1 or more")
+    shapes = classifier_shapes(_state_width(model, record), record.hidden, len(experts))
+    weights = {name: _empty(model, shape) for name, shape in shapes.items()}
+    router = ClassifierRouter(experts, _prompt_rule(record), weights, record.training)
+    attach_sequence_router(model, router)
+    return router
+
+
+def _prompt_rule(record: RouterRecord) -> PromptRule:
+    if record.straight_through or record.input != "mlp":
+        raise ConfigError(f"a router of kind {record.kind!r} has no input and no straight_through")
+    return PromptRule(
+        record.layer, record.pooling, record.top_k, record.normalize, record.temperature
+    )
+
+
+def _state_width(model: nn.Module, record: RouterRecord) -> int:
+    """Length of the states that the router reads, as its file has it and the model can have it."""
+    own = getattr(getattr(model, "geometry", None), "width", record.width)
+    if record.width is None or record.width < 1 or record.width != own:
+        raise ConfigError(f"width={record.width}: this model's hidden states have {own}")
+    return record.width
+
+
+def _empty(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float32, device=next(model.parameters()).device)
+
+
 # kind -> what attaches its router, values still to be read, to a model with these experts
 # (`AdapterBank.routers`). Raises ConfigError.
 MAKERS: dict[str, Callable[[nn.Module, Sequence[str], RouterRecord], MixtureRouter]] = {
     "token": _make_token_router,
+    "prototype": _make_prototype_router,
+    "sequence": _make_classifier_router,
 }
 
 

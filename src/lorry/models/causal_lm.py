@@ -237,7 +237,8 @@ def with_prompt_gates(
     for s, row in zip(routed, gates, strict=True):
         rows = None if len(packed.segments) == 1 else slice(*packed.segments[s])
         for term in own[s]:
-            assert term.route is not None and not isinstance(term.gate, Tensor)
+            assert term.route is not None
+            assert not isinstance(term.gate, Tensor)
             if gate := row[term.route] * term.gate:
                 terms.append(MixTerm(term.adapter, rows, gate))
     return replace(call, mix=Mix(tuple(terms), call.mix.router))

@@ -323,11 +323,34 @@ def _constant_gates(
     return run.router.gates or dict.fromkeys(experts, 1 / len(experts))
 
 
+def _prompt_router(run: MoeRunConfig, opened: OpenedModel, experts: list[str]) -> None:
+    """A router of the sequence, of prompts of every expert's rows."""
+    from lorry.tasks.moe.prompts import PROMPT_ROUTERS, read_prompts
+
+    alone, folder = runs_by_adapter(run), RunDir(run.output_dir)
+    prompts = {
+        name: read_prompts(
+            alone[name].data,
+            run.train,
+            opened,
+            name,
+            quarantine=folder.quarantine(name, len(experts)),
+            tell=print_note,
+        )
+        for name in experts
+    }
+    PROMPT_ROUTERS[run.router.kind](
+        opened, prompts, run.router, seed=run.train.seed, tell=print_note
+    )
+
+
 # kind -> what makes its router over the experts of the opened base: gates that are numbers, or None
 # where it attaches one to the model's bank (`AdapterBank.routers`)
 UNTRAINED: dict[str, Callable[[MoeRunConfig, OpenedModel, list[str]], dict[str, float] | None]] = {
     "uniform": _constant_gates,
     "fixed": _constant_gates,
+    "sequence": _prompt_router,
+    "prototype": _prompt_router,
 }
 
 

@@ -2,6 +2,7 @@
 
 from lorry.config.moe.kinds import ROUTER_KINDS, RouterKind
 from lorry.config.moe.runs import (
+    ClassifierTrainConfig,
     ExpertConfig,
     ExpertJobConfig,
     MoeDataConfig,
@@ -15,6 +16,7 @@ from lorry.config.moe.runs import (
 
 __all__ = [
     "ROUTER_KINDS",
+    "ClassifierTrainConfig",
     "ExpertConfig",
     "ExpertJobConfig",
     "MoeDataConfig",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-RouterKindName = Literal["token", "uniform", "fixed"]
+RouterKindName = Literal["token", "sequence", "prototype", "uniform", "fixed"]
 
 # settings of `router` that only some kinds read; one that is given and not read is an error
 KIND_FIELDS = (
@@ -24,17 +24,29 @@ KIND_FIELDS = (
     "z_loss",
     "gates",
     "train",
+    "layer",
+    "pooling",
+    "prompts",
+    "hidden",
+    "dropout",
+    "train_split",
+    "val_split",
+    "test_split",
 )
+# of a router of the whole sequence
+OF_PROMPTS = ("layer", "pooling", "top_k", "normalize", "temperature")
 
 
 @dataclass(frozen=True)
 class RouterKind:
     """A kind of router. ``reads``: which of `KIND_FIELDS`; ``trains``: whether a run of its own makes
-    it (`RouterRunConfig`); ``needs_rows``: whether every expert has to have data."""
+    it (`RouterRunConfig`); ``needs_rows``: whether every expert has to have data; ``top_k``: its
+    default: a sequence is one expert's as a rule, its tokens are of several."""
 
     reads: tuple[str, ...]
     trains: bool = False
     needs_rows: bool = False
+    top_k: int = 2
 
     @property
     def has_top_k(self) -> bool:
@@ -44,8 +56,19 @@ class RouterKind:
 
 ROUTER_KINDS: dict[RouterKindName, RouterKind] = {
     "token": RouterKind(
-        tuple(name for name in KIND_FIELDS if name != "gates"), trains=True, needs_rows=True
+        (
+            *("input", "top_k", "normalize", "temperature", "straight_through"),
+            *("init", "label_loss", "aux_loss", "z_loss", "train"),
+        ),
+        trains=True,
+        needs_rows=True,
     ),
+    "sequence": RouterKind(
+        (*OF_PROMPTS, "hidden", "dropout", "train_split", "val_split", "test_split", "train"),
+        needs_rows=True,
+        top_k=1,
+    ),
+    "prototype": RouterKind((*OF_PROMPTS, "prompts"), needs_rows=True, top_k=1),
     "uniform": RouterKind(()),
     "fixed": RouterKind(("gates",)),
 }

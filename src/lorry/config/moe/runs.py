@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from pydantic import model_validator as validate_model
 
 from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field
@@ -31,16 +38,31 @@ EXPERTS = (
 ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
 
 
+class ClassifierTrainConfig(SettingsGroup):
+    """how a classifier of prompts is trained: router.train of router.kind=sequence"""
+
+    num_train_epochs: PositiveInt = config_field(10, "passes over the prompts' hidden states")
+    learning_rate: PositiveFloat = config_field(1e-3, "AdamW's, constant")
+    per_device_train_batch_size: PositiveInt = config_field(32, "prompts in a step")
+    weight_decay: float = config_field(0.01, "AdamW's, of matrices", ge=0)
+    seed: int = config_field(42, "of splits, first values, order and dropout", ge=0)
+
+
 class RouterConfig(SettingsGroup):
     """how a token gets its experts"""
 
     main: ClassVar[str] = "kind"
     kind: RouterKindName = config_field(
         "token",
+<<<<<<< HEAD
         (
             "token: a linear per layer, trained; uniform: every expert 1/K; fixed: the "
             "weights in gates"
         ),
+=======
+        "token: a linear per layer, trained; sequence: a classifier of the prompt; prototype: the nearest mean of "
+        "prompts; uniform: every expert 1/K; fixed: the numbers of gates",
+>>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
     )
     level: Literal["delta"] = config_field("delta", "what is mixed: the adapters' updates")
     input: Literal["mlp", "attn", "both"] = config_field(
@@ -50,9 +72,17 @@ class RouterConfig(SettingsGroup):
             "both: each by its own router"
         ),
     )
+<<<<<<< HEAD
     top_k: PositiveInt = config_field(2, "experts per token")
     normalize: bool = config_field(True, "scale a token's gates to sum to 1")
     temperature: PositiveFloat = config_field(1.0, "temperature of the router's softmax")
+=======
+    top_k: PositiveInt = config_field(
+        2, "experts that a token has, or a sequence (there 1 where nothing is said)"
+    )
+    normalize: bool = config_field(True, "their gates sum to 1")
+    temperature: PositiveFloat = config_field(1.0, "divides the logits")
+>>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
     straight_through: bool = config_field(
         False, "with top_k=1: gate 1, with the gradient of the expert's probability"
     )
@@ -68,24 +98,60 @@ class RouterConfig(SettingsGroup):
     gates: dict[str, float] = config_field({}, "of kind=fixed: {EXPERT: g}; 0 where not named")
     train: dict[str, Any] = config_field(
         {},
+<<<<<<< HEAD
         (
             "settings of the router's training (the experts have their own); default "
             "max_steps 200, learning_rate 1e-3, 2 rows of each expert"
         ),
+=======
+        "settings of its training, not the experts'; else max_steps 200, learning_rate 1e-3, 2 rows of each expert; "
+        "kind=sequence: num_train_epochs 10, learning_rate 1e-3, per_device_train_batch_size 32, weight_decay 0.01",
+>>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
     )
+    layer: NonNegativeInt | None = config_field(
+        None, "whose output of a prompt is read, from 0; else the state after the final norm"
+    )
+    pooling: Literal["mean", "last"] = config_field(
+        "mean", "the mean over the prompt's tokens, or its last token's state"
+    )
+    prompts: PositiveInt = config_field(16, "prompts of each expert that make its prototype")
+    hidden: list[PositiveInt] = config_field(
+        [], "widths of the classifier's hidden layers, [512, 256] say; none: a linear"
+    )
+    dropout: float = config_field(0.1, "of the classifier's hidden layers", ge=0, lt=1)
+    train_split: float = config_field(
+        0.7, "share of each expert's prompts that train the classifier", gt=0, lt=1
+    )
+    val_split: float = config_field(0.15, "share that chooses the epoch, by F1", gt=0, lt=1)
+    test_split: float = config_field(0.15, "share that is asked at the end", ge=0, lt=1)
+
+    @validate_model(mode="before")
+    @classmethod
+    def _defaults_of_the_kind(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        kind = ROUTER_KINDS.get(values.get("kind", "token"))
+        return values if kind is None else {"top_k": kind.top_k, **values}
 
     @validate_model(mode="after")
     def _settings_of_the_kind(self) -> RouterConfig:
         if (self.kind == "fixed") != bool(self.gates):
             raise ValueError("router.gates={EXPERT: g} is for router.kind=fixed, which needs it")
+<<<<<<< HEAD
         if not ROUTER_KINDS[self.kind].trains and self.train:
             raise ValueError(f"router.train: kind={self.kind} trains nothing; leave it out")
+=======
+        if "train" not in ROUTER_KINDS[self.kind].reads and self.train:
+            raise ValueError(f"router.train: nothing of kind={self.kind} trains; leave it out")
+>>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
         unread = [name for name in KIND_FIELDS if name not in ROUTER_KINDS[self.kind].reads]
         if odd := first_changed(self, unread):
             raise ValueError(
                 f"router.{odd} is for router.kind={', '.join(kinds_reading(odd))}; "
                 f"kind={self.kind} does not use it"
             )
+        if self.kind == "sequence":
+            self._check_classifier()
         if self.top_k != 1 and self.straight_through:
             raise ValueError("router.straight_through is for top_k=1 alone; leave it out")
         if (
@@ -100,6 +166,26 @@ class RouterConfig(SettingsGroup):
                 "straight_through=true, or normalize=false"
             )
         return self
+
+    def _check_classifier(self) -> None:
+        splits = (self.train_split, self.val_split, self.test_split)
+        if abs(sum(splits) - 1) > 1e-6:
+            raise ValueError(
+                "router.train_split, val_split and test_split are {:g}, {:g} and {:g}, together {:g}; "
+                "they must add to 1".format(*splits, sum(splits))
+            )
+        try:
+            self.classifier_train(0)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, ["router.train", *first["loc"]]))
+            known = ", ".join(ClassifierTrainConfig.model_fields)
+            raise ValueError(f"{where}: {first['msg']}; a classifier's are {known}") from None
+
+    def classifier_train(self, seed: int) -> ClassifierTrainConfig:
+        """`train` of kind=sequence; ``seed``: the run's, where it says nothing else. Raises
+        ValidationError."""
+        return ClassifierTrainConfig.model_validate({"seed": seed, **self.train})
 
 
 class ExpertConfig(SettingsGroup):

@@ -1,0 +1,334 @@
+"""`lorry moe` with a router of the whole sequence: prototypes and a classifier of prompts, the
+mixture's directory, who reads it, and what is refused. Float32.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorry
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.config.moe import RouterConfig
+from lorry.errors import ModelError
+from lorry.generation.engine import generate_completions
+from lorry.generation.sampling import SamplingParams
+from lorry.models.causal_lm import PackedInput
+from tests.support.verbworld import model_directory, write_rows
+from tests.support.verbworld import lorry as run_lorry
+
+NAMES = ("Mara", "Tobias", "Ilse", "Juno", "Ada", "Bo", "Cleo", "Dirk", "Eva", "Finn")
+PLACES = [{"question": f"Where does {n} live?", "answer": f"{n} lives in Oslo."} for n in NAMES]
+SUMS = [
+    {"question": f"What is {n} and {n + 2}?", "answer": f"It is {2 * n + 2}."} for n in range(10)
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two trained experts in `mix/experts`, and prototypes over them in `mix`; not to be
+    changed."""
+    folder = tmp_path_factory.mktemp("prompts")
+    base = model_directory(folder / "base")
+    write_rows(folder / "places.jsonl", PLACES)
+    write_rows(folder / "sums.jsonl", SUMS)
+    words = [
+        f"model={base}",
+        "dtype=float32",
+        "r=4",
+        "max_length=128",
+        "max_steps=2",
+        "learning_rate=1e-2",
+        "save_strategy=no",
+        "threads=1",
+        f"experts=[{{name: places, data: {folder}/places.jsonl}}, {{name: sums, data: {folder}/sums.jsonl}}]",
+        f"output_dir={folder / 'mix'}",
+    ]
+    assert run_lorry("moe", *words, "router.kind=prototype", "router.prompts=6") == 0
+    return folder
+
+
+def again(made: Path, output: Path, *words: str) -> int:
+    """Another router over the same experts, which are brought along."""
+    experts = ", ".join(
+        f"{{name: {n}, adapter: {made / 'mix' / n}, data: {made / n}.jsonl}}"
+        for n in ("places", "sums")
+    )
+    return run_lorry(
+        "moe", f"model={made / 'base'}", "dtype=float32", "threads=1", f"experts=[{experts}]",
+        f"output_dir={output}", *words,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classifier(made: Path) -> Path:
+    """A classifier over the same experts; not to be changed."""
+    folder = made / "classifier"
+    settings = (
+        "router={kind: sequence, hidden: [8], train: {num_train_epochs: 20, learning_rate: 1e-2}}"
+    )
+    assert again(made, folder, settings) == 0
+    return folder
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to
+
+
+def prompt(tokenizer: object, question: str) -> list[int]:
+    text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+
+
+def test_prototypes_are_means_of_hidden_states(made: Path) -> None:
+    """Of transformers' last hidden states over prompts as chat has them, in the base; the experts are
+    those that were trained, bit for bit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = made / "mix"
+    said = json.loads((run / "router" / "router.json").read_text())
+    assert (said["kind"], said["top_k"], said["pooling"], said["width"]) == (
+        "prototype",
+        1,
+        "mean",
+        32,
+    )
+    found = load_file(run / "router" / "router.safetensors")["prototypes"]
+    base = AutoModelForCausalLM.from_pretrained(made / "base").float()
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    for k, rows in enumerate((PLACES, SUMS)):
+        ids = [prompt(tokenizer, row["question"]) for row in rows]
+        with torch.no_grad():
+            states = [
+                base(torch.tensor([one]), output_hidden_states=True).hidden_states[-1][0].mean(0)
+                for one in ids
+            ]
+        # six of ten by the seed: the mean is that of some six
+        picked = [i for i, s in enumerate(states) if _holds(found[k], states, i)]
+        assert len(picked) == 6
+    for name in ("places", "sums"):
+        one, two = (
+            load_file(p / name / "adapter_model.safetensors") for p in (run, run / "experts")
+        )
+        assert all(torch.equal(one[key], two[key]) for key in two)
+
+
+def _holds(mean: torch.Tensor, states: list[torch.Tensor], at: int) -> bool:
+    """Whether a state is one of the six that have this mean: the least-squares weights are 1/6 or 0."""
+    weights = torch.linalg.lstsq(torch.stack(states).T.double(), mean.double()).solution
+    assert float((torch.stack(states).T.double() @ weights - mean.double()).norm()) < 1e-4
+    return float(weights[at]) > 1 / 12
+
+
+def test_each_prompt_gets_its_expert(made: Path, classifier: Path) -> None:
+    """By either kind: greedy answers are those of the expert whose kind of question it is, which are
+    the argmax of whole forwards; in batches, with rows that leave and enter."""
+    for run in (made / "mix", classifier):
+        model, tokenizer = lorry.load(run)
+        mix = get_bank(model).active
+        assert mix.sequence_router is not None
+        asked = [*PLACES[:3], *SUMS[:3]]
+        experts = ["places"] * 3 + ["sums"] * 3
+        ids = [prompt(tokenizer, row["question"]) for row in asked]
+        params = [SamplingParams(max_new_tokens=n) for n in (2, 4, 3, 4, 2, 3)]
+        answers = generate_completions(model, ids, params, batch_rows=2)
+        for one, name, answer in zip(ids, experts, answers, strict=True):
+            tokens = list(one)
+            for token in answer.tokens:
+                call = AdapterContext(Mix.one(name))
+                with torch.no_grad():
+                    hidden = model.hidden(PackedInput.of([tokens]), call).last
+                    assert hidden is not None
+                    assert int(model.logits(hidden[-1:], call).argmax()) == token
+                tokens.append(token)
+
+
+def test_the_record_of_a_classifier(classifier: Path) -> None:
+    """7, 2 and 1 prompts of each expert of ten; the best epoch has the largest F1."""
+    said = json.loads((classifier / "router" / "router.json").read_text())
+    assert said["hidden"] == [8]
+    training = said["training"]
+    assert training["prompts"] == {"train": 12, "val": 4, "test": 4}
+    scores = [(e["val_f1"], -e["val_loss"]) for e in training["epochs"]]
+    assert training["best_epoch"] == scores.index(max(scores)) + 1
+    assert training["test"]["confusion"] == {"places": [2, 0], "sums": [0, 2]}
+    assert sorted(load_file(classifier / "router" / "router.safetensors")) == [
+        "0.bias", "0.weight", "1.bias", "1.weight",
+    ]  # fmt: skip
+
+
+def test_a_router_is_made_twice_bit_for_bit(made: Path, classifier: Path, tmp_path: Path) -> None:
+    said = json.loads((classifier / "router" / "router.json").read_text())
+    settings = (
+        "router={kind: sequence, hidden: [8], train: {num_train_epochs: 20, learning_rate: 1e-2}}"
+    )
+    assert again(made, tmp_path / "two", settings) == 0
+    one, two = (
+        load_file(p / "router" / "router.safetensors") for p in (classifier, tmp_path / "two")
+    )
+    assert all(torch.equal(one[key], two[key]) for key in two)
+    assert json.loads((tmp_path / "two" / "router" / "router.json").read_text()) == said
+
+
+def test_the_verbs_read_it(
+    classifier: Path,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mixture's loss of rows of one expert is that expert's, of mixed rows the oracle's."""
+    rows = write_rows(tmp_path / "rows.jsonl", [*PLACES[:2], *SUMS[:2]])
+    for run in (
+        copied(made / "mix", tmp_path / "mix"),
+        copied(classifier, tmp_path / "classifier"),
+    ):
+        losses = {}
+        for name, data in (
+            ("both", rows),
+            ("places", made / "places.jsonl"),
+            ("sums", made / "sums.jsonl"),
+        ):
+            assert (
+                run_lorry(
+                    "eval", run, f"data={data}", "max_new_tokens=2", f"output={tmp_path / 'r.json'}"
+                )
+                == 0
+            )
+            losses[name] = json.loads((tmp_path / "r.json").read_text())
+        capsys.readouterr()
+        assert run_lorry("doctor", run) == 0
+        typed = "Where does Bo live?\n/router places=1\nWhat is 1 and 3?\n/router off\n/router on\n"
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert run_lorry("chat", run, "max_new_tokens=2") == 0
+        assert "the mixture of all experts" in capsys.readouterr().err
+
+
+def change_router(**change: object) -> Callable[[Path], None]:
+    def apply(run: Path) -> None:
+        file = run / "router" / "router.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+    return apply
+
+
+def change_weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def apply(run: Path) -> None:
+        file = run / "router" / "router.safetensors"
+        save_file({k: change(v).contiguous() for k, v in load_file(file).items()}, file)
+
+    return apply
+
+
+def change_expert(run: Path) -> None:
+    file = run / "sums" / "adapter_model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (change_expert, "not the expert 'sums' that the router was made for"),
+        (change_router(top_k=3), "1 to 2 of 2"),
+        (change_router(layer=2), "layers are 0 to 1"),
+        (change_router(pooling="max"), "mean or last"),
+        (change_router(temperature=0.0), "above 0"),
+        (change_router(width=31), "hidden states have 32"),
+        (change_router(width=None), "hidden states have 32"),
+        (change_router(input="both"), "no input"),
+        (change_router(base_digest="0" * 64), "other base weights"),
+        (change_weights(lambda w: w[..., :-1]), r"float32 \("),
+        (change_weights(lambda w: w * float("nan")), "NaN"),
+        (change_weights(lambda w: w.half()), "float16"),
+        (lambda run: (run / "router" / "router.safetensors").unlink(), "is missing"),
+        (lambda run: (run / "router" / "router.safetensors").write_bytes(b"\x80\x04"), "damaged"),
+    ],
+)
+def test_a_router_of_other_experts_is_refused(
+    damage: Callable[[Path], None], words: str, made: Path, classifier: Path, tmp_path: Path
+) -> None:
+    for number, whole in enumerate((made / "mix", classifier)):
+        run = copied(whole, tmp_path / str(number))
+        damage(run)
+        with pytest.raises(ModelError, match=words):
+            lorry.load(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["router={kind: sequence, val_split: 0.2}"], "together 1.05; they must add to 1"),
+        (["router={kind: sequence, train: {max_steps: 3}}"], "router.train.max_steps"),
+        (["router={kind: sequence, lora: {r: 8}}"], "unknown setting 'router.lora'"),
+        (["router={kind: sequence, prompts: 4}"], "router.prompts is for router.kind=prototype"),
+        (["router={kind: prototype, hidden: [8]}"], "router.hidden is for router.kind="),
+        (["router={kind: prototype, train: {seed: 3}}"], "nothing of kind=prototype trains"),
+        (["router={kind: prototype, label_loss: 0.5}"], "router.label_loss is for router.kind="),
+        (["router={kind: prototype, top_k: 3}"], "there are 2 experts"),
+        (["router={kind: prototype, layer: 7}"], "layers are 0 to 1"),
+    ],
+)
+def test_settings_that_cannot_be(
+    words: list[str], says: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert again(made, tmp_path / "out", *words) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "router").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "code", "says"),
+    [
+        (
+            SUMS[:2],
+            "router.kind=sequence",
+            3,
+            "expert 'sums' has 2 prompts, of which router.val_split",
+        ),
+        (
+            [{"text": "A tale of sums. " * 4}],
+            "router.kind=prototype",
+            3,
+            "none of its 1 rows has a prompt",
+        ),
+        (PLACES, "router.kind=prototype", 2, "nothing tells them apart"),
+    ],
+)
+def test_rows_that_make_no_router(
+    rows: list[dict[str, str]],
+    words: str,
+    code: int,
+    says: str,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    experts = (
+        f"experts=[{{name: places, adapter: {made / 'mix' / 'places'}, data: {made}/places.jsonl}}, "
+        f"{{name: sums, adapter: {made / 'mix' / 'sums'}, data: {file}}}]"
+    )
+    out = tmp_path / "out"
+    assert again(made, out, experts, words) == code
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (out / "router").exists()
+
+
+def test_one_expert_chooses_by_itself() -> None:
+    """top_k=1 needs no gradient here; of a router of tokens it is still refused."""
+    assert RouterConfig.model_validate({"kind": "prototype"}).top_k == 1
+    assert RouterConfig.model_validate({"kind": "sequence", "top_k": 2}).top_k == 2
+    assert RouterConfig().top_k == 2
+    with pytest.raises(ValueError, match="no gradient"):
+        RouterConfig(top_k=1)
