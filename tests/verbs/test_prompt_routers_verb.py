@@ -22,8 +22,8 @@ from lorry.errors import ModelError
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import PackedInput
-from tests.support.verbworld import model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
+from tests.support.verbworld import model_directory, write_rows
 
 NAMES = ("Mara", "Tobias", "Ilse", "Juno", "Ada", "Bo", "Cleo", "Dirk", "Eva", "Finn")
 PLACES = [{"question": f"Where does {n} live?", "answer": f"{n} lives in Oslo."} for n in NAMES]
@@ -188,29 +188,22 @@ def test_the_verbs_read_it(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The mixture's loss of rows of one expert is that expert's, of mixed rows the oracle's."""
+    """The mixture's loss of each of mixed rows is that of the row's own expert; chat switches."""
     rows = write_rows(tmp_path / "rows.jsonl", [*PLACES[:2], *SUMS[:2]])
-    for run in (
-        copied(made / "mix", tmp_path / "mix"),
-        copied(classifier, tmp_path / "classifier"),
-    ):
-        losses = {}
-        for name, data in (
-            ("both", rows),
-            ("places", made / "places.jsonl"),
-            ("sums", made / "sums.jsonl"),
-        ):
-            assert (
-                run_lorry(
-                    "eval", run, f"data={data}", "max_new_tokens=2", f"output={tmp_path / 'r.json'}"
-                )
-                == 0
-            )
-            losses[name] = json.loads((tmp_path / "r.json").read_text())
-        capsys.readouterr()
-        assert run_lorry("doctor", run) == 0
+    mix, other = copied(made / "mix", tmp_path / "mix"), copied(classifier, tmp_path / "classifier")
+    for run in (mix, other):
+        table = tmp_path / "results.json"
+        assert (
+            run_lorry("eval", run, f"data={rows}", "max_new_tokens=2", f"output_dir={table}") == 0
+        )
+        asked = json.loads(table.read_text())["predictions"]
+        for name, row in zip(["places", "places", "sums", "sums"], asked, strict=True):
+            assert row["mixture"]["loss"] == pytest.approx(row[name]["loss"], rel=1e-6)
+            assert row["mixture"]["answer"] == row[name]["answer"]
+            assert row[name]["loss"] < row["base"]["loss"]
         typed = "Where does Bo live?\n/router places=1\nWhat is 1 and 3?\n/router off\n/router on\n"
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        capsys.readouterr()
         assert run_lorry("chat", run, "max_new_tokens=2") == 0
         assert "the mixture of all experts" in capsys.readouterr().err
 
@@ -273,7 +266,7 @@ def test_a_router_of_other_experts_is_refused(
         (["router={kind: sequence, lora: {r: 8}}"], "unknown setting 'router.lora'"),
         (["router={kind: sequence, prompts: 4}"], "router.prompts is for router.kind=prototype"),
         (["router={kind: prototype, hidden: [8]}"], "router.hidden is for router.kind="),
-        (["router={kind: prototype, train: {seed: 3}}"], "nothing of kind=prototype trains"),
+        (["router={kind: prototype, train: {seed: 3}}"], "kind=prototype trains nothing"),
         (["router={kind: prototype, label_loss: 0.5}"], "router.label_loss is for router.kind="),
         (["router={kind: prototype, top_k: 3}"], "there are 2 experts"),
         (["router={kind: prototype, layer: 7}"], "layers are 0 to 1"),

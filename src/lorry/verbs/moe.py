@@ -326,6 +326,7 @@ def _constant_gates(
 def _prompt_router(run: MoeRunConfig, opened: OpenedModel, experts: list[str]) -> None:
     """A router of the sequence, of prompts of every expert's rows."""
     from lorry.tasks.moe.prompts import PROMPT_ROUTERS, read_prompts
+    from lorry.verbs.open_model import print_note
 
     alone, folder = runs_by_adapter(run), RunDir(run.output_dir)
     prompts = {

@@ -41,7 +41,7 @@ ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch
 class ClassifierTrainConfig(SettingsGroup):
     """how a classifier of prompts is trained: router.train of router.kind=sequence"""
 
-    num_train_epochs: PositiveInt = config_field(10, "passes over the prompts' hidden states")
+    num_train_epochs: PositiveInt = config_field(10, "training epochs")
     learning_rate: PositiveFloat = config_field(1e-3, "AdamW's, constant")
     per_device_train_batch_size: PositiveInt = config_field(32, "prompts in a step")
     weight_decay: float = config_field(0.01, "AdamW's, of matrices", ge=0)
@@ -54,15 +54,11 @@ class RouterConfig(SettingsGroup):
     main: ClassVar[str] = "kind"
     kind: RouterKindName = config_field(
         "token",
-<<<<<<< HEAD
         (
-            "token: a linear per layer, trained; uniform: every expert 1/K; fixed: the "
+            "token: a linear per layer, trained; sequence: a classifier of the prompt; "
+            "prototype: the nearest mean of prompts; uniform: every expert 1/K; fixed: the "
             "weights in gates"
         ),
-=======
-        "token: a linear per layer, trained; sequence: a classifier of the prompt; prototype: the nearest mean of "
-        "prompts; uniform: every expert 1/K; fixed: the numbers of gates",
->>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
     )
     level: Literal["delta"] = config_field("delta", "what is mixed: the adapters' updates")
     input: Literal["mlp", "attn", "both"] = config_field(
@@ -72,17 +68,11 @@ class RouterConfig(SettingsGroup):
             "both: each by its own router"
         ),
     )
-<<<<<<< HEAD
-    top_k: PositiveInt = config_field(2, "experts per token")
+    top_k: PositiveInt = config_field(
+        2, "experts per token; per sequence where the router is one of sequences (default 1)"
+    )
     normalize: bool = config_field(True, "scale a token's gates to sum to 1")
     temperature: PositiveFloat = config_field(1.0, "temperature of the router's softmax")
-=======
-    top_k: PositiveInt = config_field(
-        2, "experts that a token has, or a sequence (there 1 where nothing is said)"
-    )
-    normalize: bool = config_field(True, "their gates sum to 1")
-    temperature: PositiveFloat = config_field(1.0, "divides the logits")
->>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
     straight_through: bool = config_field(
         False, "with top_k=1: gate 1, with the gradient of the expert's probability"
     )
@@ -98,15 +88,12 @@ class RouterConfig(SettingsGroup):
     gates: dict[str, float] = config_field({}, "of kind=fixed: {EXPERT: g}; 0 where not named")
     train: dict[str, Any] = config_field(
         {},
-<<<<<<< HEAD
         (
             "settings of the router's training (the experts have their own); default "
-            "max_steps 200, learning_rate 1e-3, 2 rows of each expert"
+            "max_steps 200, learning_rate 1e-3, 2 rows of each expert; of kind=sequence "
+            "num_train_epochs 10, learning_rate 1e-3, per_device_train_batch_size 32, "
+            "weight_decay 0.01"
         ),
-=======
-        "settings of its training, not the experts'; else max_steps 200, learning_rate 1e-3, 2 rows of each expert; "
-        "kind=sequence: num_train_epochs 10, learning_rate 1e-3, per_device_train_batch_size 32, weight_decay 0.01",
->>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
     )
     layer: NonNegativeInt | None = config_field(
         None, "whose output of a prompt is read, from 0; else the state after the final norm"
@@ -137,13 +124,8 @@ class RouterConfig(SettingsGroup):
     def _settings_of_the_kind(self) -> RouterConfig:
         if (self.kind == "fixed") != bool(self.gates):
             raise ValueError("router.gates={EXPERT: g} is for router.kind=fixed, which needs it")
-<<<<<<< HEAD
-        if not ROUTER_KINDS[self.kind].trains and self.train:
-            raise ValueError(f"router.train: kind={self.kind} trains nothing; leave it out")
-=======
         if "train" not in ROUTER_KINDS[self.kind].reads and self.train:
-            raise ValueError(f"router.train: nothing of kind={self.kind} trains; leave it out")
->>>>>>> 735113a (adapters, tasks, config, verbs: routers of the whole sequence: prototypes of prompts, and a classifier of them)
+            raise ValueError(f"router.train: kind={self.kind} trains nothing; leave it out")
         unread = [name for name in KIND_FIELDS if name not in ROUTER_KINDS[self.kind].reads]
         if odd := first_changed(self, unread):
             raise ValueError(
