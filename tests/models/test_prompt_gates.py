@@ -15,7 +15,7 @@ from torch import Tensor
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RoutingRule, TokenRouter
-from lorry.adapters.sequence_router import PromptRule, PrototypeRouter, attach_sequence_router
+from lorry.adapters.routing.sequence import PromptRule, PrototypeRouter, attach_sequence_router
 from lorry.adapters.spec import LoraSpec
 from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ContractError, DataError

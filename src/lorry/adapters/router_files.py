@@ -24,7 +24,7 @@ from lorry.adapters.mix import Mix, MixtureRouter
 from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.files import adapter_digest, base_digest
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
-from lorry.adapters.sequence_router import (
+from lorry.adapters.routing.sequence import (
     ClassifierRouter,
     PromptRule,
     PrototypeRouter,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorry.adapters.sequence_router import (
+from lorry.adapters.routing.sequence import (
     ClassifierRouter,
     PromptRule,
     PrototypeRouter,

@@ -1,0 +1,1 @@
+"""Routers over the adapters of a mixture, beside that of tokens (`adapters.router`)."""
