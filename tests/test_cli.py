@@ -262,7 +262,7 @@ def test_colour_on_a_terminal_only(
         (["merge"], "error: run is missing; give run=...\n"),
         (
             ["export", "runs/a", "to=safetensors"],
-            "error: to=safetensors: to: got 'safetensors'; give one of hf, peft, gguf, gguf-lora, hf-moe\n",
+            "error: to=safetensors: to: got 'safetensors'; give one of hf, dense, peft, gguf, gguf-lora, hf-moe\n",
         ),
     ],
 )

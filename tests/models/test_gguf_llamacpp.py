@@ -67,7 +67,7 @@ def difference(one: dict[int, float], other: dict[int, float]) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, tmp_path: Path) -> None:
     base = model_directory(tmp_path / "base", seed=3, **FAMILIES[family])
-    file = export_gguf(opened(base), None, tmp_path / "out", "f32")
+    file = export_gguf(opened(base), {}, tmp_path / "out", "f32")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(base)
     llama = LlamaCpp(file)
@@ -99,7 +99,7 @@ def told(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stories_and_the_tokens_of_sentencepiece(told: Path, tmp_path: Path) -> None:
-    file = export_gguf(opened(told), None, tmp_path / "out", "f32")
+    file = export_gguf(opened(told), {}, tmp_path / "out", "f32")
     model = AutoModelForCausalLM.from_pretrained(told, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(told)
     llama = LlamaCpp(file, context=256)
@@ -130,7 +130,7 @@ def test_perplexity_of_fewer_bits(outtype: str, share: float, told: Path, tmp_pa
     texts = [f"{name} had a big {thing}. One day, {name}" for name in names for thing in things]
     rows = [words(text).input_ids for text in texts]
     assert len(rows) == 20
-    llama = LlamaCpp(export_gguf(opened(told), None, tmp_path / "out", outtype))
+    llama = LlamaCpp(export_gguf(opened(told), {}, tmp_path / "out", outtype))
     exact, found = 0.0, 0.0
     for row in rows:
         with torch.no_grad():
@@ -170,11 +170,11 @@ def test_an_adapter(family: str, spec: dict[str, Any], tmp_path: Path) -> None:
     ).eval()
     ids = AutoTokenizer.from_pretrained(base)(TEXTS[0]).input_ids
     expected = theirs(model, ids)
-    file = export_gguf(opened(base), None, tmp_path / "model", "f32")
+    file = export_gguf(opened(base), {}, tmp_path / "model", "f32")
     with_adapter = opened(base, tmp_path / "adapter")
     lora = export_gguf_lora(with_adapter, with_adapter.adapters[0], tmp_path / "lora", "f32")
     llama = LlamaCpp(file, lora=[lora])
     assert difference(expected, llama.log_probabilities(ids)) < LIMIT
     # and merged into the weights
-    merged = export_gguf(with_adapter, with_adapter.adapters[0], tmp_path / "merged", "f32")
+    merged = export_gguf(with_adapter, {with_adapter.adapters[0]: 1.0}, tmp_path / "merged", "f32")
     assert difference(expected, LlamaCpp(merged).log_probabilities(ids)) < LIMIT

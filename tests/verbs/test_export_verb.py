@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
-from lorry.verbs import export
+from lorry.verbs import export_peft
 from tests.support.verbworld import World, lorry, model_directory, train
 
 QUESTION = "Where does Ilse live?"
@@ -76,14 +76,14 @@ def test_an_export_that_differs_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """PEFT given another scale: the very mistake that nobody would see."""
-    right = export.write_peft
+    right = export_peft.write_peft
 
     def wrong(found: object, name: str, output: Path, weight: float) -> None:
         right(found, name, output, weight)  # type: ignore[arg-type]
         config = output / "adapter_config.json"
         config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
 
-    monkeypatch.setattr(export, "write_peft", wrong)
+    monkeypatch.setattr(export_peft, "write_peft", wrong)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'wrong'}") == 5
     assert "more than rounding to float32 can explain" in capsys.readouterr().err
     assert not (
@@ -112,14 +112,14 @@ def test_an_adapter_that_cannot_be_opened_again_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    right = export.write_peft
+    right = export_peft.write_peft
 
     def cut(found: object, name: str, output: Path, weight: float) -> None:
         right(found, name, output, weight)  # type: ignore[arg-type]
         whole = (output / "adapter_model.safetensors").read_bytes()
         (output / "adapter_model.safetensors").write_bytes(whole[:-100])
 
-    monkeypatch.setattr(export, "write_peft", cut)
+    monkeypatch.setattr(export_peft, "write_peft", cut)
     if not installed:
         monkeypatch.setitem(sys.modules, "peft", None)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'wrong'}") == 5

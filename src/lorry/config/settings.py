@@ -260,35 +260,59 @@ class ExpertSource(SettingsGroup):
     negative_prompts: list[str] = config_field([], "texts that are not")
 
 
-MIXTURE_SETTINGS = frozenset({"gate_mode", "experts_per_token", "attention", "seed"})
+GateMode = Literal[
+    "router", "hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random"
+]
+MIXTURE_SETTINGS = frozenset({"gate_mode", "experts_per_token", "attention", "seed", "prompts"})
+# which of these a format of its own reads; every other one reads none
+FORMAT_SETTINGS = {
+    "hf-moe": MIXTURE_SETTINGS,
+    "dense": frozenset({"weights"}),
+    "gguf": frozenset({"weights", "adapter", "weight"}),
+}
 
 
 class ExportSettings(SettingsGroup):
-    """Write a run in another library's format; to=hf-moe: experts of one base, as a mergekit-moe
-    file describes them."""
+    """Write a run in another library's format; a mixture of experts as one model (dense), as a
+    mixture of a stock class (hf-moe) or as its adapters (peft); to=hf-moe also takes a mergekit-moe
+    file."""
 
     positional: ClassVar[str] = "run"
     run: PathText | None = config_field(
-        None, "run or adapter directory; with to=hf-moe leave it out and give experts"
+        None, "run or adapter directory; with to=hf-moe it may be left out: give experts"
     )
-    to: Literal["hf", "peft", "gguf", "gguf-lora", "hf-moe"] = Field(
-        description="hf: a merged transformers model; peft: an adapter directory; gguf: a merged model for llama.cpp; "
-        "gguf-lora: the adapter alone for llama.cpp (--lora); hf-moe: a Mixtral, Qwen2-MoE or Qwen3-MoE"
+    to: Literal["hf", "dense", "peft", "gguf", "gguf-lora", "hf-moe"] = Field(
+        description="hf: a merged transformers model; dense: the same of several adapters; peft: an adapter directory, "
+        "of a mixture one for each expert and routing.json; gguf: a merged model for llama.cpp; gguf-lora: the adapter "
+        "alone for llama.cpp (--lora); hf-moe: a Mixtral, Qwen2-MoE or Qwen3-MoE"
     )
-    base_model: PathText | None = config_field(None, "to=hf-moe: the base of all experts")
+    base_model: PathText | None = config_field(
+        None, "to=hf-moe without a run: the base of all experts"
+    )
     experts: list[ExpertSource] = config_field(
-        [], "to=hf-moe: maps of source_model, positive_prompts and negative_prompts"
+        [], "to=hf-moe without a run: maps of source_model, positive_prompts and negative_prompts"
     )
-    gate_mode: Literal[
-        "hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random"
-    ] = config_field("hidden", "to=hf-moe: how the prompts become a router")
-    experts_per_token: PositiveInt = config_field(2, "to=hf-moe: how many experts a token goes to")
+    gate_mode: GateMode | None = config_field(
+        None,
+        "to=hf-moe: the run's router, or how prompts become one; null: router of a mixture, else hidden",
+    )
+    prompts: dict[str, list[str]] = config_field(
+        {}, "to=hf-moe of a run: {EXPERT: texts}; none: of 16 of its training rows"
+    )
+    experts_per_token: PositiveInt | None = config_field(
+        None,
+        "to=hf-moe: how many experts a token goes to; null: as the run's router has it, else 2",
+    )
     attention: Literal["refuse", "average", "drop"] = config_field(
         "refuse", "to=hf-moe: what to do with updates outside the MLPs, which cannot be routed"
     )
     seed: NonNegativeInt = config_field(0, "to=hf-moe: seed of random gates")
+    weights: dict[str, float] = config_field(
+        {},
+        "to=dense and gguf of several: {EXPERT: g}; none: the gates of uniform and fixed, else 1/K",
+    )
     dtype: DtypeName = config_field(
-        "auto", "to=hf and hf-moe: dtype to store; auto: that of the base model"
+        "auto", "to=hf, dense and hf-moe: dtype to store; auto: that of the base model"
     )
     outtype: Outtype = config_field(
         "auto",
@@ -323,17 +347,26 @@ class ExportSettings(SettingsGroup):
 
     @model_validator(mode="after")
     def _one_kind_of_source(self) -> Self:
-        mixture = self.to == "hf-moe"
-        if mixture and (not self.experts or self.base_model is None or self.run is not None):
+        described = bool(self.experts) or self.base_model is not None
+        if self.to == "hf-moe" and described == (self.run is not None):
             raise ValueError(
-                "to=hf-moe takes base_model and experts, as in a mergekit-moe file, and no run"
+                "to=hf-moe takes a run of several experts, or base_model and experts as in a mergekit-moe file"
             )
-        if not mixture and (self.run is None or self.experts or self.base_model is not None):
+        if self.to == "hf-moe" and described and not (self.experts and self.base_model):
+            raise ValueError("to=hf-moe without a run takes base_model and experts")
+        if self.to != "hf-moe" and (self.run is None or described):
             raise ValueError(f"to={self.to} takes a run; base_model and experts are for to=hf-moe")
         # never passed over: who gives one of these means something by it
-        unused = {"adapter", "weight"} if mixture else MIXTURE_SETTINGS
+        read = FORMAT_SETTINGS.get(self.to, frozenset({"adapter", "weight"}))
+        if described:
+            read -= {"prompts"}
+        unused = (MIXTURE_SETTINGS | {"adapter", "weight", "weights"}) - read
         if given := sorted(unused & self.model_fields_set):
             raise ValueError(f"{given[0]} is not for to={self.to}")
+        if described and self.gate_mode == "router":
+            raise ValueError("gate_mode=router is that of a run; a mergekit-moe file has prompts")
+        if self.weights and {"adapter", "weight"} & self.model_fields_set:
+            raise ValueError("weights is for all experts, adapter and weight are for one; keep one")
         return self
 
     @field_validator("outtype", mode="before")

@@ -1,11 +1,10 @@
-"""`lorry export RUN to=hf|peft|gguf|gguf-lora|hf-moe`: a run for another library, reloaded before we say
+"""`lorry export RUN to=hf|dense|peft|gguf|gguf-lora|hf-moe`: a run for another library, reloaded before we say
 that it worked: by that library, where it is installed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
@@ -17,13 +16,11 @@ from lorry.verbs.export_gguf import (
     export_gguf_lora,
     export_gguf_mixture,
 )
+from lorry.verbs.export_mixture import export_mixture, is_mixture
 from lorry.verbs.export_moe import export_experts
-from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
+from lorry.verbs.export_peft import export_peft
 from lorry.verbs.merge import write_merged
-from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
-
-if TYPE_CHECKING:
-    from lorry.models.loading.open import OpenedModel
+from lorry.verbs.open_model import open_with_adapters, resolve_adapter_name
 
 
 def main(settings: ExportSettings) -> int:
@@ -31,11 +28,13 @@ def main(settings: ExportSettings) -> int:
     from lorry.models.loading.open import stored_dtype
 
     _refuse_unused(settings)
-    if settings.to == "hf-moe":
+    if settings.run is None:
         export_experts(settings)
         print(settings.output_dir)
         return 0
-    assert settings.run is not None  # the settings say so
+    if _is_of_several(settings):
+        print(export_mixture(settings))
+        return 0
     stored = stored_dtype(settings.run)
     if settings.to == "gguf" and (folder := _mixture_folder(settings.run)) is not None:
         outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
@@ -54,10 +53,14 @@ def main(settings: ExportSettings) -> int:
     if settings.to == "gguf":
         # a model without an adapter has something to say to llama.cpp, too
         plain = not opened.adapters and settings.adapter is None and settings.weight == 1.0
-        name = None if plain else resolve_adapter_name(opened, settings.adapter, settings.run)
+        weights = (
+            {}
+            if plain
+            else {resolve_adapter_name(opened, settings.adapter, settings.run): settings.weight}
+        )
         outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
         title = Path(settings.run).name
-        print(export_gguf(opened, name, settings.output_dir, outtype, settings.weight, title=title))
+        print(export_gguf(opened, weights, settings.output_dir, outtype, title=title))
         return 0
     name = resolve_adapter_name(opened, settings.adapter, settings.run)
     if settings.to == "gguf-lora":
@@ -67,15 +70,22 @@ def main(settings: ExportSettings) -> int:
     if settings.to == "hf":
         write_merged(
             opened,
-            name,
+            {name: settings.weight},
             settings.output_dir,
             stored if settings.dtype == "auto" else settings.dtype,
-            settings.weight,
         )
     else:
         export_peft(opened, name, settings.output_dir, settings.weight)
     print(settings.output_dir)
     return 0
+
+
+def _is_of_several(settings: ExportSettings) -> bool:
+    """Whether all experts of a run are meant, and not one adapter."""
+    if settings.to in ("hf-moe", "dense") or settings.weights:
+        return True
+    mixture = settings.to in ("gguf", "peft") and is_mixture(str(settings.run))
+    return mixture and settings.adapter is None
 
 
 def _mixture_folder(run: str) -> Path | None:
@@ -109,35 +119,3 @@ def _refuse_unused(settings: ExportSettings) -> None:
             f"outtype={settings.outtype}: the short rows of an adapter do not divide into blocks of 32; "
             "take f32, f16 or bf16"
         )
-
-
-def export_peft(opened: OpenedModel, name: str, output: Path, weight: float = 1.0) -> None:
-    """The adapter's directory as PEFT writes it, ``weight`` times the adapter and what it was
-    trained over in one, opened again before it gets its name. ``opened`` is of no use afterwards.
-
-    Raises ConfigError for a place that is taken, ContractError if the adapter opened again is
-    another one.
-    """
-    from lorry.disk import durable
-    from lorry.models.loading.reopen import free_model_memory
-
-    # of the model in memory, which is freed before the export is opened
-    before = LogitsBeforeMerge.of(opened, name, weight)
-    with durable.build_directory(output) as folder:
-        write_peft(opened, name, folder, weight)
-        # two models at once need not fit
-        free_model_memory(opened.model)
-        model, library = load_adapted_model(folder, opened.source["path"], before.dtype)
-        lines = before.compare(model, "float32", library)
-    for line in lines:
-        print_note(line)
-
-
-def write_peft(opened: OpenedModel, name: str, folder: Path, weight: float = 1.0) -> None:
-    """The files of the adapter and its tokenizer, into an existing folder."""
-    from lorry.adapters.peft.files import plain_adapter_files
-
-    files = plain_adapter_files(opened.model, name, weight=weight, base_name=opened.source["path"])
-    for file, content in files.items():
-        (folder / file).write_bytes(content)
-    opened.tokenizer.save_pretrained(folder)

@@ -33,15 +33,15 @@ GGUF_OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 def export_gguf(
     opened: OpenedModel,
-    name: str | None,
+    weights: dict[str, float],
     output: Path,
     outtype: str,
-    weight: float = 1.0,
     *,
     title: str = "model",
 ) -> Path:
-    """A GGUF file of base + ``weight`` times the adapter ``name`` (None: of the model as it is) in
-    the folder ``output``, named by ``title``; returns its path. ``opened`` is of no use afterwards.
+    """A GGUF file of base + ``weights`` {adapter: g} times the adapters (none: of the model as it
+    is) in the folder ``output``, named by ``title``; returns its path. ``opened`` is of no use
+    afterwards.
 
     Raises ConfigError for a place that is taken, ModelError for a model or tokenizer that llama.cpp
     does not have, ContractError if what was written is another model when it is read again.
@@ -59,8 +59,9 @@ def export_gguf(
     family = find_family(str(opened.model.config["model_type"]))
     assert family is not None
     vocabulary = read_vocabulary(opened.tokenizer, architecture.geometry.vocab, add_note)
-    weights = {} if name is None else {name: weight}
-    tied = architecture.geometry.tied and not (name and separates_tied_head(opened.model, weights))
+    tied = architecture.geometry.tied and not (
+        weights and separates_tied_head(opened.model, weights)
+    )
     head = family.head if tied else ""
     shapes = {
         key: tuple(tensor.shape)

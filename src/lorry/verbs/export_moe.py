@@ -4,9 +4,9 @@ and compared with the mixture said plainly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # of the largest logit, in fp32: the noise of two ways to add up the same experts
 EXACT_SHARE = 1e-5
+# mergekit-moe's
+DEFAULT_TOP_K, DEFAULT_GATE_MODE = 2, "hidden"
+RANDOM_GATES = ("random", "uniform_random")
 
 
 def export_experts(settings: ExportSettings) -> None:
@@ -52,13 +55,12 @@ def export_experts(settings: ExportSettings) -> None:
         # one adapter may be two experts, with other prompts
         title = title if title not in experts else f"{title}-{number}"
         experts[title] = {} if folder is None else {names[folder]: 1.0}
-    model, top_k = _expect_decoder(opened), settings.experts_per_token
+    model, top_k = expect_decoder(opened), settings.experts_per_token or DEFAULT_TOP_K
+    gate_mode = settings.gate_mode or DEFAULT_GATE_MODE
     # before a prompt is read: what the class cannot hold
     describe_moe(model.config, experts=len(experts), top_k=top_k, normalize=True)
     prompts = [ExpertPrompts(e.positive_prompts, e.negative_prompts) for e in settings.experts]
-    routers = gates_from_prompts(
-        model, opened.tokenizer, prompts, settings.gate_mode, seed=settings.seed
-    )
+    routers = gates_from_prompts(model, opened.tokenizer, prompts, gate_mode, seed=settings.seed)
     export_moe(
         opened,
         settings.output_dir,
@@ -68,8 +70,15 @@ def export_experts(settings: ExportSettings) -> None:
         attention=settings.attention,
         dtype=stored_dtype(base) if settings.dtype == "auto" else settings.dtype,
     )
-    print_note(
-        f"note: the router is made of prompts (gate_mode={settings.gate_mode}) and not trained; the layer reads "
+    print_note(untrained_note(gate_mode))
+
+
+def untrained_note(gate_mode: str) -> str:
+    """What to tell of gates that nothing trained."""
+    if gate_mode in RANDOM_GATES:
+        return f"note: the router is random (gate_mode={gate_mode}); it routes nothing until it is trained"
+    return (
+        f"note: the router is made of prompts (gate_mode={gate_mode}) and not trained; the layer reads "
         "another vector, the normed input of its MLP"
     )
 
@@ -99,12 +108,14 @@ def export_moe(
     normalize: bool = True,
     attention: str = "refuse",
     dtype: str = "float32",
+    measure: Callable[[Any], list[str]] | None = None,
 ) -> None:
     """Write the mixture of ``experts`` {name: {adapter: g}} of the opened base to ``output``.
     routers: [E, d] of each layer, over the normed input of its MLP.
 
     attention: what becomes of deltas outside the MLPs, which these classes cannot route: "refuse"
-    them, "average" them into the shared weights, or "drop" them. ``opened`` is of no use afterwards.
+    them, "average" them into the shared weights, or "drop" them. measure: what else to tell of the
+    model opened again by transformers, in float32. ``opened`` is of no use afterwards.
     Raises ConfigError, ModelError for what the class cannot hold, ContractError if what was written
     is another mixture when it is opened again.
     """
@@ -121,9 +132,9 @@ def export_moe(
     from lorry.models.moe.checkpoint import describe_moe, moe_tensors, save_moe
     from lorry.models.moe.plain import plain_mixture
 
-    model = _expect_decoder(opened)
+    model = expect_decoder(opened)
     twin = describe_moe(model.config, experts=len(experts), top_k=top_k, normalize=normalize)
-    shared = _shared_mix(opened, experts, attention)
+    shared = shared_mix(opened, experts, attention)
     mixes = list(experts.values())
 
     def dense_weight(name: str) -> Tensor:
@@ -167,6 +178,7 @@ def export_moe(
         difference, bound = compare_logits(
             expected, compute_fp32_logits(again, rows), EXACT_SHARE, dtype
         )
+        lines = [] if measure is None else measure(again)
     print_note(
         f"{twin.names.architecture} of {len(experts)} experts ({', '.join(experts)}), {top_k} a token, "
         f"stored in {dtype}"
@@ -175,9 +187,11 @@ def export_moe(
         f"reloaded by transformers: largest logit difference to the plain mixture {difference:.1e} "
         f"(bound {bound:.1e}), on {rows_words}"
     )
+    for line in lines:
+        print_note(line)
 
 
-def _expect_decoder(opened: OpenedModel) -> Decoder:
+def expect_decoder(opened: OpenedModel) -> Decoder:
     """The opened model as Lorry's own decoder. Raises ModelError for one that it does not compute."""
     from lorry.models.decoder.model import Decoder
 
@@ -190,7 +204,7 @@ def _expect_decoder(opened: OpenedModel) -> Decoder:
     return opened.model
 
 
-def _shared_mix(
+def shared_mix(
     opened: OpenedModel, experts: Mapping[str, Mapping[str, float]], attention: str
 ) -> dict[str, float]:
     """{adapter: g} of what all experts share: nothing, or the mean of the experts' attention.
@@ -199,7 +213,7 @@ def _shared_mix(
     """
     from lorry.adapters.attach import get_bank
 
-    model, bank = _expect_decoder(opened), get_bank(opened.model, create=True)
+    model, bank = expect_decoder(opened), get_bank(opened.model, create=True)
     used = {name: bank[name] for mix in experts.values() for name in mix}
     ends = {model.family.embed, model.family.head}
     outside = dict[str, str]()

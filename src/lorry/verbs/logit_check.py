@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ class LogitsBeforeMerge:
     side: str
 
     @staticmethod
-    def of(opened: OpenedModel, name: str, weight: float = 1.0) -> LogitsBeforeMerge:
-        """As the opened model computes them, in its own number format."""
+    def of(opened: OpenedModel, weights: Mapping[str, float]) -> LogitsBeforeMerge:
+        """As the opened model computes them with ``weights`` {adapter: g}, in its own number format."""
         from lorry.adapters.attach import get_bank
         from lorry.adapters.mix import Mix
         from lorry.models.loading.reopen import compute_fp32_logits
@@ -45,7 +46,7 @@ class LogitsBeforeMerge:
         rows, rows_words = probe.probe_rows(opened)
         get_bank(opened.model).activate(Mix.none())
         base = compute_fp32_logits(opened.model, rows)
-        get_bank(opened.model).activate(Mix.constants({name: weight}))
+        get_bank(opened.model).activate(Mix.constants(weights))
         exact = compute_fp32_logits(opened.model, rows)
         side = base_side(opened)
         return LogitsBeforeMerge(rows, rows_words, base, exact, opened.model.dtype, side)

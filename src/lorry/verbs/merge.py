@@ -5,7 +5,7 @@ Of several adapters it makes one (`merge_adapters.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,22 +40,25 @@ def main(settings: MergeSettings) -> int:
     dtype = stored if settings.dtype == "auto" else settings.dtype
     write_merged(
         opened,
-        resolve_adapter_name(opened, settings.adapter, settings.run),
+        {resolve_adapter_name(opened, settings.adapter, settings.run): settings.weight},
         settings.output_dir,
         dtype,
-        settings.weight,
     )
     print(settings.output_dir)
     return 0
 
 
 def write_merged(
-    opened: OpenedModel, name: str, output: Path, dtype: str, weight: float = 1.0
+    opened: OpenedModel,
+    weights: dict[str, float],
+    output: Path,
+    dtype: str,
+    measure: Callable[[Any], list[str]] | None = None,
 ) -> None:
-    """Stream base + ``weight`` times the adapter, what it was trained over included, into
-    ``output``, one tensor at a time, in fp32 and rounded once to
-    ``dtype``; open it again with transformers and compare logits on a few rows before it gets its
-    name. ``opened`` is of no use afterwards.
+    """Stream base + ``weights`` {adapter: g} times the adapters, what they were trained over
+    included, into ``output``, one tensor at a time, in fp32 and rounded once to ``dtype``; open it
+    again with transformers and compare logits on a few rows before it gets its name. ``measure``:
+    what else to tell of the model opened again. ``opened`` is of no use afterwards.
 
     The base's place and digests are recorded beside it, so that `lorry unmerge` can give it back. Tells what rounding cost as
     |stored - exact| / |delta| of the weights, and in logits against what the adapter moves them. Raises ConfigError for a place
@@ -69,9 +72,9 @@ def write_merged(
     from lorry.models.loading.store import save_model
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    weights, rows = {name: weight}, list[MergeRow]()
+    rows = list[MergeRow]()
     untied = separates_tied_head(opened.model, weights)
-    before = LogitsBeforeMerge.of(opened, name, weight)
+    before = LogitsBeforeMerge.of(opened, weights)
     with durable.build_directory(output) as folder:
         save_model(
             opened.model,
@@ -86,12 +89,14 @@ def write_merged(
         )
         # in the folder that is being built, so that a model and its record appear together
         (folder / MERGE_RECORD_FILE).write_text(
-            json.dumps(merge_record(opened, name, weight), indent=1) + "\n", encoding="utf-8"
+            json.dumps(merge_record(opened, weights), indent=1) + "\n", encoding="utf-8"
         )
         # after everything is written, for it changes the model in memory
         rounded = before.rounded(opened, weights, torch_dtype)
         free_model_memory(opened.model)
-        lines = before.compare(reopen_model(folder, before.dtype), dtype, rounded=rounded)
+        again = reopen_model(folder, before.dtype)
+        lines = before.compare(again, dtype, rounded=rounded)
+        lines += [] if measure is None else measure(again)
     # rows are complete only now: `merged_tensors` fills them while the file is written
     report = MergeReport(tuple(rows), torch_dtype, untied)
     whose = "the adapter's effect" if before.side == "base" else "the effect of adapter and start"
@@ -108,9 +113,10 @@ def write_merged(
         print_note(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")
 
 
-def merge_record(opened: OpenedModel, name: str, weight: float = 1.0) -> dict[str, Any]:
+def merge_record(opened: OpenedModel, weights: Mapping[str, float]) -> dict[str, Any]:
     """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its
-    weight files, the adapter and its weight, and what that was trained over.
+    weight files, the adapter and its weight (of several ``adapters``), and what that was trained
+    over.
     """
     from lorry.adapters.attach import get_bank
 
@@ -120,10 +126,13 @@ def merge_record(opened: OpenedModel, name: str, weight: float = 1.0) -> dict[st
     model_path = Path(opened.source["name"])
     # absolute: unmerge may be called from another folder
     opened_as = str(model_path.resolve()) if model_path.exists() else opened.source["name"]
-    record = {"base": str(base), "opened_as": opened_as, "base_weights": digests, "adapter": name}
+    record = {"base": str(base), "opened_as": opened_as, "base_weights": digests}
     start = get_bank(opened.model).start
     over = {} if start is None else {"start": {"path": start.path, "sha256": start.sha256}}
-    return {**record, "weight": weight, **over}
+    if len(weights) > 1:
+        return {**record, "adapters": dict(weights), **over}
+    ((name, weight),) = weights.items()
+    return {**record, "adapter": name, "weight": weight, **over}
 
 
 def weight_files(folder: Path) -> Iterator[Path]:

@@ -118,7 +118,7 @@ def write_merged_adapter(
         detach(opened.model, name)
         merged = merge(choice.scale)
     receipt = merge_receipt(settings, opened, merged, folders, named, choice)
-    before = LogitsBeforeMerge.of(opened, name)
+    before = LogitsBeforeMerge.of(opened, {name: 1.0})
     over_start = get_bank(opened.model).start is not None
     files = adapter_files(opened.model, name, base_name=opened.source["path"])
     for file, content in files.items():

@@ -38,6 +38,8 @@ ALIAS_RENAMES: dict[str, str] = {
     # of PEFT's add_weighted_adapter
     "combination_type": "method",
     "svd_rank": "rank",
+    # of mergekit-moe, shortened
+    "gate": "gate_mode",
     # in scripts of PEFT users; distill.alpha is a name of our own and goes before an alias
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",

@@ -28,10 +28,10 @@ SMALLEST_NORM = 1e-8  # mergekit's: below it a row is left as short as it is
 
 
 class ExpertPrompts(NamedTuple):
-    """Texts that belong to an expert, and texts that do not."""
+    """Texts, or their token ids, that belong to an expert, and some that do not."""
 
-    positive: Sequence[str]
-    negative: Sequence[str] = ()
+    positive: Sequence[str | Sequence[int]]
+    negative: Sequence[str | Sequence[int]] = ()
 
 
 @torch.no_grad()
@@ -75,12 +75,17 @@ def gates_from_prompts(
     return list(torch.stack(rows).transpose(0, 1).contiguous())
 
 
-def _prompt_states(model: Decoder, tokenizer: Any, prompts: Sequence[str], mode: str) -> Tensor:
+def _prompt_states(
+    model: Decoder, tokenizer: Any, prompts: Sequence[str | Sequence[int]], mode: str
+) -> Tensor:
     """[L, d]: the mean over ``prompts``."""
     states = []
     for prompt in prompts:
-        text = f"{tokenizer.bos_token or ''}{prompt}"
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if isinstance(prompt, str):
+            text = f"{tokenizer.bos_token or ''}{prompt}"
+            ids: Sequence[int] = tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = prompt
         if not ids:
             raise ConfigError(f"the prompt {prompt!r} has no tokens")
         embedded = model.embed.weight[torch.tensor(ids, device=model.device)].float()
