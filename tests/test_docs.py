@@ -149,8 +149,9 @@ def test_architecture_lists_the_rooms_there_are() -> None:
 
 
 def test_examples_are_valid_run_descriptions() -> None:
-    for path in sorted((ROOT / "examples").glob("*.yaml")):
-        schema = {"distill": DistillRunConfig, "experts": MoeRunConfig}.get(path.stem, RunConfig)
+    special = {"distill": DistillRunConfig, "experts": MoeRunConfig, "rmoe": MoeRunConfig}
+    for path in sorted((ROOT / "examples").glob("*.[yj]*")):
+        schema = special.get(path.stem, RunConfig)
         run = parse_settings(schema, [str(path)], print)
         assert build_settings(schema, run.model_dump(), print) == run
 

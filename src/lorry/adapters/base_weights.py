@@ -1,7 +1,7 @@
 """Base weights that train: some or all of a model's own parameters as one more owner of a flat fp32
 buffer, beside the adapters.
 
-    make_weights_trainable(model, "mlp")      all, mlp, attention, a list of names, or a regex; the rest is frozen
+    make_weights_trainable(model, "mlp")      all, all-but-router, mlp, attention, names, or a regex; the rest is frozen
     get_base_weights(model).values         the fp32 masters; AdamW, one norm and one clip work on this one tensor
 
 Matrices come first in the buffer, norms and biases behind them: weight decay, which HF's Trainer
@@ -34,6 +34,9 @@ from lorry.families import ModelFamily
 ALIGN_VALUES = 16  # fp32 values in 64 bytes
 BLOCK = 4096  # values whose squares one fp32 sum can take without losing late ones
 WEIGHTS_ATTRIBUTE = "lorry_weights"
+ALL_BUT_ROUTER = "all-but-router"
+# of transformers' classes of mixtures: W_r of a layer, and the gate of a shared expert
+ROUTER_WEIGHT = re.compile(r"\.(mlp|block_sparse_moe)\.(gate|shared_expert_gate)\.weight$")
 # in models that no family describes: the parts of a path that say what a linear belongs to
 HALF_PATTERNS = {
     "mlp": re.compile(
@@ -254,14 +257,20 @@ def select_parameters(model: nn.Module, trainable: str | Sequence[str]) -> list[
     """Names of the parameters that are to train, in the model's order, tied ones once.
 
     all: every parameter (the row of a padding token among them, which transformers' own embedding
-    leaves out where it is read). mlp, attention: weights and biases of the linears of every layer's
-    half. Anything else is read as `target_modules` is: a list of module names (lm_head and embed
-    among them) or a regular expression over whole paths; a module trains with its bias. Raises
+    leaves out where it is read). all-but-router: all but the routers of a mixture of experts. mlp,
+    attention: weights and biases of the linears of every layer's half. Anything else is read as
+    `target_modules` is: a list of module names (lm_head and embed among them) or a regular
+    expression over whole paths; a module trains with its bias. Raises
     ConfigError where nothing matches, naming what exists.
     """
     names = [name for name, _ in model.named_parameters()]
     if trainable == "all":
         return names
+    if trainable == ALL_BUT_ROUTER:
+        others = [name for name in names if not ROUTER_WEIGHT.search(name)]
+        if len(others) == len(names):
+            raise ConfigError(f"trainable={ALL_BUT_ROUTER}: this model has no router; give all")
+        return others
     modules = set(
         _half_paths(model, trainable)
         if isinstance(trainable, str) and trainable in HALF_PATTERNS

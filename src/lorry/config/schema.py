@@ -357,7 +357,7 @@ class RunConfig(SettingsGroup):
     lora: LoraConfig | None = LoraConfig()
     trainable: str | list[str] | None = config_field(
         None,
-        "with lora=null, which base weights train: all, mlp, attention, a list of names, or a regex; null: all",
+        "with lora=null, which base weights train: all, all-but-router (of a mixture), mlp, attention, a list of names, or a regex; null: all",
     )
     data: DataConfig
     suite: TrainingSuiteConfig = TrainingSuiteConfig()

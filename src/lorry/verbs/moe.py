@@ -328,7 +328,7 @@ def _prompt_router(run: MoeRunConfig, opened: OpenedModel, experts: list[str]) -
     from lorry.tasks.moe.prompts import PROMPT_ROUTERS, read_prompts
     from lorry.verbs.open_model import print_note
 
-    alone, folder = runs_by_adapter(run), RunDir(run.output_dir)
+    alone, folder = runs_by_adapter(run), RunDir(run.folders.mixture)
     prompts = {
         name: read_prompts(
             alone[name].data,

@@ -34,15 +34,15 @@ from lorry.verbs.moe_stages import Stages, model_digest
 MERGED = "merged"  # an expert's folder for a whole model
 # of the finetuning's settings, the one that is not of `lorry sft`
 TRAIN_ROUTER = "train_router"
-# of all classes that a mixture is written in
-NOT_THE_ROUTER = r"(?!.*\.(block_sparse_moe|mlp)\.gate(\.weight)?$).*"
 
 
 def check_outputs(run: MoeRunConfig) -> None:
     """Raise ConfigError or ModelError, before anything trains, for what could not be written: a
     family without such a class, another class, finetuning settings that are none."""
+    if run.finetune and not run.skip_finetune:
+        finetune_run(run)
     moe = run.export_of("hf-moe")
-    if moe is None:
+    if moe is None or run.skip_merge:
         return
     from lorry.models.loading.describe import read_model_json
     from lorry.models.loading.sources import resolve_model
@@ -59,8 +59,6 @@ def check_outputs(run: MoeRunConfig) -> None:
             "leave it out, or take another base"
         )
     moe_settings(run, moe, run.folders.mixture)
-    if run.finetune:
-        finetune_run(run)
 
 
 def merge_experts(run: MoeRunConfig, stages: Stages, folders: Mapping[str, Path]) -> None:
@@ -145,7 +143,7 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
         "model": model,
         "backend": run.backend.model_dump(mode="json"),
         "lora": None,
-        "trainable": None if router else NOT_THE_ROUTER,
+        "trainable": None if router else "all-but-router",
         "data": joined_rows(run),
         "output_dir": str(run.folders.finetuned),
         "seed": run.train.seed,
