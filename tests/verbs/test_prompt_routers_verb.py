@@ -206,6 +206,13 @@ def test_the_verbs_read_it(
         capsys.readouterr()
         assert run_lorry("chat", run, "max_new_tokens=2") == 0
         assert "the mixture of all experts" in capsys.readouterr().err
+    assert run_lorry("doctor", other) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sequence, level delta, right for 100.0% of the test prompts" in said
+    assert "places, sums: intact" in said
+    change_expert(other)
+    assert run_lorry("doctor", other) == 4
+    assert "not the expert 'sums'" in " ".join(capsys.readouterr().err.split())
 
 
 def change_router(**change: object) -> Callable[[Path], None]:

@@ -111,6 +111,21 @@ def read_router_record(folder: Path) -> RouterRecord:
         ) from None
 
 
+def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Path]) -> None:
+    """Raise ModelError for an expert of the mixture in ``folder`` that is missing, or whose files are
+    not those that the router was made for. ``experts``: where each one's files lie."""
+    if missing := [one.name for one in record.experts if one.name not in experts]:
+        raise ModelError(
+            f"{folder / ROUTER / ROUTER_FILE}: expert {missing[0]!r} is not in {folder}; put its folder back"
+        )
+    for expert in record.experts:
+        if (found := adapter_digest(experts[expert.name])) != expert.sha256:
+            raise ModelError(
+                f"{experts[expert.name]}: not the expert {expert.name!r} that the router was made for (digest "
+                f"{found[:16]}..., then {expert.sha256[:16]}...); put its files back, or make the mixture again"
+            )
+
+
 def load_router(model: nn.Module, folder: Path, experts: Mapping[str, Path]) -> Mix:
     """The mix of the mixture in ``folder``: its router attached to the model, whose adapters its
     experts are (``experts``: {name: where its files lie}). Raises ModelError for experts that are
@@ -122,14 +137,7 @@ def load_router(model: nn.Module, folder: Path, experts: Mapping[str, Path]) -> 
         raise ModelError(
             f"{file}: experts are two or more names, each once; got {', '.join(names)}"
         )
-    if missing := [name for name in names if name not in experts]:
-        raise ModelError(f"{file}: expert {missing[0]!r} is not in {folder}; put its folder back")
-    for expert in record.experts:
-        if (found := adapter_digest(experts[expert.name])) != expert.sha256:
-            raise ModelError(
-                f"{experts[expert.name]}: not the expert {expert.name!r} that the router was made for (digest "
-                f"{found[:16]}..., then {expert.sha256[:16]}...); put its files back, or make the mixture again"
-            )
+    verify_experts(folder, record, experts)
     if record.base_digest != base_digest(model):
         raise ModelError(f"{file}: the mixture stands on other base weights than this model's")
     if record.kind in CONSTANT_KINDS:

@@ -19,8 +19,8 @@ from lorry.disk.integrity import file_digest
 from lorry.errors import ContractError, ModelError
 from lorry.report import table
 from lorry.runs import status
-from lorry.runs.layout import ADAPTER_WEIGHTS
-from lorry.runs.read import RunRecord
+from lorry.runs.layout import ADAPTER_WEIGHTS, ROUTER, ROUTER_FILE, list_adapter_subfolders
+from lorry.runs.read import RUN_FILES, RunRecord
 from lorry.runs.read import read_run as load_run
 
 # those whose version decides numbers, tokens or what can be read
@@ -94,6 +94,11 @@ def _key_value_table(title: str, rows: dict[str, str]) -> Table:
 
 def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     """Contracts as recorded, and what can be verified again from the files."""
+    router = path / ROUTER / ROUTER_FILE
+    if router.is_file() and not any((path / name).exists() for name in RUN_FILES):
+        # nothing trained: a mixture without a run, and without contracts
+        console.print(_key_value_table("mixture", verify_mixture(path)))
+        return 0
     run = load_run(path)
     # from files and the table of processes: nothing of the model is opened
     state = status.run_state_of(run)
@@ -103,6 +108,8 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
         "weights" if receipt.part(run.receipt, "weights") else "adapter": verify_saved_weights(run),
         "newest checkpoint": newest_checkpoint_status(path),
     }
+    if router.is_file():
+        facts |= verify_mixture(path)
     if over := verify_run_starts(run):
         facts["start"] = f"{over} intact (SHA-256 as when they were trained over)"
     if run.contracts:
@@ -116,6 +123,25 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     console.print(_key_value_table("files", facts))
     # so that a script can ask a run for its health
     return ContractError.exit_code if any(c.status == "failed" for c in run.contracts) else 0
+
+
+def verify_mixture(path: Path) -> dict[str, str]:
+    """The router of a mixture's directory, and its experts by their digests. Raises ModelError for an
+    expert that is missing or another than the router was made for: it cannot be opened then."""
+    from lorry.adapters.router_files import read_router_record, verify_experts
+
+    record = read_router_record(path)
+    names = [expert.name for expert in record.experts]
+    # folders by their own names: a name of router.json is no path
+    verify_experts(path, record, {folder.name: folder for folder in list_adapter_subfolders(path)})
+    facts = {
+        "router": f"{record.kind}, level {record.level}",
+        "experts": f"{', '.join(names)}: intact",
+    }
+    tested = (record.training or {}).get("test")
+    if isinstance(tested, dict) and "accuracy" in tested:
+        facts["router"] += f", right for {tested['accuracy']:.1%} of the test prompts"
+    return facts
 
 
 def newest_checkpoint_status(path: Path) -> str:
