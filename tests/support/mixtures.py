@@ -16,6 +16,7 @@ from torch import Tensor
 
 import lorry
 from lorry.adapters.router import RoutingRule, attach_router
+from lorry.adapters.routing.sequence import PromptRule, PrototypeRouter, attach_sequence_router
 from lorry.config import RouterRunConfig, dump_settings
 from lorry.models.loading.open import OpenedModel
 from lorry.train.mixture import write_mixture
@@ -31,11 +32,13 @@ def mixture_run(
     *,
     targets: tuple[str, ...] = MLP,
     gates: Mapping[str, float] | None = None,
+    prototypes: Tensor | None = None,
     described: bool = True,
     **rule: Any,
 ) -> Path:
     """``folder``, the run of three experts on ``base``: ranks 2, 4 and 6, the third in the second
-    layer alone. gates: of constant kinds, in place of a `RoutingRule` ``rule``. described: with a
+    layer alone. gates: of constant kinds, in place of a `RoutingRule` ``rule``; prototypes [3, D]: of
+    that kind. described: with a
     run.yaml, and a file of rows for each expert beside the folder."""
     model, words = lorry.load(base, dtype="float32")
     generator = torch.Generator().manual_seed(3)
@@ -47,8 +50,11 @@ def mixture_run(
         )
         adapter = lorry.attach(model, spec, name=name)
         adapter.values.copy_(0.2 * torch.randn(adapter.values.shape, generator=generator))
-    router = attach_router(model, NAMES, RoutingRule(**rule))
-    router.values.copy_(torch.randn(router.values.shape, generator=generator))
+    if prototypes is not None:
+        attach_sequence_router(model, PrototypeRouter(NAMES, PromptRule(**rule), prototypes))
+    elif gates is None:
+        router = attach_router(model, NAMES, RoutingRule(**rule))
+        router.values.copy_(torch.randn(router.values.shape, generator=generator))
     folder.mkdir()
     source = {"path": str(base), "name": str(base), "generation_config": {}}
     opened = OpenedModel(model, words, source, list(NAMES))
@@ -67,7 +73,7 @@ def mixture_run(
         for at, name in enumerate(NAMES)
     ]
     run = RouterRunConfig.model_validate(
-        {"model": {"name": str(base)}, "experts": experts, "router": rule, "output_dir": folder}
+        {"model": {"name": str(base)}, "experts": experts, "output_dir": folder}
     )
     (folder / "run.yaml").write_text(dump_settings(run))
     return folder

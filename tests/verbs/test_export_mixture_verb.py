@@ -182,6 +182,7 @@ def test_gates_from_prompts_of_a_run(base: Path, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "uniform": ({"gates": dict.fromkeys(NAMES, 1 / 3)}, [], "kind uniform has no matrix"),
     "fixed": ({"gates": {"one": 0.7, "two": 0.1}}, [], "to=dense is the same model"),
+    "prototype": ({"prototypes": torch.eye(3, 32)}, [], "kind prototype has no matrix"),
     "attention": ({"targets": ("q_proj",), "input": "attn"}, [], "its router gates attention"),
     "not normalised": ({"normalize": False}, [], "normalize must be true"),
     "another k": ({}, ["experts_per_token=3"], "was trained with top_k=2"),
@@ -266,6 +267,79 @@ def test_adapters_for_a_server(
             for path, delta in deltas_of(run / expert["name"]).items():
                 own = theirs.base_model.model.get_submodule(path).get_delta_weight("default")
                 torch.testing.assert_close(own, delta, rtol=1e-5, atol=1e-6)
+
+
+def test_prototypes_of_a_run_are_those_of_the_server(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand in its router, with what they read; no row is needed."""
+    means = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    rule = {"layer": 0, "pooling": "last"}
+    run = mixture_run(tmp_path / "mix", base, prototypes=means, described=False, **rule)
+    assert lorry("export", run, "to=peft", f"output_dir={tmp_path / 'peft'}") == 0
+    told = capsys.readouterr().err
+    assert "the rule was not tried" in told
+    assert "more than one adapter per request" not in told
+    said = json.loads((tmp_path / "peft" / "routing.json").read_text())
+    assert {key: said["rule"][key] for key in rule} == rule
+    assert torch.equal(torch.tensor([e["prototype"] for e in said["experts"]]), means)
+
+
+def test_the_class_has_the_base_s_tokens(base: Path, tmp_path: Path) -> None:
+    """Also none: left out, Mixtral's own would be in their place."""
+    run = mixture_run(tmp_path / "mix", base, described=False)
+    assert lorry("export", run, "to=hf-moe", f"output_dir={tmp_path / 'moe'}") == 0
+    theirs = AutoModelForCausalLM.from_pretrained(base).config
+    config = opened(tmp_path / "moe").config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, name) == getattr(theirs, name)
+    assert config.bos_token_id is None
+
+
+@pytest.mark.parametrize("way", ["lora", "all weights"])
+def test_training_on_what_was_exported(
+    way: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LoRA on top of the stock class, merged; or all of its weights, experts and router among them.
+    Both are Mixtral directories again, which llama.cpp's format takes."""
+    run = mixture_run(tmp_path / "mix", base, top_k=2)
+    moe, rows, out = tmp_path / "moe", tmp_path / "one.jsonl", tmp_path / "trained"
+    assert lorry("export", run, "to=hf-moe", f"output_dir={moe}") == 0
+    settings = [f"data={rows}", f"output_dir={out}", "dtype=float32", "max_steps=2", "threads=1"]
+    settings += ["learning_rate=1e-2", "save_strategy=no"]
+    assert lorry("sft", f"model={moe}", *settings, *(["lora=null"] if way != "lora" else [])) == 0
+    if way == "lora":
+        assert lorry("export", out, "to=gguf") == 4
+        assert "fold the adapter into it (lorry merge)" in " ".join(capsys.readouterr().err.split())
+        assert lorry("merge", out, f"output_dir={tmp_path / 'merged'}") == 0
+        out = tmp_path / "merged"
+    before, after = opened(moe).state_dict(), opened(out).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.layers.0.self_attn.q_proj.weight" in moved
+    routed = {"model.layers.1.mlp.gate.weight", "model.layers.0.mlp.experts.down_proj"}
+    assert routed <= moved if way != "lora" else not routed & moved
+    assert lorry("export", out, "to=gguf", f"output_dir={tmp_path / 'gguf'}") == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["sft"], ["sft", "lora=null"], ["unlearn", "forget={rows}", "retain={rows}"]],
+    ids=["lora", "all weights", "frozen start"],
+)
+def test_no_run_begins_with_a_mixture(
+    words: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = mixture_run(tmp_path / "mix", base), tmp_path / "trained"
+    rows = tmp_path / "one.jsonl"
+    verb, *more = (word.format(rows=rows) for word in words)
+    more += [f"data={rows}"] if verb == "sft" else []
+    code = lorry(verb, f"model={run}", *more, f"output_dir={out}")
+    said = " ".join(capsys.readouterr().err.split())
+    assert code == 2, said
+    assert (
+        "is a mixture of experts, whose router is no part of a base that other runs train" in said
+    )
+    assert "to=hf-moe" in said
 
 
 def test_llama_cpp_computes_what_was_exported(

@@ -33,7 +33,7 @@ from lorry.evaluate.benchmarks.questions import Benchmark
 from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
 from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
-from lorry.models.loading.open import OpenedModel, open_model
+from lorry.models.loading.open import OpenedModel, open_model, refuse_mixture
 from lorry.notes import NoteCallback
 from lorry.plan.constants import MIN_BATCH_TOKENS
 from lorry.runs import ownership
@@ -190,6 +190,8 @@ def open_base(run: RunConfig, add_note: NoteCallback) -> OpenedModel:
         raise ConfigError(
             f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights"
         )
+    if opened.mixture is not None:
+        refuse_mixture(run.model.name)
     if len(run.jobs) > 1 and opened.adapters:
         raise ConfigError(
             f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"

@@ -148,11 +148,16 @@ def _describe_opened(opened: OpenedModel) -> GgufArchitecture:
     not compute: a field that it does not know llama.cpp may well ignore.
     """
     from lorry.models.decoder.model import Decoder
-    from lorry.models.gguf.architecture import describe_architecture
+    from lorry.models.gguf.architecture import MIXTURES, describe_architecture
     from lorry.models.loading.describe import describe_model
     from lorry.notes import ignore_note
 
     architecture = describe_architecture(opened.model.config)
+    if opened.model.config.get("model_type") in MIXTURES:
+        raise ModelError(
+            "a GGUF file of a mixture of experts with an adapter beside it cannot be written; fold the adapter into it "
+            "(lorry merge) and export what that writes"
+        )
     if not isinstance(opened.model, Decoder):
         why = describe_model(Path(opened.source["path"]), add_note=ignore_note).why
         raise ModelError(

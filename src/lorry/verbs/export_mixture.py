@@ -141,7 +141,7 @@ def _refuse_other_routers(settings: ExportSettings, record: RouterRecord | None)
             f"{run}: a router of kind {record.kind} {NO_MATRIX}; nearest are {prompts}, router.kind=token, and to=peft "
             "for servers that choose an adapter for each request"
         )
-    if getattr(record, "hidden", None):
+    if record.hidden:
         raise ConfigError(
             f"{run}: a router with hidden layers {NO_MATRIX}; train it with router.hidden=[], or give {prompts}"
         )

@@ -17,8 +17,6 @@ from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
 from lorry.verbs.open_model import print_note
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorry.adapters.router_files import RouterRecord
     from lorry.models.loading.open import OpenedModel
 
@@ -71,6 +69,16 @@ def export_peft_experts(
 
     names, lines = expert_names(opened, record), list[str]()
     routing = describe_routing(opened, folder, record)
+    if record is not None and (record.kind != "prototype" or record.top_k > 1):
+        own = (
+            f"router of kind {record.kind}, top_k={record.top_k}"
+            if not record.gates
+            else record.kind
+        )
+        lines.append(
+            f"note: the run's own routing ({own}) is more than one adapter per request can be; {ROUTING_FILE} gives "
+            "a request the expert whose prompts are nearest"
+        )
     lines += routing_lines(opened, folder, routing)
     before = {name: LogitsBeforeMerge.of(opened, {name: 1.0}) for name in names}
     with durable.build_directory(output) as built:
@@ -104,6 +112,7 @@ def describe_routing(
     kind those of a few training rows."""
     from lorry.adapters.attach import get_bank
     from lorry.adapters.router import ROUTER_NAME
+    from lorry.models.causal_lm import prompt_states
 
     layer, pooling, names = None, "mean", expert_names(opened, record)
     if record is not None and record.kind == "prototype":
@@ -138,8 +147,10 @@ def routing_lines(opened: OpenedModel, folder: Path, routing: dict[str, Any]) ->
     prototype where the run held some out."""
     import torch
 
+    from lorry.models.causal_lm import prompt_states
+
     rule, experts = routing["rule"], routing["experts"]
-    means = torch.tensor([expert["prototype"] for expert in experts])
+    means = torch.tensor([expert["prototype"] for expert in experts], device=opened.model.device)
     centre, lines = means.mean(0), list[str]()
     try:
         rows, held = read_domain_rows(opened, folder)
@@ -157,21 +168,3 @@ def routing_lines(opened: OpenedModel, folder: Path, routing: dict[str, Any]) ->
             f"{expert['name']}: {right} of {len(prompts)} {what} prompts are nearest to its own"
         )
     return lines
-
-
-def prompt_states(model: Any, prompts: list[list[int]], layer: int | None, pooling: str) -> Tensor:
-    """[S, D] float32: of each prompt in the base without adapters."""
-    import torch
-
-    from lorry.adapters.mix import AdapterContext, Mix
-    from lorry.models.causal_lm import PackedInput
-
-    states = []
-    with torch.no_grad():
-        for ids in prompts:
-            wanted = [] if layer is None else [layer]
-            packed = PackedInput.of([ids], model.device)
-            found = model.hidden(packed, AdapterContext(Mix.none()), output_layers=wanted)
-            hidden = (found.last if layer is None else found.layer_outputs[layer]).float()
-            states.append(hidden[-1] if pooling == "last" else hidden.mean(0))
-    return torch.stack(states).cpu()

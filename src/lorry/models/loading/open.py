@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
@@ -88,6 +88,8 @@ def open_model(
     names: list[str] = []
     folders = [folder for p in paths for folder in list_adapter_folders(Path(p))]
     if as_start:
+        if mixtures := _mixtures(paths):
+            refuse_mixture(mixtures[0])
         if len(folders) > 1:
             raise ConfigError(
                 f"{config.name} holds several adapters ({', '.join(f.name for f in folders)}); name one of their folders"
@@ -111,7 +113,7 @@ def _open_mixture(
     model: CausalLM, paths: Sequence[str | Path], folders: Sequence[Path], names: Sequence[str]
 ) -> Mix | None:
     """The router of the one path that is a mixture's directory. Raises ModelError."""
-    mixtures = [Path(path) for path in paths if (Path(path) / ROUTER / ROUTER_FILE).is_file()]
+    mixtures = _mixtures(paths)
     if not mixtures:
         return None
     if len(paths) > 1:
@@ -119,6 +121,19 @@ def _open_mixture(
             f"{mixtures[0]} is a mixture of experts, which no other adapter goes beside; open it alone"
         )
     return load_router(model, mixtures[0], dict(zip(names, folders, strict=True)))
+
+
+def refuse_mixture(name: str | Path) -> NoReturn:
+    """Raise ConfigError for a mixture of experts that a run would begin with."""
+    raise ConfigError(
+        f"{name} is a mixture of experts, whose router is no part of a base that other runs train on; train on what "
+        f"`lorry export {name} to=hf-moe` writes (to=dense: its experts added up), or name one expert's folder"
+    )
+
+
+def _mixtures(paths: Sequence[str | Path]) -> list[Path]:
+    """The paths that are directories of mixtures of experts."""
+    return [Path(path) for path in paths if (Path(path) / ROUTER / ROUTER_FILE).is_file()]
 
 
 def _own_tokenizer(adapter: Path, add_note: NoteCallback) -> Any | None:

@@ -142,6 +142,8 @@ def describe_moe(
             "is no part of the sum; normalize must be true"
         )
     written: dict[str, Any] = {key: config[key] for key in COPIED if config.get(key) is not None}
+    # null too: left out, a token would be the class's own, another one of this vocabulary
+    written |= {key: config[key] for key in COPIED if key.endswith("_token_id") and key in config}
     written |= {
         "model_type": names.model_type,
         "architectures": [names.architecture],
