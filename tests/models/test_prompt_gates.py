@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lorry.adapters.attach import attach, get_bank
@@ -22,7 +24,7 @@ from lorry.errors import ContractError, DataError
 from lorry.evaluate.benchmarks.likelihood import TokenPair, score_pairs
 from lorry.generation.engine import GenerationEngine, generate_completions
 from lorry.generation.sampling import SamplingParams
-from lorry.models.causal_lm import CausalLM, PackedInput, with_prompt_gates
+from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput, with_prompt_gates
 from lorry.models.hf.model import HfModel
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from tests.support import tiny
@@ -196,3 +198,48 @@ def test_a_term_without_its_gate_is_never_run(tmp_path: Path) -> None:
     of_layers = TokenRouter(NAMES, RoutingRule(), layers=2, width=32)
     with pytest.raises(ContractError, match="one router"):
         Mix.packed([router.mix(), of_layers.mix()], [0, 3, 6])
+
+
+class TokenStates:
+    """Stands for a model whose hidden state of a token is [its number, 1]."""
+
+    device = torch.device("cpu")
+
+    def hidden(self, packed: PackedInput, call: AdapterContext, **asked: object) -> HiddenStates:
+        assert call.mix == Mix.none()
+        return HiddenStates(torch.stack([packed.tokens, torch.ones_like(packed.tokens)], 1).float())
+
+
+class MeanToken:
+    """Stands for a router: expert a gets the mean of the prompt's tokens, b 0, c its negative."""
+
+    adapters, layer, pooling = NAMES, None, "mean"
+
+    def gates(self, states: Tensor) -> Tensor:
+        return torch.stack([states[:, 0], torch.zeros(len(states)), -states[:, 0]], 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_token_has_the_gates_of_its_own_prompt(data: st.DataObject) -> None:
+    """Whatever is packed beside it, in any order: summed over terms, token by token."""
+    router = MeanToken()
+    mixes = {"router": Mix.by_prompt(router), "base": Mix.none(), "b": Mix.one("b")}
+    kinds = data.draw(st.lists(st.sampled_from(sorted(mixes)), min_size=1, max_size=6))
+    rows = [data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)) for _ in kinds]
+    lengths = [data.draw(st.integers(1, len(row))) for row in rows]
+    packed = PackedInput.of(rows)
+    starts = [0, *(stop for _, stop in packed.segments)]
+    call = AdapterContext(Mix.packed([mixes[kind] for kind in kinds], starts))
+    found = with_prompt_gates(TokenStates(), packed, call, lengths)  # type: ignore[arg-type]
+    assert found.mix.sequence_router is None
+    total = torch.zeros(len(packed.tokens), 3)
+    for term in found.mix.terms:
+        assert term.route is None
+        total[slice(None) if term.rows is None else term.rows, NAMES.index(term.adapter)] += (
+            term.gate
+        )
+    for kind, row, length, (start, stop) in zip(kinds, rows, lengths, packed.segments, strict=True):
+        mean = sum(row[:length]) / length
+        own = {"router": [mean, 0.0, -mean], "base": [0.0] * 3, "b": [0.0, 1.0, 0.0]}[kind]
+        torch.testing.assert_close(total[start:stop], torch.tensor([own] * (stop - start)))

@@ -302,6 +302,7 @@ def test_settings_that_cannot_be(
             3,
             "none of its 1 rows has a prompt",
         ),
+        ([], "router.kind=prototype", 3, "no usable row"),
         (PLACES, "router.kind=prototype", 2, "nothing tells them apart"),
     ],
 )

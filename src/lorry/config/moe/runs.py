@@ -41,7 +41,7 @@ ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch
 class ClassifierTrainConfig(SettingsGroup):
     """how a classifier of prompts is trained: router.train of router.kind=sequence"""
 
-    num_train_epochs: PositiveInt = config_field(10, "training epochs")
+    num_train_epochs: PositiveInt = config_field(50, "training epochs")
     learning_rate: PositiveFloat = config_field(1e-3, "AdamW's, constant")
     per_device_train_batch_size: PositiveInt = config_field(32, "prompts in a step")
     weight_decay: float = config_field(0.01, "AdamW's, of matrices", ge=0)
@@ -91,7 +91,7 @@ class RouterConfig(SettingsGroup):
         (
             "settings of the router's training (the experts have their own); default "
             "max_steps 200, learning_rate 1e-3, 2 rows of each expert; of kind=sequence "
-            "num_train_epochs 10, learning_rate 1e-3, per_device_train_batch_size 32, "
+            "num_train_epochs 50, learning_rate 1e-3, per_device_train_batch_size 32, "
             "weight_decay 0.01"
         ),
     )
