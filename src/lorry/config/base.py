@@ -122,6 +122,8 @@ DirPath = Annotated[Path, AfterValidator(_clean_directory)]
 DtypeName = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)
 ]
+# how a GGUF file stores matrices; auto: as the base does, of an adapter f32
+Outtype = Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"]
 MemorySize = Annotated[str, BeforeValidator(_read_size), AfterValidator(_check_size)]
 CheckedName = Annotated[str, AfterValidator(_clean_name)]
 

@@ -20,11 +20,13 @@ from pydantic import (
 from lorry.config.base import (
     DirPath,
     DtypeName,
+    Outtype,
     PathText,
     SettingsGroup,
     config_field,
     derived_field,
 )
+from lorry.config.moe import MoeRunConfig
 from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, RunConfig
 from lorry.config.unlearn import UnlearnRunConfig
 
@@ -106,12 +108,18 @@ class UnlearnPlanSettings(PlanFields, UnlearnRunConfig):  # type: ignore[misc]  
     """
 
 
-class PlanSettings(PlanFields, RunConfig):  # type: ignore[misc]  # its fields are wider
-    """Memory and time of a training run, before anything is loaded; takes what `lorry sft` takes, or
-    `lorry unlearn` (forget=FILE and the like).
+class MoePlanSettings(PlanFields, MoeRunConfig):  # type: ignore[misc]  # wider fields
+    """Memory and time of the stages of a mixture, before anything is loaded; takes what `lorry moe`
+    takes.
     """
 
-    other_tasks: ClassVar[tuple[type[RunConfig], ...]] = (UnlearnPlanSettings,)
+
+class PlanSettings(PlanFields, RunConfig):  # type: ignore[misc]  # its fields are wider
+    """Memory and time of a training run, before anything is loaded; takes what `lorry sft` takes, or
+    `lorry unlearn` (forget=FILE and the like) or `lorry moe` (experts=[...]).
+    """
+
+    other_tasks: ClassVar[tuple[type[RunConfig], ...]] = (UnlearnPlanSettings, MoePlanSettings)
 
 
 class SweepSettings(RunConfig):
@@ -245,9 +253,6 @@ class UnmergeSettings(SettingsGroup):
     @classmethod
     def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
         return _output_beside_run(value, info, "unmerged")
-
-
-Outtype = Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
 class ExpertSource(SettingsGroup):

@@ -1,14 +1,16 @@
 """Which matrices an adapter sits on and at which rank, from names alone, by the rules of
-`adapters/attach.py`.
+`adapters/attach.py`; and those of a mixture under the router that trains.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from lorry.config.schema import LoraConfig
+from lorry.config.moe import RouterConfig
+from lorry.config.schema import LoraConfig, StepReads
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.plan.shapes import ModelShape, Site
 
@@ -111,6 +113,41 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
     if not chosen:
         raise ConfigError("lora.target_modules and lora.exclude_modules leave no layer")
     return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
+
+
+def router_reads(experts: int) -> StepReads:
+    """A row of every expert's domain in each micro-batch."""
+    return StepReads(together=experts, passes=experts)
+
+
+def router_parameters(shape: ModelShape, router: RouterConfig, experts: int) -> int:
+    """Values of W_r [K, width] of each layer and routed half, and of an MLP's hidden layers."""
+    halves = 2 if router.input == "both" else 1
+    widths = [shape.geometry.width, *router.hidden, experts]
+    values = sum(before * after for before, after in pairwise(widths))
+    return shape.geometry.layers * halves * values
+
+
+def plan_router(
+    shape: ModelShape,
+    router: RouterConfig,
+    experts: Mapping[str, PlannedAdapter],
+    brought: Sequence[int] = (),
+) -> PlannedAdapter:
+    """What trains and what is held of a mixture of planned ``experts``; ``brought``: the values of
+    those that are there already. The ranks of one matrix add up: its terms are one product."""
+    stacked: dict[str, AdaptedMatrix] = {}
+    for adapter in experts.values():
+        for matrix in adapter.matrices:
+            before = stacked.get(matrix.path)
+            rank = matrix.rank + (0 if before is None else before.rank)
+            stacked[matrix.path] = replace(matrix, rank=rank)
+    matrices = tuple(stacked.values())
+    count = len(experts) + len(brought)
+    trained = router_parameters(shape, router, count)
+    frozen = sum(adapter.parameters for adapter in experts.values()) + sum(brought)
+    # `parameters` adds the matrices' own, which do not train here
+    return PlannedAdapter(matrices, trained - sum(m.parameters for m in matrices), frozen)
 
 
 def _targeted_matrices(

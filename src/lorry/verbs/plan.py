@@ -16,13 +16,20 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from lorry.config import runs_by_adapter
+from lorry.config.moe import ROUTER_KINDS, router_train
 from lorry.config.parsing.sizes import parse_size, size_in_words
-from lorry.config.schema import LoraConfig
-from lorry.config.settings import PlanModel, PlanSettings, UnlearnPlanSettings
+from lorry.config.schema import LoraConfig, TrainConfig
+from lorry.config.settings import (
+    MoePlanSettings,
+    PlanModel,
+    PlanSettings,
+    UnlearnPlanSettings,
+)
 from lorry.console import VisibleConsole
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
 from lorry.plan import machine, rates
+from lorry.plan.adapters import plan_router, router_reads
 from lorry.plan.choices import (
     JobSettings,
     MemoryOfChoice,
@@ -59,7 +66,7 @@ DEFAULT_GPU = "h100"
 MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
 
 
-AnyPlanSettings = PlanSettings | UnlearnPlanSettings
+AnyPlanSettings = PlanSettings | UnlearnPlanSettings | MoePlanSettings
 
 
 def main(settings: AnyPlanSettings) -> int:
@@ -67,6 +74,8 @@ def main(settings: AnyPlanSettings) -> int:
     no such config.
     """
     found = find_config(settings.model.name, revision=settings.model.revision)
+    if isinstance(settings, MoePlanSettings):
+        return _print_mixture(build_mixture_plans(settings, found), settings.format)
     plan = build_plan(settings, found)
     if settings.format == "json":
         print(json.dumps(plan.as_json(), indent=1))
@@ -146,6 +155,97 @@ def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
         trainable=_is_trainable(settings),
         notes=_plan_notes(settings, shape, found, choice),
     )
+
+
+def build_mixture_plans(settings: MoePlanSettings, found: FoundConfig) -> dict[str, RunPlan]:
+    """{stage: its plan} of the runs of a mixture, one after the other; the largest is its peak.
+    Raises what `build_plan` raises."""
+    brought = {job.name for job in settings.jobs if job.expert.get("adapter")}
+    own = [job for job in settings.jobs if job.name not in brought]
+    alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
+    plans = dict[str, RunPlan]()
+    if settings.together and len(own) > 1:
+        plans["experts"] = build_plan(settings.model_copy(update={"jobs": own}), found)
+    else:
+        for job in own:
+            one = alone[job.name]
+            values = {"jobs": [], "lora": one.lora, "train": one.train, "data": one.data}
+            plans[f"expert {job.name}"] = build_plan(settings.model_copy(update=values), found)
+    if ROUTER_KINDS[settings.router.kind].trains and len(settings.jobs) > 1:
+        plans["router"] = _plan_of_router(settings, found)
+    return plans
+
+
+def _plan_of_router(settings: MoePlanSettings, found: FoundConfig) -> RunPlan:
+    """The training of a router over frozen experts. Raises ConfigError for several devices, ModelError
+    for an adapter that is not there."""
+    shape = read_model_shape(found.config, where=found.where, native=settings.model.native)
+    device, gpu = _plan_device(settings)
+    split = _plan_split(settings)
+    if split.processes > 1:
+        raise ConfigError(
+            f"backend={split.backend}: a router is planned on one device; leave out backend"
+        )
+    given = {job.name: job.expert.get("adapter") for job in settings.jobs}
+    brought = [
+        sum(count_start_values(Path(folder)) for folder in ([a] if isinstance(a, str) else a))
+        for a in given.values()
+        if a
+    ]
+    # those that are there have ranks of their own, which only their files know; their values count
+    planned = list_planned_jobs(
+        {n: job for n, job in _job_settings(settings, found).items() if not given[n]}, shape
+    )
+    adapter = plan_router(
+        shape, settings.router, {job.name: job.adapter for job in planned}, brought
+    )
+    train = TrainConfig.model_validate(router_train(settings, settings.router))
+    alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
+    precision = _base_precision(settings, device)
+    choice = PlanChoice(
+        rank=max((job.rank for job in planned), default=0),
+        rows=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        recompute="full" if train.gradient_checkpointing else "none",
+        precision=precision,
+    )
+    length = max(run.data.max_length for run in alone.values())
+    reads = router_reads(len(settings.jobs))
+    setup = memory_setup(length, choice, device, machine.has_tiles(), reads)
+    flops = count_flops(shape, adapter, setup)
+    budget, budget_is = _memory_budget(settings, gpu)
+    return RunPlan(
+        model=settings.model.name,
+        where=found.where,
+        shape=shape,
+        choice=choice,
+        setup=setup,
+        split=split,
+        adapter_parameters=adapter.parameters,
+        memory=estimate_memory(shape, adapter, setup),
+        flops=flops,
+        speed=_step_speed(
+            settings, shape, setup, setup.step_tokens, setup.step_tokens * flops.step, gpu
+        ),
+        budget=budget,
+        budget_is=budget_is,
+        search=None,
+        alternative=None,
+        trainable=_is_trainable(settings),
+        notes=_plan_notes(settings, shape, found, choice),
+    )
+
+
+def _print_mixture(plans: dict[str, RunPlan], output_format: str) -> int:
+    """Each stage's plan; in JSON by its name."""
+    if output_format == "json":
+        print(json.dumps({stage: plan.as_json() for stage, plan in plans.items()}, indent=1))
+        return 0
+    console = VisibleConsole()
+    for stage, plan in plans.items():
+        console.print(f"{stage}:", markup=False, highlight=False)
+        print_plan(plan, console)
+    return 0
 
 
 def _plan_of_jobs(

@@ -24,7 +24,7 @@ from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field
 from lorry.config.data import DataConfig
 from lorry.config.jobs import RESERVED_NAMES
 from lorry.config.moe.kinds import KIND_FIELDS, ROUTER_KINDS, RouterKindName, kinds_reading
-from lorry.config.moe.project import translate_project
+from lorry.config.moe.project import MARKS, translate_project
 from lorry.config.moe.stages import EXPORTS, OUTPUT_NAMES, ExportStage, Layout, StageFolders
 from lorry.config.parsing.files import DescriptionFile
 from lorry.config.schema import JobConfig, RunConfig, TrainConfig
@@ -213,6 +213,8 @@ class MoeRunConfig(RunConfig):
     """Experts, trained in one run or brought along, and a router over them."""
 
     job_groups: ClassVar[tuple[str, ...]] = (*RunConfig.job_groups, "expert")
+    # of a description, what says that it is one of these and of no other verb
+    task_marks: ClassVar[tuple[str, ...]] = ("experts", *MARKS)
     task: Literal["moe"] = config_field("moe", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
     data: MoeDataConfig = MoeDataConfig()
     expert: ExpertConfig = ExpertConfig()

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt, field_validator, model_validator
 
-from lorry.config.base import DtypeName, PathText, SettingsGroup, config_field
-from lorry.config.settings import Outtype
+from lorry.config.base import DtypeName, Outtype, PathText, SettingsGroup, config_field
 from lorry.config.suite import first_changed
 
 EXPORTS = "a list of formats or maps, such as [{to: hf-moe, attention: average}, {to: gguf, outtype: q8_0}]"

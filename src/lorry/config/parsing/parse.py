@@ -78,16 +78,22 @@ def build_settings(
 
 def _schema_of_task(schema: type[Schema], argv: Sequence[str]) -> type[Schema]:
     """The schema, or that of its ``other_tasks`` which alone knows a setting that is given: `lorry
-    plan` reads the settings of several verbs.
+    plan` reads the settings of several verbs. A name that marks a task decides before one that it
+    knows, since another project's file has names of both.
     """
+    keys_by_task = dict[type[Schema], list[str]]()
     for other in getattr(schema, "other_tasks", ()):
         try:
             config, settings = read_argv(other, argv)
         except ConfigError:
             continue  # told when the words are read for what they are meant to be
-        keys = [setting.key for setting in settings]
+        keys_by_task[other] = [setting.key for setting in settings]
         if config is not None:
-            keys += read_description_file(config).values
+            keys_by_task[other] += read_description_file(config).values
+    for other, keys in keys_by_task.items():
+        if set(getattr(other, "task_marks", ())) & set(keys):
+            return other
+    for other, keys in keys_by_task.items():
         if any(_is_known(other, key) and not _is_known(schema, key) for key in keys):
             return other
     return schema
