@@ -169,7 +169,12 @@ def build_mixture_plans(settings: MoePlanSettings, found: FoundConfig) -> dict[s
     else:
         for job in own:
             one = alone[job.name]
-            values = {"jobs": [], "lora": one.lora, "train": one.train, "data": one.data}
+            values: dict[str, object] = {
+                "jobs": [],
+                "lora": one.lora,
+                "train": one.train,
+                "data": one.data,
+            }
             plans[f"expert {job.name}"] = build_plan(settings.model_copy(update=values), found)
     if ROUTER_KINDS[settings.router.kind].trains and len(settings.jobs) > 1:
         plans["router"] = _plan_of_router(settings, found)
