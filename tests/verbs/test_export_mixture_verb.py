@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorry.verbs.probe import PROBE_TEXT
 from tests.support.llamacpp import LlamaCpp
 from tests.support.mixtures import MLP, NAMES, deltas_of, mixture_run
 from tests.support.tiny import one_thread  # noqa: F401 - an autouse fixture
@@ -129,6 +130,35 @@ def answer_loss(model: Any, words: Any, at: int) -> float:
     return float(torch.cat(losses).mean())
 
 
+def chosen_sets(folder: Path, dtype: torch.dtype, ids: Tensor) -> list[set[int]]:
+    """Whom each token goes to, layer after layer."""
+    model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), list[Tensor]()
+    for layer in model.model.layers:
+        # a router gives logits, weights and the experts' numbers
+        layer.mlp.gate.register_forward_hook(lambda module, given, out: seen.append(out[2]))
+    with torch.no_grad():
+        model(ids)
+    return [set(token) for layer in seen for token in layer.tolist()]
+
+
+def test_fewer_bits_move_tokens_to_other_experts(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many stay is told, as the class's own routers count them on the text that is compared."""
+    run = mixture_run(tmp_path / "mix", base, described=False)
+    words = ["export", run, "to=hf-moe", "dtype=bf16", f"output_dir={tmp_path / 'moe'}"]
+    assert lorry(*words) == 0
+    told = re.search(r"computed in bfloat16, ([\d.]+)% of tokens", capsys.readouterr().err)
+    assert told
+    ids = AutoTokenizer.from_pretrained(run)(PROBE_TEXT, return_tensors="pt").input_ids
+    one, other = (
+        chosen_sets(tmp_path / "moe", dtype, ids[:, :48])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    same = sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+    assert float(told[1]) == pytest.approx(100 * same, abs=0.06)
+
+
 @pytest.mark.parametrize(
     ("rule", "top_k"),
     [({"top_k": 1, "straight_through": True}, 1), ({"top_k": 3, "normalize": False}, 3)],
@@ -188,6 +218,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "another k": ({}, ["experts_per_token=3"], "was trained with top_k=2"),
     "prompts": ({}, ["prompts={one: [a]}"], "the run's router needs none"),
     "prompts of some": ({}, ["gate=hidden", "prompts={one: [a]}"], "prompts has no texts for"),
+    "no prompts": (
+        {},
+        ["gate=hidden"],
+        "run.yaml is missing, and with it which rows are whose; give",
+    ),
     "one adapter": ({}, ["adapter=one"], "adapter is not for to=hf-moe"),
 }
 
@@ -201,6 +236,46 @@ def test_what_no_class_can_hold(
     assert lorry("export", run, "to=hf-moe", *words, f"output_dir={tmp_path / 'moe'}") == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("to", ["dense", "gguf"])
+def test_a_router_of_sequences_beside_constant_gates(
+    to: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the router loses is told: a row's expert is chosen by its prompt, and the run's loss is
+    that of this expert alone."""
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(base)
+    # nearest to any prompt is the second: the others are its opposite
+    means = torch.stack(
+        [
+            -prompt_state(dense, words, 0),
+            prompt_state(dense, words, 0),
+            -prompt_state(dense, words, 1),
+        ]
+    )
+    run = mixture_run(tmp_path / "mix", base, prototypes=means)
+    assert lorry("export", run, f"to={to}", f"output_dir={tmp_path / 'out'}") == 0
+    told = re.search(
+        r"loss of one on 2 training rows: the run ([\d.]+), exported", capsys.readouterr().err
+    )
+    assert told
+    with torch.no_grad():
+        for path, delta in deltas_of(run / "two").items():
+            dense.get_submodule(path).weight += delta
+    assert float(told[1]) == pytest.approx(answer_loss(dense, words, 0), abs=1e-4)
+
+
+def prompt_state(model: Any, words: Any, at: int) -> Tensor:
+    """[D]: the mean of transformers' last hidden state over a row's prompt."""
+    text = words.apply_chat_template(
+        [{"role": "user", "content": PEOPLE[at]["question"]}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        return model(ids, output_hidden_states=True).hidden_states[-1][0].mean(0)
 
 
 @pytest.mark.parametrize("weights", [{}, {"one": 0.7, "three": -0.2}])
@@ -247,16 +322,7 @@ def test_adapters_for_a_server(
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     words = AutoTokenizer.from_pretrained(tmp_path / "peft" / "one")
     for at, expert in enumerate(said["experts"]):
-        states = []
-        for row in PEOPLE[at : at + 2]:
-            text = words.apply_chat_template(
-                [{"role": "user", "content": row["question"]}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids
-            with torch.no_grad():
-                states.append(dense(ids, output_hidden_states=True).hidden_states[-1][0].mean(0))
+        states = [prompt_state(dense, words, row) for row in (at, at + 1)]
         prototype = torch.tensor(expert["prototype"])
         torch.testing.assert_close(prototype, torch.stack(states).mean(0), rtol=1e-4, atol=1e-5)
         folder = tmp_path / "peft" / expert["adapter"]

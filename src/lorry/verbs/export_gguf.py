@@ -9,9 +9,9 @@ compared. The test suite asks llama.cpp itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorry.errors import ContractError, ModelError
 from lorry.verbs import probe
@@ -38,10 +38,11 @@ def export_gguf(
     outtype: str,
     *,
     title: str = "model",
+    measure: Callable[[Any], list[str]] | None = None,
 ) -> Path:
     """A GGUF file of base + ``weights`` {adapter: g} times the adapters (none: of the model as it
-    is) in the folder ``output``, named by ``title``; returns its path. ``opened`` is of no use
-    afterwards.
+    is) in the folder ``output``, named by ``title``; returns its path. ``measure``: what else to tell
+    of the model opened again by transformers. ``opened`` is of no use afterwards.
 
     Raises ConfigError for a place that is taken, ModelError for a model or tokenizer that llama.cpp
     does not have, ContractError if what was written is another model when it is read again.
@@ -77,7 +78,7 @@ def export_gguf(
         file = folder / f"{title}-{outtype}.gguf"
         write_gguf(file, architecture, plan, _stream(opened, weights, head), add_keys)
         error, bound = check_rounding(file, architecture, plan, _stream(opened, weights, head))
-        lines = _compare_reopened(opened, weights, file, architecture, plan)
+        lines = _compare_reopened(opened, weights, file, architecture, plan, measure)
     print_note(
         f"reread: {len(plan)} tensors, each value within {error:.1e} of the largest beside it (bound {bound:.1e}, {outtype})"
     )
@@ -208,8 +209,9 @@ def _compare_reopened(
     file: Path,
     architecture: GgufArchitecture,
     plan: list[PlannedTensor],
+    measure: Callable[[Any], list[str]] | None = None,
 ) -> list[str]:
-    """What to tell of ``file`` opened by transformers. Raises ContractError unless its logits are
+    """What to tell of ``file`` opened by transformers, with what ``measure`` tells. Raises ContractError unless its logits are
     those of our decoder with the same stored weights. ``opened`` is of no use afterwards.
     """
     import torch
@@ -261,6 +263,7 @@ def _compare_reopened(
     return [
         f"reloaded by transformers: largest logit difference {difference:.1e} (bound {bound:.1e})",
         moved,
+        *([] if measure is None else measure(again)),
     ]
 
 

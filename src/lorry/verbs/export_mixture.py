@@ -79,10 +79,12 @@ def export_mixture(settings: ExportSettings) -> Path:
     weights = _expert_weights(settings, opened, record)
     told = ", ".join(f"{gate:g} x {name}" for name, gate in weights.items())
     print_note(f"experts added up: {told}")
+    measure = _measure_domains(opened, folder)
     if settings.to == "gguf":
         outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
-        return export_gguf(opened, weights, settings.output_dir, outtype, title=folder.name)
-    measure = _measure_domains(opened, folder)
+        return export_gguf(
+            opened, weights, settings.output_dir, outtype, title=folder.name, measure=measure
+        )
     stored = stored if settings.dtype == "auto" else settings.dtype
     write_merged(opened, weights, settings.output_dir, stored, measure)
     return settings.output_dir
@@ -236,7 +238,10 @@ def _expert_prompts(
                 f"of {', '.join(names)}, or leave it out"
             )
         return [ExpertPrompts(settings.prompts[name]) for name in names]
-    return [ExpertPrompts(found) for found in row_prompts(opened, folder, names).values()]
+    try:
+        return [ExpertPrompts(found) for found in row_prompts(opened, folder, names).values()]
+    except (ConfigError, DataError) as error:
+        raise ConfigError(f"{error}; give prompts={{EXPERT: [TEXT, ...]}}") from None
 
 
 def _expect_own_logits(

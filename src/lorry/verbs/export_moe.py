@@ -179,6 +179,15 @@ def export_moe(
             expected, compute_fp32_logits(again, rows), EXACT_SHARE, dtype
         )
         lines = [] if measure is None else measure(again)
+        if dtype != "float32":
+            chosen = chosen_experts(again, rows, top_k)
+            # two models at once need not fit
+            free_model_memory(again)
+            same = chosen_experts(reopen_model(folder, torch_dtype), rows, top_k) == chosen
+            lines.append(
+                f"computed in {dtype}, {float(same.all(-1).double().mean()):.1%} of tokens go to the same experts as in "
+                "float32, over all layers"
+            )
     print_note(
         f"{twin.names.architecture} of {len(experts)} experts ({', '.join(experts)}), {top_k} a token, "
         f"stored in {dtype}"
@@ -189,6 +198,20 @@ def export_moe(
     )
     for line in lines:
         print_note(line)
+
+
+def chosen_experts(model: Any, rows: Sequence[Tensor], top_k: int) -> Tensor:
+    """[T, layers, top_k] int64, ascending: whom a token of ``rows`` ([1, t] each) goes to in a stock
+    class."""
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for ids in rows:
+            logits = model(input_ids=ids, output_router_logits=True).router_logits
+            # [T, E] of each layer; the softmax over them changes no order
+            found.append(torch.stack([one.float().topk(top_k, -1).indices for one in logits], 1))
+    return torch.cat(found).sort(-1).values
 
 
 def expect_decoder(opened: OpenedModel) -> Decoder:
