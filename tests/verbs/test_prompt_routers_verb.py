@@ -52,7 +52,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"experts=[{{name: places, data: {folder}/places.jsonl}}, {{name: sums, data: {folder}/sums.jsonl}}]",
         f"output_dir={folder / 'mix'}",
     ]
-    assert run_lorry("moe", *words, "router.kind=prototype", "router.prompts=6") == 0
+    assert (
+        run_lorry("moe", *words, "router={kind: prototype, prompts: 6, layer: 0, pooling: mean}")
+        == 0
+    )
     return folder
 
 
@@ -72,9 +75,7 @@ def again(made: Path, output: Path, *words: str) -> int:
 def classifier(made: Path) -> Path:
     """A classifier over the same experts; not to be changed."""
     folder = made / "classifier"
-    settings = (
-        "router={kind: sequence, hidden: [8], train: {num_train_epochs: 20, learning_rate: 1e-2}}"
-    )
+    settings = "router={kind: sequence, hidden: [8], layer: final, pooling: mean, train: {num_train_epochs: 20, learning_rate: 1e-2}}"
     assert again(made, folder, settings) == 0
     return folder
 
@@ -92,7 +93,7 @@ def prompt(tokenizer: object, question: str) -> list[int]:
 
 
 def test_prototypes_are_means_of_hidden_states(made: Path) -> None:
-    """Of transformers' last hidden states over prompts as chat has them, in the base; the experts are
+    """Of transformers' hidden states behind the first layer over prompts as chat has them, in the base; the experts are
     those that were trained, bit for bit."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,7 +112,7 @@ def test_prototypes_are_means_of_hidden_states(made: Path) -> None:
         ids = [prompt(tokenizer, row["question"]) for row in rows]
         with torch.no_grad():
             states = [
-                base(torch.tensor([one]), output_hidden_states=True).hidden_states[-1][0].mean(0)
+                base(torch.tensor([one]), output_hidden_states=True).hidden_states[1][0].mean(0)
                 for one in ids
             ]
         # six of ten by the seed: the mean is that of some six
@@ -170,15 +171,22 @@ def test_the_record_of_a_classifier(classifier: Path) -> None:
 
 def test_a_router_is_made_twice_bit_for_bit(made: Path, classifier: Path, tmp_path: Path) -> None:
     said = json.loads((classifier / "router" / "router.json").read_text())
-    settings = (
-        "router={kind: sequence, hidden: [8], train: {num_train_epochs: 20, learning_rate: 1e-2}}"
-    )
+    settings = "router={kind: sequence, hidden: [8], layer: final, pooling: mean, train: {num_train_epochs: 20, learning_rate: 1e-2}}"
     assert again(made, tmp_path / "two", settings) == 0
     one, two = (
         load_file(p / "router" / "router.safetensors") for p in (classifier, tmp_path / "two")
     )
     assert all(torch.equal(one[key], two[key]) for key in two)
     assert json.loads((tmp_path / "two" / "router" / "router.json").read_text()) == said
+
+
+def test_the_middle_layer_is_read_where_nothing_is_said(made: Path, tmp_path: Path) -> None:
+    assert again(made, tmp_path / "default", "router.kind=prototype") == 0
+    said = json.loads((tmp_path / "default" / "router" / "router.json").read_text())
+    assert (said["layer"], said["pooling"]) == (1, "last")
+    final = "router={kind: prototype, layer: final}"
+    assert again(made, tmp_path / "final", final) == 0
+    assert json.loads((tmp_path / "final" / "router" / "router.json").read_text())["layer"] is None
 
 
 def test_the_verbs_read_it(

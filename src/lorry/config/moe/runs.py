@@ -20,7 +20,13 @@ from pydantic import (
 )
 from pydantic import model_validator as validate_model
 
-from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field
+from lorry.config.base import (
+    CheckedName,
+    PathText,
+    SettingsGroup,
+    config_field,
+    derived_field,
+)
 from lorry.config.data import DataConfig
 from lorry.config.jobs import RESERVED_NAMES
 from lorry.config.moe.kinds import KIND_FIELDS, ROUTER_KINDS, RouterKindName, kinds_reading
@@ -95,11 +101,12 @@ class RouterConfig(SettingsGroup):
             "weight_decay 0.01"
         ),
     )
-    layer: NonNegativeInt | None = config_field(
-        None, "whose output of a prompt is read, from 0; else the state after the final norm"
+    layer: NonNegativeInt | Literal["final"] | None = derived_field(
+        "the middle layer",
+        "layer whose output of the prompt is read, from 0; final: the state after the final norm",
     )
-    pooling: Literal["mean", "last"] = config_field(
-        "mean", "the mean over the prompt's tokens, or its last token's state"
+    pooling: Literal["last", "mean"] = config_field(
+        "last", "the state of the prompt's last token, or the mean over its tokens"
     )
     prompts: PositiveInt = config_field(16, "prompts of each expert that make its prototype")
     hidden: list[PositiveInt] = config_field(

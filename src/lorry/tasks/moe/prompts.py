@@ -44,12 +44,20 @@ SMALLEST_DEVIATION = 1e-6  # of a state's component over the training prompts: a
 
 
 def _checked_rule(router: RouterConfig, opened: OpenedModel, experts: int) -> PromptRule:
-    """The rule that the settings describe. Raises ConfigError for one that the model cannot follow."""
+    """The rule that the settings describe; where they name no layer, of the middle one, whose states
+    tell look-alike domains apart best (docs/experts.md). Raises ConfigError for one that the model
+    cannot follow."""
+    layers = layer_count(opened.model)
+    layer = router.layer if router.layer is not None or layers is None else layers // 2
     rule = PromptRule(
-        router.layer, router.pooling, router.top_k, router.normalize, router.temperature
+        None if layer == "final" else layer,
+        router.pooling,
+        router.top_k,
+        router.normalize,
+        router.temperature,
     )
     # before the states are made, which takes minutes
-    rule.check(experts, layer_count(opened.model))
+    rule.check(experts, layers)
     return rule
 
 
