@@ -172,6 +172,15 @@ def test_where_a_workspace_is(tmp_path: Path) -> None:
             "seed and train.seed set the same",
         ),
         ('{"method": "rmoe",\n"seed": "x"}', "rmoe.json:2: seed: "),
+        (
+            '{"method": "rmoe", "datasets": ["a.jsonl", "b.jsonl"], "experts": []}',
+            "datasets and jobs set the same",
+        ),
+        (
+            '{"method": "rmoe",\n"merge": {"routing_mode": "sparse_top1"}, "gating": {},\n'
+            '"router": {"top_k": 2}}',
+            "gating and router.top_k set the same",
+        ),
         ('{"method": "rmoe", "datasets": ["a/x.json", "b/x.json"]}', "would be called 'x'"),
     ],
 )
@@ -181,3 +190,15 @@ def test_what_is_wrong_is_told_with_its_line(text: str, words: str, tmp_path: Pa
     with pytest.raises(ConfigError) as refused:
         parse_settings(MoeRunConfig, [str(file)], ignore_note)
     assert words in str(refused.value)
+
+
+def test_ours_go_before_what_only_a_default_of_theirs_says(tmp_path: Path) -> None:
+    """An adapter that is there is an expert, as the table says of shared_expert_path."""
+    experts = [{"name": "a", "data": "a.jsonl"}, {"name": "s", "adapter": "dir", "data": "b.jsonl"}]
+    values = {"method": "rmoe", "experts": experts, "data": {"test_size": 0.5}}
+    run = parse(tmp_path / "rmoe.json", values)
+    assert run.job_names == ["a", "s"]
+    assert run.data.test_size == 0.5
+    hub = parse(tmp_path / "hub.json", {"method": "rmoe", "datasets": ["me/rows", "gsm8k"]})
+    assert [job.name for job in hub.jobs] == ["rows", "gsm8k"]
+    assert hub.data.path == "me/rows"

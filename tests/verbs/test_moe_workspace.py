@@ -15,6 +15,7 @@ import lorry
 from lorry.config import MoeRunConfig, build_settings
 from lorry.errors import ConfigError
 from lorry.notes import ignore_note
+from lorry.verbs.moe_outputs import finetune_run
 from tests.support.verbworld import PEOPLE, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
 
@@ -123,6 +124,7 @@ def test_an_expert_of_several_adapters_is_their_weighted_sum(
         ({"export": [{"to": "gguf", "attention": "drop"}]}, "attention is not read by to=gguf"),
         ({"finetune": {"max_steps": 1}}, "finetune is made of the hf-moe export"),
         ({"metric_for_best_model": "eval_bleurt_max_score"}, "BLEURT is not to be had"),
+        ({"router": {"train_experts": True}}, "experts stay as they are while their router trains"),
     ],
 )
 def test_stages_that_cannot_be(more: dict[str, object], words: str) -> None:
@@ -154,3 +156,37 @@ def test_what_no_export_can_be_is_told_before_anything_trains(
     assert run_lorry("moe", workspace / "experts.yaml", *more, f"output_dir={output}") != 0
     assert words in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
+
+
+def finetuned(*experts: dict[str, object], **finetune: object) -> MoeRunConfig:
+    settings = {"experts": list(experts), "export": ["hf-moe"], "finetune": {"seed": 5, **finetune}}
+    return build_settings(MoeRunConfig, settings, ignore_note)
+
+
+def test_finetuning_reads_the_rows_of_all_experts() -> None:
+    """As they are read for the experts, at the length of the longest unless it has its own."""
+    first = {"name": "a", "data": "a.jsonl", "n": 7, "max_length": 64, "test_size": 0.5}
+    second = {"name": "b", "data": "b.jsonl", "n": 7, "max_length": 96}
+    made = finetune_run(finetuned(first, second))
+    assert made.data.path == ["a.jsonl", "b.jsonl"]
+    assert (made.data.n, made.data.max_length, made.data.test_size) == (7, 96, None)
+    assert (made.lora, made.trainable, made.train.seed) == (None, None, 5)
+    own = finetune_run(finetuned(first, second, max_length=32, test_size=0.1, train_router=False))
+    assert (own.data.max_length, own.data.test_size) == (32, 0.1)
+    assert own.trainable == "all-but-router"
+    sets = [{"name": n, "data": {"mix": [n]}} for n in ("gsm8k", "svamp")]
+    assert finetune_run(finetuned(*sets)).data.mix == ["gsm8k", "svamp"]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"n": 3}, "data.n is not the same for all"),
+        ({"data": {"mix": ["gsm8k"]}}, "some are named sets, others files"),
+        ({"split": "test"}, "data.split is not the same for all"),
+    ],
+)
+def test_rows_that_no_single_run_reads(other: dict[str, object], words: str) -> None:
+    run = finetuned({"name": "a", "data": "a.jsonl"}, {"name": "b", "data": "b.jsonl", **other})
+    with pytest.raises(ConfigError, match=words):
+        finetune_run(run)

@@ -139,12 +139,14 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
     if not isinstance(router, bool):
         raise ConfigError(f"finetune.{TRAIN_ROUTER}: give true or false")
     model = {**run.model.model_dump(mode="json"), "name": str(run.folders.moe)}
+    # a setting that the finetuning has goes before that of the experts' rows
+    data = {key: value for key, value in joined_rows(run).items() if key not in settings}
     given = {
         "model": model,
         "backend": run.backend.model_dump(mode="json"),
         "lora": None,
         "trainable": None if router else "all-but-router",
-        "data": joined_rows(run),
+        "data": data,
         "output_dir": str(run.folders.finetuned),
         "seed": run.train.seed,
         "logging_steps": run.train.logging_steps,
@@ -156,27 +158,30 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
 
 
 def joined_rows(run: MoeRunConfig) -> dict[str, Any]:
-    """Where the rows of all experts are, as one run's data. Raises ConfigError."""
+    """The rows of all experts as one run's data, read as theirs are; what is held out is the
+    finetuning's to say. Raises ConfigError where they are read in more than one way."""
     own = [one.data for one in runs_by_adapter(run).values()]
-    first, splits = own[0], {data.split for data in own}
     names = [name for data in own for name in data.mix]
     paths = [
         path
         for data in own
         for path in ([data.path] if isinstance(data.path, str) else data.path or [])
     ]
-    if (names and paths) or len(splits) > 1:
-        raise ConfigError(
-            "finetune: the experts' rows are named sets and files, or of several splits, which no single run reads; "
-            "finetune the export by itself: lorry sft lora=null model=OUTPUT/hf-moe data=..."
-        )
     if not names and not paths:
         raise ConfigError("finetune: no expert has data to train the weights on")
+    apart = {"path", "mix", "local", "max_length", "eval", "eval_split", "eval_n", "test_size"}
+    first, *others = (data.model_dump(mode="json", exclude=apart) for data in own)
+    odd = next((key for other in others for key in first if other[key] != first[key]), "")
+    if odd or (names and paths):
+        what = f"data.{odd} is not the same for all" if odd else "some are named sets, others files"
+        raise ConfigError(
+            f"finetune: the experts' rows are read in several ways ({what}), which no single run does; finetune the "
+            f"export by itself: lorry sft lora=null model={run.folders.moe} data=..."
+        )
     local = {key: value for data in own for key, value in data.local.items()}
-    shared: dict[str, Any] = {"split": first.split, "local": local}
-    if names:
-        return {**shared, "mix": list(dict.fromkeys(names)), "template": first.template}
-    return {**shared, "path": paths}
+    length = max(data.max_length for data in own)
+    rows = {"mix": list(dict.fromkeys(names))} if names else {"path": paths}
+    return {**first, **rows, "local": local, "max_length": length}
 
 
 def finetune(run: MoeRunConfig, stages: Stages) -> None:
@@ -192,8 +197,10 @@ def convert(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
     path. Raises LorryError."""
     folders = run.folders
     average = run.conversion_mode == "average"
-    candidates = [folders.finetuned] if run.finetune and not run.skip_finetune else []
-    source = folders.mixture if average else next(iter([*candidates, folders.moe]))
+    source = folders.mixture if average else folders.moe
+    # skipped stages leave what an earlier call made
+    if run.finetune and not average and (not run.skip_finetune or folders.finetuned.is_dir()):
+        source = folders.finetuned
     if not source.is_dir():
         raise ModelError(
             f"{source} is not there, so there is nothing to convert; leave skip_merge out"

@@ -85,7 +85,7 @@ class Stages:
         from lorry.report import write_report
         from lorry.train.monitoring.events import PlainListener, terminal_listener
         from lorry.train.session import train_run
-        from lorry.train.start import archive_previous_run
+        from lorry.train.start import archive_previous_run, claim_output_dir
 
         folder = run.output_dir
         inputs = {
@@ -106,6 +106,7 @@ class Stages:
             self.tell(f"{stage}: {folder} was stopped; it goes on from its newest checkpoint")
             train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
             run = run.model_copy(update={"train": train})
+        claim_output_dir(folder, run.job_names)  # before a file of ours is there
         self.record.begin(stage, inputs)
         every = run.train.logging_steps
         with self._open_log() as log:

@@ -46,6 +46,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 # llama.cpp's names of those that we write
 QUANTIZE = {"q4_0": "q4_0", "q8_0": "q8_0", "f16": "f16", "f32": "f32", "bf16": "bf16"}
+# what people call them beside our own names
+OUR_NAMES = {"experts": "jobs"}
 TIMESTAMP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -199,22 +201,33 @@ def _add_ours(
     found: Mapping[str, tuple[Any, str]],
     path: Path,
 ) -> None:
-    """Put the keys of our own that stand beside theirs among the settings. Raises ConfigError for
-    one that is set twice."""
-    for key, value in described.values.items():
-        if key in ProjectConfig.model_fields:
+    """Put the keys of our own that stand beside theirs among the settings, over what only their
+    defaults say. Raises ConfigError for a setting that both give."""
+    for given, value in described.values.items():
+        if given in ProjectConfig.model_fields:
             continue
-        inner = value if isinstance(value, Mapping) and isinstance(values.get(key), dict) else None
-        for dotted in [key] if inner is None else [f"{key}.{leaf}" for leaf in inner]:
-            # where it is written has a default of the environment, which a file may override
-            if found.get(dotted, (None, ""))[1]:
+        key = OUR_NAMES.get(given, given)
+        group = isinstance(value, Mapping) and isinstance(values.get(key), dict)
+        for dotted in [f"{key}.{leaf}" for leaf in value] if group else [key]:
+            theirs = found.get(dotted, (None, ""))[1]
+            # router and finetune come as a whole, from several of their keys
+            if key in found and group and dotted.rpartition(".")[2] in found[key][0]:
+                theirs = found[key][1]
+            if theirs and _is_given(described.values, theirs):
                 where = _where(path, described.lines, dotted)
-                raise ConfigError(
-                    f"{where}: {found[dotted][1]} and {dotted} set the same; keep one"
-                )
+                raise ConfigError(f"{where}: {theirs} and {dotted} set the same; keep one")
             if dotted in described.lines:
                 lines[dotted] = described.lines[dotted]
-        values[key] = value if inner is None else {**values[key], **inner}
+        values[key] = {**values[key], **value} if group else value
+
+
+def _is_given(values: Mapping[str, Any], key: str) -> bool:
+    """Whether a file says something of ``group.key``, or of its group as a whole."""
+    for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return False
+        values = values[name]
+    return True
 
 
 def _validated(theirs: Mapping[str, Any], lines: Mapping[str, int], path: Path) -> ProjectConfig:
@@ -345,7 +358,7 @@ def _experts(datasets: list[str], path: Path, lines: Mapping[str, int]) -> list[
         file = Path(given).expanduser()
         if given in SETS:
             name, data = given, {"mix": [SETS[given]], "split": SET_SPLIT, "template": 0}
-        elif file.exists() or file.suffix:
+        elif file.exists() or file.suffix or "/" in given:
             name, data = file.stem, {"path": given}
         else:
             name, data = given, {"mix": [given], "template": 0}

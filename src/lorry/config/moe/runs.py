@@ -119,6 +119,20 @@ class RouterConfig(SettingsGroup):
     val_split: float = config_field(0.15, "share that chooses the epoch, by F1", gt=0, lt=1)
     test_split: float = config_field(0.15, "share that is asked at the end", ge=0, lt=1)
 
+    train_experts: bool = config_field(
+        False, "not supported yet: experts stay as they are while their router trains"
+    )
+
+    @field_validator("train_experts")
+    @classmethod
+    def _experts_stay(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(
+                "experts stay as they are while their router trains; nearest: all weights of the mixture in a stock "
+                "class, router and experts together (export=[hf-moe], finetune={...})"
+            )
+        return value
+
     @validate_model(mode="before")
     @classmethod
     def _defaults_of_the_kind(cls, values: Any) -> Any:
