@@ -190,3 +190,41 @@ def test_rows_that_no_single_run_reads(other: dict[str, object], words: str) -> 
     run = finetuned({"name": "a", "data": "a.jsonl"}, {"name": "b", "data": "b.jsonl", **other})
     with pytest.raises(ConfigError, match=words):
         finetune_run(run)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_each_expert_ends_with_the_best_by_its_own_metric(
+    together: bool, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One by its loss, the other by what is the worst of it: as the values of metrics.jsonl say."""
+    rows = workspace / "a.jsonl"
+    shared = f"data: {rows}, load_best_model_at_end: true"
+    odd = "metric_for_best_model: eval_loss, greater_is_better: true"
+    words = [
+        f"experts=[{{name: one, {shared}}}, {{name: two, {shared}, {odd}}}]",
+        f"data.eval={workspace / 'b.jsonl'}",
+        "max_steps=5",
+        "eval_steps=1",
+        "learning_rate=0.05",
+        f"together={str(together).lower()}",
+        "merge_experts=false",
+        "router.kind=uniform",
+        "router.train={}",
+        f"output_dir={tmp_path / 'mix'}",
+    ]
+    capsys.readouterr()
+    assert run_lorry("moe", workspace / "experts.yaml", *words) == 0
+    told = capsys.readouterr().err
+    folder = tmp_path / "mix" / "experts"
+    for name, choose in (("one", min), ("two", max)):
+        log = folder if together else folder / name
+        lines = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+        losses = {
+            line["step"]: (line["adapters"][name] if together else line)["eval_loss"]
+            for line in lines
+            if "eval_loss" in (line.get("adapters", {}).get(name, {}) if together else line)
+        }
+        assert len(losses) == 5
+        step = choose(losses, key=losses.__getitem__)
+        of = f"of {name}, " if together else ""
+        assert f"loaded the best adapter, {of}of step {step}" in told
