@@ -78,6 +78,16 @@ def test_experts_in_turn_are_planned_alone() -> None:
     assert plans["expert b"]["memory"] == planned_alone(r=16, max_length=128)["memory"]
 
 
+def test_a_router_for_the_export_alone() -> None:
+    """A stock class has no classifier of sequences: a token router is trained for it."""
+    plans = planned(router={"kind": "sequence"}, export=["hf-moe"])
+    assert list(plans) == ["experts", "router of the export"]
+    assert plans["router of the export"]["memory"] == planned()["router"]["memory"]
+    assert list(
+        planned(router={"kind": "sequence"}, export=[{"to": "hf-moe", "gate_mode": "hidden"}])
+    ) == ["experts"]
+
+
 def test_an_adapter_that_is_there_counts_by_its_file(tmp_path: Path) -> None:
     save_file({"w": np.zeros((10, 7), np.float32)}, tmp_path / "adapter_model.safetensors")
     experts = [EXPERTS[0], {"name": "c", "adapter": str(tmp_path), "data": "c.jsonl"}]

@@ -85,6 +85,31 @@ def test_a_stage_that_is_skipped_takes_what_is_there(
     assert "skip_experts: expert 'one' is not in" in told
 
 
+def test_formats_that_are_written_straight_from_the_mixture(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        "together=true",
+        "merge_experts=false",
+        "layout=run",
+        "router.kind=uniform",
+        "router.train={}",
+        "export=[dense, peft]",
+        f"output_dir={tmp_path / 'mix'}",
+    )
+    capsys.readouterr()
+    assert run_lorry("moe", workspace / "experts.yaml", *words) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'mix'}\n"
+    assert (tmp_path / "mix" / "peft" / "routing.json").is_file()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "mix" / "dense", dtype=torch.float32)
+    model, _ = lorry.load(tmp_path / "mix", dtype="float32")
+    ids = torch.tensor([[5, 9, 3, 7]])
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, dense(ids).logits
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    lorry.load(tmp_path / "mix" / "peft" / "one", dtype="float32")
+
+
 def test_an_expert_of_several_adapters_is_their_weighted_sum(
     workspace: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +147,7 @@ def test_an_expert_of_several_adapters_is_their_weighted_sum(
         ({"export": ["gguf"]}, "gguf is made of the hf-moe export"),
         ({"export": ["hf-moe", {"to": "hf-moe", "dtype": "float32"}]}, "hf-moe is named twice"),
         ({"export": [{"to": "gguf", "attention": "drop"}]}, "attention is not read by to=gguf"),
+        ({"export": [{"to": "peft", "dtype": "float32"}]}, "dtype is not read by to=peft"),
         ({"finetune": {"max_steps": 1}}, "finetune is made of the hf-moe export"),
         ({"metric_for_best_model": "eval_bleurt_max_score"}, "BLEURT is not to be had"),
         ({"router": {"train_experts": True}}, "experts stay as they are while their router trains"),

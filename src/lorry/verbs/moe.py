@@ -35,6 +35,7 @@ from lorry.verbs.moe_outputs import (
     convert,
     finetune,
     merge_experts,
+    write_export,
     write_moe,
 )
 from lorry.verbs.moe_stages import Stages, adapter_inputs, clear_constant_mixture, row_inputs
@@ -88,13 +89,10 @@ def main(run: MoeRunConfig) -> int:
 
 
 def export_router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunConfig | None:
-    """The run of a token router for the export, where the mixture's router is of another kind: a
-    stock class holds a matrix for each layer and nothing else. Raises ConfigError."""
-    moe = run.export_of("hf-moe")
-    if moe is None or moe.gate_mode != "router" or run.router.kind == "token":
+    """The run of a router for the export alone, if it needs one. Raises ConfigError."""
+    router = run.export_router()
+    if router is None:
         return None
-    top_k = moe.experts_per_token or run.router.top_k
-    router = RouterConfig(kind="token", top_k=top_k, straight_through=top_k == 1)
     check_router(router, [job.name for job in run.jobs])
     return router_run(run, folders, router, run.folders.moe_router)
 
@@ -131,6 +129,9 @@ def write_outputs(run: MoeRunConfig, stages: Stages) -> list[Path]:
     if moe is not None and not run.skip_merge:
         write_moe(run, moe, stages)
         written.append(run.folders.moe)
+    for form in ("dense", "peft"):
+        if (stage := run.export_of(form)) is not None and not run.skip_merge:
+            written.append(write_export(run, stage, stages))
     if run.finetune and not run.skip_finetune:
         finetune(run, stages)
         written.append(run.folders.finetuned)
@@ -146,7 +147,7 @@ def write_workspace_report(run: MoeRunConfig) -> None:
     own = [run.folders.experts]
     if not run.together:
         own = [run.folders.experts / job.name for job in run.jobs]
-    runs = [*own, run.folders.mixture, run.folders.finetuned]
+    runs = [*own, run.folders.mixture, run.folders.moe_router, run.folders.finetuned]
     there = [folder for folder in runs if (folder / RUN_FILE).is_file()]
     if there:
         write_report(there, run.output_dir / REPORT)

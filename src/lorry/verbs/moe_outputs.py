@@ -91,6 +91,23 @@ def write_moe(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> None:
     )
 
 
+def write_export(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
+    """The mixture as one dense model, or as its adapters; returns where it is. Raises LorryError."""
+    source, output = run.folders.mixture, run.folders.export(stage.to)
+    dtype = {"dtype": stage.dtype} if stage.to == "dense" else {}
+    settings = _export_settings(
+        {"run": str(source), "to": stage.to, "output_dir": str(output), **dtype}
+    )
+    stages.write(
+        f"export to={stage.to}",
+        [output],
+        mixture_inputs(source),
+        lambda: call_verb(export.main, settings),
+        settings.model_dump_json(),
+    )
+    return output
+
+
 def moe_settings(run: MoeRunConfig, stage: ExportStage, source: Path) -> ExportSettings:
     """`lorry export` of ``source`` as the stage describes it. Raises ConfigError."""
     given = stage.model_dump(mode="json", exclude={"architecture", "outtype", "path"})

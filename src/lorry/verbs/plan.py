@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from lorry.config import runs_by_adapter
-from lorry.config.moe import ROUTER_KINDS, router_train
+from lorry.config.moe import ROUTER_KINDS, RouterConfig, router_train
 from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.config.settings import (
@@ -177,11 +177,13 @@ def build_mixture_plans(settings: MoePlanSettings, found: FoundConfig) -> dict[s
             }
             plans[f"expert {job.name}"] = build_plan(settings.model_copy(update=values), found)
     if ROUTER_KINDS[settings.router.kind].trains and len(settings.jobs) > 1:
-        plans["router"] = _plan_of_router(settings, found)
+        plans["router"] = _plan_of_router(settings, found, settings.router)
+    if (router := settings.export_router()) is not None:
+        plans["router of the export"] = _plan_of_router(settings, found, router)
     return plans
 
 
-def _plan_of_router(settings: MoePlanSettings, found: FoundConfig) -> RunPlan:
+def _plan_of_router(settings: MoePlanSettings, found: FoundConfig, router: RouterConfig) -> RunPlan:
     """The training of a router over frozen experts. Raises ConfigError for several devices, ModelError
     for an adapter that is not there."""
     shape = read_model_shape(found.config, where=found.where, native=settings.model.native)
@@ -201,10 +203,8 @@ def _plan_of_router(settings: MoePlanSettings, found: FoundConfig) -> RunPlan:
     planned = list_planned_jobs(
         {n: job for n, job in _job_settings(settings, found).items() if not given[n]}, shape
     )
-    adapter = plan_router(
-        shape, settings.router, {job.name: job.adapter for job in planned}, brought
-    )
-    train = TrainConfig.model_validate(router_train(settings, settings.router))
+    adapter = plan_router(shape, router, {job.name: job.adapter for job in planned}, brought)
+    train = TrainConfig.model_validate(router_train(settings, router))
     alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
     precision = _base_precision(settings, device)
     choice = PlanChoice(

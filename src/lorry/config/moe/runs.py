@@ -267,7 +267,7 @@ class MoeRunConfig(RunConfig):
     )
     skip_experts: bool = config_field(False, "take the experts that are in OUTPUT/experts")
     skip_gating: bool = config_field(False, "take the mixture that is there, or export without one")
-    skip_merge: bool = config_field(False, "write no hf-moe; take the one that is there")
+    skip_merge: bool = config_field(False, "write no hf-moe, dense or peft; take what is there")
     skip_finetune: bool = config_field(False, "do not train the hf-moe's weights")
     skip_convert: bool = config_field(False, "write no GGUF file")
     conversion_mode: Literal["preserve_moe", "average"] = config_field(
@@ -302,6 +302,15 @@ class MoeRunConfig(RunConfig):
     def export_of(self, form: str) -> ExportStage | None:
         """The stage that writes a format, if any."""
         return next((stage for stage in self.export if stage.to == form), None)
+
+    def export_router(self) -> RouterConfig | None:
+        """The token router of the export, where the mixture's is of another kind: a stock class holds
+        a matrix for each layer and nothing else."""
+        moe = self.export_of("hf-moe")
+        if moe is None or moe.gate_mode != "router" or self.router.kind == "token":
+            return None
+        top_k = moe.experts_per_token or self.router.top_k
+        return RouterConfig(kind="token", top_k=top_k, straight_through=top_k == 1)
 
     @property
     def folders(self) -> StageFolders:

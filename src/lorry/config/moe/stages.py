@@ -13,17 +13,29 @@ from pydantic import PositiveInt, field_validator, model_validator
 from lorry.config.base import DtypeName, Outtype, PathText, SettingsGroup, config_field
 from lorry.config.suite import first_changed
 
-EXPORTS = "a list of formats or maps, such as [{to: hf-moe, attention: average}, {to: gguf, outtype: q8_0}]"
+EXPORTS = "a list of hf-moe, dense, peft, gguf, or maps such as {to: hf-moe, attention: average}, {to: gguf, outtype: q8_0}"
 # folders of these stages, beside which experts lie in theirs
-OUTPUT_NAMES = frozenset({"hf-moe", "hf-moe_finetuned", "hf-moe_router", "gguf", "merged"})
+OUTPUT_NAMES = frozenset(
+    {"hf-moe", "hf-moe_finetuned", "hf-moe_router", "dense", "peft", "gguf", "merged"}
+)
 Layout = Literal["run", "workspace"]
+
+
+# what each format reads
+EXPORT_READS = {
+    "hf-moe": ("gate_mode", "attention", "architecture", "experts_per_token", "dtype"),
+    "dense": ("dtype",),
+    "peft": (),
+    "gguf": ("outtype", "path"),
+}
+EXPORT_FIELDS = tuple(name for names in EXPORT_READS.values() for name in names)
 
 
 class ExportStage(SettingsGroup):
     """A format that the finished mixture is written in: settings of `lorry export` beside its run."""
 
     main: ClassVar[str] = "to"
-    to: Literal["hf-moe", "gguf"]
+    to: Literal["hf-moe", "dense", "peft", "gguf"]
     gate_mode: Literal["router", "hidden", "hidden_avg", "cheap_embed", "random"] = config_field(
         "router",
         "of hf-moe: a trained token router, the mixture's or one trained for it; or mergekit's from 16 training rows",
@@ -37,7 +49,7 @@ class ExportStage(SettingsGroup):
     experts_per_token: PositiveInt | None = config_field(
         None, "of hf-moe: experts that a token goes to; null: as the router has it"
     )
-    dtype: DtypeName = config_field("auto", "of hf-moe: number format to store")
+    dtype: DtypeName = config_field("auto", "of hf-moe and dense: number format to store")
     outtype: Outtype = config_field("auto", "of gguf: how matrices are stored")
     path: PathText | None = config_field(None, "of gguf: the file; null: in OUTPUT/gguf")
 
@@ -48,9 +60,9 @@ class ExportStage(SettingsGroup):
 
     @model_validator(mode="after")
     def _read_by_the_format(self) -> ExportStage:
-        moe = ("gate_mode", "attention", "architecture", "experts_per_token", "dtype")
+        unread = [name for name in EXPORT_FIELDS if name not in EXPORT_READS[self.to]]
         # by value: a description that was written lists every field
-        if odd := first_changed(self, ("outtype", "path") if self.to == "hf-moe" else moe):
+        if odd := first_changed(self, unread):
             raise ValueError(f"export: {odd} is not read by to={self.to}")
         return self
 
@@ -91,6 +103,10 @@ class StageFolders:
     def finetuned(self) -> Path:
         """The same after all of its weights were trained."""
         return self.moe.with_name(f"{self.moe.name}_finetuned")
+
+    def export(self, form: str) -> Path:
+        """Of a format that is written straight from the mixture: dense, peft."""
+        return self.output / form
 
     @property
     def gguf(self) -> Path:
