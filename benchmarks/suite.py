@@ -67,13 +67,15 @@ def load_suite(folder: Path, rows: int, new_tokens: int) -> SuiteEvaluation:
     return replace(suite, sets={r: replace(s, rows=s.rows[:rows]) for r, s in suite.sets.items()})
 
 
-def by_lorry(opened: OpenedModel, suite: SuiteEvaluation) -> Answered:
-    """As `lorry eval` asks, answers first."""
+def by_lorry(opened: OpenedModel, suite: SuiteEvaluation, batch: int) -> Answered:
+    """As `lorry eval` asks, answers first; ``batch`` of them are generated at a time."""
     from lorry.adapters.mix import Mix
 
-    asked, losses, texts = suite.ask(opened, Mix.none()), {}, {}
+    asked, losses, texts = suite.ask(opened, Mix.none(), batch_rows=batch), {}, {}
     began = time.process_time()
-    for role, fields in suite.suite.roles(suite.names).items():
+    roles = suite.suite.roles(suite.names)
+    asked.expect(roles, list(suite.sets))
+    for role, fields in roles.items():
         for field in fields:
             for row, answers in enumerate(asked.answers(role, field)):
                 losses |= {(role, field, row, n): one.loss for n, one in enumerate(answers)}
@@ -211,7 +213,8 @@ def main() -> None:
     suite = load_suite(data / "tofu", args.rows, args.new_tokens)
     folder = resolve_embedded_model(MODEL, print)
     opened = open_model(ModelConfig(name=str(folder), dtype="float32"), print)
-    engines: dict[str, Callable[[], Answered]] = {"Lorry": lambda: by_lorry(opened, suite)}
+    most = max(args.batch)
+    engines: dict[str, Callable[[], Answered]] = {"Lorry": lambda: by_lorry(opened, suite, most)}
     padded = Padded(folder, 1)
     for batch in args.batch:
 

@@ -303,7 +303,7 @@ def test_4_attention_that_sees_the_neighbour(
 ) -> None:
     original = attention.PackedSegments
 
-    def merged(segments: Any, device: Any) -> Any:
+    def merged(segments: Any, device: Any, places: Any) -> Any:
         return original([(segments[0][0], segments[-1][1])], device)
 
     monkeypatch.setattr(model, "PackedSegments", merged)

@@ -21,10 +21,15 @@ from lorry.models.scoring.score import Want, evaluate_wants
 
 
 class ModelScorer:
-    """A model that is only asked. ``mix``: what holds unless a call brings its own."""
+    """A model that is only asked. ``mix``: what holds unless a call brings its own.
+    ``share_prefixes``: as in `evaluate_wants`; for scores of many answers to the same prompts.
+    """
 
-    def __init__(self, model: CausalLM, mix: Mix | None = None) -> None:
+    def __init__(
+        self, model: CausalLM, mix: Mix | None = None, *, share_prefixes: bool = False
+    ) -> None:
         self.model, self.mix = model, Mix.none() if mix is None else mix
+        self.share_prefixes = share_prefixes
 
     @torch.no_grad()
     def score(
@@ -33,7 +38,13 @@ class ModelScorer:
         """Per batch, everything wanted, on the CPU."""
         call = AdapterContext(self.mix if mix is None else mix)
         values = (
-            evaluate_wants(self.model, batch.to(self.model.device), wants, call)
+            evaluate_wants(
+                self.model,
+                batch.to(self.model.device),
+                wants,
+                call,
+                share_prefixes=self.share_prefixes,
+            )
             for batch in batches
         )
         return [{name: value.cpu() for name, value in got.items()} for got in values]

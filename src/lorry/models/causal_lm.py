@@ -26,11 +26,16 @@ PROMPT_TOKENS = 2048
 
 @dataclass(frozen=True)
 class PackedInput:
-    """What a model reads: tokens [T], positions [T], and the segments attention stays within."""
+    """What a model reads: tokens [T], positions [T], and the segments attention stays within.
+
+    ``places`` [F] int64: of sequences that share prefixes, where each token of the segments stands
+    among ``tokens``; segments count these places then. None: they are the tokens in order.
+    """
 
     tokens: Tensor
     positions: Tensor
     segments: Sequence[tuple[int, int]]
+    places: Tensor | None = None
 
     @staticmethod
     def of(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedInput:
@@ -48,11 +53,16 @@ class PackedInput:
         up to ``total`` tokens.
         """
         # a sequence of its own, so that attention by segment keeps it apart
-        more = total - self.tokens.numel()
+        tokens = self.tokens.numel()
+        more, end = total - tokens, self.segments[-1][1]
+        places = self.places
+        if places is not None:
+            places = torch.cat([places, torch.arange(tokens, total, device=places.device)])
         return PackedInput(
             F.pad(self.tokens, (0, more)),
             F.pad(self.positions, (0, more)),
-            [*self.segments, (total - more, total)],
+            [*self.segments, (end, end + more)],
+            places,
         )
 
 
@@ -84,6 +94,8 @@ class CausalLM(nn.Module, ABC):
 
     config: dict[str, Any]
     gradient_checkpointing: Any
+    # whether `hidden` takes sequences that share prefixes (`PackedInput.places`)
+    shares_prefixes = False
 
     @property
     @abstractmethod

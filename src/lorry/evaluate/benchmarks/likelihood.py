@@ -30,6 +30,7 @@ from lorry.generation.request import resolve_constant_mix
 from lorry.models.causal_lm import PackedInput, with_prompt_gates
 from lorry.models.scoring.score import log_prob, score_supervised_tokens
 from lorry.models.scoring.vocab import VocabStatistic
+from lorry.models.shared_prefixes import hidden_sharing_prefixes, split_into_passes
 
 # of one forward pass without gradients; logits are made by tiles, so they do not count
 LOGLIKELIHOOD_BATCH_TOKENS = 4096
@@ -169,14 +170,15 @@ class ScoringRow:
 def score_pairs(
     model: Any, pairs: Sequence[TokenPair], *, mix: Mix, batch_tokens: int, limit: int
 ) -> Iterator[tuple[int, ContinuationLikelihood]]:
-    """(number of the pair, its score), batch by batch, long ones first. ``limit``: tokens the model
-    takes at once; contexts are cut from the left to fit. Raises DataError for a continuation longer
-    than that, NonFiniteError.
+    """(number of the pair, its score), batch by batch, equal beginnings side by side. ``limit``:
+    tokens the model takes at once; contexts are cut from the left to fit. Raises DataError for a
+    continuation longer than that, NonFiniteError.
     """
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     rows = group_scoring_rows(pairs, limit, by_context=mix.sequence_router is not None)
-    for batch in batch_scoring_rows(rows, batch_tokens):
+    for numbers in split_into_passes(model, mix, [row.inputs for row in rows], batch_tokens):
+        batch = [rows[number] for number in numbers]
         with torch.no_grad(), evaluation_mode(model):
             # a whole batch before it is handed out: in between the model must be as it was
             scores = list(_score_batch(model, batch, mix))
@@ -186,8 +188,8 @@ def score_pairs(
 def group_scoring_rows(
     pairs: Sequence[TokenPair], limit: int, *, by_context: bool = False
 ) -> list[ScoringRow]:
-    """Longest first; equal beginnings side by side. ``by_context``: pairs share a row only where
-    their contexts are equal too, since what a router makes of them is.
+    """Pairs by what is run for them. ``by_context``: pairs share a row only where their contexts
+    are equal too, since what a router makes of them is.
     """
     rows: dict[tuple[tuple[int, ...], int], ScoringRow] = {}
     for number, pair in enumerate(pairs):
@@ -201,22 +203,7 @@ def group_scoring_rows(
         inputs = kept_tokens[:-1]
         row = rows.setdefault((inputs, count if by_context else 0), ScoringRow(inputs))
         row.add(number, count, kept_tokens[-1])
-    # longest first: what does not fit into memory shows at once
-    return sorted(rows.values(), key=lambda row: (-len(row.inputs), row.inputs))
-
-
-def batch_scoring_rows(rows: Sequence[ScoringRow], batch_tokens: int) -> Iterator[list[ScoringRow]]:
-    """Rows in their order, as many together as fit; always one at least."""
-    batch: list[ScoringRow] = []
-    batch_size = 0
-    for row in rows:
-        if batch and batch_size + len(row.inputs) > batch_tokens:
-            yield batch
-            batch, batch_size = [], 0
-        batch.append(row)
-        batch_size += len(row.inputs)
-    if batch:
-        yield batch
+    return list(rows.values())
 
 
 def _score_batch(
@@ -246,7 +233,8 @@ def _score_batch(
     call = with_prompt_gates(
         model, packed, call, [len(row.inputs) + 1 - row.wanted for row in rows]
     )
-    hidden = model.hidden(packed, call).last
+    hidden = hidden_sharing_prefixes(model, packed, call).last
+    assert hidden is not None
     table = score_supervised_tokens(
         model,
         hidden,

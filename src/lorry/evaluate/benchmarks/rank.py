@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import BASE, BatchExtra, TokenizedExample, collate
 from lorry.data.encoding.encode import TOO_LONG, ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import Conversation
-from lorry.data.stream.pack import split_by_tokens
 from lorry.errors import DataError, ModelError
+from lorry.generation.scorer import ModelScorer
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
+from lorry.models.shared_prefixes import split_into_passes
 
-RANK_BATCH_TOKENS = 2048  # tokens of a batch, unless a single sequence is longer
+RANK_BATCH_TOKENS = 2048  # tokens that a pass runs, unless a single sequence is longer
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class AnswerSequence:
 
 
 def answer_likelihoods(
-    scorer: ScoringBackend,
+    scorer: ModelScorer,
     encoder: ExampleEncoder,
     answers: Sequence[Sequence[Conversation]],
     mix: Mix,
@@ -149,22 +149,18 @@ def _merge_options(group: Sequence[AnswerSequence]) -> list[AnswerSequence]:
 
 
 def _score_sequences(
-    scorer: ScoringBackend, sequences: Sequence[AnswerSequence], mix: Mix
+    scorer: ModelScorer, sequences: Sequence[AnswerSequence], mix: Mix
 ) -> list[list[float]]:
-    """Per sequence its answer's log-probability, or those of its options; long ones first, so that
-    batches are even.
-    """
+    """Per sequence its answer's log-probability, or those of its options."""
     scores: list[list[float]] = [[] for _ in sequences]
     # sequences of a batch must want as many scores each
     for width in sorted({len(s.options) for s in sequences}):
-        same_width = sorted(
-            (n for n, s in enumerate(sequences) if len(s.options) == width),
-            # long ones first: what does not fit into memory shows at once
-            key=lambda n: -len(sequences[n].tokens),
-        )
-        for numbers in split_by_tokens(
-            same_width, [len(s.tokens) for s in sequences], RANK_BATCH_TOKENS
+        same_width = [n for n, s in enumerate(sequences) if len(s.options) == width]
+        # options of one question side by side: the scorer runs what they have in common once
+        for places in split_into_passes(
+            scorer.model, mix, [sequences[n].tokens for n in same_width], RANK_BATCH_TOKENS
         ):
+            numbers = [same_width[at] for at in places]
             batch = collate([_ranking_example(sequences[n], n) for n in numbers])
             wants = (
                 {str(j): TokenScore(_option_statistic(j)) for j in range(width)}

@@ -14,7 +14,6 @@ from typing import Any
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import ScoringBackend
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.evaluate.benchmarks.questions import Benchmark, BenchmarkQuestion
 from lorry.evaluate.benchmarks.rank import (
@@ -61,7 +60,8 @@ def evaluate_benchmark(
     """
     # `Mix.none()` needs a bank, also of a base without adapters
     get_bank(model, create=True)
-    scorer = ModelScorer(model)
+    # answers of one question, and worked examples before many, are run once
+    scorer = ModelScorer(model, share_prefixes=True)
     if benchmark.is_choice:
         return _evaluate_ranked(scorer, encoder, benchmark, mix, seed)
     new_tokens = max_new_tokens or benchmark.named_set.max_new_tokens
@@ -78,7 +78,7 @@ def evaluate_benchmark(
 
 
 def _evaluate_ranked(
-    scorer: ScoringBackend, encoder: ExampleEncoder, benchmark: Benchmark, mix: Mix, seed: int
+    scorer: ModelScorer, encoder: ExampleEncoder, benchmark: Benchmark, mix: Mix, seed: int
 ) -> BenchmarkResult:
     """accuracy: of the option with the highest mean log-likelihood per token; accuracy_sum: of the
     highest sum, whose softmax over the options also gives the calibration; perplexity: of the right
@@ -121,7 +121,7 @@ def _evaluate_ranked(
 
 def _evaluate_generated(
     model: CausalLM,
-    scorer: ScoringBackend,
+    scorer: ModelScorer,
     encoder: ExampleEncoder,
     benchmark: Benchmark,
     mix: Mix,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +19,10 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.trainable import base_parameter_set
-from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import BASE, TokenizedExample, collate
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation
-from lorry.data.stream.pack import split_by_tokens
 from lorry.errors import ConfigError, DataError, NonFiniteError
 from lorry.evaluate.benchmarks.likelihood import loglikelihoods
 from lorry.evaluate.benchmarks.until import cut_at_stops
@@ -37,8 +35,9 @@ from lorry.generation.text import IncrementalDetokenizer
 from lorry.models.causal_lm import CausalLM
 from lorry.models.scoring.score import TokenScore, Want, correct, evaluate_wants, log_prob
 from lorry.models.scoring.vocab import VocabStatistic
+from lorry.models.shared_prefixes import split_into_passes
 
-SUITE_BATCH_TOKENS = 2048  # tokens of a batch, unless a single sequence is longer
+SUITE_BATCH_TOKENS = 2048  # tokens that a pass runs, unless a single sequence is longer
 LOSS_WANTS: dict[str, Want] = {"log_prob": TokenScore(log_prob), "correct": TokenScore(correct)}
 MOMENT_WANTS: dict[str, Want] = {
     "mean": TokenScore(VocabStatistic(lambda p, rows: p.mean, moments=True)),
@@ -103,6 +102,8 @@ class SuiteModel:
         self.model, self.encoder, self.sets, self.mix, self.start = model, encoder, sets, mix, start
         self.max_new_tokens, self.limit, self.batch_rows = max_new_tokens, limit, batch_rows
         self.moments = moments
+        self._expected: Mapping[str, Sequence[str]] = {}
+        self._expected_answers: Collection[str] = ()
         self._answers: dict[tuple[str, str], list[list[AnswerScores]]] = {}
         self._generated: dict[str, list[GeneratedAnswer]] = {}
 
@@ -127,14 +128,27 @@ class SuiteModel:
         total.update("\n".join(parts).encode())
         return total.hexdigest()
 
+    def expect(self, fields: Mapping[str, Sequence[str]], generated: Collection[str] = ()) -> None:
+        """Say what will be asked. {role: ``fields``}: those of a role are scored together at the
+        first question, so that the answers to a row share one pass over its question; the roles of
+        ``generated`` are answered together, so that each token's pass over the weights serves more rows.
+        """
+        self._expected, self._expected_answers = fields, generated
+
     def answers(self, role: str, field: str) -> list[list[AnswerScores]]:
         """Per row the scores of each of its answers in a field."""
         if (role, field) not in self._answers:
             rows = self.sets[role].rows
-            asked = [(row, text) for row in rows for text in row.answers[field]]
+            fields = [
+                one
+                for one in dict.fromkeys((field, *self._expected.get(role, ())))
+                if (role, one) not in self._answers
+            ]
+            asked = [(row, text) for one in fields for row in rows for text in row.answers[one]]
             first = self.sets[role].answer_tokens
             found = iter(self.score(asked, self.mix, moments=self.moments, answer_tokens=first))
-            self._answers[role, field] = [[next(found) for _ in row.answers[field]] for row in rows]
+            for one in fields:
+                self._answers[role, one] = [[next(found) for _ in row.answers[one]] for row in rows]
         return self._answers[role, field]
 
     def score(
@@ -149,7 +163,7 @@ class SuiteModel:
         fit the context, NonFiniteError.
         """
         with evaluation_mode(self.model):
-            scorer = ModelScorer(self.model)
+            scorer = ModelScorer(self.model, share_prefixes=True)
             return score_answer_tokens(
                 scorer, self.encoder, asked, mix, moments=moments, answer_tokens=answer_tokens
             )
@@ -186,23 +200,36 @@ class SuiteModel:
         prompt that leaves no room in the context.
         """
         if role not in self._generated:
-            asked = self.sets[role]
-            prompts = [_prompt(self.encoder, row) for row in asked.rows[: self.limit]]
+            roles = [
+                one
+                for one in dict.fromkeys((role, *self._expected_answers))
+                if one not in self._generated
+            ]
+            sets = {one: self.sets[one] for one in roles}
             ends = self.encoder.stop_tokens()
-            made = generate_completions(
-                self.model,
-                prompts,
+            rows = [(asked, row) for asked in sets.values() for row in asked.rows[: self.limit]]
+            params = [
                 SamplingParams(
                     temperature=0.0,
                     max_new_tokens=self.max_new_tokens or asked.new_tokens,
                     stop_token_ids=frozenset(ends),
-                ),
-                adapters=self.mix,
-                batch_rows=self.batch_rows,
-            )
-            self._generated[role] = [
-                _generated(self.encoder, one.tokens, ends, asked.stops) for one in made
+                )
+                for asked, _ in rows
             ]
+            made = iter(
+                generate_completions(
+                    self.model,
+                    [_prompt(self.encoder, row) for _, row in rows],
+                    params,
+                    adapters=self.mix,
+                    batch_rows=self.batch_rows,
+                )
+            )
+            for one, asked in sets.items():
+                self._generated[one] = [
+                    _generated(self.encoder, next(made).tokens, ends, asked.stops)
+                    for _ in asked.rows[: self.limit]
+                ]
         return self._generated[role]
 
     def gold(self, role: str, text: str) -> str:
@@ -237,7 +264,7 @@ class SuiteModel:
 
 
 def score_answer_tokens(
-    scorer: ScoringBackend,
+    scorer: ModelScorer,
     encoder: ExampleEncoder,
     asked: Sequence[tuple[SuiteRow, str]],
     mix: Mix,
@@ -250,9 +277,9 @@ def score_answer_tokens(
     wants = {**LOSS_WANTS, **(MOMENT_WANTS if moments else {})}
     closings = closing_sequences(encoder)
     out: dict[int, AnswerScores] = {}
-    # long ones first, so that batches are even
-    order = sorted(range(len(laid)), key=lambda n: -len(laid[n][0]))
-    for numbers in split_by_tokens(order, [len(tokens) for tokens, _ in laid], SUITE_BATCH_TOKENS):
+    # answers to one question side by side: the scorer runs what they have in common once
+    sequences = [tokens for tokens, _ in laid]
+    for numbers in split_into_passes(scorer.model, mix, sequences, SUITE_BATCH_TOKENS):
         batch = collate([TokenizedExample(*laid[n], key=n, adapter=BASE) for n in numbers])
         got = scorer.score([batch], wants, mix)[0]
         for at, number in enumerate(numbers):

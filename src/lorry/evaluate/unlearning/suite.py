@@ -148,8 +148,14 @@ def measure_suite(
     NonFiniteError, ModelError; what was finished before stays in the store.
     """
     records: dict[str, MetricRecord] = {}
+    kept = {name: store.kept(name) if store is not None else None for name in names}
+    # only of what is still to be measured: a suite that goes on scores nothing for nobody
+    due = [name for name in names if kept[name] is None]
+    scored = (name for name in due if not suite.metrics[name].generates)
+    generated = (name for name in due if suite.metrics[name].generates)
+    asked.expect(suite.roles(scored), list(suite.roles(generated)))
     for name in names:
-        record = store.kept(name) if store is not None else None
+        record = kept[name]
         if record is None:
             tell(name)
             record = suite.metrics[name].measure(SuiteInputs(asked, records, logs, peer_floor))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorry.errors import ContractError
 from lorry.kernels import attention as kernel
 from lorry.models.decoder.pointwise import promote_to_fp32
 
@@ -88,10 +89,18 @@ def _make_bucket(
 
 
 class PackedSegments:
-    """The sequences of a packed batch, (start, stop) each, end to end: attention stays within them."""
+    """The sequences of a packed batch, (start, stop) each, end to end: attention stays within them.
 
-    def __init__(self, segments: Sequence[tuple[int, int]], device: torch.device) -> None:
-        self.bounds, self.device = segments, device
+    ``places`` [F]: as in `PackedInput`; q, k and v are of its T tokens then.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[tuple[int, int]],
+        device: torch.device,
+        places: Tensor | None = None,
+    ) -> None:
+        self.bounds, self.device, self.places = segments, device, places
 
     @cached_property
     def starts(self) -> Tensor:
@@ -102,6 +111,22 @@ class PackedSegments:
     def buckets(self) -> list[SegmentBucket]:
         """For torch's own attention."""
         return bucket_segments(self.bounds, self.device)
+
+    @cached_property
+    def whole(self) -> PackedSegments:
+        """Without ``places``: of sequences that lie end to end."""
+        return PackedSegments(self.bounds, self.device)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """[T] int64: the first of the F places where each token stands."""
+        assert self.places is not None
+        order = torch.arange(len(self.places), device=self.device)
+        last = int(self.places.max()) + 1
+        # the smallest, not whichever is written last: equal runs choose equal places
+        return order.new_zeros(last).scatter_reduce(
+            0, self.places, order, "amin", include_self=False
+        )
 
 
 @dataclass
@@ -119,8 +144,16 @@ def attention_forward(
     """q [T,H,D], k and v [T,G,D] -> o [T,H,D]; each token sees its own segment up to itself.
     Softmax scale D^-1/2. No graph.
 
-    ``save``: backward will be called.
+    ``save``: backward will be called. Raises ContractError for it where sequences share prefixes.
     """
+    if segments.places is not None:
+        if save:
+            raise ContractError("sequences that share prefixes are scored, not trained on")
+        # attention is a small part of a pass: each sequence reads all of its own keys, by the code
+        # that runs without sharing, and a shared query is made as often as it stands
+        q, k, v = (x.index_select(0, segments.places) for x in (q, k, v))
+        o, _ = attention_forward(q, k, v, segments.whole, save=False)
+        return o.index_select(0, segments.first), AttentionStats()
     if kernel.supports_attention(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         o, lse = kernel.run_attention(q, k, v, segments.starts, q.shape[-1] ** -0.5)

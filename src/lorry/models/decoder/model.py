@@ -33,6 +33,8 @@ class Decoder(CausalLM):
     Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
     """
 
+    shares_prefixes = True
+
     def __init__(self, family: ModelFamily, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.family = family
@@ -112,7 +114,7 @@ class Decoder(CausalLM):
         if (total := self._padded_length(tokens)) > tokens:
             # both, or gates and dropout would be of another length than the tokens
             packed, call = packed.padded(total), call.padded(tokens, total)
-        segments = PackedSegments(packed.segments, packed.tokens.device)
+        segments = PackedSegments(packed.segments, packed.tokens.device, packed.places)
         state = ForwardContext(
             call, *self._rotary_tables(packed.positions), segments, packed.positions
         )

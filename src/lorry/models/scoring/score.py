@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from lorry.models.scoring.vocab import (
     entropy,
     log_prob,
 )
+from lorry.models.shared_prefixes import hidden_sharing_prefixes
 
 __all__ = [
     "FinalHidden",
@@ -101,15 +103,21 @@ Want = TokenScore | HiddenState | FinalHidden | RouterLogits
 
 
 def evaluate_wants(
-    model: CausalLM, batch: Batch, wants: Mapping[str, Want], call: AdapterContext
+    model: CausalLM,
+    batch: Batch,
+    wants: Mapping[str, Want],
+    call: AdapterContext,
+    *,
+    share_prefixes: bool = False,
 ) -> dict[str, Tensor]:
     """Everything a task asked for: scores as [T] (0 where they are not wanted), hidden states as
     [T, D].
 
     Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass
     stops at the highest. A router of the sequence (`SequenceRouter`) sees what comes before a
-    sequence's first supervised token, as it would in generation. Raises DataError for a sequence
-    without such a prompt.
+    sequence's first supervised token, as it would in generation. ``share_prefixes``: what sequences
+    have in common at their beginning is run once where it can be (`models/shared_prefixes.py`).
+    Raises DataError for a sequence without a prompt where such a router asks for it.
     """
     scores = {n: w for n, w in wants.items() if isinstance(w, TokenScore)}
     final = [n for n, w in wants.items() if isinstance(w, FinalHidden)]
@@ -119,7 +127,8 @@ def evaluate_wants(
         call = with_prompt_gates(model, packed, call, prompt_lengths(batch))
     routed = [name for name, want in wants.items() if isinstance(want, RouterLogits)]
     stop = None if scores or final or routed else max(layers.values(), default=None)
-    hidden = model.hidden(packed, call, output_layers=sorted(set(layers.values())), stop=stop)
+    run = partial(hidden_sharing_prefixes, model) if share_prefixes else model.hidden
+    hidden = run(packed, call, output_layers=sorted(set(layers.values())), stop=stop)
     outputs = {name: hidden.layer_outputs[layer] for name, layer in layers.items()}
     if routed:
         if not hidden.router_logits:
