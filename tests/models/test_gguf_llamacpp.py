@@ -7,7 +7,6 @@ xllamacpp wheel; skipped where it is not installed).
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from lorry.models.loading.open import OpenedModel, open_model
 from lorry.notes import ignore_note
 from lorry.verbs.export_gguf import export_gguf, export_gguf_lora
 from tests.support.llama2 import llama2_tokenizer
-from tests.support.llamacpp import LlamaCpp
+from tests.support.llamacpp import LlamaCpp, perplexity_ratio
+from tests.support.mixtures import mixture_run
 from tests.support.tiny import LLAMA3, one_thread  # noqa: F401 - an autouse fixture
-from tests.support.verbworld import model_directory
+from tests.support.verbworld import lorry, model_directory
 
 TEXTS = (
     "Where does Ilse live? <|im_start|>user\nHi, it's 1234 o'clock.<|im_end|>\n",
@@ -115,30 +115,34 @@ def test_stories_and_the_tokens_of_sentencepiece(told: Path, tmp_path: Path) -> 
     assert llama.greedy("Once upon a time", 40).strip() == words.decode(said).strip()
 
 
-SCORED = 4  # last tokens of a row: llama.cpp is asked about one prefix at a time
-
-
 # stories260K has rows of 64 and 172 values, and llama.cpp rounds what goes into a product to 8
 # bits, too: as large a model as SmolLM2 loses a tenth of this
 @pytest.mark.parametrize(("outtype", "share"), [("f16", 1e-3), ("q8_0", 0.03), ("q4_0", 0.25)])
 def test_perplexity_of_fewer_bits(outtype: str, share: float, told: Path, tmp_path: Path) -> None:
     """20 rows: llama.cpp on our file against transformers on the weights as they are."""
-    words = AutoTokenizer.from_pretrained(told)
-    model = AutoModelForCausalLM.from_pretrained(told, dtype=torch.float32)
-    names = ("Lily", "Tom", "Ben", "Sue", "Mia")
-    things = ("ball", "dog", "cake", "tree")
-    texts = [f"{name} had a big {thing}. One day, {name}" for name in names for thing in things]
-    rows = [words(text).input_ids for text in texts]
-    assert len(rows) == 20
     llama = LlamaCpp(export_gguf(opened(told), {}, tmp_path / "out", outtype))
-    exact, found = 0.0, 0.0
-    for row in rows:
-        with torch.no_grad():
-            scores = model(torch.tensor([row])).logits[0].log_softmax(-1)
-        for place in range(len(row) - SCORED, len(row)):
-            exact -= float(scores[place - 1, row[place]])
-            found -= llama.log_probabilities(row[:place], 512)[row[place]]
-    assert abs(math.exp((found - exact) / (SCORED * len(rows))) - 1) < share
+    assert abs(perplexity_ratio(llama, told) - 1) < share
+
+
+@pytest.fixture(scope="module")
+def told_moe(told: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral of stories260K and three small changes of it."""
+    folder = tmp_path_factory.mktemp("told_moe")
+    run = mixture_run(folder / "mix", told, described=False, size=0.05)
+    assert lorry("export", run, "to=hf-moe", f"output_dir={folder / 'moe'}") == 0
+    return folder / "moe"
+
+
+@pytest.mark.parametrize(("outtype", "share"), [("f32", 1e-4), ("q8_0", 0.03), ("q4_0", 0.25)])
+def test_perplexity_of_a_mixture(
+    outtype: str, share: float, told_moe: Path, tmp_path: Path
+) -> None:
+    """The same of an hf-moe, whose routers stay f32."""
+    assert (
+        lorry("export", told_moe, "to=gguf", f"outtype={outtype}", f"output_dir={tmp_path}/o") == 0
+    )
+    llama = LlamaCpp(tmp_path / "o" / f"moe-{outtype}.gguf")
+    assert abs(perplexity_ratio(llama, told_moe) - 1) < share
 
 
 # --- adapters

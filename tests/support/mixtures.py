@@ -34,12 +34,13 @@ def mixture_run(
     gates: Mapping[str, float] | None = None,
     prototypes: Tensor | None = None,
     described: bool = True,
+    size: float = 0.2,
     **rule: Any,
 ) -> Path:
     """``folder``, the run of three experts on ``base``: ranks 2, 4 and 6, the third in the second
     layer alone. gates: of constant kinds, in place of a `RoutingRule` ``rule``; prototypes [3, D]: of
     that kind. described: with a
-    run.yaml, and a file of rows for each expert beside the folder."""
+    run.yaml, and a file of rows for each expert beside the folder. size: of the adapters' values."""
     model, words = lorry.load(base, dtype="float32")
     generator = torch.Generator().manual_seed(3)
     for number, name in enumerate(NAMES):
@@ -49,7 +50,7 @@ def mixture_run(
             layers_to_transform=(1,) if number == 2 else None,
         )
         adapter = lorry.attach(model, spec, name=name)
-        adapter.values.copy_(0.2 * torch.randn(adapter.values.shape, generator=generator))
+        adapter.values.copy_(size * torch.randn(adapter.values.shape, generator=generator))
     if prototypes is not None:
         attach_sequence_router(model, PrototypeRouter(NAMES, PromptRule(**rule), prototypes))
     elif gates is None:
