@@ -111,6 +111,8 @@ def test_defaults_are_those_of_its_code(tmp_path: Path) -> None:
     }
     assert [stage.to for stage in run.export] == ["hf-moe", "gguf"]
     assert run.export[1].outtype == "q4_0"
+    # it loads and stores float32
+    assert (run.merge_dtype, run.export[0].dtype) == ("float32", "float32")
     assert not run.finetune
 
 

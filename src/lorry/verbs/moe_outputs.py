@@ -68,7 +68,9 @@ def merge_experts(run: MoeRunConfig, stages: Stages, folders: Mapping[str, Path]
     for name, folder in folders.items():
         adapter, _ = find_adapter(folder)
         output = run.folders.experts / name / MERGED
-        settings = MergeSettings.model_validate({"run": str(adapter), "output_dir": str(output)})
+        settings = MergeSettings.model_validate(
+            {"run": str(adapter), "output_dir": str(output), "dtype": run.merge_dtype}
+        )
         stages.write(
             f"expert {name} merged",
             [output],

@@ -325,6 +325,8 @@ def _settings(
         "router": (_router(gating, top_k), "gating"),
         "layout": ("workspace", ""),
         "merge_experts": (True, ""),
+        # as the project stores it: in bfloat16 most of a small adapter would be rounded away
+        "merge_dtype": ("float32", ""),
         "export": (_exports(config, top_k, routes_mlp_alone), "merge"),
     }
     finetune = config.full_finetune
@@ -399,6 +401,7 @@ def _exports(config: ProjectConfig, top_k: int, routes_mlp_alone: bool) -> list[
         "attention": "refuse" if routes_mlp_alone else "average",
         "architecture": classes.get(merge.target_architecture, "auto"),
         "experts_per_token": top_k,
+        "dtype": "float32",
     }
     gguf: dict[str, Any] = {"to": "gguf", "outtype": QUANTIZE[config.quantize.lower()]}
     return [moe, gguf if config.gguf_output is None else {**gguf, "path": config.gguf_output}]

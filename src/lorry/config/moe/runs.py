@@ -22,6 +22,7 @@ from pydantic import model_validator as validate_model
 
 from lorry.config.base import (
     CheckedName,
+    DtypeName,
     PathText,
     SettingsGroup,
     config_field,
@@ -253,6 +254,9 @@ class MoeRunConfig(RunConfig):
     )
     merge_experts: bool = config_field(
         False, "write each expert merged into the base as well, to EXPERT/merged"
+    )
+    merge_dtype: DtypeName = config_field(
+        "auto", "of merge_experts: number format to store; auto: that of the base"
     )
     export: list[ExportStage] = config_field(
         [], "formats to write the finished mixture in", json_schema_extra={"allowed": EXPORTS}
