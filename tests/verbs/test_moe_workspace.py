@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import lorry
 from lorry.config import MoeRunConfig, build_settings
@@ -254,3 +254,27 @@ def test_each_expert_ends_with_the_best_by_its_own_metric(
         step = choose(losses, key=losses.__getitem__)
         of = f"of {name}, " if together else ""
         assert f"loaded the best adapter, {of}of step {step}" in told
+
+
+def test_gates_that_llama_cpp_makes_otherwise_are_told_before_anything_trains(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The project's default base is a Qwen2, its default one expert a token: hours later the GGUF file
+    would have been refused."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2).save_pretrained(
+        tmp_path / "q"
+    )
+    rows = str(workspace / "a.jsonl")
+    file = tmp_path / "rmoe.json"
+    values = {
+        "method": "rmoe",
+        "base_model": str(tmp_path / "q"),
+        "output_dir": str(tmp_path / "out"),
+    }
+    file.write_text(json.dumps({**values, "datasets": [rows, str(workspace / "b.jsonl")]}))
+    assert run_lorry("moe", file) != 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "norm_topk_prob=true with 1 of 2 experts" in told
+    assert "conversion_mode=average makes one dense model" in told
+    assert not (tmp_path / "out").exists()

@@ -44,6 +44,7 @@ def check_outputs(run: MoeRunConfig) -> None:
     moe = run.export_of("hf-moe")
     if moe is None or run.skip_merge:
         return
+    from lorry.models.gguf.architecture import describe_architecture
     from lorry.models.loading.describe import read_model_json
     from lorry.models.loading.sources import resolve_model
     from lorry.models.moe.checkpoint import describe_moe
@@ -59,6 +60,15 @@ def check_outputs(run: MoeRunConfig) -> None:
             "leave it out, or take another base"
         )
     moe_settings(run, moe, run.folders.mixture)
+    if run.export_of("gguf") is None or run.skip_convert or run.conversion_mode == "average":
+        return
+    try:
+        describe_architecture(twin.config)
+    except ModelError as error:
+        raise ModelError(
+            f"the GGUF file of this mixture: {error}. Else conversion_mode=average makes one dense model, and "
+            "skip_convert=true none"
+        ) from None
 
 
 def merge_experts(run: MoeRunConfig, stages: Stages, folders: Mapping[str, Path]) -> None:
