@@ -31,7 +31,18 @@ from lorry.disk import documents, receipt
 from lorry.errors import DataError, LorryError
 from lorry.runs import evals, ownership, process, series
 from lorry.runs.evals import RunEvals
-from lorry.runs.layout import CONTRACTS, EVALUATION, METRICS, PROCESS, RECEIPT, RUN_FILE, SAMPLES
+from lorry.runs.layout import (
+    CONTRACTS,
+    EVALUATION,
+    EXPERTS,
+    METRICS,
+    PROCESS,
+    RECEIPT,
+    ROUTER,
+    ROUTER_FILE,
+    RUN_FILE,
+    SAMPLES,
+)
 from lorry.runs.process import RunProcess
 from lorry.runs.series import MetricsLog, is_number
 
@@ -215,6 +226,12 @@ def _require_run(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"{path}: no such run directory")
     if not any((path / file).exists() for file in RUN_FILES):
+        if (path / ROUTER / ROUTER_FILE).is_file():
+            own = f"; its experts' run is {path / EXPERTS}" if (path / EXPERTS).is_dir() else ""
+            raise DataError(
+                f"{path}: a mixture whose router no run has trained, so that it is no run directory; `lorry doctor`, "
+                f"`lorry eval` and `lorry chat` read it{own}"
+            )
         raise DataError(f"{path}: not a run directory; it has none of {', '.join(RUN_FILES)}")
 
 
