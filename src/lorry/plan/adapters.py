@@ -120,7 +120,7 @@ def router_reads(experts: int) -> StepReads:
     return StepReads(together=experts, passes=experts)
 
 
-def router_parameters(shape: ModelShape, router: RouterConfig, experts: int) -> int:
+def count_router_values(shape: ModelShape, router: RouterConfig, experts: int) -> int:
     """Values of W_r [K, width] of each layer and routed half, and of an MLP's hidden layers."""
     halves = 2 if router.input == "both" else 1
     widths = [shape.geometry.width, *router.hidden, experts]
@@ -144,7 +144,7 @@ def plan_router(
             stacked[matrix.path] = replace(matrix, rank=rank)
     matrices = tuple(stacked.values())
     count = len(experts) + len(brought)
-    trained = router_parameters(shape, router, count)
+    trained = count_router_values(shape, router, count)
     frozen = sum(adapter.parameters for adapter in experts.values()) + sum(brought)
     # `parameters` adds the matrices' own, which do not train here
     return PlannedAdapter(matrices, trained - sum(m.parameters for m in matrices), frozen)

@@ -66,7 +66,7 @@ def main(run: MoeRunConfig) -> int:
     log = run.output_dir / LOG if run.layout == "workspace" else None
     stages = Stages(run.output_dir, run.model, log)
     if run.skip_experts:
-        refuse_missing_experts(folders)
+        refuse_untrained_experts(folders)
     else:
         make_experts(run, stages)
     experts = adapter_inputs(folders)
@@ -153,7 +153,7 @@ def write_workspace_report(run: MoeRunConfig) -> None:
         write_report(there, run.output_dir / REPORT)
 
 
-def refuse_missing_experts(folders: Mapping[str, Path]) -> None:
+def refuse_untrained_experts(folders: Mapping[str, Path]) -> None:
     """Raise ConfigError where skip_experts counts on one that is not there."""
     for name, folder in folders.items():
         if not (folder / ADAPTER_CONFIG).is_file():
