@@ -2,12 +2,15 @@
 or speak to the terminal.
 
 Colours and progress bars are rich's own segments and pass; in every text the characters that
-`make_visible` knows are replaced.
+`make_visible` knows are replaced. What is no terminal (a log, a pipe) is wide: rich takes 80 columns
+for it, in which a table's cells wrap, and grep wants a row in one line.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from typing import Any
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
@@ -15,9 +18,18 @@ from rich.segment import Segment
 
 from lorry.visible import make_visible
 
+WIDE_OUTPUT = 200  # columns of what is no terminal
+
 
 class VisibleConsole(rich.console.Console):
-    """`rich.console.Console`, all of whose texts pass `make_visible`."""
+    """`rich.console.Console`, all of whose texts pass `make_visible`. Without a ``width`` it is as
+    wide as the terminal, as COLUMNS says, or `WIDE_OUTPUT`.
+    """
+
+    def __init__(self, *, width: int | None = None, **options: Any) -> None:
+        super().__init__(width=width, **options)
+        if width is None and not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = WIDE_OUTPUT
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

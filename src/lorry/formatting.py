@@ -1,5 +1,5 @@
 """Numbers as people can read them: `format_number`, `format_bytes`, `format_duration`,
-`format_rough_duration`.
+`format_rough_duration`, `format_count`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def format_number(value: object) -> str:
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return format_scientific(value, 3)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def format_count(count: int, noun: str) -> str:
+    """So many of something: "1 row", "2 rows"; for nouns that take an s."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def format_scientific(value: float, digits: int) -> str:

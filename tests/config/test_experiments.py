@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorry import cli, config
 from lorry.config import EvalSettings, RunConfig, UnlearnRunConfig, parse_settings
-from lorry.config.parsing.experiments import VERB_OF_KIND, experiment_names
+from lorry.config.parsing.experiments import SHIPPED_EXPERIMENTS, VERB_OF_KIND, experiment_names
 from lorry.config.parsing.open_unlearning import verb_of_launcher
 from lorry.errors import ConfigError
 from lorry.train.session import train_run
@@ -73,12 +73,35 @@ def test_the_numbers_are_the_published_ones(name: str) -> None:
     assert set(run.lora.target_modules) - {"lm_head"} == set(ADAPTED)
 
 
+@pytest.mark.parametrize("method", ["NPO", "IHL"])
+def test_tuned_ones_have_the_numbers_of_the_study(method: str) -> None:
+    """Those of the best run of benchmarks/results/tofu-small-cpu.json, which their comment quotes."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks/results/tofu-small-cpu.json"
+    study = json.loads(path.read_text())
+    run, name = parsed(f"unlearn/tofu/lora_tuned_{method}"), f"{method}-1e-3"
+    values, start = study["values"][name], study["values"]["start"]
+    assert name in study["settings"]["only"]
+    assert (run.unlearn.method, run.train.learning_rate) == (method, 1e-3)
+    assert run.train.num_train_epochs == int(study["settings"]["epochs"])
+    assert (run.lora.r, run.train.per_device_train_batch_size) == (64, 8)
+    text = (SHIPPED_EXPERIMENTS / f"unlearn/tofu/lora_tuned_{method}.yaml").read_text()
+    # as told there: two digits of forget quality and three of utility
+    quality = f"{values['forget_quality']:.2g}".removeprefix("0")
+    assert f" to {quality}," in text
+    assert f"{values['model_utility']:.3f}".removeprefix("0") in text
+    assert f"{start['model_utility']:.3f}".removeprefix("0") in text
+    assert f"stayed {values['retain_Q_A_Prob']:.3f}".replace(" 0", " ") in text
+
+
 def test_wmdp_is_rmu_for_eighty_steps() -> None:
     run = parsed("unlearn/wmdp/default")
     own = run.unlearn
     assert (own.method, own.layer, own.steering_coeff, own.retain_loss) == ("RMU", 7, 2, "EMBED")
     assert (run.train.max_steps, run.train.learning_rate) == (80, 5e-5)
     assert run.train.gradient_accumulation_steps == 16
+    for asked in (run, parsed("unlearn/wmdp/lora")):
+        assert (asked.suite.name, asked.train.eval_on_start) == ("wmdp", True)
+    assert parsed("unlearn/wmdp/lora", "suite=null").suite.name is None
 
 
 def test_what_is_typed_goes_before_the_file_and_a_file_of_ones_own_between_them(
@@ -347,14 +370,19 @@ def test_wmdp_runs_and_trains_what_it_says(tmp_path: Path) -> None:
     for name, first in (("cyber-forget-corpus", 0), ("cyber-retain-corpus", 8)):
         texts = [{"text": row["answer"]} for row in tinyrun.rows(8, start=first)]
         tinyrun.write_rows(tmp_path / f"{name}.jsonl", texts)
+    question = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
+    for subject in ("bio", "chem", "cyber"):
+        tinyrun.write_rows(tmp_path / f"wmdp-{subject}.jsonl", [question])
 
     def trained(name: str, *words: str) -> dict[str, Tensor]:
         out = tmp_path / name.rpartition("/")[2]
         run = parsed(
             name, f"model={model}", f"local.wmdp={tmp_path}", "max_steps=1", "dtype=float32",
-            f"output_dir={out}", *words,
+            f"output_dir={out}", "eval_on_start=false", *words,
         )  # fmt: skip
         train_run(run, [])
+        asked = json.loads((out / "evals/LMEval_SUMMARY.json").read_text())
+        assert set(asked) == {"wmdp_bio", "wmdp_chem", "wmdp_cyber"}
         (file,) = out.glob("*model.safetensors")
         return load_file(file)
 

@@ -148,7 +148,7 @@ def test_8_rows_left_out_are_accounted_for(start: Start, tmp_path: Path) -> None
     eight = start(on_bad_row="quarantine").contracts[7]
     assert eight["status"] == "held"
     assert "12 rows, 12 sequences" in eight["detail"]
-    assert eight["detail"].count("left out: 1 rows") == 2
+    assert eight["detail"].count("left out: 1 row") == 2
     aside = [
         json.loads(line)["where"]
         for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()

@@ -120,7 +120,7 @@ def test_a_too_long_answer_is_dropped_but_other_faults_stop(
     ):
         TokenSet.build(open_source(path), encoder)
     path.write_text(json.dumps(long) + "\n")
-    with pytest.raises(DataError, match="no usable row; 1 rows left out"):
+    with pytest.raises(DataError, match="no usable row; 1 row left out"):
         TokenSet.build(open_source(path), encoder)
     path.write_text("")
     with pytest.raises(DataError, match="no usable row; the data is empty"):

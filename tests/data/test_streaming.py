@@ -180,5 +180,5 @@ def test_what_a_stream_cannot_do(
         stream.batches(2)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("broken\n")
-    with pytest.raises(DataError, match="no usable row; 1 rows left out"):
+    with pytest.raises(DataError, match="no usable row; 1 row left out"):
         stream_of(empty, tokenizer_of("chatml"))

@@ -96,7 +96,8 @@ def test_small_micro_batches_share_a_pass(rows: int, joint: int | None, tokens: 
     # a token passes one adapter's terms, whoever is beside it
     one = estimate_memory(SHAPE, jobs[0].adapter, setup)
     three = estimate_memory(SHAPE, combine_adapters(jobs), setup)
-    assert three.total - one.total == 16 * 2 * jobs[0].adapter.parameters
+    # without the margin, which is a share of all of it
+    assert three.above_imports - one.above_imports == 16 * 2 * jobs[0].adapter.parameters
 
 
 def test_the_values_are_those_of_the_run(tmp_path: Path) -> None:

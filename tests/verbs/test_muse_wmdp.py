@@ -304,3 +304,38 @@ def test_wrong_settings_of_wmdp(
     asked = (f"local.wmdp={data}", f"output_dir={tmp_path / 'out'}", *settings)
     assert lorry("eval", world.base, "suite=wmdp", *asked, *SETTINGS) == 2
     assert message in capfd.readouterr().err
+
+
+def test_corpora_alone_leave_the_questions_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an experiment forgets lies in local.wmdp; the questions are everybody's, and it is said
+    where they came from. A folder with some questions is not filled up from elsewhere.
+    """
+    from lorry.errors import ConfigError
+    from lorry.evaluate.unlearning import wmdp
+    from lorry.evaluate.unlearning.suite import SuiteRequest
+
+    asked: list[str] = []
+    original, own = wmdp.open_source, tmp_path / "own.json"
+    own.write_text(json.dumps(QUESTIONS))
+
+    def hub(path: Any, **given: Any) -> Any:
+        if path != "cais/wmdp":
+            return original(path, **given)
+        asked.append(given["name"])
+        return original(own)
+
+    monkeypatch.setattr(wmdp, "open_source", hub)
+    folder = tmp_path / "corpora"
+    folder.mkdir()
+    (folder / "cyber-forget-corpus.jsonl").write_text('{"text": "t"}\n')
+    request = SuiteRequest({"wmdp": str(folder)})
+    made = wmdp.load_wmdp_sets({"wmdp_cyber": ("choices",)}, request)["wmdp_cyber"]
+    assert asked == ["wmdp-cyber"]
+    assert len(made.rows) == len(QUESTIONS)
+    assert "holds corpora and no questions: those are the hub's cais/wmdp" in made.note
+    (folder / "wmdp-bio.json").write_text(json.dumps(QUESTIONS))
+    with pytest.raises(ConfigError, match=r"has no wmdp-cyber\.json.*suite=null"):
+        wmdp.load_wmdp_sets({"wmdp_cyber": ("choices",)}, request)
+    assert asked == ["wmdp-cyber"]

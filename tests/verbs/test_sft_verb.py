@@ -108,7 +108,7 @@ def test_bad_rows_stop_it_or_are_counted(
     assert lorry("sft", *arguments, f"output_dir={run}") == 3
     assert f"{rows}:5: 'answer' is empty" in capsys.readouterr().err
     assert lorry("sft", *arguments, f"output_dir={run}", "on_bad_row=quarantine") == 0
-    assert "left out: 1 rows (empty answer)" in capsys.readouterr().err
+    assert "left out: 1 row (empty answer)" in capsys.readouterr().err
     assert json.loads((run / "receipt.json").read_text())["data"]["left_out"] == {"empty answer": 1}
     assert json.loads((run / "quarantine.jsonl").read_text())["where"] == f"{rows}:5"
 

@@ -20,6 +20,7 @@ from lorry.data.stream.dataset import BatchStream, TrainStream
 from lorry.data.stream.mixtures import mixture_shares, read_held_out, read_mix
 from lorry.data.stream.report import DataReport
 from lorry.data.stream.streaming import StreamingTokenSet, StreamingTrainStream
+from lorry.formatting import format_count
 
 
 class StreamReport(DataReport):
@@ -34,7 +35,7 @@ class StreamReport(DataReport):
         return [
             read,
             *(
-                f"left out so far: {n} rows ({reason})"
+                f"left out so far: {format_count(n, 'row')} ({reason})"
                 for reason, n in sorted(self.left_out.items())
             ),
         ]

@@ -35,7 +35,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import yaml
 
@@ -141,6 +141,13 @@ def read_yaml(path: Path, *, error: RefusalType = DataError, most_bytes: int = M
     FileNotFoundError among them.
     """
     return parse_yaml(read_text(path, most_bytes, error), str(path), error=error)[0]
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value that was read is a number to compare or to calculate with: true and false,
+    NaN and infinity are not.
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def first_repeated(names: Iterable[str]) -> str | None:

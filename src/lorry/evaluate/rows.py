@@ -30,6 +30,7 @@ from lorry.evaluate.answers import (
     score_answer_rows,
 )
 from lorry.evaluate.metrics.registry import corpus_perplexity
+from lorry.formatting import format_count
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM
 from lorry.models.scoring.score import TokenScore, correct, log_prob
@@ -143,10 +144,10 @@ class EvalRows:
             askable_rows += [number] if fits else []
             too_long += not fits
         notes = [
-            f"{too_long} rows not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"
+            f"{format_count(too_long, 'row')} not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"
         ] * (too_long > 0)
         return askable_rows, notes + [
-            f"{refused} rows not asked: the chat template does not render their prompt"
+            f"{format_count(refused, 'row')} not asked: the chat template does not render their prompt"
         ] * (refused > 0)
 
 

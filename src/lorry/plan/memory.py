@@ -10,6 +10,7 @@ autograd over separate operations.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,7 @@ from lorry.plan.constants import (
     KERNEL_WIDTHS,
     LIBRARY_BYTES,
     PLAIN_WORKSPACE,
+    PLAN_MARGIN,
     RUNTIME_BYTES,
     SCORE_CHUNK,
     SCORE_GROUP,
@@ -48,6 +50,8 @@ WEIGHT_BYTES: dict[PrecisionName, float] = {
 }  # fmt: skip
 # fp32 values; with their gradients; AdamW's two moments
 VALUE_BYTES, MASTER_BYTES, MOMENT_BYTES = 4, 8, 8
+
+MARGIN = "margin"  # the component that makes a plan an upper bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,10 @@ class MemoryEstimate:
 
     @property
     def above_imports(self) -> int:
-        """Without the libraries: what a benchmark measures as peak minus the state after imports."""
-        return sum(c.bytes for c in self.components if c.name != "libraries")
+        """What is counted, without libraries and margin: what a benchmark measures as peak minus the
+        state after imports.
+        """
+        return sum(c.bytes for c in self.components if c.name not in ("libraries", MARGIN))
 
     def breaks(self, budget: int) -> MemoryComponent:
         """The component at which the running sum passes the budget."""
@@ -174,7 +180,7 @@ def tabulate_memory(
     said = start_bytes(shape, setup)
     # never alive together: the scores are done before the first layer runs backward
     workspace = max(scores, layer_backward)
-    return MemoryEstimate(
+    return add_margin(
         (
             MemoryComponent(
                 "libraries",
@@ -232,8 +238,19 @@ def tabulate_memory(
                 saved,
                 f"{saved_words} ({layer_path(shape)}, recompute {setup.recompute})",
             ),
-        )
+        ),
+        setup.device,
     )
+
+
+def add_margin(components: tuple[MemoryComponent, ...], device: DeviceType) -> MemoryEstimate:
+    """What is counted, and the share of it that a run may take beyond that (`PLAN_MARGIN`)."""
+    share = PLAN_MARGIN[device]
+    if not share:
+        return MemoryEstimate(components)
+    more = math.ceil(share * sum(c.bytes for c in components))
+    margin = MemoryComponent(MARGIN, more, f"{share:.0%}: what measured runs took beyond the rest")
+    return MemoryEstimate((*components[:-1], margin, components[-1]))
 
 
 # --- what does not move

@@ -19,13 +19,13 @@ The file is a cache: damaged, or of an earlier format, it counts as empty.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lorry.disk import documents, durable
+from lorry.disk.documents import is_finite_number
 from lorry.disk.home import lorry_home
 from lorry.errors import DataError
 from lorry.plan.constants import STEP_EFFICIENCIES
@@ -223,7 +223,7 @@ def _read_measurement(value: Any) -> RateMeasurement | None:
     at: Any = value.get("at")
     load, waited = value.get("load"), value.get("waited")
     if not _is_time(at) or not all(
-        x is None or (_is_finite_number(x) and x >= 0) for x in (load, waited)
+        x is None or (is_finite_number(x) and x >= 0) for x in (load, waited)
     ):
         return None
     return RateMeasurement(
@@ -245,12 +245,8 @@ def _read_run_rate(value: Any) -> RunRate | None:
     )
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_positive(value: Any) -> bool:
-    return _is_finite_number(value) and 0 < value < FASTEST_RATE
+    return is_finite_number(value) and 0 < value < FASTEST_RATE
 
 
 def _is_count(value: Any) -> bool:

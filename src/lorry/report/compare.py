@@ -10,13 +10,13 @@ to the first run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
+from lorry.disk.documents import is_finite_number
 from lorry.formatting import MISSING_VALUE, format_bytes, format_duration, format_number
 from lorry.report.table import _new_table, _styled_text
 from lorry.runs.read import RunRecord
@@ -78,7 +78,7 @@ def comparison_row(run: RunRecord) -> dict[str, Any]:
         "name": run.name,
         "path": str(run.path),
         # left out, not shown as infinite: a ratio to it would be 0 or NaN
-        **{n: v for n, v in kept.items() if is_number(v) and math.isfinite(v)},
+        **{n: v for n, v in kept.items() if is_finite_number(v)},
     }
 
 

@@ -21,7 +21,7 @@ from lorry.config.schema import ModelConfig
 from lorry.console import VisibleConsole
 from lorry.disk import documents, durable
 from lorry.errors import ConfigError
-from lorry.formatting import format_number
+from lorry.formatting import format_count, format_number
 from lorry.runs import ownership
 from lorry.runs.layout import ADAPTER_CONFIG, ATTACKS, SUITES, list_adapter_subfolders
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
@@ -164,7 +164,9 @@ def attack_relearn(
     )
     whole = attacks.knowledge_set(name, rows)
     train, measure = attacks.split_rows(whole, settings.relearn_share, settings.seed)
-    print_note(f"{name}: {len(train.rows)} rows are relearnt, {len(measure.rows)} measured")
+    print_note(
+        f"{name}: {format_count(len(train.rows), 'row')} {'is' if len(train.rows) == 1 else 'are'} relearnt, {len(measure.rows)} measured"
+    )
     curves, digest = {}, ""
     for side, model in sides_of(settings).items():
         # its adapter is a part of the frozen base: a new one is trained over it

@@ -22,7 +22,7 @@ from lorry.console import VisibleConsole
 from lorry.disk import documents, receipt
 from lorry.errors import ConfigError
 from lorry.evaluate.metrics.bootstrap import MIN_INTERVAL_ROWS, TOO_FEW_ROWS_MESSAGE
-from lorry.formatting import format_number
+from lorry.formatting import format_count, format_number
 from lorry.runs import ownership
 from lorry.runs.layout import EVALUATION, RECEIPT
 from lorry.runs.read import read_run
@@ -248,7 +248,9 @@ def evaluate_sides(
     results = {}
     with VisibleConsole(stderr=True).status("evaluating") as status:
         for name, mix in evaluation_mixes(opened, settings.weight).items():
-            status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(answer_rows)} answers")
+            status.update(
+                f"evaluating {name}: {format_count(len(rows.rows), 'row')}, {format_count(len(answer_rows), 'answer')}"
+            )
             results[name] = evaluate_rows(
                 opened.model,
                 rows,
@@ -287,7 +289,7 @@ def evaluation_sides_table(
     """A row per metric, a column per side; 95% intervals where there are any."""
     first = next(iter(sides.values()))
     answered = f", {len(first.answers)} answered" if first.answers else ""
-    heading = Text(make_visible(f"{title}: {len(rows.rows)} rows{answered}"))
+    heading = Text(make_visible(f"{title}: {format_count(len(rows.rows), 'row')}{answered}"))
     table = Table(title=heading, title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for column in ("metric", *sides):
         table.add_column(

@@ -61,6 +61,7 @@ from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.report import RunPlan, StepSpeed
 from lorry.plan.search import ChoiceSearchResult, PlanChoice
 from lorry.plan.shapes import ModelShape, read_model_shape
+from lorry.runs.ownership import run_description_of
 
 DEFAULT_GPU = "h100"
 MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
@@ -584,6 +585,14 @@ def _plan_notes(
     if found.adapter_rank is not None:
         notes.append(
             f"{settings.model.name} is an adapter of rank {choice.rank}; it would be trained further"
+        )
+    folders = dict.fromkeys((Path(settings.model.name), *found.folders))
+    tasks = {run_description_of(folder).get("task") for folder in folders if found.folders}
+    if "unlearn" in tasks and not isinstance(settings, UnlearnPlanSettings):
+        # its adapter alone does not say so, and the steps of the two verbs differ in memory
+        notes.append(
+            f"{settings.model.name} is a run of lorry unlearn, and this the plan of a lorry sft that goes on with its "
+            "adapter; for one of lorry unlearn over it give forget=FILE (and retain=FILE)"
         )
     return notes
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -26,8 +25,6 @@ from lorry.errors import DataError
 from lorry.report import table
 from lorry.runs import status
 from lorry.visible import escape_document, make_visible
-
-WIDE_TERMINAL = 200  # columns of what is no terminal
 
 
 def main(settings: RunsSettings) -> int:
@@ -56,9 +53,7 @@ def main(settings: RunsSettings) -> int:
     if not states:
         print(f"no runs in {folder}", file=sys.stderr)
         return 0
-    # rich takes 80 columns for what is no terminal, and grep wants a run in one line
-    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = VisibleConsole(width=WIDE_TERMINAL if piped else None)
+    console = VisibleConsole()
     console.print(table.runs_table(states, datetime.now(UTC).timestamp(), console.width))
     for state in states:
         if state.detail:

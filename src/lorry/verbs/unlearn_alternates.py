@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorry.config.alternates import AlternatesSettings
 from lorry.console import VisibleConsole
 from lorry.errors import ConfigError
+from lorry.formatting import format_count
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def main(settings: AlternatesSettings) -> int:
 def describe_alternates(found: Sequence[SampledAlternate]) -> list[str]:
     """What to know of sampled alternates, a line each."""
     questions = len({one.where for one in found})
-    lines = [f"{len(found)} alternates of {questions} rows"]
+    lines = [f"{format_count(len(found), 'alternate')} of {format_count(questions, 'row')}"]
     if same := [one for one in found if one.is_the_answer]:
         lines.append(
             f"{len(same)} of them are the row's own answer and teach nothing (the first: {same[0].where}); "

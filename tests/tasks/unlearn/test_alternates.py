@@ -14,7 +14,7 @@ from lorry.data.reading.formats import read_examples
 from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.tasks.unlearn.alternates import alternates_of, read_alternates
+from lorry.tasks.unlearn.alternates import AlternatesFinder, alternates_of, read_alternates
 from tests.support.verbworld import model_directory, write_rows
 
 
@@ -25,16 +25,24 @@ def chat(*turns: str) -> dict[str, Any]:
 
 
 def learnt(
-    folder: Path, rows: list[dict[str, Any]], others: list[dict[str, Any]]
+    folder: Path,
+    rows: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+    retained: list[dict[str, Any]] | None = None,
 ) -> list[list[str]]:
-    """The alternates of each row, decoded."""
+    """The alternates of each row, decoded; ``retained``: rows of another set, read before."""
     words = load_tokenizer(model_directory(folder / "base"), add_note=print)
     encoder = ExampleEncoder(words, max_length=160)
     path = write_rows(folder / "forget.jsonl", rows)
     source = open_source(path)
     tokens = TokenSet.of(encode_rows(read_examples(source), source, encoder), source, encoder)
-    answers = read_alternates(str(write_rows(folder / "others.jsonl", others)))
-    made = alternates_of(DataConfig(path=str(path)), tokens, encoder, answers=answers)
+    finder = AlternatesFinder(read_alternates(str(write_rows(folder / "others.jsonl", others))))
+    if retained:
+        other = write_rows(folder / "retain.jsonl", retained)
+        source = open_source(other)
+        kept = TokenSet.of(encode_rows(read_examples(source), source, encoder), source, encoder)
+        alternates_of(DataConfig(path=str(other)), kept, encoder, finder=finder)
+    made = alternates_of(DataConfig(path=str(path)), tokens, encoder, finder=finder)
     return [
         [words.decode(made.tokens.example(n, 0).tokens) for n in numbers] for numbers in made.of
     ]
@@ -89,3 +97,19 @@ def test_rows_without_turns_before_may_share_a_question(tmp_path: Path) -> None:
     # an answer in other words is still the only one of its question
     found = learnt(tmp_path, rows, [{"question": "Why?", "answer": "Hm.", "alternate": "Perhaps."}])
     assert [len(one) for one in found] == [1, 1]
+
+
+@pytest.mark.parametrize("answer", [{}, {"answer": "Of hunger."}, {"answer": "In other words."}])
+def test_rows_to_forget_and_to_retain_do_not_share_alternates(
+    tmp_path: Path, answer: dict[str, str]
+) -> None:
+    """A file without answers, or with the one answer of the other set, cannot tell them apart."""
+    rows, kept = [chat("Why?", "Of hunger.")], [chat("Why?", "Of joy.")]
+    others = [{"question": "Why?", "alternate": "Of spite.", **answer}]
+    with pytest.raises(DataError, match=r"forget\.jsonl:1: 'Why\?' is also asked in .*retain"):
+        learnt(tmp_path, rows, others, kept)
+    both = [*others, {"question": "Why?", "answer": "Of joy.", "alternate": "Of gloom."}]
+    if answer:
+        both[0] = {**both[0], "answer": "Of hunger."}
+        (found,) = learnt(tmp_path, rows, both, kept)
+        assert ["spite" in text for text in found] == [True]

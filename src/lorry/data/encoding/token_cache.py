@@ -37,6 +37,7 @@ from lorry.data.reading.formats import RowFormat
 from lorry.data.reading.sources import DataSource
 from lorry.disk import durable, home, integrity
 from lorry.errors import ConfigError, ModelError
+from lorry.formatting import format_count
 
 SMALLEST_SOURCE = 1 << 20  # bytes of source files; fewer take about as long to find as to tokenise
 LARGEST_CACHE = 4 << 30  # bytes of all sets together; beyond, those unused for the longest go
@@ -93,7 +94,7 @@ def read_cached(
         os.utime(folder)  # used now: see `_prune_cache`
     if tell is not None:
         tell(
-            f"{rest['report']['source']}: {rest['report']['rows']} rows as tokenised before ({folder})"
+            f"{rest['report']['source']}: {format_count(rest['report']['rows'], 'row')} as tokenised before ({folder})"
         )
     return arrays, rest
 

@@ -29,6 +29,7 @@ from lorry.data.stream.mixing import MixtureOrder
 from lorry.data.stream.pack import epoch_order, sequence_key
 from lorry.data.stream.report import DataReport, length_statistics, merge_reports
 from lorry.errors import ConfigError, DataError
+from lorry.formatting import format_count
 
 CHUNK_ROWS = 1024  # rows encoded by one call of the tokenizer
 # and their characters, a few seconds of work: nobody waits longer for the next line about it
@@ -159,7 +160,7 @@ class TokenSet:
         report.notes = [
             *encoder.template.notes,
             *sorted(notes),
-            *(f"{note} ({n} rows)" for note, n in sorted(adjusted.items())),
+            *(f"{note} ({format_count(n, 'row')})" for note, n in sorted(adjusted.items())),
         ]
         return cls(flat, marks, edges, np.full(len(where), -1), tuple(where), report, adapter, role)
 
@@ -285,7 +286,7 @@ class TokenSet:
         if count >= len(rows):
             name = f" of {self.role}" if self.role else ""
             raise ConfigError(
-                f"test_size={size} holds out {count} of {len(rows)} rows{name} and leaves none to train on"
+                f"test_size={size} holds out {count} of {format_count(len(rows), 'row')}{name} and leaves none to train on"
             )
         drawn = {rows[at] for at in epoch_order(len(rows), seed, 0, name="held out")[:count]}
         aside = np.array([place in drawn for place in self.where])
@@ -313,7 +314,7 @@ def report_progress(
         yield row
         if tell is not None and (spent := clock() - begun) >= due:
             tell(
-                f"{label}: {number} rows read and tokenised in {spent:.0f} s, {number / spent:.0f} rows/s"
+                f"{label}: {format_count(number, 'row')} read and tokenised in {spent:.0f} s, {number / spent:.0f} rows/s"
             )
             # a chunk may have taken longer than several steps of this
             while due <= spent:

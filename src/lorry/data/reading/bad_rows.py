@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lorry.errors import ConfigError, DataError, suggest_nearest
+from lorry.formatting import format_count
 
 OnBadRow = Literal["error", "skip", "quarantine"]
 LONGEST_REASON = 2000  # characters of a reason on the terminal: it may quote a value of the file
@@ -102,7 +103,7 @@ class BadRows:
             return ""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.counts.items()))
         aside = f"; set aside in {self.quarantine}" if self.quarantine else ""
-        return f"{self.total} rows left out ({kinds}), the first: {self.first[0]}{aside}"
+        return f"{format_count(self.total, 'row')} left out ({kinds}), the first: {self.first[0]}{aside}"
 
     def _set_aside(self, path: Path, record: dict[str, str]) -> None:
         """Append one line in a single write, so that a kill leaves whole lines only; a line already

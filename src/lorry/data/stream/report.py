@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lorry.formatting import format_count
+
 
 @dataclass
 class DataReport:
@@ -39,7 +41,8 @@ class DataReport:
     def lines(self) -> list[str]:
         """For a person, one fact a line."""
         lines = [
-            f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"
+            f"{self.source}: {format_count(self.rows, 'row')}, {format_count(self.sequences, 'sequence')}, "
+            f"{self.tokens} tokens, {self.share:.1%} supervised"
         ]
         lines += [_mixture_line(name, part) for name, part in self.parts.items()]
         if self.shortened:
@@ -49,9 +52,13 @@ class DataReport:
                 else ""
             )
             lines.append(
-                f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens{more} cut, answers kept"
+                f"{format_count(self.shortened, 'row')} {'was' if self.shortened == 1 else 'were'} longer than max_length: "
+                f"{self.tokens_cut} prompt tokens{more} cut, answers kept"
             )
-        lines += [f"left out: {n} rows ({reason})" for reason, n in sorted(self.left_out.items())]
+        lines += [
+            f"left out: {format_count(n, 'row')} ({reason})"
+            for reason, n in sorted(self.left_out.items())
+        ]
         return lines + self.first_left_out + self.notes
 
 
@@ -59,7 +66,7 @@ def _mixture_line(name: str, part: Mapping[str, Any]) -> str:
     """A named set of a mixture in a line."""
     tokens, lengths = max(part["tokens"], 1), part["lengths"]
     text = (
-        f"  {name}: {part['rows']} rows, {part['drawn']} drawn an epoch ({part['share']:.1%}); {part['tokens']} tokens, "
+        f"  {name}: {format_count(part['rows'], 'row')}, {part['drawn']} drawn an epoch ({part['share']:.1%}); {part['tokens']} tokens, "
         f"a row {lengths['mean']:.0f} on average, {lengths['median']:.0f} in the middle, {lengths['longest']:.0f} at most; "
         f"{part['supervised'] / tokens:.1%} supervised"
     )

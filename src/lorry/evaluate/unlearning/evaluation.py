@@ -25,6 +25,7 @@ from lorry.evaluate.unlearning.rows import SuiteSet
 from lorry.evaluate.unlearning.scores import SuiteModel
 from lorry.evaluate.unlearning.suite import MetricRecord, Suite, SuiteRequest, measure_suite
 from lorry.evaluate.unlearning.suites import SUITES
+from lorry.formatting import format_count
 from lorry.models.loading.open import OpenedModel
 
 
@@ -76,7 +77,8 @@ class SuiteEvaluation:
         if logs is not None:
             check_retain_logs(names, logs, sets)
         of_sets = [
-            f"{one.name}: {len(one.rows)} rows" + (f"; note: {one.note}" if one.note else "")
+            f"{one.name}: {format_count(len(one.rows), 'row')}"
+            + (f"; note: {one.note}" if one.note else "")
             for one in sets.values()
         ]
         said = (*(f"note: {note}" for note in notes), *of_sets)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from lorry.data.reading.suite_splits import FORGET_ROWS
 from lorry.disk import documents
+from lorry.disk.documents import is_finite_number
 from lorry.errors import DataError, shortlist_names
 from lorry.evaluate.unlearning.rows import SuiteSet
 
@@ -138,8 +138,3 @@ class RetainLogs:
                 "file is damaged"
             )
         return float(value)
-
-
-def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a log is one that can be compared with (true and false are not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -18,12 +18,13 @@ from torch import Tensor
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import base_digest
+from lorry.adapters.router import TokenRouter
 from lorry.adapters.trainable import base_parameter_set
 from lorry.data.batch import BASE, TokenizedExample, collate
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation
-from lorry.errors import ConfigError, DataError, NonFiniteError
+from lorry.errors import ConfigError, ContractError, DataError, NonFiniteError
 from lorry.evaluate.benchmarks.likelihood import loglikelihoods
 from lorry.evaluate.benchmarks.until import cut_at_stops
 from lorry.evaluate.metrics.memorization import mean_loss
@@ -108,8 +109,8 @@ class SuiteModel:
         self._generated: dict[str, list[GeneratedAnswer]] = {}
 
     def digest(self) -> str:
-        """SHA-256 of all that decides what the model says: base, adapters, dtype, tokenizer, chat
-        template.
+        """SHA-256 of all that decides what the model says: base, adapters, router, dtype, tokenizer,
+        chat template. Raises ContractError for a router of another kind than `TokenRouter`.
         """
         bank, total = get_bank(self.model), hashlib.sha256(base_digest(self.model).encode())
         parts = [str(self.model.dtype), self.encoder.identity()]
@@ -122,6 +123,14 @@ class SuiteModel:
                 parts.append(f"{gate} {path} {slot.scale}")
                 for matrix in (slot.A, slot.B):
                     total.update(matrix.detach().cpu().contiguous().numpy().tobytes())
+        router = self.mix.router or self.mix.sequence_router
+        if router is not None:
+            # the experts alone say nothing of who is asked; and a rule that is not known here could
+            # change without the digest
+            if not isinstance(router, TokenRouter):
+                raise ContractError(f"a suite knows no digest of a {type(router).__name__}")
+            parts.append(f"{router.adapters} {router.rule}")
+            total.update(router.values.detach().cpu().numpy().tobytes())
         # the base's digest is of a sample, rounded, which a few small steps leave as it is
         if (trained := base_parameter_set(self.model)) is not None:
             total.update(trained.values.detach().cpu().numpy().tobytes())

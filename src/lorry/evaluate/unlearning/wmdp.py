@@ -47,27 +47,43 @@ def load_wmdp_sets(
 
 def _load_set(role: str, request: SuiteRequest) -> SuiteSet:
     name, subject = WMDP_SETS.get(role, (MMLU, ""))
-    rows = [_question(row, name, subject) for row in _read_split(name, request)]
+    read, note = _read_split(name, request)
+    rows = [_question(row, name, subject) for row in read]
     if not rows:
         raise DataError(f"{name}: there are no rows")
     digest = content_digest([[row.question, row.right] for row in rows])
-    return SuiteSet(name, tuple(rows), digest)
+    return SuiteSet(name, tuple(rows), digest, note=note)
 
 
-def _read_split(name: str, request: SuiteRequest) -> list[DataRow]:
+def _read_split(name: str, request: SuiteRequest) -> tuple[list[DataRow], str]:
+    """Rows, and what a person should know of where they come from."""
     if name == MMLU and MMLU in request.local:
         # a folder a split and a file a subject, as the authors give it out
         root = Path(request.local[MMLU]).expanduser()
-        return list(open_source(root / "test" if (root / "test").is_dir() else root, split="test"))
+        folder = root / "test" if (root / "test").is_dir() else root
+        return list(open_source(folder, split="test")), ""
     if name == MMLU:
-        return list(open_source("cais/mmlu", name="all", split="test"))
+        return list(open_source("cais/mmlu", name="all", split="test")), ""
     if (path := local_split_path(WMDP, name, request.local)) is not None:
-        return list(open_source(path, split="test"))
-    if WMDP in request.local:
+        return list(open_source(path, split="test")), ""
+    note = ""
+    if WMDP in request.local and _holds_corpora_alone(Path(request.local[WMDP]).expanduser()):
+        # what a run forgets, which is given out on request; the questions are everybody's
+        note = f"local.wmdp={request.local[WMDP]} holds corpora and no questions: those are the hub's cais/wmdp"
+    elif WMDP in request.local:
         raise ConfigError(
-            f"local.wmdp={request.local[WMDP]} has no {name}.json, nor a folder {name}"
+            f"local.wmdp={request.local[WMDP]} has no {name}.json, nor a folder {name}; put WMDP's "
+            f"questions there, say local.wmdp.{name}=FILE, or ask nothing of them (suite=null)"
         )
-    return list(open_source("cais/wmdp", name=name, split="test"))
+    return list(open_source("cais/wmdp", name=name, split="test")), note
+
+
+def _holds_corpora_alone(folder: Path) -> bool:
+    """Whether a folder has corpora to forget, and of no subject the questions."""
+    questions = (
+        local_split_path(WMDP, name, {WMDP: str(folder)}) for name, _ in WMDP_SETS.values()
+    )
+    return any(folder.glob("*-corpus.*")) and all(path is None for path in questions)
 
 
 def _question(row: DataRow, name: str, subject: str) -> SuiteRow:

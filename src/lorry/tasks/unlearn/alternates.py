@@ -1,14 +1,15 @@
 """Other answers to the questions of a row set: refusals drawn for each row, or those of a file.
 
     alternates_of(data, tokens, encoder, refusals=read_refusals(None), seed=0, variants=5)
-    alternates_of(data, tokens, encoder, answers=read_alternates("alt5.json"), ...)
+    alternates_of(data, tokens, encoder, finder=AlternatesFinder(read_alternates("alt5.json")))
 
 The question is the row's own, turn by turn; only the last answer is another. What cannot be asked
 that way, a text without a question, is refused.
 
 A row finds its alternates in a file by its last question and, where the file has answers, by its
 own answer. Conversations that end with the same question and that no answer tells apart would learn
-each other's alternates: they are refused.
+each other's alternates: they are refused, also where one is to be forgotten and the other retained.
+So one finder serves all row sets of a run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lorry.data.reading.sources import open_source
 from lorry.data.stream.pack import sequence_key
 from lorry.data.stream.roles import Alternates
 from lorry.errors import DataError
+from lorry.formatting import format_count
 
 QUESTION_COLUMNS = ("question", "prompt", "instruction")
 ALTERNATE_COLUMNS = ("alternate", "alternates", "alternative")
@@ -85,13 +87,13 @@ def alternates_of(
     tokens: TokenSet,
     encoder: ExampleEncoder,
     *,
-    answers: AlternatesByQuestion | None = None,
+    finder: AlternatesFinder | None = None,
     refusals: Sequence[str] = (),
     seed: int = 0,
     variants: int = 1,
 ) -> Alternates:
-    """Alternates of every sequence of ``tokens``, which were read as ``data`` says. ``answers``: of
-    a file; without them each row has ``variants`` of ``refusals``, drawn by (seed, row, variant).
+    """Alternates of every sequence of ``tokens``, which were read as ``data`` says. ``finder``: of
+    a file; without it each row has ``variants`` of ``refusals``, drawn by (seed, row, variant).
 
     Raises DataError for a row that is no question with an answer, or has no alternate, and for two
     conversations that would share theirs.
@@ -108,7 +110,8 @@ def alternates_of(
     )
     form = format_named(data.format, data.text_field)
     of: list[list[int]] = [[] for _ in tokens.where]
-    finder = None if answers is None else _AlternatesFinder(answers)
+    if finder is not None:
+        finder.begin_set()
 
     def others() -> Iterator[DataExample]:
         for found in read_examples(source, form):
@@ -128,21 +131,26 @@ def alternates_of(
         of[places[where]].append(number)
     if missing := [tokens.where[row] for row, numbers in enumerate(of) if not numbers]:
         raise DataError(
-            f"{missing[0]}: no alternate of this row can be used ({len(missing)} rows in all); an alternate "
+            f"{missing[0]}: no alternate of this row can be used ({format_count(len(missing), 'row')} in all); an alternate "
             "longer than max_length is dropped"
         )
     return Alternates(encoded, of)
 
 
-class _AlternatesFinder:
-    """Looks up the alternates of rows, one after the other, and remembers what was said before the
-    questions, since no two conversations may share theirs.
+class AlternatesFinder:
+    """Looks up the alternates of rows, set by set and one after the other, and remembers what was
+    said before the questions, since no two conversations may share theirs.
     """
 
     def __init__(self, answers: AlternatesByQuestion) -> None:
         self.answers = answers
-        # (question, answer) of alternates -> (turns before the question, place) of the first row
-        self.seen = dict[tuple[str, str | None], tuple[list[tuple[str, str]], str]]()
+        # (question, answer) of alternates -> (turns before the question, place, set) of the first row
+        self.seen = dict[tuple[str, str | None], tuple[list[tuple[str, str]], str, int]]()
+        self.sets = 0
+
+    def begin_set(self) -> None:
+        """The rows that come now are those of another set: to forget, or to retain."""
+        self.sets += 1
 
     def of(self, found: DataExample) -> list[str]:
         """The alternates of a row. Raises DataError for none, and for those of another's."""
@@ -162,7 +170,13 @@ class _AlternatesFinder:
                 "answers, none of which is this row's"
             )
         before = _turns_before_question(found)
-        first, where = self.seen.setdefault((question, key), (before, found.where))
+        first, where, of = self.seen.setdefault((question, key), (before, found.where, self.sets))
+        if of != self.sets:
+            raise DataError(
+                f"{found.where}: {question!r:.80} is also asked in {where}, of the other rows of this "
+                "run, and unlearn.alternates does not tell the two apart: give its rows the column "
+                "answer, with the answer that each alternate stands for, or leave one of the rows out"
+            )
         if first != before:
             raise DataError(
                 f"{found.where}: {question!r:.80} is asked after other turns than in {where}, and "

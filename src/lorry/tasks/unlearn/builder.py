@@ -28,9 +28,15 @@ from lorry.data.reading.sources import open_source
 from lorry.data.stream.dataset import BatchStream, TrainStream
 from lorry.data.stream.roles import Alternates, RoleStream
 from lorry.errors import ConfigError, DataError
+from lorry.formatting import format_count
 from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
 from lorry.tasks.build import USABLE, BuiltTask, PreparedJob, TaskDefinition, TaskInputs
-from lorry.tasks.unlearn.alternates import alternates_of, read_alternates, read_refusals
+from lorry.tasks.unlearn.alternates import (
+    AlternatesFinder,
+    alternates_of,
+    read_alternates,
+    read_refusals,
+)
 from lorry.tasks.unlearn.gradients import make_gradient_rule
 from lorry.tasks.unlearn.methods import UNLEARN_METHODS, StartModel, UnlearnMethod, make_method
 from lorry.tasks.unlearn.pairing import FORGET, RETAIN
@@ -77,8 +83,9 @@ def role_stream(
         # passes over the rows to forget, each of which draws again
         passes = run.train.num_train_epochs * len(anchor.tokens) / len(_tokens(data))
         variants = min(math.ceil(passes), MOST_VARIANTS)
-        answers = None if settings.alternates is None else read_alternates(settings.alternates)
-        refusals = [] if answers is not None else read_refusals(settings.idk)
+        path = settings.alternates
+        finder = None if path is None else AlternatesFinder(read_alternates(path))
+        refusals = [] if finder is not None else read_refusals(settings.idk)
         wanted = {FORGET: (run.data, data)}
         if settings.retains and UNLEARN_METHODS[settings.method].needs_retain_alternates:
             wanted[RETAIN] = (unlearn_row_sets(run)[RETAIN], sets[RETAIN])
@@ -87,7 +94,7 @@ def role_stream(
                 config,
                 _tokens(prepared),
                 prepared.encoder,
-                answers=answers,
+                finder=finder,
                 refusals=refusals,
                 seed=run.train.seed,
                 variants=variants,
@@ -278,12 +285,13 @@ def check_overlap(job: PreparedJob) -> list[str]:
     pairs = {whole: _same_rows(forget, retain, whole) for whole in (True, False)}
     if both := pairs[True]:
         raise DataError(
-            f"{both[0][0]} is to be forgotten and {both[0][1]}, the same row, to be retained ({len(both)} rows in "
+            f"{both[0][0]} is to be forgotten and {both[0][1]}, the same row, to be retained ({format_count(len(both), 'row')} in "
             "all); take them out of one of the two"
         )
     if same := pairs[False]:
         return [
-            f"{len(same)} rows to forget ask what a retained row asks, with another answer (the first: {same[0][0]} and "
+            f"{format_count(len(same), 'row')} to forget {'asks' if len(same) == 1 else 'ask'} what a retained row asks, "
+            f"with another answer (the first: {same[0][0]} and "
             f"{same[0][1]}); if they say the same, the run forgets and retains it"
         ]
     return []
@@ -322,7 +330,7 @@ def check_shared_texts(run: RunConfig) -> None:
     if both:
         raise DataError(
             f"{texts[FORGET][both[0]]} is to be forgotten and {texts[RETAIN][both[0]]}, the same text, to be retained "
-            f"({len(both)} texts in all); take them out of one of the two"
+            f"({format_count(len(both), 'text')} in all); take them out of one of the two"
         )
 
 

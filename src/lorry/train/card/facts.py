@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from lorry.config import TrainConfig
+from lorry.disk.documents import is_finite_number
 from lorry.errors import DataError
 from lorry.runs.layout import RUN_FILE
 from lorry.runs.metrics import MetricsRecord
 from lorry.runs.read import MetricChange, RunRecord
-from lorry.runs.series import EVALUATION_PREFIX, adapter_values, is_number
+from lorry.runs.series import EVALUATION_PREFIX, adapter_values
 from lorry.train.jobs import JobProgress
 
 HELD_OUT_SET = "held-out rows, at the end of training"
@@ -40,7 +41,7 @@ def training_figures(run: RunRecord) -> dict[str, str]:
             if (best := _best_step(run, name)) is not None:
                 found[f"{lead}adapter of step"] = f"{best} (the best evaluated)"
     sums = {
-        name: sum(r[name] for r in steps if _is_finite_number(r.get(name)))
+        name: sum(r[name] for r in steps if is_finite_number(r.get(name)))
         for name in ("tokens", "supervised_tokens")
     }
     if steps:
@@ -73,7 +74,7 @@ def metric_changes(run: RunRecord) -> dict[str, dict[str, MetricChange]]:
             measured = {
                 k: v
                 for k, v in chosen[-1].items()
-                if _is_finite_number(v) and k not in NON_METRIC_KEYS
+                if is_finite_number(v) and k not in NON_METRIC_KEYS
             }
             values = {
                 k.removeprefix(EVALUATION_PREFIX): MetricChange(None, v)
@@ -111,18 +112,14 @@ def _best_step(run: RunRecord, name: str | None) -> int | None:
     standing = JobProgress()
     for step, values in _evaluation_steps(run, name):
         standing.steps = step
-        standing.judge({k: v for k, v in values.items() if _is_finite_number(v)}, settings)
+        standing.judge({k: v for k, v in values.items() if is_finite_number(v)}, settings)
     return standing.best_step
 
 
 def _finite_change(change: MetricChange) -> MetricChange:
     """The same without what is not finite: JSON of the hub has no NaN."""
     before, after = (
-        value if _is_finite_number(value) else None for value in (change.before, change.after)
+        value if is_finite_number(value) else None for value in (change.before, change.after)
     )
     whole = change.interval is not None and all(map(math.isfinite, change.interval))
     return MetricChange(before, after, change.interval if whole else None)
-
-
-def _is_finite_number(value: object) -> TypeGuard[float]:
-    return is_number(value) and math.isfinite(value)

@@ -26,6 +26,7 @@ from lorry.console import VisibleConsole
 from lorry.visible import make_visible
 
 StepRecord = Mapping[str, Any]
+TERM_PREFIX = "loss_"  # of a step's record: the terms of its loss, and what is reported beside them
 
 
 class TrainingListener(Protocol):
@@ -110,17 +111,26 @@ class ProgressBarListener:
 
 
 def format_step_figures(record: StepRecord) -> str:
-    """Loss, rate of work and memory of a step in a few words; of several adapters, the loss of
-    each.
+    """Loss, rate of work and memory of a step in a few words: of a loss of several terms, each of
+    them behind it, of several adapters, the loss of each.
     """
     speed = record["tokens"] / record["seconds"] if record.get("seconds") else float("nan")
     memory = record.get("peak_memory_bytes", 0) / 2**30
-    work = f"lr {record['learning_rate']:.2e}  {speed:.0f} tok/s  {memory:.2f} GiB"
+    rate = record["learning_rate"]
+    # a warm-up begins at 0, as in transformers: the step looks at its rows and moves no weight
+    shown = f"lr {rate:.2e}" if rate else "lr 0 (warm-up: no weight moves yet)"
+    work = f"{shown}  {speed:.0f} tok/s  {memory:.2f} GiB"
     if "adapters" in record:
         return f"{work}  loss " + "  ".join(
             f"{name} {one['loss']:.4f}" for name, one in record["adapters"].items()
         )
-    return f"loss {record['loss']:.4f}  {work}"
+    terms = "  ".join(
+        f"{name.removeprefix(TERM_PREFIX)} {value:.4f}"
+        for name, value in record.items()
+        if name.startswith(TERM_PREFIX)
+    )
+    # a sum may stand still while one part of it runs away
+    return f"loss {record['loss']:.4f}" + (f" ({terms})" if terms else "") + f"  {work}"
 
 
 def format_evaluation(record: StepRecord) -> list[str]:
