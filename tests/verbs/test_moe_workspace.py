@@ -168,6 +168,7 @@ def test_stages_that_cannot_be(more: dict[str, object], words: str) -> None:
             ["export=[hf-moe]", "finetune={train_router: 3}"],
             "finetune.train_router: give true or false",
         ),
+        (["memory_budget=3GiB", "r=auto", "together=true"], "give together=false"),
         (["export=[{to: hf-moe, experts_per_token: 3}]"], "from 1 to the number of experts"),
     ],
 )
@@ -278,3 +279,22 @@ def test_gates_that_llama_cpp_makes_otherwise_are_told_before_anything_trains(
     assert "norm_topk_prob=true with 1 of 2 experts" in told
     assert "conversion_mode=average makes one dense model" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_turn_have_the_rank_that_fits(workspace: Path, tmp_path: Path) -> None:
+    words = (
+        *("memory_budget=3GiB", "merge_experts=false", "router.kind=uniform", "router.train={}"),
+        f"experts=[{{name: one, data: {workspace / 'a.jsonl'}, r: auto}}, "
+        f"{{name: two, data: {workspace / 'b.jsonl'}, r: 4}}]",
+        f"output_dir={tmp_path / 'mix'}",
+    )
+    assert run_lorry("moe", workspace / "experts.yaml", *words) == 0
+    ranks = {
+        name: json.loads(
+            (tmp_path / "mix" / "gating_network" / name / "adapter_config.json").read_text()
+        )["r"]
+        for name in ("one", "two")
+    }
+    assert ranks["two"] == 4
+    # the largest power of two that the model's narrowest matrix has room for
+    assert ranks["one"] > 4

@@ -57,6 +57,12 @@ def main(run: MoeRunConfig) -> int:
             "push_to_hub: `lorry moe` uploads nothing; leave it out, and push the run of its experts afterwards "
             f"(lorry push {run.output_dir / EXPERTS})"
         )
+    own = len(run.jobs) - len(brought_adapters(run))
+    if run.memory_budget is not None and own > 1 and run.together:
+        raise ConfigError(
+            "memory_budget is chosen for a run of one adapter: give together=false, which trains the experts in turn, "
+            "each with the rank that fits (r=auto); or leave memory_budget out"
+        )
     refuse_missing_rows(run)
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
