@@ -104,8 +104,8 @@ def test_a_full_disk_behind_a_command(stream: str, code: int, tmp_path: Path) ->
         text == "result\n"
         if stream == "stderr"
         else text.endswith(
-            "error: standard output: No space left on device; what was complete before is untouched: "
-            "mend the disk and run again\n"
+            "error: standard output: No space left on device; complete files were not changed: "
+            "repair the disk and run again\n"
         )
     )
 
@@ -126,8 +126,8 @@ verb.main = work
     ("number", "code", "said"),
     [
         (signal.SIGUSR1, 0, ""),
-        (signal.SIGTERM, 75, "error: SIGTERM arrived; what was written is whole\n"),
-        (signal.SIGHUP, 75, "error: SIGHUP arrived; what was written is whole\n"),
+        (signal.SIGTERM, 75, "error: SIGTERM arrived; all files written so far are complete\n"),
+        (signal.SIGHUP, 75, "error: SIGHUP arrived; all files written so far are complete\n"),
     ],
 )
 def test_signals_of_schedulers_outside_the_training_steps(

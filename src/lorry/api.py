@@ -113,7 +113,8 @@ def generate(
 
     if tokenizer is None:
         raise ConfigError(
-            "generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights"
+            "generate needs a tokenizer and this model has none; put "
+            "tokenizer.json beside its weights"
         )
     # a str is a Sequence of str, too
     single = isinstance(prompt, str)

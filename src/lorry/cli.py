@@ -24,8 +24,9 @@ from lorry.train.monitoring.signals import raise_deferred_signals, raise_on_sign
 from lorry.visible import escape_document, make_visible, visible_message
 
 OUT_OF_MEMORY_ADVICE = (
-    "Close what else runs here, take less at a time (batch_size, per_device_train_batch_size, max_length), or a smaller model; "
-    "`lorry plan` says before anything is loaded what a run needs"
+    "Close other programs, lower batch_size, per_device_train_batch_size or "
+    "max_length, or use a smaller model; `lorry plan` predicts the memory of a run "
+    "before anything is loaded"
 )
 BROKEN_PIPE, INTERRUPTED = 141, 130  # as the shell reports a program that SIGPIPE or SIGINT ended
 
@@ -54,7 +55,7 @@ VERBS = (
         "demo",
         "DemoSettings",
         "",
-        "teach a small real model new facts; before and after",
+        "teach a small real model new facts, and measure it before and after",
         "Start here",
     ),
     CliVerb("sft", "RunConfig", "data=FILE", "fine-tune an adapter on examples", "Train"),
@@ -62,21 +63,21 @@ VERBS = (
         "distill",
         "DistillRunConfig",
         "teacher=MODEL data=FILE",
-        "learn a teacher's distributions over the next token",
+        "train on a teacher's distributions over the next token",
         "Train",
     ),
     CliVerb(
         "unlearn",
         "UnlearnRunConfig",
         "forget=FILE retain=FILE",
-        "make a model forget some rows and keep others",
+        "make a model forget one set of rows and retain another",
         "Train",
     ),
     CliVerb(
         "unlearn-alternates",
         "AlternatesSettings",
         "RUN forget=FILE alternates=OUT.json",
-        "sample AltPO's other answers to the rows to forget",
+        "sample alternate answers to the forget set, for AltPO",
         "Train",
     ),
     CliVerb(
@@ -90,7 +91,7 @@ VERBS = (
         "plan",
         "PlanSettings",
         "[MODEL]",
-        "memory and time before anything is loaded; the rank that fits a budget",
+        "predict memory and time before anything is loaded; find the rank that fits a budget",
         "Train",
     ),
     CliVerb(
@@ -105,28 +106,28 @@ VERBS = (
         "eval",
         "EvalSettings",
         "RUN data=FILE | tasks=[...]",
-        "measure a model on a file, or on named sets",
+        "evaluate a model on a file, or on named sets",
         "Use",
     ),
     CliVerb(
         "attack",
         "AttackSettings",
         "RUN relearn|quantize|rephrase",
-        "whether what was unlearned comes back",
+        "test whether what was unlearned comes back",
         "Use",
     ),
     CliVerb(
         "merge",
         "MergeSettings",
         "RUN [RUN ...]",
-        "fold an adapter into its base's weights; or make one adapter of several",
+        "merge an adapter into its base model, or several adapters into one",
         "Ship",
     ),
     CliVerb(
         "unmerge",
         "UnmergeSettings",
         "RUN",
-        "give back the base of a merged model, bit for bit",
+        "restore the base model of a merged model, bit for bit",
         "Ship",
     ),
     CliVerb(
@@ -138,27 +139,27 @@ VERBS = (
     ),
     CliVerb("push", "PushSettings", "RUN", "upload a run, with its model card, to the hub", "Ship"),
     CliVerb(
-        "runs", "RunsSettings", "[FOLDER]", "the runs in a folder and where each stands", "Look"
+        "runs", "RunsSettings", "[FOLDER]", "list the runs in a folder with their progress", "Look"
     ),
     CliVerb(
         "report",
         "ReportSettings",
         "RUN [RUN ...]",
-        "one offline HTML page for a run, or several side by side",
+        "write one offline HTML page for a run, or for several side by side",
         "Look",
     ),
     CliVerb(
         "compare",
         "CompareSettings",
         "RUN [RUN ...] | data=FILE",
-        "adapters against full fine-tuning, measured",
+        "compare adapters with full fine-tuning",
         "Look",
     ),
     CliVerb(
         "doctor",
         "DoctorSettings",
         "[RUN]",
-        "what this machine has; given a run, which contracts held",
+        "show what this machine has, or which contracts of a run held",
         "Look",
     ),
 )
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     with guard_streams():
         try:
-            with raise_on_signals("arrived; what was written is whole"):
+            with raise_on_signals("arrived; all files written so far are complete"):
                 app(args=args, prog_name="lorry")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1

@@ -283,7 +283,7 @@ def test_names_and_modules_given_by_hand(tiny: Any) -> None:
     for name in ("", "..", "a/b", "ä", "x" * 65):
         with pytest.raises(ConfigError, match="adapter name"):
             attach(model, LoraSpec(r=2, target_modules=("v_proj",)), name)
-    assert not isinstance(model.model.layers[0].self_attn.v_proj, BankLinear), "nothing was touched"
+    assert not isinstance(model.model.layers[0].self_attn.v_proj, BankLinear), "nothing was changed"
     with pytest.raises(ConfigError, match="no adapter named 'x'; this model has default"):
         detach(model, "x")
     with pytest.raises(ConfigError, match="no adapter named 'x'"):

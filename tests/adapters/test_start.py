@@ -148,7 +148,7 @@ def test_saved_and_opened_again(
 
 
 def test_other_readers_refuse_it(tiny: Any, shake: Any, tmp_path: Path) -> None:
-    """PEFT would open it over the bare base, where it is another model."""
+    """PEFT would open it on top of the base model alone, where it is another model."""
     from peft import PeftModel
 
     folder = saved_over_start(tiny, shake, tmp_path)
@@ -162,14 +162,14 @@ def test_another_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: 
     save_adapter(with_new(model, shake), tmp_path / "new", "new")
     other = tiny("llama")
     attach(other, START)
-    with pytest.raises(ModelError, match="on the bare base; open it by itself"):
+    with pytest.raises(ModelError, match="on the base model alone; load it by itself"):
         load_adapter(other, tmp_path / "new", "second")
     save_adapter(other, tmp_path / "other")
     other = tiny("llama")
     load_start(other, tmp_path / "other")
-    with pytest.raises(ModelError, match="open it on its own start"):
+    with pytest.raises(ModelError, match="load it on its own start"):
         load_adapter(other, tmp_path / "new", "second")
-    with pytest.raises(ModelError, match="over the bare base"):
+    with pytest.raises(ModelError, match="on top of the base model alone"):
         load_adapter(other, saved, "third")
     weights = tmp_path / "new/start_adapter/adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -179,7 +179,7 @@ def test_another_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: 
     weights.unlink()  # then the directory that was named
     load_adapter(tiny("llama"), tmp_path / "new")
     (saved / "adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="which is not there"):
+    with pytest.raises(ModelError, match="which is missing"):
         load_adapter(tiny("llama"), tmp_path / "new")
 
 
@@ -229,7 +229,7 @@ def test_half_a_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: P
     save_adapter(with_new(model, shake), tmp_path / "new", "new")
     facts = tmp_path / "new/lorry_adapter.json"
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "start": {"path": "x"}}))
-    with pytest.raises(ModelError, match="start must say which"):
+    with pytest.raises(ModelError, match="which start has to name"):
         load_adapter(tiny("llama"), tmp_path / "new")
 
 

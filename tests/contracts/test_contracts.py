@@ -35,8 +35,8 @@ def test_a_sound_run_keeps_all_of_them(start: Start) -> None:
     ]
     details = [c["detail"] for c in contracts]
     assert details[0] == "2 modules: down_proj, q_proj"
-    assert details[1].startswith("4 tensors; digest of the base's sample ")
-    assert details[2] == "2 zero-initialised matrices moved within 3 steps; a gradient at each"
+    assert details[1].startswith("4 tensors; digest of a sample of the base model ")
+    assert details[2] == "2 zero-initialised matrices changed within 3 steps; each had a gradient"
     assert details[5].startswith("step-00000005 verified by SHA-256")
     assert "10 rows, 10 sequences" in details[7]
 
@@ -92,10 +92,12 @@ def test_1_auto_leaves_out_what_text_does_not_reach_and_says_so(
     assert "not adapted: 2 tensors such as" in contracts[0]["detail"]
     assert "1 linear layers such as backbone.layers.0.mixer.dt_proj" in contracts[0]["detail"]
     assert not any("expert" in text for text in heard.notes)
-    assert any("reading the whole sequence again" in text for text in heard.notes)
+    assert any(
+        "since it runs the whole sequence again for every token" in text for text in heard.notes
+    )
 
 
-# --- 2: trainable = optimized = saved, what is frozen unchanged
+# --- 2: trainable = optimized = saved, frozen weights unchanged
 
 
 def tampered_slot(change: Callable[[Any], None]) -> Callable[..., None]:
@@ -195,7 +197,11 @@ def test_2_a_base_weight_that_changes(broken: Broken, monkeypatch: pytest.Monkey
     nudge = Meddler(
         lambda: seen[0].get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0].mul_(1.001)
     )
-    broken(2, "a base weight or a frozen adapter changed during training", listeners=[nudge])
+    broken(
+        2,
+        "a weight of the base model or of a frozen adapter changed during training",
+        listeners=[nudge],
+    )
 
 
 # --- 3: everything trains
@@ -248,7 +254,7 @@ def test_3_a_matrix_that_does_not_move(tmp_path: Path) -> None:
     stuck.checks.begin(stuck.backend, {"default": list(stuck.backend.bank["default"].slots)})  # type: ignore[attr-defined]
     with pytest.raises(
         ContractError,
-        match=r"contract 3 broken .*lora_B did not move in 3 steps \(14 tensors\): it does not train",
+        match=r"contract 3 broken .*lora_B did not change in 3 steps \(14 tensors\): not trained",
     ):
         stuck.run()
     # the first has a rate of 0 and proves nothing; the fourth is not counted as done
@@ -276,7 +282,7 @@ def test_3_the_best_of_a_short_run_may_be_its_unmoved_start(
     assert result.outcome.best_step == 1
     assert (result.contracts[2]["status"], result.contracts[2]["detail"][:46]) == (
         "held",
-        "2 zero-initialised matrices moved within 2 ste",
+        "2 zero-initialised matrices changed within 2 ste",
     )
 
 
@@ -294,7 +300,9 @@ def test_4_a_row_that_never_learns_to_stop(broken: Broken, monkeypatch: pytest.M
         return replace(e, weights=[0.0 if i == last else w for i, w in enumerate(e.weights)])
 
     changed_example(monkeypatch, endless)
-    broken(4, r"sequence \d \(key \d+\) never learns to stop: no end token is supervised")
+    broken(
+        4, r"sequence \d \(key \d+\) does not teach the model to stop: no end token is supervised"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -328,7 +336,7 @@ def test_4_positions_that_do_not_restart(
     assert start("llama", per_device_train_batch_size=2).contracts[3]["status"] == "held"
     broken(
         4,
-        r"the loss packed and alone differs by .* \(at most 1e-05\)",
+        r"the loss of packed and of single sequences differs by .* \(at most 1e-05\)",
         base="gpt2",
         target_modules="auto",
         per_device_train_batch_size=2,

@@ -61,8 +61,8 @@ def test_a_sound_run_keeps_all_of_them(start: Start, dtype: str) -> None:
     ]
     details = [c["detail"] for c in contracts]
     assert details[0] == "2 modules: down_proj, q_proj"
-    assert details[1].startswith("2 tensors; digest of a sample of what is frozen ")
-    assert details[2] == "2 tensors of the base moved within 3 steps; a gradient at each"
+    assert details[1].startswith("2 tensors; digest of a sample of the frozen weights ")
+    assert details[2] == "2 tensors of the base changed within 3 steps; each had a gradient"
     assert (
         details[4]
         == "7088 values of the whole model and the scores of a batch equal bit for bit after reading back"
@@ -145,7 +145,9 @@ def test_2_a_frozen_weight_that_changes(broken: Broken, monkeypatch: pytest.Monk
             held[0].model.get_parameter("model.embed_tokens.weight")[3, 1] += 1e-3
 
     broken(
-        2, "a base weight or a frozen adapter changed during training", listeners=[Meddler(nudge)]
+        2,
+        "a weight of the base model or of a frozen adapter changed during training",
+        listeners=[Meddler(nudge)],
     )
 
 
@@ -181,7 +183,7 @@ def test_3_a_weight_that_does_not_move(broken: Broken, monkeypatch: pytest.Monke
     after(monkeypatch, ParameterSetOptimizer, "step", hold)
     broken(
         3,
-        r"weights/base/model\.layers\.0\.mlp\.down_proj\.weight did not move in 3 steps \(1 tensors\)",
+        r"weights/base/model\.layers\.0\.mlp\.down_proj\.weight did not change in 3 steps \(1 tensors\)",
     )
 
 

@@ -280,7 +280,7 @@ def test_splits() -> None:
             "train",
             "no training rows, only validation, test.*data.local.truthfulqa=FILE",
         ),
-        ("boolq_long", "test", "not on the hub; name a file of it"),
+        ("boolq_long", "test", "not on the hub; give a file for it"),
         ("squad", "tset", "no split 'tset'.*did you mean 'test'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -146,7 +146,7 @@ def test_thoughts_are_learnt_where_they_are_thought(tokenizer_of: Tokenizers) ->
         "<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n«<think>\nso\n</think>\n\nYes<|im_end|>»",
     ]
     assert list(encoder.notes) == [
-        "the chat template rewrites earlier answers; each was learnt in a chat that ends with it"
+        "the chat template rewrites earlier answers; each is trained on in a chat that ends with it"
     ]
 
 
@@ -329,7 +329,7 @@ def test_a_template_that_drops_system_messages_in_silence(tokenizer_of: Tokenize
     assert marked(tokenizer, chat("sys:Be kind", "Hi", "Hello")).startswith(
         "<|im_start|>user\nBe kind\n\nHi<|im_end|>"
     )
-    assert "takes no system message" in "".join(
+    assert "the chat template has no system message" in "".join(
         ExampleEncoder(tokenizer, max_length=99).template.notes
     )
     alone = (ChatMessage("system", "S"), ChatMessage("assistant", "Hello"))
@@ -389,7 +389,7 @@ def test_stop_tokens_hold_both_ends(tokenizer_of: Tokenizers) -> None:
     [
         ("{{ m.content if m.role == 'user' or loop.last else '' }}", "not at all"),
         ("{{ m.content }}{{ m.content if messages|length > 2 else '' }}", "more than once"),
-        ("{{ m.content.replace('Hello', '') }}", "leaves nothing of an answer"),
+        ("{{ m.content.replace('Hello', '') }}", "the chat template drops an answer"),
         (
             "{% if messages|length > 3 and messages[1].content == 'Hello' %}!{% endif %}{{ m.content }}",
             "changes other parts",

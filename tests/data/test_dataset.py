@@ -270,7 +270,7 @@ def test_held_out_rows(
     row = tokens.where.index(held.where[3])
     assert held.example(3).tokens == tokens.example(row).tokens
     assert held.report.tokens == len(held.tokens)
-    with pytest.raises(ConfigError, match="leaves none to train on"):
+    with pytest.raises(ConfigError, match="which leaves none for training"):
         tokens.held_out(53, seed=0)
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(prose(ord(name), 100))

@@ -176,7 +176,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": SAID_TWICE},
         "format",
-        "messages[1]: 'from', 'value' and 'role', 'content' say different things",
+        "messages[1]: 'from', 'value' and 'role', 'content' differ",
     ),
     ({"messages": 3}, "format", "expected a list of messages"),
     ({"messages": ["hello"]}, "format", "messages[0] is a str"),
@@ -224,7 +224,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
             (
                 {"weight": 0},
                 "keys",
-                ".weight: a part of a content has a type and a text, nothing else; weights stand beside",
+                ".weight: a content part has the keys type and text only; weights belong beside a turn",
             ),
             ({"train": False}, "keys", ".train: "),
             ({"Mask": 1}, "keys", ".Mask: "),

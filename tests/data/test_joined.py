@@ -151,7 +151,7 @@ def test_a_row_with_turns_among_them_is_an_error(
 ) -> None:
     rows: list[Any] = [{"question": "a", "answer": "b"}]
     local = folder_of(tmp_path, rows)
-    with pytest.raises(DataError, match="element 0: among texts that are read as one"):
+    with pytest.raises(DataError, match="element 0: a row with turns"):
         TokenSet.build(
             open_source(NAME, local=local), ExampleEncoder(tokenizer_of("chatml"), max_length=8)
         )

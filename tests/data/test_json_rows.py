@@ -124,14 +124,14 @@ def test_joined_exports_are_read_whole(tmp_path: Path, text: str, places: list[s
         ('[{"a":1}]\n{"a":2}', r"d\.json:2: column 7: behind the end of the array: expected a JSON array of rows"),
         (b'[{"a":1}]\0\0\0', r"d\.json:1: column 10: a NUL byte; the file was probably cut off"),
         (b'[{"a":1},\n{"a":"x\0\0', r"d\.json:2: column 8: a NUL byte; the file was probably cut off"),
-        ('{"data":[{"a":1}],\n"data":[{"a":2}]}', r"d\.json:2: column 8: the key 'data' stands twice in one object"),
+        ('{"data":[{"a":1}],\n"data":[{"a":2}]}', r"d\.json:2: column 8: the key 'data' is given twice in one object"),
         ('{"data":[{"a":1}],"more":[{"q"', r"d\.json:1: column \d+: the value of 'more' is not valid JSON"),
         ('{"data":[{"a":1}]', r"d\.json:1: column 18: the file ends in the middle"),
         ('{"data":[{"a":1}]}\n{"data":[{"a":2}]', r"d\.json:2: column 18: the file ends in the middle"),
         ('[{"a":1},]', r"d\.json:1: .*a comma behind the last element 0"),
-        ('{"x":1,"x":2,\n"data":[{"a":1}]}', r"d\.json:2: .*the key 'x' stands twice"),
+        ('{"x":1,"x":2,\n"data":[{"a":1}]}', r"d\.json:2: .*the key 'x' is given twice"),
         ('{"data":[{"a":1}] "x":2}', r"d\.json:1: column 19: expected ',' or '}' after the array under 'data'"),
-        ('{"data":[{"a":1}],"x":{"y":1,"y":2}}', r"d\.json:1: .*the value of 'x': the key 'y' stands twice"),
+        ('{"data":[{"a":1}],"x":{"y":1,"y":2}}', r"d\.json:1: .*the value of 'x': the key 'y' is given twice"),
         ('{1:2}', r"d\.json:1: .*a key is a number, expected a string"),
     ],
 )  # fmt: skip
@@ -161,8 +161,8 @@ def test_a_list_of_objects_that_is_not_read_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "reason"),
     [
-        ('{"a": 1, "a": 2}', "key twice", "the key 'a' stands twice in one object; keep one"),
-        ('{"m": [{"role": 1, "x": 2, "role": 3}]}', "key twice", "the key 'role' stands twice"),
+        ('{"a": 1, "a": 2}', "key twice", "the key 'a' is given twice in one object; keep one"),
+        ('{"m": [{"role": 1, "x": 2, "role": 3}]}', "key twice", "the key 'role' is given twice"),
         (
             '{"a": ' + "9" * 5000 + "}",
             "json",
@@ -335,7 +335,7 @@ def test_damaged_arrays_give_a_data_error_or_rows(
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys stand once each."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is given twice")
     return dict(pairs)
 
 
@@ -365,7 +365,7 @@ def test_rows_that_have_a_list_called_data_are_not_taken_for_exports(tmp_path: P
     single.write_text(json.dumps(rows[1]))
     source = open_source(single)
     assert len(list(source.read())) == 1
-    assert any("not read beside it: completion, prompt" in remark for remark in source.remarks)
+    assert any("not read: completion, prompt" in remark for remark in source.remarks)
 
 
 @settings(max_examples=60, deadline=None)

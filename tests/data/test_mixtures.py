@@ -167,7 +167,7 @@ def test_a_split_of_its_own_is_evaluated_on(
 def test_evaluating_on_the_rows_that_are_learnt_is_refused(make: Make) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"bool_q: the rows to evaluate on are the rows trained on .*bq.jsonl.*data.test_size",
+        match=r"bool_q: the evaluation set is the training set .*bq.jsonl.*data.test_size",
     ):
         make(eval_split="validation")
 
@@ -176,10 +176,10 @@ def test_rows_of_another_set_are_rows_all_the_same(make: Make, local: dict[str, 
     """A file may be named as two sets, and be what one of them learns and another is evaluated on."""
     twice = {**local, "bool_q.validation": local["common_gen.train"]}
     with pytest.raises(
-        ConfigError, match=r"bool_q: the rows to evaluate on are the rows trained on .*cg.jsonl"
+        ConfigError, match=r"bool_q: the evaluation set is the training set .*cg.jsonl"
     ):
         make(local=twice, eval_split="validation")
-    with pytest.raises(ConfigError, match=r"data.eval=.*cg.jsonl: these rows are trained on"):
+    with pytest.raises(ConfigError, match=r"data.eval=.*cg.jsonl: these are the training rows"):
         make(eval=local["common_gen.train"])
 
 

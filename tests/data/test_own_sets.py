@@ -202,7 +202,7 @@ DAMAGED: list[tuple[str, str, str]] = [
     ("    answers: sea|seas", "    answers: sea|", "rivers.yaml:10: layouts.0.answers: 'sea|' names an empty column"),
     ("reader: generate", "reader: number", ""),
     ("needs: [river, sea|seas]\n    reader: generate", "needs: [river]\n    reader: number",
-     "rivers.yaml:4: layouts.0: answers reads 'sea|seas', so needs has to name it"),
+     "rivers.yaml:4: layouts.0: answers reads 'sea|seas', which has to be named in needs too"),
     ("      river: river\n      hint: hint?\n", "      options: river\n", "rivers.yaml:4: layouts.0: the slot 'options' is made of"),
     ("the {river} reach", "the {rivr} reach", "rivers.yaml:11: templates: {rivr} in 'Which sea does the {rivr} reach?\\n\\nHint: {hint}' is no slot"),
     ("the {river} reach", "the {river.__class__} reach", "rivers.yaml:11: templates: {river.__class__} in "),
@@ -217,7 +217,7 @@ DAMAGED: list[tuple[str, str, str]] = [
     ("[exact_match, token_f1]", "[]", "rivers.yaml:17: metrics: got []; "),
     ("about: which", "hub: google\nabout: which", "rivers.yaml:2: hub: 'google' is no name on the hub"),
     ("about: which", "hub: a/b\nabout: which", "rivers.yaml: splits: missing; "),
-    ("about: which", "splits: {train: train}\nabout: which", "rivers.yaml:2: splits: says where on the hub, but"),
+    ("about: which", "splits: {train: train}\nabout: which", "rivers.yaml:2: splits: is only for a set on the hub, but"),
     ("about: which", "hub: a/b\nsplits: {trian: x}\nabout: which", "rivers.yaml:3: splits: no split 'trian' (did you mean 'train'?)"),
     ("about: which", "limit: {slot: rivr, characters: 9}\nabout: which", "rivers.yaml:2: limit: no layout fills the slot 'rivr'"),
     ("about: which", "limit: {slot: river, chars: 9}\nabout: which", "rivers.yaml:2: limit.chars: no such key (did you mean 'characters'?)"),
@@ -270,7 +270,7 @@ def test_what_is_no_set(tmp_path: Path, held: str | None) -> None:
     elif held == "fifo":
         os.mkfifo(path)
     expected = {
-        None: "the folder holds no set",
+        None: "the folder holds no named set",
         "absent": "data.catalog=.*rivers.yaml: there is no such file",
         "list": "a named set is a map of keys",
         "binary": "not UTF-8",

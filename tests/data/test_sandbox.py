@@ -200,7 +200,7 @@ def test_the_clock_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAULTY = [
-    ("{% set x = 1e999 %}", "line 1: a number is beyond what a float holds"),
+    ("{% set x = 1e999 %}", "line 1: a number is too large for a float"),
     ("{{ 'a'*1e999 }}{{ x }}", "beyond what a float holds"),
     ("{{ '1e999' | float }}{% set x = 'nan' | float %}", "'nan' is not defined"),
     ("{{ 'a'.index('b') }}", "ValueError"),
@@ -407,7 +407,7 @@ def test_an_attack_that_waits_for_a_row() -> None:
         ("{% if %}", "not valid: line 1"),
         ("\n\n{{ x", "not valid: line 3"),
         ("{{ x|nosuchfilter }}", "No filter named 'nosuchfilter'"),
-        ("hello", "does not show what the assistant says"),
+        ("hello", "the chat template does not render the assistant"),
         (
             "{{ nothing.at.all }}",
             "cannot render one question and one answer: .*'nothing' is undefined",

@@ -265,10 +265,10 @@ def test_a_split_that_is_not_there_is_one_error(name: str, wrong: str, tmp_path:
 def test_what_would_be_ignored_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"leave data\.name=forget05 out"):
         open_source("tofu:forget10", name="forget05", local={"tofu": str(tmp_path)})
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         open_source("tofu:forget10", local={"tofu": str(tmp_path / "nowhere")})
     circle = {"tofu.forget10": "tofu:forget10"}
-    with pytest.raises(LorryError, match="no file or folder"):
+    with pytest.raises(LorryError, match="is not a file or folder"):
         open_source("tofu:forget10", local=circle)
 
 

@@ -78,7 +78,7 @@ def test_the_second_time_nothing_is_tokenised(
     )
     assert np.array_equal(again.weights, first.weights)
     assert again.tokens.dtype == np.int32
-    assert said == [f"{data}: 9 rows as tokenised before ({kept(home)[0]})"]
+    assert said == [f"{data}: 9 rows, tokens read from the cache ({kept(home)[0]})"]
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ def test_a_damaged_set_is_made_again(data: Path, home: Path, tokenizer_of: Token
     assert "is damaged" in said[0]
     said.clear()
     built(data, tokenizer_of("chatml"), said)
-    assert "as tokenised before" in said[0]
+    assert "tokens read from the cache" in said[0]
 
 
 def test_rows_left_out_are_reported_each_time(
@@ -217,7 +217,7 @@ def test_that_a_set_was_used_need_not_be_noted(
     monkeypatch.setattr(token_cache.os, "utime", refuse)
     said = list[str]()
     assert built(data, tokenizer_of("chatml"), said).digest == first.digest
-    assert "as tokenised before" in said[0]
+    assert "tokens read from the cache" in said[0]
 
 
 def test_nobody_s_home_and_a_file_that_vanished(

@@ -210,7 +210,7 @@ def test_a_question_that_is_to_be_learnt_and_a_row_of_which_nothing_is(
 ) -> None:
     bad = read(messages=[{**ASK, "train": True}, turn("At nine.")])
     assert isinstance(bad, BadRow)
-    assert "only answers are learnt" in bad.reason
+    assert "only answers have a loss" in bad.reason
     bad = read(
         conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
     )

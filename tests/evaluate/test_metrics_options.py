@@ -144,7 +144,7 @@ def test_a_calibrated_model_has_little_error_and_an_overconfident_one_much() -> 
         ([], [], DataError, "above 0"),
         ([[0.0, 1.0]], [], DataError, "1 rows of options and 0"),
         ([[0.0, 1.0], [0.0]], [{0}, {0}], DataError, "row 1 has 1 options"),
-        ([[0.0, 1.0]], [{2}], DataError, r"row 0: right options \[2\]; name one or more of 0 to 1"),
+        ([[0.0, 1.0]], [{2}], DataError, r"row 0: right options \[2\]; give one or more of 0 to 1"),
         ([[0.0, 1.0]], [{-1}], DataError, "row 0"),
         ([[0.0, 1.0]], [set()], DataError, "row 0"),
         ([[0.0, 1.0], [0.0, math.nan]], [{0}, {0}], NonFiniteError, "row 1"),

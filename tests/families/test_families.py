@@ -139,7 +139,7 @@ def test_a_family_names_every_parameter_and_its_shape(kind: str, changes: dict[s
 def test_a_family_gives_every_target_one_role() -> None:
     family = family_of("llama")
     forgotten = family.roles._replace(mlp_in=("gate_proj",))
-    with pytest.raises(ValueError, match=r"roles .* are not the targets"):
+    with pytest.raises(ValueError, match=r"roles .* do not match the targets"):
         replace(family, roles=forgotten)
     with pytest.raises(ValueError, match="do not fit qkv=heads, gated=True"):
         replace(family, qkv="heads")

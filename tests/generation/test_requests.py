@@ -424,7 +424,7 @@ def test_after_a_failed_step_nothing_more_is_said() -> None:
     get_bank(model)["a"].touch()
     with pytest.raises(NonFiniteError, match=r"prompt 1 \(1 in all\) are not finite after 2 new"):
         engine.step()
-    with pytest.raises(ModelError, match="make a new GenerationEngine"):
+    with pytest.raises(ModelError, match="create a new GenerationEngine"):
         engine.step()
 
 

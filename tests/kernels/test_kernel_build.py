@@ -119,7 +119,7 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
         monkeypatch.setattr(build, "PROBE_SECONDS" if at_once else "COMPILE_SECONDS", float(limit))
         loaded, status = build._build_and_load()
         assert loaded is None
-        assert f"did not answer within {limit} s and was stopped" in status.line()
+        assert f"did not finish within {limit} s and was stopped" in status.line()
         if pids.is_file() and pids.read_text().endswith("\n"):
             break
     child = int(pids.read_text())
@@ -218,12 +218,12 @@ def test_a_folder_of_ours_is_closed_and_one_of_others_not_used(
         return os.stat_result((*found[:4], 4321, *found[5:]))
 
     monkeypatch.setattr(build.os, "lstat", foreign)
-    assert "is not this user's own folder; set LORRY_HOME" in build._build_and_load()[1].line()
+    assert "does not belong to this user; set LORRY_HOME" in build._build_and_load()[1].line()
     monkeypatch.setattr(build.os, "lstat", real)
     folder.rmdir()
     folder.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    assert "is not this user's own folder" in build._build_and_load()[1].line()
+    assert "does not belong to this user" in build._build_and_load()[1].line()
 
 
 def test_what_a_killed_build_left_is_removed_later(

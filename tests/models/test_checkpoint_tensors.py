@@ -94,7 +94,7 @@ def test_what_transformers_read_into_float16_may_have_been_whole(llama: Path) ->
     rewrite(llama, with_value(UP, 1e6))
     with pytest.raises(
         ModelError,
-        match=r"holds NaN or infinity in float16; dtype=float32 tells whether the file does, too",
+        match=r"holds NaN or infinity in float16; load it with dtype=float32 to see whether the file does too",
     ):
         opened(llama, dtype="float16", native=False)
 
@@ -304,7 +304,7 @@ def test_what_transformers_leaves_out_by_design_is_said(tmp_path: Path) -> None:
     notes: list[str] = []
     load_model(path, dtype="float32", add_note=notes.append)
     assert any(
-        "1 tensors are no part of DeepseekV3ForCausalLM and were left out (model.layers.61.eh_proj.weight)"
+        "1 tensors are not part of DeepseekV3ForCausalLM and were ignored (model.layers.61.eh_proj.weight)"
         in n
         for n in notes
     )

@@ -86,7 +86,7 @@ def test_llama_cpp_computes_the_same(
     out, err = capsys.readouterr()
     file = Path(out.strip())
     assert file.name == "moe-f32.gguf"
-    assert "no reader but llama.cpp computes such a file" in err
+    assert "only llama.cpp can run such a file" in err
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = AutoTokenizer.from_pretrained(folder)("Where does Ilse live? In Kyoto.").input_ids
     with torch.no_grad():

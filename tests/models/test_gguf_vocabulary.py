@@ -90,10 +90,13 @@ def test_known_ways_to_cut(words: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (change(pre_tokenizer=cut(QWEN2 + "|x")), "cuts text by"),
-        (change(pre_tokenizer=cut(QWEN2, behavior="merged_with_next")), "cuts text by"),
+        (change(pre_tokenizer=cut(QWEN2 + "|x")), "it splits text by"),
+        (change(pre_tokenizer=cut(QWEN2, behavior="merged_with_next")), "it splits text by"),
         (whole_words(change(pre_tokenizer=cut(QWEN2))), "ignore_merges"),
-        (change(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), "cuts text by"),
+        (
+            change(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            "it splits text by",
+        ),
         (
             change(
                 pre_tokenizer=pre_tokenizers.Sequence(
@@ -103,7 +106,7 @@ def test_known_ways_to_cut(words: Any, name: str) -> None:
                     ]
                 )
             ),
-            "cuts text by",
+            "it splits text by",
         ),
         (change(normalizer=normalizers.Lowercase()), "normalises text"),
         (change(decoder=decoders.WordPiece()), "not those of a byte-level BPE"),
@@ -113,7 +116,7 @@ def test_known_ways_to_cut(words: Any, name: str) -> None:
                     "<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
                 )
             ),
-            "other tokens around a text",
+            "it adds other tokens to a text than its BOS and EOS",
         ),
         (
             PreTrainedTokenizerFast(
@@ -209,7 +212,7 @@ def test_merges_that_scores_cannot_tell_of(wrong: str, shared_data: Path) -> Non
     if wrong == "pairs of one token apart":
         merges.append(taken)
     words._tokenizer = Tokenizer.from_str(json.dumps(built))
-    with pytest.raises(ModelError, match="not those that scores can tell of"):
+    with pytest.raises(ModelError, match="are not those implied by its scores"):
         read(words)
 
 
@@ -218,5 +221,5 @@ def test_text_prepared_otherwise(shared_data: Path) -> None:
     words.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(" ", "▁")]
     )
-    with pytest.raises(ModelError, match="it prepares text by"):
+    with pytest.raises(ModelError, match="it normalises text by"):
         read(words)

@@ -86,7 +86,7 @@ def test_rows_that_do_not_divide(tmp_path: Path) -> None:
     assert kinds["blk.0.ffn_down.weight"] == GGMLQuantizationType.F16
     assert kinds["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q8_0
     assert notes == [
-        "2 tensors are stored in f16, since their rows are no multiple of 32 (blk.0.ffn_down.weight, blk.1.ffn_down.weight)"
+        "2 tensors are stored in f16, since their rows are not a multiple of 32 (blk.0.ffn_down.weight, blk.1.ffn_down.weight)"
     ]
 
 

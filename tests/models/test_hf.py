@@ -452,7 +452,7 @@ def test_fused_experts_that_get_no_adapter_are_named_with_their_share(
     assert first.what.startswith(
         f"experts ({len(fused)} tensors such as {next(iter(fused))}, {share:.0%} of"
     )
-    assert "no linear layer; adapted are " in first.why
+    assert "is not a linear layer; the adapter is on " in first.why
     assert "q_proj" in first.why
     name = next(iter(fused)).removesuffix(".weight").rpartition(".")[2]
     with pytest.raises(
@@ -492,5 +492,5 @@ def test_a_router_of_the_layers_is_refused(adapters: list[str | None]) -> None:
     call = AdapterContext(
         Mix.packed([Mix.layer_routed(router) if a else Mix.none() for a in adapters], [0, 12, 15])
     )
-    with pytest.raises(ContractError, match="no linear of a decoder layer"):
+    with pytest.raises(ContractError, match="but this linear is not in a decoder layer"):
         logits(model, SEQUENCES[:2], call)

@@ -210,7 +210,7 @@ def test_another_mixture_is_not_kept(
 @pytest.mark.parametrize(
     ("config", "settings", "error", "message"),
     [
-        ({"model_type": "gpt2"}, {}, ModelError, "no mixture of experts"),
+        ({"model_type": "gpt2"}, {}, ModelError, "has no mixture-of-experts class"),
         ({"attention_bias": True}, {}, ModelError, "has no biases for k_proj"),
         ({"mlp_bias": True}, {}, ModelError, "has no biases for down_proj"),
         ({"hidden_act": "gelu"}, {}, ModelError, "hidden_act='gelu'"),

@@ -96,5 +96,5 @@ def test_always_a_distribution(tau: float, seed: int, k: int) -> None:
 def test_no_more_than_all_but_one_and_no_other_temperature() -> None:
     kept = TruncatedDistribution.of(torch.randn(2, 5), 64)
     assert kept.ids.shape == (2, 4)
-    with pytest.raises(ConfigError, match="leave distill"):
+    with pytest.raises(ConfigError, match="leave out distill"):
         kept.log_probs(9.0)

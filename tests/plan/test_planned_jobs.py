@@ -131,7 +131,7 @@ def test_adapters_of_several_bases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"memory_budget": "3GiB"}, "memory_budget is not chosen for several jobs yet"),
+        ({"memory_budget": "3GiB"}, "memory_budget cannot be used with several jobs yet"),
         (
             {"backend": "ddp", "processes": 2, "device": "cuda"},
             "several jobs are planned on one device",

@@ -215,7 +215,7 @@ def test_which_settings_are_meant(tmp_path: Path) -> None:
     assert again.unlearn.model_dump() == made.unlearn.model_dump()
     with pytest.raises(ConfigError, match=r"unlearn.forget"):
         parse_settings(PlanSettings, ["retain=r.jsonl"], print)
-    with pytest.raises(ConfigError, match="lora=null trains the base itself"):
+    with pytest.raises(ConfigError, match="lora=null trains the base weights"):
         unlearned("lora=null")
 
 

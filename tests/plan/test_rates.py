@@ -115,9 +115,9 @@ def test_only_the_newest_are_kept() -> None:
 
 def test_a_measurement_says_when_and_how() -> None:
     assert matrix(1e12).words("products") == "40 products on 2026-01-01 10:00 UTC, load 1.5"
-    assert "the machine was busy: 70% of the time went to others" in matrix(1e12, waited=0.7).words(
-        "products"
-    )
+    assert "the machine was busy: 70% of the time went to other programs" in matrix(
+        1e12, waited=0.7
+    ).words("products")
 
 
 # --- files

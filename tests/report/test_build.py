@@ -58,7 +58,7 @@ def test_a_bad_run_writes_nothing(tmp_path: Path) -> None:
         write_report([bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     page = write_report([good, bad], tmp_path / "out").read_text("utf-8")
-    assert "bad is damaged and left out" in page
+    assert "bad is damaged and not shown" in page
     assert "samples.json:1" in page
 
 

@@ -41,8 +41,8 @@ SOUND = {
     "started": "2026-01-01T00:00:00+00:00",
 }
 DAMAGE = [
-    ("run.yaml", YAML_BOMB, "aliases stand for more than"),
-    ("run.yaml", "train: &a {x: *a}", "an alias stands inside"),
+    ("run.yaml", YAML_BOMB, "its aliases expand to more than"),
+    ("run.yaml", "train: &a {x: *a}", "an alias is inside the value that it names"),
     ("run.yaml", "seed: " + "9" * 5000, r"run\.yaml:1: .* too large for an integer"),
     ("run.yaml", "a: 1\na: 2", "given twice"),
     (
@@ -65,11 +65,11 @@ DAMAGE = [
         "2001 metrics",
     ),
     ("process.json", "[" * 100_000, "nested too deeply"),
-    ("process.json", json.dumps({**SOUND, "host": ["h"]}), "not what a run writes there"),
+    ("process.json", json.dumps({**SOUND, "host": ["h"]}), "not written by a run"),
     (
         "process.json",
         json.dumps({**SOUND, "ended": {"at": SOUND["started"], "exit_code": 1, "reason": 5}}),
-        "not what a run",
+        "is not valid in a receipt",
     ),
     ("metrics.jsonl", '{"step": 1, "step": 2}\n', "given twice"),
 ]
@@ -100,7 +100,7 @@ def test_a_damaged_run_is_listed_and_hides_no_other(
     assert listed["good"].state != "unreadable"
     assert listed["bad"].state == "unreadable"
     assert str(bad / file) in listed["bad"].detail
-    assert "bad is damaged and left out" in shown(good, bad)
+    assert "bad is damaged and not shown" in shown(good, bad)
     assert time.process_time() - begun < 10
 
 
@@ -128,7 +128,9 @@ def test_verbs_say_it_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str
     ):  # fmt: skip
         assert main(arguments) == code, arguments
         said = capfd.readouterr()
-        assert "an alias stands inside" in " ".join((said.out + said.err).split()), arguments
+        assert "an alias is inside the value that it names" in " ".join(
+            (said.out + said.err).split()
+        ), arguments
         assert "Traceback" not in said.err
     assert (tmp_path / "comparison.html").is_file()
 
@@ -164,7 +166,7 @@ def test_metrics_with_very_many_or_very_long_names(tmp_path: Path) -> None:
     begun = time.process_time()
     text = render_page([read_run(folder)])
     assert "Not drawn: " in text
-    assert "values are not shown" in text
+    assert "the values of the start are not shown" in text
     assert time.process_time() - begun < 20
     assert render_png([read_run(folder)]).startswith(b"\x89PNG")
 

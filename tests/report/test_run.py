@@ -65,7 +65,7 @@ def test_a_full_run_is_read(tmp_path: Path) -> None:
         ),
         ("receipt.json", "[" * 100_000, "not JSON"),
         ("run.yaml", "lora:\n  r: [1\n", r"run\.yaml:\d: not YAML"),
-        ("run.yaml", "- a list", "settings are a mapping"),
+        ("run.yaml", "- a list", "settings have to be a mapping of names"),
         ("run.yaml", "a: !!python/object/apply:os.getcwd []", r"run\.yaml:1: the tag"),
         ("metrics.jsonl", '{"step": 1\n{"step": 2}\n', r"metrics\.jsonl:1: not JSON"),
     ],

@@ -140,24 +140,24 @@ def test_how_runs_end(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
     )
     metrics(run, 9)
     assert state(run).sentence() == (
-        "interrupted at step 9 of 200: SIGTERM arrived; there is no checkpoint to go on from"
+        "interrupted at step 9 of 200: SIGTERM arrived; there is no checkpoint to continue from"
     )
     checkpoint(run, 4)
     checkpoint(run, 9, whole=False)
     assert (
         state(run).detail
-        == "SIGTERM arrived; resume_from_checkpoint=auto goes on from step-00000004"
+        == "SIGTERM arrived; resume_from_checkpoint=auto continues from step-00000004"
     )
     at_work(run, child.pid, **ended(6, "loss is NaN at step 9"))
     assert state(run).sentence() == "failed at step 9 of 200: loss is NaN at step 9"
     at_work(run, 2**22 + 1)
     assert state(run).sentence() == (
-        "dead at step 9 of 200: process 4194305 ended without an error message; resume_from_checkpoint=auto goes on from step-00000004"
+        "dead at step 9 of 200: process 4194305 ended without an error message; resume_from_checkpoint=auto continues from step-00000004"
     )
     (run / "process.json").unlink()
     assert (
         state(run).sentence()
-        == "interrupted at step 9: resume_from_checkpoint=auto goes on from step-00000004"
+        == "interrupted at step 9: resume_from_checkpoint=auto continues from step-00000004"
     )
     dump(
         run / "contracts.json",
@@ -179,7 +179,7 @@ def test_a_run_of_another_machine_is_judged_by_its_files(tmp_path: Path) -> None
     metrics(run, 5)
     assert (
         state(run).sentence()
-        == "still running: step 5 of 200 (process 7 of elsewhere, as far as its files tell)"
+        == "still running: step 5 of 200 (process 7 of elsewhere, according to its files)"
     )
     for name in os.listdir(run):
         os.utime(run / name, (time.time() - 3600,) * 2)

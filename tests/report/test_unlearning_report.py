@@ -207,7 +207,7 @@ def test_runs_asked_other_rows_share_no_frontier(study: Study) -> None:
     assert first == {"five, NPO, rate 1e-4", "start: start", "oracle: oracle"}
     assert second == {"ten, NPO, rate 1e-4"}
     page = Page(render_page(runs_of(five, ten)))
-    assert "Not asked of the same rows in every column" in page.all_text()
+    assert "Measured on different rows from column to column" in page.all_text()
     # nor is what the start was asked a start for them
     figures = {f.name: f.note for f in final_figures(runs_of(ten)[0])}
     assert figures["extraction strength"] == "TOFU, oracle 0.15"
@@ -465,7 +465,7 @@ DAMAGED = [
     (
         "TOFU_EVAL.json",
         '{"a": {"agg_value": 1, "roc": [[0]]}}',
-        r"a\.roc: a point is a list of two",
+        r"a\.roc: a point has to be a list of two shares",
     ),
     ("TOFU_EVAL.json", '{"a": {"agg_value": 1, "rows": {"forget": 1}}}', r"a\.rows\.forget is '1'"),
     ("TOFU_EVAL.json", '{"a": {"agg_value": NaN}}', "NaN"),
@@ -504,7 +504,7 @@ def test_a_damaged_start_or_oracle_is_a_note(study: Study) -> None:
     (study.start / "evals" / "TOFU_EVAL.json").write_text("{")
     (study.oracle / "evals" / "TOFU_EVAL.json").write_text("{")
     text = Page(render_page(runs_of(run))).all_text()
-    assert "the start's values are not shown" in text
+    assert "the values of the start are not shown" in text
     assert "the oracle's curves are not shown" in text
     page = write_report([run])
     assert page.is_file()

@@ -62,7 +62,7 @@ def finished_run(tmp_path: Path) -> Path:
         {"name": "held.jsonl", "metrics": {"exact_match": {"before": 0.0, "after": 0.75}}}
     ]
     contracts = [
-        {"id": 6, "name": "checkpoints are whole", "status": "held", "detail": "step-2 verified"}
+        {"id": 6, "name": "checkpoints are complete", "status": "held", "detail": "step-2 verified"}
     ]
     samples = [
         {

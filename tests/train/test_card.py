@@ -201,7 +201,7 @@ def test_numbers_are_those_of_the_files() -> None:
         )
     }
     assert rows["trainable parameters"] == ("1,234,567",)
-    want = {"steps": "3", "last loss": "3.0", "tokens read": "30", "of which learnt": "12"}
+    want = {"steps": "3", "last loss": "3.0", "tokens read": "30", "of which supervised": "12"}
     assert {k: rows[k][0] for k in want} == want
     assert not {"time in steps", "peak memory"} & rows.keys()  # those of a resumed run are others
     assert (rows["loss"], rows["accuracy"]) == (("1.5",), ("0.75",))

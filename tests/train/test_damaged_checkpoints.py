@@ -174,7 +174,7 @@ def test_exchanged_directories_are_not_what_their_names_say(
     older.with_name("x").rename(newer)
     before = state_of(unfinished)
     with pytest.raises(
-        ModelError, match=r"step-00000008 holds step 9: directories were exchanged or renamed"
+        ModelError, match=r"step-00000008 holds step 9: the directory was renamed or exchanged"
     ):
         checkpoint.load_checkpoint(older)
     with pytest.raises(
@@ -263,7 +263,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "checks.found.0.status",
     ),
     "proof a list": (_set("checks", "proof", []), "checks.proof is not"),
-    "task a list": (_set("task", []), "task is not what this task writes there"),
+    "task a list": (_set("task", []), "the state of the task cannot be read"),
     "huge": (_set("seed", 10**30), "too large"),
 }
 

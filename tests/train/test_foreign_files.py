@@ -116,7 +116,7 @@ def test_a_strangers_file_is_refused_before_anything_is_touched(
     for resume in (None, "auto"):
         with pytest.raises(
             ConfigError,
-            match="which Lorry did not write there and would write over; nothing was touched",
+            match="which Lorry did not write and would overwrite; nothing was changed",
         ) as error:
             train_run(world.run(tmp_path, **{**PLAIN, "resume_from_checkpoint": resume}), [])
         assert Path(name).name in str(error.value)
@@ -263,7 +263,8 @@ def test_adapters_of_several_jobs(world: World, tmp_path: Path) -> None:
     mine = tmp_path / "run" / "b" / "adapter_model.safetensors"
     mine.write_bytes(strange("b"))
     with pytest.raises(
-        ConfigError, match=r"adapter_model\.safetensors, which Lorry did not write there"
+        ConfigError,
+        match=r"adapter_model\.safetensors, which Lorry did not write and would overwrite",
     ):
         train_run(world.run(tmp_path, **PLAIN, jobs=jobs), [])
     assert mine.read_bytes() == strange("b")
@@ -317,7 +318,7 @@ def test_a_broken_contract_does_not_block_the_corrected_command(
     before = everything(run)
     with pytest.raises(
         ConfigError,
-        match=r"(?s)learning_rate .*broke contract 3: without resume_from_checkpoint it makes room",
+        match=r"(?s)learning_rate .*broke contract 3; without resume_from_checkpoint it is moved away for this one",
     ):
         train_run(
             world.run(

@@ -239,5 +239,5 @@ def test_directories_of_this_machine_are_told(hub: Hub, run: Path) -> None:
     put(run, "lorry_adapter.json", {"x": f"{Path.home()}/models"})
     heard: list[str] = []
     push_run(run, "me/people", tell=heard.append)
-    assert "names the base by its directory here, /models/base" in heard[0]
+    assert "names the base model by a directory of this machine, /models/base" in heard[0]
     assert heard[1].startswith("note: lorry_adapter.json name directories of this machine")

@@ -52,7 +52,7 @@ def test_a_forbidden_namespace(hub: Hub, run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "", "a--b", "x.git", "-a", "é/a"])
 def test_names_that_cannot_be(hub: Hub, run: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name of a repository, such as OWNER/NAME"):
+    with pytest.raises(ConfigError, match="is not a repository name such as OWNER/NAME"):
         push_run(run, name)
     assert hub.asked == []
 
@@ -116,7 +116,7 @@ def test_before_training_login_and_name_are_checked(
     check_push(described(push_to_hub="team/x"), heard.append)
     assert heard == []
     check_push(described(push_to_hub="google/x"), heard.append)
-    assert "google is none of this account's names (me, team)" in heard[0]
+    assert "google is not one of this account's names (me, team)" in heard[0]
     with pytest.raises(ConfigError, match="'no way' is no name of a repository"):
         check_push(described(push_to_hub=True, hub_model_id="no way"))
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
@@ -134,7 +134,7 @@ def test_before_training_a_hub_that_is_away_does_not_stop_it(
         visit(hub, monkeypatch, tmp_path)
     heard: list[str] = []
     check_push(described(push_to_hub=True), heard.append)
-    assert "training goes on and the upload is tried at its end" in heard[0]
+    assert "training continues and the upload is tried at its end" in heard[0]
 
 
 def test_after_training_the_model_id_wins(hub: Hub, run: Path) -> None:

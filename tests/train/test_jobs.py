@@ -336,9 +336,7 @@ def test_a_model_with_an_adapter_is_refused(
     on_run = run.model_copy(
         update={"model": run.model.model_copy(update={"name": str(alone("small").path)})}
     )
-    with pytest.raises(
-        ConfigError, match="already has an adapter, and several jobs begin with new ones"
-    ):
+    with pytest.raises(ConfigError, match="already has an adapter, and jobs start with new ones"):
         train_run(on_run, [])
 
 

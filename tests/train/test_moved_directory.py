@@ -94,7 +94,10 @@ def test_a_removed_log_is_put_back_whole(
 ) -> None:
     log = tmp_path / "run" / "metrics.jsonl"
     train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(5, log.unlink)])
-    assert "was removed while the run was at work; it is back" in caplog.text
+    assert (
+        "was removed while the run was going on; it was written again and is complete"
+        in caplog.text
+    )
     same(finished(tmp_path), whole("packed"), "metrics.jsonl removed")
 
 
@@ -112,7 +115,7 @@ def test_a_log_that_something_else_changed_stops_the_run(
 ) -> None:
     log = tmp_path / "run" / "metrics.jsonl"
     with pytest.raises(
-        durable.DiskError, match=r"metrics\.jsonl: something else wrote to it or took its place"
+        durable.DiskError, match=r"metrics\.jsonl: another program wrote to it or replaced it"
     ):
         train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(5, lambda: HARM[harm](log))])
     assert json.loads((tmp_path / "run" / "process.json").read_text())["ended"]["exit_code"] == 74

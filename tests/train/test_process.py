@@ -139,7 +139,7 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> No
     with holding(tmp_path) as child:
         with (
             pytest.raises(
-                ConfigError, match=f"in use: process {child.pid} has been at work there since"
+                ConfigError, match=f"in use: process {child.pid} has been running there since"
             ),
             record_process(tmp_path),
         ):
@@ -225,8 +225,8 @@ def test_a_full_disk_does_not_hide_what_happened(
     ("text", "message"),
     [
         ('{"pid": 1,\n', r"process\.json:2: not JSON"),
-        ("[1]", r"process\.json:1: this is not what a run writes there; move it away"),
-        ("{}", "not what a run writes"),
+        ("[1]", r"process\.json:1: this was not written by a run; move it away"),
+        ("{}", "is not valid in a receipt"),
         ("[" * 100_000, "not JSON"),
     ],
 )

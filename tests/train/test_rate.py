@@ -150,7 +150,7 @@ def test_a_rate_that_cannot_be_kept_is_a_note(base: Path, tmp_path: Path, home: 
     run, opened, times = finished(base, tmp_path)
     home.write_text("a file where the directory should be")
     note = record_step_rate(times, run, opened.model, 1)
-    assert note.startswith("what the steps reached is not kept for `lorry plan`: ")
+    assert note.startswith("the measured speed is not saved for `lorry plan`: ")
 
 
 def test_every_run_hands_on_its_steps(

@@ -76,7 +76,8 @@ def test_another_run_is_refused_by_field_with_both_values(
 )
 def test_the_error_says_what_may_change_and_how_to_train_on(field: str, longer: bool) -> None:
     with pytest.raises(
-        ConfigError, match=r"only where and how often a run writes may change \(docs/running\.md"
+        ConfigError,
+        match=r"only settings of where and how often a run writes may change \(docs/running\.md",
     ) as caught:
         refuse_other_run(CURRENT, changed(f"config.train.{field}", 7))
     assert ("adapter=THIS_RUN output_dir=ANOTHER" in str(caught.value)) == longer

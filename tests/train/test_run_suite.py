@@ -273,7 +273,7 @@ def test_the_best_adapter_by_a_metric_of_the_suite(
 def test_a_number_without_a_better_direction_chooses_no_adapter_by_itself(
     world: World, tofu: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="none says by itself which adapter is better"):
+    with pytest.raises(ConfigError, match="none alone decides which adapter is better"):
         sft(world, tofu, tmp_path / "run", **SUITE, load_best_model_at_end=True)
     assert not (tmp_path / "run" / "run.yaml").exists()
 

@@ -97,7 +97,7 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
     assert receipt["base"]["path"] == str(describe().model.name)
     card = (folder / "README.md").read_text()
     assert f"| last loss | {losses(folder)[-1]} |" in card
-    assert "- held: checkpoints are whole" in card
+    assert "- held: checkpoints are complete" in card
     assert heard.notes[0] == "a note of the config"
     assert "10 rows, 10 sequences" in heard.notes[1]
 
@@ -201,7 +201,7 @@ def test_an_unfinished_run_is_not_written_over(describe: Describe, tmp_path: Pat
     before = files(tmp_path / "run")
     with pytest.raises(
         ConfigError,
-        match=r"run holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another",
+        match=r"run holds an unfinished run; add resume_from_checkpoint=auto to continue it, or use another",
     ):
         train_run(describe(save_steps=2), [])
     assert files(tmp_path / "run") == before
@@ -262,7 +262,7 @@ def test_training_goes_on_with_a_runs_adapter_in_place(describe: Describe, tmp_p
     default = {"r": 16, "max_steps": 12}
     heard = tinyrun.Heard()
     train_run(describe(base=folder, **default), [], [heard])
-    assert any("training goes on with the adapter" in note for note in heard.notes)
+    assert any("training continues the adapter of" in note for note in heard.notes)
     assert losses(folder)[0] < first[0]
     assert losses(folder)[0] != first[0]
     with pytest.raises(ConfigError, match="already has an adapter"):
@@ -287,7 +287,7 @@ def test_resume_from_nothing_is_refused(describe: Describe, tmp_path: Path) -> N
     for where in ("none", "empty"):
         with pytest.raises(
             ConfigError,
-            match=f"resume_from_checkpoint={tmp_path / where} is no checkpoint and no run with one",
+            match=f"resume_from_checkpoint={tmp_path / where} is neither a checkpoint nor a run with one",
         ):
             train_run(describe(resume_from_checkpoint=str(tmp_path / where)), [])
     assert not (tmp_path / "run").exists()

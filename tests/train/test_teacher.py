@@ -312,7 +312,7 @@ def test_a_damaged_cache_is_refused(
 ) -> None:
     build_distill(cached(world, tmp_path))
     damage(folder_in(tmp_path))
-    with pytest.raises(ModelError, match=r"move .* away, and the next run writes it again"):
+    with pytest.raises(ModelError, match=r"move .* away, and the next run writes a new one"):
         build_distill(cached(world, tmp_path))
 
 

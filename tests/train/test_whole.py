@@ -289,7 +289,7 @@ def test_not_beside_adapters_nor_twice_nor_in_half_precision(tmp_path: Path) -> 
     model = tiny.decoder(tiny.fresh("llama"), tmp_path)
     with pytest.raises(
         ConfigError,
-        match=r"weight is float16, in which base weights cannot train; open it with dtype=bfloat16",
+        match=r"weight is float16, a dtype in which base weights cannot train; load the model with dtype=bfloat16",
     ):
         make_weights_trainable(tiny.opened(tmp_path, dtype="float16"))
     make_weights_trainable(model)
@@ -420,19 +420,23 @@ def test_an_earlier_run_is_kept_and_a_strangers_model_is_left_alone(
     assert (out / "adapter_model.safetensors").is_file()
     before = (base / "model.safetensors").read_bytes()
     with pytest.raises(
-        ConfigError, match=r"holds .*model\.safetensors.*which Lorry did not write there"
+        ConfigError,
+        match=r"holds .*model\.safetensors.*which Lorry did not write and would overwrite",
     ):
         finished(base, base, data)
     stranger = shutil.copytree(base, tmp_path / "stranger")
     for settings in ({}, {"lora": {"r": 2}, "target_modules": ["q_proj"]}):
         with pytest.raises(
             ConfigError,
-            match=r"holds .*tokenizer\.json.*nothing was touched: use another output_dir",
+            match=r"holds .*tokenizer\.json.*nothing was changed: use another output_dir",
         ):
             finished(stranger, base, data, **settings)
     # beside a run of ours: it is still not ours
     shutil.copy(base / "config.json", out / "config.json")
-    with pytest.raises(ConfigError, match=r"holds a model that no run of this kind wrote"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds a model that no run with lora=null wrote and that this run would replace",
+    ):
         finished(out, base, data)
     assert (stranger / "model.safetensors").read_bytes() == before
     assert (base / "model.safetensors").read_bytes() == before
@@ -445,7 +449,9 @@ def test_a_model_is_not_displaced_by_the_run_that_begins_with_it(
     base, out = model_directory(tmp_path / "base", "llama"), tmp_path / "run"
     finished(out, base, data)
     for settings in ({}, {"lora": {"r": 2}}):
-        with pytest.raises(ConfigError, match="holds the model this run begins with"):
+        with pytest.raises(
+            ConfigError, match="holds the model that this run starts from and would move away"
+        ):
             finished(out, out, data, **settings)
     assert (out / "config.json").is_file()
     assert not (out / "previous").exists()
@@ -455,7 +461,7 @@ def test_settings_that_only_adapters_have(data: Path, tmp_path: Path) -> None:
     base = model_directory(tmp_path / "base", "llama")
     with pytest.raises(ConfigError, match="loraplus_lr_ratio is for an adapter"):
         finished(tmp_path / "a", base, data, loraplus_lr_ratio=4.0)
-    with pytest.raises(ConfigError, match="memory_budget is planned for adapters only"):
+    with pytest.raises(ConfigError, match="memory_budget is for training adapters only"):
         finished(tmp_path / "b", base, data, memory_budget="1GiB")
     finished(tmp_path / "adapter", base, data, lora={"r": 2})
     with pytest.raises(ConfigError, match="has an adapter, and lora=null trains the base"):

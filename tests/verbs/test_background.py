@@ -105,7 +105,7 @@ def test_left_alone_watched_stopped_and_gone_on_with(
     stopped = until(run, lambda s: s.state != "running")
     assert stopped.state == "interrupted"
     assert stopped.detail.startswith(
-        "SIGTERM arrived; resume_from_checkpoint=auto goes on from step-"
+        "SIGTERM arrived; resume_from_checkpoint=auto continues from step-"
     )
     assert stopped.checkpoint == f"step-{stopped.step:08d}"
     assert read_process(run).ended.exit_code == 75  # type: ignore[union-attr]
@@ -125,7 +125,7 @@ def test_killed_without_a_word(sft: Callable[..., Any], tmp_path: Path) -> None:
     assert dead.step >= 2
     assert (
         dead.detail
-        == f"process {pid} ended without an error message; there is no checkpoint to go on from"
+        == f"process {pid} ended without an error message; there is no checkpoint to continue from"
     )
 
 
@@ -191,6 +191,6 @@ def test_a_terminal_that_closes(world: World, tmp_path: Path) -> None:
     assert found.state == "interrupted"
     assert (
         found.detail
-        == f"SIGHUP arrived; resume_from_checkpoint=auto goes on from {found.checkpoint}"
+        == f"SIGHUP arrived; resume_from_checkpoint=auto continues from {found.checkpoint}"
     )
     assert found.checkpoint == f"step-{found.step:08d}"

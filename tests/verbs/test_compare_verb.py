@@ -140,7 +140,7 @@ def test_each_way_in_a_process_of_its_own(
     assert "1 intact" in capfd.readouterr().out
     (tmp_path / "mlp" / "model.safetensors").write_bytes(b"other")
     assert lorry("doctor", tmp_path / "mlp") == 4
-    assert "is not the file this run wrote" in capfd.readouterr().err
+    assert "is not the file that this run wrote" in capfd.readouterr().err
 
 
 def test_a_way_that_fails_ends_with_its_exit_code(
@@ -193,7 +193,7 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
             "jobs: ways are trained one after the other",
         ),
         (["data=x.jsonl", "loraplus_lr_ratio=4"], "loraplus_lr_ratio is for an adapter"),
-        (["data=x.jsonl", "memory_budget=1GiB"], "memory_budget is planned for adapters only"),
+        (["data=x.jsonl", "memory_budget=1GiB"], "memory_budget is for training adapters only"),
         (
             ["data=x.jsonl", "learning_rates={fill: 1e-3}"],
             "learning_rates names 'fill', which is not among ways",

@@ -62,7 +62,7 @@ def change_receipt(run: Path) -> None:
     ("harm", "code", "message"),
     [
         (fail, 5, "✗ failed"),
-        (flip, 4, "is not the file this run wrote: its SHA-256 differs"),
+        (flip, 4, "is not the file that this run wrote: its SHA-256 differs"),
         (
             lambda run: (run / "adapter_model.safetensors").unlink(),
             4,
@@ -91,8 +91,8 @@ def test_a_run_that_never_finished(run: Path, capsys: pytest.CaptureFixture[str]
         (run / name).unlink()
     assert lorry("doctor", run) == 0
     out = capsys.readouterr().out
-    assert "no contracts.json: the run did not begin" in out
-    assert "no receipt.json, so nothing to compare with" in out
+    assert "no contracts.json: the run did not start" in out
+    assert "no receipt.json, so there is nothing to compare with" in out
     assert "unknown: no receipt.json" in out
 
 

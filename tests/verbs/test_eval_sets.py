@@ -163,7 +163,7 @@ def test_a_run_is_asked_beside_its_base_and_remembers_it(
         lorry("eval", run, "tasks=[bool_q]", *files, "limit=2", "n_shot=1", "task_split=train") == 0
     )
     names = [entry["name"] for entry in json.loads((run / "evaluation.json").read_text())]
-    assert names[-2:] == ["bool_q", "bool_q [train], 1 worked examples, the first 2 rows"], (
+    assert names[-2:] == ["bool_q", "bool_q [train], 1 few-shot examples, the first 2 rows"], (
         "asked otherwise, kept beside"
     )
 
@@ -285,7 +285,7 @@ def test_right_answers_beyond_the_context_cost_the_perplexity_only(
             "data.split is for data=FILE; a named set defines its own format; task_split",
         ),
         (["tasks=[bool_q]", "top_p=0.9"], "top_p is for sampled answers"),
-        (["tasks=[bool_q]", "output_dir={folder}"], "is a directory with a file's name"),
+        (["tasks=[bool_q]", "output_dir={folder}"], "is a directory"),
         (["tasks=[bool_q]", "output={rows}"], "is a file; give a folder"),
     ],
 )

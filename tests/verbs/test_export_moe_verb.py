@@ -80,9 +80,9 @@ def test_gates_are_mergekits(
     assert lorry("export", file, "to=hf-moe", f"output_dir={tmp_path / 'moe'}") == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'moe'}\n"
-    assert "MixtralForCausalLM of 3 experts (people, people-1, base), 2 a token" in err
+    assert "MixtralForCausalLM of 3 experts (people, people-1, base), 2 per token" in err
     assert "reloaded by transformers: largest logit difference to the plain mixture" in err
-    assert f"gate_mode={mode}) and not trained" in err
+    assert f"gate_mode={mode}), not trained" in err
     stored = load_file(tmp_path / "moe" / "model.safetensors")
     for layer, expected in enumerate(gates(world.base, mode)):
         found = stored[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
@@ -109,7 +109,7 @@ def test_random_gates(world: World, tmp_path: Path) -> None:
 def test_what_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(world.run)
     for changes, code, message in (
-        ({"attention": "refuse"}, 2, "these classes route MLPs alone"),
+        ({"attention": "refuse"}, 2, "and this class of model routes MLPs only"),
         ({"experts_per_token": 4}, 2, "top_k is 4"),
         ({"experts": [{"source_model": source}, {"source_model": source}]}, 2, "positive_prompts"),
         (
@@ -120,7 +120,7 @@ def test_what_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFix
         (
             {"experts": [{"source_model": f"other+{source}", "positive_prompts": ["a"]}] * 2},
             2,
-            "experts of one mixture share it",
+            "the experts of a mixture share one",
         ),
         ({"experts": []}, 2, "takes base_model and experts"),
         ({"shared_experts": [{"source_model": source}]}, 2, "shared_experts"),
@@ -133,7 +133,7 @@ def test_what_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFix
                 "experts": [{"source_model": source, "positive_prompts": ["a"]}],
             },
             2,
-            "is itself a run",
+            "is a run",
         ),
     ):
         file = config(tmp_path / "moe.yaml", world, **changes)

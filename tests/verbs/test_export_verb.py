@@ -100,7 +100,7 @@ def test_without_peft_lorry_opens_it_again_and_says_so(
     monkeypatch.setitem(sys.modules, "peft", None)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'peft'}") == 0
     err = capsys.readouterr().err
-    assert "peft is not installed, so Lorry itself opened the export again" in err
+    assert "peft is not installed, so Lorry itself read the export back" in err
     assert "reloaded by lorry: largest logit difference" in err
 
 
@@ -123,7 +123,7 @@ def test_an_adapter_that_cannot_be_opened_again_is_not_kept(
     if not installed:
         monkeypatch.setitem(sys.modules, "peft", None)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'wrong'}") == 5
-    assert "cannot be opened again, so it was not kept" in capsys.readouterr().err
+    assert "the export cannot be opened again and was removed" in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
 
 

@@ -36,7 +36,7 @@ def refused(before: dict[bytes, Path], capsys: pytest.CaptureFixture[str], *argv
     """The command ends with 2, names a file, and every one is where it was."""
     assert lorry(*argv) == 2
     err = capsys.readouterr().err
-    assert "which Lorry did not write there and would write over; nothing was touched" in err
+    assert "which Lorry did not write and would overwrite; nothing was changed" in err
     assert any(path.name in err for path in before.values())
     assert "Traceback" not in err
     assert {path: path.read_bytes() for path in before.values()} == {

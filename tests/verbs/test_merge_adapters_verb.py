@@ -238,7 +238,7 @@ def test_adapters_over_one_start_stay_over_it(
         assert (merged(IDS).logits - pair(IDS).logits).abs().max() < 1e-4
     # one on the bare base is another kind of thing
     assert lorry("merge", tmp_path / "one", law, f"output_dir={tmp_path / 'x'}") == 4
-    assert "trained over the bare base" in capsys.readouterr().err
+    assert "trained on top of the base model alone" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -271,7 +271,7 @@ def test_what_is_refused_leaves_nothing(
     refused(4, "trained on other base weights", law, foreign)
     # PEFT's own files have no digest: the bases that they name are compared
     (foreign / "lorry_adapter.json").unlink()
-    refused(4, "only adapters of one base can be merged", law, foreign)
+    refused(4, "only adapters of the same base model can be merged", law, foreign)
     copied = shutil.copytree(adapters / "base", tmp_path / "copied")
     config = json.loads((foreign / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(copied)
@@ -282,7 +282,7 @@ def test_what_is_refused_leaves_nothing(
     tensors = load_file(broken / WEIGHTS)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, broken / WEIGHTS)
-    refused(4, "no finite numbers", law, broken)
+    refused(4, "holds values that are not finite", law, broken)
     out.mkdir()
     (out / "mine").write_text("kept")
     assert lorry("merge", law, code, f"output_dir={out}") == 2
@@ -326,9 +326,15 @@ def test_the_command_line_tells_the_two_forms_apart() -> None:
         (["a", "b", "dtype=bfloat16"], "dtype is for folding one adapter"),
         (["a", "b", "adapter=x"], "name the folder of one, RUN/NAME"),
         (["a", "b", "weight=0.5"], r"give weights=\[...\]"),
-        (["a", "b", "method=svd", "density=0.3"], "method=svd reads no density; those that do: ti"),
-        (["a", "b", "method=core_iso", "seed=1"], "core_iso reads no seed"),
-        (["a", "b", "method=linear", "majority_sign_method=frequency"], "reads no majority_sign"),
+        (
+            ["a", "b", "method=svd", "density=0.3"],
+            "method=svd does not use density; the methods that do: ti",
+        ),
+        (["a", "b", "method=core_iso", "seed=1"], "core_iso does not use seed"),
+        (
+            ["a", "b", "method=linear", "majority_sign_method=frequency"],
+            "does not use majority_sign",
+        ),
         (["a", "b", "rank=4"], "method=cat reads no rank"),
         (["a", "b", "scale=auto"], "needs rows to choose the coefficient by; give data=FILE"),
         (["a", "b", "data=f"], "data.path is for scale=auto"),

@@ -143,7 +143,7 @@ def test_unmerge_finds_a_base_that_moved(world: World, merged: Path, tmp_path: P
         ("{", "lorry_merge.json:1: not JSON"),
         ("[]", "lorry_merge.json: expected a JSON object, found list"),
         ('{"base": 3, "opened_as": "x", "base_weights": {}}', "not a record of `lorry merge`"),
-        (None, "lorry_merge.json does not exist; only a model written by `lorry merge` knows"),
+        (None, "lorry_merge.json does not exist; only a model written by `lorry merge` records"),
     ],
 )
 def test_unmerge_needs_a_sound_record(
@@ -230,17 +230,17 @@ def test_rounding_is_told_in_logits(tmp_path: Path, capsys: pytest.CaptureFixtur
             drift = max(drift, float((of_merged - of_adapter).abs().max()))
     assert drift / moved > 0.15  # a case in which it matters
     said = re.search(
-        r"rounding to bfloat16 moved logits by ([\d.e-]+), (\d+)% of what the adapter moves them; .*dtype=float32",
+        r"rounding to bfloat16 changed logits by ([\d.e-]+), (\d+)% of the adapter's effect; .*dtype=float32",
         narrow,
     )
     assert said is not None
     assert float(said[1]) == pytest.approx(drift, rel=0.02)
     assert int(said[2]) / 100 == pytest.approx(drift / moved, abs=0.02)
-    moves = re.search(r"where the adapter moves logits by (\S+),", narrow)
+    moves = re.search(r"while the adapter changes logits by (\S+),", narrow)
     assert moves is not None
     assert float(moves[1]) == pytest.approx(moved, rel=0.06)  # two digits are told
     assert "rows of the run's data" in narrow
-    assert "moved logits by" not in wide
+    assert "changed logits by" not in wide
     assert "reloaded by hf: largest logit difference" in wide
 
 
@@ -294,7 +294,7 @@ def test_a_machine_without_room_for_float32_says_so(
     monkeypatch.setattr(probe, "PROBE_LENGTH_FACTOR", 1e9)  # times the model's bytes
     assert lorry("merge", run) == 0
     err = capsys.readouterr().err
-    assert "note: computed in bfloat16, whose own rounding is part of that" in err
+    assert "note: computed in bfloat16, so its own rounding is included" in err
     assert {t.dtype for t in load_file(tmp_path / "run-merged" / WEIGHTS).values()} == {
         torch.bfloat16
     }
@@ -308,8 +308,8 @@ def test_a_machine_without_room_for_float32_says_so(
             {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}},
             "more than rounding to float32 can explain",
         ),
-        ({"num_hidden_layers": 1}, "cannot be opened again, so it was not kept"),
-        ({"model_type": "nothing"}, "cannot be opened again, so it was not kept"),
+        ({"num_hidden_layers": 1}, "the model written cannot be loaded again and was removed"),
+        ({"model_type": "nothing"}, "the model written cannot be loaded again and was removed"),
     ],
 )
 def test_a_model_that_is_another_when_opened_again_is_not_kept(

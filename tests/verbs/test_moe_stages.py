@@ -98,7 +98,7 @@ def test_a_stopped_stage_of_other_rows_starts_again(
     capsys.readouterr()
     assert run_lorry("moe", file, *more) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "was stopped; it goes on from its newest checkpoint" in told
+    assert "is unfinished; training resumes from its newest checkpoint" in told
     assert receipt.exists()
     again = (tmp_path / "mix" / "experts" / "two" / "adapter_model.safetensors").read_bytes()
     assert again == trained
@@ -107,14 +107,14 @@ def test_a_stopped_stage_of_other_rows_starts_again(
     write_rows(rows[0], PEOPLE[1:3])
     assert run_lorry("moe", file, *more) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "goes on from its newest checkpoint" not in told
+    assert "resumes from its newest checkpoint" not in told
     assert (tmp_path / "mix" / "experts" / "previous" / "1" / "checkpoints").is_dir()
 
 
 def test_a_constant_mixture_made_twice(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was refused as "is there already"; other gates make room for it."""
+    """It was refused as "already exists"; other gates make room for it."""
     rows = write_rows(tmp_path / "a.jsonl", PEOPLE[:2])
     experts = f"[{{name: one, data: {rows}}}, {{name: two, data: {rows}, seed: 5}}]"
     file = write_description(tmp_path, base, experts, kind="uniform")
@@ -142,9 +142,7 @@ def test_a_folder_that_is_not_ours_is_refused(
     (tmp_path / "mix" / "two").mkdir(parents=True)
     file = write_description(tmp_path, base, experts, kind="uniform")
     assert run_lorry("moe", file) == 2
-    assert f"{tmp_path / 'mix' / 'two'} is there already" in capsys.readouterr().err.replace(
-        "\n", ""
-    )
+    assert f"{tmp_path / 'mix' / 'two'} already exists" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_the_record_says_what_is_other(tmp_path: Path) -> None:

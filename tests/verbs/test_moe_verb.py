@@ -169,7 +169,7 @@ def test_another_router_makes_room(mixture: Path, tmp_path: Path) -> None:
         assert (run / "previous" / "1" / name).is_file(), name
     assert json.loads((run / "router" / "router.json").read_text())["temperature"] == 2
     lorry.load(run)
-    with pytest.raises(ConfigError, match="its router is not uploaded yet"):
+    with pytest.raises(ConfigError, match="its router cannot be uploaded yet"):
         collect_upload(run, at="me/mixture")
 
 
@@ -257,7 +257,7 @@ def test_a_mixture_is_no_list_of_adapters_to_merge(
 ) -> None:
     words = ["merge", str(mixture), "method=cat", f"output_dir={tmp_path / 'merged'}"]
     assert run_lorry(*words) == 2
-    assert "is a mixture of experts, whose router a merged adapter cannot have" in (
+    assert "is a mixture of experts, and its router cannot be merged" in (
         capsys.readouterr().err.replace("\n", " ")
     )
     assert not (tmp_path / "merged").exists()

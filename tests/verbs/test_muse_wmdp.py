@@ -149,7 +149,7 @@ def test_an_oracle_of_muse(
     again = tmp_path / "again"
     asked = ("suite=muse", f"local.muse={other}", *SETTINGS, named, f"retain_logs_path={logs}")
     assert lorry("eval", world.run, *asked, f"output_dir={again}") == 3
-    assert "is of other rows" in capfd.readouterr().err
+    assert "was measured on other rows" in capfd.readouterr().err
     assert not again.exists()
 
 

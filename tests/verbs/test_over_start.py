@@ -235,10 +235,10 @@ def test_planned_examined_and_listed(world: Path, capsys: Any) -> None:
     assert listed == {"npo", "chain"}
     (run / "start_adapter/adapter_model.safetensors").rename(world / "aside")
     try:
-        with pytest.raises(ModelError, match="which is not there"):
+        with pytest.raises(ModelError, match="which is missing"):
             library.load(run)
         assert lorry("doctor", run) != 0
-        assert "which is not there" in capsys.readouterr().err
+        assert "which is missing" in capsys.readouterr().err
     finally:
         (world / "aside").rename(run / "start_adapter/adapter_model.safetensors")
 
@@ -247,7 +247,7 @@ def test_an_unfinished_run_is_not_its_start(world: Path, tmp_path: Path) -> None
     run = shutil.copytree(world / "runs/npo", tmp_path / "unfinished")
     for file in run.glob("adapter_*"):
         file.unlink()
-    with pytest.raises(ModelError, match="not finished"):
+    with pytest.raises(ModelError, match="is an unfinished run"):
         library.load(run)
 
 

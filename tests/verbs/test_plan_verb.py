@@ -91,7 +91,9 @@ def test_a_run_corrects_a_rate_of_a_busy_machine(
     measured.append(replace(MEASURED, rate=1.15e11, waited=0.8))
     first = plan(*words, capsys=capsys)
     assert first["speed"]["tokens_per_second"] == pytest.approx(58, abs=1)
-    assert "the machine was busy: 80% of the time went to others" in first["speed"]["source"]
+    assert (
+        "the machine was busy: 80% of the time went to other programs" in first["speed"]["source"]
+    )
     measured.append(replace(MEASURED, rate=1.0e12, waited=0.8, at="2026-01-02T10:00:00+00:00"))
     # measured again, since it was busy
     assert plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12
@@ -166,7 +168,7 @@ def test_a_budget_finds_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
         ) + [True]
     assert lorry("plan", *words, "memory_budget=3GiB") == 0
     out = capsys.readouterr().out
-    assert "passes the budget at" in out
+    assert "exceeds the budget at" in out
     assert "fits memory_budget=3GiB" in out
 
 
@@ -192,8 +194,8 @@ def test_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     made = plan("mixtral-8x7b", "quantize=nf4", "gpu=h100", "max_length=512", capsys=capsys)
     assert made["memory"]["base weights"] / 46.4e9 == pytest.approx(0.516, rel=0.01)
-    assert any("not trainable here yet" in note for note in made["notes"])
-    assert any("adapters sit on attention only" in note for note in made["notes"])
+    assert any("cannot be trained yet" in note for note in made["notes"])
+    assert any("adapters are on attention only" in note for note in made["notes"])
 
 
 def test_the_description_of_a_run_can_be_planned(
@@ -216,7 +218,7 @@ def test_the_description_of_a_run_can_be_planned(
         (
             ["smollm2-135m", "memory_budget=200MiB"],
             2,
-            "memory_budget=200MiB: nothing fits. The leanest choice",
+            "memory_budget=200MiB: nothing fits. The smallest choice",
         ),
         (["smollm2-135m", "r=auto"], 2, "lora.r=auto needs a memory budget"),
         (["smollm2-135m", "memory_budget=much"], 2, "memory_budget: 'much' is no amount of memory"),
@@ -237,7 +239,7 @@ def test_the_description_of_a_run_can_be_planned(
         (
             ["llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=3"],
             2,
-            "no multiple of tensor_parallel",
+            "not a multiple of tensor_parallel",
         ),
         (["smollm2-135m", "gpu=h1000"], 2, "did you mean 'h100'?"),
         (["smollm2-135m", "memry_budget=3GiB"], 2, "did you mean 'memory_budget'?"),
@@ -330,7 +332,7 @@ def test_a_budget_nothing_fits_stops_before_anything_is_written(
 ) -> None:
     assert sft(world, tmp_path / "run", "r=auto", "memory_budget=100MiB", *TRAIN[1:]) == 2
     err = capsys.readouterr().err
-    assert "nothing fits. The leanest choice (r=1, 4 rows, recompute full, float32)" in err
+    assert "nothing fits. The smallest choice (r=1, 4 rows, recompute full, float32)" in err
     assert "of it libraries; give memory_budget=" in err
     assert not (tmp_path / "run").exists()
 
@@ -360,4 +362,4 @@ def test_a_budget_of_several_jobs_is_refused(
         )
         == 2
     )
-    assert "memory_budget is not chosen for several jobs yet" in capsys.readouterr().err
+    assert "memory_budget cannot be used with several jobs yet" in capsys.readouterr().err

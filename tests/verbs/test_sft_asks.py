@@ -89,7 +89,7 @@ def test_rows_that_are_learnt_are_not_asked(
         *TRAIN,
     )
     assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
-    assert "the rows to evaluate on are the rows trained on" in capsys.readouterr().err  # type: ignore[attr-defined]
+    assert "the evaluation set is the training set" in capsys.readouterr().err  # type: ignore[attr-defined]
     assert not (tmp_path / "run").exists()
 
 
@@ -131,7 +131,7 @@ def test_rows_are_known_by_where_they_lie_and_not_by_name(
         *TRAIN,
     )
     assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
-    assert "bool_q: the rows to evaluate on are the rows trained on" in capsys.readouterr().err
+    assert "bool_q: the evaluation set is the training set" in capsys.readouterr().err
 
 
 def test_rows_that_any_job_learns_are_not_asked(
@@ -151,7 +151,7 @@ def test_rows_that_any_job_learns_are_not_asked(
         *TRAIN[1:],
     )
     assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
-    assert "the rows to evaluate on are the rows trained on" in capsys.readouterr().err
+    assert "the evaluation set is the training set" in capsys.readouterr().err
 
 
 def test_what_is_asked_is_the_same_for_all_jobs(

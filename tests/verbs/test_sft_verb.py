@@ -86,13 +86,13 @@ def test_training_goes_on_from_a_run(
         "threads=1",
     )
     assert lorry("sft", f"model={world.run}", rows, *arguments) == 0
-    assert "training goes on with the adapter of" in capsys.readouterr().err
+    assert "training continues the adapter of" in capsys.readouterr().err
     before, after = (load_file(run / "adapter_model.safetensors") for run in (world.run, more))
     moved = max(float((before[name] - after[name]).abs().max()) for name in before)
     assert 0 < moved < 1e-4
     assert lorry("sft", f"model={world.run}", rows, *arguments, "r=4") == 2
     assert (
-        "already has an adapter and training goes on with it; leave out the lora settings"
+        "already has an adapter, which training continues; leave out the lora settings"
         in capsys.readouterr().err
     )
 
@@ -139,7 +139,7 @@ def test_bad_rows_stop_it_or_are_counted(
         (
             ["model={base}", "data={rows}", "resume_from_checkpoint=./nope"],
             2,
-            "is no checkpoint and no run with one",
+            "is neither a checkpoint nor a run with one",
         ),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_warm_up_longer_than_the_run_is_told(
         "lr_scheduler_type=linear",
         steps=3,
     )
-    assert "warm-up steps of" not in capsys.readouterr().err
+    assert "steps are warmup" not in capsys.readouterr().err
 
 
 class FullDisk(io.StringIO):
@@ -230,7 +230,7 @@ def test_a_signal_while_the_report_is_made_says_that_the_run_is_complete(
     finally:
         signal.signal(number, before)
     assert (
-        f"{number.name} arrived while the report was made. The run is complete"
+        f"{number.name} arrived while the report was written. The run is complete"
         in capsys.readouterr().err
     )
     assert (tmp_path / "run" / "receipt.json").is_file()

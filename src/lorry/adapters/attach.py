@@ -225,15 +225,23 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
         share = sum(model.get_parameter(n).numel() for n in experts) / total
         skipped.append(
             SkippedModule(
-                f"experts ({len(experts)} tensors such as {experts[0]}, {share:.0%} of the base's weights)",
-                f"each holds all experts of a layer and is no linear layer; adapted are {', '.join(_leaf_names(adapter.slots))}",
+                (
+                    f"experts ({len(experts)} tensors such as {experts[0]}, {share:.0%} "
+                    "of the base model's weights)"
+                ),
+                (
+                    "each holds all experts of a layer and is not a linear layer; the "
+                    f"adapter is on {', '.join(_leaf_names(adapter.slots))}"
+                ),
             )
         )
     if adapter.spec.target_modules not in ("auto", "all-linear"):
         return skipped
     if others:
         skipped.append(
-            SkippedModule(f"{len(others)} tensors such as {others[0]}", "they are no linear layers")
+            SkippedModule(
+                f"{len(others)} tensors such as {others[0]}", "they are not linear layers"
+            )
         )
     if adapter.spec.target_modules == "auto" and getattr(model, "reached", None) is not None:
         head, _ = head_and_embedding(model)
@@ -249,7 +257,10 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
             skipped.append(
                 SkippedModule(
                     f"{len(unread)} linear layers such as {unread[0]}",
-                    "text gives them no gradient: they are not called, or what they say is not used",
+                    (
+                        "text gives them no gradient: they are not called, or their "
+                        "output is not used"
+                    ),
                 )
             )
     return skipped
@@ -261,8 +272,8 @@ def _tensor_named(model: nn.Module, name: str) -> str:
     hits = [n for n in (*experts, *others) if _ends_with(n.removesuffix(".weight"), name)]
     if not hits:
         return ""
-    what = "holds all experts of a layer" if hits[0] in experts else "is no linear layer"
-    return f"; {hits[0]} {what}, and an adapter cannot sit there yet"
+    what = "holds all experts of a layer" if hits[0] in experts else "is not a linear layer"
+    return f"; {hits[0]} {what}, and adapters on it are not supported yet"
 
 
 def _filter_modules(
@@ -286,7 +297,8 @@ def _filter_modules(
         if absent := sorted(set(spec.layers_to_transform) - set(number.values())):
             have = sorted(set(number.values()))
             raise ConfigError(
-                f"layers_to_transform asks for layer {absent[0]}; the chosen layers are numbered {have[:1]} to {have[-1:]}"
+                f"layers_to_transform names layer {absent[0]}; the chosen layers "
+                f"are numbered {have[:1]} to {have[-1:]}"
             )
         paths = [p for p in paths if number.get(p) in spec.layers_to_transform]
     if not paths:

@@ -335,8 +335,10 @@ def refuse_too_large(name: str, rank: int, values: int, device: torch.device) ->
     free = free_memory(device)
     if (needed := values * BYTES_PER_VALUE) > free:
         raise OutOfMemoryError(
-            f"adapter {name!r} with r={rank} has {values:,} values, {needed / 2**30:,.1f} GiB with their gradients; "
-            f"{free / 2**30:,.1f} GiB are free. Choose a smaller r or fewer target_modules; `lorry plan` tells what fits"
+            f"adapter {name!r} with r={rank} has {values:,} values, "
+            f"{needed / 2**30:,.1f} GiB with their gradients; {free / 2**30:,.1f} "
+            "GiB are free. Choose a smaller r or fewer target_modules; `lorry "
+            "plan` shows what fits"
         )
 
 

@@ -185,7 +185,8 @@ def make_weights_trainable(
     if bank.names() or get_base_weights(model) is not None:
         what = f"the adapter {bank.names()[0]!r}" if bank.names() else "base weights that train"
         raise ConfigError(
-            f"this model has {what} already, and its base is trained alone; merge or detach that first"
+            f"this model has {what} already, and full fine-tuning allows no adapter "
+            "beside it; merge or detach it first"
         )
     names = select_parameters(model, trainable)
     parameters = dict(model.named_parameters())
@@ -198,7 +199,8 @@ def make_weights_trainable(
     }
     if unread := [n for n in names if parameters[n] in products]:
         raise ConfigError(
-            f"{unread[0]} cannot train: its linear has a product of its own, which does not read it"
+            f"{unread[0]} cannot train: its linear has a custom product, which does "
+            "not read this weight"
         )
     # fp16 overflows in gradients, and quantised bytes have none
     if untrainable := [
@@ -206,7 +208,8 @@ def make_weights_trainable(
     ]:
         dtype = str(parameters[untrainable[0]].dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{untrainable[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32"
+            f"{untrainable[0]} is {dtype}, a dtype in which base weights cannot "
+            "train; load the model with dtype=bfloat16 or float32"
         )
     freeze_base(model)
     params = {
@@ -316,7 +319,8 @@ def _half_paths(model: nn.Module, half: str) -> list[str]:
     if not paths:
         kinds = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in inner))
         raise ConfigError(
-            f"trainable={half}: no layer's name marks it as one; give a list of names. The layers end in {kinds}"
+            f"trainable={half}: no layer is recognised as such by its name; give a "
+            f"list of names. The layer names end in {kinds}"
         )
     return paths
 

@@ -173,7 +173,7 @@ class BankLinear(AdaptableLayer):
         and which no longer train. Raises ContractError on a merged layer or another shape."""
         if self.unmerged_weight is not None:
             raise ContractError(
-                f"{self.path} is merged; call unmerge(model) before its product changes"
+                f"{self.path} is merged; call unmerge(model) before changing its product"
             )
         if product.shape != (self.out_features, self.in_features):
             expected = (self.out_features, self.in_features)
@@ -370,11 +370,11 @@ class LinearGroup:
         )
 
     def _unroutable(self, term: MixTerm) -> ContractError:
-        where = f"{self.linears[0].path}: the adapter {term.adapter!r} has a gate of the router of the layers"
+        where = f"{self.linears[0].path}: the adapter {term.adapter!r} has gates of a layer router"
         if isinstance(term.gate, Tensor):
             return ContractError(f"{where} and one of its own; give the term a number")
         return ContractError(
-            f"{where}, and this is no linear of a decoder layer; leave it out of target_modules"
+            f"{where}, but this linear is not in a decoder layer; remove it from target_modules"
         )
 
     def _compute_copies(
@@ -491,7 +491,7 @@ class BankEmbedding(AdaptableLayer):
         call = self.resolve(call)
         if any(t.adapter in self.slots and t.route is not None for t in call.mix.terms):
             raise ContractError(
-                f"{self.path}: a router of the layers cannot gate an embedding's adapter"
+                f"{self.path}: a layer router cannot gate an adapter on an embedding"
             )
         flat, flat_ids = y.reshape(-1, y.shape[-1]).float(), ids.reshape(-1)
         for slot, rows, gate in terms:

@@ -69,8 +69,9 @@ class MergeReport:
         worst = max(self.rows, key=lambda r: r.ratio)
         remedy = "merge in float32, or " if self.dtype != torch.float32 else ""
         return (
-            f"rounding to {str(self.dtype).removeprefix('torch.')} lost {self.ratio:.0%} of the adapter "
-            f"(most at {worst.module}: {worst.ratio:.0%}); {remedy}keep the adapter beside the base"
+            f"rounding to {str(self.dtype).removeprefix('torch.')} lost "
+            f"{self.ratio:.0%} of the adapter (most at {worst.module}: "
+            f"{worst.ratio:.0%}); {remedy}use the adapter unmerged"
         )
 
 
@@ -111,7 +112,7 @@ def unmerge(model: nn.Module) -> None:
     """
     bank = get_bank(model)
     if bank.before_merge is None:
-        raise ConfigError("this model is not merged; there is nothing to undo")
+        raise ConfigError("this model is not merged; there is nothing to unmerge")
     for layer in bank.modules.values():
         if layer.unmerged_weight is not None:
             layer.restore_weight()
@@ -177,7 +178,7 @@ def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Te
         # a copy even in fp32: experts without a delta would be one tensor under several names
         return tensor.detach().to(torch.float32, copy=True)
     if isinstance(layer, BankLinear) and layer.product is not None:
-        raise ConfigError(f"{path} has a product of its own, into which nothing can be merged")
+        raise ConfigError(f"{path} has a custom product, and no adapter can be merged into it")
     assert isinstance(layer, BankLinear | BankEmbedding), type(layer)
     return _fold_layer(path, layer, gates, torch.float32)[0]
 
@@ -255,7 +256,8 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
         # one matrix serves every token: only a g that is the same for all of them can go into it
         if term.rows is not None or isinstance(term.gate, Tensor) or term.route is not None:
             raise ConfigError(
-                f"the mix of {term.adapter!r} varies over tokens and cannot become one weight; pass weights={{name: number}}"
+                f"the mix of {term.adapter!r} varies over tokens, so it cannot be "
+                "merged with one weight; pass weights={name: number}"
             )
         if not math.isfinite(term.gate):
             raise ConfigError(
@@ -265,8 +267,8 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
     # g = 0 over a start is the start, which there is something of to merge
     if not constants and weights and not bank.base_adapters:
         raise ConfigError(
-            f"the weight of {', '.join(weights)} is 0, which leaves the base as it is: there is "
-            "nothing to merge or to write; give another weight"
+            f"the weight of {', '.join(weights)} is 0, so the merged model would "
+            "equal the base model; give another weight"
         )
     if not constants and not (weights and bank.base_adapters):
         raise ConfigError(
@@ -285,8 +287,11 @@ def _adapted_layers(
     if with_products := [
         p for p, m in bank.modules.items() if isinstance(m, BankLinear) and m.product is not None
     ]:
-        what = f"{len(with_products)} linears have a product of their own ({with_products[0]}), into which nothing can be merged"
-        raise ConfigError(f"{what}; keep the adapter beside the base")
+        what = (
+            f"{len(with_products)} linears have a custom product ({with_products[0]}), "
+            "and no adapter can be merged into them"
+        )
+        raise ConfigError(f"{what}; use the adapter unmerged")
     layers: dict[str, BankLinear | BankEmbedding] = {}
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):

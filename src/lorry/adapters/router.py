@@ -53,8 +53,9 @@ class RoutingRule:
             raise ConfigError("router.straight_through is for top_k=1 alone; leave it out")
         if self.top_k == 1 and self.normalize and not self.straight_through:
             raise ConfigError(
-                "router.top_k=1 with normalize=true has gates of 1 whatever the router says, so no "
-                "gradient reaches it; give straight_through=true, or normalize=false"
+                "router.top_k=1 with normalize=true makes every gate 1 whatever "
+                "the logits are, so no gradient reaches it; give "
+                "straight_through=true, or normalize=false"
             )
 
     def gates(self, logits: Tensor) -> Tensor:
@@ -194,8 +195,9 @@ def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRul
     family = getattr(model, "family", None)
     if family is None or not hasattr(model, "blocks"):
         raise ConfigError(
-            "a router of the layers works in Lorry's own decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3, GPT-2, "
-            "GPT-NeoX); this model runs through transformers: use router.kind=uniform or fixed"
+            "a layer router needs Lorry's own decoder (Llama, SmolLM, Mistral, "
+            "Qwen2, Qwen3, GPT-2, GPT-NeoX); this model runs in transformers: use "
+            "router.kind=uniform or fixed"
         )
     roles = {"attn": ("qkv", "attn_out"), "mlp": ("mlp_in", "mlp_out")}
     gated = {
@@ -222,6 +224,6 @@ def attach_router(model: nn.Module, experts: Sequence[str], rule: RoutingRule) -
     router = TokenRouter(experts, rule, layers=geometry.layers, width=geometry.width, device=device)
     bank = get_bank(model)
     if ROUTER_NAME in bank.adapters:
-        raise ConfigError(f"an expert cannot be called {ROUTER_NAME!r}: that is the router's name")
+        raise ConfigError(f"an expert cannot be called {ROUTER_NAME!r}, which is the router's name")
     bank.routers[ROUTER_NAME] = router
     return router

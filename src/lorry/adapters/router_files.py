@@ -107,7 +107,7 @@ def read_router_record(folder: Path) -> RouterRecord:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ModelError(
-            f"{file}: {where} is not what a router has there ({first['msg']})"
+            f"{file}: {where} is not valid in a router file ({first['msg']})"
         ) from None
 
 
@@ -135,11 +135,11 @@ def load_router(model: nn.Module, folder: Path, experts: Mapping[str, Path]) -> 
     names = [expert.name for expert in record.experts]
     if len(set(names)) != len(names) or len(names) < 2:
         raise ModelError(
-            f"{file}: experts are two or more names, each once; got {', '.join(names)}"
+            f"{file}: experts has to name two or more different adapters; got {', '.join(names)}"
         )
     verify_experts(folder, record, experts)
     if record.base_digest != base_digest(model):
-        raise ModelError(f"{file}: the mixture stands on other base weights than this model's")
+        raise ModelError(f"{file}: the mixture was trained on other base weights than this model's")
     if record.kind in CONSTANT_KINDS:
         return _constant_mix(file, record)
     if record.kind not in MAKERS or record.level != "delta":
@@ -227,7 +227,7 @@ def _constant_mix(file: Path, record: RouterRecord) -> Mix:
     for name, gate in gates.items():
         if name not in names or not math.isfinite(gate):
             raise ModelError(
-                f"{file}: gates has {name!r}: {gate}; a number for each of {', '.join(names)}"
+                f"{file}: gates has {name!r}: {gate}; give a number for each of {', '.join(names)}"
             )
     return Mix.constants(gates)
 
@@ -242,13 +242,15 @@ def _read_weights(file: Path, wanted: Mapping[str, Tensor]) -> None:
         raise ModelError(f"{file}: damaged ({error})") from None
     if odd := sorted(set(tensors) ^ set(wanted)):
         raise ModelError(
-            f"{file}: {odd[0]} is {'missing' if odd[0] in wanted else 'no tensor of this router'} ({len(odd)} such tensors)"
+            f"{file}: {odd[0]} is {'missing' if odd[0] in wanted else 'not a tensor of this router'} "
+            f"({len(odd)} such tensors)"
         )
     for name, view in wanted.items():
         found = tensors[name]
         if found.shape != view.shape or found.dtype != torch.float32:
             raise ModelError(
-                f"{file}: {name} is {found.dtype} {tuple(found.shape)}, of this model and these experts float32 {tuple(view.shape)}"
+                f"{file}: {name} is {found.dtype} {tuple(found.shape)}; this model "
+                f"and these experts need float32 {tuple(view.shape)}"
             )
         if not bool(torch.isfinite(found).all()):
             raise ModelError(f"{file}: {name} holds NaN or infinity")

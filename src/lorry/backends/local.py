@@ -155,8 +155,10 @@ class LocalBackend:
             keys = [int(batch.key[s]) for s in bad[:8]]
             self.discard()
             raise NonFiniteError(
-                f"step {step + 1}: the loss term {term!r} is not finite for {len(bad)} of {len(batch)} sequences "
-                f"of a micro-batch (rows {bad[:8]}, keys {keys}); nothing was updated. Lower learning_rate, or look at those rows"
+                f"step {step + 1}: the loss term {term!r} is not finite for "
+                f"{len(bad)} of {len(batch)} sequences of a micro-batch (rows "
+                f"{bad[:8]}, keys {keys}); nothing was updated. Lower "
+                "learning_rate, or check those rows"
             )
 
     def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> DropoutNoise | None:
@@ -194,9 +196,11 @@ class LocalBackend:
                 ]
                 self.discard()
                 raise NonFiniteError(
-                    f"step {self.at + 1}: the gradient of {where[0] if where else name} ({owner.label}) is not finite in "
-                    f"{len(where)} tensors, with sequences of keys {self.keys[:8]}; nothing was updated. "
-                    "Lower learning_rate or max_grad_norm, or look at those rows"
+                    f"step {self.at + 1}: the gradient of "
+                    f"{where[0] if where else name} ({owner.label}) is not finite "
+                    f"in {len(where)} tensors, with sequences of keys "
+                    f"{self.keys[:8]}; nothing was updated. Lower learning_rate or "
+                    "max_grad_norm, or check those rows"
                 )
         for name in norms.norms:
             self.optimizers[name].step(lr[name], norms.norms[name])
@@ -282,7 +286,7 @@ class LocalBackend:
         # everything is compared before anything is copied: a refused checkpoint changes nothing
         if odd := sorted(set(mine) ^ set(state)):
             raise ModelError(
-                f"the checkpoint and this run disagree about {odd[0]!r} ({len(odd)} tensors in all)"
+                f"the checkpoint and this run differ in {odd[0]!r} ({len(odd)} tensors in all)"
             )
         for tensor, value in mine.items():
             here, there = ((t.dtype, tuple(t.shape)) for t in (value, state[tensor]))
@@ -292,7 +296,7 @@ class LocalBackend:
                 )
             if not is_finite(state[tensor]):
                 raise ModelError(
-                    f"{tensor} holds NaN or infinity in the checkpoint; go on from an earlier one"
+                    f"{tensor} holds NaN or infinity in the checkpoint; resume from an earlier one"
                 )
         for name, owner in self.owners.items():
             for kind, flat in self._flat_tensors(name):

@@ -31,7 +31,7 @@ class StreamReport(DataReport):
 
     def lines(self) -> list[str]:
         """For a person, one fact a line."""
-        read = f"{self.source}: streamed, rows are read as they are needed"
+        read = f"{self.source}: streamed, rows are read while training"
         return [
             read,
             *(

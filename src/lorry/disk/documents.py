@@ -89,7 +89,7 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES, error: RefusalType = Da
     finally:
         os.close(file)
     if len(raw) > most_bytes:
-        raise error(f"{path} is larger than {most_bytes} bytes, the most that is read here")
+        raise error(f"{path} is larger than {most_bytes} bytes, the largest that is read")
     return raw
 
 
@@ -229,12 +229,12 @@ def _strict_decoder(nonfinite: bool, largest: int) -> json.JSONDecoder:
         # Python reads 1e999 as inf without a word
         value = float(digits)
         if math.isinf(value):
-            raise _NotStrictError(f"{_shorten(digits)} is beyond what a float holds", digits)
+            raise _NotStrictError(f"{_shorten(digits)} is too large for a float", digits)
         return value
 
     def parse_constant_strictly(name: str) -> float:
         if not nonfinite:
-            raise _NotStrictError(f"{name} is no number of JSON", name)
+            raise _NotStrictError(f"{name} is not a JSON number", name)
         return float(name)
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
 
     def measure(node: yaml.Node, depth: int) -> int:
         if id(node) in open_nodes:
-            refuse(node, "an alias stands inside the very value that it names")
+            refuse(node, "an alias is inside the value that it names")
         # measured once however often it is named, so a document of aliases takes linear time
         if id(node) in sizes:
             return sizes[id(node)]
@@ -306,7 +306,8 @@ def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
             refuse(node, "nested too deeply")
         if node.tag not in YAML_CORE_TAGS:
             refuse(
-                node, f"the tag {_shorten(repr(node.tag))} is refused; settings are plain values"
+                node,
+                (f"the tag {_shorten(repr(node.tag))} is not allowed; settings are plain values"),
             )
         open_nodes.add(id(node))
         size = 1
@@ -316,7 +317,7 @@ def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
             _refuse_keys(node, refuse)
             size += sum(measure(value, depth + 1) for _, value in node.value)
         if size > MOST_NODES:
-            refuse(node, f"its aliases stand for more than {MOST_NODES} values")
+            refuse(node, f"its aliases expand to more than {MOST_NODES} values")
         # closed only after its children: whoever meets it while it is open has found a circle
         open_nodes.discard(id(node))
         sizes[id(node)] = size
@@ -352,7 +353,7 @@ def _scalar_error(node: yaml.ScalarNode, reason: str) -> yaml.constructor.Constr
 
 def _construct_integer(loader: _YamlLoader, node: yaml.ScalarNode) -> int:
     if not YAML_INTEGER.fullmatch(node.value):
-        raise _scalar_error(node, f"{_shorten(repr(node.value))} is no integer")
+        raise _scalar_error(node, f"{_shorten(repr(node.value))} is not an integer")
     if (
         len(node.value) > MOST_DIGITS
         or abs(value := int(node.value, 10 if node.value.lstrip("+-").isdigit() else 0))
@@ -365,14 +366,14 @@ def _construct_integer(loader: _YamlLoader, node: yaml.ScalarNode) -> int:
 def _construct_float(loader: _YamlLoader, node: yaml.ScalarNode) -> float:
     if not YAML_FLOAT.fullmatch(node.value) or math.isinf(value := float(node.value)):
         raise _scalar_error(
-            node, f"{_shorten(repr(node.value))} is beyond what a float holds, or no number"
+            node, f"{_shorten(repr(node.value))} is too large for a float, or not a number"
         )
     return value
 
 
 def _construct_bool(loader: _YamlLoader, node: yaml.ScalarNode) -> bool:
     if node.value.lower() not in ("true", "false"):
-        raise _scalar_error(node, "a switch is true or false")
+        raise _scalar_error(node, "a boolean has to be true or false")
     return bool(node.value.lower() == "true")
 
 

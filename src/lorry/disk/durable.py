@@ -43,7 +43,10 @@ class DiskError(LorryError, OSError):
     exit_code = 74  # EX_IOERR of sysexits.h
 
     def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}; what was complete before is untouched: mend the disk and run again"
+        return (
+            f"{self.filename}: {self.strerror}; complete files were not changed; repair "
+            "the disk and run again"
+        )
 
 
 class DiskCalls:
@@ -344,7 +347,7 @@ def _replace_directory(target: Path, replace: bool) -> Iterator[Path]:
 
 def _target_exists_error(target: Path) -> ConfigError:
     return ConfigError(
-        f"{target} already exists and is not empty; choose another place or remove it first"
+        f"{target} already exists and is not empty; choose another path or remove it first"
     )
 
 

@@ -68,9 +68,7 @@ def plain_size(path: Path) -> int:
     with translate_read_errors(path):
         status = durable.disk.lstat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ModelError(
-            f"{path} is not a plain file (a link or a special file); it is not followed"
-        )
+        raise ModelError(f"{path} is not a regular file (a link or a special file) and is not read")
     return status.st_size
 
 
@@ -125,5 +123,5 @@ def _read_manifest(path: Path) -> dict[str, ManifestEntry]:
     if not whole or any(
         [type(v) for v in entry.values()] != [int, str] for entry in entries.values()
     ):
-        raise ModelError(f"{path} is damaged: it is not the manifest that was written")
+        raise ModelError(f"{path} is damaged: it is not the manifest that Lorry wrote")
     return entries

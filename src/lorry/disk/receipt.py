@@ -93,4 +93,4 @@ def _texts(group: Mapping[str, Any], name: str, path: Path) -> None:
 
 def _require(holds: bool, name: str, path: Path | str) -> None:
     if not holds:
-        raise DataError(f"{path}: {name!r} is not what a run writes there")
+        raise DataError(f"{path}: {name!r} is not valid in a receipt")

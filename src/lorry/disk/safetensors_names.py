@@ -45,5 +45,5 @@ def check_names(path: Path) -> None:
         return
     if repeated:
         raise ModelError(
-            f"{path}: its header holds {repeated[0]!r} twice, so which one is meant is anybody's guess; save it again"
+            f"{path}: its header holds {repeated[0]!r} twice, so it is ambiguous; save it again"
         )

@@ -140,7 +140,8 @@ class ModelFamily:
         role_targets = [target for role in self.roles for target in role]
         if role_targets != list(self.targets):
             raise ValueError(
-                f"family {self.name}: roles {role_targets} are not the targets {list(self.targets)}"
+                f"family {self.name}: roles {role_targets} do not match the targets "
+                f"{list(self.targets)}"
             )
         # the decoder derives from these counts whether to split a fused qkv and whether there is a
         # gate

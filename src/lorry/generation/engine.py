@@ -123,8 +123,9 @@ class GenerationEngine:
             return []
         if self._failed:
             raise ModelError(
-                "an earlier step of this engine failed, and what it holds cannot be continued; "
-                "make a new GenerationEngine and add the requests again"
+                "an earlier step of this engine failed, and its requests cannot be "
+                "continued; create a new GenerationEngine and add the requests "
+                "again"
             )
         self._failed = True  # until this step is through
         with evaluation_mode(self.model):

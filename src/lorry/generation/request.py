@@ -108,7 +108,7 @@ def resolve_constant_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
         # a router of the layers makes its gates of each token as it comes
         if term.rows is not None or isinstance(term.gate, Tensor):
             raise ConfigError(
-                "this mix belongs to the tokens of one batch; give one that is the same for all: "
-                "a name or Mix.constants({name: weight})"
+                "this Mix has gates for the tokens of one batch; give one that is "
+                "the same for all: a name or Mix.constants({name: weight})"
             )
     return mix

@@ -60,7 +60,7 @@ class SamplingParams:
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or None"),
             "repetition_penalty": (
                 0 < self.repetition_penalty < float("inf"),
-                "above 0 (1 changes nothing)",
+                "above 0 (1: no penalty)",
             ),
         }
         for name, (good, rule) in checks.items():

@@ -63,7 +63,8 @@ def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
     if (run_dir / ROUTER / ROUTER_FILE).is_file():
         # its experts would go alone, and whoever opened them would have another model
         raise ConfigError(
-            f"{run_dir} is a mixture of experts, and its router is not uploaded yet; push the run of its experts, {run_dir / EXPERTS}"
+            f"{run_dir} is a mixture of experts, and its router cannot be uploaded "
+            f"yet; push the experts' run, {run_dir / EXPERTS}"
         )
     files: dict[str, UploadContent] = {
         p.name: p
@@ -143,8 +144,9 @@ def refuse_secrets(files: Mapping[str, UploadContent]) -> None:
             # the place and the kind, never the secret itself: messages end in logs
             line = text.count("\n", 0, secret.at) + 1
             raise ConfigError(
-                f"{path}:{line} holds a secret ({secret.what}), so nothing was uploaded; take it out of the file and of the "
-                "setting it came from, and revoke it if the file was shared"
+                f"{path}:{line} holds a secret ({secret.what}), so nothing was "
+                "uploaded; remove it from the file and from the setting that it "
+                "came from, and revoke it if the file was shared"
             )
 
 

@@ -30,8 +30,8 @@ STATUS_ADVICE = {
     401: f"the hub does not know this token; {LOGIN_ADVICE}",
     403: f"this account or its token may not write to it; choose a repository of your own (hub_model_id=OWNER/NAME), or {LOGIN_ADVICE}",
     404: "there is no such account or organisation, or this token cannot see it; choose another with hub_model_id=OWNER/NAME",
-    413: "a file is larger than the hub takes",
-    429: "the hub asks for fewer requests; wait some minutes",
+    413: "a file is larger than the hub accepts",
+    429: "the hub limits the rate of requests; wait some minutes",
 }
 PushListener = Callable[[str], None]
 
@@ -117,14 +117,16 @@ def check_push(train: TrainConfig, tell: PushListener = _ignore_text) -> None:
             account = api.whoami()
     except HubError as error:
         tell(
-            f"note: train.push_to_hub: {error}; training goes on and the upload is tried at its end"
+            f"note: train.push_to_hub: {error}; training continues and the upload "
+            "is tried at its end"
         )
         return
     owners = [account["name"], *(str(org.get("name")) for org in account.get("orgs", []))]
     owner = repo_id.split("/")[0] if repo_id and "/" in repo_id else account["name"]
     if owner not in owners:
         tell(
-            f"note: train.push_to_hub: {owner} is none of this account's names ({', '.join(owners)}); the upload may be refused"
+            f"note: train.push_to_hub: {owner} is not one of this account's names "
+            f"({', '.join(owners)}); the upload may be refused"
         )
 
 
@@ -154,7 +156,7 @@ def check_repo_name(repo_id: str) -> None:
     except HFValidationError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"hub_model_id={repo_id!r} is no name of a repository, such as OWNER/NAME: {reason}"
+            f"hub_model_id={repo_id!r} is not a repository name such as OWNER/NAME: {reason}"
         ) from None
 
 
@@ -185,12 +187,15 @@ def _upload_notes(run_dir: Path, private_paths: list[str]) -> list[str]:
         base = read_object(config).get("base_model_name_or_path") if config.is_file() else None
         if isinstance(base, str) and Path(base).is_absolute():
             notes.append(
-                f"adapter_config.json names the base by its directory here, {base}: elsewhere PEFT must be given the base"
+                "adapter_config.json names the base model by a directory of this "
+                f"machine, {base}; on other machines PEFT has to be given the base "
+                "model"
             )
             break
     if private_paths:
         notes.append(
-            f"{', '.join(private_paths)} name directories of this machine and go to the hub as they are"
+            f"{', '.join(private_paths)} name directories of this machine and are "
+            "uploaded as they are"
         )
     return notes
 
@@ -229,7 +234,9 @@ def _explain_hub_errors(run_dir: Path | None, repo_id: str | None, endpoint: str
         if status in STATUS_ADVICE and status < 413:
             raise ConfigError(f"{where}: {STATUS_ADVICE[status]} ({reason}){outcome}") from error
         advice = STATUS_ADVICE.get(status or 0) or (
-            "the hub fails; try again later" if status else "check the network and HF_ENDPOINT"
+            "the hub reports an error of its own; try again later"
+            if status
+            else "check the network and HF_ENDPOINT"
         )
         raise HubError(f"{where}: {advice} ({reason}){outcome}") from error
 

@@ -138,13 +138,16 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
     except subprocess.TimeoutExpired as e:
         return None, KernelStatus(
             False,
-            f"{compiler} did not answer within {e.timeout:.0f} s and was stopped; LORRY_KERNELS=0 does without",
+            (
+                f"{compiler} did not finish within {e.timeout:.0f} s and was stopped; "
+                "LORRY_KERNELS=0 runs without kernels"
+            ),
         )
     except subprocess.CalledProcessError as e:
         messages = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
         return None, KernelStatus(False, f"{compiler} failed: {messages[0]}")
     except (OSError, RuntimeError) as e:  # RuntimeError: nobody's home is known
-        return None, KernelStatus(False, f"the built kernels cannot be kept or loaded: {e}")
+        return None, KernelStatus(False, f"the built kernels cannot be saved or loaded: {e}")
     return library, KernelStatus(True, "", digest, bool(library.lorry_amx()))
 
 
@@ -202,7 +205,7 @@ def _make_private_folder(folder: Path) -> None:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (os.getuid(), 0):
         raise PermissionError(
-            f"{folder} is not this user's own folder; set LORRY_HOME to one that is"
+            f"{folder} does not belong to this user; set LORRY_HOME to a folder that does"
         )
     if status.st_mode & OTHERS_MAY_WRITE and status.st_uid == os.getuid():
         folder.chmod(stat.S_IMODE(status.st_mode) & ~OTHERS_MAY_WRITE)

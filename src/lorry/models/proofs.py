@@ -95,7 +95,8 @@ def proofs_disabled(add_note: NoteCallback) -> bool:
     if os.environ.get(PROOFS_VARIABLE) != "0":
         return False
     add_note(
-        f"{PROOFS_VARIABLE}=0: not proven that no position sees a later one, nor that a cache or the native decoder is right"
+        f"{PROOFS_VARIABLE}=0: not checked that no position sees a later one, nor "
+        "that the cache and the native decoder are correct"
     )
     return True
 
@@ -116,7 +117,8 @@ def prove_hf_model(model: HfModel, add_note: NoteCallback, where: str) -> None:
         model.recompute_reason = outcome
     if model.recompute_reason:
         add_note(
-            f"it generates by reading the whole sequence again for every token, slowly: {model.recompute_reason}"
+            "generation is slow, since it runs the whole sequence again for every "
+            f"token: {model.recompute_reason}"
         )
 
 
@@ -124,11 +126,13 @@ def _prove_or_raise(model: HfModel, where: str) -> None:
     if why := find_future_leak(model):
         if _is_random(model):
             raise ModelError(
-                f"{where}: {type(model.inner).__name__} gives other scores each time it reads the same tokens: "
-                "it draws random numbers even in evaluation, and no score of it means anything"
+                f"{where}: {type(model.inner).__name__} gives different scores for "
+                "the same tokens: it is random even in evaluation mode, so its "
+                "scores are meaningless"
             )
         raise ModelError(
-            f"{where}: {type(model.inner).__name__} is no causal language model here: {why}. {_suggest_remedy(model)}"
+            f"{where}: {type(model.inner).__name__} is not a causal language model: "
+            f"{why}. {_suggest_remedy(model)}"
         )
     if not model.recompute_reason and (why := find_cache_error(model)):
         model.recompute_reason = why
@@ -147,10 +151,11 @@ def _suggest_remedy(model: HfModel) -> str:
         setting = getattr(text, field, None)
         if setting is not None and setting != "vision" and bool(setting) is not value:
             return (
-                f"Set {field}={str(value).lower()} in config.json if it was trained to predict the next "
-                "token; as it is, it reads the answer that it should learn"
+                f"Set {field}={str(value).lower()} in config.json if it was trained "
+                "to predict the next token; as it is, it can read the tokens that "
+                "it has to predict"
             )
-    return "It cannot be trained or scored as one: it reads the answer that it should learn"
+    return "It cannot be trained or scored as one: it can read the tokens that it has to predict"
 
 
 # --- (a)
@@ -181,7 +186,10 @@ def find_future_leak(model: CausalLM) -> str:
             # have no exact gradient
             if share <= QUANTISED_TOLERANCE:
                 continue
-            return f"changing tokens {cut} to {length - 1} of {length} moves those before, by {share:.0e} of the largest"
+            return (
+                f"changing tokens {cut} to {length - 1} of {length} changes those "
+                f"before, by {share:.0e} of the largest"
+            )
         if (
             first.dtype in ROUNDING_TOLERANCE and share > ROUNDING_TOLERANCE[first.dtype]
         ) or not _ignores_future(model, rows, i, cut):
@@ -286,7 +294,7 @@ def find_cache_error(model: CausalLM) -> str:
     worst = float(torch.stack(errors).median(0).values.max())
     if worst <= ROUNDING_TOLERANCE[model.dtype]:
         return ""
-    return f"with its cache hidden states differ by {worst:.0e} of their size from those without"
+    return f"with its cache, hidden states differ by {worst:.0e} of their size from those without"
 
 
 # --- (c)
@@ -316,7 +324,7 @@ def find_native_mismatch(
     try:
         why = _compare_native(family, config, dtype, device)
     except ModelError as e:
-        return f"Lorry's decoder could not be proven on a small twin of it: {e}"
+        return f"Lorry's decoder could not be checked on a small copy of it: {e}"
     if why:
         return why
     _proven_digests().add(name)
@@ -329,7 +337,7 @@ def _compare_native(
 ) -> str:
     small = shrink_config(family, config)
     with (
-        model_file_errors("transformers refuses the twin"),
+        model_file_errors("transformers cannot build the small copy"),
         silence_transformers(),
         torch.random.fork_rng(devices=[]),
     ):
@@ -342,7 +350,7 @@ def _compare_native(
         return native
     length = min(TWIN_LENGTH, native.context)
     ids = torch.tensor(_random_sequences(native, 2, length))
-    with torch.no_grad(), model_file_errors("transformers cannot run the twin"):
+    with torch.no_grad(), model_file_errors("transformers cannot run the small copy"):
         expected, logits = hf_model(input_ids=ids, use_cache=False).logits, native(ids).logits
     gap = float((logits - expected).abs().max() / expected.abs().max())
     if not gap <= TWIN_TOLERANCE:
@@ -351,7 +359,7 @@ def _compare_native(
     if native.geometry.tied:
         native.tie()
     if why := find_future_leak(native) or find_cache_error(native):
-        return f"Lorry's decoder is wrong for this config: {why}"
+        return f"Lorry's decoder is not correct for this config: {why}"
     return ""
 
 

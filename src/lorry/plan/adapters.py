@@ -107,7 +107,8 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
         )
         if absent := sorted(set(wanted) - set(range(g.layers))):
             raise ConfigError(
-                f"lora.layers_to_transform asks for layer {absent[0]}; this model has layers 0 to {g.layers - 1}"
+                f"lora.layers_to_transform names layer {absent[0]}; this model has "
+                f"layers 0 to {g.layers - 1}"
             )
         chosen = [s for s in chosen if s.layer in wanted]
     if not chosen:

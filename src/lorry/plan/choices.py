@@ -51,8 +51,9 @@ def require_lora(lora: LoraConfig | None) -> LoraConfig:
     """The adapter's settings, which are there. Raises ConfigError for lora=null."""
     if lora is None:
         raise ConfigError(
-            "lora=null trains the base itself, which is not planned yet: count 16 bytes a weight that trains (fp32 master, "
-            "gradient, two moments), beside the base and the activations"
+            "lora=null trains the base weights, which cannot be planned yet: count "
+            "16 bytes per trained weight (fp32 master, gradient, two moments), "
+            "besides the base model and the activations"
         )
     return lora
 
@@ -153,8 +154,10 @@ def no_choice_fits_error(memory_budget: str, search: ChoiceSearchResult) -> Conf
     most = max(memory.components, key=lambda c: c.bytes)
     enough = -(-memory.total // 2**20)  # whole MiB, rounded up, so that the advice itself fits
     return ConfigError(
-        f"memory_budget={memory_budget}: nothing fits. The leanest choice ({least.words()}) needs {size_in_words(memory.total)}, "
-        f"{size_in_words(most.bytes)} of it {most.name}; give memory_budget={enough}MiB or more, a smaller model or max_length"
+        f"memory_budget={memory_budget}: nothing fits. The smallest choice "
+        f"({least.words()}) needs {size_in_words(memory.total)}, "
+        f"{size_in_words(most.bytes)} of it {most.name}; give "
+        f"memory_budget={enough}MiB or more, a smaller model or max_length"
     )
 
 
@@ -203,8 +206,9 @@ def refuse_budget_of_jobs(memory_budget: str | None, jobs: Sequence[JobConfig]) 
     """
     if memory_budget is not None and jobs:
         raise ConfigError(
-            "memory_budget is not chosen for several jobs yet; leave out memory_budget or jobs. "
-            "`lorry plan` with the jobs and without memory_budget says what they need"
+            "memory_budget cannot be used with several jobs yet; leave out "
+            "memory_budget or jobs. `lorry plan` with the jobs and without "
+            "memory_budget shows what they need"
         )
 
 

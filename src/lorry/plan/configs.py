@@ -61,7 +61,8 @@ def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
         )
     if path.suffix == ".gguf":
         raise ModelError(
-            f"{path}: plan reads config.json, which a GGUF file has not; give the directory it was converted to"
+            f"{path}: plan reads config.json, which a GGUF file lacks; give the "
+            "directory that it was converted to"
         )
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise ModelError(
@@ -83,8 +84,9 @@ def _directory_config(path: Path) -> FoundConfig:
     for folder, (base, _) in bases.items():
         if base != first:
             raise ModelError(
-                f"{path}: its adapters are for several bases ({folders[0].name} for {first}, {folder.name} for "
-                f"{base}); name one of their folders"
+                f"{path}: its adapters are for several base models "
+                f"({folders[0].name} for {first}, {folder.name} for {base}); name "
+                "the folder of one"
             )
     # an adapter may name a converted model that another machine's cache holds: its shape is
     # that of the well-known model it was converted from
@@ -153,8 +155,9 @@ def _hub_config(name: str, revision: str | None) -> FoundConfig:
         # the hub's errors run over several lines; the first has the cause
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
-            f"no config of {name!r}: no such directory here, no well-known name{suggest_nearest(name.lower(), KNOWN_CONFIGS)}, and the hub does "
-            f"not give it ({reason}); known by name: {', '.join(sorted(KNOWN_CONFIGS))}"
+            f"no config of {name!r}: no such directory here, no well-known "
+            f"name{suggest_nearest(name.lower(), KNOWN_CONFIGS)}, and the hub has "
+            f"none ({reason}); known by name: {', '.join(sorted(KNOWN_CONFIGS))}"
         ) from e
     return FoundConfig(_read_config(Path(file)), f"{name} on the hub")
 

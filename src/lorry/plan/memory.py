@@ -190,7 +190,7 @@ def tabulate_memory(
             MemoryComponent(
                 "runtime",
                 runtime_bytes(setup),
-                "what the first step loads: kernels, their scratch space",
+                "loaded by the first step: kernels and their scratch space",
             ),
             MemoryComponent("base weights", base_weights, base_words),
             MemoryComponent("vocabulary", vocabulary, vocabulary_words),
@@ -221,12 +221,14 @@ def tabulate_memory(
             MemoryComponent(
                 "allocator",
                 allocator_overhead(shape, setup, saved + workspace),
-                "gaps between buffers that come and go",
+                "fragmentation between temporary buffers",
             ),
             *(
                 [
                     MemoryComponent(
-                        "start", said, f"the start's {setup.reads.asks_start} of a step's rows"
+                        "start",
+                        said,
+                        (f"reference scores of {setup.reads.asks_start} of a step's rows"),
                     )
                 ]
                 if said

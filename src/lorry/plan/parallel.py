@@ -63,8 +63,9 @@ def check_split(split: ParallelSplit, shape: ModelShape) -> None:
                 )
     if split.processes % (split.tensor * split.pipeline):
         raise ConfigError(
-            f"backend.processes={split.processes} is no multiple of tensor_parallel x pipeline_parallel = "
-            f"{split.tensor} x {split.pipeline}"
+            f"backend.processes={split.processes} is not a multiple of "
+            f"tensor_parallel x pipeline_parallel = {split.tensor} x "
+            f"{split.pipeline}"
         )
     if g.heads % split.tensor or g.mlp_width % split.tensor:
         raise ConfigError(

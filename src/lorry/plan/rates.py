@@ -69,7 +69,7 @@ class RateMeasurement:
         busy = (
             ""
             if not self.busy
-            else f", the machine was busy: {self.waited:.0%} of the time went to others"
+            else f", the machine was busy: {self.waited:.0%} of the time went to other programs"
         )
         return f"{self.repeats} {things} on {when}{load}{busy}"
 

@@ -203,17 +203,17 @@ def _why_not_native(family: ModelFamily | None, kind: str, config: Mapping[str, 
     """Why Lorry's own decoder will not run this config; "" when it will. Defaults are not known
     here, so only fields that the family itself doubts are looked at; the loader has the last word."""
     if family is None:
-        return f"no family of Lorry's decoder covers model_type {kind!r}"
+        return f"Lorry's decoder has no family for model_type {kind!r}"
     try:
         odd = unsupported_fields(
             family, {"max_position_embeddings": 1, **config}, dict.fromkeys(family.ignores)
         )
         family.geometry(config)
     except UnsupportedConfigError as e:
-        return f"Lorry's decoder does not compute {e}"
+        return f"Lorry's decoder does not support {e}"
     except (LookupError, ValueError, TypeError, ArithmeticError):
         return ""  # said properly by the caller, which reads the same numbers
-    return f"Lorry's decoder does not compute {', '.join(odd)}" if odd else ""
+    return f"Lorry's decoder does not support {', '.join(odd)}" if odd else ""
 
 
 def _read_experts(config: Mapping[str, Any]) -> ExpertShape | None:

@@ -42,7 +42,10 @@ def render_page(runs: Sequence[RunRecord], damaged: Sequence[DamagedRun] = ()) -
     cannot be read.
     """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
-    closing = "Made by lorry report from the files of the run. It opens without a network and sends nothing."
+    closing = (
+        "Written by lorry report from the files of the run. The page opens without a "
+        "network and sends nothing."
+    )
     parts = [
         _page_header(runs, title),
         _damaged_runs(damaged),
@@ -115,7 +118,7 @@ def _damaged_runs(damaged: Sequence[DamagedRun]) -> SafeHtml | None:
     if not damaged:
         return None
     reasons = [
-        html_tag("p", f"{one.name} is damaged and left out: {one.why}", class_="lead notes")
+        html_tag("p", f"{one.name} is damaged and not shown: {one.why}", class_="lead notes")
         for one in damaged
     ]
     return html_tag("section", html_tag("h2", "Damaged"), *reasons, id="damaged")
@@ -309,8 +312,10 @@ def _unlearning_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     if not drawn and not tables:
         return None
     lead = (
-        "Squares are starts, diamonds oracles (models trained without the rows to forget); a line through circles is a "
-        "run's way through its evaluations. What is close to the oracle has forgotten; below it is not better."
+        "Squares are starts, diamonds are oracles (models trained without the "
+        "forget set); a line through circles follows a run through its "
+        "evaluations. A run close to the oracle has forgotten; a value below the "
+        "oracle's is not better."
     )
     return html_tag(
         "section",

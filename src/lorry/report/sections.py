@@ -174,7 +174,10 @@ def training_rows_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     rows = [(run, s.tokens) for run in runs for s in run.samples if s.tokens]
     if not rows:
         return None
-    lead = "Marked tokens carry the loss; the others are context. This is the text after the chat template, as it was trained on."
+    lead = (
+        "Marked tokens carry the loss; the others are context. This is the text after "
+        "the chat template, as used in training."
+    )
     parts = []
     for run, tokens in rows[:MAX_SECTION_ROWS]:
         # of any weight: a token of weight 0.5 is trained on as well

@@ -46,7 +46,7 @@ def render_runs(
     if damaged:
         return Group(
             *(
-                _styled_text(f"{one.name} is damaged and left out: {one.why}", "red")
+                _styled_text(f"{one.name} is damaged and not shown: {one.why}", "red")
                 for one in damaged
             ),
             render_runs(runs, samples),

@@ -235,7 +235,9 @@ def _frontier_panel(frontier: Frontier, points: Sequence[FrontierPoint], number:
             series.append(CurveSeries(one.label, one.color, "mark", [x], [y], shape=one.shape))
     places = [x for one in series for x in one.steps]
     if frontier.level is not None and places:
-        series.insert(0, level_guide("told from the oracle below", LIMIT, frontier.level, places))
+        series.insert(
+            0, level_guide("distinguishable from the oracle below", LIMIT, frontier.level, places)
+        )
     other = f" (other rows, {number})" if number > 1 else ""
     title = f"Frontier: {_plain(frontier.forgotten)}{other}"
     return ChartPanel(
@@ -268,9 +270,9 @@ def _roc_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
                 series.append(_roc_curve(label, color, suite, attack))
             other = f" (other rows, {number})" if number > 1 else ""
             yield ChartPanel(
-                f"ROC of {attack}{other}", "share of rows never seen",
+                f"ROC of {attack}{other}", "share of holdout rows (false positives)",
                 (*series, *_roc_beside(runs, labels, group, attack)),
-                x_label="share of rows to forget", x_whole=False,
+                x_label="share of forget rows (true positives)", x_whole=False,
             )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def _other_rows(runs: Sequence[RunRecord], title: str) -> SafeHtml | None:
     if not names:
         return None
     text = (
-        f"Not asked of the same rows in every column, and not to be compared: {', '.join(names)}."
+        f"Measured on different rows from column to column, so not comparable: {', '.join(names)}."
     )
     return html_tag("p", text, class_="lead notes")
 
@@ -113,7 +113,7 @@ def _other_rows(runs: Sequence[RunRecord], title: str) -> SafeHtml | None:
 def attack_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
     """Rounded weights, other words and robustness, a table each; relearning is a chart."""
     parts: list[SafeHtml] = []
-    for attack, title in (("quantize", "Rounded weights"), ("rephrase", "In other words")):
+    for attack, title in (("quantize", "Rounded weights"), ("rephrase", "Rephrased")):
         rows, names = [], dict[str, None]()
         for run in runs:
             # None where nobody attacked the run

@@ -146,17 +146,17 @@ def _read_oracle(content: Any, where: str) -> OracleValues:
     found = _object(content, where)
     texts = _texts({name: found.get(name) for name in ("path", "sha256")}, where)
     if "\0" in texts["path"]:  # every call of the system refuses it, each in its own way
-        raise DataError(f"{where}.path is no path")
+        raise DataError(f"{where}.path is not a path")
     return OracleValues(texts["path"], texts["sha256"], _values(found.get("values"), where))
 
 
 def _read_roc(content: Any, where: str) -> list[tuple[float, float]]:
     if not isinstance(content, list) or len(content) > MOST_ROC_POINTS:
-        raise DataError(f"{where} is no list of at most {MOST_ROC_POINTS} points")
+        raise DataError(f"{where} is not a list of at most {MOST_ROC_POINTS} points")
     points = []
     for point in content:
         if not isinstance(point, list) or len(point) != 2:
-            raise DataError(f"{where}: a point is a list of two shares")
+            raise DataError(f"{where}: a point has to be a list of two shares")
         points.append((_number(point[0], where), _number(point[1], where)))
     return points
 
@@ -228,7 +228,7 @@ def read_attacks(run_dir: Path) -> AttacksRecord | None:
 
 def _read_curve(content: Any, where: str) -> list[Values]:
     if not isinstance(content, list) or len(content) > MOST_CURVE_POINTS:
-        raise DataError(f"{where} is no list of at most {MOST_CURVE_POINTS} points")
+        raise DataError(f"{where} is not a list of at most {MOST_CURVE_POINTS} points")
     points = [_values(point, where) for point in content]
     if any("step" not in point for point in points):
         raise DataError(f"{where}: a point has no step")
@@ -274,11 +274,11 @@ def _texts(content: Any, where: str) -> dict[str, str]:
     found = _object(content, where)
     for name, value in found.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}.{name} is {str(value)[:40]!r} where a text belongs")
+            raise DataError(f"{where}.{name} is {str(value)[:40]!r} instead of a text")
     return found
 
 
 def _number(value: Any, where: str) -> float:
     if not is_number(value):
-        raise DataError(f"{where} is {str(value)[:40]!r} where a number belongs")
+        raise DataError(f"{where} is {str(value)[:40]!r} instead of a number")
     return float(value)

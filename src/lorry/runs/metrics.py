@@ -43,7 +43,7 @@ def iter_metrics(path: Path) -> Iterator[tuple[int, MetricsRecord]]:
         lines = documents.read_bytes(path, MOST_BYTES).split(b"\n")
     except FileNotFoundError:
         raise DataError(
-            f"{path} is missing: the run that writes it has it there from its first step on"
+            f"{path} is missing, although a run writes it from its first step on"
         ) from None
     for number, line in enumerate(lines, 1):
         # split: behind the last line end there is one more piece, empty where the file is whole
@@ -181,14 +181,17 @@ class MetricsWriter(CloseableResource):
             self._put_back(held.st_size)
             return
         if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino) or held.st_size != self._size:
-            what = f"something else wrote to it or took its place ({named.st_size} bytes, {self._size} were written)"
+            what = (
+                f"another program wrote to it or replaced it ({named.st_size} bytes, "
+                f"{self._size} were written)"
+            )
             raise durable.DiskError(errno.EEXIST, what, str(self._path))
 
     def _put_back(self, size: int) -> None:
         """Write a removed file again from the descriptor that still holds it."""
         durable.write_files(self._path.parent, {self._path.name: os.pread(self._file, size, 0)})
         log.warning(
-            "%s was removed while the run was at work; it is back, nothing of it is lost",
+            "%s was removed while the run was going on; it was written again and is complete",
             self._path,
         )
         durable.disk.close(self._file)

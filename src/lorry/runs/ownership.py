@@ -161,8 +161,8 @@ def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) ->
         where = f"{folders.pop()} holds " if len(folders) == 1 else ""
         more = f" and {len(names) - PATHS_SHOWN} more" if len(names) > PATHS_SHOWN else ""
         raise ConfigError(
-            f"{where}{', '.join(names[:PATHS_SHOWN])}{more}, which Lorry did not write there and would write over; "
-            f"nothing was touched: {advice}"
+            f"{where}{', '.join(names[:PATHS_SHOWN])}{more}, which Lorry did not "
+            f"write and would overwrite; nothing was changed: {advice}"
         )
 
 
@@ -176,7 +176,8 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> Path:
     previous = folder / PREVIOUS
     if _exists(previous) and not previous.is_dir():
         raise ConfigError(
-            f"{previous} is no directory, and what {folder} holds has to move there; give it another name"
+            f"{previous} is not a directory, and the files of {folder} have to be "
+            "moved there; rename it"
         )
     # one more than the highest, not the first that is free: N is the order in which runs were moved
     numbers = [int(path.name) for path in _folder_entries(previous) if path.name.isdigit()]

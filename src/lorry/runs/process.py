@@ -71,7 +71,8 @@ def read_process(run_dir: Path) -> RunProcess | None:
     process = _process_from_json(document)
     if process is None:
         raise DataError(
-            f"{path}:1: this is not what a run writes there; move it away if no run is at work in {run_dir}"
+            f"{path}:1: this was not written by a run; move it away if no run is "
+            f"going on in {run_dir}"
         )
     return process
 
@@ -138,8 +139,9 @@ def refuse_second(run_dir: Path) -> None:
     process = read_process(run_dir)
     if process is not None and is_process_alive(process, run_dir) and process.pid != os.getpid():
         raise ConfigError(
-            f"{run_dir} is in use: process {process.pid} has been at work there since {process.started}; "
-            f"use another output_dir, or stop it (kill -TERM {process.pid}: it saves and ends)"
+            f"{run_dir} is in use: process {process.pid} has been running there "
+            f"since {process.started}; use another output_dir, or stop it (kill "
+            f"-TERM {process.pid}: it saves and ends)"
         )
 
 
@@ -185,8 +187,14 @@ class RunDirectoryHandle(CloseableResource):
         if self.is_there():
             return
         now = self.now()
-        go_on = f"it is {now} now, and output_dir={now} resume_from_checkpoint=auto goes on from its newest checkpoint"
-        what = "the run directory was moved, removed or replaced while the run was at work in it; the run stopped"
+        go_on = (
+            f"it is now {now}, and output_dir={now} resume_from_checkpoint=auto "
+            "continues from its newest checkpoint"
+        )
+        what = (
+            "the run directory was moved, removed or replaced while the run was "
+            "writing to it; the run stopped"
+        )
         raise RunDirectoryGoneError(
             errno.ENOENT,
             f"{what}; {go_on if now else 'nothing was written in its place'}",

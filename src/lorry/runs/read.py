@@ -134,7 +134,7 @@ class RunRecord:
         )
         if not sound:
             raise DataError(
-                f"{self.path / RUN_FILE}: jobs are a list of mappings with a 'name' each"
+                f"{self.path / RUN_FILE}: jobs has to be a list of mappings, each with a 'name'"
             )
         return {job["name"]: job for job in jobs}
 
@@ -165,7 +165,8 @@ class RunRecord:
 def _settings_map(run: RunRecord, name: str, group: Any) -> dict[str, Any]:
     if not isinstance(group, dict | None):
         raise DataError(
-            f"{run.path / RUN_FILE}: {name!r} is a mapping of settings, got {type(group).__name__}"
+            f"{run.path / RUN_FILE}: {name!r} has to be a mapping of settings, got "
+            f"{type(group).__name__}"
         )
     return group or {}
 
@@ -279,7 +280,7 @@ def _read_evals(run: RunRecord) -> RunEvals:
         if start is not None:
             found = replace(found, start=evals.read_suites(start), origin=start)
     except (LorryError, OSError) as error:
-        run.log.notes.append(f"the start's values are not shown: {error}")
+        run.log.notes.append(f"the values of the start are not shown: {error}")
     try:
         found = replace(found, oracles=evals.read_oracles(found.suites))
     except (LorryError, OSError) as error:
@@ -318,7 +319,9 @@ def _read_text(path: Path) -> str:
 def _parse_config(text: str, path: Path) -> dict[str, Any]:
     content, _ = documents.parse_yaml(text, str(path))
     if content is not None and not isinstance(content, dict):
-        raise DataError(f"{path}: settings are a mapping of names, got {type(content).__name__}")
+        raise DataError(
+            f"{path}: settings have to be a mapping of names, got {type(content).__name__}"
+        )
     return content or {}
 
 
@@ -354,9 +357,7 @@ def _take_field(
     if value is None and default is not None:
         return default
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(
-            f"{where}: {key!r} is {str(value)[:40]!r}, which is not what this file holds there"
-        )
+        raise DataError(f"{where}: {key!r} is {str(value)[:40]!r}, which is not valid in this file")
     return value
 
 

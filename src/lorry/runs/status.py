@@ -186,9 +186,9 @@ def _judge_state(
 ) -> tuple[str, str]:
     """(state, why or what to do)."""
     go_on = (
-        f"resume_from_checkpoint=auto goes on from {saved}"
+        f"resume_from_checkpoint=auto continues from {saved}"
         if saved
-        else "there is no checkpoint to go on from"
+        else "there is no checkpoint to continue from"
     )
     at_work = False if process is None else run.process_alive
     # of another machine nothing is known but what it writes, and when
@@ -199,7 +199,7 @@ def _judge_state(
             and _seconds_now() - written < SILENT_SECONDS
         )
         if at_work:
-            return "running", f"process {process.pid} of {process.host}, as far as its files tell"
+            return "running", f"process {process.pid} of {process.host}, according to its files"
     if at_work:
         return "running", ""
     if process is not None and process.ended is not None:

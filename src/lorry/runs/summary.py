@@ -223,7 +223,10 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
         adapter = f"{len(several)} in one pass: {', '.join(several)}"
     if "lora" in run.config and run.config["lora"] is None:
         trained = config.get("trainable") or "all"
-        adapter = f"none: {trained if isinstance(trained, str) else ', '.join(trained)} of the base trained"
+        adapter = (
+            f"none: {trained if isinstance(trained, str) else ', '.join(trained)} of "
+            "the base model were trained"
+        )
     subject = {
         "task": config.get("task"),
         "model": config.get("model.name", config.get("model")),

@@ -88,11 +88,15 @@ FREE_SETTINGS = frozenset(
 DEVICE_SETTINGS = frozenset(
     {"backend", "device", "gradient_checkpointing", "per_device_eval_batch_size"}
 )
-CHANGEABLE_SETTINGS_MESSAGE = "only where and how often a run writes may change (docs/running.md lists it), and where it computes, with a note"
+CHANGEABLE_SETTINGS_MESSAGE = (
+    "only settings of where and how often a run writes may change (docs/running.md "
+    "lists them), and, with a note, the device"
+)
 LENGTH_SETTINGS = frozenset({"max_steps", "num_train_epochs"})
 LONGER_RUN_MESSAGE = (
-    "A run's length is part of what it computes: the learning rate of every step follows from it. To train on from what is "
-    "learnt, start a run of its own: adapter=THIS_RUN output_dir=ANOTHER"
+    "A run's length is part of what it computes: the learning rate of every step "
+    "follows from it. To continue training, start a new run: adapter=THIS_RUN "
+    "output_dir=ANOTHER"
 )
 
 
@@ -179,8 +183,9 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
     if damage:
         folder = run_dir / CHECKPOINTS
         raise ModelError(
-            f"{folder}: none of its {len(damage)} checkpoints is whole; nothing was touched:{''.join(damage)}\n"
-            f"restore one of them from a copy; to start over instead, move {folder} elsewhere or use another output_dir"
+            f"{folder}: all of its {len(damage)} checkpoints are damaged; nothing "
+            f"was changed:{''.join(damage)}\nrestore one of them from a backup; to "
+            f"start over instead, move {folder} elsewhere or use another output_dir"
         )
     return None
 
@@ -220,24 +225,28 @@ def _read_meta(path: Path) -> dict[str, Any]:
     format_name = meta.pop("format", None) if isinstance(meta, dict) else None
     if format_name != CHECKPOINT_FORMAT:
         raise ModelError(
-            f"{path / META_FILE}: format {format_name!r}, this version of Lorry reads {CHECKPOINT_FORMAT!r}"
+            f"{path / META_FILE}: format {format_name!r}, but this version of Lorry "
+            f"reads {CHECKPOINT_FORMAT!r}"
         )
     step, named_step = meta.get("step"), _named_step(path)
     # type, not isinstance: true is an int in Python
     if type(step) is not int or step < 0:
         raise ModelError(
-            f"{path / META_FILE}: step {str(step)[:40]!r} is no whole number of 0 or more; this was not written by Lorry"
+            f"{path / META_FILE}: step {str(step)[:40]!r} is not a whole number of "
+            "0 or more; this checkpoint was not written by Lorry"
         )
     # copies by other tools may have any name; only a name of ours that says another step is wrong
     if named_step is not None and step != named_step:
         raise ModelError(
-            f"{path} holds step {step}: directories were exchanged or renamed; give it back the name of its step"
+            f"{path} holds step {step}: the directory was renamed or exchanged; "
+            "name it after its step"
         )
     if missing_fields := [
         key for key in ("config", "digests", "environment") if not isinstance(meta.get(key), dict)
     ]:
         raise ModelError(
-            f"{path / META_FILE}: {missing_fields[0]!r} is no object; this checkpoint was not written by Lorry"
+            f"{path / META_FILE}: {missing_fields[0]!r} is not an object; this "
+            "checkpoint was not written by Lorry"
         )
     return meta
 
@@ -383,7 +392,8 @@ def _refuse_pickle(path: Path) -> None:
     # beside a manifest of ours it is somebody's file, which nothing here reads
     if pickles and not (path / manifest.MANIFEST_NAME).exists():
         raise ModelError(
-            f"{pickles[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only"
+            f"{pickles[0]} is a pickle, which can run any code when loaded; Lorry "
+            "resumes from its own checkpoints only"
         )
 
 
@@ -438,7 +448,8 @@ def _meta_text(step: int, meta: Mapping[str, Any]) -> bytes:
     meta_with_step = {"format": CHECKPOINT_FORMAT, **meta, "step": step}
     if unstorable := list(_unstorable_paths(meta_with_step, "meta")):
         raise ContractError(
-            f"a checkpoint cannot store {', '.join(unstorable)}: JSON would not give it back unchanged"
+            f"a checkpoint cannot store {', '.join(unstorable)}: JSON would not "
+            "restore it unchanged"
         )
     return (json.dumps(meta_with_step, indent=1) + "\n").encode()
 

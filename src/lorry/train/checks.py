@@ -30,11 +30,11 @@ from lorry.train.jobs import StepCount, validate_strict
 # numbers and order are those of docs/architecture.md, and stand in every contracts.json
 CONTRACT_NAMES = {
     1: "every target matched",
-    2: "trainable = optimized = saved, what is frozen unchanged",
-    3: "everything that trains moves and sees a gradient",
+    2: "trainable = optimized = saved, frozen weights unchanged",
+    3: "every trained parameter gets a gradient and changes",
     4: "loss weights and packing",
-    5: "what is saved is what was trained",
-    6: "checkpoints are whole",
+    5: "saved weights = trained weights",
+    6: "checkpoints are complete",
     7: "all losses and gradients finite",
     8: "input rows accounted for",
 }
@@ -106,7 +106,9 @@ class ContractChecks:
     def report(self) -> list[dict[str, Any]]:
         """All eight, for contracts.json."""
         missing = {
-            n: ContractResult(n, CONTRACT_NAMES[n], "not_checked", "the run did not get that far")
+            n: ContractResult(
+                n, CONTRACT_NAMES[n], "not_checked", "the run ended before this check"
+            )
             for n in CONTRACT_NAMES
             if n not in self.found
         }
@@ -123,7 +125,7 @@ class ContractChecks:
         """
         for name, modules in targets.items():
             if not modules:
-                raise self.fail(1, f"adapter {name!r} sits on no module")
+                raise self.fail(1, f"adapter {name!r} is attached to no module")
         module_names = [
             m
             for names in targets.values()
@@ -159,7 +161,7 @@ class ContractChecks:
         with them. Raises ModelError for what no run could have written."""
         checked: ContractState = validate_strict(_CONTRACT_STATE_ADAPTER, "checks", state)
         if unknown := [c.id for c in checked.found if c.id not in CONTRACT_NAMES]:
-            raise ModelError(f"checks.found names a contract {unknown[0]}, and there is none")
+            raise ModelError(f"checks.found: there is no contract {unknown[0]}")
         self._start = _parameter_fingerprints(backend)
         self.found = {c.id: c for c in checked.found}
         self._silent = {name: set(modules) for name, modules in checked.silent.items()}
@@ -204,7 +206,10 @@ class ContractChecks:
                 if stops and not set(batch.tokens[start:stop][supervised].tolist()) & stops:
                     raise self.fail(
                         4,
-                        f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised",
+                        (
+                            f"sequence {s} (key {int(batch.key[s])}) does not teach the "
+                            "model to stop: no end token is supervised"
+                        ),
                     )
         # the first of those with the most adapters
         shared = max(batches, key=lambda batch: len(batch.adapter.unique()))
@@ -215,7 +220,10 @@ class ContractChecks:
         if leaked := packing_leak(backend, first, max(4, len(ends))):
             raise self.fail(
                 4,
-                f"a sequence's scores change by {leaked:.2e} with the tokens of its neighbours in the batch",
+                (
+                    f"a sequence's scores change by {leaked:.2e} with the tokens of "
+                    "other sequences in the batch"
+                ),
             )
         difference = packed_loss_difference(backend, first, max(8, len(ends)))
         if math.isnan(difference):
@@ -225,11 +233,17 @@ class ContractChecks:
         if not difference <= tolerance:
             raise self.fail(
                 4,
-                f"the loss packed and alone differs by {difference:.2e} (at most {tolerance:.0e})",
+                (
+                    "the loss of packed and of single sequences differs by "
+                    f"{difference:.2e} (at most {tolerance:.0e})"
+                ),
             )
         self.held(
             4,
-            f"every sequence supervised; no leak between neighbours; loss packed = alone within {difference:.1e}",
+            (
+                "every sequence supervised; no leak between sequences; loss of packed "
+                f"= loss of single sequences within {difference:.1e}"
+            ),
         )
 
     # --- while it goes
@@ -261,7 +275,10 @@ class ContractChecks:
             if steps == 0:
                 raise self.fail(
                     3,
-                    f"adapter {name!r} had no step with a learning rate above 0: the warm-up outlasts the run",
+                    (
+                        f"adapter {name!r} had no step with a learning rate above 0: "
+                        "the warmup is longer than the run"
+                    ),
                 )
         self._prove(backend, [name for name, steps in self._proof.items() if steps < PROOF_STEPS])
 
@@ -281,7 +298,7 @@ class ContractChecks:
                     else "leave it out of trainable"
                 )
                 raise self.fail(
-                    3, f"no gradient reached {where[0]}{whose}: it would never train; {remedy}"
+                    3, f"no gradient reached {where[0]}{whose}, so it would never train; {remedy}"
                 )
         # hashes of every tensor that trains: only when there is something to prove
         fingerprints = _parameter_fingerprints(backend) if names else {}
@@ -290,7 +307,10 @@ class ContractChecks:
             if unmoved:
                 raise self.fail(
                     3,
-                    f"{unmoved[0]} did not move in {self._proof[name]} steps ({len(unmoved)} tensors): it does not train",
+                    (
+                        f"{unmoved[0]} did not change in {self._proof[name]} steps "
+                        f"({len(unmoved)} tensors): not trained"
+                    ),
                 )
             self._moved[name] = len(self._moving(name))
         # held only when the last adapter was proven
@@ -304,7 +324,9 @@ class ContractChecks:
                 if any(t.startswith("router/") for t in self._start)
                 else "tensors of the base"
             )
-            self.held(3, f"{moved} {what}{whose} moved within {steps} steps; a gradient at each")
+            self.held(
+                3, (f"{moved} {what}{whose} changed within {steps} steps; each had a gradient")
+            )
 
     def _excluding(self, name: str, silent: Sequence[str]) -> str:
         """The setting that leaves out these modules of an adapter and none that trains: the
@@ -359,8 +381,10 @@ class ContractChecks:
         nonfinite = [name for name, t in floats.items() if not is_finite(t)]
         if nonfinite:
             message = (
-                f"step {step}: the update made {nonfinite[0]} infinite or NaN ({len(nonfinite)} of {len(floats)} tensors that are saved); "
-                "it is not saved, and the last checkpoint is as it was. Lower learning_rate"
+                f"step {step}: the update made {nonfinite[0]} infinite or NaN "
+                f"({len(nonfinite)} of {len(floats)} tensors that are saved); they "
+                "are not saved, and the last checkpoint is unchanged. Lower "
+                "learning_rate"
             )
             self.fail(7, message)
             raise NonFiniteError(message)
@@ -373,11 +397,13 @@ class ContractChecks:
         inspection = self._same_sets(backend)
         # a digest of a sample: the whole base would take as long as loading it
         if inspection.base_digest != self._inspection.base_digest:
-            raise self.fail(2, "a base weight or a frozen adapter changed during training")
+            raise self.fail(
+                2, ("a weight of the base model or of a frozen adapter changed during training")
+            )
         whose = (
-            "the base's sample"
+            "a sample of the base model"
             if all(map(self._low_rank, self._proof))
-            else "a sample of what is frozen"
+            else "a sample of the frozen weights"
         )
         frozen = (
             f"digest of {whose} {inspection.base_digest[:12]} before and after"

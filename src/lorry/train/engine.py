@@ -132,8 +132,10 @@ class TrainingEngine:
             # a job that was ended because it is no good any more, and never was: nothing to keep
             if step is None and self._standing(name).stopped_early:
                 raise ConfigError(
-                    f"{name}: its first evaluation, at step {self._standing(name).steps}, found nothing worth keeping, so "
-                    "there is no adapter to end with and none is written; lower learning_rate, or evaluate sooner (eval_steps)"
+                    f"{name}: the model had already collapsed at its first "
+                    f"evaluation, at step {self._standing(name).steps}, so there is "
+                    "no adapter to save and none is written; lower learning_rate, "
+                    "or evaluate sooner (eval_steps)"
                 )
         chosen = {name: step for name, step in best.items() if step is not None}
         self._load_best(chosen)
@@ -284,8 +286,9 @@ class TrainingEngine:
         # a signal during the last step changes nothing: the run is complete and ends as such
         if stop.requested and not finished:
             raise RunInterruptedError(
-                f"{stop.requested} arrived; step {self.progress.step} of {self.total} is saved in {self.run_dir}. "
-                "The same command with resume_from_checkpoint=auto goes on from there"
+                f"{stop.requested} arrived; step {self.progress.step} of "
+                f"{self.total} is saved in {self.run_dir}. The same command with "
+                "resume_from_checkpoint=auto continues from there"
             )
 
     def _due(self, name: str, strategy: str | None, every: int | None) -> bool:
@@ -393,12 +396,10 @@ class TrainingEngine:
             self.backend.load_state(tensors)
             self.task.load_state(meta.get("task", {}))
         except ModelError as error:
-            raise ModelError(
-                f"{path}: {error}; this checkpoint is not one that this run wrote"
-            ) from None
+            raise ModelError(f"{path}: {error}; this run did not write this checkpoint") from None
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(
-                f"{path / checkpoint.META_FILE}: task is not what this task writes there ({error!r})"
+                f"{path / checkpoint.META_FILE}: the state of the task cannot be read ({error!r})"
             ) from None
         # Only when all of it was taken is anything removed from disk.
         self.progress = progress

@@ -162,7 +162,7 @@ def check_newest_checkpoint(checks: ContractChecks, newest: Path | None) -> None
     except ModelError as error:
         raise checks.fail(6, str(error)) from error
     checks.held(
-        6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it"
+        6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto continues from it"
     )
 
 

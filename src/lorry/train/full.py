@@ -53,18 +53,21 @@ def enable_base_training(
     """
     if opened.adapters:
         raise ConfigError(
-            f"{opened.source['name']} has an adapter, and lora=null trains the base; merge it first, or leave lora out"
+            f"{opened.source['name']} has an adapter, and lora=null trains the base "
+            "model; merge it first, or leave lora out"
         )
     # the start is a term beside W: written as plain weights the model would lack it
     if get_bank(opened.model, create=True).start is not None:
         raise ConfigError(
-            f"{opened.source['name']} stands on an adapter, which the base's weights would not hold; merge it first "
-            "(lorry merge), and give the merged model"
+            f"{opened.source['name']} includes a frozen adapter, which the trained "
+            "base weights would not contain; merge it first (lorry merge), and "
+            "give the merged model"
         )
     # a run of this kind moves its own earlier model aside; another's would be displaced unasked
     if (run_dir / "config.json").exists() and not is_full_finetune_dir(run_dir):
         raise ConfigError(
-            f"{run_dir} holds a model that no run of this kind wrote and this one would replace; give another"
+            f"{run_dir} holds a model that no run with lora=null wrote and that "
+            "this run would replace; give another output_dir"
         )
     weights = make_weights_trainable(opened.model, trainable, BASE_JOB)
     total = parameter_count(opened.model)
@@ -77,7 +80,9 @@ def enable_base_training(
 def refuse_adapter_settings(train: TrainConfig, memory_budget: str | None) -> None:
     """Raise ConfigError for settings that only an adapter has."""
     if memory_budget is not None:
-        raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
+        raise ConfigError(
+            "memory_budget is for training adapters only; with lora=null leave it out"
+        )
     if train.loraplus_lr_ratio != 1:
         raise ConfigError(
             "train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out"

@@ -57,8 +57,10 @@ class TrainingJob:
             return ""
         highest = self.rate(self.total - 1)
         return (
-            f"{self.name}: {self.warmup} warm-up steps of {self.total} in all: the rate never reaches "
-            f"learning_rate={self.train.learning_rate:g}, its highest is {highest:.2g}"
+            f"{self.name}: {self.warmup} of {self.total} steps are warmup: the "
+            "learning rate never reaches "
+            f"learning_rate={self.train.learning_rate:g}, its highest is "
+            f"{highest:.2g}"
         )
 
     def rate(self, step: int) -> float:
@@ -194,7 +196,7 @@ def validate_strict(kind: TypeAdapter[Any], what: str, state: object) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in (what, *first["loc"]))
-        raise ModelError(f"{field} is not what a run writes there ({first['msg']})") from None
+        raise ModelError(f"{field} is not valid in a checkpoint ({first['msg']})") from None
 
 
 @dataclass

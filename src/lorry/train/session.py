@@ -153,9 +153,10 @@ def suggest_less_memory(run: RunConfig) -> str:
     rank = "" if run.lora is None else f", r={run.lora.r}"
     recompute = "" if train.gradient_checkpointing else ", gradient_checkpointing=true"
     return (
-        f"The run has {size}{rank}. `lorry plan` with the same settings shows what takes the memory; "
-        f"smaller are per_device_train_batch_size (with more gradient_accumulation_steps){recompute}, and "
-        "memory_budget=3GiB, or what there is, chooses for you"
+        f"The run has {size}{rank}. `lorry plan` with the same settings shows what "
+        "needs the memory; lower per_device_train_batch_size (with more "
+        f"gradient_accumulation_steps){recompute}, or give memory_budget, such as "
+        "3GiB, to have them chosen"
     )
 
 
@@ -194,7 +195,8 @@ def open_base(run: RunConfig, add_note: NoteCallback) -> OpenedModel:
         refuse_mixture(run.model.name)
     if len(run.jobs) > 1 and opened.adapters:
         raise ConfigError(
-            f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"
+            f"{run.model.name} already has an adapter, and jobs start with new "
+            "ones; name its base model, or merge it"
         )
     # the files to read would be moved to previous/N, or written over at the end
     begins_with = {Path(opened.source["path"]).resolve()}
@@ -203,7 +205,8 @@ def open_base(run: RunConfig, add_note: NoteCallback) -> OpenedModel:
         begins_with |= {Path(path).resolve() for path in adapters if path}
     if run.output_dir.resolve() in begins_with:
         raise ConfigError(
-            f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir"
+            f"{run.output_dir} holds the model that this run starts from and would "
+            "move away; give another output_dir"
         )
     return opened
 
@@ -249,7 +252,7 @@ def resume_or_make_room(
     # "auto" without any checkpoint: stopped before the first one, so its files are this run's own
     going_on = start is None and run.train.resume_from_checkpoint == "auto"
     if (aside := archive_previous_run(run.output_dir, going_on=going_on)) is not None:
-        notebook.tell(f"{run.output_dir} held an earlier run; it is in {aside} now")
+        notebook.tell(f"{run.output_dir} held an earlier run, which was moved to {aside}")
 
 
 def _resume_engine(engine: TrainingEngine, start: Path, folder: Path) -> None:
@@ -260,7 +263,10 @@ def _resume_engine(engine: TrainingEngine, start: Path, folder: Path) -> None:
         engine.resume(start)
     except ConfigError as error:
         if is_own_checkpoint(start, folder) and (broken := broken_contracts(folder)):
-            way_out = f"that run broke contract {broken[0]}: without resume_from_checkpoint it makes room for this one"
+            way_out = (
+                f"that run broke contract {broken[0]}; without resume_from_checkpoint "
+                "it is moved away for this one"
+            )
             raise ConfigError(f"{error}; {way_out} ({PREVIOUS}/N)") from None
         raise
 
@@ -419,14 +425,16 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) 
         return adapter.name
     if len(opened.adapters) > 1:
         raise ConfigError(
-            f"{run.model.name} holds several adapters ({', '.join(opened.adapters)}); name one of their folders"
+            f"{run.model.name} holds several adapters "
+            f"({', '.join(opened.adapters)}); name the folder of one"
         )
     # by value and not by what was given: settings equal to the defaults ask for nothing else
     if run.lora != LoraConfig(adapter_name=run.lora.adapter_name):
         raise ConfigError(
-            f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings"
+            f"{run.model.name} already has an adapter, which training continues; "
+            "leave out the lora settings"
         )
-    add_note(f"training goes on with the adapter of {run.model.name}")
+    add_note(f"training continues the adapter of {run.model.name}")
     adapter = get_bank(opened.model)[opened.adapters[0]]
     _note_skipped_modules(opened.model, adapter, add_note)
     return adapter.name

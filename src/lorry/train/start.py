@@ -53,7 +53,7 @@ def claim_output_dir(folder: Path, jobs: Iterable[str] = ()) -> None:
     Raises ConfigError naming what is somebody else's, before anything is touched; DiskError.
     """
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ConfigError(f"output_dir={folder} is no directory; give another one")
+        raise ConfigError(f"output_dir={folder} is not a directory; give another one")
     # the directory of a run of ours is judged file by file when each name is written
     if not ownership.is_run(folder):
         names = _matching_names(folder, _written_patterns(list(jobs)))
@@ -82,7 +82,8 @@ def find_resume_checkpoint(folder: Path, requested: str | None) -> Path | None:
         and checkpoint.find_latest_checkpoint(folder)
     ):
         raise ConfigError(
-            f"{folder} holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another output_dir"
+            f"{folder} holds an unfinished run; add resume_from_checkpoint=auto to "
+            "continue it, or use another output_dir"
         )
     return start
 
@@ -94,7 +95,7 @@ def _requested_checkpoint(folder: Path, requested: str | None) -> Path | None:
     within = checkpoint.find_latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     if within is None or not within.is_dir():
         raise ConfigError(
-            f"train.resume_from_checkpoint={requested} is no checkpoint and no run with one"
+            f"train.resume_from_checkpoint={requested} is neither a checkpoint nor a run with one"
         )
     return within
 

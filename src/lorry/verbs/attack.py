@@ -78,7 +78,7 @@ def attacks_folder(settings: AttackSettings) -> Path:
     """
     if settings.output_dir is not None:
         if settings.output_dir.suffix or settings.output_dir.is_file():
-            raise ConfigError(f"output_dir={settings.output_dir} is a file's name; name a folder")
+            raise ConfigError(f"output_dir={settings.output_dir} is a file name; give a folder")
         return settings.output_dir
     model = Path(settings.model.adapter or settings.model.name)
     if len(adapters := adapters_of_run(settings.model.name)) > 1:
@@ -88,7 +88,7 @@ def attacks_folder(settings: AttackSettings) -> Path:
         return Path(settings.model.name) / SUITES / name
     if (model / ADAPTER_CONFIG).is_file() or ownership.run_description_of(model):
         return model / SUITES
-    raise ConfigError(f"{model} is no run; give output_dir=FOLDER for {ATTACKS}")
+    raise ConfigError(f"{model} is not a run; give output_dir=FOLDER for {ATTACKS}")
 
 
 def adapters_of_run(name: str) -> dict[str, Path]:
@@ -219,8 +219,11 @@ def attack_quantize(
         "rows": whole.digest,
         "values": values,
         "robustness": attacks.quantize_robustness(values[RUN_SIDE]),
-        "note": "weights rounded and restored in plain torch; NF4 of blocks of 64, int8 of rows, "
-        "activations as they are; the output head and embeddings stay as they are",
+        "note": (
+            "weights are quantized and dequantized in plain torch (NF4 in blocks of "
+            "64, int8 by rows); activations, output head and embeddings are not "
+            "quantized"
+        ),
     }
     lines: list[TableLine] = [
         (kind, side, found[kind]) for kind in values[RUN_SIDE] for side, found in values.items()
@@ -246,7 +249,7 @@ def attack_rephrase(
             # without the run's adapter: the frozen start that unlearning began from, or the base
             mixes[START_SIDE] = Mix.none()
         for label, mix in mixes.items():
-            tell(f"asking in other words: {label}")
+            tell(f"rephrasing: {label}")
             asked = SuiteModel(
                 opened.model,
                 encoder,

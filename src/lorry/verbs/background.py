@@ -71,7 +71,10 @@ def start_background_run(run: RunConfig, verb: str) -> int:
     code = child.poll()
     if code:
         print(make_visible(_log_tail(folder / LOG_FILE, log_start)), file=sys.stderr)
-        print(f"the run ended at once; its whole output is in {folder / LOG_FILE}", file=sys.stderr)
+        print(
+            f"the run ended right after its start; its output is in {folder / LOG_FILE}",
+            file=sys.stderr,
+        )
         # a signal, -N to Popen, is 128 + N to a shell
         return code if code > 0 else 128 - code
     progress = "finished" if code == 0 else "training" if is_training else "still loading"

@@ -126,7 +126,8 @@ def evaluate_benchmarks(
             )
         if too_long := max(result.too_long for result in sides.values()):
             print_note(
-                f"note: {name}: perplexity is without {too_long} right answers that are longer than the context of {context} tokens"
+                f"note: {name}: perplexity leaves out {too_long} right answers that "
+                f"are longer than the context of {context} tokens"
             )
     return results
 
@@ -180,7 +181,7 @@ def benchmark_label(settings: EvalSettings, benchmark: Benchmark) -> str:
     """A set as it was asked, in a few words: what tells a run's evaluations of it apart."""
     # only where it surprises: elsewhere the split is one nobody trains on
     split = f" [{benchmark.split}]" if benchmark.split == "train" else ""
-    shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
+    shots = f", {settings.n_shot} few-shot examples" if settings.n_shot else ""
     share = "" if settings.weight == 1 else f", weight={settings.weight:g}"
     return (
         benchmark.named_set.name

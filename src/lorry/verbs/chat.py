@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from lorry.data.reading.content import ChatMessage
     from lorry.models.loading.open import OpenedModel
 
-CHAT_HELP = """/router on|off|NAME=1  of a mixture: the router, the base alone, or these gates
-/adapter NAME   answer with this adapter; none: the base (or start) alone
-/adapters       list them
-/system TEXT    set the system message; without TEXT: none
-/reset          forget the conversation
-/help           this list
-/quit           leave (so does Ctrl-D); Ctrl-C stops an answer
-//...           a line that begins with a slash"""
+CHAT_HELP = (
+    "/router on|off|NAME=1  for a mixture: its router, the base model alone, or these "
+    "gates\n/adapter NAME   answer with this adapter; none: the base model (or start) "
+    "alone\n/adapters       list them\n/system TEXT    set the system message; without "
+    "TEXT: none\n/reset          forget the conversation\n/help           this "
+    "list\n/quit           leave (so does Ctrl-D); Ctrl-C stops an "
+    "answer\n//...           a line that begins with a slash"
+)
 NO_ADAPTER = "none"
 
 
@@ -198,7 +198,7 @@ class ChatSession:
         from lorry.adapters.mix import Mix
 
         if self.opened.mixture is None:
-            raise DataError("this is no mixture of experts; /adapter NAME chooses an adapter")
+            raise DataError("this is not a mixture of experts; /adapter NAME chooses an adapter")
         if words in ("on", ""):
             self.mixture, self.mixture_words = self.opened.mixture, "the mixture of all experts"
         elif words == "off":

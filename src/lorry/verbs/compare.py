@@ -72,7 +72,7 @@ def main(settings: CompareSettings) -> int:
     else:
         VisibleConsole(soft_wrap=True).print(compare_runs_table(rows))
     for damaged_run in damaged:
-        print_note(f"{damaged_run.name} is damaged and left out: {damaged_run.why}")
+        print_note(f"{damaged_run.name} is damaged and not shown: {damaged_run.why}")
     return DataError.exit_code if damaged else 0
 
 
@@ -105,7 +105,8 @@ def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> 
     }
     if trained and (unsupported_names := [name for name, value in unsupported.items() if value]):
         raise ConfigError(
-            f"{unsupported_names[0]}: ways are trained one after the other, waited for and compared; leave it out"
+            f"{unsupported_names[0]}: all ways are trained one after the other in "
+            "this command; leave it out"
         )
     if full_runs := [run for run in trained if run.lora is None]:
         from lorry.train.full import refuse_adapter_settings

@@ -57,7 +57,7 @@ def main(settings: DemoSettings) -> int:
         f"Teaching {run.model.name} {len(people) * 6} facts about {len(people)} people who do not exist ({len(train)} questions)"
     )
     result = train_run(run, notes, [terminal_listener(run.train.logging_steps)])
-    print_headline(f"Asking {len(held_out)} questions worded differently, before and after")
+    print_headline(f"Asking {len(held_out)} rephrased questions, before and after training")
     compare_with_base(result, held_out, chat[:6])
     page = build_report([result.path])
     VisibleConsole().print(table.render_runs([read_run(result.path)], samples=6))

@@ -64,7 +64,7 @@ def describe_machine() -> dict[str, str]:
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "fast bfloat16": "yes"
         if has_fast_bfloat16(torch.device("cpu"))
-        else "no: dtype=auto takes float32 on this CPU",
+        else "no: dtype=auto is float32 on this CPU",
         "dtype=auto": str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
         + (" (LORRY_DTYPE)" if os.environ.get("LORRY_DTYPE") else ""),
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
@@ -111,14 +111,14 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     if router.is_file():
         facts |= verify_mixture(path)
     if over := verify_run_starts(run):
-        facts["start"] = f"{over} intact (SHA-256 as when they were trained over)"
+        facts["start"] = f"{over} intact (SHA-256 as when training began)"
     if run.contracts:
         console.print(table.contracts_table(run))
     elif state.state == "running":
         console.print("contracts are reported when the run ends")
     else:
         console.print(
-            "no contracts.json: the run did not begin, or another program wrote this directory"
+            "no contracts.json: the run did not start, or another program wrote this directory"
         )
     console.print(_key_value_table("files", facts))
     # so that a script can ask a run for its health
@@ -185,7 +185,7 @@ def verify_saved_weights(run: RunRecord) -> str:
     }
     recorded |= receipt.part(run.receipt, "weights")
     if not recorded:
-        return "no receipt.json, so nothing to compare with"
+        return "no receipt.json, so there is nothing to compare with"
     for file, digest in recorded.items():
         weights = run.path / file
         if not weights.is_file():
@@ -193,6 +193,7 @@ def verify_saved_weights(run: RunRecord) -> str:
         # the file whole and not its header: what an editor of weights changes is inside
         if file_digest(weights) != digest:
             raise ModelError(
-                f"{weights} is not the file this run wrote: its SHA-256 differs from receipt.json"
+                f"{weights} is not the file that this run wrote: its SHA-256 "
+                "differs from receipt.json"
             )
     return f"{len(recorded)} intact (SHA-256 as in receipt.json)"

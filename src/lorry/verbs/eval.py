@@ -81,7 +81,7 @@ def refuse_wrong_kind(output: Path | None) -> None:
         return
     if output.suffix in FILE_SUFFIXES and output.is_dir():
         raise ConfigError(
-            f"output_dir={output} is a directory with a file's name; give another name"
+            f"output_dir={output} is a directory, where a file is to be written; give another name"
         )
     if output.suffix not in FILE_SUFFIXES and output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir={output} is a file; give a folder, or a .json file")
@@ -117,7 +117,7 @@ def evaluate_named_sets(settings: EvalSettings) -> int:
     results = benchmarks.evaluate_benchmarks(
         settings, opened, loaded, evaluation_mixes(opened, settings.weight)
     )
-    shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
+    shots = f", {settings.n_shot} few-shot examples" if settings.n_shot else ""
     VisibleConsole(soft_wrap=True).print(
         benchmarks.benchmark_table(
             f"{settings.model.name}{shots}: value [95% interval]", loaded, results
@@ -151,7 +151,7 @@ def warn_trained_rows(settings: EvalSettings, opened: OpenedModel, loaded: list[
             for spot in training_locations(DataConfig.model_validate(data))
         ]
     except ConfigError as error:  # the run's own catalogue is not what it was
-        print_note(f"note: whether {run} was trained on rows of these sets is not known: {error}")
+        print_note(f"note: cannot tell whether {run} was trained on rows of these sets: {error}")
         return
     catalog = open_catalog(settings.catalog, field="catalog")
     places = DataLocations(settings.local, field="local", catalog=catalog)
@@ -160,7 +160,9 @@ def warn_trained_rows(settings: EvalSettings, opened: OpenedModel, loaded: list[
             places.of(benchmark.named_set, benchmark.split).overlaps(spot) for spot in trained_on
         ):
             print_note(
-                f"warning: {benchmark.named_set.name}: {run} was trained on rows of {benchmark.source}; what it has learnt by heart is no measure"
+                f"warning: {benchmark.named_set.name}: {run} was trained on rows of "
+                f"{benchmark.source}; its results on rows that it was trained on "
+                "say nothing about new ones"
             )
 
 
@@ -194,7 +196,8 @@ def note_other_dtype(opened: OpenedModel) -> None:
     # receipts of early versions have no dtype
     if trained is not None and trained != now:
         print_note(
-            f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training"
+            f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives "
+            "the same numbers as in training"
         )
 
 

@@ -41,7 +41,7 @@ def main(settings: ExportSettings) -> int:
         title = Path(settings.run).name
         if settings.adapter is not None or settings.weight != 1.0:
             raise ConfigError(
-                f"{settings.run} is a plain model and has no adapter or weight of one"
+                f"{settings.run} is a plain model: it has no adapter, so weight= does not apply"
             )
         print(export_gguf_mixture(folder, settings.output_dir, outtype, title=title))
         return 0
@@ -105,8 +105,8 @@ def _refuse_unused(settings: ExportSettings) -> None:
     gguf = settings.to.startswith("gguf")
     if gguf and settings.dtype != "auto":
         raise ConfigError(
-            f"dtype={settings.dtype} is for to=hf; of to={settings.to} outtype= names how values are stored "
-            "(outtype=f32, f16, bf16, and of a model q8_0, q4_0)"
+            f"dtype={settings.dtype} is for to=hf; with to={settings.to} give "
+            "outtype= (f32, f16 or bf16; for a model also q8_0 or q4_0)"
         )
     if settings.to == "peft" and settings.dtype != "auto":
         raise ConfigError(
@@ -116,6 +116,6 @@ def _refuse_unused(settings: ExportSettings) -> None:
         raise ConfigError(f"outtype={settings.outtype} is for to=gguf; to=hf has dtype=")
     if settings.to == "gguf-lora" and settings.outtype in ("q8_0", "q4_0"):
         raise ConfigError(
-            f"outtype={settings.outtype}: the short rows of an adapter do not divide into blocks of 32; "
-            "take f32, f16 or bf16"
+            f"outtype={settings.outtype}: the short rows of an adapter do not "
+            "divide into blocks of 32; give f32, f16 or bf16"
         )

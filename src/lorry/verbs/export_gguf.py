@@ -80,7 +80,8 @@ def export_gguf(
         error, bound = check_rounding(file, architecture, plan, _stream(opened, weights, head))
         lines = _compare_reopened(opened, weights, file, architecture, plan, measure)
     print_note(
-        f"reread: {len(plan)} tensors, each value within {error:.1e} of the largest beside it (bound {bound:.1e}, {outtype})"
+        f"read back: {len(plan)} tensors, each value within {error:.1e} of the "
+        f"largest beside it (bound {bound:.1e}, {outtype})"
     )
     for line in lines:
         print_note(line)
@@ -115,7 +116,8 @@ def export_gguf_mixture(directory: Path, output: Path, outtype: str, *, title: s
     copies = {}
     if architecture.needs_head and HEAD not in entries:
         add_note(
-            "head and embedding are two tensors in the file: llama.cpp takes no tied Qwen2-MoE"
+            "output head and embedding are stored as two tensors: llama.cpp does "
+            "not read a tied Qwen2-MoE"
         )
         copies = {HEAD: entries[EMBEDDING]}
     everything = {**entries, **copies}
@@ -136,11 +138,10 @@ def export_gguf_mixture(directory: Path, output: Path, outtype: str, *, title: s
         write_gguf(file, architecture, plan, stream(), add_keys)
         error, bound = check_rounding(file, architecture, plan, stream())
     print_note(
-        f"reread: {len(plan)} tensors, each value within {error:.1e} of the largest beside it (bound {bound:.1e}, {outtype})"
+        f"read back: {len(plan)} tensors, each value within {error:.1e} of the "
+        f"largest beside it (bound {bound:.1e}, {outtype})"
     )
-    print_note(
-        "note: no reader but llama.cpp computes such a file, so its logits were not compared"
-    )
+    print_note("note: only llama.cpp can run such a file, so its logits were not compared")
     return output / file.name
 
 
@@ -248,13 +249,13 @@ def _compare_reopened(
     del state
     free_model_memory(model)
     drift, largest = (float(t.abs().max()) for t in (exact - stored, exact))
-    moved = f"rounding moved logits by {drift:.1e} of {largest:.1e}, on {rows_words}"
+    moved = f"rounding changed logits by {drift:.1e} of {largest:.1e}, on {rows_words}"
     try:
         config = build_hf_config(kind, settings, file)
         again = load_gguf_model(file, check_gguf(file), dtype, config).eval()
     except ModelError as error:
         raise ContractError(
-            f"what was written cannot be opened again, so it was not kept: {error}"
+            f"the file written cannot be opened again and was removed: {error}"
         ) from error
     computed = str(dtype).removeprefix("torch.")
     difference, bound = compare_logits(
@@ -289,7 +290,8 @@ def export_gguf_lora(
         write_gguf_lora(file, architecture, adapter, name, outtype)
         error = check_gguf_lora(file, architecture, adapter)
     print_note(
-        f"reread: {2 * len(adapter.slots)} matrices, each value within {error:.1e} of itself ({outtype}); "
-        f"use it with the base it was trained on: llama-cli -m BASE.gguf --lora {file.name}"
+        f"read back: {2 * len(adapter.slots)} matrices, each value within "
+        f"{error:.1e} of itself ({outtype}); use it with the base model that it was "
+        f"trained on: llama-cli -m BASE.gguf --lora {file.name}"
     )
     return output / file.name

@@ -43,10 +43,11 @@ def export_experts(settings: ExportSettings) -> None:
         ModelConfig.model_validate({"name": base, "dtype": "float32"}), adapters=unique
     )
     if opened.source.get("adapter"):
-        raise ConfigError(f"base_model={base} is itself a run; name the model it was trained on")
+        raise ConfigError(f"base_model={base} is a run; name the model that it was trained on")
     if len(opened.adapters) != len(unique):
         raise ConfigError(
-            f"an expert's source_model holds several adapters; name one of their folders ({', '.join(unique)})"
+            "an expert's source_model holds several adapters; name the folder of "
+            f"one ({', '.join(unique)})"
         )
     names = dict(zip(unique, opened.adapters, strict=True))
     experts: dict[str, dict[str, float]] = {}
@@ -92,7 +93,8 @@ def _adapter_of(source: str, base: str) -> str | None:
     if plus and not Path(source).exists():
         if named != base:
             raise ConfigError(
-                f"source_model={source}: the base is {base}; experts of one mixture share it"
+                f"source_model={source}: the base model is {base}; the experts of a "
+                "mixture share one"
             )
         return adapter
     return None if source == base else source
@@ -189,8 +191,8 @@ def export_moe(
                 "float32, over all layers"
             )
     print_note(
-        f"{twin.names.architecture} of {len(experts)} experts ({', '.join(experts)}), {top_k} a token, "
-        f"stored in {dtype}"
+        f"{twin.names.architecture} of {len(experts)} experts "
+        f"({', '.join(experts)}), {top_k} per token, stored in {dtype}"
     )
     print_note(
         f"reloaded by transformers: largest logit difference to the plain mixture {difference:.1e} "
@@ -221,8 +223,9 @@ def expect_decoder(opened: OpenedModel) -> Decoder:
     if not isinstance(opened.model, Decoder):
         kind = opened.model.config.get("model_type")
         raise ModelError(
-            f"a mixture of experts of this {kind} model cannot be written: Lorry's own decoder does not "
-            "compute all of its config, and the mixture's class may not either"
+            f"a mixture of experts of this {kind} model cannot be written: Lorry's "
+            "own decoder does not support all of its config, and the class of the "
+            "mixture may not either"
         )
     return opened.model
 
@@ -244,7 +247,8 @@ def shared_mix(
         for path in adapter.slots:
             if path in ends:
                 raise ConfigError(
-                    f"adapter {name!r} is on {path}, which all experts of a mixture share; train it without"
+                    f"adapter {name!r} is on {path}, which all experts of a mixture "
+                    "share; train the adapter without that target"
                 )
             if ".mlp." not in path:
                 outside.setdefault(name, path)
@@ -253,8 +257,9 @@ def shared_mix(
     if attention == "refuse":
         name, path = next(iter(outside.items()))
         raise ConfigError(
-            f"adapter {name!r} changes {path}, and these classes route MLPs alone; attention=average puts the mean of "
-            "the experts' attention into the shared weights, attention=drop leaves it out"
+            f"adapter {name!r} changes {path}, and this class of model routes MLPs "
+            "only; attention=average puts the mean of the experts' attention into "
+            "the shared weights, attention=drop leaves it out"
         )
     shared: dict[str, float] = {}
     for mix in experts.values():

@@ -93,17 +93,23 @@ class LogitsBeforeMerge:
         lost_share = drift / adapter_effect if adapter_effect else 0.0
         lines = [
             f"reloaded by {library}: largest logit difference {difference:.1e} (bound {bound:.1e}, stored in {stored})",
-            f"from the adapter beside the {self.side}: largest logit difference {drift:.1e}, where the adapter moves "
-            f"logits by {adapter_effect:.1e}, on {self.rows_words}",
+            (
+                f"against the adapter on the {self.side}: largest logit difference "
+                f"{drift:.1e}, while the adapter changes logits by "
+                f"{adapter_effect:.1e}, on {self.rows_words}"
+            ),
         ]
         if computed != "float32":
             lines.append(
-                f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory"
+                f"note: computed in {computed}, so its own rounding is included; "
+                "float32 does not fit into memory"
             )
         elif lost_share > WARN_ERROR_RATIO:
             lines.append(
-                f"warning: rounding to {stored} moved logits by {drift:.2g}, {lost_share:.0%} of what the adapter moves them; "
-                f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}keep the adapter beside the {self.side}"
+                f"warning: rounding to {stored} changed logits by {drift:.2g}, "
+                f"{lost_share:.0%} of the adapter's effect; "
+                f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}use "
+                f"the adapter on the {self.side} unmerged"
             )
         return lines
 
@@ -123,7 +129,8 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
         # an extra of the package; the export is opened again all the same
         if importlib.util.find_spec("peft") is None:
             print_note(
-                "note: peft is not installed, so Lorry itself opened the export again (pip install 'lorry[peft]')"
+                "note: peft is not installed, so Lorry itself read the export back "
+                "(pip install 'lorry[peft]')"
             )
             dtype_name = str(dtype).removeprefix("torch.")
             return open_with_adapters(
@@ -141,5 +148,5 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
             ).eval(), "peft"
     except (ModelError, SafetensorError) as error:
         raise ContractError(
-            f"what was written cannot be opened again, so it was not kept: {error}"
+            f"the export cannot be opened again and was removed: {error}"
         ) from error

@@ -107,7 +107,8 @@ def write_merged(
         print_note(line)
     if untied:
         print_note(
-            "note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false"
+            "note: output head and embedding were tied and no longer are; "
+            "config.json has tie_word_embeddings=false"
         )
     if report.warning:
         print_note(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")

@@ -56,7 +56,7 @@ def merge_several(settings: MergeSettings) -> int:
     weights = settings.weights or [1.0] * len(folders)
     if len(weights) != len(folders):
         raise ConfigError(
-            f"weights has {len(weights)} numbers and there are {len(folders)} adapters: "
+            f"weights has {len(weights)} numbers for {len(folders)} adapters: "
             f"{', '.join(map(str, folders))}"
         )
     # entered before any work: a place that is taken is refused at once
@@ -154,15 +154,16 @@ def adapter_folders(paths: Iterable[str]) -> list[Path]:
     for path in map(Path, paths):
         if (path / ROUTER / ROUTER_FILE).is_file():
             raise ConfigError(
-                f"{path} is a mixture of experts, whose router a merged adapter cannot have; name the folders "
-                f"of its experts ({path}/EXPERT)"
+                f"{path} is a mixture of experts, and its router cannot be merged; "
+                f"name the folders of its experts ({path}/EXPERT)"
             )
         folders += list_adapter_folders(path)
     places = dict[Path, Path]()
     for folder in folders:
         if (first := places.setdefault(folder.resolve(), folder)) is not folder:
             raise ConfigError(
-                f"{folder} is named twice (as {first}); give it the sum of its weights"
+                f"{folder} is named twice (first as {first}); name it once with the "
+                "sum of its weights"
             )
     return folders
 
@@ -181,8 +182,9 @@ def check_bases(folders: Sequence[Path], base: Path) -> None:
         own = resolve_model(str(folder), add_note=ignore_note).directory
         if own.resolve() != base.resolve() and weight_digests(own) != weight_digests(base):
             raise ModelError(
-                f"{folder}: its base is {own}, and that of {folders[0]} is {base}, with other weights; "
-                "only adapters of one base can be merged"
+                f"{folder}: its base model is {own}, and that of {folders[0]} is "
+                f"{base}, with other weights; only adapters of the same base model "
+                "can be merged"
             )
 
 
@@ -203,8 +205,8 @@ def warn_other_tokenizers(folders: Sequence[Path]) -> None:
             name for name in sorted(first.keys() & contents) if first[name] != contents[name]
         ]:
             print_note(
-                f"warning: {folder / odd[0]} differs from that of {folders[0]}, whose tokenizer and chat template the "
-                "merged adapter gets"
+                f"warning: {folder / odd[0]} differs from that of {folders[0]}; the "
+                "merged adapter gets the tokenizer and chat template of the latter"
             )
 
 
@@ -233,8 +235,8 @@ def choose_scale(settings: MergeSettings, opened: OpenedModel, name: str) -> Sca
         print_note(line)
     if len(rows.rows) < 2:
         raise DataError(
-            f"data.path={settings.data.path}: one row; scale=auto chooses on one half of the rows and tells the "
-            "loss of the other half"
+            f"data.path={settings.data.path}: only one row; scale=auto chooses on "
+            "one half of the rows and reports the loss of the other half"
         )
 
     def losses(scale: float) -> tuple[float, float]:
@@ -274,9 +276,12 @@ def tell_choice(choice: ScaleChoice) -> list[str]:
     curve = ", ".join(f"{scale:g}: {loss:.4f}" for scale, loss in choice.losses.items())
     at_end = " (the largest tried)" if choice.scale == GRID[-1] else ""
     return [
-        f"loss by scale on the rows to choose by: {curve}",
-        f"scale={choice.scale:g}{at_end}; held-out loss {choice.held_out['chosen']:.4f}, at 1 "
-        f"{choice.held_out['1']:.4f}, of the base {choice.held_out['base']:.4f}",
+        f"loss by scale on the rows for choosing it: {curve}",
+        (
+            f"scale={choice.scale:g}{at_end}; held-out loss "
+            f"{choice.held_out['chosen']:.4f}, at 1 {choice.held_out['1']:.4f}, of the "
+            f"base model {choice.held_out['base']:.4f}"
+        ),
     ]
 
 

@@ -54,8 +54,8 @@ def main(run: MoeRunConfig) -> int:
         raise ConfigError("background: `lorry moe` runs in the terminal; leave it out")
     if run.train.push_to_hub or run.router.train.get("push_to_hub"):
         raise ConfigError(
-            "push_to_hub: `lorry moe` uploads nothing; leave it out, and push the run of its experts afterwards "
-            f"(lorry push {run.output_dir / EXPERTS})"
+            "push_to_hub: `lorry moe` uploads nothing; leave it out, and push the "
+            f"experts' run afterwards (lorry push {run.output_dir / EXPERTS})"
         )
     own = len(run.jobs) - len(brought_adapters(run))
     if run.memory_budget is not None and own > 1 and run.together:
@@ -368,6 +368,7 @@ def _open_base(run: MoeRunConfig) -> OpenedModel:
     opened = open_with_adapters(run.model)
     if opened.adapters:
         raise ConfigError(
-            f"{run.model.name} has an adapter already; a mixture stands on a base: name that"
+            f"{run.model.name} already has an adapter; a mixture is built on a base "
+            "model: name that"
         )
     return opened

@@ -152,7 +152,7 @@ class Stages:
         if self._is_finished(stage, inputs, place, there=len(there) == len(outputs)):
             return
         if there and self.record.changes(stage, inputs) is None:
-            raise ConfigError(f"{place / there[0]} is there already; give another output_dir")
+            raise ConfigError(f"{place / there[0]} already exists; give another output_dir")
         if there:
             self.tell(f"{place} held an earlier one; it is in "
                        f"{ownership.move_to_previous(place, there)} now")  # fmt: skip

@@ -395,8 +395,8 @@ def _start_values(settings: AnyPlanSettings, found: FoundConfig) -> int:
     folders = found.folders if given is None else (Path(given),)
     if len(folders) > 1:
         raise ConfigError(
-            f"{settings.model.name} has {len(folders)} adapters, and an unlearning run starts from one; name one of "
-            "their folders"
+            f"{settings.model.name} has {len(folders)} adapters, and an unlearning "
+            "run starts from one; name the folder of one"
         )
     return sum(count_start_values(folder) for folder in folders)
 
@@ -430,7 +430,8 @@ def _nothing_fits_error(
         memory = need(replace(least, precision=precision))
         if model.quantize is None and memory.total <= parse_size(memory_budget):
             return ConfigError(
-                f"{error}. With model.quantize={precision} it would fit ({size_in_words(memory.total)}), not trainable here yet"
+                f"{error}. With model.quantize={precision} it would fit "
+                f"({size_in_words(memory.total)}), but Lorry cannot train that yet"
             )
     return error
 
@@ -460,7 +461,7 @@ def _step_speed(
     # a maker's or a matrix rate is what no step reaches; a run's own steps did reach theirs
     share, measured = step_efficiency(shape, setup), None
     if gpu:
-        rate, source = machine.GPUS[gpu].rate, f"{gpu}, maker's figure"
+        rate, source = machine.GPUS[gpu].rate, f"{gpu}, manufacturer's figure"
     else:
         measured, source = _best_measurement(settings, shape, setup)
         if measured is None:
@@ -500,7 +501,7 @@ def _best_measurement(
         )
     usual = 0.0 if matrix is None else matrix.rate * step_efficiency(shape, setup)
     if fastest is not None and (quiet is not None or fastest.rate > usual):
-        return fastest, f"reached here by {fastest.words(f'steps of a run of {fastest.model}')}"
+        return fastest, f"measured here in {fastest.words(f'steps of a run of {fastest.model}')}"
     return (
         (None, "")
         if matrix is None
@@ -537,7 +538,7 @@ def _matrix_measurement(
     try:
         return rates.keep_matrix_rate(identity, measured, instead=wrong), ""
     except DiskError as error:
-        return measured, f"; not kept: {error}"
+        return measured, f"; not saved: {error}"
 
 
 def _plan_notes(
@@ -549,16 +550,15 @@ def _plan_notes(
             f"{shape.why}; it runs through transformers, more slowly, and these numbers are a rougher estimate"
         )
     if shape.estimate:
-        notes.append("this architecture is read as a Llama-like one")
+        notes.append("the architecture is assumed to be like Llama's")
     if shape.experts is not None:
-        notes.append(
-            "experts are counted in the base; adapters sit on attention only, as the engine has it today"
-        )
+        notes.append("the model's experts count as base weights; adapters are on attention only")
     if settings.model.quantize is not None:
-        notes.append(f"model.quantize={settings.model.quantize} is not trainable here yet")
+        notes.append(f"model.quantize={settings.model.quantize} cannot be trained yet")
     if settings.backend.name != "single":
         notes.append(
-            f"backend={settings.backend.name} is not built yet: a plan that no run here has checked"
+            f"backend={settings.backend.name} is not built yet: this plan has not "
+            "been checked against a run"
         )
     if settings.data.max_length > shape.geometry.context:
         notes.append(
@@ -567,24 +567,27 @@ def _plan_notes(
     reads = settings.step_reads
     if isinstance(settings, UnlearnPlanSettings):
         each = f"{reads.together} sequence{'s' * (reads.together > 1)} in a micro-batch"
-        asked = f"; the start is asked for {reads.asks_start} of them" if reads.asks_start else ""
+        asked = (
+            f"; the reference model scores {reads.asks_start} of them" if reads.asks_start else ""
+        )
         notes.append(
             f"{settings.unlearn.method}: for each row of per_device_train_batch_size {each}{asked}"
         )
         if reads.asks_start and not reads.live:
             row = 4 if reads.asks_start == "scores" else 4 * shape.geometry.width
             notes.append(
-                f"reference=cached also keeps up to {row} bytes for each token of the rows read, not counted here; "
-                "nor is the pass over them before training"
+                f"not counted: reference=cached also stores up to {row} bytes for "
+                "each token of the rows read, in a pass over them before training"
             )
     if len(found.adapter_ranks) > 1:
         notes.append(
-            f"{settings.model.name} has {len(found.adapter_ranks)} adapters, counted as jobs of one pass; "
-            "lorry sft goes on with one of their folders at a time"
+            f"{settings.model.name} has {len(found.adapter_ranks)} adapters, "
+            "counted as jobs of one pass; lorry sft continues training one of them "
+            "at a time (name its folder)"
         )
     if found.adapter_rank is not None:
         notes.append(
-            f"{settings.model.name} is an adapter of rank {choice.rank}; it would be trained further"
+            f"{settings.model.name} is an adapter of rank {choice.rank}; training would continue it"
         )
     folders = dict.fromkeys((Path(settings.model.name), *found.folders))
     tasks = {run_description_of(folder).get("task") for folder in folders if found.folders}
@@ -643,7 +646,7 @@ def _memory_table(memory: MemoryEstimate) -> Table:
 def _search_table(found: ChoiceSearchResult) -> Table:
     """The choice made, and those that were preferred to it, the nearest last."""
     table = Table(
-        "choice, preferred first", Column("peak", justify="right"), "passes the budget at"
+        "choice (preferred first)", Column("peak", justify="right"), "exceeds the budget at"
     )
     if len(found.tried) > MAX_SHOWN_CHOICES:
         table.add_row(f"... {len(found.tried) - MAX_SHOWN_CHOICES} more do not fit", "", "")

@@ -35,7 +35,8 @@ def main(run: RunConfig) -> int:
         result = train_run(run, listeners=[listener])
     # training handles its signals itself; from here on one must not look like a failed run
     with raise_on_signals(
-        f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"
+        "arrived while the report was written. The run is complete; `lorry report "
+        f"{result.path}` makes its page"
     ):
         page = write_report([result.path])
         finished = read_run(result.path)

@@ -84,21 +84,22 @@ def describe_alternates(found: Sequence[SampledAlternate]) -> list[str]:
     lines = [f"{format_count(len(found), 'alternate')} of {format_count(questions, 'row')}"]
     if same := [one for one in found if one.is_the_answer]:
         lines.append(
-            f"{len(same)} of them are the row's own answer and teach nothing (the first: {same[0].where}); "
-            "sample others with another seed or a higher temperature, or take them out"
+            f"{len(same)} of them are the row's own answer and are of no use in "
+            f"training (the first: {same[0].where}); sample again with another seed "
+            "or a higher temperature, or remove them"
         )
     if cut := sum(one.cut for one in found):
-        lines.append(f"{cut} of them end in the middle, at max_new_tokens")
+        lines.append(f"{cut} of them are cut off at max_new_tokens")
     return lines
 
 
 def _refuse_existing(path: Path) -> None:
     """Raise ConfigError for a name that is taken, also by a link to nothing."""
     if path.exists() or path.is_symlink():
-        raise ConfigError(f"alternates={path} is there already; name a file that is not")
+        raise ConfigError(f"alternates={path} already exists; give another file")
     parents = [folder for folder in path.absolute().parents if folder.exists()]
     if not parents[0].is_dir():
-        raise ConfigError(f"alternates={path}: {parents[0]} is no folder")
+        raise ConfigError(f"alternates={path}: {parents[0]} is not a folder")
 
 
 def _write_alternates(path: Path, found: Sequence[SampledAlternate]) -> None:

@@ -53,7 +53,8 @@ def evaluate_suite(settings: EvalSettings) -> int:
     found = open_with_adapters(settings.model)
     if found.mixture is not None:
         print_note(
-            "note: a suite is asked of each expert alone, not of the mixture; `lorry eval data=FILE` asks both"
+            "note: a suite evaluates each expert alone, not the mixture; `lorry "
+            "eval data=FILE` evaluates both"
         )
     sides: list[str | None] = [*found.adapters] or [None]
     # which adapters there are is known only now, and theirs are files that may be somebody's, too
@@ -81,7 +82,8 @@ def suite_folder(settings: EvalSettings) -> Path:
         share = [] if settings.weight == 1 else [f"weight{settings.weight:g}"]
         return model.joinpath(SUITES, *share)
     raise ConfigError(
-        f"suite={settings.suite.name} writes two files, and {model} is no run; give output_dir=FOLDER"
+        f"suite={settings.suite.name} writes two files, and {model} is not a run; "
+        "give output_dir=FOLDER"
     )
 
 

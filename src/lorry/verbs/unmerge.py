@@ -35,7 +35,8 @@ def main(settings: UnmergeSettings) -> int:
         # of the copies and not the originals: what is digested is what is given
         verify_copied_weights(folder, record["base_weights"], base)
     print_note(
-        f"{len(record['base_weights'])} weight files copied from {base}, SHA-256 as before the merge"
+        f"{len(record['base_weights'])} weight files copied from {base}; SHA-256 as "
+        "before the merge"
     )
     print(settings.output_dir)
     return 0
@@ -43,7 +44,7 @@ def main(settings: UnmergeSettings) -> int:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a merge. Raises ModelError when there is none or it is damaged, and DiskError."""
-    absent = "does not exist; only a model written by `lorry merge` knows the base it came from"
+    absent = "does not exist; only a model written by `lorry merge` records its base model"
     record = documents.read_object(path, error=ModelError, absent=absent)
     shape = {"base": str, "opened_as": str, "base_weights": dict}
     if any(not isinstance(record.get(key), kind) for key, kind in shape.items()):
@@ -75,5 +76,6 @@ def verify_copied_weights(folder: Path, digests: dict[str, str], base: Path) -> 
         name for name in digests.keys() | copied.keys() if digests.get(name) != copied.get(name)
     ):
         raise ModelError(
-            f"{base} is not the base that was merged: {changed[0]} has changed since; nothing was written"
+            f"{base} is not the base model that was merged: {changed[0]} has "
+            "changed since; nothing was written"
         )

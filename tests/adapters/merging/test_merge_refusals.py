@@ -36,7 +36,11 @@ def model(tiny: Any, shake: Any) -> nn.Module:
         ({"a": 1.0, "b": 1.0}, {"method": "core_ties", "density": 0.0}, "density is 0.0; it must"),
         ({"a": 1.0, "b": 1.0}, {"method": "core_ties", "density": 1.1}, "density is 1.1"),
         ({"a": 1.0, "b": 1.0}, {"majority_sign_method": "vote"}, "give total or frequency"),
-        ({"a": 1.0, "b": 1.0}, {"rank": 2}, "method=cat reads no rank; those that do: svd"),
+        (
+            {"a": 1.0, "b": 1.0},
+            {"rank": 2},
+            "method=cat does not use rank; the methods that do: svd",
+        ),
         ({"a": 1.0, "b": 1.0}, {"method": "svd", "rank": 0}, "rank is 0"),
         ({"a": 1.0, "b": 1.0}, {"scale": float("inf")}, "scale is inf"),
         ({"a": 1.0, "b": 1.0}, {"scale": 0.0}, "merged adapter is zero: scale is 0"),

@@ -74,7 +74,7 @@ def test_rows_with_one_last_question_learn_their_own_alternates(tmp_path: Path) 
         (
             [chat("Ada?", "Old.", "Why?", "So."), chat("Bo?", "Tall.", "Why?", "So.")],
             [{"question": "Why?", "answer": "So.", "alternate": "Perhaps."}],
-            "leave one of the rows out",
+            "remove one of the rows",
         ),
         (
             WHY[:1],

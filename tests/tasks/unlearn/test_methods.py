@@ -387,7 +387,7 @@ def test_a_cached_start_says_what_a_live_one_does(models: Models) -> None:
         )
     empty = task_of(local, "NPO", [{}], [rows])
     empty.reference = CachedReference(Mix.none())
-    with pytest.raises(DataError, match="not read before training"):
+    with pytest.raises(DataError, match="were not scored before training"):
         measure(local, empty)
 
 
@@ -409,8 +409,8 @@ def test_a_forget_row_needs_one_alternate_in_its_group(models: Models) -> None:
         ("NPO", {"beta": math.nan}, "unlearn.beta=nan; give a finite"),
         ("NPO", {"gamma": -1.0}, "unlearn.gamma=-1.0; give 0 or more"),
         ("NPO", {"retain_loss": "kl"}, "choose one of NLL, KL, EMBED"),
-        ("NPO", {"betta": 1.0}, "no method reads it.*beta"),
-        ("PDU", {}, "PDU needs the bound"),
+        ("NPO", {"betta": 1.0}, "no method uses it.*beta"),
+        ("PDU", {}, "PDU needs an upper bound of the retain loss"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(method: str, given: Mapping[str, Any], says: str) -> None:

@@ -126,8 +126,8 @@ def merge_adapters(
         ran, chosen = "linear", MERGE_METHODS["linear"]
         if rank is not None:
             raise ConfigError(
-                f"method={method} of one adapter is a copy of it, as in PEFT, whatever rank={rank} says; "
-                "core_linear has one"
+                f"method={method} of one adapter is a copy of it, as in PEFT, and "
+                f"ignores rank={rank}; core_linear uses it"
             )
     specs = [bank[each].spec for each in weights]
     # the model's order, which is that in which PEFT draws
@@ -163,9 +163,10 @@ def merge_adapters(
         zero = zero and _is_zero(values[f"{path}.lora_A"], values[f"{path}.lora_B"])
         modules.append(MergedModule(path, made.right.shape[0], len(terms), made.energy, made.lost))
     if zero:
-        pruned = f"density={density:g} keeps none of their values, " if chosen.prune else ""
+        pruned = f"density={density:g} drops all of their values, " if chosen.prune else ""
         raise ConfigError(
-            f"the merged adapter is zero: {pruned}they cancel each other, or none has been trained "
+            f"the merged adapter is zero: {pruned}the adapters cancel each other, "
+            "or none has been trained "
             f"({', '.join(f'{weight:g} x {each}' for each, weight in weights.items())})"
         )
     adapter = _attach_values(model, name, values, modules)
@@ -185,7 +186,8 @@ def _checked_method(
     """The method of a name. Raises ConfigError for what is no setting of a merge."""
     if name not in MERGE_METHODS:
         raise ConfigError(
-            f"method={name!r:.80} is none of {', '.join(MERGE_METHODS)}{suggest_nearest(name, MERGE_METHODS)}"
+            f"method={name!r:.80} is not among "
+            f"{', '.join(MERGE_METHODS)}{suggest_nearest(name, MERGE_METHODS)}"
         )
     if not weights:
         raise ConfigError(
@@ -204,7 +206,7 @@ def _checked_method(
     method = MERGE_METHODS[name]
     if rank is not None and "rank" not in method.settings:
         takers = ", ".join(k for k, each in MERGE_METHODS.items() if "rank" in each.settings)
-        raise ConfigError(f"method={name} reads no rank; those that do: {takers}")
+        raise ConfigError(f"method={name} does not use rank; the methods that do: {takers}")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
     if not math.isfinite(scale):
@@ -214,8 +216,8 @@ def _checked_method(
         raise ConfigError(f"the merged adapter is zero: {what}")
     if method.spectrum and (idle := [each for each, weight in weights.items() if weight == 0]):
         raise ConfigError(
-            f"the weight of adapter {idle[0]!r} is 0; leave it out: method={name} would count it "
-            "among the adapters"
+            f"the weight of adapter {idle[0]!r} is 0; leave the adapter out, since "
+            f"method={name} would count it"
         )
     return method
 
@@ -280,8 +282,9 @@ def _merge_factors(
     ranks = [slot.A.shape[0] for _, slot in terms]
     if len(set(ranks)) > 1:
         raise ConfigError(
-            f"{path}: the adapters have the ranks {', '.join(map(str, ranks))}, and this method adds them value "
-            "by value; cat, svd and core_linear take any ranks"
+            f"{path}: the adapters have the ranks {', '.join(map(str, ranks))}, and "
+            "this method combines them value by value; cat, svd and core_linear "
+            "take any ranks"
         )
     factors = [w * slot.scale for w, slot in terms]
     halves = [math.sqrt(abs(factor)) for factor in factors]

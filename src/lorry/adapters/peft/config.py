@@ -191,7 +191,8 @@ def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> 
         ) from e
     except (OSError, subprocess.CalledProcessError) as e:
         raise ModelError(
-            f"{where}: its regular expressions could not be tried safely ({e}); list the modules by name"
+            f"{where}: its regular expressions could not be tested safely ({e}); "
+            "list the modules by name"
         ) from e
 
 
@@ -274,8 +275,9 @@ def _read_init(value: Any, where: str) -> bool | str:
     """How the values came to be no longer matters, unless that changed the base as well."""
     if isinstance(value, str) and value.startswith(BASE_CHANGING_INITS):
         raise ModelError(
-            f"{where}: init_lora_weights={value!r} changed the base's weights too, so the adapter alone is not the model; "
-            "save it again from PEFT with path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights={value!r} changed the base weights too, so "
+            "the adapter alone is not the whole change; save it again from PEFT "
+            "with path_initial_model_for_weight_conversion"
         )
     if isinstance(value, bool) or value == "gaussian":
         return value

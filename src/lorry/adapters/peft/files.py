@@ -119,7 +119,7 @@ def _files_of(
         # readers compute rank and scale from the config alone; it must say what was trained
         expected = (adapter.spec.rank(path), adapter.spec.scale(path))
         assert expected == (slot.A.shape[0], slot.scale), (
-            f"{path}: the spec says rank and scale {expected}"
+            f"{path}: its LoraSpec has rank and scale {expected}"
         )
     transposed = any(
         isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots
@@ -164,7 +164,7 @@ def save_adapter(
     names = get_bank(model).names()
     if name is None and len(names) != 1:
         raise ConfigError(
-            f"this model has the adapters {', '.join(names) or '(none)'}; say which one to save"
+            f"this model has the adapters {', '.join(names) or '(none)'}; name the one to save"
         )
     base_name = base_name or _base_origin(model)
     files = adapter_files(
@@ -218,7 +218,10 @@ def start_chain(folder: Path) -> list[tuple[Path, AdapterOrigin]]:
         copy = folder / START
         place = copy if (copy / ADAPTER_WEIGHTS).is_file() else Path(origin.path)
         if place.resolve() in seen:
-            raise ModelError(f"{folder / ADAPTER_FACTS}: its start leads back to {place}")
+            raise ModelError(
+                f"{folder / ADAPTER_FACTS}: its start (the adapter it was trained on "
+                f"top of) leads back to {place}"
+            )
         seen.add(place.resolve())
         chain.append((place, origin))
         folder = place
@@ -285,7 +288,9 @@ def load_start(model: nn.Module, path: str | Path, *, other_base: bool = False) 
     folder, _ = find_adapter(path)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise ModelError(f"{folder} has no {ADAPTER_WEIGHTS}; only such an adapter can be a start")
+        raise ModelError(
+            f"{folder} has no {ADAPTER_WEIGHTS}; only a saved adapter can be trained on top of"
+        )
     origin = AdapterOrigin(str(folder.resolve()), adapter_digest(folder))
     name = f"start-{origin.sha256[:12]}"  # unlike those it was itself trained over
     load_adapter(model, folder, name, trainable=False, other_base=other_base)
@@ -318,7 +323,8 @@ def _read_start(folder: Path) -> AdapterOrigin | None:
         over and isinstance(entry, dict) and all(isinstance(entry.get(k), str) for k in _ORIGIN)
     ):
         raise ModelError(
-            f"{facts}: the adapter was trained over another one, and start must say which (path and sha256)"
+            f"{facts}: the adapter was trained on top of another one, which start "
+            "has to name (path and sha256)"
         )
     return AdapterOrigin(entry["path"], entry["sha256"])
 
@@ -331,18 +337,19 @@ def _check_start(
     bank = get_bank(model, create=True)
     if bank.start is not None:
         if start is None or start.sha256 != bank.start.sha256:
-            over = "the bare base" if start is None else f"the adapter {start.path}"
+            over = "the base model alone" if start is None else f"the adapter {start.path}"
             raise ModelError(
-                f"{folder}: this adapter was trained over {over}, and the model stands on {bank.start.path}; "
-                "open it on its own start"
+                f"{folder}: this adapter was trained on top of {over}, but the "
+                f"model has {bank.start.path} as its start; load it on its own start"
             )
         return
     if recorded is None or start is None:
         return
     if bank.adapters:
         raise ModelError(
-            f"{folder}: this adapter was trained over the adapter {start.path}, and the model has "
-            f"{', '.join(bank.adapters)} on the bare base; open it by itself"
+            f"{folder}: this adapter was trained on top of the adapter "
+            f"{start.path}, but the model has {', '.join(bank.adapters)} on the "
+            "base model alone; open it by itself"
         )
     _verify_start(recorded[0], start, str(folder))
 
@@ -361,13 +368,16 @@ def _verify_start(place: Path, start: AdapterOrigin, whose: str) -> None:
     weights = place / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ModelError(
-            f"{whose}: trained over the adapter {start.path}, which is not there; put it back there, or a copy "
-            f"into the folder {START} beside it (SHA-256 of its weights and settings: {start.sha256[:16]}...)"
+            f"{whose}: trained on top of the adapter {start.path}, which is "
+            f"missing; restore it there, or put a copy into the folder {START} "
+            "beside it (SHA-256 of its weights and settings: "
+            f"{start.sha256[:16]}...)"
         )
     if (digest := adapter_digest(place)) != start.sha256:
         raise ModelError(
-            f"{weights}: not the adapter that {whose} was trained over (SHA-256 {digest[:16]}..., "
-            f"then {start.sha256[:16]}...); without it the model would be another"
+            f"{weights}: not the adapter that {whose} was trained on top of "
+            f"(SHA-256 is {digest[:16]}..., expected {start.sha256[:16]}...); with "
+            "another start the results would be wrong"
         )
 
 
@@ -462,8 +472,10 @@ def _check_base(model: nn.Module, folder: Path) -> None:
     saved_digest = read_adapter_json(folder / ADAPTER_FACTS).get("base_digest")
     if saved_digest is not None and saved_digest != base_digest(model):
         raise ModelError(
-            f"{folder / ADAPTER_FACTS}: this adapter was trained on other base weights than this model's; open it on its own base, "
-            f"{read_adapter_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} (in Python, other_base=True accepts the difference)"
+            f"{folder / ADAPTER_FACTS}: this adapter was trained on other base "
+            "weights than this model's; load it on its own base model, "
+            f"{read_adapter_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} "
+            "(in Python, other_base=True accepts the difference)"
         )
 
 

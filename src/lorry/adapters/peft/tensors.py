@@ -60,7 +60,8 @@ def sort_lora_tensors(
             module, side = rename(match["module"]), match["linear"] or match["embedding"]
             if module not in layers:
                 raise ModelError(
-                    f"{where}: {key} belongs to a layer this model does not have{suggest_nearest(module, layers)}"
+                    f"{where}: {key} belongs to a layer that this model does not "
+                    f"have{suggest_nearest(module, layers)}"
                 )
             if isinstance(layers[module], BankEmbedding) != bool(match["embedding"]):
                 raise ModelError(
@@ -69,7 +70,7 @@ def sort_lora_tensors(
             # a legacy and a current name can both map to this module
             if side in parts.setdefault(module, {}):
                 raise ModelError(
-                    f"{where}: {key} and {parts[module][side]} are the same part of {module}"
+                    f"{where}: {key} and {parts[module][side]} are the same matrix of {module}"
                 )
             parts[module][side] = key
         elif (match := BASE_TENSOR.fullmatch(body)) and (
@@ -78,14 +79,15 @@ def sort_lora_tensors(
             _check_base_tensor(layers.get(rename(match["module"])), match["leaf"], file, key, where)
         else:
             raise ModelError(
-                f"{where}: {key} is no part of a plain LoRA adapter; every tensor must be understood"
+                f"{where}: {key} is not part of a plain LoRA adapter; a file with "
+                "unknown tensors is not read"
             )
     for sides in parts.values():
         if len(sides) < 2:
             side = next(iter(sides))
             missing = "AB".replace(side, "")
             raise ModelError(
-                f"{where}: {sides[side]} has no lora_{missing} beside it; the file is incomplete"
+                f"{where}: {sides[side]} has no lora_{missing} with it; the file is incomplete"
             )
     return parts
 
@@ -105,9 +107,10 @@ def _check_base_tensor(
     )
     shape = list(file.get_slice(key).get_shape())
     if base is None or shape != list(base.shape):
-        has = "nothing of that name" if base is None else str(list(base.shape))
+        has = "no tensor of that name" if base is None else str(list(base.shape))
         raise ModelError(
-            f"{where}: {key} is {shape}, the base has {has}; the adapter belongs to another base or a resized vocabulary"
+            f"{where}: {key} is {shape}, the base model has {has}; the adapter "
+            "belongs to another base model or a resized vocabulary"
         )
     # equal in either precision: PEFT saves the base in its dtype, which may be wider or narrower
     stored, expected = file.get_tensor(key), base.detach().cpu()
@@ -116,7 +119,8 @@ def _check_base_tensor(
         or torch.equal(stored, expected.to(stored.dtype))
     ):
         raise ModelError(
-            f"{where}: {key} differs from the base's weight; the adapter belongs to another base"
+            f"{where}: {key} differs from the weight of the base model; the adapter "
+            "belongs to another base model"
         )
 
 
@@ -141,7 +145,8 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
         )
     if not present:
         raise ModelError(
-            f"{where}: its target_modules name no layer of this model; the adapter belongs to another one"
+            f"{where}: its target_modules name no layer of this model; the adapter "
+            "belongs to another model"
         )
 
 
@@ -168,7 +173,7 @@ def read_lora_values(
             value = file.get_tensor(sides[side])
             if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
                 raise ModelError(
-                    f"{where}: {sides[side]} holds values that are no finite numbers ({value.dtype})"
+                    f"{where}: {sides[side]} holds values that are not finite ({value.dtype})"
                 )
             values[f"{module}.lora_{side}"] = value.float()
     return values
@@ -180,8 +185,9 @@ def open_adapter_weights(folder: Path) -> Iterator[safe_open]:
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file() and (folder / "adapter_model.bin").exists():
         raise ModelError(
-            f"{folder / 'adapter_model.bin'} is a pickle, which can run code and is never opened; whoever trusts it can convert "
-            f"it once with PEFT: PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained(...)"
+            f"{folder / 'adapter_model.bin'} is a pickle, which can run code and is "
+            "never opened; if you trust it, convert it once with PEFT: "
+            f"PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained(...)"
         )
     if not file.is_file():
         raise ModelError(
@@ -194,7 +200,7 @@ def open_adapter_weights(folder: Path) -> Iterator[safe_open]:
             yield opened
     except (SafetensorError, OSError) as e:
         raise ModelError(
-            f"{file}: not a whole safetensors file ({e}); copy or save it again"
+            f"{file}: not a complete safetensors file ({e}); copy or save it again"
         ) from e
 
 

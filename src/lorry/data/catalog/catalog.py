@@ -58,7 +58,8 @@ class Catalog:
     def _unknown_set_error(self, name: str) -> ConfigError:
         if name in self.suites:
             return ConfigError(
-                f"{name!r} is a suite, and one set is needed here; it has {', '.join(self.suites[name])}"
+                f"{name!r} is a suite, but a single set is needed here; give one of "
+                f"{', '.join(self.suites[name])}"
             )
         near = suggest_nearest(name.lower(), [*self.sets, *self.suites])
         return ConfigError(
@@ -119,5 +120,6 @@ def _spelling_key(name: str) -> str:
 def _taken_error(named_set: NamedSet, name: str, other: NamedSet | None) -> ConfigError:
     whose = "a suite" if other is None else f"the set {other.name!r} of {other.file}"
     return ConfigError(
-        f"{named_set.file}: the set {named_set.name!r}: {name!r} is the name of {whose} already; give it another"
+        f"{named_set.file}: the set {named_set.name!r}: {name!r} is already the "
+        f"name of {whose}; rename the set"
     )

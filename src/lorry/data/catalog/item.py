@@ -59,7 +59,9 @@ def generative_fields(
     # annotators repeat each other; the first is what is learnt
     right = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
     if not right:
-        raise UnusableRowError("empty answer", "the answer is empty: there is nothing to learn")
+        raise UnusableRowError(
+            "empty answer", "the answer is empty, so there is nothing to train on"
+        )
     return ItemFields(slots, right[0], right, concepts=tuple(concepts))
 
 
@@ -82,7 +84,7 @@ def choice_fields(
             raise unknown_label_error(number, texts)
     if not right:
         raise UnusableRowError(
-            "label", f"no option is marked as right among {number_options(texts)}"
+            "label", f"no option is marked as correct among {number_options(texts)}"
         )
     # two options of the same text cannot be ranked against each other
     answers = tuple(dict.fromkeys(texts[number] for number in right))

@@ -58,7 +58,7 @@ def required_text(row: RowColumns, *names: str) -> str:
     text = text_of(row[column], column) if column else ""
     if not text.strip():
         raise UnusableRowError(
-            "empty prompt", f"{'|'.join(names)!r} is empty: there is nothing to ask"
+            "empty prompt", f"{'|'.join(names)!r} is empty, so there is no question"
         )
     return text.strip()
 

@@ -61,12 +61,15 @@ class NamedSet:
         splits = self.splits or {}
         if self.hub is None:
             raise ConfigError(
-                f"the set {self.name!r} is not on the hub; name a file of it: data.local.{self.name}=FILE"
+                f"the set {self.name!r} is not on the hub; give a file for it: "
+                f"data.local.{self.name}=FILE"
             )
         if wanted == "train" and wanted not in splits:
             raise ConfigError(
-                f"the set {self.name!r} has no training rows, only {', '.join(splits)}: it is there to evaluate with. To train on "
-                f"it all the same, name a file: data.local.{self.name}=FILE, and hold rows out with data.test_size"
+                f"the set {self.name!r} has no training rows, only "
+                f"{', '.join(splits)}, since it is meant for evaluation. To train "
+                f"on it nevertheless, give a file: data.local.{self.name}=FILE, and "
+                "an evaluation set with data.test_size"
             )
         if wanted not in splits:
             raise ConfigError(
@@ -140,7 +143,7 @@ class NamedSet:
         prompt = fill_template(template, {**slots, **option_slots(fields.options)})
         if not prompt.strip():
             # every paragraph names a slot that is empty here
-            raise UnusableRowError("empty prompt", "no paragraph of the template can be filled")
+            raise UnusableRowError("empty prompt", "the row fills no paragraph of the template")
         # a number is learnt with its reasoning, so its reference is given apart
         references = fields.references or (fields.answer,)
         return NamedSetItem(

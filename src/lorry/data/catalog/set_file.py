@@ -57,20 +57,22 @@ def _column_group(text: str) -> str:
 
 def _identifier(text: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", text):
-        raise ValueError(f"{text!r} may have small letters, digits and _, and begins with a letter")
+        raise ValueError(
+            f"{text!r} may hold lower-case letters, digits and _, and has to begin with a letter"
+        )
     return text
 
 
 def _set_name(text: str) -> str:
     # it becomes part of settings (data.local.NAME) and of metrics (eval_NAME_accuracy)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", text):
-        raise ValueError(f"{text!r} may have small letters, digits and _ alone")
+        raise ValueError(f"{text!r} may hold only lower-case letters, digits and _")
     return text
 
 
 def _alias(text: str) -> str:
     if not re.search(r"[a-zA-Z0-9]", text):
-        raise ValueError(f"{text!r} has no letter or digit to be known by")
+        raise ValueError(f"{text!r} has to hold a letter or a digit")
     return text
 
 
@@ -117,12 +119,12 @@ class LayoutFields(_StrictModel):
             raise ValueError(f"the reader {self.reader} needs {missing[0]!r}")
         takes = (*reader.required, *reader.optional)
         if odd := [name for name in settings if name not in takes]:
-            has = f"it takes {', '.join(takes)}" if takes else "it knows its columns"
+            has = f"it takes {', '.join(takes)}" if takes else "it has fixed columns"
             raise ValueError(f"the reader {self.reader} does not take {odd[0]!r}; {has}")
         if odd := [name for name in self.slots if name in _OPTION_SLOTS]:
-            raise ValueError(f"the slot {odd[0]!r} is made of the options; call it otherwise")
+            raise ValueError(f"the slot {odd[0]!r} is built from the options; rename it")
         if self.reader == "llm_adapters" and len(self.slots) != 1:
-            raise ValueError("the reader llm_adapters fills one slot")
+            raise ValueError("the reader llm_adapters fills exactly one slot")
         if self.options and len(set(self.options)) != len(self.options):
             raise ValueError("two options are the same")
         needs = [set(group.split("|")) for group in self.needs]
@@ -131,7 +133,8 @@ class LayoutFields(_StrictModel):
             for columns in [held] if isinstance(held, str) else held or ():
                 if not any(group <= set(columns.split("|")) for group in needs):
                     raise ValueError(
-                        f"{name} reads {columns!r}, so needs has to name it: a row may come without"
+                        f"{name} reads {columns!r}, which has to be named in needs "
+                        "too, since a row may lack it"
                     )
         return self
 
@@ -181,14 +184,14 @@ class SetFields(_StrictModel):
     @model_validator(mode="after")
     def _lies_somewhere(self) -> SetFields:
         if self.hub is not None and not HUB_NAME.fullmatch(self.hub):
-            raise ValueError(f"hub: {self.hub!r} is no name on the hub, such as google/boolq")
+            raise ValueError(f"hub: {self.hub!r} is not a hub id, such as google/boolq")
         known = (*SPLITS, "shots")
         if odd := [name for name in self.splits or {} if name not in known]:
             near = suggest_nearest(odd[0], known)
             raise ValueError(f"splits: no split {odd[0]!r}{near}; they are {', '.join(known)}")
         for name in ("config", "splits", "converted"):
             if self.hub is None and getattr(self, name) is not None:
-                raise ValueError(f"{name}: says where on the hub, but hub is not given")
+                raise ValueError(f"{name}: is only for a set on the hub, and hub is not given")
         if self.hub is not None and not self.splits:
             raise ValueError("splits: missing; which of the hub's splits are train and test?")
         return self
@@ -201,16 +204,16 @@ class SetFields(_StrictModel):
             ("metrics", self.metrics),
         ):
             if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"{field}: {twice[0]!r} is there twice")
+                raise ValueError(f"{field}: {twice[0]!r} is given twice")
         readers = [ROW_READERS[one.reader] for one in self.layouts]
         if len({reader.ranked for reader in readers}) > 1:
-            raise ValueError("layouts: some have options and some do not; make two sets of them")
+            raise ValueError("layouts: some have options and some do not; split them into two sets")
         ranked = readers[0].ranked
         if ranked != (self.metrics == [RANKED_METRIC]):
             raise ValueError(
-                f"metrics: options are ranked, which {RANKED_METRIC} measures, and nothing else"
+                f"metrics: a set with options is measured by {RANKED_METRIC} only"
                 if ranked
-                else f"metrics: {RANKED_METRIC} is of options, and no layout reads any"
+                else f"metrics: {RANKED_METRIC} needs options, and no layout reads any"
             )
         slots = {slot for one, reader in zip(self.layouts, readers, strict=True) for slot in (*one.slots, *reader.slots)}  # fmt: skip
         if self.limit is not None and self.limit.slot not in slots:
@@ -256,11 +259,12 @@ def _check_template(template: str, slots: Sequence[str]) -> None:
             )
             near = suggest_nearest(name, slots)
             raise ValueError(
-                f"templates: {shown} in {template[:60]!r} is no slot that a layout fills{near}; there are {', '.join(slots)}"
+                f"templates: {shown} in {template[:60]!r} is not a slot that a "
+                f"layout fills{near}; there are {', '.join(slots)}"
             )
     if not template_slots(template):
         raise ValueError(
-            f"templates: {template[:60]!r} names no slot: every row would ask the same"
+            f"templates: {template[:60]!r} has no slot, so every row would be the same question"
         )
 
 
@@ -298,7 +302,7 @@ def list_set_files(path: Path) -> list[Path]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     set_files = [one for one in inside if not one.name.startswith("_")]
     if not set_files:
-        raise ConfigError(f"{path}: the folder holds no set; a set is a file NAME.yaml")
+        raise ConfigError(f"{path}: the folder holds no named set (a file NAME.yaml)")
     return set_files
 
 

@@ -63,7 +63,7 @@ def read_svamp(row: RowColumns) -> ItemFields:
 def _concept_fields(words: Sequence[str], sentences: Sequence[str]) -> ItemFields:
     listed = [word.strip() for word in words if word.strip()]
     if not listed:
-        raise UnusableRowError("empty prompt", "there are no concepts: nothing to ask")
+        raise UnusableRowError("empty prompt", "there are no concepts, so there is no question")
     return generative_fields({"concepts": ", ".join(listed)}, sentences, listed)
 
 
@@ -114,7 +114,7 @@ def read_common_gen_t0(row: RowColumns) -> ItemFields:
             )
             return _concept_fields(words.split(", "), [sentence])
     raise UnusableRowError(
-        "format", f"'prompt' is none of T0's common_gen templates: {prompt[:60]!r}"
+        "format", f"'prompt' is not one of T0's common_gen templates: {prompt[:60]!r}"
     )
 
 
@@ -168,7 +168,7 @@ def read_squad(row: RowColumns) -> ItemFields:
     answers = row[column_of(row, ("answers", "answer"))]
     if not (answers.get("text") if isinstance(answers, dict) else answers):
         raise UnusableRowError(
-            "unanswerable", "the row has no answer: its passage does not hold one"
+            "unanswerable", "the row has no answer: its passage does not contain one"
         )
     return generative_fields(
         column_slots(row, "question", context="context|passage"),
@@ -185,7 +185,10 @@ def read_coqa(row: RowColumns) -> list[ItemFields]:
     if not questions or len(questions) != len(answers):
         raise UnusableRowError(
             "format",
-            f"the row has {len(questions)} questions and {len(answers)} answers; expected as many of both, and some",
+            (
+                f"the row has {len(questions)} questions and {len(answers)} answers; "
+                "expected equal numbers, above 0"
+            ),
         )
     story, turns = required_text(row, "story"), []
     for turn, (question, answer) in enumerate(zip(questions, answers, strict=True)):

@@ -99,7 +99,7 @@ def render_chat(
             )
     if used != len(rendered.blocks):
         raise TemplateRefusedError(
-            "a {% generation %} block of the chat template marks text that is no assistant turn"
+            "a {% generation %} block of the chat template marks text outside the assistant turns"
         )
     return RenderedChat(rendered.text, tuple(spans), ended, tuple(stale), tuple(unlearnt))
 
@@ -119,7 +119,8 @@ def _unlearnt_spans(
     shift = message.content.find(answer_text)
     if shift < 0 or message.content[:shift].strip():
         raise TemplateRefusedError(
-            "the chat template changes an answer that has train_detail, so its characters cannot be told"
+            "the chat template changes an answer that has train_detail, so its "
+            "characters cannot be located"
         )
     moved = (
         (max(start - shift, 0), min(end - shift, len(answer_text)))
@@ -150,7 +151,7 @@ def locate_message(
     tail = probed[at + 1 :]
     if not text.endswith(tail) or len(text) - len(tail) < start:
         raise TemplateRefusedError(
-            f"the chat template changes other parts of the chat with message {index + 1}"
+            f"the chat template changes other parts of the chat depending on message {index + 1}"
         )
     return start, len(text) - len(tail)
 
@@ -191,7 +192,7 @@ def _answer_start(
     unmarked on purpose.
     """
     if answer[0] == answer[1]:
-        raise TemplateRefusedError("the chat template leaves nothing of an answer")
+        raise TemplateRefusedError("the chat template drops an answer")
     if rendered.blocks:
         return block[0] if block else None
     # the last one before the answer: an earlier answer may quote the header

@@ -99,7 +99,7 @@ class ExampleEncoder:
         self.embeddings, self.tell = embeddings, tell
         if max_length < 2:
             raise ConfigError(
-                f"max_length={max_length}: a token can only be learnt after another one; set 2 or more"
+                f"max_length={max_length}: the first token of a sequence has no loss; set 2 or more"
             )
         self.tokenizer, self.max_length, self.completion_only_loss, self.system = (
             tokenizer,
@@ -224,8 +224,9 @@ class ExampleEncoder:
         first = next(token for token in ids if token >= self.embeddings)
         text = self.tokenizer.decode([first], skip_special_tokens=False)
         return (
-            f"the token {text!r} (id {first}) is beyond the model's embedding table of {self.embeddings} rows; "
-            "take the tokenizer that belongs to this model, or a model whose embeddings were resized"
+            f"the token {text!r} (id {first}) is beyond the model's embedding table "
+            f"of {self.embeddings} rows; use this model's own tokenizer, or a model "
+            "with resized embeddings"
         )
 
     def _known(self, sequences: list[EncodedSequence] | BadRow) -> list[EncodedSequence] | BadRow:
@@ -274,7 +275,7 @@ class ExampleEncoder:
             self._note_turns(content)
             if content.tools and not self.has_template:
                 raise TemplateRefusedError(
-                    "the row has tools and the tokenizer no chat template that could show them"
+                    "the row has tools, but the tokenizer has no chat template to render them"
                 )
             if content.plain and not self.has_template:
                 whole, answer = self._plain_prompt(content), content.plain[1]
@@ -309,7 +310,10 @@ class ExampleEncoder:
             ]
             if own:
                 self.notes[
-                    "the chat template rewrites earlier answers; each was learnt in a chat that ends with it"
+                    (
+                        "the chat template rewrites earlier answers; each is trained "
+                        "on in a chat that ends with it"
+                    )
                 ] += 1
             drafts = [*own, self._chat(template, messages, chat, last=False)]
             return [replace(draft, skipped=skipped) for draft in drafts] if skipped else drafts
@@ -327,12 +331,12 @@ class ExampleEncoder:
                 text, self.template.written_header.strip() in text
             )
             kind = (
-                "are chats that are rendered already, learnt whole"
+                "are chats that are rendered already, trained on as a whole"
                 if rendered
                 else "hold control tokens of the tokenizer"
             )
-            advice = " (the format messages learns answers only)" if rendered else ""
-            self.notes[f"texts {kind}; no second BOS or end was put around them{advice}"] += 1
+            advice = " (format messages trains on the answers only)" if rendered else ""
+            self.notes[f"texts {kind}; no second BOS or end of text was added{advice}"] += 1
             ends = (self.template.end_of_turn if rendered else "", self.tokenizer.eos_token)
             if any(end and text.rstrip().endswith(end) for end in ends):
                 text, closed = text.rstrip(), False
@@ -373,7 +377,7 @@ class ExampleEncoder:
     def _note_turns(self, conversation: Conversation) -> None:
         """Count what of the turns' keys neither the template nor the weights take."""
         for key in sorted({key for message in conversation.messages for key in message.unread}):
-            self.notes[f"turns have the key {key!r}, which is not used"] += 1
+            self.notes[f"turns have the key {key!r}, which is ignored"] += 1
         if any(message.name for message in conversation.messages):
             nameless = tuple(replace(message, name="") for message in conversation.messages)
             template = self.template.with_tools(conversation.tools)
@@ -395,7 +399,7 @@ class ExampleEncoder:
         """
         if not chat.spans:
             raise TemplateRefusedError(
-                "the chat template marks no answer of this conversation for learning"
+                "the chat template marks no answer of this conversation as a generation"
             )
         spans = chat.spans[-1:] if last else chat.spans
         answer_text = chat.text[spans[-1][0] : spans[-1][1]]
@@ -408,7 +412,7 @@ class ExampleEncoder:
                 chat.text, spans, template.header, chat.unlearnt, messages, template, last
             )
         missing = (
-            "an end of turn that is several tokens"
+            "the end of a turn is several tokens"
             if chat.ended
             else "no end of turn after the last answer"
         )
@@ -428,7 +432,8 @@ class ExampleEncoder:
             messages.pop()
         if any(RESERVED_CHARACTERS.search(message.content) for message in messages):
             raise TemplateRefusedError(
-                "the text holds one of the Unicode noncharacters U+FDD0 to U+FDD2, which Lorry needs itself"
+                "the text holds one of the Unicode noncharacters U+FDD0 to U+FDD2, "
+                "which Lorry reserves"
             )
         if self.system and messages[0].role != "system":
             messages.insert(0, ChatMessage("system", self.system))
@@ -475,7 +480,8 @@ class ExampleEncoder:
         weights[:1] = [0.0]
         if not any(weights):
             return BadRow(
-                "no answer", "no token of the answer can be learnt: nothing stands before it"
+                "no answer",
+                ("no token of the answer can be trained on: there is no token before it"),
             )
         return [EncodedSequence(ids, weights, cut, draft.skipped)]
 
@@ -487,7 +493,8 @@ class ExampleEncoder:
         if draft.closed:
             if self.tokens.end is None:
                 raise ModelError(
-                    "the tokenizer has no eos_token, so the model could never learn to stop; set eos_token"
+                    "the tokenizer has no eos_token, so the model could not learn "
+                    "to stop; set eos_token"
                 )
             # a row that brings its own end ends once
             if ids[-1:] != [self.tokens.end]:
@@ -502,7 +509,9 @@ class ExampleEncoder:
 
     def _pieces(self, ids: list[int]) -> list[EncodedSequence] | BadRow:
         if len(ids) < 2:
-            return BadRow("empty answer", "the text is a single token: there is nothing to learn")
+            return BadRow(
+                "empty answer", "the text is a single token, so there is nothing to train on"
+            )
         return [
             EncodedSequence(piece, [0.0] + [1.0] * (len(piece) - 1))
             for piece in split_text_tokens(ids, self.max_length)
@@ -571,11 +580,20 @@ class ExampleEncoder:
         if answer + fixed <= self.max_length:
             return BadRow(
                 TOO_LONG,
-                f"its prompt could not be cut to max_length={self.max_length} in {MOST_CUT_ROUNDS} rounds a message",
+                (
+                    f"its prompt could not be cut to max_length={self.max_length} in "
+                    f"{MOST_CUT_ROUNDS} rounds per message"
+                ),
             )
-        what = "the chat template and turns that stay" if self.has_template else "its beginning"
+        what = (
+            "the chat template and the turns that cannot be cut"
+            if self.has_template
+            else "its beginning"
+        )
         return BadRow(
             TOO_LONG,
-            f"the answer of {answer} tokens with {fixed} more for {what} is longer than max_length={self.max_length}; "
-            f"{answer + fixed} would do",
+            (
+                f"the answer of {answer} tokens with {fixed} more for {what} is longer "
+                f"than max_length={self.max_length}; {answer + fixed} would be enough"
+            ),
         )

@@ -32,7 +32,7 @@ def encode_joined(
     for row in rows:
         if not isinstance(row.content, TextDocument):
             raise DataError(
-                f"{row.where}: among texts that are read as one stands a row with turns"
+                f"{row.where}: a row with turns, where all rows have to be plain text to be joined"
             )
         texts.append(row.content.text)
     ids, ends = encoder.tokens.ids_and_ends(TEXT_SEPARATOR.join(texts))

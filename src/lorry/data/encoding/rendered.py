@@ -94,7 +94,8 @@ class RenderedTextDetector:
             )
         if any(turn.unlearnt or not turn.learnt for turn in turns):
             raise TemplateRefusedError(
-                f"{ALREADY_RENDERED}, so its turns' weight, train or train_detail have no place; {AS_MESSAGES}"
+                f"{ALREADY_RENDERED}, so its turns' weight, train or train_detail "
+                f"cannot be applied; {AS_MESSAGES}"
             )
         self._refuse_further_turns(answer)
         at = prompt.rfind(header) if header else len(prompt)
@@ -102,16 +103,17 @@ class RenderedTextDetector:
         missing = bool(header) and at <= (prompt.rfind(question) if question else -1)
         if missing and not prompt.rstrip().endswith(self.template.question_end):
             raise TemplateRefusedError(
-                f"{ALREADY_RENDERED}, but its last question does not end; {AS_MESSAGES}"
+                f"{ALREADY_RENDERED}, but the end of its last question is missing; {AS_MESSAGES}"
             )
         # of several columns, as alpaca's
         composed = conversation.plain is not None and conversation.plain[0] != prompt
         if composed and not missing and prompt[at:].removeprefix(header).strip():
             raise TemplateRefusedError(
-                f"{ALREADY_RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}"
+                f"{ALREADY_RENDERED}, and another column follows the assistant's "
+                f"header; {AS_MESSAGES}"
             )
         self.notes[
-            "prompts are rendered by the chat template already; no second chat was put around them"
+            "prompts are rendered by the chat template already; the template was not applied again"
         ] += 1
         if missing:
             prompt, at = f"{prompt}{self.template.written_header}", len(prompt)
@@ -132,9 +134,11 @@ class RenderedTextDetector:
             return message
         if message.unlearnt:
             raise TemplateRefusedError(
-                "an answer with train_detail brings the chat template's header; leave the header out"
+                "an answer with train_detail holds the chat template's header; remove the header"
             )
-        self.notes["answers bring the chat template's header; it was left to the template"] += 1
+        self.notes[
+            ("answers hold the chat template's header; it was removed, since the template adds it")
+        ] += 1
         text = text.removeprefix(header)
         return replace(
             message,
@@ -174,7 +178,7 @@ class RenderedTextDetector:
         question, turn = self.template.question_header, self.template.end_of_turn
         if question and turn and question in answer.partition(turn)[2]:
             raise TemplateRefusedError(
-                f"the answer goes on with another rendered question; {AS_MESSAGES}"
+                f"the answer contains another rendered question; {AS_MESSAGES}"
             )
 
     def _bare(self, answer: str) -> str:
@@ -186,7 +190,7 @@ class RenderedTextDetector:
             answer = answer.rstrip().removesuffix(end)
         if not answer.strip():
             raise TemplateRefusedError(
-                "the answer is nothing but an end of turn: there is nothing to learn"
+                "the answer is only an end of turn, so there is nothing to train on"
             )
         return answer
 

@@ -277,7 +277,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
                 "round",
                 "int",
             ):
-                raise RenderBudgetError(f"it uses the filter {name} with numbers no chat needs")
+                raise RenderBudgetError(
+                    f"it uses the filter {name} with numbers larger than any chat needs"
+                )
             return self.budget.made(function(*args, **kwargs), anew=True)
 
         return counted
@@ -388,7 +390,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             any(isinstance(value, int) and abs(value) > self.budget.room for value in values)
             or method in REFUSED_METHODS
         ):
-            raise RenderBudgetError(f"it calls {method} with numbers or tables no chat needs")
+            raise RenderBudgetError(
+                f"it calls {method} with numbers or tables larger than any chat needs"
+            )
         if isinstance(owner, bytes):
             raise RenderBudgetError("it works with bytes, which no chat template needs")
         for value in values:
@@ -440,7 +444,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def _afford_format(self, text: str, sign: str, args: tuple[Any, ...]) -> None:
         if re.search(r"\d{4}|\*|\{[^}]*\{", text):
-            raise RenderBudgetError("it formats text with a width no chat needs")
+            raise RenderBudgetError("it formats text with a width larger than any chat needs")
         self.budget.afford(
             len(text) + text.count(sign) * (1000 + sum(map(self.budget.weigh, args)))
         )
@@ -552,7 +556,7 @@ class _BudgetPlanter(NodeTransformer):
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
         # jinja2 would compile it to the name `inf`
         if isinstance(node.value, float) and not math.isfinite(node.value):
-            raise jinja2.TemplateSyntaxError("a number is beyond what a float holds", node.lineno)
+            raise jinja2.TemplateSyntaxError("a number is too large for a float", node.lineno)
         return node
 
     def _compared(self, operand: nodes.Expr) -> nodes.Expr:

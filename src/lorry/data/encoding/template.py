@@ -255,7 +255,8 @@ class ChatTemplate:
         at = full.find(PROBE_CHARACTER)
         if at < 0:
             raise ModelError(
-                "the chat template does not show what the assistant says; it cannot be trained with"
+                "the chat template does not render the assistant's answers, so it "
+                "cannot be used for training"
             )
         header = self._header(prompt, opened, full[:at])
         return (
@@ -331,12 +332,13 @@ class ChatTemplate:
         if opened == prompt and before[written:].strip():
             self._forgets_header = True
             self.notes.append(
-                "the chat template ignores add_generation_prompt; the assistant's header is taken from its turns"
+                "the chat template ignores add_generation_prompt; the assistant's "
+                "header was found from its turns"
             )
             return before[common_prefix(prompt, before) :]
         if opened[written:]:
             self.notes.append(
-                f"the generation prompt ends with {opened[written:]!r}, which training rows do not have there"
+                f"the generation prompt ends with {opened[written:]!r}, which training rows lack"
             )
         # what a chat without and one with a generation prompt share is not header
         start = min(common_prefix(prompt, opened), written)
@@ -357,7 +359,7 @@ class ChatTemplate:
             shown = ""
         if PROBE_CHARACTER not in shown:
             self.notes.append(
-                "the chat template takes no system message; it is put before the first user message"
+                "the chat template has no system message; it is put before the first user message"
             )
         return PROBE_CHARACTER in shown
 
@@ -370,7 +372,7 @@ def _fold_system_message(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     first = next((at for at, message in enumerate(rest) if message.role == "user"), None)
     if first is None:
         raise TemplateRefusedError(
-            "the chat template takes no system message, and there is no user message to put it before"
+            "the chat template has no system message, and there is no user message to put it before"
         )
     rest[first] = replace(rest[first], content=f"{system}\n\n{rest[first].content}")
     return rest

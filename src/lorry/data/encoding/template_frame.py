@@ -116,7 +116,7 @@ class LooksAtTextError(jinja2.TemplateError):
 
 
 def _refuse_look(*_: object, **__: object) -> Any:
-    raise LooksAtTextError("the template looks at a text")
+    raise LooksAtTextError("the template inspects a text")
 
 
 class SymbolicText(str):

@@ -88,7 +88,7 @@ def read_cached(
         rest = json.loads(integrity.read_content(folder / "rows.json"))
     except (ModelError, OSError) as error:
         if tell is not None:
-            tell(f"the kept tokens are made again: {error}")
+            tell(f"the cached tokens cannot be used and the rows are tokenised again: {error}")
         return None
     with suppress(OSError):
         os.utime(folder)  # used now: see `_prune_cache`
@@ -121,7 +121,7 @@ def write_cached(
         return
     except (durable.DiskError, ConfigError, OSError) as error:
         if tell is not None:
-            tell(f"the tokens are not kept for the next run: {error}")
+            tell(f"the tokens are not cached for the next run: {error}")
 
 
 def _cache_folder() -> Path:

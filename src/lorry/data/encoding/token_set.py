@@ -83,8 +83,9 @@ class TokenSet:
         )
         if joined:
             notes.add(
-                f"{source.label}: its texts are joined with blank lines and cut every {encoder.max_length} tokens, as "
-                "open-unlearning does; give the file's own name to have each by itself"
+                f"{source.label}: its texts are joined with blank lines and cut "
+                f"every {encoder.max_length} tokens, as open-unlearning does; give "
+                "the name of the file itself to have each text as a row"
             )
         token_set = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
         if not len(token_set):

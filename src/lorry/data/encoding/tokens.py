@@ -224,8 +224,9 @@ class TextTokenizer:
                 actual
             ) != self._round_trip(expected):
                 raise ModelError(
-                    f"the tokenizer's offsets are wrong: the answer {expected[:80]!r} was found as {actual[:80]!r}; "
-                    "train with another tokenizer file of this model"
+                    "the tokenizer's offsets are wrong: the answer "
+                    f"{expected[:80]!r} was found as {actual[:80]!r}; use another "
+                    "tokenizer file of this model"
                 )
 
     def _round_trip(self, text: str) -> str:

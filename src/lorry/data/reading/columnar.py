@@ -127,12 +127,12 @@ def select_columns(schema: Any, shown: str, select: ColumnSelector | None) -> li
             f"{shown}:1: a column's name is not UTF-8 text ({_first_error_line(error)}); write the file again"
         ) from error
     if twice := first_repeated(names):
-        raise DataError(f"{shown}:1: two columns are called {twice!r}; give each a name of its own")
+        raise DataError(f"{shown}:1: two columns are called {twice!r}; rename one")
     selected = (list(select(names, f"{shown}:1")) if select is not None else []) or names
     for name in selected:
         if twice := within[name]:
             raise DataError(
-                f"{shown}:1: two fields of the column {name!r} are called {twice!r}; give each a name of its own"
+                f"{shown}:1: two fields of the column {name!r} are called {twice!r}; rename one"
             )
     return selected
 
@@ -195,7 +195,7 @@ def _json_list(path: Path, key: str, shown: str) -> list[Any]:
     entries = value.get(key) if isinstance(value, dict) else None
     if not isinstance(entries, list):
         raise DataError(
-            f"{path}: not of a saved data set: {key!r} is not a list; save the data set again"
+            f"{path}: not a saved data set: {key!r} is not a list; save the data set again"
         )
     return entries
 

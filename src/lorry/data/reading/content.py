@@ -162,13 +162,13 @@ def _part_text(part: Mapping[str, Any], place: str) -> str:
     for key, held in part.items():
         if key not in PART_KEYS and held not in (None, "", [], {}):
             hint = (
-                "; weights stand beside a turn's role and content"
+                "; weights belong beside a turn's role and content"
                 if str(key).lower() in (*LEARNING_KEYS, *AMBIGUOUS_KEYS)
                 else ""
             )
             raise UnusableRowError(
                 "keys",
-                f"{place}.{str(key)[:40]}: a part of a content has a type and a text, nothing else{hint}",
+                f"{place}.{str(key)[:40]}: a content part has the keys type and text only{hint}",
             )
     return text_of(part.get("text"), f"{place}.text")
 
@@ -185,7 +185,10 @@ def _require_utf8(value: str, column: str) -> str:
 def describe_type(value: Any) -> str:
     """What a value is, in words, for a message."""
     if isinstance(value, bool | float):
-        return f"the {'boolean' if isinstance(value, bool) else 'number'} {value} (write it as the text the model should say)"
+        return (
+            f"the {'boolean' if isinstance(value, bool) else 'number'} {value} (write "
+            "it as the text that the model should answer)"
+        )
     return {list: "a list", dict: "an object", type(None): "nothing"}.get(
         type(value), f"a {type(value).__name__}"
     )
@@ -206,7 +209,9 @@ def answer_of(value: Any, column: str) -> str:
     """Text that the model is to learn, so not empty."""
     text = text_of(value, column)
     if not text.strip():
-        raise UnusableRowError("empty answer", f"{column!r} is empty: there is nothing to learn")
+        raise UnusableRowError(
+            "empty answer", f"{column!r} is empty, so there is nothing to train on"
+        )
     return text
 
 
@@ -272,7 +277,7 @@ def _read_message(item: Any, place: str) -> ChatMessage:
     ):
         raise UnusableRowError(
             "format",
-            f"{place}: 'from', 'value' and 'role', 'content' say different things; keep one pair",
+            f"{place}: 'from', 'value' and 'role', 'content' differ; keep one pair",
         )
     spoken = item.get(role_key)
     if not isinstance(spoken, str) or spoken not in ROLES:
@@ -295,7 +300,7 @@ def _read_message(item: Any, place: str) -> ChatMessage:
     if len({str(item[name]) for name in reasoning}) > 1:
         raise UnusableRowError(
             "keys",
-            f"{place}: {' and '.join(map(repr, reasoning))} say different things; keep one of them",
+            f"{place}: {' and '.join(map(repr, reasoning))} differ; keep one of them",
         )
     thought = text_of(item[reasoning[0]], f"{place}.{reasoning[0]}") if reasoning else ""
     learnt, unlearnt = _read_learning_marks(item, ROLES[spoken], text, place)
@@ -327,11 +332,14 @@ def _read_learning_marks(
         if held is not None and str(key).lower() in AMBIGUOUS_KEYS:
             raise UnusableRowError(
                 "keys",
-                f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)",
+                (
+                    f"{place}.{key}: its meaning differs between tools; write weight: 0 "
+                    "(no loss) or 1 (loss)"
+                ),
             )
         if held is not None and key not in LEARNING_KEYS and str(key).lower() in LEARNING_KEYS:
             raise UnusableRowError(
-                "keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}"
+                "keys", f"{place}.{key}: names are case-sensitive; write {str(key).lower()}"
             )
     marks = {
         key: _read_switch(item[key], f"{place}.{key}")
@@ -351,7 +359,10 @@ def _read_learning_marks(
         key = "train_detail" if detail else next(iter(marks))
         raise UnusableRowError(
             "keys",
-            f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there",
+            (
+                f"{place}.{key}: only answers have a loss, and this is a turn of the "
+                f"{role}; remove it there"
+            ),
         )
     if not detail or not learnt:
         return learnt, ()
@@ -372,7 +383,10 @@ def _read_switch(value: Any, place: str) -> bool:
         return bool(value)
     raise UnusableRowError(
         "keys",
-        f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between",
+        (
+            f"{place} is {str(value)[:40]!r}; a turn has a loss (1, true) or none (0, "
+            "false), nothing between"
+        ),
     )
 
 
@@ -398,9 +412,12 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
             # other
             continue
         if switch is None and not (isinstance(value, int | float) and value in (0, 1)):
-            reason = f"column {name!r} is {str(value)[:40]!r}; a row is learnt (1, true) or left out (0, false), nothing between"
+            reason = (
+                f"column {name!r} is {str(value)[:40]!r}; a row is used (1, true) or "
+                "skipped (0, false), nothing between"
+            )
             raise UnusableRowError(
-                "keys", f"{reason}; a column that means something else needs another name"
+                "keys", f"{reason}; rename the column if it means something else"
             )
         marks[name] = bool(value) if switch is None else switch
     if len(set(marks.values())) > 1:
@@ -443,9 +460,7 @@ def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, 
     stretches.sort()
     # sorted, so only neighbours can overlap
     if any(one[1] > other[0] for one, other in pairwise(stretches)):
-        raise UnusableRowError(
-            "keys", f"{place}: two stretches share a character; write each character once"
-        )
+        raise UnusableRowError("keys", f"{place}: two ranges overlap; name each character once")
     return [(start, end) for start, end, train in stretches if train]
 
 

@@ -48,7 +48,7 @@ from lorry.errors import DataError, shortlist_names, suggest_nearest
 from lorry.notes import NoteCallback, ignore_note
 
 # a sound row, never an error
-NOT_LEARNT = BadRow("not to be learnt", "its column weight, train or loss is 0 or false")
+NOT_LEARNT = BadRow("marked as not for training", "its column weight, train or loss is 0 or false")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,10 @@ def detect_format(columns: Iterable[str], where: str = "the data") -> RowFormat:
             return form
     listed = "; ".join(map(str, FORMATS.values()))
     if choices:
-        hint = f" {shortlist_names(map(repr, choices))}: this is multiple choice, a named set and not a question with one answer."
+        hint = (
+            f" {shortlist_names(map(repr, choices))}: this is multiple choice, which "
+            "needs a named set, not a question with one answer."
+        )
     else:
         known = {name for form in FORMATS.values() for group in form.needs for name in group}
         close = [
@@ -121,7 +124,7 @@ def detect_format(columns: Iterable[str], where: str = "the data") -> RowFormat:
             for name in there
             if name not in known and name.lower() in known
         ]
-        hint = f" Names count letter by letter: {shortlist_names(close)}." if close else ""
+        hint = f" Names are case-sensitive: {shortlist_names(close)}." if close else ""
     raise DataError(
         f"{where}: no known format has the columns {shortlist_names(map(repr, there)) or '(none)'}.{hint} Known: {listed}"
     )
@@ -229,12 +232,15 @@ def _make_conversation(
         raise UnusableRowError("no answer", f"{column!r} is an empty list")
     if not any(message.role == "assistant" for message in messages):
         raise UnusableRowError(
-            "no answer", f"{column!r} has no assistant turn: there is nothing to learn"
+            "no answer", f"{column!r} has no assistant turn, so there is nothing to train on"
         )
     if not any(message.role == "assistant" and message.learnt for message in messages):
         raise UnusableRowError(
             "no answer",
-            f"{column!r}: every assistant turn is marked as not to be learnt (weight 0, train false)",
+            (
+                f"{column!r}: every assistant turn is marked as marked as not for "
+                "training (weight 0, train false)"
+            ),
         )
     return Conversation(tuple(messages), plain)
 
@@ -253,7 +259,10 @@ def _messages_after_system(
             return messages
         raise UnusableRowError(
             "roles",
-            "the column 'system' and a system turn of the messages are both there; keep one of them",
+            (
+                "the column 'system' and a system turn of the messages are both given; "
+                "keep one of them"
+            ),
         )
     return system + messages
 

@@ -230,15 +230,16 @@ def _array_elements(scan: _JsonScanner, shown: str) -> Iterator[ArrayElement]:
             )
         if not ROW_COLUMNS.isdisjoint(others):
             yield FileRemark(
-                f"{shown}: the rows are those under 'data'; not read beside it: {shortlist_names(others)}"
+                f"{shown}: the rows are those under 'data'; not read: {shortlist_names(others)}"
             )
         if not scan.peek(end=True):
             return
         # no exports: rows that have a list called data
         if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(others):
             raise scan.wrong(
-                f"another object with {shortlist_names(others)} beside 'data': if every line is a row, name the file .jsonl; "
-                "if each is an export, put their rows into one array"
+                f"another object with {shortlist_names(others)} beside 'data': if "
+                "every line is a row, name the file .jsonl; if each is an export, "
+                "join their rows in one array"
             )
         if scan.peek() == "[":
             scan.at += 1
@@ -359,7 +360,7 @@ class RowDecoder:
         if len(mapping) < len(pairs) and self._bad is None:
             twice = first_repeated(key for key, _ in pairs)
             self._bad = BadRow(
-                "key twice", f"the key {twice!r} stands twice in one object; keep one"
+                "key twice", f"the key {twice!r} is given twice in one object; keep one"
             )
         return mapping
 
@@ -562,7 +563,9 @@ class _JsonScanner:
         while self.peek() != "}":
             key = self._key()
             trouble = trouble or (
-                f"the key {key!r} stands twice in one object; keep one" if key in self._keys else ""
+                f"the key {key!r} is given twice in one object; keep one"
+                if key in self._keys
+                else ""
             )
             self._keys.add(key)
             if self.peek() == "[" and key == "data":
@@ -590,7 +593,7 @@ class _JsonScanner:
             self.at += 1
             key = self._key()
             if key in self._keys:
-                raise self.wrong(f"the key {key!r} stands twice in one object; keep one")
+                raise self.wrong(f"the key {key!r} is given twice in one object; keep one")
             self._keys.add(key)
             if bad := self._beside(key):
                 raise self.wrong(f"the value of {key!r}: {bad.reason}")

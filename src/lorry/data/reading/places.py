@@ -77,7 +77,8 @@ class DataLocations:
             self.catalog.find_set(name)
             if split and split not in SPLIT_ORDER:
                 raise ConfigError(
-                    f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(SPLIT_ORDER)}"
+                    f"{self.field}.{key}: {split!r} is not a split; the splits are "
+                    f"{', '.join(SPLIT_ORDER)}"
                 )
 
     def of(self, named_set: NamedSet, split: str) -> DataLocation:
@@ -222,6 +223,8 @@ def refuse_leak(
     location = places.of(named_set, asked_split)
     if any(location.overlaps(other) for other in training):
         raise ConfigError(
-            f"{named_set.name}: the rows to evaluate on are the rows trained on ({location.path}); "
-            f"give {places.field}.{named_set.name}.{asked_split}=FILE with other rows, or {instead}"
+            f"{named_set.name}: the evaluation set is the training set "
+            f"({location.path}); give "
+            f"{places.field}.{named_set.name}.{asked_split}=FILE with other rows, "
+            f"or {instead}"
         )

@@ -176,7 +176,10 @@ def _check_cells(cells: list[str], header: list[str]) -> BadRow | None:
     if cells[0][:1] == "\ufeff" or cells == header:
         return BadRow(
             "joined",
-            "the header or a byte order mark stands here again: files were joined; keep the first header alone",
+            (
+                "the header or a byte order mark is repeated: files were joined; keep "
+                "the first header only"
+            ),
         )
     for name, cell in zip(header, cells, strict=True):
         if "\0" in cell:

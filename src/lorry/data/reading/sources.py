@@ -59,12 +59,12 @@ DECOMPRESSION_ERRORS = (
 # a line
 PLACEHOLDER_FILES = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer in place of the file; fetch it with git lfs pull",
-    b"\x1f\x8b": "compressed (gzip); unpack it first",
-    b"PK\x03\x04": "compressed (zip); unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it first",
-    b"\xfd7zXZ\0": "compressed (xz); unpack it first",
-    b"BZh91AY&SY": "compressed (bzip2); unpack it first",
-    b"PAR1": "parquet under another name; name it .parquet",
+    b"\x1f\x8b": "compressed (gzip); decompress it first",
+    b"PK\x03\x04": "compressed (zip); decompress it first",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd); decompress it first",
+    b"\xfd7zXZ\0": "compressed (xz); decompress it first",
+    b"BZh91AY&SY": "compressed (bzip2); decompress it first",
+    b"PAR1": "parquet under another name; rename it to .parquet",
 }
 JSON_LINES = (".jsonl", ".ndjson")
 # the storage kinds that are parsed only, never executed
@@ -160,7 +160,7 @@ def open_source(
         joined=all(corpora),
     )
     if any(corpora) and not all(corpora):
-        source.remarks.add(f"{label}: read text by text, since not all of it is to be joined")
+        source.remarks.add(f"{label}: each text is a row, since not all sources are to be joined")
     return source
 
 
@@ -206,10 +206,10 @@ def _open_suite_split(
 ) -> tuple[list[SourcePart], list[Path]]:
     """The same of ``SUITE:SPLIT``."""
     if name is not None:
-        raise DataError(f"{text} says which rows are read; leave data.name={name} out")
+        raise DataError(f"{text} already chooses the rows; leave out data.name={name} out")
     place = locate_split(text, local)
     if is_split_name(place.path):  # of local.SUITE=..., which would go round in a circle
-        raise DataError(f"{text}: {place.path} is no file or folder")
+        raise DataError(f"{text}: {place.path} is not a file or folder")
     parts, files = _open_one(place.path, place.config, place.split, streaming, None, {})
     if place.rows is None:
         return parts, files
@@ -381,12 +381,14 @@ def _hub_json(builder: Any, hub_id: str, split: str) -> RowStream:
 
     if (field := builder.config.field) not in (None, "data"):
         raise DataError(
-            f"{hub_id}: its rows lie under {field!r} in each file; download the files and write them as JSON lines"
+            f"{hub_id}: its rows are under {field!r} in each file; download the "
+            "files and write them as JSON lines"
         )
     files = builder.config.data_files or {}
     if "[" in split:
         raise DataError(
-            f"{hub_id}: split={split}: no slice can be taken of a set stored as JSON; take split and data.n instead"
+            f"{hub_id}: split={split}: a set stored as JSON cannot be sliced; give "
+            "split and data.n instead"
         )
     if split not in files:
         raise DataError(

@@ -88,7 +88,8 @@ def local_split_path(suite: str, name: str, local: Mapping[str, str]) -> str | N
     folder = Path(local[suite]).expanduser()
     if not folder.is_dir():
         raise ConfigError(
-            f"local.{suite}={local[suite]} is no folder; give the one that holds the splits of {suite.upper()}"
+            f"local.{suite}={local[suite]} is not a folder; give the one that holds "
+            f"the splits of {suite.upper()}"
         )
     candidates = (folder / f"{name}{kind}" for kind in FILE_KINDS)
     return next((str(path) for path in candidates if path.exists()), None)
@@ -107,8 +108,9 @@ def part_of_stream(stream: RowStream, location: SplitLocation, name: str) -> Row
             numbered.append(item)
     if len(numbered) != location.whole:
         raise DataError(
-            f"{location.path}: has {len(numbered):,} rows and the published split {location.whole:,}, so "
-            f"{name} is no part of it; give local.{name.replace(':', '.')}=FILE"
+            f"{location.path}: has {len(numbered):,} rows and the published split "
+            f"{location.whole:,}, so {name} is not a part of it; give "
+            f"local.{name.replace(':', '.')}=FILE"
         )
     if location.note:
         yield FileRemark(location.note)
@@ -127,13 +129,14 @@ def _locate_tofu(name: str, local: Mapping[str, str]) -> SplitLocation:
         return SplitLocation(TOFU_HUB, name)
     if name.startswith("holdout"):
         raise ConfigError(
-            f"no {name}: membership (mia_*, privleak) needs rows that were never trained on; give "
-            f"local.tofu.{name}=FILE, or ask for other metrics"
+            f"no {name}: membership (mia_*, privleak) needs holdout rows, which "
+            f"were never trained on; give local.tofu.{name}=FILE, or choose other "
+            "metrics"
         )
     known = [*FULL_ROWS, *FORGET_ROWS, *RETAIN_ROWS]
     raise ConfigError(
-        f"local.tofu={local[TOFU]} has no {name}.json, and nothing to derive it from"
-        f"{suggest_nearest(name, known)}; give local.tofu.{name}=FILE"
+        f"local.tofu={local[TOFU]} has no {name}.json, and no file to derive it "
+        f"from{suggest_nearest(name, known)}; give local.tofu.{name}=FILE"
     )
 
 
@@ -156,8 +159,9 @@ def _derive_tofu(name: str, local: Mapping[str, str]) -> SplitLocation | None:
     forget = stem.replace("holdout", "forget")
     rows = FORGET_ROWS[forget]
     note = (
-        f"no {stem} on disk: the {rows} rows of forget10 before {forget} stand in; they are a "
-        "holdout only of a start that was not trained on them (TOFU's own full models were)"
+        f"no {stem} on disk: the {rows} rows of forget10 before {forget} are used "
+        "instead; they are a holdout set only for a model that was not trained on "
+        "them (TOFU's own full models were)"
     )
     return SplitLocation(
         path, rows=slice(-2 * rows, -rows), whole=FORGET_ROWS["forget10"], note=note
@@ -189,6 +193,6 @@ def _locate_wmdp(name: str, local: Mapping[str, str]) -> SplitLocation:
         return SplitLocation(path)
     where = f"local.wmdp={local[WMDP]} has no {name}.jsonl" if WMDP in local else f"no wmdp:{name}"
     raise ConfigError(
-        f"{where}: WMDP's corpora are given out on request, not on the open hub; give local.wmdp=FOLDER with "
-        "cyber-forget-corpus.jsonl and its like"
+        f"{where}: WMDP's corpora are available on request, not on the open hub; "
+        "give local.wmdp=FOLDER that holds cyber-forget-corpus.jsonl and the others"
     )

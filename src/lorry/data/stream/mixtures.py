@@ -34,7 +34,8 @@ def mixture_sets(data: DataConfig) -> list[str]:
     names = [catalog.find_set(name).name for name in data.mix if name not in catalog.suites]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(
-            f"data.mix names {twice[0]!r} twice, in two spellings; data.weights says how much of a set there is"
+            f"data.mix names {twice[0]!r} twice, in two spellings; to read a set "
+            "more often, raise its share in data.weights"
         )
     return catalog.expand_suites(data.mix)
 
@@ -68,7 +69,8 @@ def read_mix(
         for location in locations
     ):
         raise ConfigError(
-            f"data.eval={data.eval}: these rows are trained on; name others, or data.test_size=N to hold rows out"
+            f"data.eval={data.eval}: these are the training rows; name others, or "
+            "give data.test_size=N to hold rows out"
         )
     for named_set in sets:
         if data.template is not None:
@@ -159,7 +161,7 @@ def _read_set(
         )
     if shortened:
         token_set.report.notes.append(
-            f"{shortened} contexts were shortened to what {named_set.name} allows"
+            f"{shortened} contexts were shortened to the limit of {named_set.name}"
         )
     token_set.report.source = f"{named_set.name} ({source.label})"
     return token_set
@@ -175,7 +177,8 @@ def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
     if not isinstance(data.weights, dict):
         if len(data.weights) != len(names):
             raise ConfigError(
-                f"data.weights has {len(data.weights)} numbers for the {len(names)} sets {', '.join(names)}"
+                f"data.weights has {len(data.weights)} numbers for {len(names)} "
+                f"sets: {', '.join(names)}"
             )
         return tuple(data.weights)
     catalog = open_catalog(data.catalog)

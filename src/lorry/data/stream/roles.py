@@ -130,8 +130,8 @@ class RoleStream:
         for role, tokens in self._sets().items():
             if state.get(role) != tokens.digest:
                 raise DataError(
-                    f"{tokens.report.source}: not the {role} rows that this run was started with; "
-                    "resume with the same, or start a new run"
+                    f"{tokens.report.source}: not the {role} set that this run was "
+                    "started with; resume with the same, or start a new run"
                 )
 
     def _sets(self) -> dict[str, TokenSet]:

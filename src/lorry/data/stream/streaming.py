@@ -104,7 +104,8 @@ class StreamingTrainStream:
         """
         if not max_steps or max_steps <= 0:
             raise ConfigError(
-                "streaming=true needs max_steps: the length of the data is not known before it was read"
+                "streaming=true needs max_steps: the number of steps is not known "
+                "before the data is read"
             )
         return max_steps
 
@@ -154,7 +155,8 @@ class StreamingTrainStream:
     def _expect(self, step: int) -> None:
         if step != self._step:
             raise ValueError(
-                f"a stream gives its steps in order: step {self._step} is next, step {step} was asked for"
+                f"a stream yields its steps in order: step {self._step} is next, "
+                f"but step {step} was requested"
             )
 
     def _open(self, epoch: int, window: int) -> None:

@@ -71,7 +71,8 @@ class HarnessTokenizer:
         )
         if prefix is None:
             raise ModelError(
-                "the tokenizer has neither a BOS nor an EOS token, one of which has to stand for an empty context"
+                "the tokenizer has neither a BOS nor an EOS token, one of which is "
+                "needed as an empty context"
             )
         self.prefix = int(prefix)
         self._prefix_text = str(tokenizer.decode([self.prefix]))
@@ -105,7 +106,8 @@ class HarnessTokenizer:
         # it would score 0, and be the likeliest of all options
         if not pair_ids.continuation:
             raise DataError(
-                f"the continuation {continuation!r} of {context[-60:]!r} has no tokens of its own; nothing to score"
+                f"the continuation {continuation!r} of {context[-60:]!r} has no "
+                "tokens of its own, so it has no score"
             )
         return pair_ids
 
@@ -196,7 +198,8 @@ def group_scoring_rows(
         count = len(pair.continuation)
         if count > limit:
             raise DataError(
-                f"continuation {number} has {count} tokens, but the model takes {limit}; shorten it"
+                f"continuation {number} has {count} tokens, but the model's context "
+                f"is {limit}; shorten it"
             )
         # limit + 1: the last token is only a target and is never run
         kept_tokens = (*pair.context, *pair.continuation)[-(limit + 1) :]

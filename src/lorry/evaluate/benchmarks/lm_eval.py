@@ -97,7 +97,8 @@ class LorryLM(LM):
         super().__init__()
         if tokenizer is None:
             raise ModelError(
-                "the harness needs a tokenizer and this model brought none; put tokenizer.json beside its weights"
+                "the harness needs a tokenizer and this model has none; put "
+                "tokenizer.json beside its weights"
             )
         self.model, self.tokenizer, self.mix = model, tokenizer, mix
         self.batch_tokens, self.batch_rows, self.max_gen_toks, self.seed = (
@@ -258,7 +259,8 @@ class LorryLM(LM):
         )
         if cut:
             log.warning(
-                f"{cut} of {len(pairs)} contexts were cut from the left to the {self.max_length} tokens the model takes"
+                f"{cut} of {len(pairs)} contexts were cut from the left to the "
+                f"{self.max_length} tokens of the model's context"
             )
         return score_pairs(
             self.model, pairs, mix=self.mix, batch_tokens=self.batch_tokens, limit=self.max_length
@@ -279,7 +281,8 @@ class LorryLM(LM):
             room = self.max_length - new
             if room < 1:
                 raise ConfigError(
-                    f"max_gen_toks is {new}, but the model takes {self.max_length} tokens, the prompt's included"
+                    f"max_gen_toks is {new}, but the model's context is "
+                    f"{self.max_length} tokens, including the prompt"
                 )
             prompts = [
                 self.wording.ids(requests[at].args[0]) or [self.wording.prefix] for at in group
@@ -287,7 +290,8 @@ class LorryLM(LM):
             # told and not refused, as the harness' own models do
             if cut := sum(len(prompt) > room for prompt in prompts):
                 log.warning(
-                    f"{cut} of {len(prompts)} prompts were cut from the left to {room} tokens, to leave room for {new} more"
+                    f"{cut} of {len(prompts)} prompts were cut from the left to "
+                    f"{room} tokens, to leave room for {new} new ones"
                 )
             answers = generate_until_stops(
                 self.model,

@@ -94,7 +94,7 @@ def load_benchmark(
         _check_metrics(benchmark)
     if shortened := sum(item.item.shortened for item in items):
         benchmark.notes.append(
-            f"{named_set.name}: {shortened} contexts were shortened to what the set allows"
+            f"{named_set.name}: {shortened} contexts were shortened to the limit of the set"
         )
     return (
         _add_fewshot(benchmark, places, items, n_shot, template, seed, on_bad_row)
@@ -138,7 +138,8 @@ def _add_fewshot(
     numbers = [item.number for item in pool]
     if same_split:
         benchmark.notes.append(
-            f"{named_set.name}: worked examples come from the split that is asked, never the question's own row"
+            f"{named_set.name}: few-shot examples come from the evaluated split, "
+            "never from the question's own row"
         )
     shots_by_question = [
         _draw_shots(

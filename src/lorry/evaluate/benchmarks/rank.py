@@ -100,7 +100,7 @@ def _answer_sequence(
     """The conversation as it would be trained, its last answer marked."""
     encoded = encoder.encode(conversation)
     if isinstance(encoded, BadRow):
-        raise DataError(f"a question cannot be asked: {encoded.reason}")
+        raise DataError(f"a question cannot be encoded: {encoded.reason}")
     tokens, weights = encoded[-1].tokens, encoded[-1].weights
     stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
     # [start, stop) is the last run of learnt tokens; 1: a first token has no probability
@@ -127,7 +127,8 @@ def truncate_prompt(
         return ids, 0
     if room < 2:
         raise ModelError(
-            "the model's context holds no prompt beside max_new_tokens; lower max_new_tokens"
+            "max_new_tokens leaves no room for a prompt in the model's context; "
+            "lower max_new_tokens"
         )
     # cut by the same code as in training, so that a prompt loses the same tokens
     short_encoder = copy(encoder)

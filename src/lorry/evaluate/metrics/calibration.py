@@ -103,9 +103,11 @@ def _check_options(number: int, values: Sequence[float], correct: Collection[int
         raise DataError(f"row {number} has {len(values)} options; a choice needs at least two")
     if not correct or not set(correct) <= set(range(len(values))):
         raise DataError(
-            f"row {number}: right options {sorted(correct)}; name one or more of 0 to {len(values) - 1}"
+            f"row {number}: right options {sorted(correct)}; give one or more of 0 "
+            f"to {len(values) - 1}"
         )
     if any(value != value or value == math.inf for value in values) or max(values) == -math.inf:
         raise NonFiniteError(
-            f"row {number}: log-likelihoods {list(values)}; every one must be a number and one above -inf"
+            f"row {number}: log-likelihoods {list(values)}; all have to be numbers, "
+            "at least one above -inf"
         )

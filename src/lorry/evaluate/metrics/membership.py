@@ -115,14 +115,14 @@ def privacy_leakage(auc: float, oracle: float = CHANCE_AUC) -> float:
     being shunned. Raises DataError for an oracle's AUC of 1.
     """
     if oracle == 1:
-        raise DataError("the oracle's AUC is 1: nothing can be measured against it")
+        raise DataError("the oracle's AUC is 1, so a difference relative to it is undefined")
     return 100 * (oracle - auc) / (1 - oracle)
 
 
 def _check_scores(members: Sequence[float], others: Sequence[float]) -> None:
     if not members or not others:
         raise DataError(
-            f"an attack needs rows that were seen and rows that were not; got {len(members)} and {len(others)}"
+            f"an attack needs member and non-member rows; got {len(members)} and {len(others)}"
         )
     if any(math.isnan(value) for value in (*members, *others)):
         raise NonFiniteError("an attack's score is not a number; the model gave NaN")

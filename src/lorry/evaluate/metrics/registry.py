@@ -143,7 +143,7 @@ def check_metrics(
         raise DataError("there are no rows to measure; give at least one")
     if concepts and len(concepts) != len(references):
         raise DataError(
-            f"{len(references)} rows and {len(concepts)} lists of concepts; give one list a row"
+            f"{len(references)} rows and {len(concepts)} lists of concepts; give one list per row"
         )
     if "coverage" in names:
         _check_each_row(

@@ -101,9 +101,9 @@ def model_utility(parts: Sequence[float]) -> float:
     another falls: show the parts. Raises DataError for none or one below 0, NonFiniteError.
     """
     if not parts or any(value < 0 for value in parts):
-        raise DataError(f"model utility is of values from 0 on, got {list(parts)}")
+        raise DataError(f"model utility needs values of at least 0, got {list(parts)}")
     if not all(map(math.isfinite, parts)):
-        raise NonFiniteError(f"model utility is of numbers, got {list(parts)}")
+        raise NonFiniteError(f"model utility needs numbers, got {list(parts)}")
     return len(parts) / math.fsum(1 / value for value in parts) if min(parts) > 0 else 0.0
 
 

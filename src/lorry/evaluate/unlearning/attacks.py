@@ -98,8 +98,8 @@ def split_rows(rows: SuiteSet, share: float, seed: int) -> tuple[SuiteSet, Suite
     count = max(1, round(share * len(rows.rows)))
     if count >= len(rows.rows):
         raise DataError(
-            f"{rows.name} has {len(rows.rows)} rows: relearning trains on some and measures the others; "
-            "give more of them, or a smaller relearn_share"
+            f"{rows.name} has {len(rows.rows)} rows: relearning trains on some and "
+            "measures the others; give more rows, or a smaller relearn_share"
         )
     chosen = set(epoch_order(len(rows.rows), seed, 0, name="relearn")[:count].tolist())
     parts = (

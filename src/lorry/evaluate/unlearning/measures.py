@@ -32,7 +32,7 @@ from lorry.evaluate.unlearning.scores import AnswerScores
 from lorry.evaluate.unlearning.suite import MetricRecord, SuiteInputs, SuiteMetric
 
 GIBBERISH_NOTE = (
-    "agg_value is the token entropy of the answers; it is not open-unlearning's classifier"
+    "agg_value is the token entropy of the answers, not the score of open-unlearning's classifier"
 )
 
 
@@ -40,7 +40,7 @@ def mean(values: Iterable[float]) -> float:
     """The mean of values; of none a DataError."""
     listed = list(values)
     if not listed:
-        raise DataError("there is no row to take a mean of")
+        raise DataError("there are no rows to average")
     # exactly rounded: the order of rows, and with it a shard's, changes no bit of a published value
     return math.fsum(listed) / len(listed)
 

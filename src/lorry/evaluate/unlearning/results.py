@@ -83,7 +83,7 @@ class SuiteResults:
             return {}
         found: dict[str, MetricRecord] = documents.read_object(path)
         if not all(isinstance(record, dict) for record in found.values()):
-            raise DataError(f"{path}: a metric is no object; the file is damaged, move it away")
+            raise DataError(f"{path}: a metric is not an object; the file is damaged, move it away")
         return found
 
     def kept(self, name: str) -> MetricRecord | None:

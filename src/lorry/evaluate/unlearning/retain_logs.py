@@ -56,8 +56,8 @@ class RetainLogs:
         found = documents.read_object(path, nonfinite=True)  # each number that is used is checked
         if not any(isinstance(one, dict) and "agg_value" in one for one in found.values()):
             raise DataError(
-                f"retain_logs_path={path}: no metric with an agg_value in it; give the oracle's "
-                "EVAL.json, not its SUMMARY.json"
+                f"retain_logs_path={path}: it has no metric with an agg_value; give "
+                "the oracle's EVAL.json, not its SUMMARY.json"
             )
         return cls(path, found)
 
@@ -106,8 +106,9 @@ class RetainLogs:
         known = record.get("rows")
         if isinstance(known, dict) and known.get(role) != rows.digest:
             raise DataError(
-                f"retain_logs_path={self.path}: {name} is of other rows (or another question_key) "
-                f"than {rows.name}; evaluate the oracle on the same"
+                f"retain_logs_path={self.path}: {name} was measured on other rows "
+                f"(or with another question_key) than {rows.name}; evaluate the "
+                "oracle on the same rows"
             )
 
     def _scores(self, name: str, values: Any, rows: int) -> list[float]:
@@ -118,8 +119,9 @@ class RetainLogs:
             split = next((s for s, count in FORGET_ROWS.items() if count == len(values)), "")
             hint = f" (those of {split})" if split else ""
             raise DataError(
-                f"retain_logs_path={self.path}: {name} has {len(values)} rows{hint}, and {rows} are "
-                "asked here; give the oracle's log of the same split"
+                f"retain_logs_path={self.path}: {name} has {len(values)} "
+                f"rows{hint}, but {rows} are evaluated here; give the oracle's log "
+                "of the same split"
             )
         if set(values) != {str(at) for at in range(rows)}:
             raise DataError(
@@ -134,7 +136,7 @@ class RetainLogs:
     def _number(self, value: Any, field: str) -> float:
         if not is_finite_number(value):
             raise DataError(
-                f"retain_logs_path={self.path}: {field} is {value!r:.40} where a number belongs; the "
-                "file is damaged"
+                f"retain_logs_path={self.path}: {field} is {value!r:.40} instead of "
+                "a number; the file is damaged"
             )
         return float(value)

@@ -144,6 +144,6 @@ def row_texts(row: DataRow, field: str, name: str) -> tuple[str, ...]:
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         what = "wrong answers" if field == WRONG else "text"
         raise DataError(
-            f"{name} {row.where}: no {what} in {field!r}; every row of this set needs them"
+            f"{name} {row.where}: no {what} in {field!r}; every row of this set needs one"
         )
     return tuple(texts)

@@ -186,8 +186,8 @@ class SuiteModel:
         masters = [m for term in self.mix.terms for m in bank[term.adapter].masters().values()]
         if not masters:
             raise ConfigError(
-                "mia_gradnorm is of an adapter's gradients; evaluate a run with one, or ask for "
-                "other metrics"
+                "mia_gradnorm needs an adapter's gradients; evaluate a run with an "
+                "adapter, or choose other metrics"
             )
         closings, call, found = closing_sequences(self.encoder), AdapterContext(self.mix), []
         for row in self.sets[role].rows:
@@ -374,7 +374,8 @@ def lay_out_answer(
 def _too_long(encoder: ExampleEncoder, row: SuiteRow) -> str:
     return (
         f"{row.where}: question and answer are longer than the model's context of "
-        f"{encoder.max_length} tokens; no number of a cut question is comparable"
+        f"{encoder.max_length} tokens; scores of a truncated question would not be "
+        "comparable"
     )
 
 

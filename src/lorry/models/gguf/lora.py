@@ -54,16 +54,18 @@ def check_gguf_lora(file: Path, architecture: GgufArchitecture, adapter: Adapter
     """
     header, worst = check_gguf(file), 0.0
     if header.values.get("adapter.lora.alpha") != numpy.float32(_file_alpha(adapter)):
-        raise ContractError("adapter.lora.alpha is not what was written; the file was not kept")
+        raise ContractError(
+            "adapter.lora.alpha read back differs from the value written; the file was removed"
+        )
     for place, exact in _list_matrices(architecture, adapter):
         if place not in header.tensors:
-            raise ContractError(f"{place} is not in what was written; it was not kept")
+            raise ContractError(f"{place} is missing in the file written; it was removed")
         share, below_normal = ROUNDING[header.tensors[place].kind]
         errors = (read_gguf_tensor(file, header, place) - exact).abs()
         # this way round: NaN fails
         if not bool((errors <= exact.abs() * share + below_normal).all()):
             raise ContractError(
-                f"{place}: what was written is not what was trained; it was not kept"
+                f"{place}: the values written differ from those trained; the file was removed"
             )
         worst = max(worst, float(((errors - below_normal) / exact.abs().clamp_min(1e-30)).max()))
     return worst
@@ -82,16 +84,20 @@ def _list_matrices(
     alpha = _file_alpha(adapter)
     if alpha == 0 or not math.isfinite(alpha):
         # llama.cpp takes 0 for "no alpha given", which is a scale of 1
-        raise ModelError(f"adapter {adapter.name!r} has lora_alpha={alpha:g}; nothing to write")
+        raise ModelError(
+            f"adapter {adapter.name!r} has lora_alpha={alpha:g}; there is nothing to write"
+        )
     for path, slot in adapter.slots.items():
         place = architecture.place(f"{path}.weight")
         if place == "token_embd.weight" or (
             place == "output.weight" and architecture.geometry.tied
         ):
-            what = "the embeddings" if place == "token_embd.weight" else "a head tied to them"
+            what = (
+                "the embeddings" if place == "token_embd.weight" else "an output head tied to them"
+            )
             raise ModelError(
-                f"adapter {adapter.name!r} is on {path}: llama.cpp takes no adapter on {what}; "
-                "to=gguf merges it"
+                f"adapter {adapter.name!r} is on {path}: llama.cpp does not support "
+                f"an adapter on {what}; to=gguf merges it"
             )
         rank = slot.A.shape[0]
         b = slot.B.detach().float().cpu() * (slot.scale * rank / alpha)

@@ -121,8 +121,8 @@ def _read_rope_scaling(file: Path, header: GgufHeader, kind: str) -> dict[str, A
     if way not in ("linear", "yarn") or odd or not isinstance(factor, float) or factor <= 0:
         name = odd[0] if odd else "type"
         raise ModelError(
-            f"{file}: {kind}.rope.scaling.{name}={said.get(name)!r} cannot be taken over from a GGUF file; use "
-            "the model's Hugging Face directory"
+            f"{file}: {kind}.rope.scaling.{name}={said.get(name)!r} cannot be "
+            "converted from a GGUF file; use the model's Hugging Face directory"
         )
     scaling = {"rope_type": way, "factor": factor}
     if way == "yarn" and "original_context_length" in said:
@@ -175,8 +175,9 @@ def refuse_unfit_gguf(file: Path, header: GgufHeader, model: Any, info: Any) -> 
         unknown = [t for t in header.tensors if t not in named and t != ROTARY_FACTORS]
         if unknown:
             raise ModelError(
-                f"{file}: {len(unknown)} tensors unknown for {type(model).__name__} ({', '.join(sorted(unknown)[:3])}); loaded "
-                "without them it would be another model"
+                f"{file}: {len(unknown)} tensors unknown for {type(model).__name__} "
+                f"({', '.join(sorted(unknown)[:3])}); without them the model would "
+                "be wrong"
             )
     _refuse_rotary(file, header, model)
     refuse_not_finite(

@@ -94,7 +94,7 @@ def read_vocabulary(tokenizer: Any, rows: int, add_note: NoteCallback) -> GgufVo
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise _refusal(f"{type(tokenizer).__name__} is not one of the tokenizers library")
+        raise _refusal(f"{type(tokenizer).__name__} is not a tokenizer of the tokenizers library")
     built = json.loads(backend.to_str())
     model = built["model"]
     if model["type"] != "BPE":
@@ -107,8 +107,8 @@ def read_vocabulary(tokenizer: Any, rows: int, add_note: NoteCallback) -> GgufVo
     highest = max([*vocab.values(), *added], default=-1)
     if highest >= rows:
         raise ModelError(
-            f"the tokenizer has token {highest} and the model {rows} rows of embeddings; a GGUF file "
-            "holds as many tokens as rows"
+            f"the tokenizer has token {highest} but the model {rows} rows of "
+            "embeddings; a GGUF file needs equally many"
         )
     _note_trimming(added.values(), add_note)
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
@@ -146,8 +146,9 @@ def read_vocabulary(tokenizer: Any, rows: int, add_note: NoteCallback) -> GgufVo
 
 def _refusal(what: str) -> ModelError:
     return ModelError(
-        f"this tokenizer cannot be written into a GGUF file: {what}, which llama.cpp has no program "
-        "for; with another one it would see other tokens (to=hf keeps the tokenizer as it is)"
+        f"this tokenizer cannot be written into a GGUF file: {what}, which "
+        "llama.cpp does not support, so the model would see other tokens (to=hf "
+        "keeps the tokenizer as it is)"
     )
 
 
@@ -176,8 +177,9 @@ def _note_trimming(added: Any, add_note: NoteCallback) -> None:
     ]
     if trimming:
         add_note(
-            f"llama.cpp keeps the spaces beside {', '.join(map(repr, trimming[:3]))}"
-            f"{' and others' if len(trimming) > 3 else ''}, which this tokenizer takes along"
+            "llama.cpp keeps the spaces beside "
+            f"{', '.join(map(repr, trimming[:3]))}{' and others' if len(trimming) > 3 else ''}, "
+            "which this tokenizer removes"
         )
 
 
@@ -192,7 +194,7 @@ def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
             behind = [tokenizer.eos_token_id] if eos else []
             if whole == [*front, *bare, *behind]:
                 return bos, eos
-    raise _refusal("it puts other tokens around a text than its BOS and EOS")
+    raise _refusal("it adds other tokens to a text than its BOS and EOS")
 
 
 def _read_template(tokenizer: Any) -> str | list[Mapping[str, str]] | None:
@@ -208,7 +210,7 @@ def _read_pre_tokenizer(built: Mapping[str, Any], add_note: NoteCallback) -> str
     if normalizer is not None and normalizer["type"] != "NFC":
         raise _refusal(f"it normalises text ({normalizer['type']})")
     if normalizer is not None:
-        add_note("llama.cpp does not bring text into Unicode's NFC, as this tokenizer does")
+        add_note("llama.cpp does not normalise text to Unicode's NFC, as this tokenizer does")
     if (built.get("decoder") or {}).get("type") != "ByteLevel":
         raise _refusal("its tokens are not those of a byte-level BPE")
     cut = _describe_cut(built.get("pre_tokenizer") or {})
@@ -216,7 +218,7 @@ def _read_pre_tokenizer(built: Mapping[str, Any], add_note: NoteCallback) -> str
     name = PRE_TOKENIZERS.get((cut, whole_words)) if cut is not None else None
     if name is None:
         rule = ", ignore_merges" if whole_words else ""
-        raise _refusal(f"it cuts text by {json.dumps(built.get('pre_tokenizer'))[:300]}{rule}")
+        raise _refusal(f"it splits text by {json.dumps(built.get('pre_tokenizer'))[:300]}{rule}")
     return name
 
 
@@ -274,9 +276,9 @@ def _read_space_prefix(built: Mapping[str, Any], add_note: NoteCallback) -> bool
     ):
         scheme = pre_tokenizer.get("prepend_scheme", "always")
         if scheme == "first":
-            add_note("llama.cpp also puts a space behind a special token inside a text")
+            add_note("llama.cpp also inserts a space after a special token inside a text")
         return bool(scheme != "never")
-    raise _refusal(f"it prepares text by {json.dumps([normalizer, pre_tokenizer])[:300]}")
+    raise _refusal(f"it normalises text by {json.dumps([normalizer, pre_tokenizer])[:300]}")
 
 
 def _merge_scores(
@@ -306,7 +308,7 @@ def _merge_scores(
         pairs = sum(text[:at] in vocab and text[at:] in vocab for at in range(1, len(text)))
         found = ranks.get(text, [])
         if pairs != len(found) or (found and found[-1] - found[0] != pairs - 1):
-            raise _refusal(f"its merges to {text!r} are not those that scores can tell of")
+            raise _refusal(f"its merges to {text!r} are not those implied by its scores")
         if found:
             scores[row] = -float(found[0])
     for row, entry in added.items():

@@ -102,8 +102,8 @@ def plan_tensors(
         planned.append(PlannedTensor(place, whole, kind, tuple(ordered)))
     if narrow:
         add_note(
-            f"{len(narrow)} tensors are stored in f16, since their rows are no multiple of 32 "
-            f"({', '.join(narrow[:3])})"
+            f"{len(narrow)} tensors are stored in f16, since their rows are not a "
+            f"multiple of 32 ({', '.join(narrow[:3])})"
         )
     return planned
 
@@ -216,7 +216,7 @@ def check_rounding(
     for planned, exact in _assemble(architecture, plan, tensors):
         stored = header.tensors.get(planned.name)
         if stored is None or stored.shape != planned.shape or stored.kind != planned.kind:
-            raise ContractError(f"{planned.name} is not in what was written; it was not kept")
+            raise ContractError(f"{planned.name} is missing in the file written; it was removed")
         share, below_normal = ROUNDING[planned.kind]
         found = read_gguf_tensor(file, header, planned.name)
         block = GGML_QUANT_SIZES[planned.kind][0]
@@ -227,13 +227,14 @@ def check_rounding(
         # this way round: NaN fails
         if not bool((errors <= bound).all()):
             raise ContractError(
-                f"{planned.name}: what was written differs by {float((errors - bound).max()):.2e} more "
-                f"than rounding to {planned.kind.name} can explain; it was not kept"
+                f"{planned.name}: the values read back differ by "
+                f"{float((errors - bound).max()):.2e} more than rounding to "
+                f"{planned.kind.name} can explain; the file was removed"
             )
         seen = float(((errors - below_normal) / largest.clamp_min(1e-30)).max())
         if seen > worst:
             worst, its_bound = seen, share
     extra = set(header.tensors) - {p.name for p in plan} - set(architecture.extra_tensors())
     if extra:
-        raise ContractError(f"{min(extra)} was not meant to be written; the file was not kept")
+        raise ContractError(f"{min(extra)} is an unexpected tensor; the file was removed")
     return worst, its_bound

@@ -121,7 +121,7 @@ class PaddedFrame:
         ]
 
     def _noise(self, noise: DropoutNoise) -> DropoutNoise:
-        assert noise.rows is None, "a narrowed call is for the head alone"
+        assert noise.rows is None, "a call with selected positions is for the output head only"
         key_at = dict(zip(noise.starts[:-1], noise.keys, strict=True))
         keys, starts = [], [0]
         for i, (offset, (start, stop)) in enumerate(zip(self.offsets, self.spans, strict=True)):

@@ -85,7 +85,8 @@ class HfModel(CausalLM):
             self.__dict__[table] = inner.__dict__[table]
         if self.body is None:
             add_note(
-                f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]"
+                f"{type(inner).__name__} computes its logits in a way that Lorry "
+                "cannot tile; all logits [T, V] are kept in memory"
             )
         parameters = inspect.signature(self._target().forward).parameters
         self._positioned = "position_ids" in parameters
@@ -93,7 +94,8 @@ class HfModel(CausalLM):
             self.recompute_reason = f"{type(inner).__name__} takes no past_key_values"
         elif self._positioned and not counts_from_zero(inner, self.body):
             self.recompute_reason = (
-                f"{type(inner).__name__} counts its positions from its text and not from 0"
+                f"{type(inner).__name__} derives its positions from the text "
+                "instead of counting from 0"
             )
 
     # --- what the bank and the engine ask of a model
@@ -331,7 +333,8 @@ class HfModel(CausalLM):
         wanted = {*output_layers, *(() if stop is None else (stop,))}
         if wanted and max(wanted) >= len(self.layers):
             raise ModelError(
-                f"layer {max(wanted)} was asked for; {type(self.inner).__name__} shows {len(self.layers)} layers"
+                f"layer {max(wanted)} was requested; {type(self.inner).__name__} "
+                f"has {len(self.layers)} layers"
             )
         outputs: dict[int, Tensor] = {}
 
@@ -367,8 +370,10 @@ class HfModel(CausalLM):
             tokens = x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
             if tokens != expected:
                 raise ContractError(
-                    f"{getattr(module, 'path', '')}: sees {tokens} of {expected} tokens (a routed or pooled layer), so a mix per "
-                    "sequence, a gate or dropout cannot be applied there; leave it out with exclude_modules"
+                    f"{getattr(module, 'path', '')}: receives {tokens} of "
+                    f"{expected} tokens (a routed or pooled layer), so a mix per "
+                    "sequence, a gate or dropout cannot be applied; exclude the "
+                    "layer with exclude_modules"
                 )
 
         with ExitStack() as hooks:

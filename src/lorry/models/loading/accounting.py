@@ -53,7 +53,8 @@ def refuse_unfit_tensors(
     if dropped := list_ignored_keys(inner, entries):
         some = ", ".join(dropped[:3])
         add_note(
-            f"{where}: {len(dropped)} tensors are no part of {type(inner).__name__} and were left out ({some})"
+            f"{where}: {len(dropped)} tensors are not part of "
+            f"{type(inner).__name__} and were ignored ({some})"
         )
     # after loading: these are the values that will be computed with
     refuse_not_finite(where, inner.state_dict().items(), inner.dtype)
@@ -149,8 +150,9 @@ def refuse_untied_weights(where: Path, inner: Any, entries: Mapping[str, TensorE
                 values.append(file.get_tensor(entry.name))
         if not torch.equal(*values):
             raise ModelError(
-                f"{where}: config.json says tie_word_embeddings=true, but {target} and {source} differ; set tie_word_embeddings "
-                "to false if the head was trained apart"
+                f"{where}: config.json says tie_word_embeddings=true, but {target} "
+                f"and {source} differ; set tie_word_embeddings to false if the "
+                "output head was trained separately"
             )
 
 

@@ -99,12 +99,13 @@ def describe_model(
     # safetensors readers other than transformers ignore the field: two libraries, two models
     if raw.get("transformers_weights") not in (None, *WEIGHTS):
         raise ModelError(
-            f"{path}: transformers_weights={raw['transformers_weights']!r} names another weights file than {WEIGHTS[0]}; only "
-            "transformers would follow it: give that file the usual name and take the field out"
+            f"{path}: transformers_weights={raw['transformers_weights']!r} names "
+            f"another weights file than {WEIGHTS[0]}, which only transformers would "
+            "read: rename that file and remove the field"
         )
     pointers = raw.get("auto_map") or removed.get("auto_map")
     for key in removed:
-        add_note(f"ignored {key} of {path.name}: a config does not choose the code that runs")
+        add_note(f"ignored {key} of {path.name}: a config cannot choose the code that runs")
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{path}: no model_type; this is not the config of a transformers model")
@@ -113,7 +114,7 @@ def describe_model(
         hf = AutoConfig.from_pretrained(
             str(directory), trust_remote_code=True, local_files_only=True
         )
-        return ModelDescription(hf.to_dict(), hf, None, "its code comes with the checkpoint")
+        return ModelDescription(hf.to_dict(), hf, None, "its code is part of the checkpoint")
     if kind not in CONFIG_MAPPING:
         if pointers:
             raise ModelError(
@@ -142,13 +143,13 @@ def match_family(
     """The family whose decoder computes exactly this config, or None and the reason."""
     family = find_family(config["model_type"])
     if family is None:
-        return None, f"no family of Lorry's decoder covers model_type {config['model_type']!r}"
+        return None, f"Lorry's decoder has no family for model_type {config['model_type']!r}"
     try:
         if odd := unsupported_fields(family, config, defaults):
-            return None, f"Lorry's decoder does not compute {', '.join(odd)}"
+            return None, f"Lorry's decoder does not support {', '.join(odd)}"
         geometry = family.geometry(config)
     except UnsupportedConfigError as e:
-        return None, f"Lorry's decoder does not compute {e}"
+        return None, f"Lorry's decoder does not support {e}"
     except (ValueError, TypeError, LookupError, ArithmeticError) as e:
         raise ModelError(f"{path}: unusable numbers ({type(e).__name__}: {e})") from e
     if geometry.activation not in ACTIVATIONS:

@@ -109,7 +109,7 @@ def load_model(
         # PEFT's field for the base: adapters saved later name it
         model.config["_name_or_path"] = str(location.directory)
     else:
-        add_note(f"{description.why}; it runs through transformers, more slowly")
+        add_note(f"{description.why}; it runs in transformers, more slowly")
         model = load_hf(
             location.directory,
             description,
@@ -209,7 +209,7 @@ def note_disabled_dropout(config: Mapping[str, Any]) -> list[str]:
         for k, v in config.items()
         if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0
     ]
-    return [f"the base's own dropout stays off ({', '.join(rates)})"] if rates else []
+    return [f"the base model's own dropout is off ({', '.join(rates)})"] if rates else []
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -92,7 +92,8 @@ def open_model(
             refuse_mixture(mixtures[0])
         if len(folders) > 1:
             raise ConfigError(
-                f"{config.name} holds several adapters ({', '.join(f.name for f in folders)}); name one of their folders"
+                f"{config.name} holds several adapters "
+                f"({', '.join(f.name for f in folders)}); name the folder of one"
             )
         for folder in folders:
             load_start(loaded.model, folder)
@@ -118,7 +119,8 @@ def _open_mixture(
         return None
     if len(paths) > 1:
         raise ModelError(
-            f"{mixtures[0]} is a mixture of experts, which no other adapter goes beside; open it alone"
+            f"{mixtures[0]} is a mixture of experts, which cannot be combined with "
+            "another adapter; load it alone"
         )
     return load_router(model, mixtures[0], dict(zip(names, folders, strict=True)))
 

@@ -36,8 +36,9 @@ def open_quantized(
     """
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"distill.teacher_quantize={quantize} needs the package bitsandbytes, which is not installed here "
-            "(pip install bitsandbytes); leave teacher_quantize out to load the teacher as it is"
+            f"distill.teacher_quantize={quantize} needs the package bitsandbytes, "
+            "which is not installed here (pip install bitsandbytes); leave out "
+            "teacher_quantize to load the teacher unquantized"
         )
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
@@ -54,7 +55,7 @@ def open_quantized(
         else {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_compute_dtype": kind}
     )
     with (
-        model_file_errors(f"{place.directory}: transformers cannot load it in {quantize}"),
+        model_file_errors(f"{place.directory}: transformers cannot load it as {quantize}"),
         silence_transformers(),
     ):
         inner, info = AutoModelForCausalLM.from_pretrained(

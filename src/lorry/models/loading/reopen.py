@@ -49,7 +49,7 @@ def reopen_model(folder: Path, dtype: torch.dtype) -> Any:
         refuse_unfit_tensors(folder, model, info, entries, ignore_note)
     except ModelError as error:
         raise ContractError(
-            f"what was written cannot be opened again, so it was not kept: {error}"
+            f"the model written cannot be loaded again and was removed: {error}"
         ) from error
     return model.eval()
 
@@ -72,8 +72,8 @@ def compare_logits(
     # this way round: NaN fails
     if not difference <= bound:
         raise ContractError(
-            f"what was written differs by {difference:.2e} in its logits when it is opened again, more than rounding to {stored} "
-            f"can explain ({bound:.2e}); it was not kept"
+            f"the model read back differs by {difference:.2e} in its logits, more "
+            f"than rounding to {stored} can explain ({bound:.2e}); it was removed"
         )
     return difference, bound
 

@@ -74,7 +74,8 @@ def resolve_model(
             and not (path / "config.json").is_file()
         ):
             raise ModelError(
-                f"{path} is a run that is not finished; its command with resume_from_checkpoint=auto goes on with it"
+                f"{path} is an unfinished run; repeat its command with "
+                "resume_from_checkpoint=auto to finish it"
             )
         return location or ModelLocation(path.resolve(), "directory")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_ID.fullmatch(name):
@@ -102,18 +103,19 @@ def _locate_adapter_base(
     if not bases:
         return None
     if base_only:
-        raise ModelError(f"{path} is itself an adapter; merge it into its own base first")
+        raise ModelError(f"{path} is an adapter; merge it into its base model first")
     if len(different := {base: adapter for adapter, base in bases.items()}) > 1:
         pairs = ", ".join(f"{adapter.name} on {base!r}" for base, adapter in different.items())
         raise ModelError(
-            f"{path}: its adapters were trained on different bases ({pairs}); open one of them"
+            f"{path}: its adapters were trained on different base models ({pairs}); "
+            "load one of them"
         )
     try:
         return replace(
             resolve_model(next(iter(different)), add_note=add_note, base_only=True), adapter=path
         )
     except ModelError as e:
-        raise ModelError(f"{path} is an adapter and its base cannot be loaded: {e}") from e
+        raise ModelError(f"{path} is an adapter and its base model cannot be loaded: {e}") from e
 
 
 def _base_of_adapter(adapter: Path) -> str:
@@ -130,7 +132,8 @@ def _base_of_adapter(adapter: Path) -> str:
     names = [n for n in (*from_facts, recorded) if isinstance(n, str) and n]
     if not names:
         raise ModelError(
-            f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path; open the base and add the adapter to it"
+            f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path; load the "
+            "base model and add the adapter to it"
         )
     # the cache directory of an embedded model, on a machine that may not have it yet
     names += [
@@ -158,7 +161,7 @@ def _download_snapshot(name: str, revision: str | None, trust_remote_code: bool)
         where = (
             "not cached here (HF_HUB_OFFLINE is set)"
             if constants.HF_HUB_OFFLINE
-            else "not to be had"
+            else "not available"
         )
         at = f" at revision {revision!r}" if revision else ""
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

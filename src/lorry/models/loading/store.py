@@ -129,7 +129,7 @@ def _check_complete(
     unseen = dict.fromkeys(state)
     for name, tensor in state.items() if tensors is None else tensors:
         if name not in unseen:
-            problem = "was given twice" if name in state else "is no tensor of this model"
+            problem = "was given twice" if name in state else "is not a tensor of this model"
             raise ModelError(f"{name!r} {problem}; nothing was saved")
         del unseen[name]
         yield name, tensor

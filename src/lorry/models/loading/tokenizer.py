@@ -58,7 +58,8 @@ def _expect_whole(document: Mapping[str, Any], path: Path) -> None:
         if not isinstance(document.get(key), kind):
             fault = "is missing" if key not in document else f"is not {what}"
             raise ModelError(
-                f"{path}: {key!r} {fault}; this is not a whole tokenizer.json, fetch or save the tokenizer again"
+                f"{path}: {key!r} {fault}; tokenizer.json is incomplete, download "
+                "or save the tokenizer again"
             )
 
 
@@ -72,7 +73,10 @@ def set_pre_tokenizer(pre: str, tokenizer: Any) -> list[str]:
         return []
     if pre not in DIGITS_APART:
         return [
-            f"this GGUF file's tokenizer cuts text in a way unknown here ({pre!r}); token ids may differ from the original's"
+            (
+                f"this GGUF file's tokenizer splits text in an unknown way ({pre!r}); "
+                "token ids may differ from the original's"
+            )
         ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -63,8 +63,9 @@ def read_tensor_entries(directory: Path) -> dict[str, TensorEntry]:
         listed = _weight_map(index)
         if single.is_file() and (others := set(listed.values()) - {single.name}):
             raise ModelError(
-                f"{directory} holds two checkpoints: {single.name}, and {index.name} with {min(others)}; libraries differ in "
-                f"which one they load (transformers: {single.name}). Move away the one that is not meant"
+                f"{directory} holds two checkpoints: {single.name}, and "
+                f"{index.name} with {min(others)}; libraries differ in which one "
+                f"they load (transformers: {single.name}). Move one of them away"
             )
         files = [directory / f for f in sorted(set(listed.values()))]
         if missing := next((file.name for file in files if not file.is_file()), None):
@@ -123,8 +124,9 @@ def _explain_no_weights(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir())
     if pickles := [n for n in names if n.endswith(PICKLE_SUFFIXES)]:
         return (
-            f"{directory} has {pickles[0]} but no .safetensors: opening a pickle can run any code, so Lorry reads none. "
-            "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)"
+            f"{directory} has {pickles[0]} but no .safetensors: loading a pickle "
+            "can run any code, so Lorry does not. If you trust it, convert it: "
+            "AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)"
         )
     if ggufs := [n for n in names if n.endswith(".gguf")]:
         return f"{directory} has no model.safetensors; to load the GGUF file give its path: {directory / ggufs[0]}"
@@ -157,8 +159,10 @@ def load_decoder(
         # a stored head beside a tie must be the embedding, or the two readers disagree
         if head in state and not torch.equal(state[head], state[embed]):
             raise ModelError(
-                f"{directory}: config.json says tie_word_embeddings=true, but {file_names[head]} and {file_names[embed]} differ; set "
-                "tie_word_embeddings to false if the head was trained apart"
+                f"{directory}: config.json says tie_word_embeddings=true, but "
+                f"{file_names[head]} and {file_names[embed]} differ; set "
+                "tie_word_embeddings to false if the output head was trained "
+                "separately"
             )
         # load_state_dict(strict) wants both names
         state[head] = state[embed]
@@ -196,8 +200,9 @@ def match_tensor_names(
             )
         if entry.shape != expected[name]:
             raise ModelError(
-                f"{where}: {file_name} has shape {list(entry.shape)}, config.json asks for {list(expected[name])}; they are not of "
-                "one model"
+                f"{where}: {file_name} has shape {list(entry.shape)}, but "
+                f"config.json needs {list(expected[name])}; they belong to "
+                "different models"
             )
         file_names[name] = file_name
     missing = [
@@ -279,7 +284,7 @@ def refuse_not_finite(
     for name, tensor in tensors:
         if not is_finite(tensor):
             unclear = (
-                " in float16; dtype=float32 tells whether the file does, too"
+                " in float16; load it with dtype=float32 to see whether the file does too"
                 if dtype == torch.float16
                 else ""
             )
@@ -301,5 +306,5 @@ def _explain_not_finite(stored: Tensor, dtype: torch.dtype) -> str:
 
 
 _DAMAGED = (
-    "holds NaN or infinity; the checkpoint is damaged, or its training had failed: get another copy"
+    "holds NaN or infinity; the checkpoint is damaged, or its training failed; get another copy"
 )

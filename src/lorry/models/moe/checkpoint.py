@@ -116,14 +116,14 @@ def describe_moe(
     kind = str(config.get("model_type"))
     if kind not in TWINS:
         raise ModelError(
-            f"model_type {kind!r} has no mixture of experts among transformers' own classes; "
+            f"model_type {kind!r} has no mixture-of-experts class in transformers; "
             f"{', '.join(TWINS)} have one"
         )
     family = find_family(kind)
     assert family is not None, kind
     names, geometry = TWINS[kind], family.geometry(config)
     if geometry.activation != "silu":
-        raise ModelError(f"hidden_act={geometry.activation!r}: {names.architecture} is for silu")
+        raise ModelError(f"hidden_act={geometry.activation!r}: {names.architecture} needs silu")
     # q, k and v of a Qwen2 have biases, and so have those of its mixture
     if biased := sorted(geometry.biased - set(family.roles.qkv if kind == "qwen2" else ())):
         raise ModelError(f"{names.architecture} has no biases for {', '.join(biased)}")
@@ -138,8 +138,9 @@ def describe_moe(
                 "Mixtral divides the chosen gates by their sum; normalize must be true"
             )
         raise ConfigError(
-            f"gates of {top_k} of {experts} experts do not sum to 1 and would shrink the MLP, whose base "
-            "is no part of the sum; normalize must be true"
+            f"gates of {top_k} of {experts} experts do not sum to 1 and would "
+            "shrink the MLP (the base MLP is not added to the sum); normalize must "
+            "be true"
         )
     written: dict[str, Any] = {key: config[key] for key in COPIED if config.get(key) is not None}
     # null too: left out, a token would be the class's own, another one of this vocabulary
@@ -169,7 +170,7 @@ def describe_moe(
     if names is QWEN2_MOE:
         written |= {"qkv_bias": True, "shared_expert_intermediate_size": SHARED_WIDTH}
         if geometry.head_dim * geometry.heads != geometry.width:
-            raise ModelError("Qwen2MoeForCausalLM has no head_dim of its own")
+            raise ModelError("Qwen2MoeForCausalLM has no head_dim setting")
     if names is QWEN3_MOE:
         written |= {"head_dim": geometry.head_dim, "attention_bias": False}
     return MoeTwin(names, family, written, experts, top_k, normalize)

@@ -132,7 +132,7 @@ def evaluate_wants(
     outputs = {name: hidden.layer_outputs[layer] for name, layer in layers.items()}
     if routed:
         if not hidden.router_logits:
-            raise ContractError("the router's logits are wanted of a mix without a router")
+            raise ContractError("router logits were requested, but the mix has no router")
         outputs |= dict.fromkeys(routed, torch.stack(list(hidden.router_logits), 1))
     if scores or final:
         assert hidden.last is not None

@@ -69,5 +69,6 @@ def check_temperature(temperature: float) -> None:
     """Raises ConfigError unless what is stored answers for the temperature."""
     if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise ConfigError(
-            f"distill.temperature={temperature} with a cache: it answers for {MIN_TEMPERATURE} to {MAX_TEMPERATURE}; leave distill.cache out"
+            f"distill.temperature={temperature} with a cache: a cache supports "
+            f"{MIN_TEMPERATURE} to {MAX_TEMPERATURE}; leave out distill.cache"
         )

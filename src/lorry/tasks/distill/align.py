@@ -130,6 +130,7 @@ def require_same_tokenizer(student: Any, teacher: Any, where: str) -> None:
         if ours.get(i) != theirs.get(i):
             mine, other = (repr(v[i]) if i in v else "absent" for v in (ours, theirs))
             raise ConfigError(
-                f"{where} has another tokenizer: id {i} is {other} there and {mine} in the student's ({len(theirs)} and "
-                f"{len(ours)} entries); distill.loss=uld compares models of different tokenizers"
+                f"{where} has another tokenizer: id {i} is {other} there and {mine} "
+                f"in the student's ({len(theirs)} and {len(ours)} entries); "
+                "distill.loss=uld works across different tokenizers"
             )

@@ -94,7 +94,8 @@ def build_distill(inputs: TaskInputs) -> BuiltTask:
         p.resolve() for p in (place.place.directory, place.adapter) if p is not None
     }:
         raise ConfigError(
-            f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir"
+            f"{run.output_dir} holds the teacher, which this run would move away; "
+            "give another output_dir"
         )
     # part of the digest, since the dtype changes what the teacher says
     dtype = str(inputs.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
@@ -163,8 +164,9 @@ def _require_columns(config: DistillConfig, teacher: TeacherScorer, columns: int
     """Raises ConfigError when the teacher has fewer logits than are compared with all of it."""
     if columns is not None and teacher.vocab_size < columns and config.top_k is None:
         raise ConfigError(
-            f"the teacher has {teacher.vocab_size} logits and the student {columns}, though their tokenizers are equal; give "
-            "distill.top_k=64, which compares the teacher's likeliest tokens"
+            f"the teacher has {teacher.vocab_size} logits and the student "
+            f"{columns}, though their tokenizers are equal; give distill.top_k=64, "
+            "which compares only the teacher's likeliest tokens"
         )
 
 
@@ -218,9 +220,7 @@ def _open_cached_teacher(
 def _all_batches(inputs: TaskInputs, prepared: PreparedData) -> Iterator[Batch]:
     """Everything the run reads, once: the training rows in file order, then those held out."""
     if prepared.tokens is None:
-        raise ConfigError(
-            "distill.cache needs rows that are not streamed; leave data.streaming out"
-        )
+        raise ConfigError("distill.cache does not work with streaming; leave data.streaming out")
     yield from prepared.tokens.eval_batches(TEACHER_PASS_ROWS)
     yield from inputs.held
 
@@ -244,8 +244,11 @@ def _missing(
     if not (missing := has_teacher.count(False)):
         return []
     return [
-        f"{missing} of {len(has_teacher)} sequences are too long for the teacher, or its chat template makes other turns of them: "
-        "they are learnt from the data alone"
+        (
+            f"{missing} of {len(has_teacher)} sequences are too long for the teacher, "
+            "or its chat template renders other turns: they are trained on the data's "
+            "answers alone"
+        )
     ]
 
 

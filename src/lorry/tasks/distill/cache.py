@@ -107,7 +107,7 @@ def write_teacher_cache(
             ]
     if not parts:
         raise ConfigError(
-            "the teacher has something to say of none of the sequences; a cache of it would be empty"
+            "the teacher can score none of the sequences, so its cache would be empty"
         )
     tensors = {
         "names": torch.tensor([list(name) for name in seen], dtype=torch.uint8),
@@ -148,15 +148,17 @@ class CachedTeacher:
             integrity.verify_directory(folder)
         except ModelError as error:
             raise ModelError(
-                f"{error}; move {folder} away, and the next run writes it again"
+                f"{error}; move {folder} away, and the next run writes a new one"
             ) from error
         self.facts = documents.read_object(folder / CACHE_FACTS_FILE, error=ModelError)
         # the folder's name has twelve digits of each; here all of them are compared
         for key, expected in facts.items():
             if self.facts.get(key) != expected:
                 raise ConfigError(
-                    f"{folder} was written for another {key} ({str(self.facts.get(key))[:12]}, here it is {str(expected)[:12]}); "
-                    "give another distill.cache, or remove it and the next run writes it again"
+                    f"{folder} was written with another {key} "
+                    f"({str(self.facts.get(key))[:12]}, here it is "
+                    f"{str(expected)[:12]}); give another distill.cache, or remove "
+                    "this one to have it written anew"
                 )
         self.temperature, self.fn = (
             aim.temperature,

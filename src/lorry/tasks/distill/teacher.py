@@ -66,7 +66,8 @@ class TeacherLocation:
         folders = [folder for path in adapter_paths for folder in list_adapter_folders(Path(path))]
         if len(folders) > 1:
             raise ConfigError(
-                f"the teacher would have {len(folders)} adapters ({', '.join(map(str, folders[:3]))}); name the folder of one"
+                f"the teacher has {len(folders)} adapters "
+                f"({', '.join(map(str, folders[:3]))}); name the folder of one"
             )
         # by place: the same files loaded again would be a second model in memory that says the same
         # the student's base has the start in it: a teacher on the same weights with another start,
@@ -169,7 +170,8 @@ def open_teacher(
         # beside the student's adapters, under a name of its own, and in no optimizer
         load_adapter(opened.model, place.adapter, name, trainable=False)
         add_note(
-            f"the teacher is the student's base with the adapter of {place.adapter}: no second model"
+            "the teacher is the student's base with the adapter of "
+            f"{place.adapter}: no second model is loaded"
         )
         return TeacherScorer(opened.model, Mix.one(name))
     name, device = str(place.place.directory), str(opened.source["device"])

@@ -61,7 +61,8 @@ def attach_experts(
     """Every expert, frozen, and a router over them. Raises ConfigError, ModelError."""
     if opened.adapters:
         raise ConfigError(
-            f"{run.model.name} has an adapter already; a mixture stands on a base: name that"
+            f"{run.model.name} already has an adapter; a mixture is built on a base "
+            "model: name that"
         )
     settings = _settings_of(run)
     for expert in settings.experts:

@@ -203,11 +203,12 @@ class RouterLoad:
             # of all experts every token has each: nothing to say
             if share < RARELY:
                 lines.append(
-                    f"expert {name} has {share:.1%} of all tokens: the mixture hardly uses it"
+                    f"expert {name} has {share:.1%} of all tokens: the router hardly uses it"
                 )
             elif share > MOSTLY and self.router.rule.top_k < len(self.router.adapters):
                 lines.append(
-                    f"expert {name} has {share:.0%} of all tokens: the others hardly count"
+                    f"expert {name} has {share:.0%} of all tokens: the router "
+                    "hardly uses the others"
                 )
         return lines
 

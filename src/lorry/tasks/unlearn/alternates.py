@@ -49,9 +49,9 @@ def read_refusals(path: str | None) -> list[str]:
     # a line break at the end closes a line and opens none
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if empty := [number for number, line in enumerate(lines, 1) if not line]:
-        raise DataError(f"{name}:{empty[0]}: an empty line; every line is a refusal")
+        raise DataError(f"{name}:{empty[0]}: an empty line; every line has to be a refusal")
     if not lines:
-        raise DataError(f"{name}: holds no refusal; give one a line")
+        raise DataError(f"{name}: holds no refusal; write one a line")
     return lines
 
 
@@ -73,7 +73,7 @@ def read_alternates(path: str) -> dict[str, dict[str | None, list[str]]]:
         for answer in answers:
             if not isinstance(answer, str) or not answer.strip():
                 raise DataError(
-                    f"{row.where}: an empty alternate; every one is learnt as an answer"
+                    f"{row.where}: an empty alternate; alternates are trained on as answers"
                 )
         # a question may stand in several rows: AltPO's files have a row for each alternate
         own = row.values.get("answer")
@@ -179,10 +179,11 @@ class AlternatesFinder:
             )
         if first != before:
             raise DataError(
-                f"{found.where}: {question!r:.80} is asked after other turns than in {where}, and "
-                "unlearn.alternates does not tell the two apart: give its rows the column answer, "
-                "with the answer that each alternate stands for; where the answers are the same "
-                "too, leave one of the rows out"
+                f"{found.where}: {question!r:.80} follows other turns than in "
+                f"{where}, and unlearn.alternates does not tell the two apart: add "
+                "to its rows the column answer, with the answer that each "
+                "alternate replaces; if the answers are the same too, remove one "
+                "of the rows"
             )
         return list(by_answer[key])
 
@@ -232,7 +233,7 @@ def replace_last_answer(found: DataExample, answer: str) -> Conversation:
 def _conversation(found: DataExample) -> Conversation:
     if not isinstance(found.content, Conversation):
         raise DataError(
-            f"{found.where}: a text without a question has no other answer; this method needs rows of "
-            "question and answer"
+            f"{found.where}: plain text has no alternate answer; this method needs "
+            "rows of question and answer"
         )
     return found.content

@@ -48,8 +48,8 @@ MEASURED_ROWS = 200
 ANSWERED_ROWS = 4  # rows of each set that are answered at the end, before and after
 MOST_VARIANTS = 20  # refusals of a row, one an epoch; from then on they come again
 STOPPED = (
-    "; this ends here (early_stop=collapse), with the adapter of the last evaluation above it, if "
-    "there was one"
+    "; training stops here (early_stop=collapse) and saves the adapter of the last "
+    "evaluation above stop_below, if any"
 )
 PDU_MARGIN = 0.1  # nats above the start's retain loss that retain_loss_eps=auto allows
 
@@ -167,9 +167,14 @@ class RetentionMonitor:
             if collapsed:
                 whose = f"{adapter}: " if self.several else ""
                 self.tell(
-                    f"COLLAPSE: {whose}retained answers have {kept:.0%} of the probability that the start gave them "
-                    f"(stop_below={self.stop_below:g}): the model forgets everything, not only these rows. Lower "
-                    "learning_rate or gamma, or raise alpha" + (STOPPED if self.stops else "")
+                    (
+                        f"COLLAPSE: {whose}answers of the retain set have {kept:.0%} of "
+                        "their probability under the reference model "
+                        f"(stop_below={self.stop_below:g}): the model is losing more "
+                        "than the forget set. Lower learning_rate or gamma, or raise "
+                        "alpha"
+                    )
+                    + (STOPPED if self.stops else "")
                 )
         kept = min(kept, 1.0)
         found["eval_balance"] = (
@@ -195,8 +200,12 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
         notes += check_overlap(job)
         if isinstance(job.stream, RoleStream):
             notes += [
-                f"{other.tokens.report.shortened} alternates of rows to {role} make them longer than max_length: the beginning "
-                "of their prompt is cut, and they no longer answer quite what the row asks; raise max_length"
+                (
+                    f"{other.tokens.report.shortened} alternates of the {role} set make "
+                    "their rows longer than max_length: the prompt is cut at its "
+                    "start, so that they answer a question that is not complete; raise "
+                    "max_length"
+                )
                 for role, other in job.stream.alternates.items()
                 if other.tokens.report.shortened
             ]
@@ -204,7 +213,9 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
         notes += [whose + _start_note(role, *seen) for role, seen in monitors[name].start.items()]
     bank = get_bank(model, create=True)
     if bank.start is not None:
-        notes.append(f"the adapter of {bank.start.path} is a frozen part of the base")
+        notes.append(
+            f"the adapter of {bank.start.path} is frozen and counts as part of the base model"
+        )
     config = _settings_of(given.run)
     own = [_method_settings(job, monitors[name]) for name, job in jobs.items()]
     start = StartModel(
@@ -246,7 +257,10 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
 
 
 def _start_note(role: str, probability: float, nll: float) -> str:
-    return f"the start on the rows to {role}: probability of an answer {probability:.3f}, {nll:.3f} nats a token"
+    return (
+        f"reference model on the {role} set: probability of an answer "
+        f"{probability:.3f}, {nll:.3f} nats per token"
+    )
 
 
 def _width(given: TaskInputs) -> int:
@@ -255,7 +269,7 @@ def _width(given: TaskInputs) -> int:
     if known is None and embedding is not None:
         known = embedding.get_parameter("weight").shape[1]
     if known is None:
-        raise ConfigError("the model does not say how wide its hidden states are (hidden_size)")
+        raise ConfigError("the model's config has no hidden_size, which this method needs")
     return int(known)
 
 
@@ -266,7 +280,9 @@ def _method_settings(job: PreparedJob, monitor: RetentionMonitor) -> dict[str, o
     if own.get("retain_loss_eps") == "auto":
         if own["retain_loss"] == "EMBED":
             raise ConfigError(
-                "unlearn.retain_loss_eps: a distance of hidden states has no start to go by; give a number"
+                "unlearn.retain_loss_eps: auto needs a retain loss of the "
+                "reference model, and the distance of hidden states starts at 0; "
+                "give a number"
             )
         # KL to the start is 0 at the start
         at_start = monitor.start[RETAIN][1] if own["retain_loss"] == "NLL" else 0.0
@@ -369,8 +385,9 @@ def _read_reference(given: TaskInputs, method: UnlearnMethod) -> CachedReference
                 return reference
             if given.run.lora is None and any(isinstance(w, FinalHidden) for w in wants.values()):
                 raise ConfigError(
-                    f"unlearn.method={_settings_of(given.run).method} compares with the start's logits, and with "
-                    "lora=null the head that makes them may train; use an adapter, or retain_loss=NLL"
+                    f"unlearn.method={_settings_of(given.run).method} needs the "
+                    "reference model's logits, and with lora=null the output head "
+                    "may be trained; use an adapter, or retain_loss=NLL"
                 )
             if reference.lacks(ready):
                 reference.read(ready, wants, given.backend)
@@ -382,7 +399,7 @@ def answered_rows(job: PreparedJob) -> dict[str, Batch]:
     sets = {FORGET: job.data, **job.row_sets}
     first = {role: _tokens(data) for role, data in sets.items()}
     return {
-        f"rows to {role}": tokens.select(np.arange(min(len(tokens), ANSWERED_ROWS))).eval_batches(
+        f"{role} set": tokens.select(np.arange(min(len(tokens), ANSWERED_ROWS))).eval_batches(
             ANSWERED_ROWS
         )[0]
         for role, tokens in first.items()

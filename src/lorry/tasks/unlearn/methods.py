@@ -116,7 +116,7 @@ class UnlearnMethod(ABC):
                     f"unlearn.{name} differs between jobs that share a forward pass; give one value"
                 )
         if len(start.seeds) != len(settings):
-            raise ValueError(f"{len(settings)} settings and {len(start.seeds)} seeds")
+            raise ValueError(f"{len(settings)} settings but {len(start.seeds)} seeds")
 
     # --- what a method needs
 
@@ -235,7 +235,7 @@ class UnlearnMethod(ABC):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises ModelError for a state of another method."""
         if state:
-            raise ModelError(f"this method has no state, the checkpoint holds {sorted(state)}")
+            raise ModelError(f"this method has no state, but the checkpoint holds {sorted(state)}")
 
     # --- for the methods
 
@@ -258,7 +258,9 @@ class UnlearnMethod(ABC):
 
     def _start_logits(self, rows: VocabRows) -> Tensor:
         if self.start.head is None:
-            raise ConfigError("this method compares with the start's logits, and has no head of it")
+            raise ConfigError(
+                "this method needs the reference model's output head, which was not given"
+            )
         with torch.no_grad():
             return self.start.head(rows.extra[f"{REFERENCE}hidden"])
 
@@ -470,7 +472,9 @@ class PDU(UnlearnMethod):
         self.bounds: list[float] = []
         for s in self.settings:
             if s.retain_loss_eps is None:
-                raise ConfigError("unlearn.retain_loss_eps: PDU needs the bound of the retain loss")
+                raise ConfigError(
+                    "unlearn.retain_loss_eps: PDU needs an upper bound of the retain loss"
+                )
             self.bounds.append(s.retain_loss_eps)
         self.multipliers = [s.alpha for s in self.settings]
         # sum and count of L_r since the last update, where it is made once an epoch
@@ -552,7 +556,7 @@ class PDU(UnlearnMethod):
         """Raises ModelError unless it is what `state` gives for so many adapters."""
         multipliers, seen = state["multipliers"], state["seen"]
         if len(multipliers) != len(self.settings) or len(seen) != len(self.settings):
-            raise ModelError(f"PDU has {len(self.settings)} multipliers here, not {multipliers}")
+            raise ModelError(f"PDU has {len(self.settings)} multipliers, not {multipliers}")
         self.multipliers = [float(value) for value in multipliers]
         self.seen = [(float(total), int(count)) for total, count in seen]
 

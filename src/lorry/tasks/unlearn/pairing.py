@@ -73,8 +73,8 @@ def partners(batch: Batch, role: str) -> tuple[Tensor, Tensor]:
         count = len(found.get((group[s], adapter[s]), [])) if group[s] >= 0 else 0
         if count != 1:
             raise DataError(
-                f"the {role} sequence with key {int(batch.key[s])} has {count} alternate answers in "
-                "its group; it needs exactly one beside it"
+                f"the {role} sequence with key {int(batch.key[s])} has {count} "
+                "alternate answers in its group; exactly one is needed"
             )
     others = [found[group[s], adapter[s]][0] for s in own]
     device = batch.starts.device

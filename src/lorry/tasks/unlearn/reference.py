@@ -91,8 +91,8 @@ class CachedReference:
         missing = [int(batch.key[s]) for s, said in enumerate(found) if said is None]
         if missing:
             raise DataError(
-                f"unlearn.reference=cached: {len(missing)} sequences (keys {missing[:8]}) were not "
-                "read before training"
+                f"unlearn.reference=cached: {len(missing)} sequences (keys "
+                f"{missing[:8]}) were not scored before training"
             )
         kept = [said for said in found if said is not None]
         return batch.with_extra(

@@ -137,9 +137,9 @@ def sample_alternates(
             return [found[place] for place in sorted(found)]
     first = rows[missing[0][0]]
     raise ModelError(
-        f"{first.where}: no alternate of {last_question(first)!r:.80}: the model's answers are empty "
-        f"({len(missing)} of {total} alternates, {attempt + 1} draws each); ask with another prompt=, "
-        "or with a temperature further from 0"
+        f"{first.where}: no alternate of {last_question(first)!r:.80}: the model's "
+        f"answers were empty ({len(missing)} of {total} alternates, {attempt + 1} "
+        "draws each); give another prompt=, or a higher temperature"
     )
 
 

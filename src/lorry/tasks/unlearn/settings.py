@@ -69,9 +69,9 @@ def resolve_settings(method: str, given: Mapping[str, Any]) -> UnlearnSettings:
     for name, value in given.items():
         if name not in defaults:
             readers = [m for m, reads in UNLEARN_METHODS.items() if name in reads]
-            whose = f"it belongs to {', '.join(readers)}" if readers else "no method reads it"
+            whose = f"it is a setting of {', '.join(readers)}" if readers else "no method uses it"
             raise ConfigError(
-                f"unlearn.{name}: {method} does not read it ({whose}); {method} reads "
+                f"unlearn.{name}: {method} does not use it ({whose}); {method} uses "
                 f"{', '.join(defaults)}{suggest_nearest(name, defaults)}"
             )
         _check_value(name, value)

@@ -171,9 +171,12 @@ def _section_text(title: str, body: str) -> str:
 def _summary_section(run: RunRecord) -> str:
     count, base = len(run.job_names), code_span(public_base_name(run))
     if not run.config.get("lora"):
-        what = f"{base}, its own weights ({code_span(run.config.get('trainable') or 'all')}) trained with Lorry"
+        what = (
+            f"{base}, weights ({code_span(run.config.get('trainable') or 'all')}) "
+            "trained with Lorry"
+        )
     elif count == 1:
-        over = " and the frozen adapter it was trained over" if start_of(run) else ""
+        over = " and the frozen adapter that it was trained on top of" if start_of(run) else ""
         what = f"A LoRA adapter for {base}{over}, trained with Lorry"
     else:
         what = f"{count} LoRA adapters, trained in one pass with Lorry, each in a folder of its name, for {base}"
@@ -374,9 +377,9 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
         return f"{ours}\n\nor with transformers alone:\n\n{fenced_code('python', theirs)}"
     if start_of(run):
         return (
-            f"{ours}\n\nPEFT knows no adapter over another; this makes one of the two, which it opens:\n\n"
-            + fenced_code("sh", [f"lorry export {clean_line(at or run.name)} to=peft"])
-        )
+            f"{ours}\n\nPEFT cannot load an adapter on top of another; this merges "
+            "the two into one that it can load:\n\n"
+        ) + fenced_code("sh", [f"lorry export {clean_line(at or run.name)} to=peft"])
     folder = f", subfolder={_quote_literal(run.job_names[0])}" if run.jobs else ""
     theirs = [
         "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
@@ -386,7 +389,7 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
     caveat = (
         ""
         if base_id(run)
-        else "; the base was not read from the hub, so give the place where you have it"
+        else "; the base model was not read from the hub, so give your path to it"
     )
     return f"{ours}\n\nor with PEFT{caveat}:\n\n{fenced_code('python', theirs)}"
 

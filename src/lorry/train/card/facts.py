@@ -47,7 +47,7 @@ def training_figures(run: RunRecord) -> dict[str, str]:
     if steps:
         found |= {
             "tokens read": f"{sums['tokens']:,}",
-            "of which learnt": f"{sums['supervised_tokens']:,}",
+            "of which supervised": f"{sums['supervised_tokens']:,}",
         }
     known = {name: (run.receipt or {}).get(f"{name}_parameters") for name in ("trainable", "total")}
     return found | {
@@ -108,7 +108,7 @@ def _best_step(run: RunRecord, name: str | None) -> int | None:
     try:
         settings = TrainConfig.model_validate(train)
     except ValueError as error:  # pydantic's, of a run.yaml that no run wrote
-        raise DataError(f"{run.path / RUN_FILE}: its train settings are none: {error}") from None
+        raise DataError(f"{run.path / RUN_FILE}: its train settings are invalid: {error}") from None
     standing = JobProgress()
     for step, values in _evaluation_steps(run, name):
         standing.steps = step

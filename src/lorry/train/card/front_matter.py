@@ -178,7 +178,7 @@ def row_sets_of(run: RunRecord, job: str | None) -> list[CardRowSet]:
         other = receipt.part(facts, f"{role} alternates")
         # a receipt of an earlier version has no such part, and the file was read all the same
         if other or (role == "forget" and own.get(kind)):
-            sources = _as_sources(own.get(kind)) or ("refusals that come with Lorry",)
+            sources = _as_sources(own.get(kind)) or ("Lorry's own refusals",)
             # the rows are the questions', and what they were read from is told in its own line
             counted = {k: v for k, v in other.items() if k not in ("source", "rows", "left_out")}
             name = kind if role == "forget" else f"{kind} for rows to retain"

@@ -62,7 +62,7 @@ def join_measures(*measures: Mapping[str, float]) -> dict[str, float]:
         # a set of one's own may be called like a metric of a suite; one would hide the other
         if doubled := joined.keys() & values.keys():
             raise ConfigError(
-                f"two evaluations of this run both give {min(doubled)}; leave one of them out"
+                f"two evaluations of this run both compute {min(doubled)}; leave one of them out"
             )
         joined |= values
     return joined
@@ -77,8 +77,6 @@ def default_best_metric(
     # a task that has set a metric of its own has no eval_loss here
     if not metrics or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
         return run
-    add_note(
-        f"no rows are held out for a loss, so the best step is that of the highest {metrics[0]}"
-    )
+    add_note(f"there is no evaluation loss, so the best step is that of the highest {metrics[0]}")
     best = {"metric_for_best_model": metrics[0], "greater_is_better": True}
     return run.model_copy(update={"train": run.train.model_copy(update=best)})

@@ -58,8 +58,9 @@ def main_suite_metric(suite: SuiteEvaluation, run: RunConfig) -> str:
     unsaid = run.train.metric_for_best_model == "eval_loss" and not run.data.evaluates
     if main not in suite.names and chooses and unsaid:
         raise ConfigError(
-            f"metrics: of {', '.join(suite.names)} none says by itself which adapter is better; ask {main}, "
-            "too, or give metric_for_best_model and greater_is_better"
+            f"metrics: of {', '.join(suite.names)} none alone decides which adapter "
+            f"is better; add {main}, or give metric_for_best_model and "
+            "greater_is_better"
         )
     # of what was asked for instead, the last is no part of another
     return metric_key(main if main in suite.names else suite.names[-1])

@@ -98,8 +98,9 @@ def watch_signals() -> Iterator[StopRequest]:
 
 
 OUTSIDE_THE_STEPS = (
-    "arrived outside the training steps; the last checkpoint, if any, is what is saved. "
-    "The same command with resume_from_checkpoint=auto goes on from there, or starts"
+    "arrived outside the training steps; the last checkpoint, if any, is kept. The "
+    "same command with resume_from_checkpoint=auto continues from there, or starts "
+    "anew"
 )
 
 

@@ -193,7 +193,7 @@ def record_step_rate(
         run_rate = _achieved_rate(run, model, times, measured)
         rates.keep_run_rate(machine.machine_identity(device, precision, threads), run_rate)
     except (ConfigError, ModelError, DiskError) as error:
-        return f"what the steps reached is not kept for `lorry plan`: {error}"
+        return f"the measured speed is not saved for `lorry plan`: {error}"
     return ""
 
 
