@@ -156,8 +156,9 @@ def _hub_config(name: str, revision: str | None) -> FoundConfig:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
             f"no config of {name!r}: no such directory here, no well-known "
-            f"name{suggest_nearest(name.lower(), KNOWN_CONFIGS)}, and the hub has "
-            f"none ({reason}); known by name: {', '.join(sorted(KNOWN_CONFIGS))}"
+            f"name{suggest_nearest(name.lower(), KNOWN_CONFIGS)}, and it could not "
+            f"be read from the hub ({reason}); known by name: "
+            f"{', '.join(sorted(KNOWN_CONFIGS))}"
         ) from e
     return FoundConfig(_read_config(Path(file)), f"{name} on the hub")
 

@@ -270,9 +270,9 @@ def _roc_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
                 series.append(_roc_curve(label, color, suite, attack))
             other = f" (other rows, {number})" if number > 1 else ""
             yield ChartPanel(
-                f"ROC of {attack}{other}", "share of holdout rows (false positives)",
+                f"ROC of {attack}{other}", "share of holdout rows",
                 (*series, *_roc_beside(runs, labels, group, attack)),
-                x_label="share of forget rows (true positives)", x_whole=False,
+                x_label="share of forget rows", x_whole=False,
             )  # fmt: skip
 
 

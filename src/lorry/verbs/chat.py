@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
 CHAT_HELP = (
-    "/router on|off|NAME=1  for a mixture: its router, the base model alone, or these "
-    "gates\n/adapter NAME   answer with this adapter; none: the base model (or start) "
-    "alone\n/adapters       list them\n/system TEXT    set the system message; without "
-    "TEXT: none\n/reset          forget the conversation\n/help           this "
-    "list\n/quit           leave (so does Ctrl-D); Ctrl-C stops an "
-    "answer\n//...           a line that begins with a slash"
+    "/router on|off|NAME=1  for a mixture: its router, the base model alone, or these gates\n"
+    "/adapter NAME   answer with this adapter; none: the base model (or start) alone\n"
+    "/adapters       list them\n"
+    "/system TEXT    set the system message; without TEXT: none\n"
+    "/reset          forget the conversation\n"
+    "/help           this list\n"
+    "/quit           leave (so does Ctrl-D); Ctrl-C stops an answer\n"
+    "//...           a line that begins with a slash"
 )
 NO_ADAPTER = "none"
 

@@ -349,7 +349,7 @@ def _check_start(
         raise ModelError(
             f"{folder}: this adapter was trained on top of the adapter "
             f"{start.path}, but the model has {', '.join(bank.adapters)} on the "
-            "base model alone; open it by itself"
+            "base model alone; load it by itself"
         )
     _verify_start(recorded[0], start, str(folder))
 

@@ -238,7 +238,7 @@ def _make_conversation(
         raise UnusableRowError(
             "no answer",
             (
-                f"{column!r}: every assistant turn is marked as marked as not for "
+                f"{column!r}: every assistant turn is marked as not for "
                 "training (weight 0, train false)"
             ),
         )

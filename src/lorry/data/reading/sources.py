@@ -206,7 +206,7 @@ def _open_suite_split(
 ) -> tuple[list[SourcePart], list[Path]]:
     """The same of ``SUITE:SPLIT``."""
     if name is not None:
-        raise DataError(f"{text} already chooses the rows; leave out data.name={name} out")
+        raise DataError(f"{text} already chooses the rows; leave out data.name={name}")
     place = locate_split(text, local)
     if is_split_name(place.path):  # of local.SUITE=..., which would go round in a circle
         raise DataError(f"{text}: {place.path} is not a file or folder")

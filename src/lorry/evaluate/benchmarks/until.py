@@ -78,11 +78,9 @@ def parse_generation_kwargs(
     }:
         name = next(iter(unknown))
         raise ConfigError(
-
-                f"generation_kwargs: {name} is not "
-                f"supported{suggest_nearest(name, KNOWN_GENERATION_SETTINGS)}; there "
-                f"are {', '.join(KNOWN_GENERATION_SETTINGS)}"
-
+            f"generation_kwargs: {name} is not "
+            f"supported{suggest_nearest(name, KNOWN_GENERATION_SETTINGS)}; there "
+            f"are {', '.join(KNOWN_GENERATION_SETTINGS)}"
         )
     return [until] if isinstance(until, str) else list(until), params
 

@@ -172,7 +172,7 @@ def _summary_section(run: RunRecord) -> str:
     count, base = len(run.job_names), code_span(public_base_name(run))
     if not run.config.get("lora"):
         what = (
-            f"{base}, weights ({code_span(run.config.get('trainable') or 'all')}) "
+            f"{base}, base weights ({code_span(run.config.get('trainable') or 'all')}) "
             "trained with Lorry"
         )
     elif count == 1:
