@@ -783,7 +783,7 @@ def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
     ):
         ours(model, call, packed())
     gate = torch.ones(sum(LENGTHS))
-    with pytest.raises(ContractError, match="one of its own"):
+    with pytest.raises(ContractError, match="a gate of its own"):
         model.hidden(
             packed(),
             AdapterContext(Mix((MixTerm("a", None, gate, 0),), Softmax(model, ["a"]))),

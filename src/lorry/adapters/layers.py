@@ -372,7 +372,7 @@ class LinearGroup:
     def _unroutable(self, term: MixTerm) -> ContractError:
         where = f"{self.linears[0].path}: the adapter {term.adapter!r} has gates of a layer router"
         if isinstance(term.gate, Tensor):
-            return ContractError(f"{where} and one of its own; give the term a number")
+            return ContractError(f"{where} and a gate of its own; give the term a number")
         return ContractError(
             f"{where}, but this linear is not in a decoder layer; remove it from target_modules"
         )

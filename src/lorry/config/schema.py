@@ -308,9 +308,9 @@ class JobConfig(SettingsGroup):
 
     name: CheckedName
     # plain values and not LoraConfig: only what differs is kept, and a default is no difference
-    lora: dict[str, Any] = config_field({}, "what is not the run's")
-    data: dict[str, Any] = config_field({}, "what is not the run's")
-    train: dict[str, Any] = config_field({}, "what is not the run's")
+    lora: dict[str, Any] = config_field({}, "the settings that differ from the run's")
+    data: dict[str, Any] = config_field({}, "the settings that differ from the run's")
+    train: dict[str, Any] = config_field({}, "the settings that differ from the run's")
 
     def own_settings(self) -> dict[str, Any]:
         """{dotted name: value} of all that is not the run's."""

@@ -259,7 +259,7 @@ class ExpertSource(SettingsGroup):
     """An expert of a mixture, in mergekit-moe's words."""
 
     source_model: PathText = Field(
-        description="adapter or run directory, base+adapter, or the base itself"
+        description="adapter or run directory, base+adapter, or the base model itself"
     )
     positive_prompts: list[str] = config_field([], "texts that are typical of this expert")
     negative_prompts: list[str] = config_field([], "texts that are not")

@@ -319,7 +319,7 @@ class UnlearnJobConfig(JobConfig):
     own.
     """
 
-    unlearn: dict[str, Any] = config_field({}, "what is not the run's")
+    unlearn: dict[str, Any] = config_field({}, "the settings that differ from the run's")
 
 
 class UnlearnRunConfig(RunConfig):

@@ -52,27 +52,27 @@ def comparison_row(run: RunRecord) -> dict[str, Any]:
     """
     receipt: Mapping[str, Any] = run.receipt or {}
     train = run.config.get("train")
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         name: receipt.get(name) for name in ("trainable_parameters", "saved_bytes")
     }
     total = receipt.get("total_parameters")
-    if is_number(found["trainable_parameters"]) and is_number(total) and total > 0:
-        found["trainable_share"] = found["trainable_parameters"] / total
-    found |= {
+    if is_number(figures["trainable_parameters"]) and is_number(total) and total > 0:
+        figures["trainable_share"] = figures["trainable_parameters"] / total
+    figures |= {
         "learning_rate": train.get("learning_rate") if isinstance(train, dict) else None,
         **_logged_figures(run),
     }
-    found |= _last_metrics(run)
+    figures |= _last_metrics(run)
     if (
         task := run.config.get("task", "sft")
     ) != "sft":  # its loss is another quantity: no ratio to that of fine-tuning
-        found = {
+        figures = {
             f"{name} ({task})" if name in LOSS_FIGURES else name: value
-            for name, value in found.items()
+            for name, value in figures.items()
         }
-    kept = {
-        name: found.get(name)
-        for name in (*COMPARED_FIGURES, *(n for n in found if n not in COMPARED_FIGURES))
+    ordered = {
+        name: figures.get(name)
+        for name in (*COMPARED_FIGURES, *(n for n in figures if n not in COMPARED_FIGURES))
     }
     return {
         "name": run.name,
@@ -109,9 +109,9 @@ def _last_metrics(run: RunRecord) -> dict[str, Any]:
     names = [name for name in run.log.names() if name.startswith(EVALUATION_PREFIX)]
     during = {name: run.log.series(name)[1][-1] for name in names}
     later = {
-        f"{one.name}: {metric}": change.after
-        for one in run.evaluation
-        for metric, change in one.metrics.items()
+        f"{entry.name}: {metric}": change.after
+        for entry in run.evaluation
+        for metric, change in entry.metrics.items()
     }
     # the metrics a table has room for; the report has all
     suites = {

@@ -190,7 +190,7 @@ def _adapter_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
     once.
     """
     owners = [(run, adapter) for run in runs for adapter in run.log.adapters()][:MAX_ADAPTER_CURVES]
-    found = []
+    panels = []
     for name, title in ADAPTER_PANEL_TITLES.items():
         series = []
         for color, (run, adapter) in enumerate(owners):
@@ -205,8 +205,8 @@ def _adapter_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
                     adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", *curve
                 )
             )
-        found.append(ChartPanel(title, "", tuple(series), log_if_wide=True))
-    return found
+        panels.append(ChartPanel(title, "", tuple(series), log_if_wide=True))
+    return panels
 
 
 def _metric_panel(runs: Sequence[RunRecord], name: str) -> ChartPanel:
@@ -244,7 +244,7 @@ def reference_guides(
         before = measured.get(0)
         of_start = [run.evals.start_values(suite) for suite in run.evals.suites]
         start = suite_value(of_start, name) if before is None else before
-        oracle = suite_value([one.values for one in oracles], name)
+        oracle = suite_value([oracle_evals.values for oracle_evals in oracles], name)
         for known, value in zip(levels.values(), (start, oracle), strict=True):
             if value is not None and is_drawable(value):
                 known.setdefault(value, run.name)
@@ -310,12 +310,12 @@ def _series_label(runs: Sequence[RunRecord], run: RunRecord, what: str) -> str:
 def _point_series(
     runs: Sequence[RunRecord], name: str, divisor: float = 1.0
 ) -> tuple[CurveSeries, ...]:
-    found = [(color, run.name, *run.log.series(name)) for color, run in enumerate(runs)]
+    curves = [(color, run.name, *run.log.series(name)) for color, run in enumerate(runs)]
     return tuple(
         CurveSeries(
             label if len(runs) > 1 else "", color, "line", steps, [v / divisor for v in values]
         )
-        for color, label, steps, values in found
+        for color, label, steps, values in curves
         if steps
     )
 

@@ -118,8 +118,12 @@ def _damaged_runs(damaged: Sequence[DamagedRun]) -> SafeHtml | None:
     if not damaged:
         return None
     reasons = [
-        html_tag("p", f"{one.name} is damaged and not shown: {one.why}", class_="lead notes")
-        for one in damaged
+        html_tag(
+            "p",
+            f"{damaged_run.name} is damaged and not shown: {damaged_run.why}",
+            class_="lead notes",
+        )
+        for damaged_run in damaged
     ]
     return html_tag("section", html_tag("h2", "Damaged"), *reasons, id="damaged")
 
@@ -187,7 +191,7 @@ def _figure_tiles(run: RunRecord) -> SafeHtml:
 def _comparison_section(runs: Sequence[RunRecord]) -> SafeHtml:
     """The final figures of every run, a run per row, and the settings in which the runs differ."""
     of_runs = [{f.name: f for f in final_figures(run)} for run in runs]
-    names = list(dict.fromkeys(name for one in of_runs for name in one))
+    names = list(dict.fromkeys(name for figures in of_runs for name in figures))
     rows = [
         html_tag(
             "tr",
@@ -195,14 +199,14 @@ def _comparison_section(runs: Sequence[RunRecord]) -> SafeHtml:
             *(
                 html_tag(
                     "td",
-                    one[name].text if name in one else MISSING_VALUE,
+                    figures[name].text if name in figures else MISSING_VALUE,
                     class_="number",
-                    title=one[name].note if name in one else None,
+                    title=figures[name].note if name in figures else None,
                 )
                 for name in names
             ),
         )
-        for index, (run, one) in enumerate(zip(runs, of_runs, strict=True))
+        for index, (run, figures) in enumerate(zip(runs, of_runs, strict=True))
     ]
     head = html_tag(
         "tr", html_tag("th", "run"), *(html_tag("th", name, class_="number") for name in names)
@@ -237,10 +241,10 @@ def _adapters_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     if not owners:
         return None
     # by name: a job that ended early, or was never evaluated, lacks some
-    names = list(dict.fromkeys(f.name for *_, found in owners for f in found))
+    names = list(dict.fromkeys(f.name for *_, figures in owners for f in figures))
     rows = []
-    for index, (run, name, own, found) in enumerate(owners):
-        values = {f.name: f for f in found}
+    for index, (run, name, own, figures) in enumerate(owners):
+        values = {f.name: f for f in figures}
         cells = [
             html_tag("td", values[n].text, class_="number", title=values[n].note)
             if n in values

@@ -76,28 +76,30 @@ def _plain_tree(root: ElementTree.Element) -> ElementTree.Element:
     that shape.
     """
     shapes = {
-        f"#{one.get('id')}": one.get("d", "") for one in root.iter() if one.tag.endswith("}path")
+        f"#{element.get('id')}": element.get("d", "")
+        for element in root.iter()
+        if element.tag.endswith("}path")
     }
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith(("}metadata", "}defs")):
                 parent.remove(child)
-    for one in root.iter():
-        one.tag = one.tag.rpartition("}")[2]
-        one.attrib.pop("id", None)
-        one.attrib.pop("clip-path", None)  # all of it lies inside of the axes
-        one.tail = None  # indentation
-        one.text = one.text if one.tag == "text" else None
-        if one.tag == "use":  # a marker at x, y
-            at = f"translate({one.attrib.pop('x')} {one.attrib.pop('y')})"
-            shape = shapes[one.attrib.pop(f"{_XLINK}href")]
-            one.tag, one.attrib = "path", {"d": shape, "transform": at, **one.attrib}
-        for key, value in one.attrib.items():
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib.pop("id", None)
+        element.attrib.pop("clip-path", None)  # all of it lies inside of the axes
+        element.tail = None  # indentation
+        element.text = element.text if element.tag == "text" else None
+        if element.tag == "use":  # a marker at x, y
+            at = f"translate({element.attrib.pop('x')} {element.attrib.pop('y')})"
+            shape = shapes[element.attrib.pop(f"{_XLINK}href")]
+            element.tag, element.attrib = "path", {"d": shape, "transform": at, **element.attrib}
+        for key, value in element.attrib.items():
             if key == "style":
                 own = _FONT_FAMILY.sub("", value)  # the page's
-                one.set(key, _COLOR.sub(lambda found: PAGE_COLORS[found[0]], own))
+                element.set(key, _COLOR.sub(lambda match: PAGE_COLORS[match[0]], own))
             else:  # a tenth of a pixel is enough, and a third of the bytes
-                one.set(key, _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.1f}", value))
+                element.set(key, _LONG_NUMBER.sub(lambda match: f"{float(match[0]):.1f}", value))
     return root
 
 
@@ -124,9 +126,9 @@ def _hover_sheet(panel: ChartPanel, axes: Axes, height: float) -> list[ElementTr
     box = axes.bbox
     # once where a line and its circles say the same, and no guides: the legend has their number
     distinct = {
-        (one.label, tuple(one.steps), tuple(map(format_number, one.values))): one.color
-        for one in panel.series
-        if one.kind != "guide"
+        (curve.label, tuple(curve.steps), tuple(map(format_number, curve.values))): curve.color
+        for curve in panel.series
+        if curve.kind != "guide"
     }
     series = [
         {

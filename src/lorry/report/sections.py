@@ -49,7 +49,8 @@ def evaluation_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         metrics = [metric for name, metric in names if name == data_set]
         rows = [
             _metric_row(
-                metric, [one.get((data_set, metric), MetricChange(None, None)) for one in values]
+                metric,
+                [changes.get((data_set, metric), MetricChange(None, None)) for changes in values],
             )
             for metric in metrics
         ]
@@ -70,9 +71,9 @@ def _metric_head(runs: Sequence[RunRecord]) -> SafeHtml:
 
 def _metric_row(metric: str, changes: Sequence[MetricChange]) -> SafeHtml:
     # one number where the runs began alike; runs over other starts have a before each
-    befores = dict.fromkeys(one.before for one in changes if one.before is not None)
+    befores = dict.fromkeys(change.before for change in changes if change.before is not None)
     shown = [" / ".join(map(format_number, befores)) or MISSING_VALUE]
-    shown += [format_number(one.after) for one in changes]
+    shown += [format_number(change.after) for change in changes]
     if len(changes) == 1:
         before, after = changes[0].before, changes[0].after
         # a plus sign of its own: a change without a sign reads like a value
@@ -89,8 +90,8 @@ def samples_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     """Prompt, reference, and what the model said before and after, side by side; with several runs,
     after each of them.
     """
-    found = [_answered_samples(run) for run in runs]
-    keys = list(dict.fromkeys(key for one in found for key in one))
+    samples = [_answered_samples(run) for run in runs]
+    keys = list(dict.fromkeys(key for by_prompt in samples for key in by_prompt))
     if not keys:
         return None
     columns = [
@@ -110,7 +111,11 @@ def samples_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         members = [key for key in keys if key[0] == group]
         rows = [
             _sample_row(
-                key[1], {run.name: one.get(key) for run, one in zip(runs, found, strict=True)}
+                key[1],
+                {
+                    run.name: by_prompt.get(key)
+                    for run, by_prompt in zip(runs, samples, strict=True)
+                },
             )
             for key in members[:MAX_SECTION_ROWS]
         ]

@@ -46,8 +46,10 @@ def render_runs(
     if damaged:
         return Group(
             *(
-                _styled_text(f"{one.name} is damaged and not shown: {one.why}", "red")
-                for one in damaged
+                _styled_text(
+                    f"{damaged_run.name} is damaged and not shown: {damaged_run.why}", "red"
+                )
+                for damaged_run in damaged
             ),
             render_runs(runs, samples),
         )
@@ -84,19 +86,19 @@ def adapter_tables(run: RunRecord) -> Iterator[Table]:
         yield figure_rows(
             run.name,
             "adapter",
-            [(name, own, {f.name: f.text for f in found}) for name, own, found in rows],
+            [(name, own, {f.name: f.text for f in figures}) for name, own, figures in rows],
         )
 
 
 def figure_rows(title: str, what: str, rows: Sequence[tuple[str, str, dict[str, str]]]) -> Table:
     """A row of figures per name, with what is its own about it."""
-    names = list(dict.fromkeys(name for _, _, found in rows for name in found))
+    names = list(dict.fromkeys(name for _, _, figures in rows for name in figures))
     table = _new_table(title, what, "its own settings", *names)
-    for name, own, found in rows:
+    for name, own, figures in rows:
         table.add_row(
             _styled_text(name, "bold"),
             _styled_text(own, "dim"),
-            *(_styled_text(found.get(column, MISSING_VALUE)) for column in names),
+            *(_styled_text(figures.get(column, MISSING_VALUE)) for column in names),
         )
     return table
 
@@ -105,11 +107,12 @@ def comparison_table(runs: Sequence[RunRecord]) -> Table:
     """Final figures, a run per row."""
     # by name: runs need not have the same figures
     of_runs = [{f.name: f.text for f in final_figures(run)} for run in runs]
-    names = list(dict.fromkeys(name for one in of_runs for name in one))
+    names = list(dict.fromkeys(name for figures in of_runs for name in figures))
     table = _new_table("Final figures", "run", *names)
-    for run, one in zip(runs, of_runs, strict=True):
+    for run, figures in zip(runs, of_runs, strict=True):
         table.add_row(
-            _styled_text(run.name), *(_styled_text(one.get(name, MISSING_VALUE)) for name in names)
+            _styled_text(run.name),
+            *(_styled_text(figures.get(name, MISSING_VALUE)) for name in names),
         )
     return table
 
@@ -134,12 +137,12 @@ OPTIONAL_COLUMNS = (
 )
 
 
-def runs_table(found: Sequence[status.RunState], now: float, width: int) -> Table:
+def runs_table(states: Sequence[status.RunState], now: float, width: int) -> Table:
     """Where each run stands, a run per row. ``now``: seconds since 1970, from which the age of the
     last line is counted; ``width``: of the terminal, in which whole columns go rather than the ends
     of words.
     """
-    rows = [_run_cells(state, now) for state in found]
+    rows = [_run_cells(state, now) for state in states]
     columns = [
         name
         for name in dict.fromkeys(name for row in rows for name in row)
@@ -152,16 +155,16 @@ def runs_table(found: Sequence[status.RunState], now: float, width: int) -> Tabl
     widths["what"] = 10 + COLUMN_GAP  # it may wrap
     named = sum(
         max(len(text) for text in texts) + COLUMN_GAP
-        for texts in zip(*((s.name, s.state) for s in found), strict=True)
+        for texts in zip(*((s.name, s.state) for s in states), strict=True)
     )
     for name in OPTIONAL_COLUMNS:
-        if name in columns and named + sum(widths[one] for one in columns) > width:
+        if name in columns and named + sum(widths[shown] for shown in columns) > width:
             columns.remove(name)
     table = _new_table("Runs", "run", "state", *columns)
     for column in table.columns[:-1]:
         column.no_wrap = True  # what is left of the width goes to the last
     table.columns[-1].min_width = 10
-    for state, row in zip(found, rows, strict=True):
+    for state, row in zip(states, rows, strict=True):
         cells = (_styled_text(row.get(name) or None) for name in columns)
         table.add_row(
             _styled_text(state.name, "bold"),
@@ -207,10 +210,10 @@ def _format_best(best: tuple[str, float, int] | None) -> str:
 def evaluation_table(run: RunRecord) -> Table:
     """Metrics before and after."""
     table = _new_table("Evaluation", "data", "metric", "before", "after")
-    for one in run.evaluation:
-        for metric, change in one.metrics.items():
+    for entry in run.evaluation:
+        for metric, change in entry.metrics.items():
             table.add_row(
-                _styled_text(one.name),
+                _styled_text(entry.name),
                 _styled_text(metric.replace("_", " ")),
                 _styled_text(format_number(change.before)),
                 _styled_text(format_number(change.after), "bold"),

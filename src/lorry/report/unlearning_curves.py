@@ -76,11 +76,11 @@ class FrontierPoint:
 
     def place(self, frontier: Frontier) -> tuple[float, float] | None:
         """(kept, forgotten), None where one of them is not known."""
-        found = self.values.get(frontier.kept), self.values.get(frontier.forgotten)
+        pair = self.values.get(frontier.kept), self.values.get(frontier.forgotten)
         # the oracle's file was not compared with itself
-        if found[1] is None and self.shape == "D":
-            found = found[0], frontier.own
-        return _drawable_pair(*found) or next(iter(self.path(frontier)[-1:]), None)
+        if pair[1] is None and self.shape == "D":
+            pair = pair[0], frontier.own
+        return _drawable_pair(*pair) or next(iter(self.path(frontier)[-1:]), None)
 
     def path(self, frontier: Frontier) -> list[tuple[float, float]]:
         """The places at the evaluations during training that measured both."""
@@ -88,14 +88,14 @@ class FrontierPoint:
             return []
         # logged in small letters, where the suite's file has capitals
         names = {name.lower(): name for name in self.run.log.names()}
-        kept, forgotten = (
+        utilities, forgotten = (
             dict(zip(*self.run.log.series(names.get(wanted, wanted), self.adapter), strict=True))
             for wanted in (
                 f"{EVALUATION_PREFIX}{metric}".lower()
                 for metric in (frontier.kept, frontier.forgotten)
             )
         )
-        pairs = (_drawable_pair(kept[step], forgotten.get(step)) for step in kept)
+        pairs = (_drawable_pair(utilities[step], forgotten.get(step)) for step in utilities)
         return [pair for pair in pairs if pair is not None]
 
 
@@ -205,35 +205,41 @@ def _by_rows(frontier: Frontier, points: Sequence[FrontierPoint]) -> list[list[F
     no rows (of a run that is still training) stand in each.
     """
     groups: dict[str, list[FrontierPoint]] = {}
-    for one in points:
-        rows = one.rows.get(frontier.forgotten)
+    for point in points:
+        rows = point.rows.get(frontier.forgotten)
         if rows:
             groups.setdefault(str(sorted(rows.items())), [])
-    for one in points:
-        rows = one.rows.get(frontier.forgotten)
+    for point in points:
+        rows = point.rows.get(frontier.forgotten)
         for key, group in groups.items():
             if not rows or key == str(sorted(rows.items())):
-                group.append(one)
+                group.append(point)
     return list(groups.values()) or [list(points)]
 
 
 def _frontier_panel(frontier: Frontier, points: Sequence[FrontierPoint], number: int) -> ChartPanel:
     series: list[CurveSeries] = []
     drawn = set[tuple[str, tuple[float, float] | None]]()
-    for one in points:
-        path, place = one.path(frontier), one.place(frontier)
+    for point in points:
+        path, place = point.path(frontier), point.place(frontier)
         # a start of several runs, of which one was asked for more metrics than the other
-        if (one.label, place) in drawn:
+        if (point.label, place) in drawn:
             continue
-        drawn.add((one.label, place))
+        drawn.add((point.label, place))
         if len(path) > 1:
-            kept, forgotten = zip(*path, strict=True)
-            series.append(CurveSeries(one.label, one.color, "line", kept, forgotten, False))
-            series.append(CurveSeries(one.label, one.color, "points", kept, forgotten, False))
+            utilities, forgotten = zip(*path, strict=True)
+            series.append(
+                CurveSeries(point.label, point.color, "line", utilities, forgotten, False)
+            )
+            series.append(
+                CurveSeries(point.label, point.color, "points", utilities, forgotten, False)
+            )
         if place is not None:
             x, y = place
-            series.append(CurveSeries(one.label, one.color, "mark", [x], [y], shape=one.shape))
-    places = [x for one in series for x in one.steps]
+            series.append(
+                CurveSeries(point.label, point.color, "mark", [x], [y], shape=point.shape)
+            )
+    places = [x for curve in series for x in curve.steps]
     if frontier.level is not None and places:
         series.insert(
             0, level_guide("distinguishable from the oracle below", LIMIT, frontier.level, places)
@@ -258,9 +264,9 @@ def _roc_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
     for attack in dict.fromkeys(name for _, _, suite in owners for name in suite.rocs):
         # of another split they are no curves to compare
         groups: dict[str, list[tuple[int, RunRecord, SuiteRecord]]] = {}
-        for one in owners:
-            if attack in one[2].rocs:
-                groups.setdefault(str(sorted(one[2].rows[attack].items())), []).append(one)
+        for owner in owners:
+            if attack in owner[2].rocs:
+                groups.setdefault(str(sorted(owner[2].rows[attack].items())), []).append(owner)
         for number, group in enumerate(groups.values(), 1):
             # above the diagonal forgotten rows still look like members, below it they are shunned
             series = [CurveSeries("chance", LIMIT, "guide", [0.0, 1.0], [0.0, 1.0])]
@@ -338,8 +344,8 @@ def _relearn_panels(runs: Sequence[RunRecord]) -> Iterator[ChartPanel]:
                 steps, values = zip(*points, strict=True)
                 if side == ORACLE_SIDE:
                     # runs of one study were attacked beside one oracle
-                    one = CurveSeries(side, ORACLE, "line", steps, values)
-                    beside.setdefault((side, values), one)
+                    reference_curve = CurveSeries(side, ORACLE, "line", steps, values)
+                    beside.setdefault((side, values), reference_curve)
                     continue
                 name = run.name if len(runs) > 1 else side
                 series.append(CurveSeries(name, color, "line", steps, values))

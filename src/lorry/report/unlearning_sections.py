@@ -56,10 +56,10 @@ def _add_start(
 ) -> None:
     """Put a start's values into its column; into one of their own, where those are of other rows."""
     rows = {metric: suite.rows[metric] for metric in values}
-    for one in starts:
-        if one.path == path and all(one.rows.get(n, r) == r for n, r in rows.items()):
-            one.values.update(values)
-            one.rows.update(rows)
+    for start in starts:
+        if start.path == path and all(start.rows.get(n, r) == r for n, r in rows.items()):
+            start.values.update(values)
+            start.rows.update(rows)
             return
     starts.append(_StartColumn(path, name, dict(values), dict(rows)))
 
@@ -119,9 +119,9 @@ def attack_tables(runs: Sequence[RunRecord]) -> list[SafeHtml]:
             # None where nobody attacked the run
             tables = getattr(run.evals.attacks, attack, {})
             for kind in dict.fromkeys(kind for side in tables.values() for kind in side):
-                for side, found in tables.items():
+                for side, by_kind in tables.items():
                     whose = side if len(runs) == 1 else f"{run.name}: {side}"
-                    values = found.get(kind, {})
+                    values = by_kind.get(kind, {})
                     names |= dict.fromkeys(values)
                     rows.append((f"{_plain(kind)}, {whose}", values))
         if rows:

@@ -84,7 +84,7 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 REFUSAL_REASONS = {
     "use_dora": "DoRA has a magnitude vector that the plain low-rank sum lacks",
-    "bias": "trained biases of the base are not part of a low-rank adapter",
+    "bias": "trained biases of the base model are not part of a low-rank adapter",
     "lora_bias": "a bias beside every lora_B, which the plain low-rank sum lacks",
     "modules_to_save": "whole trained layers are not part of a low-rank adapter",
 }

@@ -222,7 +222,7 @@ class ExpertConfig(SettingsGroup):
 class ExpertJobConfig(JobConfig):
     """One expert: a job of the run, or an adapter that is there."""
 
-    expert: dict[str, Any] = config_field({}, "what is not the run's")
+    expert: dict[str, Any] = config_field({}, "the settings that differ from the run's")
 
 
 class MoeDataConfig(DataConfig):

@@ -187,8 +187,9 @@ def _lora_bias(value: Any) -> tuple[str, Any] | None:
     """
     if value is True:
         raise ValueError(
-            "is true: in PEFT that trains a bias beside every lora_B, which is not built yet; leave it out "
-            "(bias, which trains biases of the base, is another setting)"
+            "is true: in PEFT that trains a bias beside every lora_B, which is not "
+            "built yet; leave it out (bias, which trains biases of the base model, "
+            "is another setting)"
         )
     return None if value is False or value is None else ("lora.bias", value)
 
@@ -239,7 +240,7 @@ _KERNELS = "kernels are chosen by what this machine has (lorry doctor)"
 _PROCESS = "a run is one process"
 _TYPE = "the model's and tokenizer's own files decide it"
 _OUTPUT = "an output directory is never overwritten: an earlier run moves to previous/N"
-_REPORT = "it stands in the run's report"
+_REPORT = "it is in the run's report"
 _WATCH = "a loss that is not finite always stops the run"
 IGNORED_ALIASES: dict[str, str] = {
     **dict.fromkeys(

@@ -77,11 +77,11 @@ class RelearnSettings:
     backend: str = "single"
 
 
-def measure_knowledge(asked: SuiteModel) -> dict[str, float]:
+def measure_knowledge(suite_model: SuiteModel) -> dict[str, float]:
     """How well the forget rows of a model are known: ES, probability, truth ratio (as TOFU reports
     it, and in the form that rises with knowledge).
     """
-    records = measure_suite(TOFU_SUITE, TOFU_SUITE.order(KNOWLEDGE_METRICS), asked)
+    records = measure_suite(TOFU_SUITE, TOFU_SUITE.order(KNOWLEDGE_METRICS), suite_model)
     ratio = records["forget_truth_ratio"]
     return {
         "extraction_strength": records["extraction_strength"]["agg_value"],
@@ -206,11 +206,11 @@ def relearn_robustness(
     model: Sequence[Mapping[str, float]], oracle: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
     """{metric: R} at the last step: 1 where nothing came back, or no more than the oracle learnt."""
-    found = {}
+    robustness = {}
     for name in RISING:
         rise, theirs = (curve[-1][name] - curve[0][name] for curve in (model, oracle))
-        found[name] = 1.0 if rise <= 0 else min(1.0, max(0.0, theirs / rise))
-    return found
+        robustness[name] = 1.0 if rise <= 0 else min(1.0, max(0.0, theirs / rise))
+    return robustness
 
 
 def quantize(
@@ -226,23 +226,23 @@ def quantize(
     if adapter is not None:
         merge(model, {adapter: 1.0})
     weights = linear_weights(model)
-    found = {}
+    by_dtype = {}
     for name, rounding in {"none": None, **ROUNDINGS}.items():
         tell(f"quantizing: {name}")
         if rounding is not None:
             # always of the merged weights, never of what the last one made of them
             round_linears(model, rounding, weights)
-        found[name] = measure_knowledge(SuiteModel(model, encoder, {"forget": rows}, Mix.none()))
-    return found
+        by_dtype[name] = measure_knowledge(SuiteModel(model, encoder, {"forget": rows}, Mix.none()))
+    return by_dtype
 
 
 def quantize_robustness(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """{metric: Q} of NF4: 1 where rounding brought nothing back."""
-    found = {}
+    robustness = {}
     for name in RISING:
         before, after = values["none"][name], values["nf4"][name]
-        found[name] = 1.0 if after <= before else before / after
-    return found
+        robustness[name] = 1.0 if after <= before else before / after
+    return robustness
 
 
 def mean_robustness(
@@ -264,31 +264,31 @@ def rephrased_sets(name: str, rows: Sequence[DataRow]) -> dict[str, SuiteSet]:
     prefix. Raises DataError for a row without a paraphrased question.
     """
     plain = question_set(name, rows, (ANSWER,))
-    made = {
+    by_wording = {
         "question": plain,
         PARAPHRASED_QUESTION: question_set(name, rows, (ANSWER,), key=PARAPHRASED_QUESTION),
     }
     for wording, template in {"format": FORMAT, "jailbreak": JAILBREAK}.items():
-        asked = tuple(
+        rephrased = tuple(
             SuiteRow(row.where, template.format(question=row.question), row.answers)
             for row in plain.rows
         )
-        made[wording] = SuiteSet(name, asked, content_digest([plain.digest, template]))
-    return made
+        by_wording[wording] = SuiteSet(name, rephrased, content_digest([plain.digest, template]))
+    return by_wording
 
 
-def rephrase(asked: SuiteModel) -> dict[str, dict[str, float]]:
+def rephrase(suite_model: SuiteModel) -> dict[str, dict[str, float]]:
     """{wording: ES, probability and ROUGE-L recall of the answers} of a model asked the sets of
     `rephrased_sets`.
     """
-    inputs, found = SuiteInputs(asked, {}), {}
-    for wording in asked.sets:
-        found[wording] = {
+    inputs, by_wording = SuiteInputs(suite_model, {}), {}
+    for wording in suite_model.sets:
+        by_wording[wording] = {
             "extraction_strength": measure_extraction(inputs, wording)["agg_value"],
             "probability": measure_probability(inputs, wording, ANSWER)["agg_value"],
             "rougeL_recall": measure_rouge(inputs, wording, ANSWER)["agg_value"],
         }
-    return found
+    return by_wording
 
 
 def knowledge_set(name: str, rows: Sequence[DataRow]) -> SuiteSet:

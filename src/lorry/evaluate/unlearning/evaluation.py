@@ -81,13 +81,13 @@ class SuiteEvaluation:
             + (f"; note: {one.note}" if one.note else "")
             for one in sets.values()
         ]
-        said = (*(f"note: {note}" for note in notes), *of_sets)
-        return cls(suite, tuple(names), sets, logs, said, limit, max_new_tokens, peer_floor)
+        lines = (*(f"note: {note}" for note in notes), *of_sets)
+        return cls(suite, tuple(names), sets, logs, lines, limit, max_new_tokens, peer_floor)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the rows that are asked and of the oracle's logs."""
-        rows = {role: one.digest for role, one in self.sets.items()}
+        rows = {role: suite_set.digest for role, suite_set in self.sets.items()}
         return digest_of({"rows": rows, "logs": self.logs.digest if self.logs else None})
 
     def ask(
@@ -125,10 +125,10 @@ class SuiteEvaluation:
         )
 
     def open_results(
-        self, asked: SuiteModel, folder: Path, before_write: Callable[[], None] = lambda: None
+        self, suite_model: SuiteModel, folder: Path, before_write: Callable[[], None] = lambda: None
     ) -> SuiteResults:
         """The two files of a folder, for records of this model. Raises DataError for damaged ones."""
-        model = asked.digest()
+        model = suite_model.digest()
         rows = {
             name: {role: self.sets[role].digest for role in self.suite.roles_of(name)}
             for name in self.names
@@ -157,7 +157,7 @@ class SuiteEvaluation:
 
     def measure(
         self,
-        asked: SuiteModel,
+        suite_model: SuiteModel,
         results: SuiteResults,
         tell: Callable[[str], None] = lambda name: None,
     ) -> dict[str, MetricRecord]:
@@ -167,7 +167,7 @@ class SuiteEvaluation:
         return measure_suite(
             self.suite,
             self.names,
-            asked,
+            suite_model,
             logs=self.logs,
             store=results,
             peer_floor=self.peer_floor,

@@ -86,11 +86,11 @@ def _load_set(kind: str, split: str, request: SuiteRequest) -> SuiteSet:
 
 def _worked_examples(split: str, request: SuiteRequest) -> str:
     """The examples before every question of knowmem, as text."""
-    made, name = "", f"knowmem/{split}"
+    examples, name = "", f"knowmem/{split}"
     for row in _read_split("knowmem", split, request):
         question, answer = (row_texts(row, field, name)[0] for field in MUSE_COLUMNS["knowmem"])
-        made += f"Question: {question}\nAnswer: {answer}\n\n"
-    return made
+        examples += f"Question: {question}\nAnswer: {answer}\n\n"
+    return examples
 
 
 def _read_split(kind: str, split: str, request: SuiteRequest) -> list[DataRow]:

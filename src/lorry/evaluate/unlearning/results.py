@@ -81,10 +81,10 @@ class SuiteResults:
         path = folder / eval_file(self.title)
         if not ownership.is_suite_file(path):
             return {}
-        found: dict[str, MetricRecord] = documents.read_object(path)
-        if not all(isinstance(record, dict) for record in found.values()):
+        records: dict[str, MetricRecord] = documents.read_object(path)
+        if not all(isinstance(record, dict) for record in records.values()):
             raise DataError(f"{path}: a metric is not an object; the file is damaged, move it away")
-        return found
+        return records
 
     def kept(self, name: str) -> MetricRecord | None:
         """A metric's record where it was measured of the very same things, else None."""
@@ -102,7 +102,9 @@ class SuiteResults:
             raise NonFiniteError(f"{name} is {value}; a metric of a suite has to be a number")
         head = {"digest": self.digests[name], "model": self.model, "rows": dict(self.rows[name])}
         # before the new one goes in: a file speaks of one model and of one set of rows
-        self.records = {known: one for known, one in self.records.items() if self._agrees(one)}
+        self.records = {
+            known: entry for known, entry in self.records.items() if self._agrees(entry)
+        }
         self.records[name] = head | record
         self._write()
 
@@ -111,15 +113,17 @@ class SuiteResults:
         Raises DataError for a damaged file there, DiskError.
         """
         theirs = self._read(folder)
-        same = {n: one for n, one in theirs.items() if one.get("digest") == self.digests.get(n)}
+        same = {
+            n: record for n, record in theirs.items() if record.get("digest") == self.digests.get(n)
+        }
         if same:
-            ours = {known: one for known, one in self.records.items() if self._agrees(one)}
+            ours = {known: record for known, record in self.records.items() if self._agrees(record)}
             # ours first: the folder may hold metrics that only `lorry eval` was asked for
             self.records = ours | same
             self._write()
 
     def _write(self) -> None:
-        summary = {known: one["agg_value"] for known, one in self.records.items()}
+        summary = {known: record["agg_value"] for known, record in self.records.items()}
         self.before_write()  # the latest moment: a metric may take minutes
         durable.make_directory(self.folder)
         durable.write_files(
@@ -135,7 +139,9 @@ class SuiteResults:
         a metric behind, and where that was the last one nothing would be added any more.
         """
         path = self.folder / summary_file(self.title)
-        summary = _as_json({known: one.get("agg_value") for known, one in self.records.items()})
+        summary = _as_json(
+            {known: record.get("agg_value") for known, record in self.records.items()}
+        )
         if ownership.differs_from(path, summary) or not path.exists():
             self.before_write()
             durable.write_files(self.folder, {path.name: summary})

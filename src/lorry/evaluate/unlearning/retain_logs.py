@@ -44,22 +44,24 @@ class RetainLogs:
         measured against them: the file itself may be gone when those are read.
         """
         values = {
-            name: one["agg_value"]
-            for name, one in self.records.items()
-            if isinstance(one, dict) and is_finite_number(one.get("agg_value"))
+            name: record["agg_value"]
+            for name, record in self.records.items()
+            if isinstance(record, dict) and is_finite_number(record.get("agg_value"))
         }
         return {"path": str(self.path.resolve()), "sha256": self.digest, "values": values}
 
     @classmethod
     def read(cls, path: Path) -> RetainLogs:
         """Raises DataError for a file that is absent, damaged or no EVAL.json."""
-        found = documents.read_object(path, nonfinite=True)  # each number that is used is checked
-        if not any(isinstance(one, dict) and "agg_value" in one for one in found.values()):
+        records = documents.read_object(path, nonfinite=True)  # each number that is used is checked
+        if not any(
+            isinstance(record, dict) and "agg_value" in record for record in records.values()
+        ):
             raise DataError(
                 f"retain_logs_path={path}: it has no metric with an agg_value; give "
                 "the oracle's EVAL.json, not its SUMMARY.json"
             )
-        return cls(path, found)
+        return cls(path, records)
 
     def truth_ratios(self, rows: SuiteSet) -> list[float]:
         """t of every forget row, in order. Raises DataError."""

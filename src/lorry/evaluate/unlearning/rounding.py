@@ -92,15 +92,15 @@ def round_linears(
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
     """{path: weight as it is now} of every linear but the output head."""
-    kept = set(head_and_embedding(model))
+    unrounded = set(head_and_embedding(model))
     return {
         path: layer.get_parameter("weight").detach()
         for path, layer in find_linears(model).items()
-        if path not in kept and _as_linear(layer, path) is not None
+        if path not in unrounded and _as_linear(layer, path) is not None
     }
 
 
 def _as_linear(layer: nn.Module, path: str) -> BankLinear | None:
     """The layer as a linear of the bank, whose layout it knows; None for an embedding."""
-    found = layer if isinstance(layer, AdaptableLayer) else wrap_module(layer, path)
-    return found if isinstance(found, BankLinear) else None
+    wrapped = layer if isinstance(layer, AdaptableLayer) else wrap_module(layer, path)
+    return wrapped if isinstance(wrapped, BankLinear) else None

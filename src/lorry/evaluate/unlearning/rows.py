@@ -95,13 +95,13 @@ def load_tofu_sets(
         "wf": "world_facts" + PERTURBED,
         "holdout": holdout_split or HOLDOUT_OF[forget_split],
     }
-    made = {}
+    sets = {}
     for role, fields in roles.items():
         rows, note = load_tofu_split(names[role], local)
         # real authors, world facts and holdouts have no other wording
         key = question_key if role in ("forget", "retain") else "question"
-        made[role] = question_set(names[role], rows, fields, key=key, note=note)
-    return made
+        sets[role] = question_set(names[role], rows, fields, key=key, note=note)
+    return sets
 
 
 def question_set(
@@ -117,8 +117,8 @@ def question_set(
     """
     if not rows:
         raise DataError(f"{name}: there are no rows")
-    asked = tuple(_suite_row(row, key, fields, name) for row in rows)
-    return SuiteSet(name, asked, _rows_digest(rows, key), note)
+    suite_rows = tuple(_suite_row(row, key, fields, name) for row in rows)
+    return SuiteSet(name, suite_rows, _rows_digest(rows, key), note)
 
 
 def _suite_row(row: DataRow, key: str, fields: tuple[str, ...], name: str) -> SuiteRow:

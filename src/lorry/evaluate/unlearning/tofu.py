@@ -54,7 +54,7 @@ def measure_utility(inputs: SuiteInputs) -> MetricRecord:
 
 def _role_metrics(role: str) -> dict[str, SuiteMetric]:
     """Probability, ROUGE and truth ratio of one set."""
-    made = {
+    metrics = {
         f"{role}_Q_A_Prob": role_metric(measure_probability, role, ANSWER),
         f"{role}_Q_A_PERT_Prob": role_metric(measure_probability, role, WRONG),
         f"{role}_Q_A_ROUGE": role_metric(measure_rouge, role, ANSWER, generates=True),
@@ -63,22 +63,22 @@ def _role_metrics(role: str) -> dict[str, SuiteMetric]:
     # only these two have paraphrases; of the others the right answer itself stands against the wrong
     if role in ("forget", "retain"):
         right = f"{role}_Q_A_PARA_Prob"
-        made[right] = role_metric(measure_probability, role, PARAPHRASED)
+        metrics[right] = role_metric(measure_probability, role, PARAPHRASED)
     parents = (right, f"{role}_Q_A_PERT_Prob")
     # forgotten is a model that favours neither; of what is kept, one that favours the truth
     form = "closer_to_1_better" if role == "forget" else "true_better"
     # so spelt in open-unlearning's result files, which are read by these names
     name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
-    made[name] = SuiteMetric(
+    metrics[name] = SuiteMetric(
         partial(measures.measure_truth_ratio, form=form, right=parents[0], wrong=parents[1]),
         parents,
     )
     if role in ("ra", "wf"):
-        made[f"{role}_Q_A_Prob_normalised"] = SuiteMetric(
+        metrics[f"{role}_Q_A_Prob_normalised"] = SuiteMetric(
             partial(measures.measure_normalised_probability, right=parents[0], wrong=parents[1]),
             parents,
         )
-    return made
+    return metrics
 
 
 FORGET_ANSWERS = {"forget": (ANSWER,)}

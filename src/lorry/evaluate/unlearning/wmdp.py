@@ -106,8 +106,8 @@ def _question(row: DataRow, name: str, subject: str) -> SuiteRow:
     about = subject or _subject(row)
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True)]
     head = QUESTIONS_ABOUT.format(subject=about) + "\n\n"
-    asked = "\n".join([f"{head}{question.strip()}", *lines, "Answer:"])
-    return SuiteRow(where, asked, {CHOICES: LETTERS}, right=right)
+    prompt = "\n".join([f"{head}{question.strip()}", *lines, "Answer:"])
+    return SuiteRow(where, prompt, {CHOICES: LETTERS}, right=right)
 
 
 def _subject(row: DataRow) -> str:

@@ -60,16 +60,16 @@ def read_alternates(path: str) -> dict[str, dict[str | None, list[str]]]:
     question, an alternate (or a list of them) and maybe an answer. White space around and within an
     answer does not count. Raises DataError, with file and line.
     """
-    found = dict[str, dict[str | None, list[str]]]()
+    by_question = dict[str, dict[str | None, list[str]]]()
     for row in open_source(path):
         question = next((row.values[c] for c in QUESTION_COLUMNS if c in row.values), None)
-        given = next((row.values[c] for c in ALTERNATE_COLUMNS if c in row.values), None)
-        if not isinstance(question, str) or given is None:
+        alternate = next((row.values[c] for c in ALTERNATE_COLUMNS if c in row.values), None)
+        if not isinstance(question, str) or alternate is None:
             raise DataError(
                 f"{row.where}: an alternate needs the columns question and alternate; it has "
                 f"{', '.join(map(str, row.values))}"
             )
-        answers = given if isinstance(given, list) else [given]
+        answers = alternate if isinstance(alternate, list) else [alternate]
         for answer in answers:
             if not isinstance(answer, str) or not answer.strip():
                 raise DataError(
@@ -78,8 +78,8 @@ def read_alternates(path: str) -> dict[str, dict[str | None, list[str]]]:
         # a question may stand in several rows: AltPO's files have a row for each alternate
         own = row.values.get("answer")
         key = _same_words(own) if isinstance(own, str) else None
-        found.setdefault(question.strip(), {}).setdefault(key, []).extend(answers)
-    return found
+        by_question.setdefault(question.strip(), {}).setdefault(key, []).extend(answers)
+    return by_question
 
 
 def alternates_of(
@@ -114,17 +114,17 @@ def alternates_of(
         finder.begin_set()
 
     def others() -> Iterator[DataExample]:
-        for found in read_examples(source, form):
-            if (row := places.get(found.where)) is None:  # a bad row, left out of the tokens too
+        for example in read_examples(source, form):
+            if (row := places.get(example.where)) is None:  # a bad row, left out of the tokens too
                 continue
             if finder is not None:
-                drawn = finder.of(found)
+                drawn = finder.of(example)
             else:
                 # of the row and not of a stream: the same whatever else is read, and after a resume
                 draws = [sequence_key(row, v) ^ sequence_key(seed, -1) for v in range(variants)]
                 drawn = [refusals[draw % len(refusals)] for draw in draws]
             for answer in drawn:
-                yield replace(found, content=replace_last_answer(found, answer))
+                yield replace(example, content=replace_last_answer(example, answer))
 
     encoded = TokenSet.of(encode_rows(others(), source, encoder), source, encoder)
     for number, where in enumerate(encoded.where):
@@ -152,12 +152,14 @@ class AlternatesFinder:
         """The rows that come now are those of another set: to forget, or to retain."""
         self.sets += 1
 
-    def of(self, found: DataExample) -> list[str]:
+    def of(self, example: DataExample) -> list[str]:
         """The alternates of a row. Raises DataError for none, and for those of another's."""
-        question, own = last_question(found), _same_words(last_answer(found))
+        question, own = last_question(example), _same_words(last_answer(example))
         by_answer = self.answers.get(question)
         if by_answer is None:
-            raise DataError(f"{found.where}: unlearn.alternates has no answer to {question!r:.80}")
+            raise DataError(
+                f"{example.where}: unlearn.alternates has no answer to {question!r:.80}"
+            )
         if own in by_answer:
             key: str | None = own
         elif None in by_answer:
@@ -166,7 +168,7 @@ class AlternatesFinder:
             (key,) = by_answer
         else:
             raise DataError(
-                f"{found.where}: unlearn.alternates has {question!r:.80} with {len(by_answer)} "
+                f"{example.where}: unlearn.alternates has {question!r:.80} with {len(by_answer)} "
                 "answers, none of which is this row's"
             )
         before = _turns_before_question(found)
@@ -179,7 +181,7 @@ class AlternatesFinder:
             )
         if first != before:
             raise DataError(
-                f"{found.where}: {question!r:.80} follows other turns than in "
+                f"{example.where}: {question!r:.80} follows other turns than in "
                 f"{where}, and unlearn.alternates does not tell the two apart: add "
                 "to its rows the column answer, with the answer that each "
                 "alternate replaces; if the answers are the same too, remove one "
@@ -192,36 +194,36 @@ def _same_words(text: str) -> str:
     return " ".join(text.split())
 
 
-def _turns_before_question(found: DataExample) -> list[tuple[str, str]]:
+def _turns_before_question(example: DataExample) -> list[tuple[str, str]]:
     """(role, content) of each."""
     turns: list[tuple[str, str]] = [
-        (message.role, message.content) for message in _conversation(found).messages
+        (message.role, message.content) for message in _conversation(example).messages
     ]
-    asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
-    return turns[: asked[-1]] if asked else turns[:-1]
+    user_turns = [number for number, (role, _) in enumerate(turns) if role == "user"]
+    return turns[: user_turns[-1]] if user_turns else turns[:-1]
 
 
-def last_question(found: DataExample) -> str:
+def last_question(example: DataExample) -> str:
     """The last thing the user says: what a row's alternates are found by. Raises DataError for a
     text, which asks nothing.
     """
-    content = _conversation(found)
-    asked = [message.content for message in content.messages if message.role == "user"]
-    return asked[-1].strip() if asked else ""
+    content = _conversation(example)
+    questions = [message.content for message in content.messages if message.role == "user"]
+    return questions[-1].strip() if questions else ""
 
 
-def last_answer(found: DataExample) -> str:
+def last_answer(example: DataExample) -> str:
     """What is said last. Raises DataError where that is no answer."""
-    last = _conversation(found).messages[-1]
+    last = _conversation(example).messages[-1]
     if last.role != "assistant":
-        raise DataError(f"{found.where}: the last turn is not an answer")
+        raise DataError(f"{example.where}: the last turn is not an answer")
     return last.content.strip()
 
 
-def replace_last_answer(found: DataExample, answer: str) -> Conversation:
+def replace_last_answer(example: DataExample, answer: str) -> Conversation:
     """The row's conversation with another last answer. Raises DataError where it ends with none."""
-    content = _conversation(found)
-    last_answer(found)
+    content = _conversation(example)
+    last_answer(example)
     plain = None
     if content.plain is not None:  # running text: what stands between prompt and answer stays
         prompt, old = content.plain
@@ -230,10 +232,10 @@ def replace_last_answer(found: DataExample, answer: str) -> Conversation:
     return replace(content, messages=turns, plain=plain)
 
 
-def _conversation(found: DataExample) -> Conversation:
-    if not isinstance(found.content, Conversation):
+def _conversation(example: DataExample) -> Conversation:
+    if not isinstance(example.content, Conversation):
         raise DataError(
-            f"{found.where}: plain text has no alternate answer; this method needs "
+            f"{example.where}: plain text has no alternate answer; this method needs "
             "rows of question and answer"
         )
-    return found.content
+    return example.content

@@ -153,22 +153,24 @@ class RetentionMonitor:
         """{eval_forget_probability, eval_retain_probability, eval_retain_kept, eval_balance, ...}."""
         mix = self.backend.mix_of(adapter)
         now = {role: self._measure(batches, mix) for role, batches in self.batches.items()}
-        found = {f"eval_{role}_probability": p for role, (p, _) in now.items()}
-        found |= {f"eval_{role}_nll": nll for role, (_, nll) in now.items()}
+        values = {f"eval_{role}_probability": p for role, (p, _) in now.items()}
+        values |= {f"eval_{role}_nll": nll for role, (_, nll) in now.items()}
         # more probable than at the start is not less than nothing forgotten
         forgotten = 1 - min(now[FORGET][0] / max(self.start[FORGET][0], 1e-12), 1.0)
-        kept = 1.0
+        retained = 1.0
         if RETAIN in now:
-            kept = now[RETAIN][0] / max(self.start[RETAIN][0], 1e-12)
-            found["eval_retain_kept"] = kept
-            collapsed = not kept >= self.stop_below  # a probability that is NaN has collapsed, too
+            retained = now[RETAIN][0] / max(self.start[RETAIN][0], 1e-12)
+            values["eval_retain_kept"] = retained
+            collapsed = (
+                not retained >= self.stop_below
+            )  # a probability that is NaN has collapsed, too
             if self.stops:
-                found[USABLE] = float(not collapsed)
+                values[USABLE] = float(not collapsed)
             if collapsed:
                 whose = f"{adapter}: " if self.several else ""
                 self.tell(
                     (
-                        f"COLLAPSE: {whose}answers of the retain set have {kept:.0%} of "
+                        f"COLLAPSE: {whose}answers of the retain set have {retained:.0%} of "
                         "their probability under the reference model "
                         f"(stop_below={self.stop_below:g}): the model is losing more "
                         "than the forget set. Lower learning_rate or gamma, or raise "
@@ -176,11 +178,11 @@ class RetentionMonitor:
                     )
                     + (STOPPED if self.stops else "")
                 )
-        kept = min(kept, 1.0)
-        found["eval_balance"] = (
-            2 * forgotten * kept / (forgotten + kept) if forgotten + kept else 0.0
+        retained = min(retained, 1.0)
+        values["eval_balance"] = (
+            2 * forgotten * retained / (forgotten + retained) if forgotten + retained else 0.0
         )
-        return found
+        return values
 
 
 def _spread_batches(tokens: TokenSet, rows: int) -> list[Batch]:
@@ -190,11 +192,11 @@ def _spread_batches(tokens: TokenSet, rows: int) -> list[Batch]:
     return tokens.select(chosen).eval_batches(rows)
 
 
-def build_unlearn(given: TaskInputs) -> BuiltTask:
+def build_unlearn(inputs: TaskInputs) -> BuiltTask:
     """The task. Raises ConfigError, DataError."""
-    model, jobs = given.opened.model, given.jobs
+    model, jobs = inputs.opened.model, inputs.jobs
     measured = StartMeasures()
-    monitors = {name: RetentionMonitor(job, given, measured) for name, job in jobs.items()}
+    monitors = {name: RetentionMonitor(job, inputs, measured) for name, job in jobs.items()}
     notes = list[str]()
     for name, job in jobs.items():
         notes += check_overlap(job)
@@ -216,10 +218,10 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
         notes.append(
             f"the adapter of {bank.start.path} is frozen and counts as part of the base model"
         )
-    config = _settings_of(given.run)
+    config = _settings_of(inputs.run)
     own = [_method_settings(job, monitors[name]) for name, job in jobs.items()]
     start = StartModel(
-        _width(given),
+        _width(inputs),
         [job.run.train.seed for job in jobs.values()],
         lambda hidden: model.logits(hidden, AdapterContext(Mix.none())),
     )
@@ -234,15 +236,15 @@ def build_unlearn(given: TaskInputs) -> BuiltTask:
             )
     reference: ReferenceReader = LiveReference(Mix.none())
     if config.reference == "cached":
-        reference = _read_reference(given, method)
+        reference = _read_reference(inputs, method)
     task = UnlearnTask(
-        given.stream,
+        inputs.stream,
         [],
-        given.total,
+        inputs.total,
         list(jobs),
         method=method,
         reference=reference,
-        models={"self": given.backend},
+        models={"self": inputs.backend},
         epoch_of={name: job.stream.epoch_of for name, job in jobs.items()},
         split=config.gradient != "plain",
     )
@@ -263,8 +265,8 @@ def _start_note(role: str, probability: float, nll: float) -> str:
     )
 
 
-def _width(given: TaskInputs) -> int:
-    config, embedding = given.opened.model.config, given.opened.model.get_input_embeddings()
+def _width(inputs: TaskInputs) -> int:
+    config, embedding = inputs.opened.model.config, inputs.opened.model.get_input_embeddings()
     known = config.get("hidden_size") or config.get("n_embd")
     if known is None and embedding is not None:
         known = embedding.get_parameter("weight").shape[1]
@@ -354,12 +356,12 @@ def _same_rows(forget: TokenSet, retain: TokenSet, whole: bool) -> list[tuple[st
     """(place of a row to forget, place of the retained row) that are alike, in all or in what is
     asked.
     """
-    kept = {_sequence(retain, row, whole): retain.where[row] for row in range(len(retain))}
-    kept.pop(b"", None)  # plain text asks nothing
+    retain_rows = {_sequence(retain, row, whole): retain.where[row] for row in range(len(retain))}
+    retain_rows.pop(b"", None)  # plain text asks nothing
     return [
-        (forget.where[row], kept[key])
+        (forget.where[row], retain_rows[key])
         for row in range(len(forget))
-        if (key := _sequence(forget, row, whole)) in kept
+        if (key := _sequence(forget, row, whole)) in retain_rows
     ]
 
 
@@ -369,28 +371,28 @@ def _sequence(tokens: TokenSet, row: int, whole: bool) -> bytes:
     span = slice(tokens.edges[row], tokens.edges[row + 1])
     if whole:
         return tokens.tokens[span].tobytes() + tokens.weights[span].tobytes()
-    asked = int(np.argmax(tokens.weights[span] != 0))
-    return tokens.tokens[span][:asked].tobytes() if asked > 1 else b""
+    prompt_end = int(np.argmax(tokens.weights[span] != 0))
+    return tokens.tokens[span][:prompt_end].tobytes() if prompt_end > 1 else b""
 
 
-def _read_reference(given: TaskInputs, method: UnlearnMethod) -> CachedReference:
+def _read_reference(inputs: TaskInputs, method: UnlearnMethod) -> CachedReference:
     """What the start says of every row that the run will read, before anything trains."""
     reference = CachedReference(Mix.none())
     # every step, not every row once: alternates are drawn anew in each epoch
-    for step in range(given.total):
-        for batch in given.stream.batches(step):
+    for step in range(inputs.total):
+        for batch in inputs.stream.batches(step):
             ready = method.prepare(batch)
             wants = method.reference_wants(ready)
             if not wants:
                 return reference
-            if given.run.lora is None and any(isinstance(w, FinalHidden) for w in wants.values()):
+            if inputs.run.lora is None and any(isinstance(w, FinalHidden) for w in wants.values()):
                 raise ConfigError(
-                    f"unlearn.method={_settings_of(given.run).method} needs the "
+                    f"unlearn.method={_settings_of(inputs.run).method} needs the "
                     "reference model's logits, and with lora=null the output head "
                     "may be trained; use an adapter, or retain_loss=NLL"
                 )
             if reference.lacks(ready):
-                reference.read(ready, wants, given.backend)
+                reference.read(ready, wants, inputs.backend)
     return reference
 
 

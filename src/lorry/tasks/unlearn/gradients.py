@@ -108,8 +108,8 @@ def _parts(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """The micro-batches of rows to forget, and those of rows to retain."""
     retain = [RETAIN in batch.role for batch in batches]
     return (
-        [batch for batch, kept in zip(batches, retain, strict=True) if not kept],
-        [batch for batch, kept in zip(batches, retain, strict=True) if kept],
+        [batch for batch, is_retain in zip(batches, retain, strict=True) if not is_retain],
+        [batch for batch, is_retain in zip(batches, retain, strict=True) if is_retain],
     )
 
 

@@ -49,6 +49,7 @@ def simnpo_loss(
     """[S]: -(2/beta) log sigmoid(beta (NLL / |y| - delta)) (SimNPO, Fan et al. 2024, arXiv
     2410.07163).
     """
+    # |y| in tokens; at least 1, or a sequence without a weight would give 0/0
     length = batch.sum_by_sequence(weights).clamp(min=1)
     mean = answer_nll(logprob, weights, batch) / length
     return -(2 / beta) * F.logsigmoid(beta * (mean - delta))
@@ -65,6 +66,7 @@ def weighted_ascent(logprob: Tensor, beta1: Tensor, beta2: Tensor | None = None)
     """[T]: -sg(p^beta1 (1 - p)^beta2) NLL_t, the exponents per token [T]: WGA without ``beta2``
     (Wang et al. 2025, arXiv 2502.19301), SatImp with it (Yang et al. 2025, arXiv 2505.11953).
     """
+    # sg: the weight of a token is a constant; with its gradient the loss would be another one
     fixed = logprob.detach()
     importance = (beta1 * fixed).exp()
     if beta2 is not None:
@@ -80,9 +82,10 @@ def steering_loss(states: Tensor, targets: Tensor, weights: Tensor, batch: Batch
     2403.03218). Only rows with a weight are read, in at least fp32: squares of bfloat16 activations
     lose most of their digits.
     """
-    at = torch.nonzero(weights, as_tuple=True)[0]
+    at = torch.nonzero(weights, as_tuple=True)[0]  # [t] the tokens that count
     wide = torch.promote_types(states.dtype, torch.float32)
     distance = (states[at].to(wide) - targets[at].to(wide)).square().mean(1)
     per_token = distance.new_zeros(len(weights)).index_copy(0, at, distance)
     total = batch.sum_by_sequence(weights.to(wide))
+    # a mean per sequence first, as RMU has it: a long answer counts as much as a short one
     return token_sum(per_token, weights, batch) / torch.where(total > 0, total, 1.0)

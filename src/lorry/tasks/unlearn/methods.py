@@ -184,25 +184,28 @@ class UnlearnMethod(ABC):
 
     def terms(self, batch: Batch, adapters: int) -> dict[str, Tensor]:
         """{term: [K]} this batch's weight of each."""
-        found = {"forget": self._weight(batch, self.forget_mean, FORGET_WEIGHTS, adapters)}
+        # the backend divides the sum over a step by the sum of these: a mean over the step, not a
+        # mean of means over its micro-batches
+        wants = {"forget": self._weight(batch, self.forget_mean, FORGET_WEIGHTS, adapters)}
         if self.retains:
-            found["retain"] = self._retain_weight(batch, adapters)
+            wants["retain"] = self._retain_weight(batch, adapters)
         if "retain_nll" in self.reported:
-            found["retain_nll"] = weights_by_adapter(batch, RETAIN_WEIGHTS, adapters)
-        return found
+            wants["retain_nll"] = weights_by_adapter(batch, RETAIN_WEIGHTS, adapters)
+        return wants
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         """{term: [S]}, factors inside: the terms that are not only reported add up to the loss."""
+        # total = gamma L_f + alpha L_r, each sequence in the one term of its role
         forget = self.number("gamma", batch, got) * self.forget_values(got, batch)
-        found = {"forget": torch.where(has_role(batch, FORGET), forget, 0.0)}
+        terms = {"forget": torch.where(has_role(batch, FORGET), forget, 0.0)}
         if self.retains:
             retain = self.retain_factor(batch, got) * self.retain_values(got, batch)
-            found["retain"] = torch.where(has_role(batch, RETAIN), retain, 0.0)
+            terms["retain"] = torch.where(has_role(batch, RETAIN), retain, 0.0)
         if "retain_nll" in self.reported:
-            found["retain_nll"] = answer_nll(
+            terms["retain_nll"] = answer_nll(
                 got["retain_nll"], batch.extra[RETAIN_WEIGHTS].values, batch
             )
-        return found
+        return terms
 
     @abstractmethod
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -285,6 +288,7 @@ class GradAscent(UnlearnMethod):
     """-NLL per token, and nothing else: it has no bound and ruins a model soon."""
 
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        # L_f = log p(y | x): descending it raises NLL without end, as log p has no lower bound
         return -answer_nll(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch)
 
 
@@ -301,6 +305,7 @@ class KL(GradDiff):
 class NPO(UnlearnMethod):
     """Negative preference optimisation against the start."""
 
+    # the sigmoid is of a whole answer's likelihood, so the mean is over answers, not tokens
     forget_mean = "sequence"
 
     def reference_wants(self, batch: Batch) -> Mapping[str, Want]:
@@ -317,6 +322,7 @@ class SimNPO(UnlearnMethod):
     forget_mean = "sequence"
 
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        # no reference_wants: the length-normalised NLL takes the place of NLL - NLL_ref
         beta, delta = (self.number(name, batch, got) for name in ("beta", "delta"))
         return simnpo_loss(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch, beta, delta)
 
@@ -330,8 +336,8 @@ class DPO(UnlearnMethod):
     forget_mean = "sequence"
 
     def prepare(self, batch: Batch) -> Batch:
-        made = super().prepare(batch)
-        return made.with_extra(**{PAIR_WEIGHTS: role_weights(made, FORGET, ALTERNATE)})
+        prepared = super().prepare(batch)
+        return prepared.with_extra(**{PAIR_WEIGHTS: role_weights(prepared, FORGET, ALTERNATE)})
 
     def forget_wants(self) -> Mapping[str, Want]:
         return {"pair": TokenScore(log_prob, weights=PAIR_WEIGHTS)}
@@ -341,6 +347,7 @@ class DPO(UnlearnMethod):
 
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
         weights = batch.extra[PAIR_WEIGHTS].values
+        # implicit reward log p(y) - log p_ref(y) of DPO, eq. 5; beta is applied by the loss
         reward = token_sum(got["pair"] - reference(batch, "pair"), weights, batch)
         own, other = partners(batch, FORGET)
         beta = self.number("beta", batch, got)[own]
@@ -367,6 +374,8 @@ class RMU(UnlearnMethod):
 
     @property
     def highest_layer(self) -> int | None:
+        # steering reads the output of this layer and no logits: layers above get no gradient,
+        # unless the retain term is one of logits
         return self.first.layer if self._embedded or not self.retains else None
 
     def forget_wants(self) -> Mapping[str, Want]:
@@ -382,9 +391,10 @@ class RMU(UnlearnMethod):
             self.number("steering_coeff", batch, got),
         )
         if self.first.adaptive:
-            total = batch.sum_by_sequence(weights)
+            total = batch.sum_by_sequence(weights)  # [S] answer tokens, weighted
             norm = reference(batch, "state").to(length.dtype).norm(dim=1)
             length = length * token_sum(norm, weights, batch) / torch.where(total > 0, total, 1.0)
+        # [S,D]; sequences of the base (-1) read the first direction, and weigh nothing
         directions = self.directions.to(length)[batch.adapter.clamp(min=0)]
         target = (length[:, None] * directions)[batch.sequence_of]
         return steering_loss(got["state"], target, weights, batch)
@@ -394,15 +404,16 @@ class UNDIAL(UnlearnMethod):
     """Distil the start with the logit of each answer token lowered by beta."""
 
     def prepare(self, batch: Batch) -> Batch:
-        made = super().prepare(batch)
-        strength = self.number("beta", made)[made.sequence_of]
-        made = made.with_extra(**{STRENGTH: BatchExtra(strength, "token")})
+        prepared = super().prepare(batch)
+        # [T]: adapters of one batch may lower by different beta, so it travels with the tokens
+        strength = self.number("beta", prepared)[prepared.sequence_of]
+        prepared = prepared.with_extra(**{STRENGTH: BatchExtra(strength, "token")})
         if not self.first.peer_masks:
-            return made
+            return prepared
         # the peer also averages over prompts, and there lowers entry V - 100: its ignored label
-        answer = made.extra[FORGET_WEIGHTS]
-        return made.with_extra(
-            **{ANSWER_WEIGHTS: answer, FORGET_WEIGHTS: full_weights(made, FORGET)}
+        answer = prepared.extra[FORGET_WEIGHTS]
+        return prepared.with_extra(
+            **{ANSWER_WEIGHTS: answer, FORGET_WEIGHTS: full_weights(prepared, FORGET)}
         )
 
     def reference_wants(self, batch: Batch) -> Mapping[str, Want]:
@@ -424,10 +435,10 @@ class CEU(UnlearnMethod):
     """
 
     def prepare(self, batch: Batch) -> Batch:
-        made = super().prepare(batch)
-        counts = self.number("ignore_first_n_answer_tokens", made)
-        weights = without_first_tokens(made, made.extra[FORGET_WEIGHTS].values, counts)
-        return made.with_extra(**{FORGET_WEIGHTS: BatchExtra(weights, "token")})
+        prepared = super().prepare(batch)
+        counts = self.number("ignore_first_n_answer_tokens", prepared)
+        weights = without_first_tokens(prepared, prepared.extra[FORGET_WEIGHTS].values, counts)
+        return prepared.with_extra(**{FORGET_WEIGHTS: BatchExtra(weights, "token")})
 
     def forget_wants(self) -> Mapping[str, Want]:
         return {"forget": TokenScore(contrary_cross_entropy, weights=FORGET_WEIGHTS)}
@@ -492,8 +503,8 @@ class PDU(UnlearnMethod):
         if not self.first.peer_masks:
             return super().prepare(batch)
         # the peer does not shift the forget mask: logits at the answer's tokens, not before them
-        made = super().prepare(append_token(batch, FORGET))
-        return made.with_extra(**{FORGET_WEIGHTS: delayed_weights(made, FORGET_WEIGHTS)})
+        prepared = super().prepare(append_token(batch, FORGET))
+        return prepared.with_extra(**{FORGET_WEIGHTS: delayed_weights(prepared, FORGET_WEIGHTS)})
 
     def forget_wants(self) -> Mapping[str, Want]:
         return {"forget": TokenScore(logit_spread, weights=FORGET_WEIGHTS)}
@@ -509,15 +520,16 @@ class PDU(UnlearnMethod):
         }
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
-        found = dict(super().loss(got, batch))
+        terms = dict(super().loss(got, batch))
+        # reported only: lambda does not scale it, and no gradient goes through it
         plain = self.retain_values(got, batch).detach()
-        found["retain_loss"] = torch.where(has_role(batch, RETAIN), plain, 0.0)
+        terms["retain_loss"] = torch.where(has_role(batch, RETAIN), plain, 0.0)
         # the term is lambda (L_r - eps): each sequence's part of eps is that of the term's weight
         bound = self._spread(self.bounds, batch, got) * self._retain_mass(batch)
-        found["retain"] = found["retain"] - self.retain_factor(batch, got) * bound
+        terms["retain"] = terms["retain"] - self.retain_factor(batch, got) * bound
         # the mean of one number over the step is that number
-        found["lambda"] = self._spread(self.multipliers, batch, got) * self._retain_mass(batch)
-        return found
+        terms["lambda"] = self._spread(self.multipliers, batch, got) * self._retain_mass(batch)
+        return terms
 
     def _retain_mass(self, batch: Batch) -> Tensor:
         """[S]: each sequence's part of the retain term's weight."""
@@ -546,6 +558,7 @@ class PDU(UnlearnMethod):
             due = s.dual_update_upon == "step" or after != now
             self.seen[k] = (0.0, 0) if due else (total, count)
             if due and now >= s.dual_warmup_epochs:
+                # projected dual ascent: a broken bound raises lambda, slack lowers it down to 0
                 rise = s.dual_step_size * (total / count - self.bounds[k])
                 self.multipliers[k] = max(0.0, self.multipliers[k] + rise)
 
@@ -595,8 +608,8 @@ class IdkAP(UnlearnMethod):
 
     def prepare(self, batch: Batch) -> Batch:
         # before weights are made: those of a forget row are then the refusal's
-        made = super().prepare(replace_by_alternates(batch, FORGET))
-        return made.with_extra(**{PAIR_WEIGHTS: role_weights(made, RETAIN, ALTERNATE)})
+        prepared = super().prepare(replace_by_alternates(batch, FORGET))
+        return prepared.with_extra(**{PAIR_WEIGHTS: role_weights(prepared, RETAIN, ALTERNATE)})
 
     def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return answer_nll(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch)
@@ -605,6 +618,7 @@ class IdkAP(UnlearnMethod):
         return {"pair": TokenScore(log_prob, weights=PAIR_WEIGHTS)} if self.retains else {}
 
     def retain_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        # log p(y): no reference, unlike DPO, so a reward is the likelihood itself
         likelihood = token_sum(got["pair"], batch.extra[PAIR_WEIGHTS].values, batch)
         own, other = partners(batch, RETAIN)
         values = preference_loss(
@@ -633,8 +647,8 @@ class JensUn(UnlearnMethod):
     def prepare(self, batch: Batch) -> Batch:
         # before the alternates are left out: it is from them that the ids are read
         marked = batch.with_extra(**{REFUSAL_IDS: repeated_alternates(batch, FORGET)})
-        kept = [s for s, role in enumerate(marked.role) if role != ALTERNATE]
-        return super().prepare(select_sequences(marked, kept))
+        without_alternates = [s for s, role in enumerate(marked.role) if role != ALTERNATE]
+        return super().prepare(select_sequences(marked, without_alternates))
 
     def forget_wants(self) -> Mapping[str, Want]:
         return {"forget": TokenScore(one_hot_jsd(REFUSAL_IDS), weights=FORGET_WEIGHTS)}
@@ -685,15 +699,15 @@ UNLEARN_METHODS: Mapping[str, type[UnlearnMethod]] = {
 
 def make_method(
     name: str,
-    given: Sequence[Mapping[str, Any]],
+    job_settings: Sequence[Mapping[str, Any]],
     start: StartModel,
     *,
     direction_only: bool = False,
 ) -> UnlearnMethod:
-    """A method for K adapters, ``given`` the settings that each has of its own; ``direction_only``:
+    """A method for K adapters, ``job_settings`` those that each has of its own; ``direction_only``:
     see `UnlearnMethod`. Raises ConfigError: see `resolve_settings`.
     """
-    settings = [resolve_settings(name, own) for own in given]
+    settings = [resolve_settings(name, own) for own in job_settings]
     method = UNLEARN_METHODS[name](settings, start)
     method.direction_only = direction_only
     return method

@@ -27,18 +27,19 @@ def has_role(batch: Batch, *roles: str) -> Tensor:
 
 def role_weights(batch: Batch, *roles: str) -> BatchExtra:
     """[T] float32: the batch's weights at the sequences of some roles, 0 elsewhere."""
-    kept = has_role(batch, *roles)[batch.sequence_of]
-    return BatchExtra(torch.where(kept, batch.weights, 0.0), "token")
+    has_weight = has_role(batch, *roles)[batch.sequence_of]
+    return BatchExtra(torch.where(has_weight, batch.weights, 0.0), "token")
 
 
 def full_weights(batch: Batch, *roles: str) -> BatchExtra:
     """[T] float32: 1 at every token but the first of the sequences of some roles, prompts included."""
-    kept = has_role(batch, *roles)[batch.sequence_of] & (batch.positions > 0)
-    return BatchExtra(kept.float(), "token")
+    has_weight = has_role(batch, *roles)[batch.sequence_of] & (batch.positions > 0)
+    return BatchExtra(has_weight.float(), "token")
 
 
 def weights_by_adapter(batch: Batch, name: str, adapters: int) -> Tensor:
     """[K] float64: an extra's per-token weights, added up per adapter."""
+    # float64: a step's total weight divides its loss, and fp32 sums depend on their order
     per_sequence = batch.sum_by_sequence(batch.extra[name].values.double())
     own = batch.adapter >= 0
     total = torch.zeros(adapters, dtype=torch.float64, device=batch.starts.device)
@@ -62,21 +63,21 @@ def partners(batch: Batch, role: str) -> tuple[Tensor, Tensor]:
     """(sequences of a role [n], the alternate of each [n]), int64. Raises DataError for one without
     an alternate in its group, or with several.
     """
-    found: dict[tuple[int, int], list[int]] = {}
+    members: dict[tuple[int, int], list[int]] = {}
     group, adapter = batch.group.tolist(), batch.adapter.tolist()
     for s, of in enumerate(batch.role):
         if of == ALTERNATE:
-            found.setdefault((group[s], adapter[s]), []).append(s)
+            members.setdefault((group[s], adapter[s]), []).append(s)
     own = [s for s, of in enumerate(batch.role) if of == role]
     for s in own:
         # with two, which of them is meant would hang on their order in the batch
-        count = len(found.get((group[s], adapter[s]), [])) if group[s] >= 0 else 0
+        count = len(members.get((group[s], adapter[s]), [])) if group[s] >= 0 else 0
         if count != 1:
             raise DataError(
                 f"the {role} sequence with key {int(batch.key[s])} has {count} "
                 "alternate answers in its group; exactly one is needed"
             )
-    others = [found[group[s], adapter[s]][0] for s in own]
+    others = [members[group[s], adapter[s]][0] for s in own]
     device = batch.starts.device
     return (
         torch.tensor(own, dtype=torch.int64, device=device),
@@ -97,8 +98,8 @@ def append_token(batch: Batch, *roles: str) -> Batch:
     real, source = at >= 0, at.clamp(min=0)
 
     def spread(values: Tensor) -> Tensor:
-        taken = values[source]
-        return torch.where(real.view(-1, *[1] * (taken.dim() - 1)), taken, torch.zeros_like(taken))
+        rows = values[source]
+        return torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros_like(rows))
 
     lengths = [n + more for n, more in zip(batch.lengths.tolist(), longer, strict=True)]
     return replace(
@@ -129,9 +130,11 @@ def split_parts(batch: Batch) -> list[Batch]:
     """
     # a group's number is one of its adapter: jobs in one batch count from 0 each
     places = list(zip(batch.group.tolist(), batch.adapter.tolist(), strict=True))
-    kept = {place for place, role in zip(places, batch.role, strict=True) if role == RETAIN}
+    retain_places = {
+        place for place, role in zip(places, batch.role, strict=True) if role == RETAIN
+    }
     retain = [
-        role == RETAIN or (role == ALTERNATE and place in kept)
+        role == RETAIN or (role == ALTERNATE and place in retain_places)
         for place, role in zip(places, batch.role, strict=True)
     ]
     parts = [[s for s, of in enumerate(retain) if of == which] for which in (False, True)]
@@ -142,11 +145,11 @@ def replace_by_alternates(batch: Batch, role: str) -> Batch:
     """Every sequence of a role gives way to its alternate, which takes the role: what it asks is
     learnt with the other answer, and its own answer need not be read.
     """
-    own, others = (found.tolist() for found in partners(batch, role))
-    taken, gone = set(others), set(own)
-    renamed = tuple(role if s in taken else of for s, of in enumerate(batch.role))
-    kept = [s for s in range(len(batch)) if s not in gone]
-    return select_sequences(replace(batch, role=renamed), kept)
+    own, others = (side.tolist() for side in partners(batch, role))
+    promoted, gone = set(others), set(own)
+    renamed = tuple(role if s in promoted else of for s, of in enumerate(batch.role))
+    remaining = [s for s in range(len(batch)) if s not in gone]
+    return select_sequences(replace(batch, role=renamed), remaining)
 
 
 def repeated_alternates(batch: Batch, role: str) -> BatchExtra:
@@ -154,7 +157,7 @@ def repeated_alternates(batch: Batch, role: str) -> BatchExtra:
     of turn among them, again and again from its first; 0 elsewhere.
     """
     ids = torch.zeros_like(batch.tokens)
-    for own, other in zip(*(found.tolist() for found in partners(batch, role)), strict=True):
+    for own, other in zip(*(side.tolist() for side in partners(batch, role)), strict=True):
         (start, stop), (first, last) = batch.segments[own], batch.segments[other]
         at = start + torch.nonzero(batch.weights[start:stop], as_tuple=True)[0]
         words = batch.tokens[first:last][batch.weights[first:last] != 0]

@@ -42,18 +42,19 @@ class LiveReference:
         """The batch with an extra `reference_NAME` [T, ...] for every want."""
         if not wants:
             return batch
+        # the same batch object as the policy reads: other shapes would round otherwise
         mix = self.mix if isinstance(self.mix, Mix) else self.mix(batch)
-        said = scorer.score([batch], wants, mix)[0]
-        return attach_said(batch, wants, said)
+        scores = scorer.score([batch], wants, mix)[0]
+        return attach_said(batch, wants, scores)
 
 
-def attach_said(batch: Batch, wants: Mapping[str, Want], said: Mapping[str, Tensor]) -> Batch:
-    """The batch with what was said as extras. `FinalHidden` moves on by a token: the head reads that
+def attach_said(batch: Batch, wants: Mapping[str, Want], scores: Mapping[str, Tensor]) -> Batch:
+    """The batch with the reference's scores as extras. `FinalHidden` moves on by a token: the head reads that
     of t - 1 to predict t.
     """
     placed = {
         name: values.roll(1, 0) if isinstance(wants[name], FinalHidden) else values
-        for name, values in said.items()
+        for name, values in scores.items()
     }
     return batch.with_extra(**{REFERENCE + n: BatchExtra(v, "token") for n, v in placed.items()})
 
@@ -75,6 +76,7 @@ class CachedReference:
         """Ask the start about a batch as `UnlearnMethod.prepare` made it."""
         read = self.live.attach(batch, wants, scorer)
         for (start, stop), digest in zip(batch.segments, _digests(batch), strict=True):
+            # clone: a view would keep the whole batch's tensor in memory
             self.said[digest] = {name: reference(read, name)[start:stop].clone() for name in wants}
 
     def lacks(self, batch: Batch) -> bool:
@@ -87,17 +89,17 @@ class CachedReference:
         """
         if not wants:
             return batch
-        found = [self.said.get(digest) for digest in _digests(batch)]
-        missing = [int(batch.key[s]) for s, said in enumerate(found) if said is None]
+        by_sequence = [self.said.get(digest) for digest in _digests(batch)]
+        missing = [int(batch.key[s]) for s, scores in enumerate(by_sequence) if scores is None]
         if missing:
             raise DataError(
                 f"unlearn.reference=cached: {len(missing)} sequences (keys "
                 f"{missing[:8]}) were not scored before training"
             )
-        kept = [said for said in found if said is not None]
+        cached = [scores for scores in by_sequence if scores is not None]
         return batch.with_extra(
             **{
-                REFERENCE + n: BatchExtra(torch.cat([said[n] for said in kept]), "token")
+                REFERENCE + n: BatchExtra(torch.cat([scores[n] for scores in cached]), "token")
                 for n in wants
             }
         )

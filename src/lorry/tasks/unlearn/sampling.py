@@ -92,10 +92,10 @@ def alternate_prompt(
     if not encoder.has_template:
         return encode_continuation(encoder, f"{request}\n{settings.prefill}")
     # what stands before the question stays; "." is in the place of the answer that is asked for
-    asked = replace_last_answer(row, ".")
-    *before, _, answer = asked.messages
+    conversation = replace_last_answer(row, ".")
+    *before, _, answer = conversation.messages
     turns = (*before, ChatMessage("user", request), answer)
-    prompt = encoder.prompt(replace(asked, messages=turns, plain=None))
+    prompt = encoder.prompt(replace(conversation, messages=turns, plain=None))
     return [*prompt, *(encoder.tokens.one(settings.prefill).ids if settings.prefill else [])]
 
 
@@ -113,7 +113,7 @@ def sample_alternates(
     """
     prompts = [alternate_prompt(row, encoder, settings) for row in rows]
     missing = [(row, copy) for row in range(len(rows)) for copy in range(settings.n)]
-    found = dict[tuple[int, int], SampledAlternate]()
+    alternates = dict[tuple[int, int], SampledAlternate]()
     total = len(missing)
     # a greedy answer is the same however often it is asked for
     for attempt in range(MOST_TRIES if settings.temperature > 0 else 1):
@@ -130,11 +130,11 @@ def sample_alternates(
                 text = _text(encoder, output.completion.tokens)
                 if text:
                     cut = output.completion.finish_reason == "length"
-                    found[row, copy] = _sampled(rows[row], text, cut)
-            tell(f"{len(found)} of {total} alternates")
-        missing = [place for place in missing if place not in found]
+                    alternates[row, copy] = _sampled(rows[row], text, cut)
+            tell(f"{len(alternates)} of {total} alternates")
+        missing = [place for place in missing if place not in alternates]
         if not missing:
-            return [found[place] for place in sorted(found)]
+            return [alternates[place] for place in sorted(alternates)]
     first = rows[missing[0][0]]
     raise ModelError(
         f"{first.where}: no alternate of {last_question(first)!r:.80}: the model's "

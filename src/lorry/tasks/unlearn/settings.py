@@ -54,7 +54,7 @@ NOT_NEGATIVE = ("gamma", "alpha", "beta1", "beta2", "layer", "ignore_first_n_ans
 WORDS = {"retain_loss": get_args(RetainLoss), "dual_update_upon": get_args(DualUpdate)}
 
 
-def resolve_settings(method: str, given: Mapping[str, Any]) -> UnlearnSettings:
+def resolve_settings(method: str, values: Mapping[str, Any]) -> UnlearnSettings:
     """The given settings over the method's defaults. Raises ConfigError for an unknown method, a
     setting that the method does not read, or a value out of bounds.
     """
@@ -66,7 +66,7 @@ def resolve_settings(method: str, given: Mapping[str, Any]) -> UnlearnSettings:
     defaults = dict(UNLEARN_METHODS[method])
     if defaults.get("retain_loss_eps") == "auto":  # a number of the start, which nobody knows here
         defaults["retain_loss_eps"] = None
-    for name, value in given.items():
+    for name, value in values.items():
         if name not in defaults:
             readers = [m for m, reads in UNLEARN_METHODS.items() if name in reads]
             whose = f"it is a setting of {', '.join(readers)}" if readers else "no method uses it"
@@ -75,7 +75,7 @@ def resolve_settings(method: str, given: Mapping[str, Any]) -> UnlearnSettings:
                 f"{', '.join(defaults)}{suggest_nearest(name, defaults)}"
             )
         _check_value(name, value)
-    return UnlearnSettings(**{**defaults, **given})
+    return UnlearnSettings(**{**defaults, **values})
 
 
 def _check_value(name: str, value: Any) -> None:

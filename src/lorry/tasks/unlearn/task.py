@@ -74,8 +74,10 @@ class UnlearnTask(SftTask):
         self.steps = int(state["steps"])
 
     def _attached(self, batch: Batch, models: Mapping[str, ScoringBackend]) -> Batch:
-        made = self.method.prepare(batch)
-        return self.reference.attach(made, self.method.reference_wants(made), models["self"])
+        prepared = self.method.prepare(batch)
+        return self.reference.attach(
+            prepared, self.method.reference_wants(prepared), models["self"]
+        )
 
     def _weigh(self, batch: Batch) -> Batch:
         return batch.with_terms(**self.method.terms(batch, len(self.adapters)))

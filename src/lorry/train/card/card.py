@@ -93,7 +93,7 @@ def render_run_card(
         run,
         at=at,
         plot=plot,
-        licences={**{name: found.licence for name, found in known.items()}, **licences},
+        licences={**{name: named_set.licence for name, named_set in known.items()}, **licences},
         sets=known,
         datasets=_datasets_of_card(written) if written.is_file() else None,
     )
@@ -109,7 +109,7 @@ def _datasets_of_card(path: Path) -> list[str] | None:
     # a signature proves nothing about who made it: the strict reader, and types looked at
     front, _ = parse_yaml(text.split("---\n")[1], str(path))
     listed = front.get("datasets", []) if isinstance(front, dict) else None
-    return [str(one) for one in listed] if isinstance(listed, list) else None
+    return [str(entry) for entry in listed] if isinstance(listed, list) else None
 
 
 def render_card(
@@ -225,24 +225,26 @@ def _base_model_section(run: RunRecord) -> str:
 def _data_section(run: RunRecord, hide: list[str]) -> str:
     rows = list[list[str]]()
     whole = ", ".join([*data_sources(run), *named_set_names(run)])
-    sets = [(name, one) for name in run.job_names for one in row_sets_of(run, name)]
-    roles = any(one.role for _, one in sets)
-    for name, one in sets:
-        said = one.facts.get("source") or (", ".join(one.sources) if one.role else whole)
-        if one.facts.get("streamed"):
+    sets = [(name, row_set) for name in run.job_names for row_set in row_sets_of(run, name)]
+    roles = any(row_set.role for _, row_set in sets)
+    for name, row_set in sets:
+        source = row_set.facts.get("source") or (
+            ", ".join(row_set.sources) if row_set.role else whole
+        )
+        if row_set.facts.get("streamed"):
             counts = ["streamed", EMPTY_CELL, EMPTY_CELL, EMPTY_CELL]
         else:
             counts = [
-                escape_markdown(one.facts.get(key, EMPTY_CELL if one.role else ""))
+                escape_markdown(row_set.facts.get(key, EMPTY_CELL if row_set.role else ""))
                 for key in ("rows", "sequences", "tokens", "supervised")
             ]
         rows.append(
             [
                 *([code_span(name)] if name is not None else []),
-                *([escape_markdown(one.role)] if roles else []),
-                code_span(strip_directories(said, hide)),
+                *([escape_markdown(row_set.role)] if roles else []),
+                code_span(strip_directories(source, hide)),
                 *counts,
-                code_span(one.facts.get("sha256", "")),
+                code_span(row_set.facts.get("sha256", "")),
             ]
         )
     head = [
@@ -257,9 +259,9 @@ def _data_section(run: RunRecord, hide: list[str]) -> str:
     ]
     # once for all jobs that read the same
     lost = dict.fromkeys(
-        f"- left out{f' of {one.role}' if one.role else ''}: {escape_markdown(n)} rows ({escape_markdown(reason)})"
-        for _, one in sets
-        for reason, n in (one.facts.get("left_out") or {}).items()
+        f"- left out{f' of {row_set.role}' if row_set.role else ''}: {escape_markdown(n)} rows ({escape_markdown(reason)})"
+        for _, row_set in sets
+        for reason, n in (row_set.facts.get("left_out") or {}).items()
     )
     left_out = "\n".join(lost)
     return markdown_table(head, rows) + (f"\n\n{left_out}" if left_out else "")
@@ -286,9 +288,9 @@ def _lora_section(run: RunRecord, hide: list[str]) -> str:
     own = [
         [
             f"{escape_markdown(name)}: its own settings",
-            code_span(strip_directories(json.dumps(given), hide)),
+            code_span(strip_directories(json.dumps(settings), hide)),
         ]
-        for name, given in groups.items()
+        for name, settings in groups.items()
     ]
     return markdown_table(["", ""], [*ranks, *own])
 
@@ -304,10 +306,10 @@ def _training_section(run: RunRecord) -> str:
 
 
 def _settings_text(group: str, values: Mapping[str, Any]) -> str:
-    kept = {k: v for k, v in values.items() if v not in (None, {}, [], False)}
+    shown = {k: v for k, v in values.items() if v not in (None, {}, [], False)}
     texts = {
         k: json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else v
-        for k, v in kept.items()
+        for k, v in shown.items()
     }
     return markdown_table(
         ["setting", "value"],

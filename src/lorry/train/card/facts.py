@@ -32,25 +32,28 @@ def training_figures(run: RunRecord) -> dict[str, str]:
     stopped; the report has both.
     """
     steps = [r for r in run.log.records if "loss" in r]
-    found: dict[str, str] = {}
+    figures: dict[str, str] = {}
     for name in run.job_names:
-        own = [(r["step"], one) for r in steps if "loss" in (one := _record_values(r, name))]
+        own = [(r["step"], values) for r in steps if "loss" in (values := _record_values(r, name))]
         if own:
             lead = "" if name is None else f"{name}: "
-            found |= {f"{lead}steps": str(own[-1][0]), f"{lead}last loss": str(own[-1][1]["loss"])}
+            figures |= {
+                f"{lead}steps": str(own[-1][0]),
+                f"{lead}last loss": str(own[-1][1]["loss"]),
+            }
             if (best := _best_step(run, name)) is not None:
-                found[f"{lead}adapter of step"] = f"{best} (the best evaluated)"
+                figures[f"{lead}adapter of step"] = f"{best} (the best evaluated)"
     sums = {
         name: sum(r[name] for r in steps if is_finite_number(r.get(name)))
         for name in ("tokens", "supervised_tokens")
     }
     if steps:
-        found |= {
+        figures |= {
             "tokens read": f"{sums['tokens']:,}",
             "of which supervised": f"{sums['supervised_tokens']:,}",
         }
     known = {name: (run.receipt or {}).get(f"{name}_parameters") for name in ("trainable", "total")}
-    return found | {
+    return figures | {
         f"{name} parameters": f"{count:,}"
         for name, count in known.items()
         if isinstance(count, int)
@@ -66,7 +69,7 @@ def metric_changes(run: RunRecord) -> dict[str, dict[str, MetricChange]]:
     """{data set: {metric: value}}: the last evaluation in training (that of the step the adapter is
     of), and evaluation.json.
     """
-    found: dict[str, dict[str, MetricChange]] = {}
+    changes: dict[str, dict[str, MetricChange]] = {}
     for name in run.job_names:
         lines, best = _evaluation_steps(run, name), _best_step(run, name)
         chosen = [values for step, values in lines if best in (None, step)]
@@ -80,20 +83,22 @@ def metric_changes(run: RunRecord) -> dict[str, dict[str, MetricChange]]:
                 k.removeprefix(EVALUATION_PREFIX): MetricChange(None, v)
                 for k, v in measured.items()
             }
-            found[HELD_OUT_SET if name is None else f"{name}: {HELD_OUT_SET}"] = values
+            changes[HELD_OUT_SET if name is None else f"{name}: {HELD_OUT_SET}"] = values
     for entry in run.evaluation:
         values = {name: _finite_change(change) for name, change in entry.metrics.items()}
-        if kept := {k: v for k, v in values.items() if v.after is not None or v.before is not None}:
-            found[entry.name] = kept
-    return found
+        if known := {
+            k: v for k, v in values.items() if v.after is not None or v.before is not None
+        }:
+            changes[entry.name] = known
+    return changes
 
 
 def _evaluation_steps(run: RunRecord, name: str | None) -> list[tuple[int, Mapping[str, Any]]]:
     """(step, values) of each evaluation in training."""
-    found = [(r["step"], _record_values(r, name)) for r in run.log.records]
+    by_step = [(r["step"], _record_values(r, name)) for r in run.log.records]
     return [
         (step, values)
-        for step, values in found
+        for step, values in by_step
         if any(key.startswith(EVALUATION_PREFIX) for key in values)
     ]
 

@@ -137,7 +137,7 @@ def _common_licence(run: RunRecord, licences: LicenceNames) -> str | None:
     """The one licence of everything the run was made of, if all of it is known and the hub knows
     the name.
     """
-    found = {
+    licences_found = {
         licences.get(name, "").lower()
         for name in [
             *data_sources(run),
@@ -146,7 +146,11 @@ def _common_licence(run: RunRecord, licences: LicenceNames) -> str | None:
             public_base_name(run),
         ]
     }
-    return next(iter(found)) if len(found) == 1 and found <= HUB_LICENCES else None
+    return (
+        next(iter(licences_found))
+        if len(licences_found) == 1 and licences_found <= HUB_LICENCES
+        else None
+    )
 
 
 # --- what it was made of
@@ -186,8 +190,10 @@ def row_sets_of(run: RunRecord, job: str | None) -> list[CardRowSet]:
     return sets
 
 
-def _as_sources(given: Any) -> tuple[str, ...]:
-    return tuple(str(one) for one in (given if isinstance(given, list) else [given]) if one)
+def _as_sources(value: Any) -> tuple[str, ...]:
+    return tuple(
+        str(source) for source in (value if isinstance(value, list) else [value]) if source
+    )
 
 
 def data_sources(run: RunRecord) -> list[str]:
@@ -223,9 +229,9 @@ def named_set_names(run: RunRecord) -> list[str]:
     )
     return list(
         dict.fromkeys(
-            one
+            set_name
             for name in mixed
-            for one in shipped_catalog().suites.get(name) or [_catalogue_name(name)]
+            for set_name in shipped_catalog().suites.get(name) or [_catalogue_name(name)]
         )
     )
 
@@ -242,12 +248,12 @@ def catalogue_entries(run: RunRecord) -> dict[str, NamedSet]:
     """What the catalogue knows of the sets of a mixture, and of the hub data sets, by the names
     they have in the run.
     """
-    found = {name: _catalogue_name(name) for name in named_set_names(run)}
+    set_names = {name: _catalogue_name(name) for name in named_set_names(run)}
     for source in data_sources(run):
         if is_hub_id(hub := split_hub_id(run, source) or source):
-            found[source] = _catalogue_name(hub)
+            set_names[source] = _catalogue_name(hub)
     sets = shipped_catalog().sets
-    return {name: sets[known] for name, known in found.items() if known in sets}
+    return {name: sets[known] for name, known in set_names.items() if known in sets}
 
 
 def local_set_names(run: RunRecord) -> set[str]:
