@@ -54,7 +54,7 @@ def test_1_a_target_that_matches_nothing(start: Start, tmp_path: Path) -> None:
 def test_1_an_adapter_on_no_module() -> None:
     checks = ContractChecks()
     with pytest.raises(
-        ContractError, match=r"contract 1 broken .*adapter 'default' sits on no module"
+        ContractError, match=r"contract 1 broken .*adapter 'default' is attached to no module"
     ):
         checks.begin(engine_for(Fixed([[examples(1)]]), Path()).backend, {"default": []})
     assert checks.report()[0]["status"] == "failed"
@@ -318,7 +318,7 @@ def test_4_attention_that_sees_the_neighbour(
     monkeypatch.setenv("LORRY_PROOFS", "0")  # they would see it when the model is loaded
     broken(
         4,
-        r"a sequence's scores change by \d\.\d\de[-+]\d\d with the tokens of its neighbours",
+        r"a sequence's scores change by \d\.\d\de[-+]\d\d with the tokens of other sequences",
         base=family,
         target_modules="auto",
     )

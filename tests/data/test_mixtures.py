@@ -87,7 +87,7 @@ def test_every_row_is_read_once_and_counted(make: Make) -> None:
     assert prepared.report.tokens == sum(part["tokens"] for part in parts.values())
     lines = prepared.report.lines()
     assert any(
-        "bool_q: 12 rows, 12 drawn an epoch (37.5%)" in line and "none cut" in line
+        "bool_q: 12 rows, 12 drawn per epoch (37.5%)" in line and "none cut" in line
         for line in lines
     )
 
@@ -279,7 +279,7 @@ def test_a_folder_tells_its_splits_apart(tmp_path: Path) -> None:
         ({"mix": ["bool_q", "BoolQ"]}, ConfigError, "data.mix names 'bool_q' twice"),
         ({"template": 4, "mix": ["bool_q", "paws"], "local": {"bool_q": "x", "paws": "y"}}, ConfigError,
          "data.template=4: paws has templates 0 to 3"),
-        ({"test_size": 15}, ConfigError, "15 of 12 rows of bool_q and leaves none"),
+        ({"test_size": 15}, ConfigError, "15 of 12 rows of bool_q, which leaves none"),
     ],
 )  # fmt: skip
 def test_bad_input_says_which_set(

@@ -504,7 +504,7 @@ def test_likelihoods_alone_equal_a_plain_forward_pass(world: World) -> None:  # 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"min_p": 0.1}, "min_p is not understood"), ({"max_gen_tok": 3}, "did you mean 'max_gen_toks'"),
+        ({"min_p": 0.1}, "min_p is not supported"), ({"max_gen_tok": 3}, "did you mean 'max_gen_toks'"),
         ({"temperature": -1.0}, "temperature is -1.0"),
     ],
 )  # fmt: skip

@@ -115,7 +115,7 @@ def test_every_layer_lies_on_some_stage(pipeline: int) -> None:
         ),
         (
             {"backend": "megatron", "processes": 6, "tensor": 4},
-            "backend.processes=6 is no multiple",
+            "backend.processes=6 is not a multiple",
         ),
         (
             {"backend": "megatron", "processes": 3, "tensor": 3},

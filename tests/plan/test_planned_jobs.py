@@ -123,7 +123,7 @@ def test_adapters_of_several_bases(tmp_path: Path) -> None:
         config = {"base_model_name_or_path": base, "r": 8}
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ModelError, match=r"for several bases \(a for gpt2, b for pythia-160m\); name one"
+        ModelError, match=r"for several base models \(a for gpt2, b for pythia-160m\); name"
     ):
         find_config(str(tmp_path))
 

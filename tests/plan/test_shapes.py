@@ -124,7 +124,7 @@ def test_ranks_by_pattern_and_what_is_left_out() -> None:
         ({"target_modules": "nothing.*"}, "lora.target_modules='nothing.*' matches no layer"),
         (
             {"layers_to_transform": [2]},
-            "lora.layers_to_transform asks for layer 2; this model has layers 0 to 1",
+            "lora.layers_to_transform names layer 2; this model has layers 0 to 1",
         ),
         ({"exclude_modules": ".*"}, "leave no layer"),
     ],

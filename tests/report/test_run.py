@@ -143,7 +143,7 @@ def test_about_says_what_the_settings_say(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: gpt2\nlora: null\n")
     assert describe_run_subject(read_run(tmp_path)) == {
         "model": "gpt2",
-        "adapter": "none: all of the base trained",
+        "adapter": "none: all of the base model were trained",
     }
 
 

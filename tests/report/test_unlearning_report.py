@@ -477,7 +477,7 @@ DAMAGED = [
     (
         "TOFU_EVAL.json",
         '{"a": {"agg_value": 1, "retain_logs": {"path": "\\u0000", "sha256": "", "values": {}}}}',
-        "retain_logs.path is no path",
+        "retain_logs.path is not a path",
     ),
     ("TOFU_EVAL.json", "[", "TOFU_EVAL"),
     ("attacks.json", '{"relearn": {"curves": {"run": [{"loss": 1}]}}}', "a point has no step"),

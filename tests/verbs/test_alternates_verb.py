@@ -216,9 +216,9 @@ def test_the_rows_own_answer_is_said(
     instead(monkeypatch, lambda n: " ".join(PEOPLE[0]["answer"].split()) if n == 0 else "No.")
     sample(tmp_path / "alt.json", world, "batch_size=1")
     said = capsys.readouterr().err
-    assert "1 of them are the row's own answer and teach nothing (the first: " in said
+    assert "1 of them are the row's own answer and are of no use in training (the first: " in said
     assert "people.jsonl:1)" in said
-    assert "4 of them end in the middle" in said
+    assert "4 of them are cut off at max_new_tokens" in said
 
 
 def test_the_next_question_is_no_part_of_an_answer(opened: OpenedModel) -> None:

@@ -160,7 +160,7 @@ def test_what_cannot_be_exported(
     gelu = model_directory(tmp_path / "gelu", hidden_act="gelu")
     window = model_directory(tmp_path / "window", model_type="mistral", sliding_window=8)
     for argv, code, message in (
-        ((world.run, "to=gguf", "dtype=bfloat16"), 2, "of to=gguf outtype= names"),
+        ((world.run, "to=gguf", "dtype=bfloat16"), 2, "with to=gguf give outtype="),
         ((world.run, "to=hf", "outtype=f16"), 2, "outtype=f16 is for to=gguf"),
         ((world.run, "to=gguf-lora", "outtype=q8_0"), 2, "do not divide into blocks of 32"),
         ((world.run, "to=gguf", "outtype=q4_k_m"), 2, "outtype"),

@@ -335,7 +335,7 @@ def test_the_command_line_tells_the_two_forms_apart() -> None:
             ["a", "b", "method=linear", "majority_sign_method=frequency"],
             "does not use majority_sign",
         ),
-        (["a", "b", "rank=4"], "method=cat reads no rank"),
+        (["a", "b", "rank=4"], "method=cat does not use rank"),
         (["a", "b", "scale=auto"], "needs rows to choose the coefficient by; give data=FILE"),
         (["a", "b", "data=f"], "data.path is for scale=auto"),
         (["a", "b", "method=tie"], "linear, cat, svd"),

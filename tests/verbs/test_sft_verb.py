@@ -174,7 +174,7 @@ def test_a_warm_up_longer_than_the_run_is_told(
         "lr_scheduler_type=linear",
         steps=3,
     )
-    said = "default: 10 warm-up steps of 3 in all: the rate never reaches learning_rate=0.01, its highest is 0.002"
+    said = "default: 10 of 3 steps are warmup: the learning rate never reaches learning_rate=0.01, its highest is 0.002"
     assert said in capsys.readouterr().err
     train(
         tmp_path / "other",
