@@ -117,7 +117,7 @@ def test_scalars_follow_yaml_1_2(text: str, expected: Any) -> None:
             "data: x\npacking: !!bool maybe\n",
             "run.yaml:2: not YAML: a boolean has to be true or false",
         ),
-        ("data: x\nseed: !!int abc\n", "run.yaml:2: not YAML: 'abc' is no integer"),
+        ("data: x\nseed: !!int abc\n", "run.yaml:2: not YAML: 'abc' is not an integer"),
         ("data: x\nlora: &a {<<: {r: 1}}\n", "unknown setting 'lora.<<'"),
         ("data: *nobody\n", "run.yaml:1: not YAML"),
         ("data: &a [*a]\n", "run.yaml:1: an alias is inside the value that it names"),
@@ -177,7 +177,7 @@ def test_billion_laughs_is_refused_at_once(tmp_path: Path) -> None:
         ("[1]", "is a map of settings"),
         ("{" + '"lora": {' * 20000, "nested too deeply"),
         ('{"data": "x", "seed": ' + "9" * 5000 + "}", "run.json:1: not JSON (999"),
-        ('{"data": "x", "learning_rate": NaN}', "run.json:1: not JSON (NaN is no number of JSON)"),
+        ('{"data": "x", "learning_rate": NaN}', "run.json:1: not JSON (NaN is not a JSON number)"),
     ],
 )
 def test_bad_json(tmp_path: Path, text: str, message: str) -> None:

@@ -217,7 +217,7 @@ def test_3_a_gradient_that_never_arrives(
 
 
 def test_3_names_the_setting_that_leaves_a_silent_layer_out(broken: Broken, start: Start) -> None:
-    remedy = r"it would never train; leave it out, lora\.exclude_modules=\[dt_proj\]$"
+    remedy = r"so it would never train; leave it out, lora\.exclude_modules=\[dt_proj\]$"
     broken(3, remedy, base="mamba", target_modules="all-linear", lr_scheduler_type="constant")
 
 

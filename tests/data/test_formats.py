@@ -171,7 +171,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "json",
         "'messages' as JSON text: column 3: not valid JSON",
     ),
-    ({"messages": '[{"role": "user", "role": "gpt"}]'}, "json", "the key 'role' stands twice"),
+    ({"messages": '[{"role": "user", "role": "gpt"}]'}, "json", "the key 'role' is given twice"),
     ({"messages": "[" * 5000}, "json", "nested too deeply"),
     (
         {"messages": SAID_TWICE},

@@ -272,7 +272,7 @@ def test_a_folder_tells_its_splits_apart(tmp_path: Path) -> None:
     [
         ({"mix": ["boolq", "nope"]}, ConfigError, r"unknown set 'nope'.*common_gen"),
         ({"local": {"nope": "x.jsonl"}}, ConfigError, "unknown set 'nope'"),
-        ({"local": {"bool_q.dev": "x.jsonl"}}, ConfigError, r"data.local.bool_q.dev: 'dev' is no split"),
+        ({"local": {"bool_q.dev": "x.jsonl"}}, ConfigError, r"data.local.bool_q.dev: 'dev' is not a split"),
         ({"local": {"bool_q": "/no/such/file.jsonl"}, "mix": ["bool_q"]}, DataError, r"bool_q \(data.local.bool_q\): /no/such"),
         ({"weights": {"svamp": 2}}, ConfigError, "data.weights names 'svamp', which is not in data.mix"),
         ({"weights": [1, 2, 3]}, ConfigError, "data.weights has 3 numbers for the 2 sets common_gen, bool_q"),

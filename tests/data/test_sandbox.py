@@ -201,7 +201,7 @@ def test_the_clock_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTY = [
     ("{% set x = 1e999 %}", "line 1: a number is too large for a float"),
-    ("{{ 'a'*1e999 }}{{ x }}", "beyond what a float holds"),
+    ("{{ 'a'*1e999 }}{{ x }}", "too large for a float"),
     ("{{ '1e999' | float }}{% set x = 'nan' | float %}", "'nan' is not defined"),
     ("{{ 'a'.index('b') }}", "ValueError"),
     ("{{ 'a'.isalpha(1) }}", "TypeError"),

@@ -175,7 +175,7 @@ def test_a_home_that_cannot_be_written_costs_no_more_than_the_time(
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "file"))
     said = list[str]()
     assert len(built(data, tokenizer_of("chatml"), said)) == 9
-    assert "not kept" in said[-1]
+    assert "not cached" in said[-1]
 
 
 def test_what_only_the_tokenizer_object_decides_is_in_the_key(

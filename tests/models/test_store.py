@@ -141,7 +141,7 @@ def test_a_failed_save_leaves_nothing(native: bool, tmp_path: Path) -> None:
     state = list(model.state_dict().items())
     for tensors, message in (
         (state[1:], "1 tensors were not given"),
-        ([*state, ("model.more", torch.ones(1))], "'model.more' is no tensor"),
+        ([*state, ("model.more", torch.ones(1))], "'model.more' is not a tensor"),
         ([*state, state[0]], "given twice"),
     ):
         with pytest.raises(ModelError, match=message):

@@ -58,7 +58,7 @@ DAMAGE = [
         "too large for an integer",
     ),
     ("samples.json", '[{"prompt": "\\ud800"}]', "half a character"),
-    ("evaluation.json", '[{"name": "e", "metrics": {"m": 1e999}}]', "beyond what a float holds"),
+    ("evaluation.json", '[{"name": "e", "metrics": {"m": 1e999}}]', "too large for a float"),
     (
         "evaluation.json",
         json.dumps([{"name": "e", "metrics": {str(i): 1 for i in range(2001)}}]),

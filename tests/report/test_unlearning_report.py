@@ -481,7 +481,7 @@ DAMAGED = [
     ),
     ("TOFU_EVAL.json", "[", "TOFU_EVAL"),
     ("attacks.json", '{"relearn": {"curves": {"run": [{"loss": 1}]}}}', "a point has no step"),
-    ("attacks.json", '{"relearn": {"curves": {"run": 1}}}', r"relearn\.run is no list"),
+    ("attacks.json", '{"relearn": {"curves": {"run": 1}}}', r"relearn\.run is not a list"),
     ("attacks.json", '{"quantize": {"values": {"run": {"nf4": {"a": "b"}}}}}', r"nf4\.a is 'b'"),
 ]
 

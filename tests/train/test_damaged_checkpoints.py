@@ -213,14 +213,14 @@ def _set(*keys: Any) -> Callable[[dict[str, Any]], None]:
 
 
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "no config": (lambda m: m.pop("config") and None, "'config' is no object"),
-    "config a list": (_set("config", [1]), "'config' is no object"),
-    "digests null": (_set("digests", None), "'digests' is no object"),
-    "environment text": (_set("environment", "cpu"), "'environment' is no object"),
-    "step negative": (_set("step", -5), "step '-5' is no whole number"),
-    "step a float": (_set("step", 9.0), "step '9.0' is no whole number"),
-    "step true": (_set("step", True), "step 'True' is no whole number"),
-    "step missing": (lambda m: m.pop("step") and None, "step 'None' is no whole number"),
+    "no config": (lambda m: m.pop("config") and None, "'config' is not an object"),
+    "config a list": (_set("config", [1]), "'config' is not an object"),
+    "digests null": (_set("digests", None), "'digests' is not an object"),
+    "environment text": (_set("environment", "cpu"), "'environment' is not an object"),
+    "step negative": (_set("step", -5), "step '-5' is not a whole number"),
+    "step a float": (_set("step", 9.0), "step '9.0' is not a whole number"),
+    "step true": (_set("step", True), "step 'True' is not a whole number"),
+    "step missing": (lambda m: m.pop("step") and None, "step 'None' is not a whole number"),
     "step of another": (_set("step", 8), "holds step 8"),
     "progress a list": (_set("progress", []), "progress is not what a run writes there"),
     "progress missing": (

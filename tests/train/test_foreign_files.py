@@ -411,13 +411,13 @@ def test_a_folder_filled_while_another_is_built_for_it_stays(tmp_path: Path) -> 
 def test_previous_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "previous").write_text("mine")
     (tmp_path / "a").write_text("a")
-    with pytest.raises(ConfigError, match="previous is no directory"):
+    with pytest.raises(ConfigError, match="previous is not a directory"):
         ownership.move_to_previous(tmp_path, ["a"])
     assert (tmp_path / "a").is_file()
 
 
 def test_output_dir_that_is_a_file(world: World, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(ConfigError, match="is no directory"):
+    with pytest.raises(ConfigError, match="is not a directory"):
         train_run(world.run(tmp_path, **PLAIN), [])
     assert (tmp_path / "run").read_text() == "mine"

@@ -117,7 +117,7 @@ def test_before_training_login_and_name_are_checked(
     assert heard == []
     check_push(described(push_to_hub="google/x"), heard.append)
     assert "google is not one of this account's names (me, team)" in heard[0]
-    with pytest.raises(ConfigError, match="'no way' is no name of a repository"):
+    with pytest.raises(ConfigError, match="'no way' is not a repository name"):
         check_push(described(push_to_hub=True, hub_model_id="no way"))
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
     with pytest.raises(ConfigError, match="does not know this token"):

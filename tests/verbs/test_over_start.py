@@ -124,7 +124,7 @@ def test_exported_for_peft(world: Path, tmp_path: Path, name: str, weight: float
 def test_merged(world: Path, tmp_path: Path, weight: float, capsys: Any) -> None:
     run, out = world / "runs/npo", tmp_path / "merged"
     assert lorry("merge", run, f"weight={weight}", f"output_dir={out}") == 0
-    assert "from the adapter beside the start" in capsys.readouterr().err
+    assert "against the adapter on the start" in capsys.readouterr().err
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(IDS).logits
     close(merged, folded(world, *starts(run), (run, weight)))

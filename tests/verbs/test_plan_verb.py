@@ -221,7 +221,11 @@ def test_the_description_of_a_run_can_be_planned(
             "memory_budget=200MiB: nothing fits. The smallest choice",
         ),
         (["smollm2-135m", "r=auto"], 2, "lora.r=auto needs a memory budget"),
-        (["smollm2-135m", "memory_budget=much"], 2, "memory_budget: 'much' is no amount of memory"),
+        (
+            ["smollm2-135m", "memory_budget=much"],
+            2,
+            "memory_budget: 'much' is not an amount of memory",
+        ),
         (["smollm2-135m", "r=many"], 2, "lora.r: got 'many'; give a whole number above 0 or auto"),
         (["smollm2-135m", "target_modules=[q_prj]"], 2, "lora.target_modules names 'q_prj'"),
         (["smollm2-135m", "lora=null"], 2, "lora=null"),
