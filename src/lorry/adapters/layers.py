@@ -292,8 +292,10 @@ class LinearGroup:
             if term.route is not None and call.router is None:
                 # without its gate the term would count in full
                 raise ContractError(
-                    f"{self.linears[0].path}: the adapter {term.adapter!r} is routed, and the mix has no router "
-                    "(one of the prompt makes its gates before the layers run: `with_prompt_gates`)"
+                    f"{self.linears[0].path}: the adapter {term.adapter!r} is an "
+                    "expert of a router, but the mix has no router (one of the "
+                    "prompt makes its gates before the layers run: "
+                    "`with_prompt_gates`)"
                 )
             if term.route is not None and (not routed or per_token):
                 raise self._unroutable(term)

@@ -213,7 +213,9 @@ class Mix:
             if mix.sequence_router is not None
         }
         if len(routers) + len(of_sequences) > 1:
-            raise ContractError("one pass asks one router; run the sequences of two apart")
+            raise ContractError(
+                "a forward pass uses one router; run the sequences of different routers separately"
+            )
         terms = (
             replace(term, rows=slice(start, stop))
             for mix, start, stop in runs

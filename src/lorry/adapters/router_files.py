@@ -116,13 +116,16 @@ def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Pat
     not those that the router was made for. ``experts``: where each one's files lie."""
     if missing := [one.name for one in record.experts if one.name not in experts]:
         raise ModelError(
-            f"{folder / ROUTER / ROUTER_FILE}: expert {missing[0]!r} is not in {folder}; put its folder back"
+            f"{folder / ROUTER / ROUTER_FILE}: expert {missing[0]!r} is missing in "
+            f"{folder}; restore its folder"
         )
     for expert in record.experts:
         if (found := adapter_digest(experts[expert.name])) != expert.sha256:
             raise ModelError(
-                f"{experts[expert.name]}: not the expert {expert.name!r} that the router was made for (digest "
-                f"{found[:16]}..., then {expert.sha256[:16]}...); put its files back, or make the mixture again"
+                f"{experts[expert.name]}: not the expert {expert.name!r} that the "
+                f"router was trained for (digest is {found[:16]}..., expected "
+                f"{expert.sha256[:16]}...); restore its files, or train the mixture "
+                "again"
             )
 
 

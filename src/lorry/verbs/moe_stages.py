@@ -103,7 +103,9 @@ class Stages:
             # else it would be refused as the unfinished run of other settings
             self.tell(f"{folder} is in {archive_previous_run(folder, going_on=False)} now")
         elif stopped and changed is not None:
-            self.tell(f"{stage}: {folder} was stopped; it goes on from its newest checkpoint")
+            self.tell(
+                f"{stage}: {folder} is unfinished; training resumes from its newest checkpoint"
+            )
             train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
             run = run.model_copy(update={"train": train})
         claim_output_dir(folder, run.job_names)  # before a file of ours is there
