@@ -204,7 +204,7 @@ DAMAGED: list[tuple[str, str, str]] = [
     ("needs: [river, sea|seas]\n    reader: generate", "needs: [river]\n    reader: number",
      "rivers.yaml:4: layouts.0: answers reads 'sea|seas', which has to be named in needs too"),
     ("      river: river\n      hint: hint?\n", "      options: river\n", "rivers.yaml:4: layouts.0: the slot 'options' is built from"),
-    ("the {river} reach", "the {rivr} reach", "sea does the {rivr} reach?\\n\\nHint: {hint}' is not a slot"),
+    ("the {river} reach", "the {rivr} reach", "rivers.yaml:11: templates: {rivr} in 'Which sea does the {rivr} reach?"),
     ("the {river} reach", "the {river.__class__} reach", "rivers.yaml:11: templates: {river.__class__} in "),
     ("the {river} reach", "the {river!r} reach", "rivers.yaml:11: templates: {river!r} in "),
     ("the {river} reach", "the {river:>9} reach", "rivers.yaml:11: templates: {river:>9} in "),
