@@ -424,9 +424,7 @@ def test_the_same_question_on_both_sides_is_said(world: Path, tmp_path: Path) ->
     )
     heard = tinyrun.Heard()
     train_run(described(world, tmp_path / "run", retain=str(retain), max_steps=1), [], [heard])
-    assert any(
-        "rows of the forget set have the question of a retain row" in note for note in heard.notes
-    ), heard.notes
+    assert any("the question of a retain row" in note for note in heard.notes), heard.notes
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_prompts_that_leave_no_room_are_told(
     long = {"question": "Mara " * CONTEXT, "answer": "Oslo."}
     found = evaluated(tmp_path, run, f"data={write_rows(tmp_path / 'long.jsonl', [long, *PEOPLE])}")
     assert (
-        "1 row not asked: prompt and 16 new tokens exceed the context of 160"
+        "1 row not generated: prompt and 16 new tokens exceed the context of 160"
         in capsys.readouterr().err
     )
     assert "answer" not in found["predictions"][0]["people"]

@@ -144,10 +144,16 @@ class EvalRows:
             askable_rows += [number] if fits else []
             too_long += not fits
         notes = [
-            f"{format_count(too_long, 'row')} not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"
+            (
+                f"{format_count(too_long, 'row')} not generated: prompt and "
+                f"{max_new_tokens} new tokens exceed the context of {context}"
+            )
         ] * (too_long > 0)
         return askable_rows, notes + [
-            f"{format_count(refused, 'row')} not asked: the chat template does not render their prompt"
+            (
+                f"{format_count(refused, 'row')} not generated: the chat template does "
+                "not render their prompt"
+            )
         ] * (refused > 0)
 
 

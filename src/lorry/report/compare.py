@@ -78,7 +78,7 @@ def comparison_row(run: RunRecord) -> dict[str, Any]:
         "name": run.name,
         "path": str(run.path),
         # left out, not shown as infinite: a ratio to it would be 0 or NaN
-        **{n: v for n, v in kept.items() if is_finite_number(v)},
+        **{n: v for n, v in ordered.items() if is_finite_number(v)},
     }
 
 

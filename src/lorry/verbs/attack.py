@@ -165,7 +165,9 @@ def attack_relearn(
     whole = attacks.knowledge_set(name, rows)
     train, measure = attacks.split_rows(whole, settings.relearn_share, settings.seed)
     print_note(
-        f"{name}: {format_count(len(train.rows), 'row')} {'is' if len(train.rows) == 1 else 'are'} relearnt, {len(measure.rows)} measured"
+        f"{name}: {format_count(len(train.rows), 'row')} "
+        f"{'is' if len(train.rows) == 1 else 'are'} to train on, "
+        f"{len(measure.rows)} measured"
     )
     curves, digest = {}, ""
     for side, model in sides_of(settings).items():

@@ -94,7 +94,8 @@ def read_cached(
         os.utime(folder)  # used now: see `_prune_cache`
     if tell is not None:
         tell(
-            f"{rest['report']['source']}: {format_count(rest['report']['rows'], 'row')} as tokenised before ({folder})"
+            f"{rest['report']['source']}: {format_count(rest['report']['rows'], 'row')}, "
+            f"tokens read from the cache ({folder})"
         )
     return arrays, rest
 

@@ -287,7 +287,9 @@ class TokenSet:
         if count >= len(rows):
             name = f" of {self.role}" if self.role else ""
             raise ConfigError(
-                f"test_size={size} holds out {count} of {format_count(len(rows), 'row')}{name} and leaves none to train on"
+                f"test_size={size} holds out {count} of "
+                f"{format_count(len(rows), 'row')}{name}, which leaves none for "
+                "training"
             )
         drawn = {rows[at] for at in epoch_order(len(rows), seed, 0, name="held out")[:count]}
         aside = np.array([place in drawn for place in self.where])

@@ -102,7 +102,7 @@ class BadRows:
         if not self.total:
             return ""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.counts.items()))
-        aside = f"; set aside in {self.quarantine}" if self.quarantine else ""
+        aside = f"; written to {self.quarantine}" if self.quarantine else ""
         return f"{format_count(self.total, 'row')} left out ({kinds}), the first: {self.first[0]}{aside}"
 
     def _set_aside(self, path: Path, record: dict[str, str]) -> None:

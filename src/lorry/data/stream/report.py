@@ -66,9 +66,11 @@ def _mixture_line(name: str, part: Mapping[str, Any]) -> str:
     """A named set of a mixture in a line."""
     tokens, lengths = max(part["tokens"], 1), part["lengths"]
     text = (
-        f"  {name}: {format_count(part['rows'], 'row')}, {part['drawn']} drawn an epoch ({part['share']:.1%}); {part['tokens']} tokens, "
-        f"a row {lengths['mean']:.0f} on average, {lengths['median']:.0f} in the middle, {lengths['longest']:.0f} at most; "
-        f"{part['supervised'] / tokens:.1%} supervised"
+        f"  {name}: {format_count(part['rows'], 'row')}, {part['drawn']} drawn per "
+        f"epoch ({part['share']:.1%}); {part['tokens']} tokens, a row "
+        f"{lengths['mean']:.0f} on average, {lengths['median']:.0f} in the middle, "
+        f"{lengths['longest']:.0f} at most; {part['supervised'] / tokens:.1%} "
+        "supervised"
     )
     return text + (
         f"; {part['shortened']} prompts cut by {part['tokens_cut']} tokens"

@@ -171,13 +171,14 @@ class AlternatesFinder:
                 f"{example.where}: unlearn.alternates has {question!r:.80} with {len(by_answer)} "
                 "answers, none of which is this row's"
             )
-        before = _turns_before_question(found)
-        first, where, of = self.seen.setdefault((question, key), (before, found.where, self.sets))
+        before = _turns_before_question(example)
+        first, where, of = self.seen.setdefault((question, key), (before, example.where, self.sets))
         if of != self.sets:
             raise DataError(
-                f"{found.where}: {question!r:.80} is also asked in {where}, of the other rows of this "
-                "run, and unlearn.alternates does not tell the two apart: give its rows the column "
-                "answer, with the answer that each alternate stands for, or leave one of the rows out"
+                f"{example.where}: {question!r:.80} is also asked in {where}, in "
+                "the other set of this run, and unlearn.alternates does not tell "
+                "the two apart: add to its rows the column answer, with the answer "
+                "that each alternate replaces, or remove one of the rows"
             )
         if first != before:
             raise DataError(

@@ -303,14 +303,17 @@ def check_overlap(job: PreparedJob) -> list[str]:
     pairs = {whole: _same_rows(forget, retain, whole) for whole in (True, False)}
     if both := pairs[True]:
         raise DataError(
-            f"{both[0][0]} is to be forgotten and {both[0][1]}, the same row, to be retained ({format_count(len(both), 'row')} in "
-            "all); take them out of one of the two"
+            f"{both[0][0]} in the forget set and {both[0][1]} in the retain set are the same row "
+            f"({format_count(len(both), 'row')} in all); remove them from one of the two"
         )
     if same := pairs[False]:
         return [
-            f"{format_count(len(same), 'row')} to forget {'asks' if len(same) == 1 else 'ask'} what a retained row asks, "
-            f"with another answer (the first: {same[0][0]} and "
-            f"{same[0][1]}); if they say the same, the run forgets and retains it"
+            (
+                f"{format_count(len(same), 'row')} of the forget set "
+                f"{'has' if len(same) == 1 else 'have'} the question of a retain row, with "
+                f"another answer (the first: {same[0][0]} and {same[0][1]}); if both "
+                "answers mean the same, the run forgets and retains the same fact"
+            )
         ]
     return []
 
@@ -347,8 +350,9 @@ def check_shared_texts(run: RunConfig) -> None:
     both = [text for text in texts[FORGET] if text in texts[RETAIN]]
     if both:
         raise DataError(
-            f"{texts[FORGET][both[0]]} is to be forgotten and {texts[RETAIN][both[0]]}, the same text, to be retained "
-            f"({format_count(len(both), 'text')} in all); take them out of one of the two"
+            f"{texts[FORGET][both[0]]} in the forget set and "
+            f"{texts[RETAIN][both[0]]} in the retain set are the same text "
+            f"({format_count(len(both), 'text')} in all); remove them from one of the two"
         )
 
 
