@@ -18,21 +18,20 @@ import psutil
 import pytest
 from rich.console import Console
 
-from lorry.disk import durable
+from lorry.disk import durable, integrity
 from lorry.report import write_report
 from lorry.report.table import render_runs, runs_table
 from lorry.runs import series, status
 from lorry.runs.read import read_run
+from tests.support.processes import started
 from tests.support.runs import HOSTILE, dump, full, metrics
 
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
     """A process that lives until it is killed; it stands for a run's."""
-    made = subprocess.Popen(["sleep", "100"])
-    yield made
-    made.kill()
-    made.wait()
+    with started(["sleep", "1000000"]) as made:
+        yield made
 
 
 def at_work(folder: Path, pid: int, **changes: Any) -> Path:
@@ -80,19 +79,26 @@ def printed(*parts: Any, width: int = 400) -> str:
 
 
 def test_a_running_run_its_page_and_its_tables(
-    tmp_path: Path, child: subprocess.Popen[bytes]
+    tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = at_work(tmp_path / "run", child.pid)
     metrics(folder, 40)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 41, "lo')
+    began = read_run(folder).process
+    assert began is not None
+    # the run has written right now, 100 s after its start, however long it took to come here
+    now = datetime.fromisoformat(began.started).timestamp() + 100
+    monkeypatch.setattr(status, "_seconds_now", lambda: now)
+    for path in folder.iterdir():
+        os.utime(path, (now, now))
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     found = state(folder)
     assert (found.state, found.step, found.total, found.pid) == ("running", 40, 200, child.pid)
     assert found.sentence() == "still running: step 40 of 200"
     assert found.tokens_per_second == 800 / 1.25
-    assert found.elapsed == pytest.approx(100, abs=5)
-    assert found.eta == pytest.approx(100 / 40 * 160, rel=0.1)
+    assert found.elapsed == pytest.approx(100)
+    assert found.eta == pytest.approx(100 / 40 * 160)
     assert found.best is not None
     assert found.best[::2] == ("eval_loss", 40)
     page = write_report([folder])
@@ -124,6 +130,43 @@ def test_a_run_that_ends_while_it_is_read(
     monkeypatch.setattr(series, "read_metrics", end_behind)
     found = state(folder)
     assert (found.state, found.step, found.checkpoint) == ("interrupted", 41, "step-00000041")
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_looked_at(
+    tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = at_work(tmp_path / "run", child.pid)
+    checkpoint(folder, 5)
+    verify = integrity.verify_directory
+
+    def save_first(path: Path, *, digests: bool = True) -> list[str]:
+        if path.name == "step-00000005":
+            checkpoint(folder, 10)
+            durable.remove_directory(path)
+        return verify(path, digests=digests)
+
+    monkeypatch.setattr(integrity, "verify_directory", save_first)
+    assert state(folder).checkpoint == "step-00000010"
+
+
+def test_a_run_that_takes_its_process_file_away_while_it_is_listed(
+    tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was `unreadable: No such file`."""
+    folder = at_work(tmp_path / "run", child.pid)
+    metrics(folder, 40)
+    stat = Path.stat
+
+    def finish_behind(path: Path, **how: bool) -> os.stat_result:
+        found = stat(path, **how)
+        if path.name == "process.json":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", finish_behind)
+    [found] = status.list_run_states(tmp_path)
+    assert found.state != "unreadable", found.detail
+    assert found.written == (folder / "metrics.jsonl").stat().st_mtime
 
 
 def test_before_its_first_step(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:

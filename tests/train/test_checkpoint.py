@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorry.disk import durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.train import checkpoint
 from lorry.train.checkpoint import (
     find_latest_checkpoint,
     load_checkpoint,
@@ -167,6 +168,23 @@ def test_a_damaged_newest_gives_way_to_the_older(
     assert find_latest_checkpoint(tmp_path) == older
     assert "skipped" in caplog.text
     assert str(file) in caplog.text
+
+
+def test_what_a_run_at_work_prunes_while_it_is_looked_at_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`lorry doctor` said of a live run that none of its checkpoints was whole."""
+    save_checkpoint(tmp_path, 1, STATES[1], meta(1), keep=1)
+    read_meta = checkpoint._read_meta
+
+    def save_first(path: Path) -> object:
+        monkeypatch.setattr(checkpoint, "_read_meta", read_meta)
+        save_checkpoint(tmp_path, 2, STATES[2], meta(2), keep=1)
+        return read_meta(path)
+
+    monkeypatch.setattr(checkpoint, "_read_meta", save_first)
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    assert caplog.text == ""
 
 
 def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:

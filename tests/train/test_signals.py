@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lorry.errors import RunInterruptedError
+from lorry.train.monitoring import signals
 from lorry.train.monitoring.signals import StopRequest, raise_on_signals, watch_signals
+from tests.support.processes import started
 
 WATCHED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
@@ -125,17 +128,17 @@ with watch_signals() as stop:
 
 
 def test_a_real_process_saves_goes_on_and_stops() -> None:
-    child = subprocess.Popen(
+    with started(
         [sys.executable, "-c", LOOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    os.kill(child.pid, signal.SIGUSR1)
-    assert child.stdout.readline() == "saved\n"
-    os.kill(child.pid, signal.SIGINT)
-    assert child.stdout.readline() == "SIGINT\n"
-    os.kill(child.pid, signal.SIGINT)
-    _, errors = child.communicate(timeout=20)
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        os.kill(child.pid, signal.SIGUSR1)
+        assert child.stdout.readline() == "saved\n"
+        os.kill(child.pid, signal.SIGINT)
+        assert child.stdout.readline() == "SIGINT\n"
+        os.kill(child.pid, signal.SIGINT)
+        _, errors = child.communicate()
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
@@ -165,11 +168,50 @@ def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:
     def work() -> None:
         with raise_on_signals():
             Last()
-            threading.Event().wait(60)
-            raise AssertionError("it was not sent again")
+            threading.Event().wait()
 
     with pytest.raises(RunInterruptedError, match="SIGHUP"):
         work()
+
+
+def test_it_is_sent_again_although_the_thread_that_sent_it_lingers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy machine the thread of the timer may not have ended when its signal arrives, which
+    counted as a timer still to come: `lorry chat` waited for input, and SIGTERM was forgotten.
+    """
+    sent, gone = list[int](), threading.Event()
+    send = signal.pthread_kill
+
+    def linger(thread: int, number: int) -> None:
+        send(thread, number)
+        sent.append(number)
+        if len(sent) == 1:
+            gone.wait()
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            while not sent:  # it is sent again in here, and must be once more behind it
+                time.sleep(0.001)
+
+    monkeypatch.setattr(signals.signal, "pthread_kill", linger)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    enough = threading.Timer(200, gone.set)
+    enough.start()
+
+    def work() -> None:
+        with raise_on_signals():
+            Last()
+            gone.wait()
+
+    try:
+        with pytest.raises(RunInterruptedError, match="SIGTERM"):
+            work()
+        assert not gone.is_set(), "it was told at the block's end only"
+    finally:
+        enough.cancel()
+        gone.set()
 
 
 def test_a_script_that_is_being_imported_is_stopped_all_the_same(
@@ -212,13 +254,14 @@ def test_a_signal_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.syspath_prepend(tmp_path)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # or it is sent again before the inner block begins, on a machine that is busy just then
+    monkeypatch.setattr(signals, "RESEND_SECONDS", 1e6)
     told = list[str]()
     with raise_on_signals("outside"):
-        with pytest.raises(RunInterruptedError):  # noqa: PT012
+        with pytest.raises(RunInterruptedError, match="inside"):  # noqa: PT012
             importlib.import_module("signalled_module")
             with raise_on_signals("inside"):
                 told.append("inside")
-                threading.Event().wait(5)
         told.append("outside")
     assert told == ["inside", "outside"]
 

@@ -13,6 +13,7 @@ unreadable    one of its files is damaged; ``detail`` says where
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -166,19 +167,29 @@ def run_state_of(run: RunRecord) -> RunState:
 
 def newest_complete_checkpoint(run_dir: Path) -> str | None:
     """The name of the newest checkpoint with all its files, by presence and size; None where there
-    is none.
+    is none. A run at work removes older ones meanwhile; then the folder is looked at again.
     """
     folder = run_dir / CHECKPOINTS
-    names = os.listdir(folder) if folder.is_dir() else []
-    for name in sorted(
-        (n for n in names if STEP.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True
-    ):
-        try:
-            integrity.verify_directory(folder / name, digests=False)
-        except ModelError:
-            continue
-        return name
-    return None
+    while True:
+        names, newest = _checkpoint_names(folder), None
+        for name in names:
+            try:
+                integrity.verify_directory(folder / name, digests=False)
+            except ModelError:
+                continue
+            newest = name
+            break
+        if newest in names[:1] or names == _checkpoint_names(folder):
+            return newest
+
+
+def _checkpoint_names(folder: Path) -> list[str]:
+    """The newest first; empty where there is no such folder."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((n for n in names if STEP.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True)
 
 
 def _judge_state(
@@ -227,8 +238,11 @@ def _seconds_of_time(text: str) -> float:
 
 def _last_written(run_dir: Path) -> float | None:
     """When the run's own files were last written; its report is not one of them."""
-    names = (*RUN_MARKS, RECEIPT, CONTRACTS)
-    times = [(run_dir / name).stat().st_mtime for name in names if (run_dir / name).exists()]
+    times = list[float]()
+    for name in (*RUN_MARKS, RECEIPT, CONTRACTS):
+        # not asked first whether it is there: a run that ends takes its process.json away
+        with contextlib.suppress(FileNotFoundError):
+            times.append((run_dir / name).stat().st_mtime)
     return max(times, default=None)
 
 

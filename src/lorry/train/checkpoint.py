@@ -167,24 +167,32 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None where there is none at all. Nothing is changed.
 
     Damaged ones are skipped with a warning. Raises ModelError naming every one of them where none
-    is whole, and DiskError where one could not be read.
+    is whole, and DiskError where one could not be read. A run that is at work there removes older
+    ones meanwhile: what was listed and is gone is no damage, and the folder is looked at again.
     """
-    damage = list[str]()
-    # newest first; DiskError is not caught: unread is not damaged, and nothing is passed over for
-    # it
-    for _, path in reversed(_list_checkpoints(run_dir)):
-        try:
-            _read_meta(path)
-        except ModelError as e:
-            log.warning("skipped the checkpoint %s: %s", path, e)
-            damage.append(f"\n  {path.name}: {e}")
-        else:
-            return path
+    while True:
+        listed, damage, newest = _list_checkpoints(run_dir), list[str](), None
+        # newest first; DiskError is not caught: unread is not damaged, and nothing is passed over
+        # for it
+        for _, path in reversed(listed):
+            try:
+                _read_meta(path)
+            except ModelError as e:
+                damage.append(f"{path.name}: {e}")
+            else:
+                newest = path
+                break
+        if not damage or listed == _list_checkpoints(run_dir):
+            break
+    if newest is not None:
+        for one in damage:
+            log.warning("skipped the checkpoint %s", run_dir / CHECKPOINTS / one)
+        return newest
     if damage:
-        folder = run_dir / CHECKPOINTS
+        folder, listing = run_dir / CHECKPOINTS, "".join(f"\n  {one}" for one in damage)
         raise ModelError(
             f"{folder}: all of its {len(damage)} checkpoints are damaged; nothing "
-            f"was changed:{''.join(damage)}\nrestore one of them from a backup; to "
+            f"was changed:{listing}\nrestore one of them from a backup; to "
             f"start over instead, move {folder} elsewhere or use another output_dir"
         )
     return None

@@ -121,11 +121,14 @@ class _RaiseHandler:
     text: str
     imports: int = 0
     remembered: dict[int, threading.Timer] = field(default_factory=dict)
+    # those of ``remembered`` whose timer sends, or has sent; its thread may still be alive when the
+    # signal arrives, so that is no sign of a timer to come
+    sent: set[int] = field(default_factory=set)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if _count_unsafe_frames(frame) > self.imports:
             # one timer per signal, or a signal that is sent often would start threads without end
-            if number not in self.remembered or not self.remembered[number].is_alive():
+            if number not in self.remembered or number in self.sent:
                 self.remember(number)
             return
         self.remembered.pop(number, None)
@@ -143,14 +146,18 @@ class _RaiseHandler:
         """Send the signal again a little later, to this thread, so that it also ends a wait for
         input.
         """
-        main = threading.main_thread().ident
-        assert main is not None
-        timer = self.remembered[number] = threading.Timer(
-            RESEND_SECONDS, signal.pthread_kill, (main, number)
-        )
+        self.sent.discard(number)
+        timer = self.remembered[number] = threading.Timer(RESEND_SECONDS, self.send, (number,))
         # a process that ends otherwise must not wait for it
         timer.daemon = True
         timer.start()
+
+    def send(self, number: int) -> None:
+        """What a timer does: the signal again, to the main thread."""
+        main = threading.main_thread().ident
+        assert main is not None
+        self.sent.add(number)
+        signal.pthread_kill(main, number)
 
     def forget(self) -> list[int]:
         """Send nothing again; the signals that were remembered and never told."""
