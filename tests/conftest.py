@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from lorry.disk.home import lorry_home
 from lorry.kernels import kernel_status
@@ -23,10 +23,15 @@ from lorry.models.loading.load import pick_dtype
 pytest.register_assert_rewrite("tests.support", "tests.fuzz")
 
 # The suite draws the same examples everywhere, so that it says one thing of one commit.
-# LORRY_EXPLORE=1000 draws new ones.
-settings.register_profile("same", derandomize=True, deadline=None)
+# LORRY_EXPLORE=1000 draws new ones. How long an example takes says something of the machine's load
+# alone: neither a deadline for it nor hypothesis' own check of slowness.
+CLOCKLESS: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("same", derandomize=True, **CLOCKLESS)
 settings.register_profile(
-    "explore", max_examples=int(os.environ.get("LORRY_EXPLORE", "100")), deadline=None
+    "explore", max_examples=int(os.environ.get("LORRY_EXPLORE", "100")), **CLOCKLESS
 )
 settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")
 

@@ -27,15 +27,16 @@ from lorry.errors import (
     OutOfMemoryError,
     RunInterruptedError,
 )
+from tests.support.processes import started
 
 SRC = Path(cli.__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "peft")
 MEASURE = f"""
-import resource, sys
+import sys
 from lorry.cli import main
 code = main(sys.argv[1:])
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print("cpu", usage.ru_utime + usage.ru_stime, "heavy", *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+heavy = [name for name in {HEAVY} if name in sys.modules]
+print("modules", len(sys.modules), "heavy", *heavy, file=sys.stderr)
 sys.exit(code)
 """
 STAND_IN = """
@@ -56,7 +57,6 @@ def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=60,
     )
 
 
@@ -89,11 +89,12 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[object]]:
 def test_help_is_light(argv: list[str]) -> None:
     done = python(MEASURE, *argv)
     assert done.returncode == 0, done.stderr
-    measured = re.search(r"cpu ([\d.]+) heavy(.*)", done.stderr)
+    measured = re.search(r"modules (\d+) heavy(.*)", done.stderr)
     assert measured
-    print(f"lorry {' '.join(argv)}: {float(measured[1]):.2f} s of CPU")
     assert measured[2].strip() == ""
-    assert float(measured[1]) < 1.0
+    # 380 at most, a quarter of a second; torch alone brings 1,100. Seconds would say of this
+    # machine and its load what they should say of the command
+    assert int(measured[1]) < 600
 
 
 def test_help_lists_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +296,7 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
     """
     body = f"def talk(settings):\n    input()\n    for i in range({lines}): print(i)\n    return 0\nverb.main = talk"
     code = [sys.executable, "-c", STAND_IN.format(body=body)]
-    with subprocess.Popen(
+    with started(
         code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     ) as talking:
         assert talking.stdin is not None
@@ -305,22 +306,24 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
         talking.stdin.write(b"go\n")
         talking.stdin.close()
         assert talking.stderr.read() == b""
-        assert talking.wait(30) == cli.BROKEN_PIPE
+        assert talking.wait() == cli.BROKEN_PIPE
 
 
 def test_ctrl_c_exits_130() -> None:
     # whoever runs this suite in the background may ignore the signal
     body = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    body += "import time\ndef wait(settings):\n    print('ready', flush=True)\n    time.sleep(30)\nverb.main = wait"
-    waiting = subprocess.Popen(
+    # many short waits: a signal that arrives right before a long one would not end it
+    body += "import time\ndef wait(settings):\n    print('ready', flush=True)\n"
+    body += "    while True: time.sleep(0.01)\nverb.main = wait"
+    with started(
         [sys.executable, "-c", STAND_IN.format(body=body)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
         text=True,
-    )
-    assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "ready\n"
-    waiting.send_signal(signal.SIGINT)
-    _, err = waiting.communicate(timeout=30)
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "ready\n"
+        waiting.send_signal(signal.SIGINT)
+        _, err = waiting.communicate()
     assert (waiting.returncode, err) == (130, "error: interrupted\n")

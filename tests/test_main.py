@@ -64,7 +64,6 @@ def signalled(
         text=True,
         env=env,
         cwd=cwd,
-        timeout=60,
     )
 
 

@@ -5,9 +5,9 @@ families and local rows.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from lorry.config import parse_settings
 from lorry.config.parsing.open_unlearning import verb_of_launcher
 from lorry.data.catalog import shipped_catalog
 from lorry.errors import LorryError
+from lorry.runs.process import is_process_alive, read_process
+from lorry.verbs import background
 from tests.support.hub_standin import Hub
 from tests.support.hubrows import ROWS as HUB_ROWS
 from tests.support.hubworld import started_hub  # noqa: F401 - the fixture
+from tests.support.processes import wait_until
 from tests.support.tiny import GPT2, LLAMA, NEOX, random_model
 from tests.support.verbworld import tokenizer, write_rows
 
@@ -122,8 +125,10 @@ def small(line: str, place: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_line_runs(
-    line: str, place: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+    line: str, place: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(background, "START_TIMEOUT", math.inf)
     argv = small(line, place, tmp_path)
     if argv[0] == "eval":
         first = next(one for one in LINES if one.startswith("lorry sft"))
@@ -134,10 +139,9 @@ def test_every_line_runs(
     if argv[0] == "eval":
         return
     run = tmp_path / "run"
-    for _ in range(600):  # in the background it ends when it ends
-        if (run / "receipt.json").exists():
-            break
-        time.sleep(0.2)
+    # in the background it ends when it ends: its process.json goes last, or says why it failed
+    wait_until(lambda: (one := read_process(run)) is None or not is_process_alive(one, run))
+    assert read_process(run) is None, (run / "log.txt").read_text()[-2000:]
     whole = "lora=null" in argv
     assert (run / ("model.safetensors" if whole else "adapter_model.safetensors")).is_file()
     assert (run / "losses.json").is_file()

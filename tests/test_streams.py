@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import pytest
 from lorry import cli
 from lorry.disk.durable import DiskError
 from lorry.streams import MessageStream, ResultStream, guard_streams
+from tests.support.processes import started
 
 SRC = Path(cli.__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SRC)}
@@ -111,11 +111,10 @@ def test_a_full_disk_behind_a_command(stream: str, code: int, tmp_path: Path) ->
 
 
 WAITING = """
-import os, signal, time
+import os, time
 def work(settings):
     print("ready", flush=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not os.path.exists({flag!r}):
+    while not os.path.exists({flag!r}):
         time.sleep(0.01)
     return 0
 verb.main = work
@@ -138,21 +137,20 @@ def test_signals_of_schedulers_outside_the_training_steps(
     """
     flag = tmp_path / "go on"
     command = [sys.executable, "-c", VERB.format(body=WAITING.format(flag=str(flag)))]
-    child = subprocess.Popen(
+    with started(
         command,
         env=ENVIRONMENT,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=_default_handlers,
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(number)
-    if number == signal.SIGUSR1:
-        time.sleep(0.05)
-        flag.touch()
-    _, told = child.communicate(timeout=60)
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(number)
+        if number == signal.SIGUSR1:
+            flag.touch()
+        _, told = child.communicate()
     assert (child.returncode, told) == (code, said)
 
 

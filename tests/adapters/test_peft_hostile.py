@@ -45,7 +45,9 @@ def spec_in(folder: Path) -> LoraSpec:
 
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), JSON, max_size=4))
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     good = {
@@ -67,7 +69,9 @@ def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) 
 
 @given(content=st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_any_bytes_as_config(content: bytes, tmp_path: Path) -> None:
     (tmp_path / ADAPTER_CONFIG).write_bytes(content)
@@ -100,7 +104,9 @@ def target(tiny: Any) -> nn.Module:
 
 @given(data=st.data())
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_any_damage_to_the_weights_file(
     data: st.DataObject, saved: Path, target: nn.Module, tmp_path: Path

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -208,6 +210,19 @@ def test_catastrophic_patterns_are_stopped(
         # that it returns at all is the bound: pytest's own limit ends a hang
         refused(tiny, saved, CONFIG, "take too long")
         (saved / CONFIG).write_text(json.dumps(before))
+
+
+def test_a_busy_machine_is_no_reason_to_refuse_a_pattern(
+    saved: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The limit is of processor time: a process that waits for a core has not taken too long."""
+    waiting = tmp_path / "python"
+    waiting.write_text(f'#!/bin/sh\nsleep 1\nexec {sys.executable} "$@"\n')
+    waiting.chmod(0o755)
+    monkeypatch.setattr("lorry.adapters.peft.config.sys", SimpleNamespace(executable=str(waiting)))
+    monkeypatch.setattr("lorry.adapters.peft.config.TIME_LIMIT", 0.5)
+    configure(saved, target_modules=r".*(q_proj|down_proj)")
+    assert load_adapter(tiny("llama"), saved).spec.r == 4
 
 
 def test_layouts(saved: Path, tiny: Any, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_processes_that_want_it_at_once_convert_it_once(
     for p in processes:
         p.start()
     for p in processes:
-        p.join(30)
+        p.join()
     assert [p.exitcode for p in processes] == [0] * 4
     assert (tmp_path / "log").read_text() == "x"
 

@@ -215,7 +215,10 @@ json_values = st.recursive(
 
 
 @given(value=json_values)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=50,
+)
 def test_no_file_stops_a_plan(value: Any, home: Path) -> None:
     (home / "rates.json").write_text(
         json.dumps(

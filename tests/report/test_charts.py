@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from lorry.report.curves import (
     thin_curve,
 )
 from lorry.report.inline_svg import render_chart
-from lorry.report.plots import clean_text
+from lorry.report.plots import clean_text, render_png
 from lorry.runs.read import read_readable_runs
 from lorry.visible import make_visible
 from tests.support.runs import full, metrics
@@ -290,6 +291,14 @@ def test_panels_of_one_run_and_of_several(tmp_path: Path) -> None:
         "line",
         "points",
     }
+
+
+def test_a_name_that_the_font_lacks_is_no_news(tmp_path: Path) -> None:
+    """A warning of matplotlib's for each of its characters stood on standard error."""
+    runs, _ = read_readable_runs([full(tmp_path / name) for name in ("日本語", "bell\a")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert render_png(runs).startswith(b"\x89PNG")
 
 
 def test_runs_of_several_adapters_show_each(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_a_line_of_the_log(tmp_path: Path) -> None:
     assert first["supervised_tokens"] == sum(w != 0 for r in rows for w in r.weights)
     assert first["loss"] == task.seen[0].loss["default"]
     assert first["grad_norm"] > 0
-    assert 0 < first["seconds"] < 60
+    assert first["seconds"] > 0
     assert first["peak_memory_bytes"] > 2**20
 
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,35 +26,28 @@ from lorry.errors import ConfigError, ContractError, DataError
 from lorry.runs.layout import PROCESS
 from lorry.runs.process import is_process_alive, read_process, refuse_second
 from lorry.train.monitoring.process import record_process, redact_secrets
+from tests.support.processes import started, wait_until
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from lorry.train.monitoring.process import record_process
 with record_process(Path(sys.argv[1])) as process:
     if sys.argv[2] == "train":
         process.begin(3, 20)
     print("ready", flush=True)
-    time.sleep(60)
+    sys.stdin.read()  # until whoever started it is gone
 """
 
 
 @contextmanager
 def holding(folder: Path, phase: str = "train") -> Iterator[subprocess.Popen[str]]:
     """A real process at work in a directory; it is gone afterwards."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), phase],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    try:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with started([sys.executable, "-c", HOLD, str(folder), phase], text=True, **pipes) as child:
+        assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         yield child
-    finally:
-        child.kill()
-        child.communicate()
 
 
 def train_and_fail(
@@ -153,8 +145,7 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> No
         (tmp_path / "gone").rename(tmp_path / PROCESS)
         child.send_signal(signal.SIGKILL)
         found = read_process(tmp_path)
-        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.005)
+        wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)
         assert found is not None
         assert (found.ended, found.done, found.total_steps) == (None, 3, 20)
         # although its number is not free before its parent asks
@@ -191,7 +182,7 @@ def test_sigterm_outside_the_loop_is_an_end_too(tmp_path: Path, phase: str) -> N
     (tmp_path / "log.txt").touch()
     with holding(tmp_path, phase) as child:
         child.terminate()
-        assert child.wait(20) == 1  # the traceback of Interrupted; the command line makes 75 of it
+        assert child.wait() == 1  # the traceback of Interrupted; the command line makes 75 of it
     ended = written(tmp_path)["ended"]
     assert ended["exit_code"] == 75
     assert ended["reason"].startswith("SIGTERM arrived outside the training steps")

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pty
 import re
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ import pytest
 import lorry as package
 from lorry.runs import status
 from lorry.runs.process import read_process
+from lorry.verbs import background
+from tests.support.processes import started, wait_until
 from tests.support.verbworld import TRAIN, World, lorry
 
 SRC = Path(package.__file__).resolve().parent.parent
@@ -44,6 +45,8 @@ def sft(
     runs at the end is killed.
     """
     monkeypatch.setenv("PYTHONPATH", str(SRC))
+    # what a run does at its start is what is asked for here, on however slow a machine
+    monkeypatch.setattr(background, "START_TIMEOUT", math.inf)
     folders = list[Path]()
 
     def start(folder: Path, *settings: str, steps: int) -> tuple[int, str, str]:
@@ -73,13 +76,19 @@ def state(folder: Path) -> status.RunState:
 
 
 def until(folder: Path, reached: Callable[[status.RunState], bool]) -> status.RunState:
-    """Wait for a run to get somewhere."""
-    for _ in range(2000):
+    """Wait for a run to get somewhere; one that ends before that is an error."""
+
+    def look() -> status.RunState | None:
         found = state(folder)
         if reached(found):
             return found
-        time.sleep(0.03)
-    raise AssertionError(f"{found}\n{(folder / 'log.txt').read_text()[-2000:]}")
+        log = (folder / "log.txt").read_text()[-2000:]
+        assert found.state == "running", f"{found}\n{log}"
+        return None
+
+    found = wait_until(look)
+    assert found is not None
+    return found
 
 
 def test_left_alone_watched_stopped_and_gone_on_with(
@@ -119,7 +128,7 @@ def test_killed_without_a_word(sft: Callable[..., Any], tmp_path: Path) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(20)
+        psutil.Process(pid).wait()
     dead = until(run, lambda s: s.state != "running")
     assert dead.state == "dead"
     assert dead.step >= 2
@@ -173,20 +182,18 @@ def test_a_terminal_that_closes(world: World, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", IN_TERMINAL, sys.executable, "-m", "lorry.cli", "sft", *words]
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
-    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-    try:
+
+    def has_begun() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 1 << 16)  # or it would wait for us to read
+        return (run / "metrics.jsonl").is_file() and state(run).step >= 3
+
+    with started(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as child:
         os.close(theirs)
         os.set_blocking(ours, False)
-        while not (run / "metrics.jsonl").is_file() or state(run).step < 3:
-            with contextlib.suppress(BlockingIOError):
-                os.read(ours, 1 << 16)
-            assert child.poll() is None
-            time.sleep(0.02)
+        wait_until(has_begun, child)
         os.close(ours)
-        assert child.wait(60) == 75
-    finally:
-        child.kill()
-        child.wait()
+        assert child.wait() == 75
     found = state(run)
     assert found.state == "interrupted"
     assert (

@@ -45,7 +45,7 @@ def pushed(
         where = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
         done = subprocess.run(
             [sys.executable, "-c", MAIN, str(world.run), "team/people"],
-            env={**os.environ, **here, **where}, capture_output=True, text=True, timeout=120,
+            env={**os.environ, **here, **where}, capture_output=True, text=True,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, hub.files["team/people"], hub

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -123,11 +124,19 @@ def add_chart_axes(
 
 
 def encode_png(figure: Figure) -> bytes:
-    """The bytes of a PNG file that says in its first bytes that it is ours."""
+    """The bytes of a PNG file that says in its first bytes that it is ours. A character of a name
+    that matplotlib's own font lacks (Chinese, a control character made visible) is a box in it; the
+    page has the name.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out, metadata=SOFTWARE)
+    with warnings.catch_warnings():
+        # one line of it for each such character, naming a file of ours and nothing to do
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font", category=UserWarning
+        )
+        FigureCanvasAgg(figure).print_png(out, metadata=SOFTWARE)
     return out.getvalue()
 
 

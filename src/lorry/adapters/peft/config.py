@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
@@ -27,14 +28,17 @@ from lorry.errors import ConfigError, ModelError
 # level down, where none of them finds a rank.
 OVER_ADAPTER = "LORA_OVER_ADAPTER"
 PATTERN_LIMIT = 2000  # characters of one regular expression
-# seconds for all regular expressions of a file on all modules of a model; real ones take
-# milliseconds
+# seconds of processor time for all regular expressions of a file on all modules of a model; real
+# ones take milliseconds. Not of the clock: on a busy machine a sound adapter would be refused
 TIME_LIMIT = 10.0
 # no repeat, no choice: linear time, so a process need not be started for it
 PLAIN_PATTERN = re.compile(r"(?:[\w^$-]|\\?\.)*")
 TRIAL_SCRIPT = """
-import json, re, sys
-patterns, paths = json.load(sys.stdin)
+import json, re, signal, sys
+limit, patterns, paths = json.load(sys.stdin)
+# SIGPROF ends the process, whatever a regular expression is at; a parent may have it ignored
+signal.signal(signal.SIGPROF, signal.SIG_DFL)
+signal.setitimer(signal.ITIMER_PROF, limit)
 for pattern in patterns:
     for path in paths:
         re.fullmatch(pattern, path), re.match(rf"(.*\\.)?({pattern})$", path)
@@ -165,7 +169,7 @@ def match_peft_targets(
 def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> None:
     """Try a file's regular expressions on ``modules`` in a process of their own, which can be
     stopped: they come from strangers and may take exponential time. Names without any repeat or
-    choice are not tried. Raises ModelError after TIME_LIMIT seconds.
+    choice are not tried. Raises ModelError after TIME_LIMIT seconds of processor time.
     """
     expressions = [
         *spec.rank_pattern,
@@ -176,20 +180,19 @@ def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> 
     if not patterns:
         return
     try:
-        request = json.dumps([patterns, list(modules)]).encode()
+        request = json.dumps([TIME_LIMIT, patterns, list(modules)]).encode()
         subprocess.run(
             # -I -S: no site-packages and no PYTHON* variables, so it starts in milliseconds
             [sys.executable, "-I", "-S", "-c", TRIAL_SCRIPT],
             input=request,
-            timeout=TIME_LIMIT,
             check=True,
             capture_output=True,
         )
-    except subprocess.TimeoutExpired as e:
-        raise ModelError(
-            f"{where}: its regular expressions ({patterns[0]!r:.80}) take too long; list the modules by name"
-        ) from e
     except (OSError, subprocess.CalledProcessError) as e:
+        if isinstance(e, subprocess.CalledProcessError) and e.returncode == -signal.SIGPROF:
+            raise ModelError(
+                f"{where}: its regular expressions ({patterns[0]!r:.80}) take too long; list the modules by name"
+            ) from e
         raise ModelError(
             f"{where}: its regular expressions could not be tested safely ({e}); "
             "list the modules by name"

@@ -104,7 +104,9 @@ OUTSIDE_THE_STEPS = (
 )
 
 
-RESEND_SECONDS = 0.02  # seconds until a remembered signal is sent again
+# Seconds until a remembered signal is sent again: first, and at most. Each time twice as long, or a
+# process that gets a core only now and then does nothing but start timers, and never imports.
+RESEND_SECONDS, LONGEST_RESEND_SECONDS = 0.02, 1.0
 # the file of CPython's import machinery, in every frame of it
 IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"
 
@@ -146,8 +148,12 @@ class _RaiseHandler:
         """Send the signal again a little later, to this thread, so that it also ends a wait for
         input.
         """
+        before = self.remembered.get(number)
+        seconds = (
+            RESEND_SECONDS if before is None else min(2 * before.interval, LONGEST_RESEND_SECONDS)
+        )
         self.sent.discard(number)
-        timer = self.remembered[number] = threading.Timer(RESEND_SECONDS, self.send, (number,))
+        timer = self.remembered[number] = threading.Timer(seconds, self.send, (number,))
         # a process that ends otherwise must not wait for it
         timer.daemon = True
         timer.start()
