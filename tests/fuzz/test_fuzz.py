@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorry.errors import DataError
+from tests.fuzz import campaign
 from tests.fuzz.campaign import CASES, Tally, attempt, execute, made
 from tests.fuzz.targets import Target, targets
 
@@ -62,7 +63,7 @@ def test_an_input_follows_from_its_numbers() -> None:
 
 
 def test_an_input_that_takes_too_long_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("campaign.SECONDS", 0.05)
+    monkeypatch.setattr(campaign, "SECONDS", 0.05)
 
     def endless(data: bytes, folder: Path) -> None:
         while True:
