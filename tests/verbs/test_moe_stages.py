@@ -71,15 +71,6 @@ def test_what_changed_is_done_again_and_said(
     assert kept.read_bytes() == first
     lorry.load(tmp_path / "mix")
 
-    # another seed of the router alone leaves the experts
-    first = made.read_bytes()
-    assert run_lorry("moe", file, "router.train.max_steps=3") == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "experts: " in told
-    assert "has finished, and nothing" in told
-    assert "router: its settings changed" in told
-    assert made.read_bytes() == first
-
 
 def test_a_stopped_stage_of_other_rows_starts_again(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
