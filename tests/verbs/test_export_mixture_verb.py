@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,32 @@ def test_constant_gates_are_the_dense_model(
     assert "0.7 x one, 0.1 x two" in told
     for name in NAMES:
         assert re.search(rf"loss of {name} on 2 training rows: .*\([+-]0.00%\)", told)
+
+
+def test_several_adapters_without_a_router(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of several: its rows make a router of an hf-moe, and weights one dense model."""
+    run = mixture_run(tmp_path / "several", base)
+    shutil.rmtree(run / "router")
+    words = ["export", run, "to=hf-moe", f"output_dir={tmp_path / 'moe'}"]
+    assert lorry(*words) == 2
+    assert "has no router (router/router.json)" in " ".join(capsys.readouterr().err.split())
+    assert lorry(*words, "gate=hidden_avg") == 0
+    told = capsys.readouterr().err
+    # in the order of their folders
+    assert "MixtralForCausalLM of 3 experts (one, three, two), 2 a token" in told
+    assert "not trained" in told
+    tensors = load_file(tmp_path / "moe" / "model.safetensors")
+    dense = load_file(base / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    found = tensors["model.layers.1.block_sparse_moe.experts.1.w2.weight"]
+    change = deltas_of(run / "three")["model.layers.1.mlp.down_proj"]
+    torch.testing.assert_close(found, dense + change)
+    assert lorry("export", run, "to=dense", "weights={three: 1}", f"output_dir={tmp_path}/d") == 0
+    found = load_file(tmp_path / "d" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    torch.testing.assert_close(found, dense + change)
+    assert lorry("export", run / "one", "to=dense") == 2
+    assert "is no run of several experts" in capsys.readouterr().err
 
 
 def test_adapters_for_a_server(

@@ -61,9 +61,11 @@ class DomainLoss:
         lines = []
         for name, batches in self.batches.items():
             exported, run, base = hf_loss(model, batches), self.run[name], self.base[name]
+            # a loss of 0 has no share, and NaN is none
+            share = f" ({exported / run - 1:+.2%})" if run > 0 else ""
             lines.append(
-                f"loss of {name} on {len(batches)} {self.what}: the run {run:.4f}, exported {exported:.4f} "
-                f"({exported / run - 1:+.2%}), base {base:.4f}"
+                f"loss of {name} on {len(batches)} {self.what}: the run {run:.4f}, exported {exported:.4f}{share}, "
+                f"base {base:.4f}"
             )
         return lines
 
