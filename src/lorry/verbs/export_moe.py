@@ -79,7 +79,7 @@ def untrained_note(gate_mode: str) -> str:
     if gate_mode in RANDOM_GATES:
         return f"note: the router is random (gate_mode={gate_mode}); it routes nothing until it is trained"
     return (
-        f"note: the router is made of prompts (gate_mode={gate_mode}) and not trained; the layer reads "
+        f"note: the router is made of prompts (gate_mode={gate_mode}), not trained; the layer reads "
         "another vector, the normed input of its MLP"
     )
 
