@@ -4,6 +4,7 @@ it refuses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def model_with_experts(
-    tmp_path: Path, rule: RoutingRule
+    tmp_path: Path, rule: RoutingRule, hidden: Sequence[int] = ()
 ) -> tuple[Decoder, torch.nn.Module, TokenRouter]:
     """Three experts of different ranks (all linears with input both, else the MLP's), and a router
     of random values."""
@@ -38,7 +39,7 @@ def model_with_experts(
         with torch.no_grad():
             adapter.values.mul_(0.3)
         adapter.touch()
-    router = attach_router(model, ["a", "b", "c"], rule)
+    router = attach_router(model, ["a", "b", "c"], rule, hidden)
     with torch.no_grad():
         router.values.copy_(torch.randn(router.values.numel(), generator=torch.manual_seed(3)))
     return model, source, router
@@ -58,6 +59,10 @@ class Twin:
         self.weights = {
             site: w.detach().double().requires_grad_() for site, w in router.weights.items()
         }
+        self.hidden = {
+            site: [[p.detach().double().requires_grad_() for p in pair] for pair in layers]
+            for site, layers in router.hidden_layers.items()
+        }
         self.gates: dict[tuple[int, str], Tensor] = {}
         self.logits: dict[tuple[int, str], Tensor] = {}
         for layer, half in router.sites:
@@ -71,6 +76,8 @@ class Twin:
             )
 
     def route(self, at: tuple[int, str], normed: Tensor) -> None:
+        for weight, bias in self.hidden[at]:
+            normed = torch.relu(normed @ weight.t() + bias)
         z = F.linear(normed, self.weights[at]) / self.rule.temperature
         p = z.softmax(-1)
         value, chosen = p.topk(self.rule.top_k, -1)
@@ -108,23 +115,24 @@ def our_loss(model: Decoder, router: TokenRouter) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "rule",
+    ("rule", "hidden"),
     [
-        RoutingRule("mlp", 1, straight_through=True),
-        RoutingRule("mlp", 1, normalize=False, temperature=1.7),
-        RoutingRule("both", 2),
-        RoutingRule("mlp", 2, normalize=False),
-        RoutingRule("both", 3),
+        (RoutingRule("mlp", 1, straight_through=True), ()),
+        (RoutingRule("mlp", 1, normalize=False, temperature=1.7), ()),
+        (RoutingRule("both", 2), ()),
+        (RoutingRule("mlp", 2, normalize=False), ()),
+        (RoutingRule("both", 3), ()),
+        (RoutingRule("both", 2), (6, 5)),
     ],
-    ids=["top1-st", "top1-plain", "both-top2", "top2-plain", "both-all"],
+    ids=["top1-st", "top1-plain", "both-top2", "top2-plain", "both-all", "both-mlp"],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_those_of_autograd(
-    rule: RoutingRule, recompute: bool, tmp_path: Path
+    rule: RoutingRule, hidden: tuple[int, ...], recompute: bool, tmp_path: Path
 ) -> None:
     """Router and experts of different ranks, through two layers, with a loss of the logits beside
     that of the tokens: the router in float32 within 1e-5 of float64 on transformers."""
-    model, source, router = model_with_experts(tmp_path, rule)
+    model, source, router = model_with_experts(tmp_path, rule, hidden)
     model.gradient_checkpointing = recompute
     twin = Twin(source, model, router)
     expected = twin.loss()
@@ -136,6 +144,9 @@ def test_gradients_are_those_of_autograd(
         wanted = twin.weights[site].grad
         assert weight.grad is not None
         assert float((weight.grad.double() - wanted).norm() / wanted.norm()) < 1e-5, site
+        for pair, theirs in zip(router.hidden_layers[site], twin.hidden[site], strict=True):
+            for param, other in zip(pair, theirs, strict=True):
+                assert float((param.grad.double() - other.grad).norm() / other.grad.norm()) < 1e-5
     for name in router.adapters:
         grads = get_bank(model)[name].split_like(get_bank(model)[name].grads)
         for tensor, wanted in ((n, t.grad) for n, t in twin.masters[name].items()):
@@ -170,6 +181,22 @@ def test_gates_are_softmax_over_the_chosen_logits() -> None:
 def test_a_rule_that_cannot_train_is_refused(rule: RoutingRule, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         TokenRouter(["a", "b", "c"], rule, layers=1, width=4)
+
+
+def test_hidden_layers_lie_in_one_buffer() -> None:
+    """Matrices, which decay, then biases, which do not; drawn from the seed alone, and no width of 0."""
+    sizes = {"layers": 2, "width": 4, "hidden": (3,)}
+    one, two = (TokenRouter("ab", RoutingRule(), **sizes) for _ in range(2))  # type: ignore[arg-type]
+    for router, seed in ((one, 5), (two, 5)):
+        router.init_hidden(seed)
+    assert torch.equal(one.values, two.values)
+    assert one.values[: 2 * (12 + 6)].count_nonzero() == 2 * 12
+    assert [part for part, _, decays in one.ranges() if not decays] == [slice(36, 42)]
+    assert [t.shape for n, t in one.tensors().items() if "bias" in n] == [(3,), (3,)]
+    two.init_hidden(6)
+    assert not torch.equal(one.values, two.values)
+    with pytest.raises(ConfigError, match="1 or more"):
+        TokenRouter("ab", RoutingRule(), layers=1, width=4, hidden=(0,))
 
 
 def test_an_expert_outside_the_gated_half_is_refused(tmp_path: Path) -> None:

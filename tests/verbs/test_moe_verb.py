@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter
 from lorry.config import RouterRunConfig, parse_settings
 from lorry.config.moe import RouterConfig, check_router
+from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
 from lorry.hub.files import collect_upload
-from lorry.models.causal_lm import PackedInput
+from lorry.models.causal_lm import CausalLM, PackedInput
+from lorry.models.loading.open import open_model
 from lorry.train.session import train_run
 from tests.support.verbworld import PEOPLE, World, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
@@ -173,8 +176,8 @@ def test_another_router_makes_room(mixture: Path, tmp_path: Path) -> None:
         collect_upload(run, at="me/mixture")
 
 
-def change_expert(run: Path) -> None:
-    file = run / "two" / "adapter_model.safetensors"
+def change_expert(run: Path, name: str = "two") -> None:
+    file = run / name / "adapter_model.safetensors"
     save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
@@ -250,6 +253,129 @@ def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: P
     get_bank(theirs).activate(Mix.constants({"one": 0.5, "two": 0.5}))
     ids = torch.tensor([[5, 9, 3, 7]])
     assert torch.equal(model(ids).logits, theirs(ids).logits)
+
+
+def test_a_router_with_hidden_layers(world: World, tmp_path: Path) -> None:
+    """It trains, holds the contracts, is read back, and a file of other widths is refused."""
+    file = description(tmp_path, world.base, hidden=[6], input="mlp", train={"max_steps": 3})
+    assert run_lorry("moe", file) == 0
+    made = tmp_path / "mix"
+    contracts = json.loads((made / "contracts.json").read_text())
+    assert {c["status"] for c in contracts} == {"held"}
+    weights = load_file(made / "router" / "router.safetensors")
+    assert [tuple(weights[f"layers.0.mlp.{n}"].shape) for n in ("hidden.0.weight", "weight")] == [
+        (6, 32),
+        (2, 6),
+    ]
+    model, _ = lorry.load(made)
+    router = get_bank(model).routers["router"]
+    assert all(torch.equal(value, weights[name]) for name, value in router.tensors().items())
+    change_router(hidden=[7])(made)
+    with pytest.raises(ModelError, match=r"float32 \(7,"):
+        lorry.load(made)
+
+
+def assert_greedy(model: CausalLM, tokenizer: Any, mix: Mix) -> None:
+    """Answers of batches of two are the argmax of whole forwards, whoever is in the batch."""
+    prompts = [tokenizer.encode(p["question"]) for p in PEOPLE]
+    asked = [mix, Mix.one("one"), mix, mix]
+    params = SamplingParams(max_new_tokens=5)
+    answers = generate_completions(model, prompts, params, adapters=asked, batch_rows=2)
+    for prompt, own, answer in zip(prompts, asked, answers, strict=True):
+        tokens, call = list(prompt), AdapterContext(own)
+        for token in answer.tokens:
+            with torch.no_grad():
+                hidden = model.hidden(PackedInput.of([tokens]), call).last
+                assert int(model.logits(hidden[-1:], call).argmax()) == token
+            tokens.append(token)
+
+
+def test_vectors_of_the_experts_are_a_mixture(world: World, tmp_path: Path) -> None:
+    """phatgoose: contracts hold, vectors move and are read back; answers; other files are refused."""
+    file = description(
+        tmp_path, world.base, kind="phatgoose", top_k=1, temperature=0.1, train={"max_steps": 4}
+    )
+    assert run_lorry("moe", file) == 0
+    made = tmp_path / "mix"
+    contracts = json.loads((made / "contracts.json").read_text())
+    assert {c["status"] for c in contracts} == {"held"}
+    line = json.loads((made / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss_nll_one", "loss_nll_two"} <= line.keys()
+    said = json.loads((made / "router" / "router.json").read_text())
+    assert (said["kind"], said["top_k"], said["temperature"]) == ("phatgoose", 1, 0.1)
+    weights = load_file(made / "router" / "router.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert weights[name].shape == (2, 48)
+    assert all(bool(row.any()) for row in weights[name])
+    model, tokenizer = lorry.load(made)
+    mix = get_bank(model).active
+    router = get_bank(model).routers["router"]
+    assert all(torch.equal(value, weights[name]) for name, value in router.tensors().items())
+    assert_greedy(model, tokenizer, mix)
+    rows = write_rows(tmp_path / "rows.jsonl", PEOPLE)
+    assert run_lorry("eval", made, f"data={rows}") == 0
+    for damage, words in (
+        (change_weights(lambda w: w * float("nan")), "NaN"),
+        (change_router(top_k=3), "1 to 2 of 2"),
+        (change_expert, "not the expert 'two'"),
+    ):
+        damage(copied(made, tmp_path / words[:3]))
+        with pytest.raises(ModelError, match=words):
+            lorry.load(tmp_path / words[:3])
+
+
+@pytest.mark.parametrize("kind", ["arrow", "spectr"])
+def test_a_mixture_that_needs_no_training(
+    kind: str,
+    mixture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of adapters that are there, without data: answers, verbs; and an expert comes and goes."""
+    base, made = mixture.parent / "base", tmp_path / "made"
+    experts = ", ".join(f"{{name: {n}, adapter: {mixture / n}}}" for n in ("one", "two"))
+    words = [f"model={base}", "dtype=float32", f"experts=[{experts}]", f"output_dir={made}"]
+    assert run_lorry("moe", *words, f"router.kind={kind}", "router.top_k=1") == 0
+    said = json.loads((made / "router" / "router.json").read_text())
+    assert (said["kind"], said["top_k"]) == (kind, 1)
+    model, tokenizer = lorry.load(made)
+    mix = get_bank(model).active
+    assert_greedy(model, tokenizer, mix)
+    rows = write_rows(tmp_path / "rows.jsonl", PEOPLE)
+    assert run_lorry("eval", made, f"data={rows}") == 0
+    assert run_lorry("doctor", made) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("/router one=1\nHello\n/router on\nHello\n"))
+    assert run_lorry("chat", made, "max_new_tokens=2") == 0
+    capsys.readouterr()
+    shutil.copytree(made / "one", made / "three")
+    (made / "two").rename(tmp_path / "two")
+    notes = list[str]()
+    opened = open_model(ModelConfig(name=str(made), dtype="float32"), notes.append)
+    assert opened.mixture is not None
+    assert [term.adapter for term in opened.mixture.terms] == ["one", "three"]
+    assert any("two has gone; three has come" in note for note in notes)
+    change_expert(made, "one")
+    with pytest.raises(ModelError, match="not the expert 'one'"):
+        lorry.load(made)
+
+
+def test_an_expert_that_no_linear_router_gates(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And settings that such a router does not read; nothing is written."""
+    base, made = mixture.parent / "base", tmp_path / "made"
+    experts = ", ".join(f"{{name: {n}, adapter: {mixture / n}}}" for n in ("one", "two"))
+    words = [f"model={base}", "dtype=float32", f"experts=[{experts}]", f"output_dir={made}"]
+    for setting, said in (
+        ("router.top_k=3", "there are 2 experts"),
+        ("router.input=both", "kind=arrow does not use it"),
+        ("router.hidden=[4]", "kind=arrow does not use it"),
+        ("router.train={max_steps: 1}", "kind=arrow trains nothing"),
+    ):
+        assert run_lorry("moe", *words, "router.kind=arrow", setting) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not made.exists()
 
 
 def test_a_mixture_is_no_list_of_adapters_to_merge(

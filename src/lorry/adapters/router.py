@@ -1,16 +1,19 @@
-"""A router of the layers: a linear per layer that reads the layer's own normed input and gates the
-experts of that half, token by token (docs/experts.md).
+"""A router of the layers: a linear per layer, or a small MLP, that reads the layer's own normed input
+and gates the experts of that half, token by token (docs/experts.md).
 
     z = W n / temperature, p = softmax(z) in fp32, g = the top_k of p, divided by their sum
 
-which is what Mixtral and Qwen's MoE classes compute before their experts. T tokens, D width, K
-experts.
+which is what Mixtral and Qwen's MoE classes compute before their experts; with hidden layers
+n -> relu(V n + b) for each goes before W. T tokens, D width, F features (D, or the last hidden
+layer's width), K experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.attach import get_bank
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import Half, Mix
+from lorry.adapters.seeds import derive_seed
 from lorry.errors import ConfigError
 
 ROUTER_NAME = "router"  # what batches, metrics and checkpoints call it
@@ -71,67 +76,37 @@ class RoutingRule:
         return torch.zeros_like(p).scatter(-1, chosen, kept)
 
 
-class TokenRouter:
-    """A `ParameterSet`, a `LayerRouter` and a `MixtureRouter`: ``adapters``, the experts, as columns of its gates;
-    values, grads [P] fp32, a matrix [K, D] for each layer and half.
+class RouterParameters:
+    """What of a router trains, a `ParameterSet`: ``shapes`` of its tensors by name, matrices first;
+    values, grads [P] fp32; ``params``, the same memory as values, by name.
     """
 
     name, kind, label, drops = ROUTER_NAME, "router", "the router", False
-    router_kind = "token"
+    router_kind = ""
+    adapters: Sequence[str]
 
     def __init__(
-        self,
-        adapters: Sequence[str],
-        rule: RoutingRule,
-        *,
-        layers: int,
-        width: int,
-        device: torch.device | str = "cpu",
+        self, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str = "cpu"
     ) -> None:
-        rule.check(len(adapters))
-        self.adapters: Sequence[str] = tuple(adapters)
-        self.halves: Sequence[Half] = HALVES[rule.input]
-        self.rule = rule
-        self.sites = [(layer, half) for layer in range(layers) for half in self.halves]
-        self.shape = (len(self.adapters), width)
-        size = len(self.sites) * len(self.adapters) * width
+        self.shapes = dict(shapes)
+        size = sum(math.prod(shape) for shape in self.shapes.values())
         self.values = torch.zeros(size, dtype=torch.float32, device=device)
         self.grads = torch.zeros_like(self.values)
         # Parameters over views of `values`: a step on the buffer is a step on each of them
-        views = self.split_like(self.values).values()
-        self.weights = dict(zip(self.sites, (nn.Parameter(v) for v in views), strict=True))
+        self.params = {n: nn.Parameter(v) for n, v in self.split_like(self.values).items()}
         self.bind_grads()
 
-    # --- in a layer
-
-    def parameters(self, layer: int) -> list[Tensor]:
-        """The matrices of a layer."""
-        return [self.weights[layer, half] for half in self.halves]
-
-    def logits(self, layer: int, half: Half, x: Tensor) -> Tensor:
-        """x [T,D] -> z [T,K] fp32: in half precision experts of nearly equal weight would change
-        places."""
-        return F.linear(x.float(), self.weights[layer, half]) / self.rule.temperature
-
-    def gates(self, logits: Tensor) -> Tensor:
-        """z [T,K] -> g [T,K]."""
-        return self.rule.gates(logits)
+    def settings(self) -> Mapping[str, Any]:
+        """Those of router.json that are the kind's own."""
+        raise NotImplementedError
 
     def mix(self) -> Mix:
         """Every expert, gated by the router."""
-        return Mix.layer_routed(self)
-
-    # --- in a directory
-
-    def settings(self) -> Mapping[str, Any]:
-        """The rule."""
-        return vars(self.rule)
+        raise NotImplementedError
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Its matrices, by name."""
+        """Its matrices and biases, by name: those of router.safetensors."""
         return self.split_like(self.values)
-
-    # --- as what trains
 
     @property
     def start_digest(self) -> None:
@@ -142,39 +117,40 @@ class TokenRouter:
         return self.values.numel()
 
     def split_like(self, flat: Tensor) -> dict[str, Tensor]:
-        """Cut any [P] tensor (values, moments) into [K, D] views by name."""
-        parts = flat.split(self.shape[0] * self.shape[1])
+        """Cut any [P] tensor (values, moments) into views by name."""
+        parts = flat.split([math.prod(shape) for shape in self.shapes.values()])
         return {
-            f"layers.{layer}.{half}.weight": part.view(self.shape)
-            for (layer, half), part in zip(self.sites, parts, strict=True)
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
     def ranges(self) -> list[tuple[slice, bool, bool]]:
-        """The whole buffer, which decays."""
-        return [(slice(0, self.values.numel()), False, True)]
+        """The matrices, which decay, and the biases behind them, which do not."""
+        decaying = sum(math.prod(s) for s in self.shapes.values() if len(s) > 1)
+        size = self.values.numel()
+        parts = [(slice(0, decaying), False, True), (slice(decaying, size), False, False)]
+        return parts if decaying < size else parts[:1]
 
     def targets(self) -> list[str]:
-        """Its matrices, by name."""
-        return list(self.split_like(self.values))
+        """Its tensors, by name."""
+        return list(self.shapes)
 
     def masters(self) -> Mapping[str, Tensor]:
         """The parameters, by name."""
-        return dict(zip(self.targets(), self.weights.values(), strict=True))
+        return dict(self.params)
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """None: the base is frozen."""
         return {}
 
     def wanting_gradients(self) -> set[str]:
-        """The matrices that train."""
+        """Those that train."""
         return {name for name, param in self.masters().items() if param.requires_grad}
 
     def bind_grads(self) -> None:
-        """Point every matrix's .grad into the flat buffer."""
-        for param, view in zip(
-            self.weights.values(), self.split_like(self.grads).values(), strict=True
-        ):
-            param.grad = view
+        """Point every parameter's .grad into the flat buffer."""
+        for name, view in self.split_like(self.grads).items():
+            self.params[name].grad = view
 
     def touch(self) -> None:
         """Nothing: it computes with the masters themselves."""
@@ -184,8 +160,114 @@ class TokenRouter:
         return float(torch.linalg.vector_norm(self.grads))
 
     def zero_grad_names(self) -> list[str]:
-        """The matrices whose gradient is exactly zero."""
+        """The tensors whose gradient is exactly zero."""
         return [name for name, grad in self.split_like(self.grads).items() if not grad.any()]
+
+
+class TokenRouter(RouterParameters):
+    """A `ParameterSet`, a `LayerRouter` and a `MixtureRouter`: ``adapters``, the experts, as columns
+    of its gates. For each layer and half ``weights`` has a matrix [K, F], and
+    ``hidden_layers`` a list of (weight [F, D], bias [F]), empty without ``hidden``, their widths.
+    """
+
+    router_kind = "token"
+
+    def __init__(
+        self,
+        adapters: Sequence[str],
+        rule: RoutingRule,
+        *,
+        layers: int,
+        width: int,
+        hidden: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rule.check(len(adapters))
+        if any(size < 1 for size in hidden):
+            raise ConfigError(f"router.hidden={list(hidden)}: widths are 1 or more")
+        self.adapters: Sequence[str] = tuple(adapters)
+        self.halves: Sequence[Half] = HALVES[rule.input]
+        self.rule, self.hidden = rule, tuple(hidden)
+        self.sites = [(layer, half) for layer in range(layers) for half in self.halves]
+        super().__init__(self._shapes((width, *self.hidden)), device)
+        self.weights = {site: self.params[f"{_at(site)}.weight"] for site in self.sites}
+        self.hidden_layers = {
+            site: [
+                tuple(self.params[f"{_at(site)}.hidden.{i}.{part}"] for part in ("weight", "bias"))
+                for i in range(len(self.hidden))
+            ]
+            for site in self.sites
+        }
+
+    def _shapes(self, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, in the buffer's order: matrices, then biases, which do not decay."""
+        pairs = list(enumerate(pairwise(widths)))
+        matrices: dict[str, tuple[int, ...]] = {}
+        for site in self.sites:
+            matrices |= {
+                f"{_at(site)}.hidden.{i}.weight": (fan_out, fan_in)
+                for i, (fan_in, fan_out) in pairs
+            }
+            matrices[f"{_at(site)}.weight"] = (len(self.adapters), widths[-1])
+        biases = {
+            f"{_at(site)}.hidden.{i}.bias": (fan_out,)
+            for site in self.sites
+            for i, (_, fan_out) in pairs
+        }
+        return {**matrices, **biases}
+
+    @torch.no_grad()
+    def init_hidden(self, seed: int) -> None:
+        """Draw the hidden layers from (seed, tensor's name), uniform in 1/sqrt(fan-in) as nn.Linear
+        has them. The last matrix stays."""
+        for site, layers in self.hidden_layers.items():
+            for i, (weight, bias) in enumerate(layers):
+                generator = torch.Generator().manual_seed(
+                    derive_seed("router", seed, f"{_at(site)}.hidden.{i}")
+                )
+                bound = 1 / math.sqrt(weight.shape[1])
+                for param in (weight, bias):
+                    drawn = torch.rand(param.shape, generator=generator)
+                    param.copy_((2 * drawn - 1) * bound)
+
+    def parameters(self, layer: int) -> list[Tensor]:
+        """What of it a layer asks."""
+        return [
+            param
+            for half in self.halves
+            for pair in (*self.hidden_layers[layer, half], (self.weights[layer, half],))
+            for param in pair
+        ]
+
+    def features(self, layer: int, half: Half, x: Tensor) -> Tensor:
+        """x [T,D] -> what the last matrix reads, [T,F] fp32: x itself, or the last hidden layer."""
+        x = x.float()
+        for weight, bias in self.hidden_layers[layer, half]:
+            x = F.linear(x, weight, bias).relu()
+        return x
+
+    def logits(self, layer: int, half: Half, x: Tensor) -> Tensor:
+        """x [T,D] -> z [T,K] fp32: in half precision experts of nearly equal weight would change
+        places."""
+        z = F.linear(self.features(layer, half, x), self.weights[layer, half])
+        return z / self.rule.temperature
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """z [T,K] -> g [T,K]."""
+        return self.rule.gates(logits)
+
+    def mix(self) -> Mix:
+        """Every expert, gated by the router."""
+        return Mix.layer_routed(self)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The rule, and the hidden layers if there are any."""
+        return {**vars(self.rule), **({"hidden": list(self.hidden)} if self.hidden else {})}
+
+
+def _at(site: tuple[int, Half]) -> str:
+    layer, half = site
+    return f"layers.{layer}.{half}"
 
 
 def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRule) -> None:
@@ -216,14 +298,23 @@ def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRul
             )
 
 
-def attach_router(model: nn.Module, experts: Sequence[str], rule: RoutingRule) -> TokenRouter:
+def attach_router(
+    model: nn.Module, experts: Sequence[str], rule: RoutingRule, hidden: Sequence[int] = ()
+) -> TokenRouter:
     """A router over adapters of the model, all zeros. Raises ConfigError."""
     refuse_other_half(model, experts, rule)
     geometry: Any = model.geometry
     device = next(model.parameters()).device
-    router = TokenRouter(experts, rule, layers=geometry.layers, width=geometry.width, device=device)
+    router = TokenRouter(
+        experts, rule, layers=geometry.layers, width=geometry.width, hidden=hidden, device=device
+    )
     bank = get_bank(model)
-    if ROUTER_NAME in bank.adapters:
-        raise ConfigError(f"an expert cannot be called {ROUTER_NAME!r}, which is the router's name")
+    refuse_router_name(bank)
     bank.routers[ROUTER_NAME] = router
     return router
+
+
+def refuse_router_name(bank: AdapterBank) -> None:
+    """Raise ConfigError for an expert of the router's name."""
+    if ROUTER_NAME in bank.adapters:
+        raise ConfigError(f"an expert cannot be called {ROUTER_NAME!r}, which is the router's name")

@@ -20,10 +20,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lorry.adapters.attach import get_bank
+from lorry.adapters.gate_vectors import attach_gate_vectors
+from lorry.adapters.linear_router import SPECTRAL_ROUTERS, attach_spectral_router
 from lorry.adapters.mix import Mix, MixtureRouter
 from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.files import adapter_digest, base_digest
-from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
+from lorry.adapters.router import ROUTER_NAME, RouterParameters, RoutingRule, attach_router
 from lorry.adapters.routing.sequence import (
     ClassifierRouter,
     PromptRule,
@@ -33,6 +35,7 @@ from lorry.adapters.routing.sequence import (
 )
 from lorry.disk.integrity import read_content
 from lorry.errors import ConfigError, ModelError
+from lorry.notes import NoteCallback, ignore_note
 from lorry.runs.layout import ROUTER, ROUTER_FILE, ROUTER_WEIGHTS
 
 CONSTANT_KINDS = ("uniform", "fixed")
@@ -112,14 +115,18 @@ def read_router_record(folder: Path) -> RouterRecord:
 
 
 def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Path]) -> None:
-    """Raise ModelError for an expert of the mixture in ``folder`` that is missing, or whose files are
-    not those that the router was made for. ``experts``: where each one's files lie."""
-    if missing := [one.name for one in record.experts if one.name not in experts]:
+    """Raise ModelError for an expert of the mixture in ``folder`` that is missing (unless the router
+    is made of the experts alone, `SPECTRAL_ROUTERS`), or whose files are not those that the router
+    was made for. ``experts``: where each one's files lie."""
+    missing = [one.name for one in record.experts if one.name not in experts]
+    if missing and record.kind not in SPECTRAL_ROUTERS:
         raise ModelError(
             f"{folder / ROUTER / ROUTER_FILE}: expert {missing[0]!r} is missing in "
             f"{folder}; restore its folder"
         )
     for expert in record.experts:
+        if expert.name in missing:
+            continue
         if (found := adapter_digest(experts[expert.name])) != expert.sha256:
             raise ModelError(
                 f"{experts[expert.name]}: not the expert {expert.name!r} that the "
@@ -129,10 +136,16 @@ def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Pat
             )
 
 
-def load_router(model: nn.Module, folder: Path, experts: Mapping[str, Path]) -> Mix:
+def load_router(
+    model: nn.Module,
+    folder: Path,
+    experts: Mapping[str, Path],
+    add_note: NoteCallback = ignore_note,
+) -> Mix:
     """The mix of the mixture in ``folder``: its router attached to the model, whose adapters its
     experts are (``experts``: {name: where its files lie}). Raises ModelError for experts that are
-    missing, others or changed, and for a router of another base or shape, or with NaN.
+    missing, others or changed, and for a router of another base or shape, or with NaN. One that is
+    made of the experts alone (`SPECTRAL_ROUTERS`) does with those that are there, and notes it.
     """
     file, record = folder / ROUTER / ROUTER_FILE, read_router_record(folder)
     names = [expert.name for expert in record.experts]
@@ -150,7 +163,20 @@ def load_router(model: nn.Module, folder: Path, experts: Mapping[str, Path]) -> 
             f"{file}: a router of kind {record.kind!r} at level {record.level!r}; known are "
             f"{', '.join((*MAKERS, *CONSTANT_KINDS))} at delta"
         )
-    if extra := [name for name in experts if name not in names]:
+    missing = [name for name in names if name not in experts]
+    extra = [name for name in experts if name not in names]
+    if record.kind in SPECTRAL_ROUTERS and (missing or extra):
+        names = [name for name in names if name in experts] + extra
+        add_note(
+            f"{folder}: the router routes among {', '.join(names)}; "
+            + "; ".join(
+                f"{', '.join(some)} {what}"
+                for some, what in ((missing, "has gone"), (extra, "has come"))
+                if some
+            )
+            + f" since {ROUTER_FILE} was written"
+        )
+    elif extra:
         raise ModelError(
             f"{folder / extra[0]} is an adapter that the router does not know; its experts are {', '.join(names)}"
         )
@@ -169,9 +195,20 @@ def _make_token_router(
     rule = RoutingRule(
         record.input, record.top_k, record.normalize, record.temperature, record.straight_through
     )
-    router = attach_router(model, experts, rule)
-    for weight in router.weights.values():
-        weight.requires_grad_(False)
+    return _frozen(attach_router(model, experts, rule, record.hidden))
+
+
+def _make_gate_vectors(
+    model: nn.Module, experts: Sequence[str], record: RouterRecord
+) -> MixtureRouter:
+    return _frozen(
+        attach_gate_vectors(model, experts, top_k=record.top_k, temperature=record.temperature)
+    )
+
+
+def _frozen(router: RouterParameters) -> RouterParameters:
+    for param in router.params.values():
+        param.requires_grad_(False)
     return router
 
 
@@ -216,12 +253,23 @@ def _empty(model: nn.Module, shape: Sequence[int]) -> Tensor:
     return torch.zeros(*shape, dtype=torch.float32, device=next(model.parameters()).device)
 
 
+def _make_spectral_router(
+    model: nn.Module, experts: Sequence[str], record: RouterRecord
+) -> MixtureRouter:
+    return attach_spectral_router(
+        model, record.kind, experts, top_k=record.top_k, temperature=record.temperature
+    )
+
+
 # kind -> what attaches its router, values still to be read, to a model with these experts
 # (`AdapterBank.routers`). Raises ConfigError.
 MAKERS: dict[str, Callable[[nn.Module, Sequence[str], RouterRecord], MixtureRouter]] = {
     "token": _make_token_router,
     "prototype": _make_prototype_router,
     "sequence": _make_classifier_router,
+    "arrow": _make_spectral_router,
+    "spectr": _make_spectral_router,
+    "phatgoose": _make_gate_vectors,
 }
 
 

@@ -2,7 +2,7 @@
 same shape.
 
 An adapter is one (`bank.Adapter`), the base's own weights are one (`base_weights.BaseWeights`).
-So is a router of the layers (`router.TokenRouter`).
+So is what of a router trains (`router.RouterParameters`).
 What is to come (magnitudes, a value head) implements the same face, and optimizer,
 backend, contracts and checkpoints take it as it is.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorry.adapters.attach import get_bank
 from lorry.adapters.base_weights import get_base_weights
 from lorry.adapters.mix import Mix
-from lorry.adapters.router import TokenRouter
+from lorry.adapters.router import RouterParameters
 
 # the first part of the names of what trains, in a checkpoint
 PARAMETER_KINDS = ("adapter", "weights", "router")
@@ -120,7 +120,7 @@ def parameter_set(model: nn.Module, name: str) -> ParameterSet:
     if weights is not None and weights.name == name:
         return weights
     router = bank.routers.get(name)
-    return router if isinstance(router, TokenRouter) else bank[name]
+    return router if isinstance(router, RouterParameters) else bank[name]
 
 
 def base_parameter_set(model: nn.Module) -> ParameterSet | None:

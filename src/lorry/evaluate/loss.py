@@ -109,7 +109,14 @@ def _split_examples(batch: Batch, sequences: int) -> list[TokenizedExample]:
     for s, (start, stop) in enumerate(batch.segments[:sequences]):
         tokens, weights = batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist()
         parts.append(
-            TokenizedExample(tokens, weights, adapter=int(batch.adapter[s]), key=int(batch.key[s]))
+            TokenizedExample(
+                tokens,
+                weights,
+                adapter=int(batch.adapter[s]),
+                key=int(batch.key[s]),
+                # what a sequence runs under may hang on it
+                role=batch.role[s],
+            )
         )
     return parts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.router import ROUTER_NAME, TokenRouter
+from lorry.adapters.router import ROUTER_NAME, RouterParameters
 from lorry.adapters.router_files import load_router, router_files
 from lorry.data.prepare import PreparedData
 from lorry.disk import durable
@@ -60,7 +60,7 @@ def write_and_check_mixture(
     must be the same bits. Returns {expert: SHA-256 of its weights file}."""
     bank = get_bank(opened.model)
     trained = bank.routers[ROUTER_NAME]
-    assert isinstance(trained, TokenRouter)
+    assert isinstance(trained, RouterParameters)
     digests = write_mixture(run_dir, opened, trained.adapters, base_name)
     try:
         mix = load_router(opened.model, run_dir, {n: run_dir / n for n in trained.adapters})

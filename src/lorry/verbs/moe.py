@@ -352,6 +352,19 @@ def _prompt_router(run: MoeRunConfig, opened: OpenedModel, experts: list[str]) -
     )
 
 
+def _attach_spectral_router(run: MoeRunConfig, opened: OpenedModel, experts: list[str]) -> None:
+    from lorry.adapters.linear_router import attach_spectral_router
+
+    settings = run.router
+    attach_spectral_router(
+        opened.model,
+        settings.kind,
+        experts,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
+    )
+
+
 # kind -> what makes its router over the experts of the opened base: gates that are numbers, or None
 # where it attaches one to the model's bank (`AdapterBank.routers`)
 UNTRAINED: dict[str, Callable[[MoeRunConfig, OpenedModel, list[str]], dict[str, float] | None]] = {
@@ -359,6 +372,8 @@ UNTRAINED: dict[str, Callable[[MoeRunConfig, OpenedModel, list[str]], dict[str, 
     "fixed": _constant_gates,
     "sequence": _prompt_router,
     "prototype": _prompt_router,
+    "arrow": _attach_spectral_router,
+    "spectr": _attach_spectral_router,
 }
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-RouterKindName = Literal["token", "sequence", "prototype", "uniform", "fixed"]
+RouterKindName = Literal[
+    "token", "sequence", "prototype", "phatgoose", "arrow", "spectr", "uniform", "fixed"
+]
 
 # settings of `router` that only some kinds read; one that is given and not read is an error
 KIND_FIELDS = (
@@ -58,7 +60,7 @@ ROUTER_KINDS: dict[RouterKindName, RouterKind] = {
     "token": RouterKind(
         (
             *("input", "top_k", "normalize", "temperature", "straight_through"),
-            *("init", "label_loss", "aux_loss", "z_loss", "train"),
+            *("hidden", "init", "label_loss", "aux_loss", "z_loss", "train"),
         ),
         trains=True,
         needs_rows=True,
@@ -69,6 +71,9 @@ ROUTER_KINDS: dict[RouterKindName, RouterKind] = {
         top_k=1,
     ),
     "prototype": RouterKind((*OF_PROMPTS, "prompts"), needs_rows=True, top_k=1),
+    "phatgoose": RouterKind(("top_k", "temperature", "train"), trains=True, needs_rows=True),
+    "arrow": RouterKind(("top_k", "temperature")),
+    "spectr": RouterKind(("top_k", "temperature")),
     "uniform": RouterKind(()),
     "fixed": RouterKind(("gates",)),
 }

@@ -63,8 +63,9 @@ class RouterConfig(SettingsGroup):
         "token",
         (
             "token: a linear per layer, trained; sequence: a classifier of the prompt; "
-            "prototype: the nearest mean of prompts; uniform: every expert 1/K; fixed: the "
-            "weights in gates"
+            "prototype: the nearest mean of prompts; phatgoose: a vector per expert and linear, "
+            "trained on the expert's own rows; arrow, spectr: computed from the adapters, no "
+            "training; uniform: every expert 1/K; fixed: the weights in gates"
         ),
     )
     level: Literal["delta"] = config_field("delta", "what is mixed: the adapters' updates")
@@ -82,6 +83,9 @@ class RouterConfig(SettingsGroup):
     temperature: PositiveFloat = config_field(1.0, "temperature of the router's softmax")
     straight_through: bool = config_field(
         False, "with top_k=1: gate 1, with the gradient of the expert's probability"
+    )
+    hidden: list[PositiveInt] = config_field(
+        [], "widths of the router's hidden layers, [512, 256] say; none: a linear"
     )
     init: Literal["hidden", "zero"] = config_field(
         "hidden",
@@ -110,9 +114,6 @@ class RouterConfig(SettingsGroup):
         "last", "the state of the prompt's last token, or the mean over its tokens"
     )
     prompts: PositiveInt = config_field(16, "prompts of each expert that make its prototype")
-    hidden: list[PositiveInt] = config_field(
-        [], "widths of the classifier's hidden layers, [512, 256] say; none: a linear"
-    )
     dropout: float = config_field(0.1, "of the classifier's hidden layers", ge=0, lt=1)
     train_split: float = config_field(
         0.7, "share of each expert's prompts that train the classifier", gt=0, lt=1

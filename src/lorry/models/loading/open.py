@@ -102,7 +102,7 @@ def open_model(
         name = pick_adapter_name(path, names)
         load_adapter(loaded.model, path, name)
         names.append(name)
-    if (mixture := _open_mixture(loaded.model, paths, folders, names)) is not None:
+    if (mixture := _open_mixture(loaded.model, paths, folders, names, add_note)) is not None:
         get_bank(loaded.model).activate(mixture)
     elif names:
         # `attach` makes the sum of all active; a person who opens a run means one
@@ -111,7 +111,11 @@ def open_model(
 
 
 def _open_mixture(
-    model: CausalLM, paths: Sequence[str | Path], folders: Sequence[Path], names: Sequence[str]
+    model: CausalLM,
+    paths: Sequence[str | Path],
+    folders: Sequence[Path],
+    names: Sequence[str],
+    add_note: NoteCallback,
 ) -> Mix | None:
     """The router of the one path that is a mixture's directory. Raises ModelError."""
     mixtures = _mixtures(paths)
@@ -122,7 +126,7 @@ def _open_mixture(
             f"{mixtures[0]} is a mixture of experts, which cannot be combined with "
             "another adapter; load it alone"
         )
-    return load_router(model, mixtures[0], dict(zip(names, folders, strict=True)))
+    return load_router(model, mixtures[0], dict(zip(names, folders, strict=True)), add_note)
 
 
 def refuse_mixture(name: str | Path) -> NoReturn:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
+from lorry.adapters.gate_vectors import attach_gate_vectors
 from lorry.adapters.mix import AdapterContext, Half, Mix
 from lorry.adapters.peft.files import find_adapter, load_adapter
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, TokenRouter, attach_router
@@ -31,7 +32,7 @@ from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.loading.open import OpenedModel
 from lorry.notes import NoteCallback
 from lorry.tasks.build import BuiltTask, PreparedJob, TaskDefinition, TaskInputs
-from lorry.tasks.moe.task import MoeTask
+from lorry.tasks.moe.task import DomainTask, MoeTask
 
 MEAN_ROWS = 16  # rows of each expert whose hidden states make the router's first values
 # by how much the first logits put the right expert ahead, nats on the mean: clearly, and still soft
@@ -69,7 +70,13 @@ def attach_experts(
         folder, _ = find_adapter(Path(expert.adapter))
         # no dropout while the router trains: it has to learn of the experts that will answer
         load_adapter(opened.model, folder, expert.name, trainable=False)
-    attach_router(opened.model, [e.name for e in settings.experts], rule_of(settings.router))
+    names, router = [expert.name for expert in settings.experts], settings.router
+    if router.kind == "phatgoose":
+        attach_gate_vectors(opened.model, names, top_k=router.top_k, temperature=router.temperature)
+    else:
+        attach_router(opened.model, names, rule_of(router), router.hidden).init_hidden(
+            run.train.seed
+        )
     return {ROUTER_NAME: run}
 
 
@@ -142,15 +149,17 @@ class InputRecorder:
 def start_at_class_means(
     model: CausalLM, router: TokenRouter, domains: Mapping[str, Sequence[Batch]]
 ) -> None:
-    """Set each matrix's rows to the mean normed input of the base over an expert's rows, less the
-    mean over experts. They are scaled so that a domain's tokens put their expert `FIRST_MARGIN`
+    """Set each matrix's rows to the mean normed input of the base over an expert's rows (with hidden
+    layers: of what they make of it), less the mean over experts. They are scaled so that a domain's tokens put their expert `FIRST_MARGIN`
     ahead on the mean; less where logits would then vary by more than `FIRST_SPREAD` from token to
     token, as those of domains of nearly equal means do.
     """
+
+    def features(layer: int, half: Half, x: Tensor) -> Tensor:
+        return router.features(layer, half, x).double().sum(0)
+
     means = {
-        name: InputRecorder(router.halves, lambda layer, half, x: x.double().sum(0)).run(
-            model, domains[name]
-        )
+        name: InputRecorder(router.halves, features).run(model, domains[name])
         for name in router.adapters
     }
     for site, weight in router.weights.items():
@@ -177,8 +186,12 @@ def build_moe(given: TaskInputs) -> BuiltTask:
     run, (job,) = _settings_of(given.run), given.jobs.values()
     model = given.opened.model
     router = get_bank(model).routers[ROUTER_NAME]
-    assert isinstance(router, TokenRouter)
     domains = _domains(job)
+    held = [with_role(batch, name) for name, data in domains.items() for batch in data.evaluation]
+    digests = {f"rows of {name}": data.digest for name, data in job.row_sets.items()}
+    common = (given.stream, held, given.total, list(given.jobs))
+    if not isinstance(router, TokenRouter):
+        return BuiltTask(DomainTask(*common, experts=router.adapters), digests=digests)
     rows = run.train.per_device_eval_batch_size
     if run.router.init == "hidden":
         first = {
@@ -191,17 +204,7 @@ def build_moe(given: TaskInputs) -> BuiltTask:
             for name, data in domains.items()
         }
         start_at_class_means(model, router, first)
-    held = [with_role(batch, name) for name, data in domains.items() for batch in data.evaluation]
-    task = MoeTask(
-        given.stream,
-        held,
-        given.total,
-        list(given.jobs),
-        router=router,
-        settings=run.router,
-        tell=given.tell,
-    )
-    digests = {f"rows of {name}": data.digest for name, data in job.row_sets.items()}
+    task = MoeTask(*common, router=router, settings=run.router, tell=given.tell)
     return BuiltTask(task, digests=digests, record=task.record)
 
 

@@ -30,10 +30,42 @@ MOST_CONDITION = 5.0  # of a gate matrix; mergekit-moe warns above it, too
 RARELY, MOSTLY = 0.01, 0.9  # shares of all tokens outside of which an expert is worth a warning
 
 
-class MoeTask(SftTask):
-    """`SftTask` whose sequences have a domain as role, each the expert's name. ``evaluation``:
-    held-out batches with roles.
+class DomainTask(SftTask):
+    """`SftTask` whose sequences have a domain as role, each an expert's name, and whose domains weigh
+    equally. ``evaluation``: held-out batches with roles.
     """
+
+    def __init__(
+        self,
+        stream: JointStream,
+        evaluation: Sequence[Batch],
+        total_steps: int,
+        adapters: Sequence[str],
+        *,
+        experts: Sequence[str],
+    ) -> None:
+        super().__init__(stream, evaluation, total_steps, adapters)
+        self.experts = list(experts)
+
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
+        """nll_EXPERT: the mean over a domain's supervised tokens, over K."""
+        nll = nll_loss(got["logprob"], batch)
+        return {
+            f"nll_{name}": torch.where(_of_role(batch, name), nll, 0.0) / len(self.experts)
+            for name in self.experts
+        }
+
+    def _weights(self, batch: Batch) -> dict[str, Tensor]:
+        """[K] of each term: what its sums over a step are divided by."""
+        count = len(self.adapters)
+        return {f"nll_{name}": batch.count("token", count, name) for name in self.experts}
+
+    def _weigh(self, batch: Batch) -> Batch:
+        return batch.with_terms(**self._weights(batch))
+
+
+class MoeTask(DomainTask):
+    """A `DomainTask` with losses of the router's own logits."""
 
     def __init__(
         self,
@@ -46,9 +78,8 @@ class MoeTask(SftTask):
         settings: RouterConfig,
         tell: Callable[[str], None],
     ) -> None:
-        super().__init__(stream, evaluation, total_steps, adapters)
+        super().__init__(stream, evaluation, total_steps, adapters, experts=router.adapters)
         self.router, self.settings, self.tell = router, settings, tell
-        self.experts = list(router.adapters)
         self.step_load = RouterLoad(router)
         self.run_load = RouterLoad(router)
 
@@ -65,14 +96,9 @@ class MoeTask(SftTask):
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         """nll_EXPERT: the mean over a domain's supervised tokens, over K; label, aux, z: times their
         weights, means over tokens and sites."""
-        nll, logits = nll_loss(got["logprob"], batch), got["router"]
+        terms, logits, s = dict(super().loss(got, batch)), got["router"], self.settings
         if logits.requires_grad:  # a step's, not an evaluation's
             self.step_load.add(logits.detach(), batch)
-        terms = {
-            f"nll_{name}": torch.where(_of_role(batch, name), nll, 0.0) / len(self.experts)
-            for name in self.experts
-        }
-        s = self.settings
         if s.label_loss:
             own = torch.tensor([self.experts.index(r) for r in batch.role], device=logits.device)
             labels = own[batch.sequence_of][:, None].expand(logits.shape[:2])
@@ -98,15 +124,14 @@ class MoeTask(SftTask):
         due = step % RECORD_STEPS == 0 or step == self.total_steps
         return {"router": self.step_load.shares()} if due else {}
 
-    def _weigh(self, batch: Batch) -> Batch:
-        count = len(self.adapters)
-        weights = {f"nll_{name}": batch.count("token", count, name) for name in self.experts}
-        tokens = batch.lengths.sum().double().expand(count)
+    def _weights(self, batch: Batch) -> dict[str, Tensor]:
+        weights = super()._weights(batch)
+        tokens = batch.lengths.sum().double().expand(len(self.adapters))
         s = self.settings
         for name, factor in (("label", s.label_loss), ("aux", s.aux_loss), ("z", s.z_loss)):
             if factor:
                 weights[name] = tokens
-        return batch.with_terms(**weights)
+        return weights
 
 
 def _of_role(batch: Batch, name: str) -> Tensor:
