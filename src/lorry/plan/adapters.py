@@ -145,7 +145,9 @@ def plan_router(
             stacked[matrix.path] = replace(matrix, rank=rank)
     matrices = tuple(stacked.values())
     count = len(experts) + len(brought)
-    trained = count_router_values(shape, router, count)
+    # phatgoose has a vector for each expert and linear
+    vectors = count * sum(matrix.inputs for matrix in matrices)
+    trained = vectors if router.kind == "phatgoose" else count_router_values(shape, router, count)
     frozen = sum(adapter.parameters for adapter in experts.values()) + sum(brought)
     # `parameters` adds the matrices' own, which do not train here
     return PlannedAdapter(matrices, trained - sum(m.parameters for m in matrices), frozen)
