@@ -20,12 +20,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.gate_vectors import attach_gate_vectors
-from lorry.adapters.linear_router import SPECTRAL_ROUTERS, attach_spectral_router
 from lorry.adapters.mix import Mix, MixtureRouter
 from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.files import adapter_digest, base_digest
 from lorry.adapters.router import ROUTER_NAME, RouterParameters, RoutingRule, attach_router
+from lorry.adapters.routing.gate_vectors import attach_gate_vectors
+from lorry.adapters.routing.linear_router import SPECTRAL_ROUTERS, attach_spectral_router
 from lorry.adapters.routing.sequence import (
     ClassifierRouter,
     PromptRule,

@@ -12,8 +12,8 @@ from torch import Tensor
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import DropoutNoise
-from lorry.adapters.gate_vectors import GateVectors
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.routing.gate_vectors import GateVectors
 from lorry.adapters.trainable import PARAMETER_KINDS, ParameterSet, parameter_set
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.backends.protocol import (

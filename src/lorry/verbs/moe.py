@@ -353,7 +353,7 @@ def _prompt_router(run: MoeRunConfig, opened: OpenedModel, experts: list[str]) -
 
 
 def _attach_spectral_router(run: MoeRunConfig, opened: OpenedModel, experts: list[str]) -> None:
-    from lorry.adapters.linear_router import attach_spectral_router
+    from lorry.adapters.routing.linear_router import attach_spectral_router
 
     settings = run.router
     attach_spectral_router(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.gate_vectors import attach_gate_vectors
 from lorry.adapters.mix import AdapterContext, Half, Mix
 from lorry.adapters.peft.files import find_adapter, load_adapter
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, TokenRouter, attach_router
+from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.config import RunConfig
 from lorry.config.moe import RouterConfig, RouterRunConfig
 from lorry.config.schema import DataConfig

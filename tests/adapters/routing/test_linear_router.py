@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.linear_router import SpectralRouter, attach_spectral_router
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.peft.files import save_adapter
+from lorry.adapters.routing.linear_router import SpectralRouter, attach_spectral_router
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import PackedInput

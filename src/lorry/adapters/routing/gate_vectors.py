@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.linear_router import (
+from lorry.adapters.mix import Half, Mix, MixTerm
+from lorry.adapters.router import ROUTER_NAME, RouterParameters, refuse_router_name
+from lorry.adapters.routing.linear_router import (
     check_choice,
     refuse_outside_layers,
     softmax_of_largest,
 )
-from lorry.adapters.mix import Half, Mix, MixTerm
-from lorry.adapters.router import ROUTER_NAME, RouterParameters, refuse_router_name
 from lorry.errors import ContractError
 
 

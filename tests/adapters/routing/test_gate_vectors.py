@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.gate_vectors import GateVectors, attach_gate_vectors
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.routing.gate_vectors import GateVectors, attach_gate_vectors
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import PackedInput
