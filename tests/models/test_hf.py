@@ -469,7 +469,7 @@ def test_a_dense_model_leaves_nothing_out() -> None:
 class Halves:
     """A router of the layers that gates ``adapters`` with a half."""
 
-    adapters, halves = ("default",), ("attn", "mlp")
+    adapters, halves, level = ("default",), ("attn", "mlp"), "delta"
 
     def parameters(self, layer: int) -> list[Tensor]:
         return []

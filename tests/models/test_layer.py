@@ -557,7 +557,7 @@ def test_a_product_by_itself_is_differentiated_too(tmp_path: Path) -> None:
 class Softmax:
     """A toy router: gates [T, K] = softmax(x W), one W [width, K] per layer and half."""
 
-    halves = ("attn", "mlp")
+    halves, level = ("attn", "mlp"), "delta"
 
     def __init__(
         self, model: Decoder, adapters: Sequence[str], dtype: torch.dtype = torch.float32

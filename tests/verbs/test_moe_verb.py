@@ -92,6 +92,10 @@ def test_what_a_mixture_is(mixture: Path) -> None:
 
 def test_a_mixture_answers(mixture: Path) -> None:
     """Greedy answers of a batch are the argmax of whole forwards, and neighbours change nothing."""
+    check_answers(mixture)
+
+
+def check_answers(mixture: Path) -> None:
     model, tokenizer = lorry.load(mixture)
     mix = get_bank(model).active
     assert mix.router is not None
@@ -174,6 +178,20 @@ def test_another_router_makes_room(mixture: Path, tmp_path: Path) -> None:
     lorry.load(run)
     with pytest.raises(ConfigError, match="its router cannot be uploaded yet"):
         collect_upload(run, at="me/mixture")
+
+
+def test_a_mixture_of_whole_mlps(mixture: Path, tmp_path: Path) -> None:
+    """level=expert through the verb: trained, read back, loaded, and its answers are those of whole
+    forwards."""
+    run = copied(mixture, tmp_path / "mix")
+    file = tmp_path / "again.yaml"
+    text = (run / "run.yaml").read_text()
+    file.write_text(text.replace(f"output_dir: {mixture}\n", f"output_dir: {run}\n"))
+    (run / "run.yaml").write_text(file.read_text())
+    settings = [str(file), "router.level=expert", "train.max_steps=2"]
+    train_run(parse_settings(RouterRunConfig, settings, lambda text: None))
+    assert json.loads((run / "router" / "router.json").read_text())["level"] == "expert"
+    check_answers(run)
 
 
 def change_expert(run: Path, name: str = "two") -> None:

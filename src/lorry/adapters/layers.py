@@ -221,12 +221,7 @@ class BankLinear(AdaptableLayer):
         # without a term plain torch, which also fuses the bias and serves double backward
         if self.product is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
-        flat = x.reshape(-1, x.shape[-1])
-        stacks, terms = self.group.stacks(call, site or self.path)
-        linears = Linears(self.group.base_products(), stacks)
-        (y,) = LowRankFunction.apply(
-            flat, linears, *TermParams.flat(terms), *self.group.trainable_base_tensors()
-        )
+        (y,) = self.group.forward(x.reshape(-1, x.shape[-1]), call, site or self.path)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
     def delta(self, slot: AdapterSlot) -> Tensor:
@@ -255,6 +250,12 @@ class LinearGroup:
     def base_products(self) -> list[FrozenLinear]:
         """The base products, as they are now."""
         return [linear.base_product() for linear in self.linears]
+
+    def forward(self, x: Tensor, call: AdapterContext, site: str) -> list[Tensor]:
+        """x [T,I] -> y [T,O] of each linear, one node of autograd."""
+        stacks, terms = self.stacks(call, site)
+        linears, base = Linears(self.base_products(), stacks), self.trainable_base_tensors()
+        return list(LowRankFunction.apply(x, linears, *TermParams.flat(terms), *base))
 
     def stacks(
         self, call: AdapterContext, site: str, *, routed: bool = False

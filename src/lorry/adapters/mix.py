@@ -34,6 +34,7 @@ class MixTerm:
 
 
 Half = Literal["attn", "mlp"]
+Level = Literal["delta", "expert"]
 
 
 class LayerRouter(Protocol):
@@ -41,13 +42,19 @@ class LayerRouter(Protocol):
     a router per layer, where `Mix.routed` has one for all of them.
 
     ``adapters``: the experts, in the order of the gates' columns; ``halves``: those of a layer that
-    are gated. It works in layers of Lorry's own decoder alone: a routed term at another module (the
+    are gated; ``level``: whether the MLP's gates multiply the terms of its linears (delta) or whole
+    MLPs, the base's with an expert's terms in each (expert; its gates sum to 1). Attention's are
+    its terms' at either. It works in layers of Lorry's own decoder alone: a routed term at another module (the
     head, the embedding, a model that runs through transformers), or in a half that has no gates,
     raises ContractError when that module is called.
     """
 
     adapters: Sequence[str]
     halves: Sequence[Half]
+
+    @property
+    def level(self) -> Level:
+        """What the MLP's gates multiply."""
 
     def parameters(self, layer: int) -> Sequence[Tensor]:
         """What `logits` of this layer reads and gradients may go to."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.mix import Half, Mix
+from lorry.adapters.mix import Half, Level, Mix
 from lorry.adapters.seeds import derive_seed
 from lorry.errors import ConfigError
 
@@ -35,7 +35,8 @@ class RoutingRule:
     """How logits become gates. ``input``: whose normed input is read, and whose terms are gated:
     mlp, attn or both, each by its own matrix; ``top_k``: experts a token has; ``normalize``: their
     gates sum to 1; ``straight_through``: of one expert, gate 1 with the gradient of its
-    probability. Raises ConfigError for what cannot train.
+    probability; ``level``: delta or expert (`adapters.mix.LayerRouter`). Raises ConfigError for what
+    cannot train.
     """
 
     input: str = "mlp"
@@ -43,6 +44,7 @@ class RoutingRule:
     normalize: bool = True
     temperature: float = 1.0
     straight_through: bool = False
+    level: Level = "delta"
 
     def check(self, experts: int) -> None:
         """Raises ConfigError for a rule that ``experts`` experts cannot follow."""
@@ -54,6 +56,20 @@ class RoutingRule:
             )
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"router.temperature={self.temperature:g}: give a number above 0")
+        if self.level not in ("delta", "expert"):
+            raise ConfigError(f"router.level={self.level}: give delta or expert")
+        if self.level == "expert" and self.input == "attn":
+            raise ConfigError(
+                "router.level=expert mixes MLPs, and router.input=attn gates none; give input=mlp or both"
+            )
+        if self.level == "expert" and not (
+            self.normalize or self.straight_through or self.top_k == experts
+        ):
+            # the base MLP is in each of them, and not beside: with gates of sum 0.4 it is at 0.4
+            raise ConfigError(
+                "router.level=expert with normalize=false would shrink every MLP by the sum of its gates; "
+                "give normalize=true, or level=delta"
+            )
         if self.straight_through and self.top_k != 1:
             raise ConfigError("router.straight_through is for top_k=1 alone; leave it out")
         if self.top_k == 1 and self.normalize and not self.straight_through:
@@ -245,6 +261,11 @@ class TokenRouter(RouterParameters):
         for weight, bias in self.hidden_layers[layer, half]:
             x = F.linear(x, weight, bias).relu()
         return x
+
+    @property
+    def level(self) -> Level:
+        """What the MLP's gates multiply."""
+        return self.rule.level
 
     def logits(self, layer: int, half: Half, x: Tensor) -> Tensor:
         """x [T,D] -> z [T,K] fp32: in half precision experts of nearly equal weight would change

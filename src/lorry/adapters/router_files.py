@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import Mix, MixtureRouter
+from lorry.adapters.mix import Level, Mix, MixtureRouter
 from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.files import adapter_digest, base_digest
 from lorry.adapters.router import ROUTER_NAME, RouterParameters, RoutingRule, attach_router
@@ -58,7 +58,7 @@ class RouterRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     kind: str
-    level: str
+    level: Level
     base_digest: str
     experts: list[ExpertRecord]
     input: str = "mlp"
@@ -156,12 +156,12 @@ def load_router(
     verify_experts(folder, record, experts)
     if record.base_digest != base_digest(model):
         raise ModelError(f"{file}: the mixture was trained on other base weights than this model's")
-    if record.kind in CONSTANT_KINDS:
+    if record.kind in CONSTANT_KINDS and record.level == "delta":
         return _constant_mix(file, record)
-    if record.kind not in MAKERS or record.level != "delta":
+    if record.kind not in MAKERS or (record.level == "expert" and record.kind != "token"):
         raise ModelError(
             f"{file}: a router of kind {record.kind!r} at level {record.level!r}; known are "
-            f"{', '.join((*MAKERS, *CONSTANT_KINDS))} at delta"
+            f"{', '.join((*MAKERS, *CONSTANT_KINDS))} at delta, token at expert"
         )
     missing = [name for name in names if name not in experts]
     extra = [name for name in experts if name not in names]
@@ -193,7 +193,12 @@ def _make_token_router(
     model: nn.Module, experts: Sequence[str], record: RouterRecord
 ) -> MixtureRouter:
     rule = RoutingRule(
-        record.input, record.top_k, record.normalize, record.temperature, record.straight_through
+        record.input,
+        record.top_k,
+        record.normalize,
+        record.temperature,
+        record.straight_through,
+        record.level,
     )
     return _frozen(attach_router(model, experts, rule, record.hidden))
 

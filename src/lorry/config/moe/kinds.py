@@ -15,6 +15,7 @@ RouterKindName = Literal[
 
 # settings of `router` that only some kinds read; one that is given and not read is an error
 KIND_FIELDS = (
+    "level",
     "input",
     "top_k",
     "normalize",

@@ -68,7 +68,13 @@ class RouterConfig(SettingsGroup):
             "training; uniform: every expert 1/K; fixed: the weights in gates"
         ),
     )
-    level: Literal["delta"] = config_field("delta", "what is mixed: the adapters' updates")
+    level: Literal["delta", "expert"] = config_field(
+        "delta",
+        (
+            "what is mixed: delta: the adapters' updates, in one pass of the base; expert: whole "
+            "MLPs, as Mixtral has them"
+        ),
+    )
     input: Literal["mlp", "attn", "both"] = config_field(
         "mlp",
         (
@@ -157,6 +163,15 @@ class RouterConfig(SettingsGroup):
             )
         if self.kind == "sequence":
             self._check_classifier()
+        if self.level == "expert" and self.input == "attn":
+            raise ValueError(
+                "router.level=expert mixes MLPs, and router.input=attn gates none; give input=mlp or both"
+            )
+        if self.level == "expert" and not (self.normalize or self.straight_through):
+            raise ValueError(
+                "router.level=expert with normalize=false would shrink every MLP by the sum of its "
+                "gates; give normalize=true, or level=delta"
+            )
         if self.top_k != 1 and self.straight_through:
             raise ValueError("router.straight_through is for top_k=1 alone; leave it out")
         if (

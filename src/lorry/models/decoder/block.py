@@ -28,6 +28,7 @@ from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, Rota
 from lorry.models.decoder import attention
 from lorry.models.decoder.attention import AttentionStats, PackedSegments
 from lorry.models.decoder.cache import KVCache
+from lorry.models.decoder.experts import ExpertMlps, mixes_mlps
 from lorry.models.decoder.pointwise import ACTIVATIONS, DecoderNorm, apply_rotary
 from lorry.models.decoder.pointwise import gated_activation as apply_gate
 
@@ -77,7 +78,7 @@ class SavedActivations:
     where heads are normed, else already rotated; attn [T,H,D]: the attention's output; residual
     [T,width]: the stream before the MLP (None where the MLP reads x as well); gate, up [T,mlp]: the
     MLP's inner products (up None where there is no gate); stats: what the attention's backward
-    wants besides.
+    wants besides; experts: in place of gate and up, where whole MLPs are mixed.
     """
 
     x: Tensor
@@ -86,9 +87,10 @@ class SavedActivations:
     v: Tensor
     attn: Tensor
     residual: Tensor | None
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor | None
     stats: AttentionStats
+    experts: ExpertMlps | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What `save_for_backward` takes; `of` reads it."""
@@ -105,11 +107,14 @@ class SavedActivations:
         )
 
     @staticmethod
-    def of(tensors: Iterator[Tensor], graph: tuple[Tensor, ...]) -> SavedActivations:
+    def of(
+        tensors: Iterator[Tensor], graph: tuple[Tensor, ...], experts: ExpertMlps | None
+    ) -> SavedActivations:
         """`tensors` backwards; ``graph``: torch's own, of the attention."""
         # nine of them; what follows in the iterator belongs to the terms
         x, q, k, v, attn, residual, gate, up, lse = islice(tensors, 9)
-        return SavedActivations(x, q, k, v, attn, residual, gate, up, AttentionStats(lse, graph))
+        stats = AttentionStats(lse, graph)
+        return SavedActivations(x, q, k, v, attn, residual, gate, up, stats, experts)
 
 
 class DecoderBlock:
@@ -207,18 +212,23 @@ class DecoderBlock:
             residual, normed = attended.add_(x), self.norms.mlp.compute(x)
         else:
             residual, normed = self.norms.mlp.add_and_normalise(attended, x)
-        self._route(state, "mlp", normed, (products.mlp_in, products.mlp_out), logits)
-        inner = self._product("mlp_in", normed, state, products)
-        # an ungated MLP has one inner product, which goes through the activation
-        gate, up = inner if len(inner) > 1 else (inner[0], None)
-        (y,) = self._product("mlp_out", apply_gate(self.activation, gate, up), state, products)
+        gates = self._route(state, "mlp", normed, (products.mlp_in, products.mlp_out), logits)
+        experts, gate, up = None, None, None
+        if gates is not None and mixes_mlps(state.call.router):
+            experts = ExpertMlps(self, normed, gates, state.call, save=save)
+            y = experts.output
+        else:
+            inner = self._product("mlp_in", normed, state, products)
+            # an ungated MLP has one inner product, which goes through the activation
+            gate, up = inner if len(inner) > 1 else (inner[0], None)
+            (y,) = self._product("mlp_out", apply_gate(self.activation, gate, up), state, products)
         saved = None
         if save:
             if self.norms.q is not None:
                 # backward of the head norms needs what went into them
                 q, k = raw_q, raw_k
             saved = SavedActivations(
-                x, q, k, v, attn, None if parallel else residual, gate, up, stats
+                x, q, k, v, attn, None if parallel else residual, gate, up, stats, experts
             )
         # in place: y is this layer's own tensor and has no other reader
         return y.add_(residual), saved, logits
@@ -230,23 +240,26 @@ class DecoderBlock:
         normed: Tensor,
         products: Sequence[LinearProducts],
         logits: list[Tensor],
-    ) -> None:
-        """Give the routed terms of a half their gates, and add the logits behind those of the
-        other. Raises ContractError where the router has none for them.
+    ) -> Tensor | None:
+        """Give the routed terms of a half their gates [T, adapters], and add the logits behind those
+        of the other. Raises ContractError where the router has none for them.
         """
         router = state.call.router
         if router is None:
-            return
+            return None
         if half in router.halves:
             if not isinstance(router, LinearRouter):
                 logits.append(router.logits(self.index, half, normed))
-                apply_router_gates(router.gates(logits[-1]), *products)
+                gates = router.gates(logits[-1])
+                apply_router_gates(gates, *products)
+                return gates
         elif any(stack.routed for p in products for stack in p.stacks):
             # without this check the term would count in full, as if its gate were 1
             raise ContractError(
                 f"layer {self.index}: an expert has an adapter in the {half} half, whose input its "
                 "router does not read"
             )
+        return None
 
     def _product(
         self,

@@ -26,6 +26,7 @@ from lorry.models.decoder.block import (
     LinearRole,
     SavedActivations,
 )
+from lorry.models.decoder.experts import ExpertMlps, mixes_mlps
 from lorry.models.decoder.pointwise import (
     DecoderNorm,
     apply_rotary,
@@ -101,8 +102,11 @@ class LayerFunction(torch.autograd.Function):
             ctx.save_for_backward(x, *gates)
             return y, *logits
         # the attention's own graph is no tensor that save_for_backward could take
-        ctx.work, ctx.graph = call.work, saved.stats.graph
-        down_outputs_by_product = [down for p in products for down in p.down_outputs]
+        ctx.work, ctx.graph, ctx.experts = call.work, saved.stats.graph, saved.experts
+        # none where whole MLPs ran in place of a product
+        down_outputs_by_product = list[Tensor | None]()
+        for p in products:
+            down_outputs_by_product += p.down_outputs or [None] * len(p.stacks)
         ctx.save_for_backward(*saved.tensors(), *down_outputs_by_product, *gates)
         return y, *logits
 
@@ -120,7 +124,8 @@ class LayerFunction(torch.autograd.Function):
             work = ctx.work
             # dropped from ctx at once, so that it is freed as soon as attention's backward is
             # through
-            saved, ctx.graph = SavedActivations.of(tensors, ctx.graph), ()
+            saved = SavedActivations.of(tensors, ctx.graph, ctx.experts)
+            ctx.graph, ctx.experts = (), None
             down_outputs_by_product = [[next(tensors) for _ in part] for part in work.stacks]
             products = block.products(work, tensors)
             for p, down_outputs in zip(products, down_outputs_by_product, strict=True):
@@ -135,7 +140,7 @@ class LayerFunction(torch.autograd.Function):
         # flags: terms, then the router's, then the base's, as `apply` was called
         base = [*flags] if router is None else [*flags][len(router.params) :]
         layer_backward = LayerBackward(
-            block, state, products, saved, needs, router, train_base=any(base)
+            block, state, products, saved, work.terms, needs, router, train_base=any(base)
         )
         # an expanded gradient (of a sum) has stride 0, which the kernels do not take
         dy = grads[0]
@@ -158,9 +163,13 @@ class LinearsBackward:
     afterwards; ``needs_gradient``: whether anything wants one."""
 
     def __init__(
-        self, products: LinearProducts, needs: Sequence[TermParams[bool]], train_base: bool
+        self,
+        products: LinearProducts,
+        masters: Sequence[TermParams[Tensor | None]],
+        needs: Sequence[TermParams[bool]],
+        train_base: bool,
     ) -> None:
-        self.products, self.needs = products, needs
+        self.products, self.masters, self.needs = products, masters, needs
         self.routed = any(stack.routed for stack in products.stacks)
         # a router's gates are no input of the node: their gradients go on to the router
         if self.routed:
@@ -220,21 +229,25 @@ class RouterBackward:
         normed: Tensor,
         linears: Sequence[LinearsBackward],
         needs_x: bool,
+        dgates: Tensor | None = None,
     ) -> Tensor | None:
-        """The gradient of ``normed`` through the gates that the terms of a half's linears took, and
-        the logits; None if nothing comes that way. Its parameters' are added to ``grads``."""
+        """The gradient of ``normed`` through the gates that the terms of a half's linears took
+        (``dgates`` [T,K]: that of gates which whole MLPs took), and the logits; None if nothing
+        comes that way. Its parameters' are added to ``grads``."""
         router, dlogits = self.router, self.logit_grads.get(half)
         if isinstance(router, LinearRouter):
             return None
         routed = [pair for linear in linears for pair in linear.pop_router_gradients()]
         # detached: the small graph ends here, what is below is written out
         inputs = [normed.detach().requires_grad_()] if needs_x else []
-        if (not routed and dlogits is None) or not (inputs or self.params):
+        if (not routed and dgates is None and dlogits is None) or not (inputs or self.params):
             return None
         with torch.enable_grad():
             logits = router.logits(self.block.index, half, inputs[0] if inputs else normed)
             gates = router.gates(logits)
-        seeds = [] if not routed else [(gates, gate_gradient(gates, routed))]
+        if routed:
+            dgates = gate_gradient(gates, routed)
+        seeds = [] if dgates is None else [(gates, dgates)]
         return self._take([*seeds, *([] if dlogits is None else [(logits, dlogits)])], inputs)
 
     def through_linears(
@@ -318,16 +331,17 @@ class LayerBackward:
         state: ForwardContext,
         products: LayerLinears[LinearProducts],
         saved: SavedActivations,
+        masters: LayerLinears[Sequence[TermParams[Tensor | None]]],
         needs: LayerLinears[Sequence[TermParams[bool]]],
         router: RouterBackward | None,
         *,
         train_base: bool,
     ) -> None:
         self.block, self.state, self.saved, self.router = block, state, saved, router
-        self.linears = LayerLinears(
-            *(LinearsBackward(p, need, train_base) for p, need in zip(products, needs, strict=True))
-        )
+        parts = zip(products, masters, needs, strict=True)
+        self.linears = LayerLinears(*(LinearsBackward(*part, train_base) for part in parts))
         self.norms = block.norms.map(lambda norm: NormBackward(norm, train_base))
+        self.mixes_mlps = mixes_mlps(state.call.router)
 
     def run(self, dy: Tensor, needs_x: bool) -> Tensor | None:
         """dy [T, width] -> the gradient of the layer's input, or None where nothing below wants
@@ -369,6 +383,9 @@ class LayerBackward:
         """The gradient of the MLP's side of the residual stream, that stream's own included."""
         norm, linears, saved = self.norms.mlp, self.linears, self.saved
         residual = saved.x if saved.residual is None else saved.residual
+        if self.mixes_mlps:
+            return self._expert_mlps(dy, residual, below)
+        assert saved.gate is not None
         dh = linears.mlp_out.input_grad([dy])
         assert dh is not None
         activation = self.block.activation
@@ -394,6 +411,30 @@ class LayerBackward:
             return None
         norm.weight_grads(dn, residual)
         # dy rides along: the residual stream passes it unchanged
+        return norm.norm.backward(dn, residual, dy) if below else None
+
+    def _expert_mlps(self, dy: Tensor, residual: Tensor, below: bool) -> Tensor | None:
+        """`_mlp` where whole MLPs are mixed."""
+        norm, linears, state = self.norms.mlp, self.linears, self.state
+        router, experts = self.router, self.saved.experts
+        assert router is not None
+        normed = norm.norm.compute(residual)
+        if experts is None:
+            # a second backward through the same node: its graph went with the first
+            assert not isinstance(router.router, LinearRouter)
+            gates = router.router.gates(router.router.logits(self.block.index, "mlp", normed))
+            experts = ExpertMlps(self.block, normed, gates, state.call, save=True)
+        parts = (linears.mlp_in, linears.mlp_out)
+        masters = [entry for part in parts for entry in TermParams.flat(part.masters)]
+        flags = [flag for part in parts for flag in TermParams.flat(part.needs)]
+        dn, dgates, grads = experts.backward(dy, masters, flags)
+        rest = iter(grads)
+        for part in parts:
+            part.terms = TermParams.unflat(part.products.stacks, rest)
+        needs_dn = below or norm.requires_grad
+        more = router.through_half("mlp", normed, (), needs_dn, dgates)
+        dn = dn if more is None else dn + more
+        norm.weight_grads(dn, residual)
         return norm.norm.backward(dn, residual, dy) if below else None
 
     def _attention(self, dy: Tensor, needs_x: bool) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import AdapterContext, Half, Mix
+from lorry.adapters.mix import AdapterContext, Half, Level, Mix
 from lorry.adapters.peft.files import find_adapter, load_adapter
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, TokenRouter, attach_router
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
@@ -53,6 +53,7 @@ def rule_of(router: RouterConfig) -> RoutingRule:
         router.normalize,
         router.temperature,
         router.straight_through,
+        router.level,
     )
 
 
@@ -115,6 +116,7 @@ class InputRecorder:
     """
 
     adapters: Sequence[str] = ()
+    level: Level = "delta"
 
     def __init__(self, halves: Sequence[Half], read: Callable[[int, Half, Tensor], Tensor]) -> None:
         self.halves, self.read, self.tokens, self.count = halves, read, 0, 0
