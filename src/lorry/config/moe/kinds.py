@@ -60,7 +60,7 @@ class RouterKind:
 ROUTER_KINDS: dict[RouterKindName, RouterKind] = {
     "token": RouterKind(
         (
-            *("input", "top_k", "normalize", "temperature", "straight_through"),
+            *("level", "input", "top_k", "normalize", "temperature", "straight_through"),
             *("hidden", "init", "label_loss", "aux_loss", "z_loss", "train"),
         ),
         trains=True,
