@@ -46,6 +46,8 @@ KILLING = (
     "test_unlearn_killed.py",
 )
 FLAT = ROOT / "examples" / "flat.py"
+# how wide and coloured whoever runs the suite wants a terminal to be: what tests read is neither
+TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
 
 
 def pytest_configure() -> None:
@@ -54,6 +56,8 @@ def pytest_configure() -> None:
     models are the user's (270 MB, 20 s), and kernels that are built already are copied: a link to
     them would be refused.
     """
+    for name in TERMINAL:
+        os.environ.pop(name, None)
     users, own = lorry_home(), ROOT / ".pytest_cache" / "lorry_home"
     if users == own:  # a worker of xdist
         return
