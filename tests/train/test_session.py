@@ -163,7 +163,7 @@ def test_a_streamed_run_counts_nothing_it_has_not_read(describe: Describe, tmp_p
     result = train_run(describe(from_=data, streaming=True, on_bad_row="skip"), [])
     eight = result.contracts[7]
     assert eight["detail"].startswith(
-        f"{data}: streamed, rows are read as they are needed; left out so far: 1 row ("
+        f"{data}: streamed, rows are read while training; left out so far: 1 row ("
     )
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())["data"]
     assert receipt == {"source": str(data), "streamed": True, "left_out": receipt["left_out"]}
