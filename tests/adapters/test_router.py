@@ -223,7 +223,7 @@ def test_a_routed_term_never_loses_its_router(tmp_path: Path) -> None:
     assert bank.active.router is router
     bank.remove("d")
     assert bank.active == router.mix()
-    with pytest.raises(ContractError, match="routed, but the mix has no router"):
+    with pytest.raises(ContractError, match="but the mix has no router"):
         model.hidden(PackedInput.of(SEQUENCES), AdapterContext(Mix(router.mix().terms)))
 
 

@@ -275,7 +275,7 @@ def test_a_folder_tells_its_splits_apart(tmp_path: Path) -> None:
         ({"local": {"bool_q.dev": "x.jsonl"}}, ConfigError, r"data.local.bool_q.dev: 'dev' is not a split"),
         ({"local": {"bool_q": "/no/such/file.jsonl"}, "mix": ["bool_q"]}, DataError, r"bool_q \(data.local.bool_q\): /no/such"),
         ({"weights": {"svamp": 2}}, ConfigError, "data.weights names 'svamp', which is not in data.mix"),
-        ({"weights": [1, 2, 3]}, ConfigError, "data.weights has 3 numbers for the 2 sets common_gen, bool_q"),
+        ({"weights": [1, 2, 3]}, ConfigError, "data.weights has 3 numbers for 2 sets: common_gen, bool_q"),
         ({"mix": ["bool_q", "BoolQ"]}, ConfigError, "data.mix names 'bool_q' twice"),
         ({"template": 4, "mix": ["bool_q", "paws"], "local": {"bool_q": "x", "paws": "y"}}, ConfigError,
          "data.template=4: paws has templates 0 to 3"),

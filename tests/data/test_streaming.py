@@ -176,7 +176,7 @@ def test_what_a_stream_cannot_do(
     assert stream.total_steps(3, 10) == 10
     with pytest.raises(ConfigError, match="needs max_steps"):
         stream.total_steps(3)
-    with pytest.raises(ValueError, match="step 0 is next, step 2 was asked for"):
+    with pytest.raises(ValueError, match="step 0 is next, but step 2 was requested"):
         stream.batches(2)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("broken\n")

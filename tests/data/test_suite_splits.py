@@ -249,11 +249,11 @@ def test_muse_and_wmdp_lie_as_their_authors_write_them(tmp_path: Path) -> None:
     ("name", "wrong"),
     [
         ("tofu:forget15", "did you mean 'forget10'"),
-        ("tofu:holdout10", "rows that were never trained on"),
+        ("tofu:holdout10", "holdout rows, which were never trained on"),
         ("muse:News/forget", "muse:CORPUS/KIND/SPLIT"),
         ("muse:Times/raw/forget", "News or Books"),
         ("muse:News/raw/forget", "has no News/raw/forget.json"),
-        ("wmdp:bio-forget-corpus", "given out on request"),
+        ("wmdp:bio-forget-corpus", "available on request"),
     ],
 )
 def test_a_split_that_is_not_there_is_one_error(name: str, wrong: str, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_split_that_is_not_there_is_one_error(name: str, wrong: str, tmp_path:
 
 
 def test_what_would_be_ignored_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"leave data\.name=forget05 out"):
+    with pytest.raises(DataError, match=r"leave out data\.name=forget05"):
         open_source("tofu:forget10", name="forget05", local={"tofu": str(tmp_path)})
     with pytest.raises(ConfigError, match="is not a folder"):
         open_source("tofu:forget10", local={"tofu": str(tmp_path / "nowhere")})
