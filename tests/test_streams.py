@@ -104,7 +104,7 @@ def test_a_full_disk_behind_a_command(stream: str, code: int, tmp_path: Path) ->
         text == "result\n"
         if stream == "stderr"
         else text.endswith(
-            "error: standard output: No space left on device; complete files were not changed: "
+            "error: standard output: No space left on device; complete files were not changed; "
             "repair the disk and run again\n"
         )
     )

@@ -280,7 +280,7 @@ def test_3_the_best_of_a_short_run_may_be_its_unmoved_start(
         max_steps=3, warmup_steps=1, test_size=2, eval_steps=1, load_best_model_at_end=True
     )
     assert result.outcome.best_step == 1
-    assert (result.contracts[2]["status"], result.contracts[2]["detail"][:46]) == (
+    assert (result.contracts[2]["status"], result.contracts[2]["detail"][:48]) == (
         "held",
         "2 zero-initialised matrices changed within 2 ste",
     )

@@ -460,7 +460,11 @@ def test_a_guide_spans_the_chart_and_is_told_in_words() -> None:
 
 
 DAMAGED = [
-    ("TOFU_EVAL.json", '{"a": {"agg_value": "high"}}', r"a\.agg_value is 'high' instead of a number"),
+    (
+        "TOFU_EVAL.json",
+        '{"a": {"agg_value": "high"}}',
+        r"a\.agg_value is 'high' instead of a number",
+    ),
     ("TOFU_EVAL.json", '{"a": 3}', r"TOFU_EVAL\.json: a: expected a JSON object, got int"),
     (
         "TOFU_EVAL.json",

@@ -222,10 +222,10 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "step true": (_set("step", True), "step 'True' is not a whole number"),
     "step missing": (lambda m: m.pop("step") and None, "step 'None' is not a whole number"),
     "step of another": (_set("step", 8), "holds step 8"),
-    "progress a list": (_set("progress", []), "progress is not what a run writes there"),
+    "progress a list": (_set("progress", []), "progress is not valid in a checkpoint"),
     "progress missing": (
         lambda m: m.pop("progress") and None,
-        "progress is not what a run writes there",
+        "progress is not valid in a checkpoint",
     ),
     "progress of another step": (
         _set("progress", "step", 10),
@@ -233,11 +233,11 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "progress text": (
         _set("progress", "step", "9"),
-        "progress.step is not what a run writes there",
+        "progress.step is not valid in a checkpoint",
     ),
     "progress with more": (
         _set("progress", "more", 1),
-        "progress.more is not what a run writes there",
+        "progress.more is not valid in a checkpoint",
     ),
     "no jobs": (_set("progress", "jobs", {}), "progress.jobs are none"),
     "steps beyond": (
@@ -253,10 +253,10 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         _set("progress", "jobs", "default", "loss", "low"),
         "progress.jobs.default.loss is not",
     ),
-    "checks null": (_set("checks", None), "checks is not what a run writes there"),
+    "checks null": (_set("checks", None), "checks is not valid in a checkpoint"),
     "checks a contract 9": (
         _set("checks", "found", [{"id": 9, "name": "", "status": "held", "detail": ""}]),
-        "names a contract 9",
+        "there is no contract 9",
     ),
     "checks odd status": (
         _set("checks", "found", [{"id": 1, "name": "", "status": "fine", "detail": ""}]),

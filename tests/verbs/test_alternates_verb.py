@@ -229,10 +229,10 @@ def test_the_next_question_is_no_part_of_an_answer(opened: OpenedModel) -> None:
 @pytest.mark.parametrize(
     ("settings", "code", "message"),
     [
-        (["alternates={folder}/alt.txt"], 2, "ends in .json or .jsonl"),
+        (["alternates={folder}/alt.txt"], 2, "has to end in .json or .jsonl"),
         (["prompt=Say {answer}"], 2, "has to hold {question}"),
         (["prompt={question} {other}"], 2, "has to hold {question}"),
-        (["prompt={question:>9}"], 2, "as they are"),
+        (["prompt={question:>9}"], 2, "holds a format or conversion"),
         (["prompt={question"], 2, "is not a valid template"),
         (["n=2", "temperature=0"], 2, "greedy answers to one question are all the same"),
         (["forget={folder}/text.jsonl"], 3, "plain text has no alternate answer"),

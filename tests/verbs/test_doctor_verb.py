@@ -68,7 +68,7 @@ def change_receipt(run: Path) -> None:
             4,
             "is missing, and receipt.json lists it",
         ),
-        (change_receipt, 3, "'adapters' is not what a run writes there"),
+        (change_receipt, 3, "'adapters' is not valid in a receipt"),
         (lambda run: (run / "contracts.json").write_text("{"), 3, "contracts.json:1: not JSON"),
         (shutil.rmtree, 3, "no such run directory"),
     ],

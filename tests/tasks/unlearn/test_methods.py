@@ -402,9 +402,9 @@ def test_a_forget_row_needs_one_alternate_in_its_group(models: Models) -> None:
     ("method", "given", "says"),
     [
         ("NP0", {}, r"unlearn.method='NP0'.*NPO"),
-        ("GradDiff", {"beta": 0.1}, r"unlearn.beta: GradDiff does not read it.*NPO"),
-        ("GradAscent", {"alpha": 1.0}, "unlearn.alpha: GradAscent does not read it"),
-        ("KL", {"retain_loss": "NLL"}, "unlearn.retain_loss: KL does not read it"),
+        ("GradDiff", {"beta": 0.1}, r"unlearn.beta: GradDiff does not use it.*NPO"),
+        ("GradAscent", {"alpha": 1.0}, "unlearn.alpha: GradAscent does not use it"),
+        ("KL", {"retain_loss": "NLL"}, "unlearn.retain_loss: KL does not use it"),
         ("NPO", {"beta": 0.0}, "unlearn.beta=0.0; give a number above 0"),
         ("NPO", {"beta": math.nan}, "unlearn.beta=nan; give a finite"),
         ("NPO", {"gamma": -1.0}, "unlearn.gamma=-1.0; give 0 or more"),
