@@ -328,7 +328,7 @@ def test_a_broken_contract_does_not_block_the_corrected_command(
         )
     heard = tinyrun.Heard()
     train_run(world.run(tmp_path, **{**PLAIN, "learning_rate": 1e-4}), [], [heard])
-    assert any(note.endswith(f"it is in {run / 'previous' / '1'} now") for note in heard.notes)
+    assert any(note.endswith(f"was moved to {run / 'previous' / '1'}") for note in heard.notes)
     after = everything(run / "previous" / "1")
     assert {c for c in before if b'"pid"' not in c} <= after.keys()
 
