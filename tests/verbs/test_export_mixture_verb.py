@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lorry as library
+from lorry.verbs import export_mixture
 from lorry.verbs.probe import PROBE_TEXT
 from tests.support.llamacpp import LlamaCpp
 from tests.support.mixtures import MLP, NAMES, deltas_of, mixture_run
@@ -129,6 +131,45 @@ def answer_loss(model: Any, words: Any, at: int) -> float:
             scores = model(ids).logits[0, len(prompt) - 1 : -1]
         losses.append(F.cross_entropy(scores, ids[0, len(prompt) :], reduction="none"))
     return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_at_level_expert_the_class_is_the_run(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its logits, and the losses on every domain."""
+    base = model_directory(tmp_path / "base", **FAMILIES[kind])
+    run = mixture_run(tmp_path / "mix", base, top_k=2, level="expert")
+    assert lorry("export", run, "to=hf-moe", f"output_dir={tmp_path / 'moe'}") == 0
+    told = capsys.readouterr().err
+    assert "largest logit difference to the run itself" in told
+    assert "level=delta" not in told
+    for name in NAMES:
+        assert re.search(rf"loss of {name} on 2 training rows: .*\([+-]0.00%\)", told)
+    model, _ = library.load(run)
+    expected = logits(opened(tmp_path / "moe"))
+    with torch.no_grad():
+        difference = (model(IDS).logits - expected).abs().max()
+    assert difference <= 1e-5 * expected.abs().max()
+
+
+def test_another_model_than_the_run_is_not_kept(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A factor on one router, by which the plain mixture and the class agree, and the run does not."""
+    run = mixture_run(tmp_path / "mix", base, top_k=2, level="expert")
+    right = export_mixture.export_moe
+
+    def wrong(opened: Any, output: Path, experts: Any, routers: list[Tensor], **more: Any) -> None:
+        right(opened, output, experts, [1.5 * routers[0], *routers[1:]], **more)
+
+    monkeypatch.setattr(export_mixture, "export_moe", wrong)
+    assert lorry("export", run, "to=hf-moe", f"output_dir={tmp_path / 'moe'}") == 5
+    assert "logits" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
 
 
 def chosen_sets(folder: Path, dtype: torch.dtype, ids: Tensor) -> list[set[int]]:
