@@ -250,7 +250,7 @@ def change_expert(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (change_expert, "not the expert 'sums' that the router was made for"),
+        (change_expert, "not the expert 'sums' that the router was trained for"),
         (change_router(top_k=3), "1 to 2 of 2"),
         (change_router(layer=2), "layers are 0 to 1"),
         (change_router(pooling="max"), "mean or last"),
