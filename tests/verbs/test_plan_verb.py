@@ -120,7 +120,7 @@ def test_a_run_corrects_a_rate_of_a_busy_machine(
     said = capsys.readouterr().out
     assert "about 700 tokens/s" in said
     assert (
-        "reached here by 98 steps of a run of smollm2-135m on 2026-01-04 10:00 UTC, load 1.0)"
+        "measured here in 98 steps of a run of smollm2-135m on 2026-01-04 10:00 UTC, load 1.0)"
         in said
     )
 
