@@ -243,7 +243,7 @@ def test_likelihoods_where_positions_are_learnt(
         ("Sam", "x" * 96),
     ]
     same_scores(ours(positions), theirs(positions), pairs)
-    assert "3 of 16 contexts were cut from the left to the 96 tokens the model takes" in caplog.text
+    assert "3 of 16 contexts were cut from the left to the 96 tokens of the model's context" in caplog.text
 
 
 def test_options_of_one_token_share_a_pass(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +377,7 @@ def test_any_text_is_cut_where_the_harness_cuts(
             context, continuation
         ) == likelihood.TokenPair(before, after)
     else:
-        with pytest.raises(DataError, match="nothing to score"):
+        with pytest.raises(DataError, match="has no score"):
             likelihood.HarnessTokenizer(words).pair(context, continuation)
 
 
@@ -530,7 +530,7 @@ def test_generation_settings_that_mean_greedy() -> None:
 
 def test_bad_requests_say_what_is_wrong(positions: Path, world: World, tmp_path: Path) -> None:  # noqa: F811
     mine = ours(positions)
-    with pytest.raises(DataError, match="nothing to score"):
+    with pytest.raises(DataError, match="has no score"):
         mine.loglikelihood(requests("loglikelihood", [("a", "")]))
     with pytest.raises(DataError, match=r"continuation 0 has .* tokens, but the model takes 96"):
         mine.loglikelihood(requests("loglikelihood", [("a", STORY * 5)]))
