@@ -243,7 +243,10 @@ def test_likelihoods_where_positions_are_learnt(
         ("Sam", "x" * 96),
     ]
     same_scores(ours(positions), theirs(positions), pairs)
-    assert "3 of 16 contexts were cut from the left to the 96 tokens of the model's context" in caplog.text
+    assert (
+        "3 of 16 contexts were cut from the left to the 96 tokens of the model's context"
+        in caplog.text
+    )
 
 
 def test_options_of_one_token_share_a_pass(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,9 +535,11 @@ def test_bad_requests_say_what_is_wrong(positions: Path, world: World, tmp_path:
     mine = ours(positions)
     with pytest.raises(DataError, match="has no score"):
         mine.loglikelihood(requests("loglikelihood", [("a", "")]))
-    with pytest.raises(DataError, match=r"continuation 0 has .* tokens, but the model takes 96"):
+    with pytest.raises(
+        DataError, match=r"continuation 0 has .* tokens, but the model's context is 96"
+    ):
         mine.loglikelihood(requests("loglikelihood", [("a", STORY * 5)]))
-    with pytest.raises(ConfigError, match="max_gen_toks is 256, but the model takes 96"):
+    with pytest.raises(ConfigError, match="max_gen_toks is 256, but the model's context is 96"):
         mine.generate_until(requests("generate_until", [("a", {})]))
     with pytest.raises(ConfigError, match="did you mean 'batch_tokens'"):
         ours(positions, batch_token=3)
