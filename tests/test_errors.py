@@ -90,7 +90,7 @@ def test_the_command_line_says_so_in_one_line(
     monkeypatch.setattr(doctor, "main", lambda settings: torch_refuses())
     assert cli.main(["doctor"]) == 71
     assert capsys.readouterr().err.startswith(
-        "error: out of memory: could not allocate 1048576.00 GiB in one piece. Close what"
+        "error: out of memory: could not allocate 1048576.00 GiB in one piece. Close other programs"
     )
 
 

@@ -77,7 +77,7 @@ def test_1_says_that_experts_got_no_adapter(start: Start, tmp_path: Path, target
     assert [
         t
         for t in heard.notes
-        if "experts (2 tensors" in t and "adapted are q_proj, k_proj, v_proj, o_proj" in t
+        if "experts (2 tensors" in t and "the adapter is on q_proj, k_proj, v_proj, o_proj" in t
     ]
 
 
@@ -212,7 +212,7 @@ def test_3_a_gradient_that_never_arrives(
     broken: Broken, models: Callable[[str], Path], tmp_path: Path, steps: int
 ) -> None:
     base = silent_attention(models("llama"), tmp_path)
-    message = r"no gradient reached model\.layers\.0\.self_attn\.q_proj of adapter 'default' \(1 modules\): it would never train"
+    message = r"no gradient reached model\.layers\.0\.self_attn\.q_proj of adapter 'default' \(1 modules\), so it would never train"
     broken(3, message, base=base, max_steps=steps, lr_scheduler_type="constant")
 
 

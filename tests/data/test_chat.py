@@ -456,7 +456,10 @@ def test_a_block_may_leave_a_turn_out(tokenizer_of: Tokenizers) -> None:
             "{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}<|im_end|>{% endgeneration %}\n",
             "only a part of an answer",
         ),
-        ("{{ m.content }}<|im_end|>{% generation %}\n{% endgeneration %}", "no assistant turn"),
+        (
+            "{{ m.content }}<|im_end|>{% generation %}\n{% endgeneration %}",
+            "outside the assistant turns",
+        ),
     ],
 )
 def test_a_block_in_the_wrong_place_is_noticed(

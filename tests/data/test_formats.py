@@ -450,7 +450,7 @@ def test_a_row_that_teaches_nothing_is_left_out_with_a_count(
     source, notes = open_source(str(path)), set[str]()
     found = list(read_examples(source, add_note=notes.add))
     assert [one.where for one in found] == [f"{path}:{line}" for line in (1, 2, 5, 7, 9, 10)]
-    assert source.bad.counts == {"not to be learnt": 4}
+    assert source.bad.counts == {"marked as not for training": 4}
     assert not notes
 
 

@@ -166,10 +166,10 @@ def test_an_edited_file_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "taken"),
     [
-        ("bool_q", "'bool_q' is the name of the set 'bool_q' of "),
-        ("boolq", "'boolq' is the name of the set 'bool_q' of "),
-        ("arc", "'arc' is the name of the set 'arc_challenge' of "),
-        ("math", "'math' is the name of a suite already"),
+        ("bool_q", "'bool_q' is already the name of the set 'bool_q' of "),
+        ("boolq", "'boolq' is already the name of the set 'bool_q' of "),
+        ("arc", "'arc' is already the name of the set 'arc_challenge' of "),
+        ("math", "'math' is already the name of a suite"),
     ],
 )
 def test_a_name_that_exists_is_refused(tmp_path: Path, name: str, taken: str) -> None:
@@ -184,7 +184,7 @@ def test_a_name_that_exists_is_refused(tmp_path: Path, name: str, taken: str) ->
 def test_two_files_of_one_name(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text(RIVERS)
-    with pytest.raises(ConfigError, match=r"b\.yaml: .*'rivers' of .*a\.yaml already"):
+    with pytest.raises(ConfigError, match=r"b\.yaml: .*'rivers' is already .* of .*a\.yaml"):
         open_catalog(str(tmp_path))
 
 

@@ -144,5 +144,5 @@ def test_a_row_meets_others_in_every_epoch() -> None:
 def test_another_set_is_refused_on_resume() -> None:
     made = stream(4, 5, batch=2, accumulation=1, seed=0)
     made.load_state(made.state())
-    with pytest.raises(DataError, match="not the retain rows"):
+    with pytest.raises(DataError, match="not the retain set"):
         stream(4, 6, batch=2, accumulation=1, seed=0).load_state(made.state())

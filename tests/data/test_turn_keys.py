@@ -195,8 +195,8 @@ def test_train_detail_counts_characters_with_both_ends_included(tokenizer_of: To
     ({"mask": True}, "mask"), ({"loss_mask": 1}, "loss_mask"), ({"weight": 0, "train": True}, "contradict"),
     ({"train_detail": [{"begin_offset": 0, "end_offset": 99, "train": True}]}, "train_detail"),
     ({"train_detail": [{"begin_offset": 0, "end_offset": 1}]}, "train_detail"),
-    ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}] * 2}, "share"),
-    ({"reasoning_content": "a", "thinking": "b"}, "different"), ({"function_call": {"name": "f"}}, "tool calls"),
+    ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}] * 2}, "overlap"),
+    ({"reasoning_content": "a", "thinking": "b"}, "differ"), ({"function_call": {"name": "f"}}, "tool calls"),
 ])  # fmt: skip
 def test_keys_that_cannot_be_honoured_refuse_the_row(keys: dict[str, Any], word: str) -> None:
     bad = read(messages=[ASK, turn("At nine.", **keys)])

@@ -220,7 +220,8 @@ def test_a_scaling_in_the_metadata_is_taken_over_or_refused(tmp_path: Path) -> N
     )
     assert logits_of(truth, scaled.model) <= 1e-5
     with pytest.raises(
-        ModelError, match=r"llama\.rope\.scaling\.type='longrope' cannot be taken over"
+        ModelError,
+        match=r"llama\.rope\.scaling\.type='longrope' cannot be converted from a GGUF file",
     ):
         convert_gguf(write_gguf(tmp_path / "long.gguf", keys=longrope), print)
 

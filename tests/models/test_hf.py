@@ -334,7 +334,7 @@ def test_a_layer_that_sees_only_some_tokens_refuses_mixes_by_position() -> None:
         AdapterContext(Mix.routed(["default"], torch.ones(29, 1))),
         AdapterContext(Mix.one("default"), DropoutNoise(0, 0, (0, 1, 2, 3), tuple(STARTS))),
     ):
-        with pytest.raises(ContractError, match=r"down_proj\.1\.inner: sees"):
+        with pytest.raises(ContractError, match=r"down_proj\.1\.inner: receives"):
             logits(model, SEQUENCES, call)
 
 

@@ -205,7 +205,9 @@ def test_a_disk_that_does_not_say_where_the_directory_is_ends_no_run(
 def test_a_name_that_is_too_long_is_refused_with_its_setting(
     world: World, tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(ConfigError, match=r"output_dir.*a name in a path may have 200 bytes"):
+    with pytest.raises(
+        ConfigError, match=r"output_dir.*a name in a path may have at most 200 bytes"
+    ):
         tinyrun.described(world.model, world.data, tmp_path / name)
 
 

@@ -167,7 +167,7 @@ def test_an_adapter_scores_as_it_would_alone(world: Path) -> None:
 
 
 def test_two_adapters_are_one_too_many(world: Path) -> None:
-    with pytest.raises(ConfigError, match="would have 2 adapters"):
+    with pytest.raises(ConfigError, match="the teacher has 2 adapters"):
         material(
             world, {"teacher": str(world / "adapter"), "teacher_adapter": str(world / "adapter")}
         )
@@ -354,7 +354,7 @@ def test_a_foreign_cache_is_refused(world: Path, tmp_path: Path) -> None:
     other.rename(tmp_path / "a" / "other")
     mine.rename(tmp_path / "mine")
     (tmp_path / "a" / "other").rename(mine)
-    with pytest.raises(ConfigError, match="was written for another teacher"):
+    with pytest.raises(ConfigError, match="was written with another teacher"):
         build_distill(cached(world, tmp_path / "a"))
     build_distill(cached(world, tmp_path / "c"))
     build_distill(cached(world, tmp_path / "c", top_k=16))

@@ -271,7 +271,7 @@ def test_texts_of_a_corpus_are_joined_and_may_not_be_shared(world: Path, tmp_pat
     assert "joined with blank lines and cut every 24 tokens" in json.dumps(receipt) + "".join(
         path.read_text() for path in (tmp_path / "run").glob("*.json*")
     )
-    with pytest.raises(DataError, match=r"element 0 is to be forgotten and .* \(3 texts in all\)"):
+    with pytest.raises(DataError, match=r"element 0 in the forget set and .* \(3 texts in all\)"):
         unlearn(world, tmp_path / "bad", retain="muse:News/raw/both", **own)
 
 
@@ -376,7 +376,7 @@ def wrong(world: Path, tmp_path: Path, match: str, **settings: Any) -> None:
 def test_bad_settings(world: Path, tmp_path: Path) -> None:
     bad = {
         "delta is not used by NPO": {"delta": 1.0},
-        "NPOO' is no method.*did you mean .NPO": {"method": "NPOO"},
+        "NPOO' is not a method.*did you mean .NPO": {"method": "NPOO"},
         "retain is missing": {"retain": None},
         "greater than 0|above 0": {"beta": 0},
         "layers, 0 to 1|layers_to_transform": {"method": "RMU", "layer": 5},
@@ -398,7 +398,7 @@ def test_bad_settings(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_to_forget_and_to_retain(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"forget.jsonl:1 is to be forgotten and .*all.jsonl:1"):
+    with pytest.raises(DataError, match=r"forget.jsonl:1 in the forget set and .*all.jsonl:1"):
         unlearn(world, tmp_path / "run", retain=str(world / "all.jsonl"))
 
 

@@ -186,11 +186,17 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
         (["run", "data=x.jsonl"], "runs and data are both given"),
         (["data=x.jsonl", "ways=[mlp,mlp]"], "name every way to train once"),
         (["data=x.jsonl", "ways=[mpl]"], "mpl"),
-        (["data=x.jsonl", "background=true"], "background: ways are trained one after the other"),
-        (["data=x.jsonl", "push_to_hub=me/x"], "push_to_hub: ways are trained one after the other"),
+        (
+            ["data=x.jsonl", "background=true"],
+            "background: all ways are trained one after the other",
+        ),
+        (
+            ["data=x.jsonl", "push_to_hub=me/x"],
+            "push_to_hub: all ways are trained one after the other",
+        ),
         (
             ["data=x.jsonl", "jobs=[{name: a},{name: b}]"],
-            "jobs: ways are trained one after the other",
+            "jobs: all ways are trained one after the other",
         ),
         (["data=x.jsonl", "loraplus_lr_ratio=4"], "loraplus_lr_ratio is for an adapter"),
         (["data=x.jsonl", "memory_budget=1GiB"], "memory_budget is for training adapters only"),

@@ -36,7 +36,7 @@ def test_a_sound_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lorry("doctor", run) == 0
     out = capsys.readouterr().out
     assert out.count("✓ held") == 7
-    assert "6. checkpoints are whole" in out
+    assert "6. checkpoints are complete" in out
     assert "1 intact (SHA-256 as in receipt.json)" in out
     assert "native (llama), float32 on cpu" in out
 

@@ -260,7 +260,7 @@ def test_right_answers_beyond_the_context_cost_the_perplexity_only(
     assert found["answers_too_long"] == 1
     assert len(found["rows"]) == len(found["rows"][1]["references"]) + 2 == 3
     assert (
-        "perplexity is without 1 right answers that are longer than the context"
+        "perplexity leaves out 1 right answers that are longer than the context"
         in capsys.readouterr().err
     )
     short = write_rows(tmp_path / "s.jsonl", [rows[0], rows[2]])
@@ -284,7 +284,7 @@ def test_right_answers_beyond_the_context_cost_the_perplexity_only(
             ["tasks=[bool_q]", "data.split=test"],
             "data.split is for data=FILE; a named set defines its own format; task_split",
         ),
-        (["tasks=[bool_q]", "top_p=0.9"], "top_p is for sampled answers"),
+        (["tasks=[bool_q]", "top_p=0.9"], "top_p is for sampling"),
         (["tasks=[bool_q]", "output_dir={folder}"], "is a directory"),
         (["tasks=[bool_q]", "output={rows}"], "is a file; give a folder"),
     ],
@@ -395,4 +395,4 @@ def test_a_run_whose_own_set_is_gone_can_still_be_asked(
     (tmp_path / "towns.yaml").unlink()
     capsys.readouterr()
     evaluated(tmp_path, run, "tasks=[bool_q]", *files)
-    assert "is not known: data.catalog=" in capsys.readouterr().err.replace("\n", " ")
+    assert "rows of these sets: data.catalog=" in capsys.readouterr().err.replace("\n", " ")

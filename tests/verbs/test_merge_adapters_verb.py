@@ -256,7 +256,7 @@ def test_what_is_refused_leaves_nothing(
         assert "Traceback" not in told.err
         assert list(tmp_path.glob("out*")) == []
 
-    refused(2, "weights has 1 numbers and there are 2 adapters", law, code, "weights=[1]")
+    refused(2, "weights has 1 numbers for 2 adapters", law, code, "weights=[1]")
     refused(2, "merged adapter is zero: every weight is 0", law, code, "weights=[0,0]")
     refused(2, "merged adapter is zero: scale is 0", law, code, "scale=0")
     refused(2, "zero: density=1e-09", law, code, "method=ties_svd", "density=1e-9")
@@ -321,8 +321,8 @@ def test_the_command_line_tells_the_two_forms_apart() -> None:
         assert build_settings(MergeSettings, settings.model_dump(), print) == settings
         assert "several" not in dump_settings(settings)
     for words, message in (
-        (["a", "density=0.3"], "density is for several adapters made one"),
-        (["a", "data=f"], "data.path is for several adapters"),
+        (["a", "density=0.3"], "density is for merging several adapters"),
+        (["a", "data=f"], "data.path is for merging several adapters"),
         (["a", "b", "dtype=bfloat16"], "dtype is for folding one adapter"),
         (["a", "b", "adapter=x"], "name the folder of one, RUN/NAME"),
         (["a", "b", "weight=0.5"], r"give weights=\[...\]"),

@@ -233,13 +233,13 @@ def rename_expert(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (change_expert, r"two: not the expert 'two' that the router was made for"),
+        (change_expert, r"two: not the expert 'two' that the router was trained for"),
         (other_order, r"not the expert 'one'"),
-        (rename_expert, r"expert 'two' is not in"),
+        (rename_expert, r"expert 'two' is missing in"),
         (change_router(top_k=3), "1 to 2 of 2"),
         (change_router(kind="hash"), "kind 'hash'"),
         (change_router(base_digest="0" * 64), "other base weights"),
-        (change_router(more=1), "more is not what a router has there"),
+        (change_router(more=1), "more is not valid in a router file"),
         (change_router(input="both"), "is missing"),
         (change_weights(lambda w: w[:, :-1]), r"float32 \(2, 31\)"),
         (change_weights(lambda w: w * float("nan")), "NaN"),

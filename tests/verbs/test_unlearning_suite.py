@@ -248,7 +248,7 @@ def test_files_have_the_shape_of_open_unlearnings(
     assert attack["roc"][0] == [0, 0]
     assert attack["roc"][-1] == [1, 1]
     assert len(found["model_utility"]["parts"]) == 9
-    assert "not open-unlearning" in found["forget_Q_A_gibberish"]["note"]
+    assert "not the score of open-unlearning" in found["forget_Q_A_gibberish"]["note"]
     assert set(found["forget_truth_ratio"]["agg_by_form"]) == {
         "closer_to_1_better", "true_better", "prob_mean",
     }  # fmt: skip
@@ -412,7 +412,7 @@ def broken(**changed: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda logs: logs.pop("forget_truth_ratio"), "no forget_truth_ratio in it (it has"),
         (lambda logs: logs.pop("mia_min_k"), "no mia_min_k in it"),
-        (broken(value_by_index={str(at): {"score": 0.5} for at in range(40)}), "40 rows (those of forget01), and 3"),
+        (broken(value_by_index={str(at): {"score": 0.5} for at in range(40)}), "40 rows (those of forget01), but 3"),
         (broken(value_by_index={str(at): {"score": 0.5} for at in range(1, 4)}), "not numbered from 0 to 2"),
         (broken(value_by_index={"0": {"score": 0.5}, "1": {"score": None}, "2": {}}), "forget_truth_ratio.1 is None"),
         (broken(value_by_index={"0": {"score": math.nan}, "1": {}, "2": {}}), "forget_truth_ratio.0 is nan"),
@@ -465,7 +465,7 @@ def test_our_own_oracle_has_to_be_of_the_same_rows(
     data = write_tofu(tmp_path / "tofu", rows)
     asked = (f"local.tofu={data}", f"retain_logs_path={oracle}", f"output_dir={tmp_path / 'out'}")
     assert lorry("eval", world.base, *SETTINGS, *asked) == 3
-    assert "forget_truth_ratio is of other rows" in capfd.readouterr().err
+    assert "forget_truth_ratio was measured on other rows" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
