@@ -323,7 +323,7 @@ def test_the_command_line_tells_the_two_forms_apart() -> None:
     for words, message in (
         (["a", "density=0.3"], "density is for merging several adapters"),
         (["a", "data=f"], "data.path is for merging several adapters"),
-        (["a", "b", "dtype=bfloat16"], "dtype is for folding one adapter"),
+        (["a", "b", "dtype=bfloat16"], "dtype is for merging one adapter"),
         (["a", "b", "adapter=x"], "name the folder of one, RUN/NAME"),
         (["a", "b", "weight=0.5"], r"give weights=\[...\]"),
         (
@@ -337,7 +337,7 @@ def test_the_command_line_tells_the_two_forms_apart() -> None:
         ),
         (["a", "b", "rank=4"], "method=cat does not use rank"),
         (["a", "b", "scale=auto"], "needs rows to choose the coefficient by; give data=FILE"),
-        (["a", "b", "data=f"], "data.path is for scale=auto"),
+        (["a", "b", "data=f"], "data.path is read with scale=auto only"),
         (["a", "b", "method=tie"], "linear, cat, svd"),
         (["a", "b", "density=0", "method=ties"], "above 0"),
     ):
