@@ -273,6 +273,24 @@ def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: P
     assert torch.equal(model(ids).logits, theirs(ids).logits)
 
 
+def test_an_adapter_that_is_there_beside_one_that_is_trained(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first keeps its values and takes no rows of the other, neither to train nor to route."""
+    experts = f"[{{name: one, adapter: {mixture / 'one'}}}, {{name: new, data: {mixture.parent / 'a'}.jsonl}}]"
+    made = tmp_path / "mix"
+    words = [f"model={mixture.parent / 'base'}", "dtype=float32", f"experts={experts}", "r=4"]
+    more = ["lora.target_modules=[gate_proj, up_proj, down_proj]", "max_steps=2", "max_length=128"]
+    assert run_lorry("moe", *words, *more, f"output_dir={tmp_path / 'routed'}") == 2
+    assert "expert 'one' has no data: a router of kind=token" in capsys.readouterr().err
+    assert run_lorry("moe", *words, *more, "router.kind=uniform", f"output_dir={made}") == 0
+    taken, given = (
+        load_file(folder / "one" / "adapter_model.safetensors") for folder in (made, mixture)
+    )
+    assert all(torch.equal(taken[key], given[key]) for key in given)
+    assert (made / "new" / "adapter_model.safetensors").is_file()
+
+
 def route_anew(mixture: Path, made: Path, *settings: str) -> None:
     """Another router over the experts of a mixture, trained on its rows for three steps."""
     experts = ", ".join(

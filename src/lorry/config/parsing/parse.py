@@ -255,13 +255,17 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
             ):
                 continue
             for job, rows in zip(jobs, own, strict=True):
-                if not set(sources) & rows.keys():
+                # an adapter that is there trains on nothing, and the first job's rows are not its
+                if not set(sources) & rows.keys() and "adapter" in job.tree.get("expert", {}):
+                    job.tree[group] = {**rows, sources[0]: None}
+                elif not set(sources) & rows.keys():
                     raise ConfigError(
                         f"job {job.name!r}: {group}.{sources[0]} is missing: "
                         "neither the run nor this job names rows"
                     )
             chosen = (*sources, *ROW_CHOICES.get(group, ()))
-            adopted[group] = {**{k: own[0][k] for k in chosen if k in own[0]}, **job_settings}
+            first = next(rows for rows in own if set(sources) & rows.keys())
+            adopted[group] = {**{k: first[k] for k in chosen if k in first}, **job_settings}
     return adopted
 
 
