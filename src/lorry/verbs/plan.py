@@ -29,7 +29,7 @@ from lorry.console import VisibleConsole
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
 from lorry.plan import machine, rates
-from lorry.plan.adapters import plan_router, router_reads
+from lorry.plan.adapters import PlannedAdapter, plan_router, router_reads
 from lorry.plan.choices import (
     JobSettings,
     MemoryOfChoice,
@@ -46,7 +46,7 @@ from lorry.plan.choices import (
     require_lora,
 )
 from lorry.plan.configs import FoundConfig, count_start_values, find_config
-from lorry.plan.flops import count_flops, step_efficiency
+from lorry.plan.flops import TokenFlops, count_flops, step_efficiency
 from lorry.plan.memory import (
     TRAINABLE_PRECISIONS,
     DeviceType,
@@ -59,7 +59,7 @@ from lorry.plan.memory import (
 from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipeline_slowdown
 from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.report import RunPlan, StepSpeed
-from lorry.plan.search import ChoiceSearchResult, PlanChoice
+from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
 from lorry.plan.shapes import ModelShape, read_model_shape
 from lorry.runs.ownership import run_description_of
 
@@ -138,23 +138,20 @@ def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
     tokens = setup.step_tokens * split.data
     # what the devices do at once, less what a pipeline waits
     devices = split.processes / pipeline_slowdown(split, choice.accumulation)
-    return RunPlan(
-        model=settings.model.name,
-        where=found.where,
-        shape=shape,
-        choice=choice,
-        setup=setup,
-        split=split,
-        adapter_parameters=adapter.parameters,
+    return _run_plan(
+        settings,
+        found,
+        shape,
+        choice,
+        setup,
+        split,
+        adapter,
         memory=need(choice),
         flops=flops,
         speed=_step_speed(settings, shape, setup, tokens, tokens * flops.step, gpu, devices),
-        budget=budget,
-        budget_is=budget_is,
+        budget=(budget, budget_is),
         search=search,
         alternative=alternative,
-        trainable=_is_trainable(settings),
-        notes=_plan_notes(settings, shape, found, choice),
     )
 
 
@@ -219,26 +216,20 @@ def _plan_of_router(settings: MoePlanSettings, found: FoundConfig, router: Route
     reads = router_reads(len(settings.jobs))
     setup = memory_setup(length, choice, device, machine.has_tiles(), reads)
     flops = count_flops(shape, adapter, setup)
-    budget, budget_is = _memory_budget(settings, gpu)
-    return RunPlan(
-        model=settings.model.name,
-        where=found.where,
-        shape=shape,
-        choice=choice,
-        setup=setup,
-        split=split,
-        adapter_parameters=adapter.parameters,
+    return _run_plan(
+        settings,
+        found,
+        shape,
+        choice,
+        setup,
+        split,
+        adapter,
         memory=estimate_memory(shape, adapter, setup),
         flops=flops,
         speed=_step_speed(
             settings, shape, setup, setup.step_tokens, setup.step_tokens * flops.step, gpu
         ),
-        budget=budget,
-        budget_is=budget_is,
-        search=None,
-        alternative=None,
-        trainable=_is_trainable(settings),
-        notes=_plan_notes(settings, shape, found, choice),
+        budget=_memory_budget(settings, gpu),
     )
 
 
@@ -297,7 +288,40 @@ def _plan_of_jobs(
     ]
     tokens = [job.step_tokens for job in jobs]
     work = sum(n * each.step for n, each in zip(tokens, flops, strict=True))
-    budget, budget_is = _memory_budget(settings, gpu)
+    return _run_plan(
+        settings,
+        found,
+        shape,
+        choice,
+        setup,
+        split,
+        adapter,
+        memory=estimate_memory(shape, adapter, setup),
+        flops=max(flops, key=lambda each: each.step),
+        speed=_step_speed(settings, shape, setup, sum(tokens), work, gpu),
+        budget=_memory_budget(settings, gpu),
+        jobs=jobs,
+    )
+
+
+def _run_plan(
+    settings: AnyPlanSettings,
+    found: FoundConfig,
+    shape: ModelShape,
+    choice: PlanChoice,
+    setup: MemorySetup,
+    split: ParallelSplit,
+    adapter: PlannedAdapter,
+    *,
+    memory: MemoryEstimate,
+    flops: TokenFlops,
+    speed: StepSpeed | None,
+    budget: tuple[int | None, str],
+    search: ChoiceSearchResult | None = None,
+    alternative: TriedChoice | None = None,
+    jobs: tuple[PlannedJob, ...] = (),
+) -> RunPlan:
+    """A plan with what follows from its description. ``budget``: bytes, and whose they are."""
     return RunPlan(
         model=settings.model.name,
         where=found.where,
@@ -306,13 +330,13 @@ def _plan_of_jobs(
         setup=setup,
         split=split,
         adapter_parameters=adapter.parameters,
-        memory=estimate_memory(shape, adapter, setup),
-        flops=max(flops, key=lambda each: each.step),
-        speed=_step_speed(settings, shape, setup, sum(tokens), work, gpu),
-        budget=budget,
-        budget_is=budget_is,
-        search=None,
-        alternative=None,
+        memory=memory,
+        flops=flops,
+        speed=speed,
+        budget=budget[0],
+        budget_is=budget[1],
+        search=search,
+        alternative=alternative,
         trainable=_is_trainable(settings),
         jobs=jobs,
         notes=_plan_notes(settings, shape, found, choice),
