@@ -400,8 +400,12 @@ class LinearGroup:
         cache, key = slots[0][2].stacks, (several, *(slot.slot_id for _, _, slot in slots))
         entry = cache.get(key)
         if entry is None or entry[0] != stamp:
-            make = self._copies_of_several if several else self._copies_of_one
-            cache[key] = entry = (stamp, make(slots, dtype, constants, columns))
+            copies = (
+                self._copies_of_several(slots, dtype, constants, columns)
+                if several
+                else self._copies_of_one(slots, dtype)
+            )
+            cache[key] = entry = (stamp, copies)
         copies = entry[1]
         if several or constants[0] == 1.0:
             return copies
@@ -411,11 +415,7 @@ class LinearGroup:
         return replace(copies, parts=parts)
 
     def _copies_of_one(
-        self,
-        slots: Sequence[tuple[int, int, AdapterSlot]],
-        dtype: torch.dtype,
-        constants: Sequence[float],
-        columns: Sequence[int] | None,
+        self, slots: Sequence[tuple[int, int, AdapterSlot]], dtype: torch.dtype
     ) -> ComputeCopies:
         """Of one adapter without gates: its scale, and a constant, multiply the product."""
         a = torch.cat([slot.A.detach() for _, _, slot in slots]).to(dtype)

@@ -11,6 +11,7 @@ layer's width), K experts.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,7 +93,7 @@ class RoutingRule:
         return torch.zeros_like(p).scatter(-1, chosen, kept)
 
 
-class RouterParameters:
+class RouterParameters(ABC):
     """What of a router trains, a `ParameterSet`: ``shapes`` of its tensors by name, matrices first;
     values, grads [P] fp32; ``params``, the same memory as values, by name.
     """
@@ -112,13 +113,13 @@ class RouterParameters:
         self.params = {n: nn.Parameter(v) for n, v in self.split_like(self.values).items()}
         self.bind_grads()
 
+    @abstractmethod
     def settings(self) -> Mapping[str, Any]:
         """Those of router.json that are the kind's own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mix(self) -> Mix:
         """Every expert, gated by the router."""
-        raise NotImplementedError
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Its matrices and biases, by name: those of router.safetensors."""
@@ -127,6 +128,7 @@ class RouterParameters:
     @property
     def start_digest(self) -> None:
         """None: the base stays as it is."""
+        return None
 
     def num_parameters(self) -> int:
         """How many numbers train."""
@@ -170,6 +172,7 @@ class RouterParameters:
 
     def touch(self) -> None:
         """Nothing: it computes with the masters themselves."""
+        return
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
