@@ -61,8 +61,8 @@ class ProjectLora(SettingsGroup):
     target_modules: list[str] | None = None
 
 
-class ProjectExperts(SettingsGroup):
-    """expert_training"""
+class ProjectTraining(SettingsGroup):
+    """What the training of experts and the finetuning of all weights share."""
 
     max_length: int = Field(default=512, ge=2)
     num_epochs: float = Field(default=3, gt=0)
@@ -70,10 +70,15 @@ class ProjectExperts(SettingsGroup):
     gradient_accumulation_steps: PositiveInt = 4
     learning_rate: float = Field(default=5e-5, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
+    eval_split: float = Field(default=0.2, gt=0, lt=1)
+
+
+class ProjectExperts(ProjectTraining):
+    """expert_training"""
+
     l2_regularization: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
     disable_eval_split: bool = False
-    eval_split: float = Field(default=0.2, gt=0, lt=1)
     qmsum_max_new_tokens: Literal[200] = 200
     temperature: float = Field(default=0.0, ge=0, le=0)
     lora: ProjectLora = ProjectLora()
@@ -110,17 +115,10 @@ class ProjectMerge(SettingsGroup):
     shared_expert_path: None = None
 
 
-class ProjectFinetune(SettingsGroup):
+class ProjectFinetune(ProjectTraining):
     """full_finetune"""
 
     enabled: bool = False
-    max_length: int = Field(default=512, ge=2)
-    num_epochs: float = Field(default=3, gt=0)
-    batch_size: PositiveInt = 1
-    gradient_accumulation_steps: PositiveInt = 4
-    learning_rate: float = Field(default=5e-5, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    eval_split: float = Field(default=0.2, gt=0, lt=1)
 
 
 class ProjectConfig(SettingsGroup):
