@@ -14,7 +14,7 @@ from lorry.tasks.moe.prompts import (
     confusion_matrix,
     leave_one_out,
     macro_f1,
-    split_rows,
+    split_prompts,
     train_classifier,
 )
 
@@ -127,7 +127,7 @@ def test_macro_f1_counts_every_class_alike() -> None:
 @pytest.mark.parametrize("rows", [7, 10, 33, 100])
 def test_each_prompt_is_in_one_split(rows: int) -> None:
     router = RouterConfig(kind="sequence")
-    splits = split_rows("a", rows, router, seed=3)
+    splits = split_prompts("a", rows, router, seed=3)
     together = torch.cat([splits[name] for name in ("train", "val", "test")])
     assert sorted(together.tolist()) == list(range(rows))
     assert all(len(of) for of in splits.values())
@@ -138,9 +138,9 @@ def test_a_domain_too_small_for_its_splits_is_refused() -> None:
     with pytest.raises(
         DataError, match=r"expert .a. has 3 prompts, of which router\.val_split=0\.15 is none"
     ):
-        split_rows("a", 3, RouterConfig(kind="sequence"), seed=0)
+        split_prompts("a", 3, RouterConfig(kind="sequence"), seed=0)
     none = RouterConfig(kind="sequence", train_split=0.5, val_split=0.5, test_split=0)
-    assert {n: len(of) for n, of in split_rows("a", 4, none, seed=0).items()} == {
+    assert {n: len(of) for n, of in split_prompts("a", 4, none, seed=0).items()} == {
         "train": 2,
         "val": 2,
         "test": 0,

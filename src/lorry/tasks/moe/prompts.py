@@ -156,7 +156,7 @@ def attach_classifier(
     """A classifier of prompts over the model's experts, trained on their states. Raises DataError for
     an expert with too few prompts for the splits, NonFiniteError."""
     rule, settings = _checked_rule(router, opened, len(prompts)), router.classifier_train(seed)
-    splits = {name: split_rows(name, len(own), router, seed) for name, own in prompts.items()}
+    splits = {name: split_prompts(name, len(own), router, seed) for name, own in prompts.items()}
     states = {name: _states(opened, own, rule).cpu() for name, own in prompts.items()}
     sets = {
         split: (
@@ -179,7 +179,7 @@ def attach_classifier(
     return made
 
 
-def split_rows(name: str, rows: int, router: RouterConfig, seed: int) -> dict[str, Tensor]:
+def split_prompts(name: str, rows: int, router: RouterConfig, seed: int) -> dict[str, Tensor]:
     """{train | val | test: [n] int64}: an expert's prompts, each in one split, by the seed. Every
     expert is split by itself, so that each split has its share of a small one. Raises DataError where
     a split that is asked for would have none."""
