@@ -463,6 +463,14 @@ def test_what_no_mixture_can_be(
     assert "input=mlp" in words or not (tmp_path / "mix").exists()
 
 
+def test_rows_that_are_not_there_leave_nothing(world: World, tmp_path: Path) -> None:
+    made = tmp_path / "mix"
+    experts = f"[{{name: a, data: {world.rows}}}, {{name: b, data: {tmp_path / 'nope.jsonl'}}}]"
+    words = [f"model={world.base}", "dtype=float32", f"experts={experts}", f"output_dir={made}"]
+    assert run_lorry("moe", *words, "lora.target_modules=[gate_proj, up_proj, down_proj]") == 3
+    assert not made.exists()
+
+
 @pytest.mark.parametrize(("name", "value"), [("top_k", 1), ("aux_loss", 0.5), ("input", "both")])
 def test_constant_gates_refuse_what_they_do_not_read(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"router.{name} is for router.kind=token"):

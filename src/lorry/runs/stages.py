@@ -12,6 +12,7 @@ from the hub is known by its name alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -80,9 +81,24 @@ class StageRecord:
         """Say that all of it is on the disk. Raises DiskError."""
         self._write(stage, inputs, finished=True)
 
+    def forget(self, stage: str) -> None:
+        """Take back `begin` of a stage that made nothing, and the record and its directory with it
+        where there is nothing else in them. Raises DiskError."""
+        stages = self._stages()
+        stages.pop(stage, None)
+        if stages:
+            self._replace(stages)
+            return
+        (self.folder / STAGES).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is there
+            self.folder.rmdir()
+
     def _write(self, stage: str, inputs: Mapping[str, str], *, finished: bool) -> None:
-        stages = {**self._stages(), stage: {"finished": finished, "inputs": dict(inputs)}}
-        text = json.dumps({FORMAT: 1, "stages": stages}, indent=1) + "\n"
+        entry = {"finished": finished, "inputs": dict(inputs)}
+        self._replace({**self._stages(), stage: entry})
+
+    def _replace(self, stages: Mapping[str, Any]) -> None:
+        text = json.dumps({FORMAT: 1, "stages": dict(stages)}, indent=1) + "\n"
         durable.make_directory(self.folder)
         ownership.write_owned_files(
             self.folder, {STAGES: text.encode()}, ours=ownership.recognise_keys(FORMAT)

@@ -16,7 +16,7 @@ from lorry.config.data import DataConfig
 from lorry.config.schema import ModelConfig, RunConfig
 from lorry.disk import durable, receipt
 from lorry.disk.durable import DiskError
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, LorryError
 from lorry.runs import ownership
 from lorry.runs.layout import (
     CHECKPOINTS,
@@ -115,7 +115,12 @@ class Stages:
             listeners: list[TrainingListener] = [terminal_listener(every)]
             if log is not None:
                 listeners.append(PlainListener(every, log))
-            train_run(run, listeners=listeners)
+            try:
+                train_run(run, listeners=listeners)
+            except LorryError:
+                if not folder.exists():  # refused before it began: nothing half-written
+                    self.record.forget(stage)
+                raise
         write_report([folder])
         self.record.finish(stage, inputs)
 
