@@ -173,7 +173,7 @@ def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Te
     path, _, leaf = name.rpartition(".")
     gates = {**dict.fromkeys(bank.base_adapters, 1.0), **weights}
     layer = bank.modules.get(path)
-    if leaf != "weight" or layer is None or not any(one in layer.slots for one in gates):
+    if leaf != "weight" or layer is None or not any(adapter in layer.slots for adapter in gates):
         tensor: Tensor = model.state_dict()[name]
         # a copy even in fp32: experts without a delta would be one tensor under several names
         return tensor.detach().to(torch.float32, copy=True)
@@ -198,8 +198,8 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
     parts = {
         path: [
             (gate * slot.scale, slot)
-            for one, gate in gates.items()
-            if (slot := adapters[one].slots.get(path)) is not None
+            for adapter_name, gate in gates.items()
+            if (slot := adapters[adapter_name].slots.get(path)) is not None
         ]
         for path in bank.modules
     }

@@ -85,12 +85,12 @@ class RoutingRule:
         p = logits.softmax(-1)
         if self.top_k == p.shape[-1]:
             return p  # sums to 1 as it is
-        kept, chosen = p.topk(self.top_k, -1)
+        largest, chosen = p.topk(self.top_k, -1)
         if self.straight_through:
-            kept = 1 + kept - kept.detach()
+            largest = 1 + largest - largest.detach()
         elif self.normalize:
-            kept = kept / kept.sum(-1, keepdim=True)
-        return torch.zeros_like(p).scatter(-1, chosen, kept)
+            largest = largest / largest.sum(-1, keepdim=True)
+        return torch.zeros_like(p).scatter(-1, chosen, largest)
 
 
 class RouterParameters(ABC):

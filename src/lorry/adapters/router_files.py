@@ -80,21 +80,21 @@ def router_files(
     """{name in the folder `router`: content} of the model's router, or of constant ``gates`` of its
     experts; ``folders``: where each expert's files lie, in the order of the columns."""
     experts = [{"name": n, "sha256": adapter_digest(f)} for n, f in folders.items()]
-    said: dict[str, Any] = {
+    record: dict[str, Any] = {
         "level": "delta",
         "base_digest": base_digest(model),
         "experts": experts,
     }
     if gates is not None:
         alike = len(set(gates.values())) == 1 and len(gates) == len(folders)
-        said |= {"kind": "uniform" if alike else "fixed", "gates": dict(gates)}
-        return {ROUTER_FILE: _json(said)}
+        record |= {"kind": "uniform" if alike else "fixed", "gates": dict(gates)}
+        return {ROUTER_FILE: _json(record)}
     router = get_bank(model).routers[ROUTER_NAME]
-    said |= {"kind": router.router_kind, **router.settings()}
+    record |= {"kind": router.router_kind, **router.settings()}
     tensors = {n: v.detach().cpu().contiguous() for n, v in router.tensors().items()}
     if not tensors:
-        return {ROUTER_FILE: _json(said)}
-    return {ROUTER_WEIGHTS: save(tensors, {"format": "pt"}), ROUTER_FILE: _json(said)}
+        return {ROUTER_FILE: _json(record)}
+    return {ROUTER_WEIGHTS: save(tensors, {"format": "pt"}), ROUTER_FILE: _json(record)}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -118,7 +118,7 @@ def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Pat
     """Raise ModelError for an expert of the mixture in ``folder`` that is missing (unless the router
     is made of the experts alone, `SPECTRAL_ROUTERS`), or whose files are not those that the router
     was made for. ``experts``: where each one's files lie."""
-    missing = [one.name for one in record.experts if one.name not in experts]
+    missing = [expert.name for expert in record.experts if expert.name not in experts]
     if missing and record.kind not in SPECTRAL_ROUTERS:
         raise ModelError(
             f"{folder / ROUTER / ROUTER_FILE}: expert {missing[0]!r} is missing in "
@@ -127,10 +127,10 @@ def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Pat
     for expert in record.experts:
         if expert.name in missing:
             continue
-        if (found := adapter_digest(experts[expert.name])) != expert.sha256:
+        if (digest := adapter_digest(experts[expert.name])) != expert.sha256:
             raise ModelError(
                 f"{experts[expert.name]}: not the expert {expert.name!r} that the "
-                f"router was trained for (digest is {found[:16]}..., expected "
+                f"router was trained for (digest is {digest[:16]}..., expected "
                 f"{expert.sha256[:16]}...); restore its files, or train the mixture "
                 "again"
             )
@@ -302,12 +302,12 @@ def _read_weights(file: Path, wanted: Mapping[str, Tensor]) -> None:
             f"({len(odd)} such tensors)"
         )
     for name, view in wanted.items():
-        found = tensors[name]
-        if found.shape != view.shape or found.dtype != torch.float32:
+        tensor = tensors[name]
+        if tensor.shape != view.shape or tensor.dtype != torch.float32:
             raise ModelError(
-                f"{file}: {name} is {found.dtype} {tuple(found.shape)}; this model "
+                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}; this model "
                 f"and these experts need float32 {tuple(view.shape)}"
             )
-        if not bool(torch.isfinite(found).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{file}: {name} holds NaN or infinity")
-        view.copy_(found)
+        view.copy_(tensor)

@@ -335,8 +335,8 @@ def generate_completions(
         raise ConfigError(
             f"adapters has {len(mixes)} entries for {len(prompts)} prompts; give one name (or None) per prompt"
         )
-    for prompt, one, mix in zip(prompts, each, mixes, strict=True):
-        engine.add_request(prompt, one, adapter=mix)
+    for prompt, request_params, mix in zip(prompts, each, mixes, strict=True):
+        engine.add_request(prompt, request_params, adapter=mix)
     answers: dict[int, Completion] = {}
     while engine.has_unfinished_requests():
         answers |= {output.request_id: output.completion for output in engine.step()}

@@ -169,8 +169,8 @@ def choose_tokens(
     """`SamplingParams.choose` for rows of different parameters. logits [B,V]; one of everything
     else per row -> (tokens [B], finite [B] bool)."""
     groups: dict[object, list[int]] = {}
-    for row, one in enumerate(params):
-        groups.setdefault(one.distribution, []).append(row)
+    for row, row_params in enumerate(params):
+        groups.setdefault(row_params.distribution, []).append(row)
     if len(groups) == 1:  # nearly always: no copy of the logits then
         return params[0].choose(logits, seen, (draw.random() for draw in generators))
     tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)

@@ -81,7 +81,10 @@ def generate_continuations(
         adapters=adapters,
         batch_rows=batch_rows,
     )
-    return ["".join(IncrementalDetokenizer(encoder).decode_all(one.tokens)) for one in completions]
+    return [
+        "".join(IncrementalDetokenizer(encoder).decode_all(completion.tokens))
+        for completion in completions
+    ]
 
 
 def _encode_prompt(encoder: ExampleEncoder, text: str, chat: bool) -> list[int]:

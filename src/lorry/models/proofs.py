@@ -504,12 +504,12 @@ def _save_proof(place: Path, text: str) -> None:
             {place.name: text.encode()[:MAX_PROOF_BYTES].decode(errors="ignore").encode()},
         )
         ours = [
-            one
-            for one in os.scandir(place.parent)
-            if DIGEST_PATTERN.fullmatch(one.name) and one.is_file(follow_symlinks=False)
+            entry
+            for entry in os.scandir(place.parent)
+            if DIGEST_PATTERN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
         ]
-        for one in sorted(ours, key=lambda one: one.stat().st_mtime_ns)[:-MAX_SAVED_PROOFS]:
-            Path(one.path).unlink(missing_ok=True)
+        for entry in sorted(ours, key=lambda entry: entry.stat().st_mtime_ns)[:-MAX_SAVED_PROOFS]:
+            Path(entry.path).unlink(missing_ok=True)
     except OSError:
         return
 

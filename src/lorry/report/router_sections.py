@@ -42,10 +42,10 @@ class RouterShares:
 def read_router_shares(run: RunRecord, kind: str) -> RouterShares | None:
     """The last ones in the log; None for a run without, or whose lines hold anything else."""
     for record in reversed(run.log.records):
-        said = record.get("router")
-        if not isinstance(said, dict):
+        router = record.get("router")
+        if not isinstance(router, dict):
             continue
-        domains = said.get(kind)
+        domains = router.get(kind)
         if not isinstance(domains, dict) or not domains:
             return None
         values = {

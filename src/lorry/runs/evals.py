@@ -143,11 +143,11 @@ def _suite_of(records: Mapping[str, Any], path: Path, part: str) -> SuiteRecord:
 
 
 def _read_oracle(content: Any, where: str) -> OracleValues:
-    found = _object(content, where)
-    texts = _texts({name: found.get(name) for name in ("path", "sha256")}, where)
+    fields = _object(content, where)
+    texts = _texts({name: fields.get(name) for name in ("path", "sha256")}, where)
     if "\0" in texts["path"]:  # every call of the system refuses it, each in its own way
         raise DataError(f"{where}.path is not a path")
-    return OracleValues(texts["path"], texts["sha256"], _values(found.get("values"), where))
+    return OracleValues(texts["path"], texts["sha256"], _values(fields.get("values"), where))
 
 
 def _read_roc(content: Any, where: str) -> list[tuple[float, float]]:
@@ -165,7 +165,7 @@ def read_oracles(suites: Sequence[SuiteRecord]) -> dict[str, SuiteRecord]:
     """{digest: the oracle's own record} of the oracles whose file still says what it said. Raises
     DataError for a damaged one, OSError.
     """
-    found = {}
+    oracles = {}
     for oracle in {s.oracle.sha256: s.oracle for s in suites if s.oracle is not None}.values():
         path = Path(oracle.path)
         if not path.is_file():
@@ -175,8 +175,8 @@ def read_oracles(suites: Sequence[SuiteRecord]) -> dict[str, SuiteRecord]:
         # as RetainLogs has it: of what the file says, not of its bytes
         digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
         if digest == oracle.sha256:
-            found[digest] = _suite_of(records, path, "")
-    return found
+            oracles[digest] = _suite_of(records, path, "")
+    return oracles
 
 
 def read_attacks(run_dir: Path) -> AttacksRecord | None:
@@ -201,9 +201,9 @@ def read_attacks(run_dir: Path) -> AttacksRecord | None:
         attack: {
             side: {
                 kind: _values(values, f"{path}: {attack}.{side}.{kind}")
-                for kind, values in _object(found, f"{path}: {attack}.{side}").items()
+                for kind, values in _object(numbers, f"{path}: {attack}.{side}").items()
             }
-            for side, found in _object(
+            for side, numbers in _object(
                 parts.get(attack, {}).get("values") or {}, f"{path}: {attack}.values"
             ).items()
         }
@@ -264,18 +264,18 @@ def _object(content: Any, where: object) -> dict[str, Any]:
 
 def _values(content: Any, where: str) -> Values:
     """{name: number} of an object."""
-    found = _object(content, where)
-    if len(found) > MOST_RECORDS:
-        raise DataError(f"{where}: {len(found)} values; there are at most {MOST_RECORDS}")
-    return {name: _number(value, f"{where}.{name}") for name, value in found.items()}
+    numbers = _object(content, where)
+    if len(numbers) > MOST_RECORDS:
+        raise DataError(f"{where}: {len(numbers)} values; there are at most {MOST_RECORDS}")
+    return {name: _number(value, f"{where}.{name}") for name, value in numbers.items()}
 
 
 def _texts(content: Any, where: str) -> dict[str, str]:
-    found = _object(content, where)
-    for name, value in found.items():
+    texts = _object(content, where)
+    for name, value in texts.items():
         if not isinstance(value, str):
             raise DataError(f"{where}.{name} is {str(value)[:40]!r} instead of a text")
-    return found
+    return texts
 
 
 def _number(value: Any, where: str) -> float:

@@ -143,8 +143,8 @@ def is_suites_folder(folder: Path) -> bool:
     or by weight and adapter. Raises DiskError.
     """
     # three levels and no walk: evals/weight0.5/ADAPTER is the deepest of ours
-    found = (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.json"))
-    return any(is_suite_file(path) or is_attacks_file(path) for path in found)
+    paths = (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.json"))
+    return any(is_suite_file(path) or is_attacks_file(path) for path in paths)
 
 
 def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) -> None:

@@ -197,7 +197,7 @@ def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[Dam
         except DataError as error:
             damaged.append(DamagedRun(path, name, str(error)))
     if not runs:
-        raise DataError("; ".join(one.why for one in damaged))
+        raise DataError("; ".join(damaged_run.why for damaged_run in damaged))
     return runs, damaged
 
 
@@ -272,20 +272,20 @@ def _read_evals(run: RunRecord) -> RunEvals:
     note says it.
     """
     try:
-        found = RunEvals(evals.read_suites(run.path), evals.read_attacks(run.path))
+        run_evals = RunEvals(evals.read_suites(run.path), evals.read_attacks(run.path))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     try:
         start = evals.find_start(run.path, run.receipt)
         if start is not None:
-            found = replace(found, start=evals.read_suites(start), origin=start)
+            run_evals = replace(run_evals, start=evals.read_suites(start), origin=start)
     except (LorryError, OSError) as error:
         run.log.notes.append(f"the values of the start are not shown: {error}")
     try:
-        found = replace(found, oracles=evals.read_oracles(found.suites))
+        run_evals = replace(run_evals, oracles=evals.read_oracles(run_evals.suites))
     except (LorryError, OSError) as error:
         run.log.notes.append(f"the oracle's curves are not shown: {error}")
-    return found
+    return run_evals
 
 
 def read_contracts(run_dir: Path) -> tuple[ContractRecord, ...]:

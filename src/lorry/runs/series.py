@@ -67,7 +67,7 @@ class MetricsLog:
 def _adapter_records(record: MetricsRecord) -> dict[str, dict[str, Any]]:
     value = record.get(ADAPTERS_KEY)
     return (
-        {name: one for name, one in value.items() if isinstance(one, dict)}
+        {name: values for name, values in value.items() if isinstance(values, dict)}
         if isinstance(value, dict)
         else {}
     )
@@ -76,8 +76,8 @@ def _adapter_records(record: MetricsRecord) -> dict[str, dict[str, Any]]:
 def adapter_values(record: MetricsRecord, adapter: str) -> dict[str, Any]:
     """What a line says of one adapter of a run of several; empty where it says nothing."""
     several = record.get(ADAPTERS_KEY)
-    one = several.get(adapter) if isinstance(several, dict) else None
-    return one if isinstance(one, dict) else {}
+    values = several.get(adapter) if isinstance(several, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 class _NameLimit:
@@ -126,9 +126,9 @@ def read_metrics(path: Path) -> MetricsLog:
         record = names.keep(line)
         if isinstance(several := record.get(ADAPTERS_KEY), dict):
             of_adapters = {
-                name: names.keep(one)
-                for name, one in adapters.keep(several).items()
-                if isinstance(one, dict)
+                name: names.keep(values)
+                for name, values in adapters.keep(several).items()
+                if isinstance(values, dict)
             }
             record = {**record, ADAPTERS_KEY: of_adapters}
         if not is_evaluation_record(record):
@@ -141,10 +141,10 @@ def read_metrics(path: Path) -> MetricsLog:
                 )
             last = step
         log.records.append(record)
-    for what, one in (("values", names), ("adapters", adapters)):
-        if one.left_out:
+    for what, shown in (("values", names), ("adapters", adapters)):
+        if shown.left_out:
             log.notes.append(
-                f"{path.name}: {len(one.left_out)} {what} are not shown (a report shows {one.most}, with names of at most "
-                f"{LONGEST_NAME} characters)"
+                f"{path.name}: {len(shown.left_out)} {what} are not shown (a report shows "
+                f"{shown.most}, with names of at most {LONGEST_NAME} characters)"
             )
     return log

@@ -126,5 +126,5 @@ def data_digests(data: DataConfig) -> dict[str, str]:
     paths = [data.path] if isinstance(data.path, str) else list(data.path or [])
     named = [*paths, data.eval, data.catalog, *data.local.values()]
     # what is no path is the name of a set on the hub, or of rows of a suite in one of `local`
-    found = [Path(name).expanduser() for name in named if name is not None]
-    return {str(path): path_digest(path) for path in found if path.exists()}
+    places = [Path(name).expanduser() for name in named if name is not None]
+    return {str(path): path_digest(path) for path in places if path.exists()}

@@ -262,10 +262,12 @@ def run_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     flat = [flatten_config(run.config) for run in runs]
     # every setting once, in the order of the first run that has it
     names = [
-        name for name in dict.fromkeys(name for one in flat for name in one) if name != "output_dir"
+        name
+        for name in dict.fromkeys(name for config in flat for name in config)
+        if name != "output_dir"
     ]
     rows = [
-        (name, [_plain_value(one[name]) if name in one else MISSING_VALUE for one in flat])
+        (name, [_plain_value(config[name]) if name in config else MISSING_VALUE for config in flat])
         for name in names
     ]
     rows = [(name, values) for name, values in rows if len(set(values)) > 1]

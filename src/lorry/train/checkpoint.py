@@ -185,11 +185,11 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
         if not damage or listed == _list_checkpoints(run_dir):
             break
     if newest is not None:
-        for one in damage:
-            log.warning("skipped the checkpoint %s", run_dir / CHECKPOINTS / one)
+        for fault in damage:
+            log.warning("skipped the checkpoint %s", run_dir / CHECKPOINTS / fault)
         return newest
     if damage:
-        folder, listing = run_dir / CHECKPOINTS, "".join(f"\n  {one}" for one in damage)
+        folder, listing = run_dir / CHECKPOINTS, "".join(f"\n  {fault}" for fault in damage)
         raise ModelError(
             f"{folder}: all of its {len(damage)} checkpoints are damaged; nothing "
             f"was changed:{listing}\nrestore one of them from a backup; to "

@@ -170,7 +170,7 @@ class ContractChecks:
     def _same_sets(self, backend: Backend) -> ParameterInspection:
         inspection = backend.inspect()
         # each pair has its own remedy, so each has its own words
-        for one, other, words in (
+        for names, other, words in (
             (inspection.trainable, inspection.optimized, "is trainable but no optimizer holds it"),
             (inspection.optimized, inspection.trainable, "is optimized but not trainable"),
             (inspection.optimized, inspection.saved, "is trained but would not be saved"),
@@ -180,7 +180,7 @@ class ContractChecks:
                 "is saved as trained but no optimizer holds it",
             ),
         ):
-            if unmatched := sorted(one - other):
+            if unmatched := sorted(names - other):
                 raise self.fail(2, f"{unmatched[0]} {words} ({len(unmatched)} tensors)")
         return inspection
 

@@ -301,7 +301,7 @@ class TrainingEngine:
         evaluations = {
             name: join_measures(
                 evaluate_task(self.backend, held_out_task(self.task, name)),
-                *(one.measure(name, self.progress.step) for one in self.evaluations),
+                *(evaluation.measure(name, self.progress.step) for evaluation in self.evaluations),
             )
             for name in due
         }

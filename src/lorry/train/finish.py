@@ -46,9 +46,9 @@ def describe_unadapted(model: CausalLM, names: Sequence[str]) -> list[str]:
     adapters = [name for name in names if name in get_bank(model).adapters]
     return list(
         dict.fromkeys(
-            one.what
+            module.what
             for name in adapters
-            for one in list_skipped_modules(model, get_bank(model)[name])
+            for module in list_skipped_modules(model, get_bank(model)[name])
         )
     )
 
@@ -210,7 +210,7 @@ def run_receipt(
     """
     data = {name: _data_receipt(job) for name, job in jobs.items()}
     seeds = {name: job.run.train.seed for name, job in jobs.items()}
-    trained, one = [parameter_set(opened.model, name) for name in jobs], len(jobs) == 1
+    trained, is_single = [parameter_set(opened.model, name) for name in jobs], len(jobs) == 1
     # with lora=null the base in memory is the trained one: its digest was taken as the run began
     start_digest = next((each.start_digest for each in trained if each.start_digest), None)
     base = {**opened.source, "sha256": start_digest or base_digest(opened.model)}
@@ -224,19 +224,19 @@ def run_receipt(
         files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
     else:
         files = [run_dir / file for file in digests]
-    made = artifacts.build_receipt(
-        data=next(iter(data.values())) if one else data,
+    record = artifacts.build_receipt(
+        data=next(iter(data.values())) if is_single else data,
         base=base,
         code=checkpoint.code_digest(),
         saved=saved,
-        seed=next(iter(seeds.values())) if one else seeds,
+        seed=next(iter(seeds.values())) if is_single else seeds,
         sizes={
             "trainable_parameters": sum(each.num_parameters() for each in trained),
             "total_parameters": parameter_count(opened.model),
             "saved_bytes": sum(file.stat().st_size for file in files),
         },
     )
-    return made if teacher is None else {**made, "teacher": {"sha256": teacher}}
+    return record if teacher is None else {**record, "teacher": {"sha256": teacher}}
 
 
 def _data_receipt(job: PreparedJob) -> dict[str, Any]:

@@ -256,5 +256,8 @@ def mean_value(values: Sequence[float]) -> float:
 
 def mean_evaluations(evaluations: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over the jobs that have it."""
-    names = dict.fromkeys(name for one in evaluations for name in one)
-    return {name: mean_value([one[name] for one in evaluations if name in one]) for name in names}
+    names = dict.fromkeys(name for values in evaluations for name in values)
+    return {
+        name: mean_value([values[name] for values in evaluations if name in values])
+        for name in names
+    }

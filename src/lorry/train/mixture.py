@@ -75,8 +75,8 @@ def write_and_check_mixture(
     data = prepared[ROUTER_NAME]
     batch = next(iter(data.evaluation), None) or data.stream.batches(0)[0]
     scores = [
-        ModelScorer(opened.model).score([batch], {"s": TokenScore(log_prob)}, one)[0]["s"]
-        for one in (trained.mix(), mix)
+        ModelScorer(opened.model).score([batch], {"s": TokenScore(log_prob)}, weighting)[0]["s"]
+        for weighting in (trained.mix(), mix)
     ]
     if not torch.equal(*scores):
         raise checks.fail(5, f"{run_dir / ROUTER}: the router read back gives other logits")

@@ -352,7 +352,10 @@ def attach_jobs(
     """
     if (attach_own := TASKS[run.task].attach) is not None:
         return attach_own(run, opened, add_note)
-    return {attach_adapter(one, opened, add_note): one for one in runs_by_adapter(run).values()}
+    return {
+        attach_adapter(job_run, opened, add_note): job_run
+        for job_run in runs_by_adapter(run).values()
+    }
 
 
 def prepare_jobs(
@@ -365,21 +368,26 @@ def prepare_jobs(
     task, rows_by_settings = TASKS[run.task], dict[str, EncodedRows]()
     make = partial(task.encoder(run, opened, notebook.add), tell=notebook.tell)
 
-    def prepare(one: RunConfig, data: DataConfig, name: str) -> PreparedData:
+    def prepare(job_run: RunConfig, data: DataConfig, name: str) -> PreparedData:
         # a second set of rows makes the name part of the file's, or one would write over the other
-        aside = RunDir(run.output_dir).quarantine(name, len(attached) + len(task.row_sets(one)))
+        aside = RunDir(run.output_dir).quarantine(name, len(attached) + len(task.row_sets(job_run)))
         return prepare_data(
-            data, one.train, opened.tokenizer, quarantine=aside, known=rows_by_settings, make=make
+            data,
+            job_run.train,
+            opened.tokenizer,
+            quarantine=aside,
+            known=rows_by_settings,
+            make=make,
         )
 
     jobs = dict[str, PreparedJob]()
-    for name, one in attached.items():
-        data = prepare(one, one.data, name)
+    for name, job_run in attached.items():
+        data = prepare(job_run, job_run.data, name)
         row_sets = {
-            role: prepare(one, settings, f"{name}-{role}")
-            for role, settings in task.row_sets(one).items()
+            role: prepare(job_run, settings, f"{name}-{role}")
+            for role, settings in task.row_sets(job_run).items()
         }
-        jobs[name] = PreparedJob(one, data, row_sets, task.stream(one, data, row_sets))
+        jobs[name] = PreparedJob(job_run, data, row_sets, task.stream(job_run, data, row_sets))
     notebook.tell(*_data_notes(jobs))
     return jobs
 
@@ -402,7 +410,9 @@ def _row_accounting(jobs: PreparedJobs) -> str:
         data.report.lines() for job in jobs.values() for data in (job.data, *job.row_sets.values())
     ]
     # one line in contracts.json: the first facts of a single set, of several the counts of each
-    return "; ".join(lines[0][:3] if len(lines) == 1 else dict.fromkeys(one[0] for one in lines))
+    return "; ".join(
+        lines[0][:3] if len(lines) == 1 else dict.fromkeys(facts[0] for facts in lines)
+    )
 
 
 def lora_spec_of(lora: LoraConfig) -> LoraSpec:
@@ -441,8 +451,8 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) 
 
 
 def _note_skipped_modules(model: CausalLM, adapter: Adapter, add_note: NoteCallback) -> None:
-    for one in list_skipped_modules(model, adapter):
-        add_note(f"not adapted: {one.what}; {one.why}")
+    for module in list_skipped_modules(model, adapter):
+        add_note(f"not adapted: {module.what}; {module.why}")
 
 
 def build_engine(
@@ -468,7 +478,10 @@ def build_engine(
     # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
     built = TASKS[run.task].build(replace(inputs, tell=notebook.repeat))
     notebook.tell(*built.notes, *(job.warmup_note() for job in training))
-    asked: list[RunEvaluation] = [Measure(built.measure, digests=built.digests), *evaluations]
+    run_evaluations: list[RunEvaluation] = [
+        Measure(built.measure, digests=built.digests),
+        *evaluations,
+    ]
     return TrainingEngine(
         backend,
         built.task,
@@ -478,7 +491,7 @@ def build_engine(
             run,
             opened,
             jobs,
-            dict(digest for one in asked for digest in one.digests.items()),
+            dict(digest for evaluation in run_evaluations for digest in evaluation.digests.items()),
             backend,
         ),
         checks=ContractChecks(),
@@ -486,7 +499,7 @@ def build_engine(
         listeners=notebook.listeners,
         tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
         models=built.models,
-        evaluations=asked,
+        evaluations=run_evaluations,
         record=built.record,
     )
 

@@ -112,7 +112,7 @@ def broken_contracts(folder: Path) -> list[int]:
     if not ownership.is_contracts(folder / CONTRACTS):
         return []
     try:
-        return [one.id for one in read_contracts(folder) if one.status == "failed"]
+        return [contract.id for contract in read_contracts(folder) if contract.status == "failed"]
     except DataError:
         return []
 
@@ -194,11 +194,11 @@ def _recorded_adapter_folders(folder: Path) -> list[str]:
     and its router, by its own description."""
     described = ownership.run_description_of(folder)
     names = [
-        str(one.get("name"))
+        str(entry.get("name"))
         for key in ("jobs", "experts")
         if isinstance(listed := described.get(key), list)
-        for one in listed
-        if isinstance(one, Mapping)
+        for entry in listed
+        if isinstance(entry, Mapping)
     ]
     is_mixture = "experts" in described and (folder / ROUTER / ROUTER_FILE).is_file()
     return [ROUTER] * is_mixture + [

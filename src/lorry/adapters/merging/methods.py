@@ -35,13 +35,13 @@ def combine(
         tensors = [prune_at_random(t, density, generator) for t in tensors]
     stacked = torch.stack(list(tensors))
     # before the weights: a negative one turns a task round, but not its vote
-    kept = agrees_with_majority(stacked, majority_sign_method) if method.elects_sign else None
+    agreement = agrees_with_majority(stacked, majority_sign_method) if method.elects_sign else None
     factors = torch.tensor(weights, dtype=stacked.dtype)
     weighted = stacked * factors.view(-1, *[1] * (stacked.dim() - 1))
-    if kept is None:
+    if agreement is None:
         return weighted.sum(dim=0)
     # at least 1: where everything was pruned the sum is 0 already
-    return (weighted * kept).sum(dim=0) / torch.clamp(kept.sum(dim=0), min=1.0)
+    return (weighted * agreement).sum(dim=0) / torch.clamp(agreement.sum(dim=0), min=1.0)
 
 
 def prune_by_magnitude(tensor: Tensor, density: float) -> Tensor:

@@ -131,37 +131,39 @@ def merge_adapters(
             )
     specs = [bank[each].spec for each in weights]
     # the model's order, which is that in which PEFT draws
-    found = {
+    slots_by_path = {
         path: {each: bank[each].slots[path] for each in weights if path in bank[each].slots}
         for path in find_linears(model)
     }
-    found = {path: slots for path, slots in found.items() if slots}
+    slots_by_path = {path: slots for path, slots in slots_by_path.items() if slots}
     ranks = [max(spec.r, *spec.rank_pattern.values(), 0) for spec in specs]
     if rank is None and chosen.space == "delta":
         rank = max(ranks)
     generator = torch.Generator().manual_seed(seed)
     if chosen.prune == "random" and chosen.space != "core":
         drawn = rank if rank is not None else max(ranks)
-        for path in found:
+        for path in slots_by_path:
             _draw_new_adapter(bank.modules[path], drawn, specs[0].init_lora_weights, generator)
     recipe = _Recipe(chosen, density, majority_sign_method, rank, generator)
     values, modules, zero = dict[str, Tensor](), list[MergedModule](), True
-    for path, slots in found.items():
+    for path, slots in slots_by_path.items():
         if chosen.space == "core":
             # ours: a function of names, so that other modules change nothing
             generator.manual_seed(derive_seed("merge", seed, path))
         terms = [(weights[each], slot) for each, slot in slots.items()]
-        made = _merge_module(path, bank.modules[path], terms, recipe, sum(ranks))
-        left = made.left if scale == 1 else scale * made.left
+        factors = _merge_module(path, bank.modules[path], terms, recipe, sum(ranks))
+        left = factors.left if scale == 1 else scale * factors.left
         # rounded first: what is finite in float64 may not be in float32
-        for side, value in (("A", made.right.float()), ("B", left.float())):
+        for side, value in (("A", factors.right.float()), ("B", left.float())):
             if not bool(torch.isfinite(value).all()):
                 raise ModelError(
                     f"merging makes {path}.lora_{side} infinite or NaN; look at the weights and adapters"
                 )
             values[f"{path}.lora_{side}"] = value
         zero = zero and _is_zero(values[f"{path}.lora_A"], values[f"{path}.lora_B"])
-        modules.append(MergedModule(path, made.right.shape[0], len(terms), made.energy, made.lost))
+        modules.append(
+            MergedModule(path, factors.right.shape[0], len(terms), factors.energy, factors.lost)
+        )
     if zero:
         pruned = f"density={density:g} drops all of their values, " if chosen.prune else ""
         raise ConfigError(

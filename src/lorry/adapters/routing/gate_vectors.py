@@ -84,12 +84,12 @@ class GateVectors(RouterParameters):
         # no weights and torch's epsilon: a vector that never trained gives 0, and not NaN
         alike = F.linear(F.layer_norm(x.float(), (width,)), F.layer_norm(rows, (width,)))
         scores = (alike / math.sqrt(width)).view(x.shape[0], *present.shape)
-        found = present.any(1)
-        absent = ~present & found[:, None]
+        has_expert = present.any(1)
+        absent = ~present & has_expert[:, None]
         gates = softmax_of_largest(
             scores.masked_fill(absent, float("-inf")), self.top_k, self.temperature
         )
-        return (gates * found[:, None]).flatten(1)
+        return (gates * has_expert[:, None]).flatten(1)
 
     def mix(self) -> Mix:
         """Every expert, gated linear by linear."""

@@ -30,8 +30,8 @@ from lorry.errors import ConfigError
 def softmax_of_largest(scores: Tensor, top_k: int, temperature: float) -> Tensor:
     """[..., K] -> gates of the same shape: softmax over the ``top_k`` largest, 0 elsewhere and where
     a score is -inf. At least one of each row has to be finite."""
-    kept, chosen = scores.topk(min(top_k, scores.shape[-1]), -1)
-    return torch.zeros_like(scores).scatter(-1, chosen, (kept / temperature).softmax(-1))
+    largest, chosen = scores.topk(min(top_k, scores.shape[-1]), -1)
+    return torch.zeros_like(scores).scatter(-1, chosen, (largest / temperature).softmax(-1))
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,16 @@ class SpectralRouter(ABC):
     def linear_gates(self, linears: Sequence[str], x: Tensor) -> Tensor:
         """x [T,I] -> [T, linears * K] fp32; zeros at a linear where no expert has an adapter."""
         readers = self.expert_readers(linears)
-        found = readers.present.any(1)
+        has_expert = readers.present.any(1)
         # in fp32: half precision would swap experts whose scores nearly agree
         products = F.linear(x.float(), readers.rows).view(x.shape[0], *readers.present.shape, -1)
         scores = self.scores(products)
         # an absent expert is no choice, rather than one of score 0, which another may have too
-        absent = ~readers.present & found[:, None]
+        absent = ~readers.present & has_expert[:, None]
         gates = softmax_of_largest(
             scores.masked_fill(absent, float("-inf")), self.top_k, self.temperature
         )
-        return (gates * found[:, None]).flatten(1)
+        return (gates * has_expert[:, None]).flatten(1)
 
     @torch.no_grad()
     def expert_readers(self, linears: Sequence[str]) -> ExpertReaders:
@@ -108,15 +108,15 @@ class SpectralRouter(ABC):
     def _make_readers(
         self, linears: int, slots: Sequence[AdapterSlot | None], stamp: tuple[object, ...]
     ) -> ExpertReaders:
-        made = [None if slot is None else self.expert_rows(delta_core(slot)) for slot in slots]
+        slot_rows = [None if slot is None else self.expert_rows(delta_core(slot)) for slot in slots]
         some = next(slot for slot in slots if slot is not None)
         # experts of other ranks have fewer rows: rows of zeros beside them change no norm
-        count = max(len(rows) for rows in made if rows is not None)
+        count = max(len(rows) for rows in slot_rows if rows is not None)
         width = some.A.shape[1]
-        rows = torch.zeros(len(made), count, width, dtype=torch.float32, device=some.A.device)
-        for into, found in zip(rows, made, strict=True):
-            if found is not None:
-                into[: len(found)] = found
+        rows = torch.zeros(len(slot_rows), count, width, dtype=torch.float32, device=some.A.device)
+        for into, values in zip(rows, slot_rows, strict=True):
+            if values is not None:
+                into[: len(values)] = values
         present = torch.tensor([slot is not None for slot in slots], device=rows.device)
         return ExpertReaders(stamp, rows.flatten(0, 1), present.view(linears, -1))
 

@@ -151,12 +151,12 @@ class ClassifierRouter:
 
     def settings(self) -> Mapping[str, Any]:
         """The rule and the widths."""
-        said = {
+        settings = {
             **asdict(self.rule),
             "hidden": self.hidden,
             "width": self.weights["0.weight"].shape[1],
         }
-        return said if self.training is None else {**said, "training": dict(self.training)}
+        return settings if self.training is None else {**settings, "training": dict(self.training)}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The linears' values."""

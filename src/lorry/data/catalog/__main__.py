@@ -12,15 +12,20 @@ def render_sets_table() -> str:
         "| set | what | hub | splits | metrics | templates | licence |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in catalog.sets.values():
-        where = f"{one.hub}{f' ({one.config})' if one.config else ''}" if one.hub else "files only"
+    for entry in catalog.sets.values():
+        where = (
+            f"{entry.hub}{f' ({entry.config})' if entry.config else ''}"
+            if entry.hub
+            else "files only"
+        )
         splits = ", ".join(
             f"{ours}: {theirs}" if ours != theirs else ours
-            for ours, theirs in (one.splits or {}).items()
+            for ours, theirs in (entry.splits or {}).items()
         )
-        metrics = ", ".join(one.metrics)
+        metrics = ", ".join(entry.metrics)
         lines.append(
-            f"| `{one.name}` | {one.about} | {where} | {splits} | {metrics} | {len(one.templates)} | {one.licence} |"
+            f"| `{entry.name}` | {entry.about} | {where} | {splits} | "
+            f"{metrics} | {len(entry.templates)} | {entry.licence} |"
         )
     suites = "\n".join(f"- `{name}`: {', '.join(sets)}" for name, sets in catalog.suites.items())
     return "\n".join(lines) + f"\n\nSuites, usable wherever a set is:\n\n{suites}\n"

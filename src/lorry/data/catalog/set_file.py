@@ -199,13 +199,13 @@ class SetFields(_StrictModel):
     @model_validator(mode="after")
     def _is_asked_as_it_is_read(self) -> SetFields:
         for field, names in (
-            ("layouts", [one.name for one in self.layouts]),
+            ("layouts", [layout.name for layout in self.layouts]),
             ("templates", self.templates),
             ("metrics", self.metrics),
         ):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{field}: {twice[0]!r} is given twice")
-        readers = [ROW_READERS[one.reader] for one in self.layouts]
+        readers = [ROW_READERS[layout.reader] for layout in self.layouts]
         if len({reader.ranked for reader in readers}) > 1:
             raise ValueError("layouts: some have options and some do not; split them into two sets")
         ranked = readers[0].ranked
@@ -215,7 +215,11 @@ class SetFields(_StrictModel):
                 if ranked
                 else f"metrics: {RANKED_METRIC} needs options, and no layout reads any"
             )
-        slots = {slot for one, reader in zip(self.layouts, readers, strict=True) for slot in (*one.slots, *reader.slots)}  # fmt: skip
+        slots = {
+            slot
+            for layout, reader in zip(self.layouts, readers, strict=True)
+            for slot in (*layout.slots, *reader.slots)
+        }
         if self.limit is not None and self.limit.slot not in slots:
             raise ValueError(f"limit: no layout fills the slot {self.limit.slot!r}")
         for template in self.templates:
@@ -228,7 +232,7 @@ class SetFields(_StrictModel):
             name=self.name,
             about=self.about,
             hub=self.hub,
-            layouts=tuple(one.layout() for one in self.layouts),
+            layouts=tuple(layout.layout() for layout in self.layouts),
             templates=tuple(self.templates),
             metrics=tuple(self.metrics),
             max_new_tokens=self.max_new_tokens,
@@ -297,10 +301,10 @@ def list_set_files(path: Path) -> list[Path]:
     try:
         if not path.is_dir():
             return [path]
-        inside = sorted(one for one in path.iterdir() if one.suffix in SET_FILE_SUFFIXES)
+        inside = sorted(entry for entry in path.iterdir() if entry.suffix in SET_FILE_SUFFIXES)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    set_files = [one for one in inside if not one.name.startswith("_")]
+    set_files = [entry for entry in inside if not entry.name.startswith("_")]
     if not set_files:
         raise ConfigError(f"{path}: the folder holds no named set (a file NAME.yaml)")
     return set_files

@@ -23,12 +23,12 @@ TEXT_SEPARATOR = "\n\n"
 
 
 def encode_joined(
-    found: Iterable[DataExample], encoder: ExampleEncoder
+    examples: Iterable[DataExample], encoder: ExampleEncoder
 ) -> Iterator[tuple[DataExample, list[EncodedSequence]]]:
     """Each text with the sequences that begin in it, often none. Raises DataError for a row that is
     no text, and a token that the model has no embedding of.
     """
-    rows, texts = list(found), list[str]()
+    rows, texts = list(examples), list[str]()
     for row in rows:
         if not isinstance(row.content, TextDocument):
             raise DataError(

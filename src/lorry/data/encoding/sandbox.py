@@ -495,14 +495,14 @@ class _BudgetPlanter(NodeTransformer):
         literal = sum(len(text.data) for part in node.body for text in _template_texts(part))
         work = 1 + sum(1 for part in node.body for _ in part.find_all(nodes.Node)) // 64
         displays = [
-            one
+            display
             for part in node.body
-            for one in part.find_all((nodes.List, nodes.Tuple, nodes.Dict))
+            for display in part.find_all((nodes.List, nodes.Tuple, nodes.Dict))
         ]
         items = sum(
-            len(one.items)
-            for one in displays
-            if isinstance(one, nodes.List | nodes.Tuple | nodes.Dict)
+            len(display.items)
+            for display in displays
+            if isinstance(display, nodes.List | nodes.Tuple | nodes.Dict)
         )
         self.generic_visit(node)
         counts = [nodes.Const(count) for count in (literal, work, items)]
@@ -539,7 +539,7 @@ class _BudgetPlanter(NodeTransformer):
         if (
             not searching
             and len(operands) == 2
-            and any(isinstance(one, nodes.Const) for one in operands)
+            and any(isinstance(side, nodes.Const) for side in operands)
         ):
             # as cheap as the constant is short: nearly every comparison of a real template
             return node

@@ -386,12 +386,12 @@ def special_token_texts(tokenizer: Any) -> list[str]:
     )
 
 
-def common_prefix(one: str, other: str) -> int:
+def common_prefix(text: str, other: str) -> int:
     """Characters that both start with."""
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(text), len(other))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if text[low:middle] == other[low:middle]:
             low = middle
         else:
             high = middle - 1

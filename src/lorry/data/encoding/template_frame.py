@@ -323,8 +323,8 @@ def find_template_frame(
     ):
         return None
     literals = [
-        *(one.value for one in tree.find_all(nodes.Const)),
-        *(one.data for one in tree.find_all(nodes.TemplateData)),
+        *(node.value for node in tree.find_all(nodes.Const)),
+        *(node.data for node in tree.find_all(nodes.TemplateData)),
     ]
     try:
         if _holds_symbol(

@@ -459,7 +459,7 @@ def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, 
         stretches.append((start, end + 1, _read_switch(part["train"], f"{where}.train")))
     stretches.sort()
     # sorted, so only neighbours can overlap
-    if any(one[1] > other[0] for one, other in pairwise(stretches)):
+    if any(stretch[1] > other[0] for stretch, other in pairwise(stretches)):
         raise UnusableRowError("keys", f"{place}: two ranges overlap; name each character once")
     return [(start, end) for start, end, train in stretches if train]
 

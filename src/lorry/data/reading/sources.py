@@ -136,7 +136,7 @@ def open_source(
     several = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
     if not several:
         raise DataError("no data given: a file, a folder or a hub name is needed")
-    opened = [_open_one(one, name, split, streaming, converted, local or {}) for one in several]
+    opened = [_open_one(entry, name, split, streaming, converted, local or {}) for entry in several]
     parts = tuple(part for parts, _ in opened for part in parts)
     files = (
         tuple(file for _, files in opened for file in files)
@@ -144,7 +144,7 @@ def open_source(
         else ()
     )
     label = ", ".join(map(str, several))
-    corpora = [_is_joined(one, local or {}) for one in several]
+    corpora = [_is_joined(entry, local or {}) for entry in several]
     if any(corpora) and streaming:
         raise DataError(
             f"{label}: texts that are joined before they are cut cannot be streamed; leave streaming out"

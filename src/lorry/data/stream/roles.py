@@ -96,19 +96,19 @@ class RoleStream:
         self, examples: list[TokenizedExample], role: str, tokens: TokenSet, row: int, epoch: int
     ) -> None:
         """One row of a set, and its alternate if it has one, in a group of their own."""
-        found = replace(tokens.example(row, epoch), role=role)
+        own_example = replace(tokens.example(row, epoch), role=role)
         # a row of one set and the row of that number of another are not the same for dropout
         salt = 0 if role == self.role else sequence_key(zlib.crc32(role.encode()), -1)
-        found = replace(found, key=found.key ^ salt)
+        own_example = replace(own_example, key=own_example.key ^ salt)
         if role not in self.alternates:
-            examples.append(replace(found, group=-1))
+            examples.append(replace(own_example, group=-1))
             return
         # one more than those in this micro-batch; -1 means none
         group = 1 + max((example.group for example in examples), default=-1)
         other = self.alternates[role].example(row, epoch, self.seed)
-        examples.append(replace(found, group=group))
+        examples.append(replace(own_example, group=group))
         # a key of its own for dropout; crc32, for Python's hash of a text is another in every process
-        key = found.key ^ sequence_key(zlib.crc32(ALTERNATE.encode()), -1)
+        key = own_example.key ^ sequence_key(zlib.crc32(ALTERNATE.encode()), -1)
         examples.append(replace(other, role=ALTERNATE, group=group, key=key))
 
     def _order_of(self, role: str, lap: int) -> np.ndarray:
@@ -119,7 +119,7 @@ class RoleStream:
 
     def alternate_sets(self) -> dict[str, TokenSet]:
         """The other answers, by the role of the rows whose questions they answer."""
-        return {role: one.tokens for role, one in self.alternates.items()}
+        return {role: alternate.tokens for role, alternate in self.alternates.items()}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the digest of every set, since all else follows from the step."""
@@ -135,5 +135,7 @@ class RoleStream:
                 )
 
     def _sets(self) -> dict[str, TokenSet]:
-        others = {f"{role} {ALTERNATE}": one.tokens for role, one in self.alternates.items()}
+        others = {
+            f"{role} {ALTERNATE}": alternate.tokens for role, alternate in self.alternates.items()
+        }
         return {self.role: self.first.tokens, **self.beside, **others}

@@ -92,9 +92,13 @@ def _evaluate_ranked(
         mix,
     )
     right = [q.item.right for q in questions]
-    by_sum = measure_options([[one.total for one in row] for row in likelihoods], right, seed)
+    by_sum = measure_options(
+        [[likelihood.total for likelihood in row] for row in likelihoods], right, seed
+    )
     # the mean per token is lorry's "accuracy": a sum would favour short options
-    by_mean = measure_options([[one.mean for one in row] for row in likelihoods], right, seed)
+    by_mean = measure_options(
+        [[likelihood.mean for likelihood in row] for row in likelihoods], right, seed
+    )
     metrics = {"accuracy": by_mean["accuracy"], "accuracy_sum": by_sum["accuracy"]}
     metrics |= {name: by_sum[name] for name in ("ece", "brier", "confidence")}
     metrics["perplexity"] = measure_perplexity(
@@ -105,8 +109,8 @@ def _evaluate_ranked(
             **_question_record(question),
             "options": list(question.item.options),
             "right": list(question.item.right),
-            "loglikelihoods": [one.total for one in row],
-            "tokens": [one.tokens for one in row],
+            "loglikelihoods": [likelihood.total for likelihood in row],
+            "tokens": [likelihood.tokens for likelihood in row],
             "answer": question.item.options[max(range(len(row)), key=lambda n: row[n].mean)],
         }
         for question, row in zip(questions, likelihoods, strict=True)
@@ -115,7 +119,7 @@ def _evaluate_ranked(
         benchmark.named_set.name,
         metrics,
         _with_values(rows, metrics),
-        sum(any(one.cut for one in row) for row in likelihoods),
+        sum(any(likelihood.cut for likelihood in row) for row in likelihoods),
     )
 
 
@@ -151,12 +155,14 @@ def _evaluate_generated(
         benchmark.named_set.metrics, answers, references, concepts=concepts, seed=seed
     )
     right = [
-        one
-        for one in (question.conversation() for question in questions)
-        if answer_fits(encoder, one)
+        conversation
+        for conversation in (question.conversation() for question in questions)
+        if answer_fits(encoder, conversation)
     ]
     # closed: the perplexity is that of training, whose loss counts the end of turn
-    forced = answer_likelihoods(scorer, encoder, [[one] for one in right], mix, closed=True)
+    forced = answer_likelihoods(
+        scorer, encoder, [[conversation] for conversation in right], mix, closed=True
+    )
     metrics["perplexity"] = measure_perplexity([row[0] for row in forced], seed)
     rows = [
         {**_question_record(q), "references": refs, "answer": text}
@@ -209,7 +215,7 @@ def _with_values(
     rows: list[dict[str, Any]], metrics: Mapping[str, MetricEstimate]
 ) -> list[dict[str, Any]]:
     """Each row with its value in every metric that is a mean of rows."""
-    columns = {name: one.rows for name, one in metrics.items() if one.rows is not None}
+    columns = {name: metric.rows for name, metric in metrics.items() if metric.rows is not None}
     return [
         {**row, "scores": {name: values[at] for name, values in columns.items()}}
         for at, row in enumerate(rows)

@@ -1,8 +1,8 @@
 """A suite that is ready to be asked: what is measured, of which rows, against whose logs.
 
     evaluation = SuiteEvaluation.load(settings.suite, {"tofu": "data/tofu"})
-    asked = evaluation.ask(opened, Mix.one("default"))
-    records = evaluation.measure(asked, evaluation.open_results(asked, Path("runs/npo/evals")))
+    model = evaluation.ask(opened, Mix.one("default"))
+    records = evaluation.measure(model, evaluation.open_results(model, Path("runs/npo/evals")))
 
 `lorry eval` asks a finished model once, a run each of its adapters whenever it evaluates. Both go
 this way, so that the same model has the same numbers, and what one has measured the other keeps.
@@ -77,9 +77,9 @@ class SuiteEvaluation:
         if logs is not None:
             check_retain_logs(names, logs, sets)
         of_sets = [
-            f"{one.name}: {format_count(len(one.rows), 'row')}"
-            + (f"; note: {one.note}" if one.note else "")
-            for one in sets.values()
+            f"{row_set.name}: {format_count(len(row_set.rows), 'row')}"
+            + (f"; note: {row_set.note}" if row_set.note else "")
+            for row_set in sets.values()
         ]
         lines = (*(f"note: {note}" for note in notes), *of_sets)
         return cls(suite, tuple(names), sets, logs, lines, limit, max_new_tokens, peer_floor)

@@ -58,8 +58,8 @@ def score_rows(scores: Sequence[float]) -> MetricRecord:
 def measure_probability(inputs: SuiteInputs, role: str, field: str) -> MetricRecord:
     """exp(-mean loss), the end of turn counted; of several answers the mean, and lists by row."""
     rows, values = [], []
-    for answers in inputs.asked.answers(role, field):
-        losses = [one.loss for one in answers]  # nats a token, one per answer
+    for answers in inputs.model.answers(role, field):
+        losses = [answer.loss for answer in answers]  # nats a token, one per answer
         probabilities = [probability(loss) for loss in losses]
         # by the field, not by how many there are: one wrong answer is a list of one in their files
         several = field == WRONG
@@ -108,18 +108,18 @@ def measure_rouge(
     """
     rows: list[dict[str, Any]] = []
     values: list[float] = []
-    said = inputs.asked.generated(role)
+    generations = inputs.model.generated(role)
     # not strict: with `limit` only the first rows have an answer
-    for row, one in zip(inputs.asked.sets[role].rows, said, strict=False):
+    for row, generation in zip(inputs.model.sets[role].rows, generations, strict=False):
         columns: dict[str, list[float]] = {
             "rouge1_recall": [],
             "rougeL_f1": [],
             "rougeL_recall": [],
         }
-        golds = [inputs.asked.gold(role, text) for text in row.answers[field]]
+        golds = [inputs.model.gold(role, text) for text in row.answers[field]]
         for gold in golds:
-            longest = rouge_l(one.text, gold, stemmer=True)
-            columns["rouge1_recall"].append(rouge_n(one.text, gold, 1, stemmer=True).recall)
+            longest = rouge_l(generation.text, gold, stemmer=True)
+            columns["rouge1_recall"].append(rouge_n(generation.text, gold, 1, stemmer=True).recall)
             columns["rougeL_f1"].append(longest.fmeasure)
             columns["rougeL_recall"].append(longest.recall)
         values.append(mean(columns[value]))
@@ -129,7 +129,7 @@ def measure_rouge(
             | {
                 "input": row.question,
                 "ground_truth": golds if several else golds[0],
-                "generation": one.text,
+                "generation": generation.text,
             }
         )
     return record_rows(rows, mean(values))
@@ -137,18 +137,18 @@ def measure_rouge(
 
 def measure_gibberish(inputs: SuiteInputs, role: str) -> MetricRecord:
     """Token entropy, repeated 4-grams and the start's perplexity of the greedy answers."""
-    said = inputs.asked.generated(role)
-    perplexities = inputs.asked.start_perplexities(role)
+    generations = inputs.model.generated(role)
+    perplexities = inputs.model.start_perplexities(role)
     rows = [
         {
-            "token_entropy": token_entropy(one.tokens),
-            "repeated_4grams": repeated_ngrams(one.tokens),
+            "token_entropy": token_entropy(generation.tokens),
+            "repeated_4grams": repeated_ngrams(generation.tokens),
             "start_perplexity": perplexity,
-            "generation": one.text,
+            "generation": generation.text,
         }
-        for one, perplexity in zip(said, perplexities, strict=True)
+        for generation, perplexity in zip(generations, perplexities, strict=True)
     ]
-    value = mean(token_entropy(one.tokens) for one in said)
+    value = mean(token_entropy(generation.tokens) for generation in generations)
     return record_rows(rows, value) | {"note": GIBBERISH_NOTE}
 
 
@@ -156,9 +156,9 @@ def measure_memorization(
     inputs: SuiteInputs, metric: Callable[..., float], role: str = "forget"
 ) -> MetricRecord:
     """EM or ES of a role's answers, the end of turn left out."""
-    answers = inputs.asked.answers(role, ANSWER)
+    answers = inputs.model.answers(role, ANSWER)
     # the end of turn is likely whatever was learnt, and would lift every row alike
-    return score_rows([metric(one.correct[one.answer]) for one, *_ in answers])
+    return score_rows([metric(scores.correct[scores.answer]) for scores, *_ in answers])
 
 
 def measure_extraction(inputs: SuiteInputs, role: str = "forget") -> MetricRecord:
@@ -172,21 +172,21 @@ def measure_forget_quality(inputs: SuiteInputs) -> MetricRecord:
     assert inputs.logs is not None
     rows = inputs.records["forget_truth_ratio"]["value_by_index"]
     # of the very same rows, in order: a test of two samples would not notice other ones
-    oracle = inputs.logs.truth_ratios(inputs.asked.sets["forget"])
+    oracle = inputs.logs.truth_ratios(inputs.model.sets["forget"])
     return {"agg_value": forget_quality([row["score"] for row in rows.values()], oracle)}
 
 
 RowScore = Callable[[AnswerScores, str], float]
 
 
-def _min_k(one: AnswerScores, text: str) -> float:
-    return membership.min_k_score(one.log_probs[one.answer])
+def _min_k(scores: AnswerScores, text: str) -> float:
+    return membership.min_k_score(scores.log_probs[scores.answer])
 
 
-def _min_k_plus_plus(one: AnswerScores, text: str) -> float:
-    part = one.answer
+def _min_k_plus_plus(scores: AnswerScores, text: str) -> float:
+    part = scores.answer
     return membership.min_k_plus_plus_score(
-        one.log_probs[part], one.means[part], one.variances[part]
+        scores.log_probs[part], scores.means[part], scores.variances[part]
     )
 
 
@@ -203,11 +203,13 @@ def measure_choices(inputs: SuiteInputs, role: str) -> MetricRecord:
     takes it.
     """
     rows, hits = [], []
-    scored = inputs.asked.choice_log_probs(role)
-    for row, found in zip(inputs.asked.sets[role].rows, scored, strict=True):
-        choice = max(range(len(found)), key=found.__getitem__)
+    scored = inputs.model.choice_log_probs(role)
+    for row, log_probs in zip(inputs.model.sets[role].rows, scored, strict=True):
+        choice = max(range(len(log_probs)), key=log_probs.__getitem__)
         hits.append(float(choice == row.right))
-        rows.append({"acc": hits[-1], "target": row.right, "choice": choice, "log_probs": found})
+        rows.append(
+            {"acc": hits[-1], "target": row.right, "choice": choice, "log_probs": log_probs}
+        )
     return record_rows(rows, mean(hits))
 
 
@@ -215,10 +217,11 @@ def measure_attack(inputs: SuiteInputs, score: RowScore) -> MetricRecord:
     """Scores of forget rows and of rows never seen, AUC and ROC."""
     scores = {}
     for role in ("forget", "holdout"):
-        rows = inputs.asked.sets[role].rows
-        answers = inputs.asked.answers(role, ANSWER)
+        rows = inputs.model.sets[role].rows
+        answers = inputs.model.answers(role, ANSWER)
         scores[role] = [
-            score(one[0], row.answers[ANSWER][0]) for row, one in zip(rows, answers, strict=True)
+            score(row_answers[0], row.answers[ANSWER][0])
+            for row, row_answers in zip(rows, answers, strict=True)
         ]
     return _attack_record(scores)
 
@@ -228,7 +231,7 @@ def measure_reference_attack(inputs: SuiteInputs) -> MetricRecord:
     assert inputs.logs is not None
     scores = {}
     for role in ("forget", "holdout"):
-        oracle = inputs.logs.losses(inputs.asked.sets[role], role)
+        oracle = inputs.logs.losses(inputs.model.sets[role], role)
         ours = inputs.records["mia_loss"][role]["value_by_index"].values()
         # nats a token; zip is strict, since a row too few would pair all others wrongly
         scores[role] = [row["score"] - theirs for row, theirs in zip(ours, oracle, strict=True)]
@@ -241,7 +244,7 @@ def measure_gradient_attack(inputs: SuiteInputs) -> MetricRecord:
         {
             role: [
                 membership.gradient_norm_score(norms)
-                for norms in inputs.asked.gradient_norms(role, ANSWER)
+                for norms in inputs.model.gradient_norms(role, ANSWER)
             ]
             for role in ("forget", "holdout")
         }
@@ -265,7 +268,7 @@ def measure_privacy_leakage(inputs: SuiteInputs) -> MetricRecord:
     # of a model that cannot tell; MUSE's and open-unlearning's default
     oracle = membership.CHANCE_AUC
     if inputs.logs is not None:
-        oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets)
+        oracle = inputs.logs.attack_auc("mia_min_k", inputs.model.sets)
     value = membership.privacy_leakage(auc, oracle)
     return {"agg_value": value, "auc": auc, "oracle_auc": oracle}
 
@@ -274,7 +277,7 @@ def measure_relative_difference(inputs: SuiteInputs) -> MetricRecord:
     """Relative difference of Min-K%'s AUC from the oracle's, percent."""
     assert inputs.logs is not None
     auc = inputs.records["mia_min_k"]["auc"]
-    oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets)
+    oracle = inputs.logs.attack_auc("mia_min_k", inputs.model.sets)
     return {"agg_value": relative_difference(auc, oracle), "auc": auc, "oracle_auc": oracle}
 
 

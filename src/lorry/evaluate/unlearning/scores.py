@@ -149,20 +149,22 @@ class SuiteModel:
         if (role, field) not in self._answers:
             rows = self.sets[role].rows
             fields = [
-                one
-                for one in dict.fromkeys((field, *self._expected.get(role, ())))
-                if (role, one) not in self._answers
+                name
+                for name in dict.fromkeys((field, *self._expected.get(role, ())))
+                if (role, name) not in self._answers
             ]
-            asked = [(row, text) for one in fields for row in rows for text in row.answers[one]]
+            pairs = [(row, text) for name in fields for row in rows for text in row.answers[name]]
             first = self.sets[role].answer_tokens
-            found = iter(self.score(asked, self.mix, moments=self.moments, answer_tokens=first))
-            for one in fields:
-                self._answers[role, one] = [[next(found) for _ in row.answers[one]] for row in rows]
+            scores = iter(self.score(pairs, self.mix, moments=self.moments, answer_tokens=first))
+            for name in fields:
+                self._answers[role, name] = [
+                    [next(scores) for _ in row.answers[name]] for row in rows
+                ]
         return self._answers[role, field]
 
     def score(
         self,
-        asked: Sequence[tuple[SuiteRow, str]],
+        pairs: Sequence[tuple[SuiteRow, str]],
         mix: Mix,
         *,
         moments: bool = False,
@@ -174,7 +176,7 @@ class SuiteModel:
         with evaluation_mode(self.model):
             scorer = ModelScorer(self.model, share_prefixes=True)
             return score_answer_tokens(
-                scorer, self.encoder, asked, mix, moments=moments, answer_tokens=answer_tokens
+                scorer, self.encoder, pairs, mix, moments=moments, answer_tokens=answer_tokens
             )
 
     def gradient_norms(self, role: str, field: str) -> list[list[float]]:
@@ -189,20 +191,20 @@ class SuiteModel:
                 "mia_gradnorm needs an adapter's gradients; evaluate a run with an "
                 "adapter, or choose other metrics"
             )
-        closings, call, found = closing_sequences(self.encoder), AdapterContext(self.mix), []
+        closings, call, norms = closing_sequences(self.encoder), AdapterContext(self.mix), []
         for row in self.sets[role].rows:
             tokens, weights = lay_out_answer(self.encoder, row, row.answers[field][0])
             # one row at a time: the norm of a sum of rows says nothing of one of them
-            kept = len(tokens) - _closing_length(tokens, closings)
-            example = TokenizedExample(tokens[:kept], weights[:kept], adapter=BASE)
+            length = len(tokens) - _closing_length(tokens, closings)
+            example = TokenizedExample(tokens[:length], weights[:length], adapter=BASE)
             batch = collate([example]).to(self.model.device)
             with torch.enable_grad(), evaluation_mode(self.model):
                 got = evaluate_wants(self.model, batch, {"log_prob": TokenScore(log_prob)}, call)
                 loss = -got["log_prob"].sum() / batch.weights.sum()
                 # not backward(): it would add to the flat buffer that an optimizer steps from
                 gradients = torch.autograd.grad(loss, masters, allow_unused=True)
-            found.append([0.0 if g is None else float(g.double().norm()) for g in gradients])
-        return found
+            norms.append([0.0 if g is None else float(g.double().norm()) for g in gradients])
+        return norms
 
     def generated(self, role: str) -> list[GeneratedAnswer]:
         """Greedy answers to a role's questions, of the first ``limit`` rows. Raises ModelError for a
@@ -210,22 +212,24 @@ class SuiteModel:
         """
         if role not in self._generated:
             roles = [
-                one
-                for one in dict.fromkeys((role, *self._expected_answers))
-                if one not in self._generated
+                name
+                for name in dict.fromkeys((role, *self._expected_answers))
+                if name not in self._generated
             ]
-            sets = {one: self.sets[one] for one in roles}
+            sets = {name: self.sets[name] for name in roles}
             ends = self.encoder.stop_tokens()
-            rows = [(asked, row) for asked in sets.values() for row in asked.rows[: self.limit]]
+            rows = [
+                (row_set, row) for row_set in sets.values() for row in row_set.rows[: self.limit]
+            ]
             params = [
                 SamplingParams(
                     temperature=0.0,
-                    max_new_tokens=self.max_new_tokens or asked.new_tokens,
+                    max_new_tokens=self.max_new_tokens or row_set.new_tokens,
                     stop_token_ids=frozenset(ends),
                 )
-                for asked, _ in rows
+                for row_set, _ in rows
             ]
-            made = iter(
+            completions = iter(
                 generate_completions(
                     self.model,
                     [_prompt(self.encoder, row) for _, row in rows],
@@ -234,10 +238,10 @@ class SuiteModel:
                     batch_rows=self.batch_rows,
                 )
             )
-            for one, asked in sets.items():
-                self._generated[one] = [
-                    _generated(self.encoder, next(made).tokens, ends, asked.stops)
-                    for _ in asked.rows[: self.limit]
+            for name, row_set in sets.items():
+                self._generated[name] = [
+                    _generated(self.encoder, next(completions).tokens, ends, row_set.stops)
+                    for _ in row_set.rows[: self.limit]
                 ]
         return self._generated[role]
 
@@ -255,34 +259,41 @@ class SuiteModel:
         """
         rows = self.sets[role].rows
         pairs = [(row.question, f" {text}") for row in rows for text in row.answers[CHOICES]]
-        found = iter(loglikelihoods(self.model, self.encoder.tokenizer, pairs, self.mix))
-        return [[next(found).total for _ in row.answers[CHOICES]] for row in rows]
+        likelihoods = iter(loglikelihoods(self.model, self.encoder.tokenizer, pairs, self.mix))
+        return [[next(likelihoods).total for _ in row.answers[CHOICES]] for row in rows]
 
     def start_perplexities(self, role: str) -> list[float | None]:
         """The start's perplexity of each generated answer; None where there is no other start, or
         nothing was said.
         """
-        said = self.generated(role)
+        generations = self.generated(role)
         if self.start is None:
-            return [None] * len(said)
+            return [None] * len(generations)
         rows = self.sets[role].rows[: self.limit]
-        asked = [(row, one.text) for row, one in zip(rows, said, strict=True) if one.text]
-        found = iter(self.score(asked, self.start))
+        pairs = [
+            (row, generation.text)
+            for row, generation in zip(rows, generations, strict=True)
+            if generation.text
+        ]
+        scores = iter(self.score(pairs, self.start))
         # JSON has no infinity, and exp of 710 is one
-        return [math.exp(min(next(found).loss, 700.0)) if one.text else None for one in said]
+        return [
+            math.exp(min(next(scores).loss, 700.0)) if generation.text else None
+            for generation in generations
+        ]
 
 
 def score_answer_tokens(
     scorer: ModelScorer,
     encoder: ExampleEncoder,
-    asked: Sequence[tuple[SuiteRow, str]],
+    pairs: Sequence[tuple[SuiteRow, str]],
     mix: Mix,
     *,
     moments: bool = False,
     answer_tokens: int | None = None,
 ) -> list[AnswerScores]:
     """Scores of (row, answer) pairs in their order. Raises as `SuiteModel.score`."""
-    laid = [lay_out_answer(encoder, row, text, answer_tokens) for row, text in asked]
+    laid = [lay_out_answer(encoder, row, text, answer_tokens) for row, text in pairs]
     wants = {**LOSS_WANTS, **(MOMENT_WANTS if moments else {})}
     closings = closing_sequences(encoder)
     out: dict[int, AnswerScores] = {}
@@ -294,26 +305,26 @@ def score_answer_tokens(
         for at, number in enumerate(numbers):
             start, stop = batch.segments[at]
             # [k] places of the answer's tokens among the batch's
-            kept = torch.nonzero(batch.weights[start:stop])[:, 0] + start
-            columns = {name: _column(got[name], kept) for name in wants}
+            places = torch.nonzero(batch.weights[start:stop])[:, 0] + start
+            columns = {name: _column(got[name], places) for name in wants}
             if not all(map(math.isfinite, columns["log_prob"])):
                 raise NonFiniteError(
-                    f"{asked[number][0].where}: a log-probability is not a number; the weights of the "
+                    f"{pairs[number][0].where}: a log-probability is not a number; the weights of the "
                     "model or the adapter hold NaN or infinity, or overflow in this dtype"
                 )
             out[number] = AnswerScores(
                 columns["log_prob"],
                 [bool(hit) for hit in columns["correct"]],
                 # a text that is scored as it stands ends as it does
-                0 if asked[number][0].plain else _closing_length(laid[number][0], closings),
+                0 if pairs[number][0].plain else _closing_length(laid[number][0], closings),
                 columns.get("mean", []),
                 columns.get("variance", []),
             )
     return [out[number] for number in range(len(laid))]
 
 
-def _column(values: Tensor, kept: Tensor) -> list[float]:
-    column: list[float] = values[kept].double().tolist()
+def _column(values: Tensor, places: Tensor) -> list[float]:
+    column: list[float] = values[places].double().tolist()
     return column
 
 
@@ -348,10 +359,10 @@ def _lay_out_plain(
     if whole[: len(before)] != before:
         whole = [*before, *encoder.tokens.one(f" {text}").ids]
     start = max(len(before), 1)  # nothing comes before a text's first token
-    kept = whole[: None if answer_tokens is None else len(before) + answer_tokens]
-    if len(kept) <= start:
+    tokens = whole[: None if answer_tokens is None else len(before) + answer_tokens]
+    if len(tokens) <= start:
         raise DataError(f"{row.where}: the text is too short to be scored")
-    return kept, [0.0] * start + [1.0] * (len(kept) - start)
+    return tokens, [0.0] * start + [1.0] * (len(tokens) - start)
 
 
 def lay_out_answer(
@@ -363,12 +374,12 @@ def lay_out_answer(
         if len(tokens) > encoder.max_length:
             raise DataError(_too_long(encoder, row))
         return tokens, weights
-    made = encoder.encode(_conversation(row.question, text))
-    if isinstance(made, BadRow):
-        raise DataError(f"{row.where}: cannot be scored: {made.reason}")
-    if made[-1].cut or made[-1].skipped:
+    sequences = encoder.encode(_conversation(row.question, text))
+    if isinstance(sequences, BadRow):
+        raise DataError(f"{row.where}: cannot be scored: {sequences.reason}")
+    if sequences[-1].cut or sequences[-1].skipped:
         raise DataError(_too_long(encoder, row))
-    return made[-1].tokens, [float(weight != 0) for weight in made[-1].weights]
+    return sequences[-1].tokens, [float(weight != 0) for weight in sequences[-1].weights]
 
 
 def _too_long(encoder: ExampleEncoder, row: SuiteRow) -> str:
@@ -390,17 +401,17 @@ def closing_sequences(encoder: ExampleEncoder) -> list[list[int]]:
 
 def _closing_length(tokens: Sequence[int], closings: Sequence[Sequence[int]]) -> int:
     """How many tokens at the end close the turn."""
-    kept = list(tokens)
+    content = list(tokens)
     # again and again: behind an end of turn of several tokens the encoder puts an end of text
-    while end := next((e for e in closings if e and kept[-len(e) :] == list(e)), None):
-        del kept[-len(end) :]
-    return len(tokens) - len(kept)
+    while end := next((e for e in closings if e and content[-len(e) :] == list(e)), None):
+        del content[-len(end) :]
+    return len(tokens) - len(content)
 
 
 def _generated(
     encoder: ExampleEncoder, tokens: Sequence[int], ends: Sequence[int], stops: Sequence[str]
 ) -> GeneratedAnswer:
-    said = "".join(IncrementalDetokenizer(encoder).decode_all(tokens))
+    text = "".join(IncrementalDetokenizer(encoder).decode_all(tokens))
     end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
     # stripped as `lorry chat` and open-unlearning do: a leading space is no part of an answer
-    return GeneratedAnswer(cut_at_stops(said, stops).strip(), list(tokens[:end]))
+    return GeneratedAnswer(cut_at_stops(text, stops).strip(), list(tokens[:end]))

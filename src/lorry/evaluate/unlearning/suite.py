@@ -1,7 +1,7 @@
 """A suite as data, and how its metrics are measured one after the other.
 
     suite.order(["model_utility"])      # with all it is made of, parts first
-    measure_suite(suite, names, asked, logs, results)
+    measure_suite(suite, names, model, logs, results)
 
 A metric is a function of what a model was asked and of the records of other metrics (its parents):
 so a metric that was measured before and kept needs no model. A record is open-unlearning's:
@@ -41,7 +41,7 @@ class SuiteInputs:
     where there are none), whether extraction strength has open-unlearning's floor.
     """
 
-    asked: SuiteModel
+    model: SuiteModel
     records: Mapping[str, MetricRecord]
     logs: RetainLogs | None = None
     peer_floor: bool = False
@@ -77,11 +77,11 @@ class Suite:
     load: Callable[[Mapping[str, tuple[str, ...]], SuiteRequest], dict[str, SuiteSet]]
     main: str
 
-    def choose(self, asked: Sequence[str], *, logs: bool) -> tuple[list[str], list[str]]:
+    def choose(self, names: Sequence[str], *, logs: bool) -> tuple[list[str], list[str]]:
         """(names to measure, parts first; notes). Raises ConfigError for an unknown one, or one
         that was asked for and needs the oracle's logs where there are none.
         """
-        for name in asked:
+        for name in names:
             if name not in self.metrics:
                 raise ConfigError(
                     f"metrics: suite {self.name} has no {name!r}"
@@ -93,11 +93,11 @@ class Suite:
                     "on the forget set (the oracle); give its EVAL.json as "
                     "retain_logs_path=FILE"
                 )
-        chosen = list(asked) or [
+        chosen = list(names) or [
             name for name in self.default if logs or not self.metrics[name].needs_logs
         ]
         # said only of what is left out by us: whoever names metrics knows which
-        left = [name for name in self.default if not asked and name not in chosen]
+        left = [name for name in self.default if not names and name not in chosen]
         notes = [
             (f"{', '.join(left)} not computed: give retain_logs_path=FILE, the oracle's EVAL.json")
         ]
@@ -115,11 +115,11 @@ class Suite:
 
     def roles(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """{role: answer fields} that these metrics ask of the model."""
-        found: dict[str, dict[str, None]] = {}
+        fields_by_role: dict[str, dict[str, None]] = {}
         for name in names:
             for role, fields in self.metrics[name].fields.items():
-                found.setdefault(role, {}).update(dict.fromkeys(fields))
-        return {role: tuple(fields) for role, fields in found.items()}
+                fields_by_role.setdefault(role, {}).update(dict.fromkeys(fields))
+        return {role: tuple(fields) for role, fields in fields_by_role.items()}
 
     def roles_of(self, name: str) -> list[str]:
         """The roles whose rows a metric hangs on, through its parts too."""
@@ -140,7 +140,7 @@ class RecordStore(Protocol):
 def measure_suite(
     suite: Suite,
     names: Sequence[str],
-    asked: SuiteModel,
+    model: SuiteModel,
     *,
     logs: RetainLogs | None = None,
     store: RecordStore | None = None,
@@ -151,17 +151,17 @@ def measure_suite(
     NonFiniteError, ModelError; what was finished before stays in the store.
     """
     records: dict[str, MetricRecord] = {}
-    kept = {name: store.kept(name) if store is not None else None for name in names}
+    saved_records = {name: store.kept(name) if store is not None else None for name in names}
     # only of what is still to be measured: a suite that goes on scores nothing for nobody
-    due = [name for name in names if kept[name] is None]
+    due = [name for name in names if saved_records[name] is None]
     scored = (name for name in due if not suite.metrics[name].generates)
     generated = (name for name in due if suite.metrics[name].generates)
-    asked.expect(suite.roles(scored), list(suite.roles(generated)))
+    model.expect(suite.roles(scored), list(suite.roles(generated)))
     for name in names:
-        record = kept[name]
+        record = saved_records[name]
         if record is None:
             tell(name)
-            record = suite.metrics[name].measure(SuiteInputs(asked, records, logs, peer_floor))
+            record = suite.metrics[name].measure(SuiteInputs(model, records, logs, peer_floor))
             if logs is not None and suite.metrics[name].reads_logs:
                 # a value against an oracle says nothing without saying which: a report marks it
                 record["retain_logs"] = logs.summary()

@@ -67,12 +67,12 @@ def mlp_shares(call: AdapterContext, gates: Tensor) -> Iterator[MlpShare]:
     covered = torch.zeros(gates.shape[0], dtype=torch.bool, device=gates.device)
     for term in routed:
         covered[slice(None) if term.rows is None else term.rows] = True
-    taken = (gates.detach() != 0) & covered[:, None]
+    choice_mask = (gates.detach() != 0) & covered[:, None]
     for k in range(gates.shape[1]):
         own = tuple(
             MixTerm(term.adapter, term.rows, term.gate) for term in routed if term.route == k
         )
-        yield from _share(taken[:, k], k, call, (*plain, *own))
+        yield from _share(choice_mask[:, k], k, call, (*plain, *own))
     yield from _share(~covered, None, call, tuple(plain))
 
 

@@ -60,8 +60,8 @@ def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor
             state.router_logits += logits
             return y
     # nothing below wants a gradient: no node, nothing saved
-    y, _, found = block.forward(x, state, block.products(work, work.gates()))
-    state.router_logits += found
+    y, _, router_logits = block.forward(x, state, block.products(work, work.gates()))
+    state.router_logits += router_logits
     return y
 
 

@@ -93,14 +93,14 @@ class GgufArchitecture:
         """GGUF's name of a tensor by its Hugging Face name. Raises ModelError for one that the
         architecture has not.
         """
-        found = gguf.get_tensor_name_map(self.arch, self.geometry.layers).get_name(
+        tensor_name = gguf.get_tensor_name_map(self.arch, self.geometry.layers).get_name(
             _EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias")
         )
-        if found is None:
+        if tensor_name is None:
             raise ModelError(
                 f"llama.cpp's architecture {self.name} has no tensor for {name}; use to=hf"
             )
-        return str(found)
+        return str(tensor_name)
 
     @property
     def needs_head(self) -> bool:
@@ -110,8 +110,8 @@ class GgufArchitecture:
     @staticmethod
     def expert_of(name: str) -> int:
         """The number of the expert that a tensor of the model belongs to; 0 of any other."""
-        found = _EXPERT.search(name)
-        return 0 if found is None else int(found[1])
+        match = _EXPERT.search(name)
+        return 0 if match is None else int(match[1])
 
     @staticmethod
     def is_stack(place: str) -> bool:

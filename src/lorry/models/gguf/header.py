@@ -214,9 +214,10 @@ def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[s
         # GGUF lists the fastest dimension first, torch last
         tensors[name] = GgufTensor(tuple(reversed(shape)), quantisation, start + offset)
         spans.append((offset, end, name))
-    for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):
+    for (_, end, tensor_name), (begin, _, other) in pairwise(sorted(spans)):
         if begin < end:
             raise ModelError(
-                f"{reader.path}: {one} and {other} share bytes of the file; truncated or hostile"
+                f"{reader.path}: {tensor_name} and {other} share bytes of the file; "
+                "truncated or hostile"
             )
     return tensors

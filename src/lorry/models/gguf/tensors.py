@@ -107,26 +107,30 @@ def read_gguf_config(file: Path, header: GgufHeader, source: dict[str, Any]) -> 
 
 def _read_rope_scaling(file: Path, header: GgufHeader, kind: str) -> dict[str, Any]:
     """`rope.scaling.*` of the metadata as transformers' rope_parameters; {} where there is none."""
-    said = {
+    settings = {
         k.removeprefix(f"{kind}.rope.scaling."): v
         for k, v in header.values.items()
         if k.startswith(f"{kind}.rope.scaling.")
     }
     if f"{kind}.rope.scale_linear" in header.values:  # how older converters wrote it
-        said = {"type": "linear", "factor": header.values[f"{kind}.rope.scale_linear"], **said}
-    way, factor = said.get("type", "none"), said.get("factor", 1.0)
+        settings = {
+            "type": "linear",
+            "factor": header.values[f"{kind}.rope.scale_linear"],
+            **settings,
+        }
+    way, factor = settings.get("type", "none"), settings.get("factor", 1.0)
     if way == "none" or (way == "linear" and factor in (0, 1)):
         return {}
-    odd = sorted(said.keys() - KNOWN_SCALING)
+    odd = sorted(settings.keys() - KNOWN_SCALING)
     if way not in ("linear", "yarn") or odd or not isinstance(factor, float) or factor <= 0:
         name = odd[0] if odd else "type"
         raise ModelError(
-            f"{file}: {kind}.rope.scaling.{name}={said.get(name)!r} cannot be "
+            f"{file}: {kind}.rope.scaling.{name}={settings.get(name)!r} cannot be "
             "converted from a GGUF file; use the model's Hugging Face directory"
         )
     scaling = {"rope_type": way, "factor": factor}
-    if way == "yarn" and "original_context_length" in said:
-        scaling["original_max_position_embeddings"] = said["original_context_length"]
+    if way == "yarn" and "original_context_length" in settings:
+        scaling["original_max_position_embeddings"] = settings["original_context_length"]
     return scaling
 
 
@@ -192,14 +196,14 @@ def _reader_names(header: GgufHeader, model: Any) -> dict[str, str] | None:
     if is_gguf_arch_supported(kind):
         return None
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=model.config.to_dict())
-    found: dict[str, str] = get_gguf_hf_weights_map(
+    weights_map: dict[str, str] = get_gguf_hf_weights_map(
         _NamesOnlyModel.of(model, model.base_model_prefix), processor
     )
     # experts are named without `.weight` in the map, since the model holds them as a parameter of
     # its own
     return {
         f"{theirs}.weight" if theirs.endswith("_exps") else theirs: ours
-        for theirs, ours in found.items()
+        for theirs, ours in weights_map.items()
     }
 
 

@@ -258,15 +258,15 @@ def _read_space_prefix(built: Mapping[str, Any], add_note: NoteCallback) -> bool
         if normalizer["type"] == "Sequence"
         else [normalizer]
     )
-    said = [
+    bare_steps = [
         {key: value for key, value in step.items() if key in ("type", "prepend", "content")}
         for step in steps
     ]
     prepend = {"type": "Prepend", "prepend": SPACE_MARK}
     replace = {"type": "Replace", "content": SPACE_MARK}
     from_space = all(s.get("pattern") == {"String": " "} for s in steps if s["type"] == "Replace")
-    if pre_tokenizer is None and from_space and said in ([prepend, replace], [replace]):
-        return said[0] == prepend
+    if pre_tokenizer is None and from_space and bare_steps in ([prepend, replace], [replace]):
+        return bare_steps[0] == prepend
     if (
         not steps
         and pre_tokenizer is not None
@@ -306,11 +306,13 @@ def _merge_scores(
             types[row] = TokenType.BYTE
             continue
         pairs = sum(text[:at] in vocab and text[at:] in vocab for at in range(1, len(text)))
-        found = ranks.get(text, [])
-        if pairs != len(found) or (found and found[-1] - found[0] != pairs - 1):
+        merge_ranks = ranks.get(text, [])
+        if pairs != len(merge_ranks) or (
+            merge_ranks and merge_ranks[-1] - merge_ranks[0] != pairs - 1
+        ):
             raise _refusal(f"its merges to {text!r} are not those implied by its scores")
-        if found:
-            scores[row] = -float(found[0])
+        if merge_ranks:
+            scores[row] = -float(merge_ranks[0])
     for row, entry in added.items():
         # llama.cpp needs to be told which one stands for text that no token covers
         if entry["content"] == "<unk>":

@@ -218,9 +218,9 @@ def check_rounding(
         if stored is None or stored.shape != planned.shape or stored.kind != planned.kind:
             raise ContractError(f"{planned.name} is missing in the file written; it was removed")
         share, below_normal = ROUNDING[planned.kind]
-        found = read_gguf_tensor(file, header, planned.name)
+        stored_values = read_gguf_tensor(file, header, planned.name)
         block = GGML_QUANT_SIZES[planned.kind][0]
-        errors = (found - exact.float()).abs().reshape(-1, block).amax(dim=1)
+        errors = (stored_values - exact.float()).abs().reshape(-1, block).amax(dim=1)
         largest = exact.float().abs().reshape(-1, block).amax(dim=1)
         # one part in 10^5: the scale is rounded in fp32 on the way
         bound = largest * (share * (1 + 1e-5)) + below_normal

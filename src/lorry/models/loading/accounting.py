@@ -140,12 +140,12 @@ def refuse_untied_weights(where: Path, inner: Any, entries: Mapping[str, TensorE
     the embedding.
     """
     for target, source in inner.get_expanded_tied_weights_keys(all_submodels=True).items():
-        one, other = entries.get(target), entries.get(source)
+        target_entry, source_entry = entries.get(target), entries.get(source)
         # the usual case: a tied head is stored once
-        if one is None or other is None:
+        if target_entry is None or source_entry is None:
             continue
         values = []
-        for entry in (one, other):
+        for entry in (target_entry, source_entry):
             with safe_open(entry.file, framework="pt") as file:
                 values.append(file.get_tensor(entry.name))
         if not torch.equal(*values):

@@ -174,7 +174,7 @@ def strip_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """(config without anything that could choose code, what was taken out and is worth telling), at
     every depth.
     """
-    kept: dict[str, Any] = {}
+    plain_config: dict[str, Any] = {}
     removed: dict[str, Any] = {}
     for key, value in config.items():
         if key in CODE_KEYS or (
@@ -185,11 +185,11 @@ def strip_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         elif key in KERNEL_KEYS:
             continue  # transformers' own name for its own code: ours to choose, nothing to tell
         elif isinstance(value, dict):
-            kept[key], inner = strip_code_keys(value)
-            removed.update({f"{key}.{name}": found for name, found in inner.items()})
+            plain_config[key], inner = strip_code_keys(value)
+            removed.update({f"{key}.{name}": code for name, code in inner.items()})
         else:
-            kept[key] = value
-    return kept, removed
+            plain_config[key] = value
+    return plain_config, removed
 
 
 def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
@@ -199,9 +199,11 @@ def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
     # one level down: multimodal configs keep the text model in a part
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
     for part in parts:
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
+        scheme = part.get("quantization_config") or part.get("compression_config")
+        if scheme:
+            method = (
+                scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else "unnamed"
+            )
             raise ModelError(
                 f"{path}: a checkpoint quantised by {method!r} cannot be loaded yet; use the unquantised checkpoint, or a GGUF "
                 "file of the same model"
@@ -228,16 +230,16 @@ def model_file_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def silence_transformers(said: list[str] | None = None) -> Iterator[None]:
+def silence_transformers(messages: list[str] | None = None) -> Iterator[None]:
     """Keep transformers' progress bars and tables off the terminal.
 
-    ``said`` collects its warnings, each once, on one line: they are how it tells that a model will
-    not do what its name says (a BERT without is_decoder).
+    ``messages`` collects its warnings, each once, on one line: they are how it tells that a model
+    will not do what its name says (a BERT without is_decoder).
     """
     logger = logging.get_logger("transformers")
     before, handlers = logging.get_verbosity(), logger.handlers
     heard = _MessageCollector()
-    if said is None:
+    if messages is None:
         logging.set_verbosity_error()  # an error of its own still reaches the terminal
     else:
         # replaced, not added: the terminal must not see it twice
@@ -249,8 +251,8 @@ def silence_transformers(said: list[str] | None = None) -> Iterator[None]:
     finally:
         logger.handlers = handlers
         logging.set_verbosity(before)
-        if said is not None:
-            said += [text for text in heard.texts if not text.startswith(HARMLESS_WARNINGS)]
+        if messages is not None:
+            messages += [text for text in heard.texts if not text.startswith(HARMLESS_WARNINGS)]
 
 
 class _MessageCollector(Handler):

@@ -31,8 +31,8 @@ class PlainMixture(nn.Module):
         """[..., d] to [..., d]."""
         scores = F.linear(normed, self.router.to(normed)).float()
         # the softmax over the chosen alone is the chosen of a softmax over all, divided by their sum
-        kept = scores.topk(self.top_k, dim=-1)
-        gates = torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(-1))
+        largest = scores.topk(self.top_k, dim=-1)
+        gates = torch.zeros_like(scores).scatter(-1, largest.indices, largest.values.softmax(-1))
         total = torch.zeros_like(normed)
         for expert in range(scores.shape[-1]):
             gate, up, down = (

@@ -119,7 +119,7 @@ class TeacherLocation:
         """
         total = hashlib.sha256(f"{dtype} {config.teacher_quantize}".encode())
         adapter = [self.adapter] if self.adapter else []
-        over = [folder for one in adapter for folder, _ in start_chain(one)]
+        over = [folder for start in adapter for folder, _ in start_chain(start)]
         for folder in [self.place.directory, *adapter, *over]:
             for path in sorted(
                 p for p in folder.iterdir() if p.is_file() and p.name.endswith(DIGESTED_SUFFIXES)

@@ -183,15 +183,15 @@ def start_at_class_means(
             router.weights[site].mul_(FIRST_SPREAD / spread)
 
 
-def build_moe(given: TaskInputs) -> BuiltTask:
+def build_moe(inputs: TaskInputs) -> BuiltTask:
     """The task, with the router at its first values."""
-    run, (job,) = _settings_of(given.run), given.jobs.values()
-    model = given.opened.model
+    run, (job,) = _settings_of(inputs.run), inputs.jobs.values()
+    model = inputs.opened.model
     router = get_bank(model).routers[ROUTER_NAME]
     domains = _domains(job)
     held = [with_role(batch, name) for name, data in domains.items() for batch in data.evaluation]
     digests = {f"rows of {name}": data.digest for name, data in job.row_sets.items()}
-    common = (given.stream, held, given.total, list(given.jobs))
+    common = (inputs.stream, held, inputs.total, list(inputs.jobs))
     if not isinstance(router, TokenRouter):
         return BuiltTask(DomainTask(*common, experts=router.adapters), digests=digests)
     rows = run.train.per_device_eval_batch_size
@@ -206,7 +206,7 @@ def build_moe(given: TaskInputs) -> BuiltTask:
             for name, data in domains.items()
         }
         start_at_class_means(model, router, first)
-    task = MoeTask(*common, router=router, settings=run.router, tell=given.tell)
+    task = MoeTask(*common, router=router, settings=run.router, tell=inputs.tell)
     return BuiltTask(task, digests=digests, record=task.record)
 
 

@@ -91,13 +91,13 @@ def read_prompts(
 def prompts_of(tokens: TokenSet) -> list[list[int]]:
     """What stands before the first supervised token of each sequence, of those that have two such
     tokens at least."""
-    found = []
+    prompts = []
     for start, stop in zip(tokens.edges[:-1], tokens.edges[1:], strict=True):
         supervised = np.flatnonzero(tokens.weights[start:stop])
         length = int(supervised[0]) if len(supervised) else int(stop - start)
         if length > 1:
-            found.append(tokens.tokens[start : start + length].tolist())
-    return found
+            prompts.append(tokens.tokens[start : start + length].tolist())
+    return prompts
 
 
 def attach_prototypes(
@@ -116,10 +116,10 @@ def attach_prototypes(
         for name, own in prompts.items()
     }
     means = torch.stack([of.mean(0) for of in states.values()])
-    made = PrototypeRouter(list(prompts), rule, means)
-    attach_sequence_router(opened.model, made)
-    made.refuse_equal_means()
-    counts = leave_one_out(made, states)
+    prototype_router = PrototypeRouter(list(prompts), rule, means)
+    attach_sequence_router(opened.model, prototype_router)
+    prototype_router.refuse_equal_means()
+    counts = leave_one_out(prototype_router, states)
     right, total = int(counts.diagonal().sum()), int(counts.sum())
     tell(
         f"router: prototypes of {', '.join(f'{len(s)} prompts of {n}' for n, s in states.items())}; "
@@ -129,7 +129,7 @@ def attach_prototypes(
         tell(
             f"router: prompts of these experts look alike: {_most_confused(list(prompts), counts)}"
         )
-    return made
+    return prototype_router
 
 
 def leave_one_out(router: PrototypeRouter, states: Mapping[str, Tensor]) -> Tensor:
@@ -168,15 +168,15 @@ def attach_classifier(
         for split in SPLITS
     }
     weights, record = train_classifier(sets, list(prompts), router.hidden, router.dropout, settings)
-    made = ClassifierRouter(
+    classifier = ClassifierRouter(
         list(prompts),
         rule,
         {name: value.to(opened.model.device) for name, value in weights.items()},
         training=record,
     )
-    attach_sequence_router(opened.model, made)
+    attach_sequence_router(opened.model, classifier)
     tell(f"router: {_summary(record)}")
-    return made
+    return classifier
 
 
 def split_prompts(name: str, rows: int, router: RouterConfig, seed: int) -> dict[str, Tensor]:
@@ -259,9 +259,9 @@ def train_classifier(
         if best is None or (f1, -val_loss) > best[0]:
             best = (f1, -val_loss), epoch + 1, {n: w.detach().clone() for n, w in weights.items()}
     assert best is not None
-    kept = best[2]
-    kept["0.weight"] = kept["0.weight"] / deviation
-    kept["0.bias"] = kept["0.bias"] - kept["0.weight"] @ mean
+    best_weights = best[2]
+    best_weights["0.weight"] = best_weights["0.weight"] / deviation
+    best_weights["0.bias"] = best_weights["0.bias"] - best_weights["0.weight"] @ mean
     record: dict[str, Any] = {
         "prompts": {split: len(of) for split, (_, of) in sets.items()},
         "epochs": epochs,
@@ -270,19 +270,23 @@ def train_classifier(
     if len(sets["test"][1]):
         # of the folded weights on raw states: what the mixture will answer by
         counts = confusion_matrix(
-            classify(kept, sets["test"][0]).argmax(-1), sets["test"][1], len(experts)
+            classify(best_weights, sets["test"][0]).argmax(-1), sets["test"][1], len(experts)
         )
         record["test"] = {
             "f1": round(macro_f1(counts), 6),
             "accuracy": round(float(counts.diagonal().sum() / counts.sum()), 6),
             "confusion": {name: row.tolist() for name, row in zip(experts, counts, strict=True)},
         }
-    return kept, record
+    return best_weights, record
 
 
-def confusion_matrix(found: Tensor, labels: Tensor, classes: int) -> Tensor:
+def confusion_matrix(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     """[K,K] int64: rows are labels, columns what was said."""
-    return (labels * classes + found).bincount(minlength=classes * classes).view(classes, classes)
+    return (
+        (labels * classes + predictions)
+        .bincount(minlength=classes * classes)
+        .view(classes, classes)
+    )
 
 
 def macro_f1(counts: Tensor) -> float:
@@ -322,8 +326,11 @@ def _most_confused(names: Sequence[str], counts: Tensor) -> str:
 def _summary(record: Mapping[str, Any]) -> str:
     best = record["epochs"][record["best_epoch"] - 1]
     sizes = ", ".join(f"{count} {split}" for split, count in record["prompts"].items())
-    said = f"a classifier of prompts ({sizes}); epoch {record['best_epoch']} stays, F1 {best['val_f1']:.3f} on val"
-    return said + (f", {record['test']['f1']:.3f} on test" if "test" in record else "")
+    text = (
+        f"a classifier of prompts ({sizes}); epoch {record['best_epoch']} stays, "
+        f"F1 {best['val_f1']:.3f} on val"
+    )
+    return text + (f", {record['test']['f1']:.3f} on test" if "test" in record else "")
 
 
 # kind -> what makes its router of {expert: its prompts} and attaches it to the model

@@ -140,8 +140,8 @@ def _of_role(batch: Batch, name: str) -> Tensor:
 
 def load_balance_loss(logits: Tensor, router: TokenRouter) -> Tensor:
     """E * sum_e f_e P_e, mean over sites, as transformers has it: top_k at balance. logits [T,N,K]."""
-    kept = (router.gates(logits.flatten(0, 1)).view_as(logits) != 0).float()
-    return logits.shape[-1] * (kept.mean(0) * logits.softmax(-1).mean(0)).sum(-1).mean()
+    expert_mask = (router.gates(logits.flatten(0, 1)).view_as(logits) != 0).float()
+    return logits.shape[-1] * (expert_mask.mean(0) * logits.softmax(-1).mean(0)).sum(-1).mean()
 
 
 @torch.no_grad()
@@ -207,13 +207,15 @@ class RouterLoad:
 
     def shares(self) -> dict[str, Any]:
         """{load | gate: {domain: {expert: [N]}}, entropy: {domain: [N]}}."""
-        names, found = self.router.adapters, dict[str, Any](load={}, gate={}, entropy={})
+        names, shares = self.router.adapters, dict[str, Any](load={}, gate={}, entropy={})
         for domain, (pairs, gates, entropy, tokens) in self.sums.items():
             share = pairs / (tokens * self.router.rule.top_k)
-            found["load"][domain] = {n: _rounded(share[:, k]) for k, n in enumerate(names)}
-            found["gate"][domain] = {n: _rounded(gates[:, k] / tokens) for k, n in enumerate(names)}
-            found["entropy"][domain] = _rounded(entropy / tokens)
-        return found
+            shares["load"][domain] = {n: _rounded(share[:, k]) for k, n in enumerate(names)}
+            shares["gate"][domain] = {
+                n: _rounded(gates[:, k] / tokens) for k, n in enumerate(names)
+            }
+            shares["entropy"][domain] = _rounded(entropy / tokens)
+        return shares
 
     def warnings(self) -> list[str]:
         """A line for each expert that hardly any token, or nearly every one, has."""

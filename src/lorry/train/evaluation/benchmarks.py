@@ -25,7 +25,11 @@ def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
     catalog, exams = open_catalog(run.data.catalog), list[Benchmark]()
     places = DataLocations(run.data.local, catalog=catalog)
     # of every job: the exams are asked of each adapter, whichever job learns the rows
-    spots = [spot for one in runs_by_adapter(run).values() for spot in training_locations(one.data)]
+    spots = [
+        spot
+        for job_run in runs_by_adapter(run).values()
+        for spot in training_locations(job_run.data)
+    ]
     for name in catalog.expand_suites(run.train.eval_tasks):
         exam = load_benchmark(
             name,
@@ -73,7 +77,7 @@ class BenchmarkEvaluator:
                 batch_rows=self.run.train.per_device_eval_batch_size,
             )
             values |= {
-                f"eval_{exam.named_set.name}_{metric}": one.value
-                for metric, one in result.metrics.items()
+                f"eval_{exam.named_set.name}_{metric}": estimate.value
+                for metric, estimate in result.metrics.items()
             }
         return values

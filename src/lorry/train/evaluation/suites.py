@@ -85,18 +85,18 @@ class RunSuite:
 
     def measure(self, adapter: str, step: int) -> Mapping[str, float]:
         """The value of every metric, and the two files in the step's folder."""
-        asked, folder = self._ask(adapter), self._folder(self.paths.suite(step), adapter)
+        model, folder = self._ask(adapter), self._folder(self.paths.suite(step), adapter)
         # of an earlier life of this run: the same weights have the same digest
-        results = self.suite.open_results(asked, folder, self.home.check)
-        records = self.suite.measure(asked, results)
-        return {metric_key(name): float(one["agg_value"]) for name, one in records.items()}
+        results = self.suite.open_results(model, folder, self.home.check)
+        records = self.suite.measure(model, results)
+        return {metric_key(name): float(record["agg_value"]) for name, record in records.items()}
 
     def conclude(self, adapter: str, step: int) -> None:
         """Files of the adapter that stays, from those of its step; what they lack is measured."""
-        asked, folder = self._ask(adapter), self._folder(self.paths.suites, adapter)
-        results = self.suite.open_results(asked, folder, self.home.check)
+        model, folder = self._ask(adapter), self._folder(self.paths.suites, adapter)
+        results = self.suite.open_results(model, folder, self.home.check)
         results.adopt(self._folder(self.paths.suite(step), adapter))
-        self.suite.measure(asked, results)
+        self.suite.measure(model, results)
 
     def _ask(self, adapter: str) -> SuiteModel:
         # what trains says what it runs under: base weights go by a job's name, too

@@ -122,7 +122,7 @@ def format_step_figures(record: StepRecord) -> str:
     work = f"{shown}  {speed:.0f} tok/s  {memory:.2f} GiB"
     if "adapters" in record:
         return f"{work}  loss " + "  ".join(
-            f"{name} {one['loss']:.4f}" for name, one in record["adapters"].items()
+            f"{name} {figures['loss']:.4f}" for name, figures in record["adapters"].items()
         )
     terms = "  ".join(
         f"{name.removeprefix(TERM_PREFIX)} {value:.4f}"
@@ -139,11 +139,11 @@ def format_evaluation(record: StepRecord) -> list[str]:
     words = {
         name: "  ".join(
             f"{metric} {value:.4f}"
-            for metric, value in one.items()
+            for metric, value in values.items()
             # counts are logged but are no result
             if metric != "step" and isinstance(value, float)
         )
-        for name, one in several.items()
+        for name, values in several.items()
     }
     return [f"{name}  {text}" if name else text for name, text in words.items()]
 

@@ -55,8 +55,8 @@ def _numeric_values(record: StepRecord) -> dict[str, float]:
     own = record.get("adapters", {})
     return plain | {
         f"{n}/{adapter}": float(v)
-        for adapter, one in own.items()
-        for n, v in one.items()
+        for adapter, figures in own.items()
+        for n, v in figures.items()
         if v is not None
     }
 
