@@ -1,7 +1,7 @@
 """Attacks on unlearning: does what was forgotten come back by fine-tuning on a part of it, by rounding
 the weights, by asking in other words?
 
-    relearn(model, train, measure, RelearnSettings())    # [{step: 0, extraction_strength: ...}, ...]
+    relearn(model, train, measure, RelearnSettings())  # [{step: 0, extraction_strength: ...}, ...]
 
 **Relearning** (Lynch et al. 2024; Lo et al. 2024): the unlearned model is frozen and a new adapter is
 fine-tuned on a part of the forget rows; measured are the others, which only come back if they were
