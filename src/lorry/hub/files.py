@@ -106,7 +106,7 @@ def _matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     yield from (
         p
         for p in sorted(folder.iterdir())
-        if p.is_file() and any(fnmatchcase(p.name, one) for one in patterns)
+        if p.is_file() and any(fnmatchcase(p.name, pattern) for pattern in patterns)
     )
 
 

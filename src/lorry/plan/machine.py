@@ -54,11 +54,11 @@ def _cpuinfo_values(*names: str) -> list[str]:
         lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = dict[str, str]()
+    values = dict[str, str]()
     for line in lines:
         name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    return [found[name] for name in names if name in found]
+        values.setdefault(name.strip(), value.strip())
+    return [values[name] for name in names if name in values]
 
 
 def processor_name() -> str:

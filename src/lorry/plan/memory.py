@@ -177,7 +177,7 @@ def tabulate_memory(
     order. Sizes in bytes; ``adapter``: what of it lies on this device; ``scores`` and
     ``layer_backward``: workspaces of the vocabulary product and of one layer.
     """
-    said = start_bytes(shape, setup)
+    reference_bytes = start_bytes(shape, setup)
     # never alive together: the scores are done before the first layer runs backward
     workspace = max(scores, layer_backward)
     return add_margin(
@@ -227,11 +227,11 @@ def tabulate_memory(
                 [
                     MemoryComponent(
                         "start",
-                        said,
+                        reference_bytes,
                         (f"reference scores of {setup.reads.asks_start} of a step's rows"),
                     )
                 ]
-                if said
+                if reference_bytes
                 else []
             ),
             # last, so that a budget that a smaller micro-batch would meet breaks here (`breaks`)
@@ -402,11 +402,13 @@ def score_workspace(shape: ModelShape, setup: MemorySetup, adapter: PlannedAdapt
         setup.reads.highest_layer is not None
     ):  # hidden states and their difference in fp32, no scores
         return setup.tokens * d * (e + 8)
-    kept = 3 * setup.tokens * d * e  # the three [T, d] tensors named first
+    hidden_bytes = 3 * setup.tokens * d * e  # the three [T, d] tensors named first
     if adapter.adapts_head():
-        return kept + CHUNK_COPIES * min(SCORE_CHUNK, setup.tokens) * shape.geometry.vocab * e
+        return (
+            hidden_bytes + CHUNK_COPIES * min(SCORE_CHUNK, setup.tokens) * shape.geometry.vocab * e
+        )
     rows = min(SCORE_GROUP, setup.tokens)
-    return kept + min(SCORE_TILE, rows * shape.geometry.vocab) * e + rows * d * (3 * e + 8)
+    return hidden_bytes + min(SCORE_TILE, rows * shape.geometry.vocab) * e + rows * d * (3 * e + 8)
 
 
 def layer_workspace(shape: ModelShape, setup: MemorySetup) -> int:

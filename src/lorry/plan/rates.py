@@ -191,10 +191,10 @@ def _read_entries() -> list[dict[str, Any]]:
     """The entries of the file, one per machine, as they stand there. Raises DiskError where they
     cannot be read: whoever took that for an empty file would write it without what it holds."""
     try:
-        found = documents.read_object(lorry_home() / RATES_FILE)
+        document = documents.read_object(lorry_home() / RATES_FILE)
     except DataError:
         return []
-    entries = found.get("machines") if found.get("format") == RATES_FORMAT else None
+    entries = document.get("machines") if document.get("format") == RATES_FORMAT else None
     return (
         [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     )

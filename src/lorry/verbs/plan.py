@@ -74,10 +74,10 @@ def main(settings: AnyPlanSettings) -> int:
     """Print the plan. Raises ConfigError where nothing fits the budget, ModelError where there is
     no such config.
     """
-    found = find_config(settings.model.name, revision=settings.model.revision)
+    found_config = find_config(settings.model.name, revision=settings.model.revision)
     if isinstance(settings, MoePlanSettings):
-        return _print_mixture(build_mixture_plans(settings, found), settings.format)
-    plan = build_plan(settings, found)
+        return _print_mixture(build_mixture_plans(settings, found_config), settings.format)
+    plan = build_plan(settings, found_config)
     if settings.format == "json":
         print(json.dumps(plan.as_json(), indent=1))
         return 0
@@ -85,20 +85,22 @@ def main(settings: AnyPlanSettings) -> int:
     return 0
 
 
-def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
+def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
     """The whole plan of a description whose model's config was found."""
-    shape = read_model_shape(found.config, where=found.where, native=settings.model.native)
+    shape = read_model_shape(
+        found_config.config, where=found_config.where, native=settings.model.native
+    )
     device, gpu = _plan_device(settings)
     # before the search, whose first choice would meet the error in the middle
     split = _plan_split(settings)
     check_split(split, shape)
-    frozen = _start_values(settings, found)
+    frozen = _start_values(settings, found_config)
     if settings.freezes_start:
         # its adapters are part of the base: those that train are the description's
-        found = replace(found, adapter_ranks={})
-    jobs = tuple(list_planned_jobs(_job_settings(settings, found), shape))
+        found_config = replace(found_config, adapter_ranks={})
+    jobs = tuple(list_planned_jobs(_job_settings(settings, found_config), shape))
     if len(jobs) > 1:
-        return _plan_of_jobs(settings, found, shape, jobs, device, gpu, split, frozen)
+        return _plan_of_jobs(settings, found_config, shape, jobs, device, gpu, split, frozen)
     lora, has_budget = require_lora(settings.lora), settings.memory_budget is not None
     options = open_choices(
         lora,
@@ -106,7 +108,7 @@ def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
         shape,
         [_base_precision(settings, device)],
         has_budget=has_budget,
-        rank=found.adapter_rank,
+        rank=found_config.adapter_rank,
     )
     need = _memory_need(settings, lora, shape, device, split, frozen)
     search, choice = None, options[0]
@@ -131,7 +133,7 @@ def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
             shape,
             [choice.precision],
             has_budget=True,
-            rank=found.adapter_rank,
+            rank=found_config.adapter_rank,
         )
         alternative = find_fitting_choice(f"{budget}B", alternatives, need).best
     flops = count_flops(shape, adapter, setup)
@@ -140,7 +142,7 @@ def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
     devices = split.processes / pipeline_slowdown(split, choice.accumulation)
     return _run_plan(
         settings,
-        found,
+        found_config,
         shape,
         choice,
         setup,
@@ -155,7 +157,7 @@ def build_plan(settings: AnyPlanSettings, found: FoundConfig) -> RunPlan:
     )
 
 
-def build_mixture_plans(settings: MoePlanSettings, found: FoundConfig) -> dict[str, RunPlan]:
+def build_mixture_plans(settings: MoePlanSettings, found_config: FoundConfig) -> dict[str, RunPlan]:
     """{stage: its plan} of the runs of a mixture, one after the other; the largest is its peak.
     Raises what `build_plan` raises."""
     brought = {job.name for job in settings.jobs if job.expert.get("adapter")}
@@ -163,43 +165,54 @@ def build_mixture_plans(settings: MoePlanSettings, found: FoundConfig) -> dict[s
     alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
     plans = dict[str, RunPlan]()
     if settings.together and len(own) > 1:
-        plans["experts"] = build_plan(settings.model_copy(update={"jobs": own}), found)
+        plans["experts"] = build_plan(settings.model_copy(update={"jobs": own}), found_config)
     else:
         for job in own:
-            one = alone[job.name]
+            expert_run = alone[job.name]
             values: dict[str, object] = {
                 "jobs": [],
-                "lora": one.lora,
-                "train": one.train,
-                "data": one.data,
+                "lora": expert_run.lora,
+                "train": expert_run.train,
+                "data": expert_run.data,
             }
-            plans[f"expert {job.name}"] = build_plan(settings.model_copy(update=values), found)
+            plans[f"expert {job.name}"] = build_plan(
+                settings.model_copy(update=values), found_config
+            )
     if ROUTER_KINDS[settings.router.kind].trains and len(settings.jobs) > 1:
-        plans["router"] = _plan_of_router(settings, found, settings.router)
+        plans["router"] = _plan_of_router(settings, found_config, settings.router)
     if (router := settings.export_router()) is not None:
-        plans["router of the export"] = _plan_of_router(settings, found, router)
+        plans["router of the export"] = _plan_of_router(settings, found_config, router)
     return plans
 
 
-def _plan_of_router(settings: MoePlanSettings, found: FoundConfig, router: RouterConfig) -> RunPlan:
+def _plan_of_router(
+    settings: MoePlanSettings, found_config: FoundConfig, router: RouterConfig
+) -> RunPlan:
     """The training of a router over frozen experts. Raises ConfigError for several devices, ModelError
     for an adapter that is not there."""
-    shape = read_model_shape(found.config, where=found.where, native=settings.model.native)
+    shape = read_model_shape(
+        found_config.config, where=found_config.where, native=settings.model.native
+    )
     device, gpu = _plan_device(settings)
     split = _plan_split(settings)
     if split.processes > 1:
         raise ConfigError(
             f"backend={split.backend}: a router is planned on one device; leave out backend"
         )
-    given = {job.name: job.expert.get("adapter") for job in settings.jobs}
+    adapter_folders = {job.name: job.expert.get("adapter") for job in settings.jobs}
     brought = [
         sum(count_start_values(Path(folder)) for folder in ([a] if isinstance(a, str) else a))
-        for a in given.values()
+        for a in adapter_folders.values()
         if a
     ]
     # those that are there have ranks of their own, which only their files know; their values count
     planned = list_planned_jobs(
-        {n: job for n, job in _job_settings(settings, found).items() if not given[n]}, shape
+        {
+            n: job
+            for n, job in _job_settings(settings, found_config).items()
+            if not adapter_folders[n]
+        },
+        shape,
     )
     adapter = plan_router(shape, router, {job.name: job.adapter for job in planned}, brought)
     train = TrainConfig.model_validate(router_train(settings, router))
@@ -218,7 +231,7 @@ def _plan_of_router(settings: MoePlanSettings, found: FoundConfig, router: Route
     flops = count_flops(shape, adapter, setup)
     return _run_plan(
         settings,
-        found,
+        found_config,
         shape,
         choice,
         setup,
@@ -247,7 +260,7 @@ def _print_mixture(plans: dict[str, RunPlan], output_format: str) -> int:
 
 def _plan_of_jobs(
     settings: AnyPlanSettings,
-    found: FoundConfig,
+    found_config: FoundConfig,
     shape: ModelShape,
     jobs: tuple[PlannedJob, ...],
     device: DeviceType,
@@ -290,7 +303,7 @@ def _plan_of_jobs(
     work = sum(n * each.step for n, each in zip(tokens, flops, strict=True))
     return _run_plan(
         settings,
-        found,
+        found_config,
         shape,
         choice,
         setup,
@@ -385,7 +398,7 @@ def _base_precision(settings: AnyPlanSettings, device: DeviceType) -> PrecisionN
     )
 
 
-def _job_settings(settings: AnyPlanSettings, found: FoundConfig) -> dict[str, JobSettings]:
+def _job_settings(settings: AnyPlanSettings, found_config: FoundConfig) -> dict[str, JobSettings]:
     """Of each job; without `jobs` of the adapters that the model has. Raises ConfigError."""
     refuse_budget_of_jobs(settings.memory_budget, settings.jobs)
     if not settings.jobs:
@@ -393,7 +406,7 @@ def _job_settings(settings: AnyPlanSettings, found: FoundConfig) -> dict[str, Jo
             name: JobSettings(
                 require_lora(settings.lora), settings.train, settings.data.max_length, rank
             )
-            for name, rank in (found.adapter_ranks or {}).items()
+            for name, rank in (found_config.adapter_ranks or {}).items()
         }
     # a plan has no output_dir, and a job's is a folder in it
     runs = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
@@ -409,14 +422,14 @@ def _job_settings(settings: AnyPlanSettings, found: FoundConfig) -> dict[str, Jo
     }
 
 
-def _start_values(settings: AnyPlanSettings, found: FoundConfig) -> int:
+def _start_values(settings: AnyPlanSettings, found_config: FoundConfig) -> int:
     """Values of the adapters that a run finds in its model and freezes. Raises ConfigError for a model
     with several, of which it starts from one.
     """
     if not settings.freezes_start:
         return 0
-    given = settings.model.adapter
-    folders = found.folders if given is None else (Path(given),)
+    adapter = settings.model.adapter
+    folders = found_config.folders if adapter is None else (Path(adapter),)
     if len(folders) > 1:
         raise ConfigError(
             f"{settings.model.name} has {len(folders)} adapters, and an unlearning "
@@ -566,7 +579,7 @@ def _matrix_measurement(
 
 
 def _plan_notes(
-    settings: AnyPlanSettings, shape: ModelShape, found: FoundConfig, choice: PlanChoice
+    settings: AnyPlanSettings, shape: ModelShape, found_config: FoundConfig, choice: PlanChoice
 ) -> list[str]:
     notes = []
     if not shape.native:
@@ -591,11 +604,11 @@ def _plan_notes(
     reads = settings.step_reads
     if isinstance(settings, UnlearnPlanSettings):
         each = f"{reads.together} sequence{'s' * (reads.together > 1)} in a micro-batch"
-        asked = (
+        reference_note = (
             f"; the reference model scores {reads.asks_start} of them" if reads.asks_start else ""
         )
         notes.append(
-            f"{settings.unlearn.method}: for each row of per_device_train_batch_size {each}{asked}"
+            f"{settings.unlearn.method}: for each row of per_device_train_batch_size {each}{reference_note}"
         )
         if reads.asks_start and not reads.live:
             row = 4 if reads.asks_start == "scores" else 4 * shape.geometry.width
@@ -603,18 +616,18 @@ def _plan_notes(
                 f"not counted: reference=cached also stores up to {row} bytes for "
                 "each token of the rows read, in a pass over them before training"
             )
-    if len(found.adapter_ranks) > 1:
+    if len(found_config.adapter_ranks) > 1:
         notes.append(
-            f"{settings.model.name} has {len(found.adapter_ranks)} adapters, "
+            f"{settings.model.name} has {len(found_config.adapter_ranks)} adapters, "
             "counted as jobs of one pass; lorry sft continues training one of them "
             "at a time (name its folder)"
         )
-    if found.adapter_rank is not None:
+    if found_config.adapter_rank is not None:
         notes.append(
             f"{settings.model.name} is an adapter of rank {choice.rank}; training would continue it"
         )
-    folders = dict.fromkeys((Path(settings.model.name), *found.folders))
-    tasks = {run_description_of(folder).get("task") for folder in folders if found.folders}
+    folders = dict.fromkeys((Path(settings.model.name), *found_config.folders))
+    tasks = {run_description_of(folder).get("task") for folder in folders if found_config.folders}
     if "unlearn" in tasks and not isinstance(settings, UnlearnPlanSettings):
         # its adapter alone does not say so, and the steps of the two verbs differ in memory
         notes.append(
@@ -667,14 +680,14 @@ def _memory_table(memory: MemoryEstimate) -> Table:
     return table
 
 
-def _search_table(found: ChoiceSearchResult) -> Table:
+def _search_table(search: ChoiceSearchResult) -> Table:
     """The choice made, and those that were preferred to it, the nearest last."""
     table = Table(
         "choice (preferred first)", Column("peak", justify="right"), "exceeds the budget at"
     )
-    if len(found.tried) > MAX_SHOWN_CHOICES:
-        table.add_row(f"... {len(found.tried) - MAX_SHOWN_CHOICES} more do not fit", "", "")
-    for tried in found.tried[-MAX_SHOWN_CHOICES:]:
+    if len(search.tried) > MAX_SHOWN_CHOICES:
+        table.add_row(f"... {len(search.tried) - MAX_SHOWN_CHOICES} more do not fit", "", "")
+    for tried in search.tried[-MAX_SHOWN_CHOICES:]:
         table.add_row(
             tried.choice.words(), size_in_words(tried.memory.total), tried.overrun or "fits"
         )
