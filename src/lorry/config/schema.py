@@ -411,21 +411,21 @@ class RunConfig(SettingsGroup):
         cls, suite: TrainingSuiteConfig, info: ValidationInfo
     ) -> TrainingSuiteConfig:
         """TOFU's rows that the run forgets, or leaves out, are those that the suite asks about."""
-        given = "forget_split" in suite.model_fields_set
-        if suite.name != "tofu" or given or "data" not in info.data:
+        has_split = "forget_split" in suite.model_fields_set
+        if suite.name != "tofu" or has_split or "data" not in info.data:
             return suite
         path = info.data["data"].path
         paths = [path] if isinstance(path, str) else path or []
-        found = [TOFU_SPLIT.fullmatch(str(one)) for one in paths]
+        matches = [TOFU_SPLIT.fullmatch(str(entry)) for entry in paths]
         splits = {
-            f"forget{int(one[2]) if one[1] == 'forget' else 100 - int(one[2]):02d}"
-            for one in found
-            if one is not None
+            f"forget{int(match[2]) if match[1] == 'forget' else 100 - int(match[2]):02d}"
+            for match in matches
+            if match is not None
         }
         if not splits:
             return suite
         # beside other rows, or of two sizes: which of them the suite should ask about is a guess
-        if len(splits) > 1 or None in found:
+        if len(splits) > 1 or None in matches:
             raise ValueError(
                 f"suite=tofu: {', '.join(map(str, paths))} does not tell which "
                 "split of TOFU is the forget set; give forget_split"

@@ -366,8 +366,8 @@ class ExportSettings(SettingsGroup):
         if described:
             read -= {"prompts"}
         unused = (MIXTURE_SETTINGS | {"adapter", "weight", "weights"}) - read
-        if given := sorted(unused & self.model_fields_set):
-            raise ValueError(f"{given[0]} is not for to={self.to}")
+        if unread_names := sorted(unused & self.model_fields_set):
+            raise ValueError(f"{unread_names[0]} is not for to={self.to}")
         if described and self.gate_mode == "router":
             raise ValueError("gate_mode=router is that of a run; a mergekit-moe file has prompts")
         if self.weights and {"adapter", "weight"} & self.model_fields_set:

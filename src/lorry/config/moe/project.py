@@ -178,17 +178,17 @@ def translate_project(
         return described
     theirs = {k: v for k, v in described.values.items() if k in ProjectConfig.model_fields}
     config = _validated(theirs, described.lines, path)
-    found = _settings(config, path, described.lines, add_note)
-    found["output_dir"] = (str(_workspace(environment, add_note)), "")
+    settings = _settings(config, path, described.lines, add_note)
+    settings["output_dir"] = (str(_workspace(environment, add_note)), "")
     if environment.get("LLAMA_CPP_DIR"):
         add_note("LLAMA_CPP_DIR changes nothing: GGUF files are written without llama.cpp")
     values, lines = dict[str, Any](), dict[str, int]()
-    for dotted, (value, key) in found.items():
+    for dotted, (value, key) in settings.items():
         group, _, leaf = dotted.rpartition(".")
         (values.setdefault(group, {}) if group else values)[leaf] = value
         if key in described.lines:
             lines[dotted] = described.lines[key]
-    _add_ours(described, values, lines, found, path)
+    _add_ours(described, values, lines, settings, path)
     return DescriptionFile(values, lines)
 
 
@@ -196,21 +196,21 @@ def _add_ours(
     described: DescriptionFile,
     values: dict[str, Any],
     lines: dict[str, int],
-    found: Mapping[str, tuple[Any, str]],
+    settings: Mapping[str, tuple[Any, str]],
     path: Path,
 ) -> None:
     """Put the keys of our own that stand beside theirs among the settings, over what only their
     defaults say. Raises ConfigError for a setting that both give."""
-    for given, value in described.values.items():
-        if given in ProjectConfig.model_fields:
+    for name, value in described.values.items():
+        if name in ProjectConfig.model_fields:
             continue
-        key = OUR_NAMES.get(given, given)
+        key = OUR_NAMES.get(name, name)
         group = isinstance(value, Mapping) and isinstance(values.get(key), dict)
         for dotted in [f"{key}.{leaf}" for leaf in value] if group else [key]:
-            theirs = found.get(dotted, (None, ""))[1]
+            theirs = settings.get(dotted, (None, ""))[1]
             # router and finetune come as a whole, from several of their keys
-            if key in found and group and dotted.rpartition(".")[2] in found[key][0]:
-                theirs = found[key][1]
+            if key in settings and group and dotted.rpartition(".")[2] in settings[key][0]:
+                theirs = settings[key][1]
             if theirs and _is_given(described.values, theirs):
                 where = _where(path, described.lines, dotted)
                 raise ConfigError(f"{where}: {theirs} and {dotted} set the same; keep one")
@@ -232,18 +232,18 @@ def _validated(theirs: Mapping[str, Any], lines: Mapping[str, int], path: Path) 
     try:
         config = ProjectConfig.model_validate(theirs)
     except ValidationError as error:
-        told = list[str]()
-        for one in error.errors(include_url=False):
-            key = ".".join(str(part) for part in one["loc"])
-            message = one["msg"].removeprefix("Value error, ")
-            if one["type"] == "extra_forbidden":
+        messages = list[str]()
+        for detail in error.errors(include_url=False):
+            key = ".".join(str(part) for part in detail["loc"])
+            message = detail["msg"].removeprefix("Value error, ")
+            if detail["type"] == "extra_forbidden":
                 group, _, leaf = key.rpartition(".")
                 known = _fields_of(group)
                 message = f"no key of {METHOD}{suggest_nearest(leaf, known)}; {group} has {', '.join(known)}"
             elif key in INSTEAD:
-                message = f"{show_value(one['input'])} is not to be had: {INSTEAD[key]}"
-            told.append(f"{_where(path, lines, key)}: {key}: {message}")
-        raise ConfigError("\n".join(dict.fromkeys(told))) from None
+                message = f"{show_value(detail['input'])} is not to be had: {INSTEAD[key]}"
+            messages.append(f"{_where(path, lines, key)}: {key}: {message}")
+        raise ConfigError("\n".join(dict.fromkeys(messages))) from None
     lora = config.expert_training.lora
     refused = {
         "expert_training.lora.enabled": not lora.enabled,
@@ -354,14 +354,14 @@ def _settings(
 def _experts(datasets: list[str], path: Path, lines: Mapping[str, int]) -> list[dict[str, Any]]:
     """An expert for each data set: one of the project's by name, else a file or a named set."""
     experts = []
-    for given in datasets:
-        file = Path(given).expanduser()
-        if given in SETS:
-            name, data = given, {"mix": [SETS[given]], "split": SET_SPLIT, "template": 0}
-        elif file.exists() or file.suffix or "/" in given:
-            name, data = file.stem, {"path": given}
+    for dataset in datasets:
+        file = Path(dataset).expanduser()
+        if dataset in SETS:
+            name, data = dataset, {"mix": [SETS[dataset]], "split": SET_SPLIT, "template": 0}
+        elif file.exists() or file.suffix or "/" in dataset:
+            name, data = file.stem, {"path": dataset}
         else:
-            name, data = given, {"mix": [given], "template": 0}
+            name, data = dataset, {"mix": [dataset], "template": 0}
         experts.append({"name": re.sub(r"[^A-Za-z0-9_-]+", "-", name), "data": data})
     names = [expert["name"] for expert in experts]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -407,12 +407,12 @@ def _exports(config: ProjectConfig, top_k: int, routes_mlp_alone: bool) -> list[
 
 def _workspace(environment: Mapping[str, str], add_note: NoteCallback) -> Path:
     """WORK_DIR/workspace/TIMESTAMP. Raises ConfigError for a WORKSPACE_TIMESTAMP that is no name."""
-    given = environment.get("WORKSPACE_TIMESTAMP")
-    if given is not None and not TIMESTAMP.fullmatch(given):
+    timestamp = environment.get("WORKSPACE_TIMESTAMP")
+    if timestamp is not None and not TIMESTAMP.fullmatch(timestamp):
         raise ConfigError(
-            f"WORKSPACE_TIMESTAMP={given!r} is no name of a folder, such as 20261129_180000"
+            f"WORKSPACE_TIMESTAMP={timestamp!r} is no name of a folder, such as 20261129_180000"
         )
-    name = given or datetime.now().strftime("%Y%m%d_%H%M%S")
-    if given is None:
+    name = timestamp or datetime.now().strftime("%Y%m%d_%H%M%S")
+    if timestamp is None:
         add_note(f"WORKSPACE_TIMESTAMP={name} goes on in this workspace when it is run again")
     return Path(environment.get("WORK_DIR", ".")) / "workspace" / name

@@ -149,13 +149,13 @@ def _axolotl_datasets(sets: Any) -> list[tuple[str, Any]]:
     if (
         not isinstance(sets, list)
         or not sets
-        or not all(isinstance(one, dict) and isinstance(one.get("path"), str) for one in sets)
+        or not all(isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in sets)
     ):
         raise ValueError(
             "is a list of maps with a path each, such as [{path: rows.jsonl, type: alpaca}]"
         )
     odd = sorted(
-        {str(key) for one in sets for key in one} - {"path", "type", "name", "split", "ds_type"}
+        {str(key) for entry in sets for key in entry} - {"path", "type", "name", "split", "ds_type"}
     )
     if odd:
         raise ValueError(
@@ -163,14 +163,14 @@ def _axolotl_datasets(sets: Any) -> list[tuple[str, Any]]:
             "and data.format instead"
         )
     settings: list[tuple[str, Any]] = [
-        ("data.path", sets[0]["path"] if len(sets) == 1 else [one["path"] for one in sets])
+        ("data.path", sets[0]["path"] if len(sets) == 1 else [entry["path"] for entry in sets])
     ]
     for key, ours, words in (
         ("type", "data.format", AXOLOTL_TYPES),
         ("name", "data.name", None),
         ("split", "data.split", None),
     ):
-        values = {one.get(key) for one in sets}
+        values = {entry.get(key) for entry in sets}
         if len(values) > 1 or (words is not None and not values <= {None, *words}):
             known = f" ({', '.join(words)})" if words is not None else ""
             raise ValueError(

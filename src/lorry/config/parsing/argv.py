@@ -87,8 +87,8 @@ def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]
             f"{words[len(dotted)]}: unexpected word after "
             f"{words[len(dotted) - 1]!r}; settings are key=value without spaces"
         )
-    given = [GivenSetting(name, word, word) for name, word in zip(dotted, words, strict=False)]
-    return [*given, GivenSetting(dotted[-1], rest, " ".join(rest))] if rest else given
+    settings = [GivenSetting(name, word, word) for name, word in zip(dotted, words, strict=False)]
+    return [*settings, GivenSetting(dotted[-1], rest, " ".join(rest))] if rest else settings
 
 
 def _is_bare(words: list[str]) -> bool:

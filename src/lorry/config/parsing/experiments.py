@@ -56,7 +56,7 @@ def take_experiment(
     parameters = dict(described.values.get(PARAMETERS, {}))
     rest = [[setting for setting in source if setting.key != EXPERIMENT] for source in sources]
     for source in rest:
-        for setting in [one for one in source if one.key in parameters]:
+        for setting in [candidate for candidate in source if candidate.key in parameters]:
             source.remove(setting)
             _refuse_overridden(setting, described.values, rest)
             parameters[setting.key] = _parameter_value(setting)
@@ -73,7 +73,7 @@ def take_experiment(
 def _find_experiment(kind: str, setting: GivenSetting) -> Path:
     name = setting.value if isinstance(setting.value, str) else show_value(setting.value)
     name = name.removesuffix(".yaml")
-    known = [one for family in VERB_OF_KIND for one in experiment_names(family)]
+    known = [experiment for family in VERB_OF_KIND for experiment in experiment_names(family)]
     if name not in known:
         raise ConfigError(
             f"{setting.where}: no experiment {show_value(name)}{suggest_nearest(name[:80], known)}; this verb has "
@@ -89,7 +89,7 @@ def _refuse_overridden(
     parameter: GivenSetting, values: dict[str, Any], sources: Sequence[Sequence[GivenSetting]]
 ) -> None:
     """A parameter of which nothing is left, since all that it stands in is given as well."""
-    leaves = {one.key.rpartition(".")[2] for source in sources for one in source}
+    leaves = {setting.key.rpartition(".")[2] for source in sources for setting in source}
     places = [name for name, text in _texts(values) if f"{{{parameter.key}}}" in text]
     # data=FILE is data.path
     names = [

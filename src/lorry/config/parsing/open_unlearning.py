@@ -100,7 +100,7 @@ def strip_launcher(kind: str, argv: Sequence[str], add_note: NoteCallback) -> li
     if scripts and LAUNCHER.fullmatch(words[0]):
         add_note(f"{' '.join(words[: scripts[0] + 1])} changes nothing: the verb implies it")
         del words[: scripts[0] + 1]
-    for config, given in reversed(_config_names(words)):
+    for config, span in reversed(_config_names(words)):
         if config not in KIND_OF_CONFIG:  # one of theirs holds settings that would be lost
             raise ConfigError(
                 f"--config-name={config}: of open-unlearning's {', '.join(KIND_OF_CONFIG)} are known; settings of "
@@ -110,14 +110,14 @@ def strip_launcher(kind: str, argv: Sequence[str], add_note: NoteCallback) -> li
             verb = VERB_OF_KIND[KIND_OF_CONFIG[config]]
             raise ConfigError(f"--config-name={config} is what `{verb}` does")
         add_note(f"--config-name={config} changes nothing: the verb implies it")
-        del words[given]
-    kept = []
+        del words[span]
+    settings = []
     for word in _read_train_set(words, add_note):
-        if found := HYDRA_MARK.fullmatch(word):
-            add_note(f"{found[1]} before {found[2].partition('=')[0]} is not needed")
-            word = found[2]
-        kept.append(word)
-    return kept
+        if match := HYDRA_MARK.fullmatch(word):
+            add_note(f"{match[1]} before {match[2].partition('=')[0]} is not needed")
+            word = match[2]
+        settings.append(word)
+    return settings
 
 
 def _read_train_set(words: Sequence[str], add_note: NoteCallback) -> list[str]:
@@ -125,28 +125,28 @@ def _read_train_set(words: Sequence[str], add_note: NoteCallback) -> list[str]:
     which makes the oracle, as the parameter of our experiment. A set that is named without its
     rows stays, as the error that it is: its file decides which they are.
     """
-    made = list(words)
+    settings = list(words)
     for word in words:
-        found = TRAIN_ROWS.fullmatch(word)
-        if found is None or (found[1], found[2]) not in TRAIN_PARAMETERS:
+        match = TRAIN_ROWS.fullmatch(word)
+        if match is None or (match[1], match[2]) not in TRAIN_PARAMETERS:
             continue
-        chosen = f"data/datasets@data.train={found[1]}"
-        ours = f"{TRAIN_PARAMETERS[found[1], found[2]]}={found[3]}"
+        chosen = f"data/datasets@data.train={match[1]}"
+        ours = f"{TRAIN_PARAMETERS[match[1], match[2]]}={match[3]}"
         add_note(f"{word} is read as {ours}")
-        made = [ours if each == word else each for each in made if each != chosen]
-    return made
+        settings = [ours if each == word else each for each in settings if each != chosen]
+    return settings
 
 
 def _config_names(words: Sequence[str]) -> list[tuple[str, slice]]:
     """[(name without .yaml, where it stands)] of every --config-name."""
-    found = []
+    spans = []
     for at, word in enumerate(words):
         if not (match := CONFIG_NAME.fullmatch(word)):
             continue
         apart = match[1] is None
         name = (words[at + 1] if at + 1 < len(words) else "") if apart else match[1]
-        found.append((name.removesuffix(".yaml"), slice(at, at + 1 + apart)))
-    return found
+        spans.append((name.removesuffix(".yaml"), slice(at, at + 1 + apart)))
+    return spans
 
 
 def translate_settings(
@@ -155,35 +155,35 @@ def translate_settings(
     """A source of settings under our names; before it one of an adapter, where a model is named
     that brings one along.
     """
-    weights = any(given.key == WEIGHTS for given in source)
+    weights = any(setting.key == WEIGHTS for setting in source)
     adapter, own = list[GivenSetting](), list[GivenSetting]()
-    for given in source:
-        name = given.value if isinstance(given.value, str) else ""
-        if given.key in ("model", "model.name") and _is_configuration(name):
+    for setting in source:
+        name = setting.value if isinstance(setting.value, str) else ""
+        if setting.key in ("model", "model.name") and _is_configuration(name):
             if name.endswith(ADAPTED) and "lora.r" in names.fields:
-                adapter = [GivenSetting(k, v, given.where) for k, v in ADAPTER_SETTINGS.items()]
+                adapter = [GivenSetting(k, v, setting.where) for k, v in ADAPTER_SETTINGS.items()]
             if weights:
-                add_note(f"{given.where} names no weights: {WEIGHTS} is used")
+                add_note(f"{setting.where} names no weights: {WEIGHTS} is used")
                 continue
-            given = replace(given, value=HUB_IDS[name.removesuffix(ADAPTED)])
-            add_note(f"model={name} is read as model={given.value}{_adapter_note(adapter)}")
-        elif given.key == TRAINER and name == FINETUNE and "unlearn.method" not in names.fields:
+            setting = replace(setting, value=HUB_IDS[name.removesuffix(ADAPTED)])
+            add_note(f"model={name} is read as model={setting.value}{_adapter_note(adapter)}")
+        elif setting.key == TRAINER and name == FINETUNE and "unlearn.method" not in names.fields:
             add_note(f"{TRAINER}={FINETUNE} changes nothing: the verb implies it")
             continue
-        elif given.key == TRAINER and "unlearn.method" in names.fields:
-            given = replace(given, key="unlearn.method")
-            add_note(f"{TRAINER} is read as {given.key}")
-        elif given.key == "eval" and name in SUITES and _has_suites(names):
+        elif setting.key == TRAINER and "unlearn.method" in names.fields:
+            setting = replace(setting, key="unlearn.method")
+            add_note(f"{TRAINER} is read as {setting.key}")
+        elif setting.key == "eval" and name in SUITES and _has_suites(names):
             # their group of evaluators; a file to evaluate on, where there is one of that name
             if not Path(name).exists():
-                given = replace(given, key="suite.name")
+                setting = replace(setting, key="suite.name")
                 add_note(f"eval={name} is read as suite={name}")
-        elif given.key == TASK_NAME:
-            given = _task_name(names, given)
-            add_note(f"{TASK_NAME} is read as {given.key}={given.value}")
+        elif setting.key == TASK_NAME:
+            setting = _task_name(names, setting)
+            add_note(f"{TASK_NAME} is read as {setting.key}={setting.value}")
         else:
-            given = _without_group(names, given, add_note)
-        own.append(given)
+            setting = _without_group(names, setting, add_note)
+        own.append(setting)
     return [adapter, own] if adapter else [own]
 
 
@@ -200,23 +200,25 @@ def _has_suites(names: SchemaNames) -> bool:
     return "suite.name" in names.fields
 
 
-def _task_name(names: SchemaNames, given: GivenSetting) -> GivenSetting:
+def _task_name(names: SchemaNames, setting: GivenSetting) -> GivenSetting:
     if "train.run_name" in names.fields:
-        return replace(given, key="train.run_name")
-    return replace(given, key="output_dir", value=f"evals/{given.value}")
+        return replace(setting, key="train.run_name")
+    return replace(setting, key="output_dir", value=f"evals/{setting.value}")
 
 
-def _without_group(names: SchemaNames, given: GivenSetting, add_note: NoteCallback) -> GivenSetting:
+def _without_group(
+    names: SchemaNames, setting: GivenSetting, add_note: NoteCallback
+) -> GivenSetting:
     """``trainer.args.seed`` as ``train.seed``; what our group has not is an alias or unknown."""
-    if MOVED.get(given.key) in names.fields:
-        add_note(f"{given.key} is read as {MOVED[given.key]}")
-        return replace(given, key=MOVED[given.key])
-    group, _, leaf = given.key.rpartition(".")
+    if MOVED.get(setting.key) in names.fields:
+        add_note(f"{setting.key} is read as {MOVED[setting.key]}")
+        return replace(setting, key=MOVED[setting.key])
+    group, _, leaf = setting.key.rpartition(".")
     if group not in GROUPS:
-        return given
+        return setting
     ours = f"{GROUPS[group]}.{leaf}"
     key = ours if ours in names.fields else leaf
     if GROUPS[group] == "suite" and leaf == EVALUATOR_BATCH and BATCH in names.fields:
         key = BATCH  # the word alone means the rows of a step there
-    add_note(f"{given.key} is read as {key}")
-    return replace(given, key=key)
+    add_note(f"{setting.key} is read as {key}")
+    return replace(setting, key=key)
