@@ -66,8 +66,8 @@ def main(settings: AttackSettings) -> int:
     print_table(settings, lines)
     for metric, values in (document.get("robustness") or part.get("robustness") or {}).items():
         numbers = values if isinstance(values, dict) else {settings.attack: values}
-        said = ", ".join(f"{k} {format_number(v)}" for k, v in numbers.items())
-        print_note(f"robustness by {metric}: {said}")
+        summary = ", ".join(f"{k} {format_number(v)}" for k, v in numbers.items())
+        print_note(f"robustness by {metric}: {summary}")
     print_note(f"written to {folder / ATTACKS}")
     return 0
 
@@ -228,7 +228,7 @@ def attack_quantize(
         ),
     }
     lines: list[TableLine] = [
-        (kind, side, found[kind]) for kind in values[RUN_SIDE] for side, found in values.items()
+        (kind, side, results[kind]) for kind in values[RUN_SIDE] for side, results in values.items()
     ]
     return part, lines
 
@@ -252,7 +252,7 @@ def attack_rephrase(
             mixes[START_SIDE] = Mix.none()
         for label, mix in mixes.items():
             tell(f"rephrasing: {label}")
-            asked = SuiteModel(
+            suite_model = SuiteModel(
                 opened.model,
                 encoder,
                 sets,
@@ -262,8 +262,8 @@ def attack_rephrase(
                 batch_rows=settings.batch_size,
             )
             if label == RUN_SIDE:
-                digest = asked.digest()
-            values[label] = attacks.rephrase(asked)
+                digest = suite_model.digest()
+            values[label] = attacks.rephrase(suite_model)
         del opened
     part: dict[str, Any] = {
         "model": digest,
@@ -273,17 +273,17 @@ def attack_rephrase(
         "templates": {"format": attacks.FORMAT, "jailbreak": attacks.JAILBREAK},
     }
     lines: list[TableLine] = [
-        (wording, side, found[wording]) for wording in sets for side, found in values.items()
+        (wording, side, results[wording]) for wording in sets for side, results in values.items()
     ]
     return part, lines
 
 
 def sides_of(settings: AttackSettings) -> dict[str, ModelConfig]:
     """The run, and the oracle beside it, opened alike."""
-    made = {RUN_SIDE: settings.model}
+    models = {RUN_SIDE: settings.model}
     if settings.oracle is not None:
-        made[ORACLE_SIDE] = oracle_model(settings, settings.oracle)
-    return made
+        models[ORACLE_SIDE] = oracle_model(settings, settings.oracle)
+    return models
 
 
 def only_adapter(opened: OpenedModel, model: ModelConfig) -> str | None:

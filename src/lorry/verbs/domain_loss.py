@@ -80,8 +80,8 @@ def hf_loss(model: Any, batches: list[Batch]) -> float:
             for start, stop in batch.segments:
                 ids, weights = batch.tokens[start:stop], batch.weights[start:stop]
                 scores = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
-                found = scores.gather(1, ids[1:, None])[:, 0].double()
-                nll -= float((found * weights[1:].double()).sum())
+                target_scores = scores.gather(1, ids[1:, None])[:, 0].double()
+                nll -= float((target_scores * weights[1:].double()).sum())
                 tokens += float(weights[1:].double().sum())
     return nll / tokens
 
@@ -100,7 +100,7 @@ def read_domain_rows(
 
     described = described_data(folder)
     held = not training and all(data.evaluates for data, _ in described.values())
-    found = {}
+    batches = {}
     for name, (data, train) in described.items():
         changes: dict[str, Any] = {"on_bad_row": "skip", "streaming": False, "packing": False}
         # where all rows decide which are held out, all are read
@@ -117,12 +117,12 @@ def read_domain_rows(
             make=partial(ExampleEncoder, embeddings=opened.model.vocab_size),
         )
         if held:
-            found[name] = prepared.evaluation[:DOMAIN_ROWS]
+            batches[name] = prepared.evaluation[:DOMAIN_ROWS]
             continue
         assert prepared.tokens is not None  # nothing is streamed here
         few = prepared.tokens.select(np.arange(min(DOMAIN_ROWS, len(prepared.tokens))))
-        found[name] = few.eval_batches(1)
-    return found, held
+        batches[name] = few.eval_batches(1)
+    return batches, held
 
 
 def row_prompts(

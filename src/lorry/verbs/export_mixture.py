@@ -78,8 +78,8 @@ def export_mixture(settings: ExportSettings) -> Path:
         export_peft_experts(opened, folder, record, settings.output_dir)
         return settings.output_dir
     weights = _expert_weights(settings, opened, record)
-    told = ", ".join(f"{gate:g} x {name}" for name, gate in weights.items())
-    print_note(f"experts added up: {told}")
+    summands = ", ".join(f"{gate:g} x {name}" for name, gate in weights.items())
+    print_note(f"experts added up: {summands}")
     measure = _measure_domains(opened, folder)
     if settings.to == "gguf":
         outtype = GGUF_OUTTYPES[stored] if settings.outtype == "auto" else settings.outtype
@@ -241,7 +241,7 @@ def _expert_prompts(
             )
         return [ExpertPrompts(settings.prompts[name]) for name in names]
     try:
-        return [ExpertPrompts(found) for found in row_prompts(opened, folder, names).values()]
+        return [ExpertPrompts(texts) for texts in row_prompts(opened, folder, names).values()]
     except (ConfigError, DataError) as error:
         raise ConfigError(f"{error}; give prompts={{EXPERT: [TEXT, ...]}}") from None
 
@@ -265,7 +265,7 @@ def _expect_own_logits(
     def compare(model: Any) -> list[str]:
         difference, bound = compare_logits(own, compute_fp32_logits(model, rows), share, dtype)
         beside = f"bound {bound:.1e}" if dtype == "float32" else f"stored in {dtype}"
-        told = f"largest logit difference to the run itself {difference:.1e} ({beside}), on {rows_words}"
-        return [told, *measure(model)]
+        line = f"largest logit difference to the run itself {difference:.1e} ({beside}), on {rows_words}"
+        return [line, *measure(model)]
 
     return compare

@@ -207,13 +207,14 @@ def chosen_experts(model: Any, rows: Sequence[Tensor], top_k: int) -> Tensor:
     class."""
     import torch
 
-    found = []
+    choices = []
     with torch.no_grad():
         for ids in rows:
             logits = model(input_ids=ids, output_router_logits=True).router_logits
             # [T, E] of each layer; the softmax over them changes no order
-            found.append(torch.stack([one.float().topk(top_k, -1).indices for one in logits], 1))
-    return torch.cat(found).sort(-1).values
+            layers = [scores.float().topk(top_k, -1).indices for scores in logits]
+            choices.append(torch.stack(layers, 1))
+    return torch.cat(choices).sort(-1).values
 
 
 def expect_decoder(opened: OpenedModel) -> Decoder:

@@ -93,7 +93,10 @@ def export_peft_experts(
         free_model_memory(opened.model)
         for name in names:
             model, library = load_adapted_model(built / name, base, before[name].dtype)
-            lines += [f"{name}: {said}" for said in before[name].compare(model, "float32", library)]
+            lines += [
+                f"{name}: {difference}"
+                for difference in before[name].compare(model, "float32", library)
+            ]
             del model
     for line in lines:
         print_note(line)

@@ -216,8 +216,8 @@ def tokenizer_contents(adapter: Path) -> dict[str, str]:
     """
     run = adapter.parent if (adapter.parent / RUN_FILE).is_file() else adapter
     names = ("tokenizer.json", "chat_template.jinja")
-    found = {name: folder / name for folder in (run, adapter) for name in names}
-    return {name: file_digest(file) for name, file in found.items() if file.is_file()}
+    files = {name: folder / name for folder in (run, adapter) for name in names}
+    return {name: file_digest(file) for name, file in files.items() if file.is_file()}
 
 
 def choose_scale(settings: MergeSettings, opened: OpenedModel, name: str) -> ScaleChoice:
@@ -243,17 +243,19 @@ def choose_scale(settings: MergeSettings, opened: OpenedModel, name: str) -> Sca
         mix = Mix.constants({name: scale}) if scale else Mix.none()
         return halves_loss(opened, rows, mix, evaluation.batch_size)
 
-    base, found = losses(0.0), {scale: losses(scale) for scale in GRID}
+    base, scale_losses = losses(0.0), {scale: losses(scale) for scale in GRID}
     # NaN is below nothing, so that `min` keeps one that comes first
-    finite = [scale for scale in GRID if math.isfinite(found[scale][0])]
+    finite = [scale for scale in GRID if math.isfinite(scale_losses[scale][0])]
     if not finite:
         raise ModelError(
             f"scale=auto: the loss on {settings.data.path} is infinite or NaN at every scale; "
             "look at the weights and adapters"
         )
-    best = min(finite, key=lambda scale: found[scale][0])
-    held_out = {"base": base[1], "1": found[1.0][1], "chosen": found[best][1]}
-    return ScaleChoice(best, {scale: chosen for scale, (chosen, _) in found.items()}, held_out)
+    best = min(finite, key=lambda scale: scale_losses[scale][0])
+    held_out = {"base": base[1], "1": scale_losses[1.0][1], "chosen": scale_losses[best][1]}
+    return ScaleChoice(
+        best, {scale: chosen for scale, (chosen, _) in scale_losses.items()}, held_out
+    )
 
 
 def halves_loss(
@@ -285,14 +287,16 @@ def tell_choice(choice: ScaleChoice) -> list[str]:
     ]
 
 
-def tell_merge(merged: AdapterMerge, asked: str, weights: Mapping[str, float]) -> list[str]:
+def tell_merge(
+    merged: AdapterMerge, requested_method: str, weights: Mapping[str, float]
+) -> list[str]:
     """The method, the weights by name, the rank, and what the rank lost."""
     ranks = sorted({module.rank for module in merged.modules})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     summands = ", ".join(f"{weight:g} x {name}" for name, weight in weights.items())
     lines = [f"merged by {merged.method}: {summands}; {len(merged.modules)} modules of rank {rank}"]
-    if merged.method != asked:
-        lines[0] += f" (one adapter is copied, as in PEFT; {asked} has nothing to do)"
+    if merged.method != requested_method:
+        lines[0] += f" (one adapter is copied, as in PEFT; {requested_method} has nothing to do)"
     if "rank" in MERGE_METHODS[merged.method].settings:
         worst = max(merged.modules, key=lambda m: m.lost / m.energy if m.energy else 0.0)
         most = worst.lost / worst.energy if worst.energy else 0.0

@@ -84,13 +84,13 @@ def main(run: MoeRunConfig) -> int:
         stages.train(
             "router of the export", moe_router, (e.data for e in moe_router.experts), experts
         )
-    made = [run.folders.mixture, *write_outputs(run, stages)]
+    outputs = [run.folders.mixture, *write_outputs(run, stages)]
     if run.layout == "workspace":
         write_workspace_report(run)
-    for path in made[1:]:
+    for path in outputs[1:]:
         stages.tell(f"wrote   {path}")
-    print(f"chat    lorry chat {made[0]}", file=sys.stderr)
-    print(made[0])
+    print(f"chat    lorry chat {outputs[0]}", file=sys.stderr)
+    print(outputs[0])
     return 0
 
 
@@ -115,7 +115,7 @@ def make_mixture(
     output = run.folders.mixture
     if router is not None:
         clear_constant_mixture(output)
-        stages.train("router", router, (one.data for one in router.experts), experts)
+        stages.train("router", router, (expert.data for expert in router.experts), experts)
         return
     own = runs_by_adapter(run)
     reads = [own[name].data for name in folders] if ROUTER_KINDS[run.router.kind].needs_rows else []
@@ -170,8 +170,12 @@ def refuse_untrained_experts(folders: Mapping[str, Path]) -> None:
 
 def brought_adapters(run: MoeRunConfig) -> dict[str, list[str]]:
     """{expert: its PEFT directories} of those that are not trained here."""
-    given = {job.name: job.expert.get("adapter") for job in run.jobs}
-    return {n: [one] if isinstance(one, str) else list(one) for n, one in given.items() if one}
+    adapters = {job.name: job.expert.get("adapter") for job in run.jobs}
+    return {
+        n: [adapter] if isinstance(adapter, str) else list(adapter)
+        for n, adapter in adapters.items()
+        if adapter
+    }
 
 
 def refuse_missing_rows(run: MoeRunConfig) -> None:
@@ -217,9 +221,9 @@ def make_experts(run: MoeRunConfig, stages: Stages) -> None:
     brought, alone = brought_adapters(run), runs_by_adapter(run)
     own = [job.name for job in run.jobs if job.name not in brought]
     for names in [[name] for name in own] if in_turn(run) else [own] if own else []:
-        made = _experts_run(run, names, alone)
+        experts_run = _experts_run(run, names, alone)
         stage = f"expert {names[0]}" if in_turn(run) else "experts"
-        stages.train(stage, made, (alone[name].data for name in names))
+        stages.train(stage, experts_run, (alone[name].data for name in names))
     weights = {job.name: job.expert.get("adapter_weights") for job in run.jobs}
     for name, adapters in brought.items():
         if len(adapters) > 1:
@@ -303,8 +307,9 @@ def router_run(
     except ValidationError as error:
         of_train = error.title == TrainConfig.__name__
         lines = [
-            ".".join(map(str, ["router.train"] * of_train + list(one["loc"]))) + f": {one['msg']}"
-            for one in error.errors(include_url=False)
+            ".".join(map(str, ["router.train"] * of_train + list(detail["loc"])))
+            + f": {detail['msg']}"
+            for detail in error.errors(include_url=False)
         ]
         raise ConfigError("the router's run: " + "; ".join(lines)) from None
 

@@ -122,10 +122,10 @@ def write_export(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
 
 def moe_settings(run: MoeRunConfig, stage: ExportStage, source: Path) -> ExportSettings:
     """`lorry export` of ``source`` as the stage describes it. Raises ConfigError."""
-    given = stage.model_dump(mode="json", exclude={"architecture", "outtype", "path"})
+    stage_settings = stage.model_dump(mode="json", exclude={"architecture", "outtype", "path"})
     return _export_settings(
         {
-            **{key: value for key, value in given.items() if value is not None},
+            **{key: value for key, value in stage_settings.items() if value is not None},
             "run": str(source),
             "output_dir": str(run.folders.moe),
         }
@@ -170,7 +170,7 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
     model = {**run.model.model_dump(mode="json"), "name": str(run.folders.moe)}
     # a setting that the finetuning has goes before that of the experts' rows
     data = {key: value for key, value in joined_rows(run).items() if key not in settings}
-    given = {
+    defaults = {
         "model": model,
         "backend": run.backend.model_dump(mode="json"),
         "lora": None,
@@ -181,7 +181,7 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
         "logging_steps": run.train.logging_steps,
     }
     try:
-        return build_settings(RunConfig, {**given, **settings}, ignore_note)
+        return build_settings(RunConfig, {**defaults, **settings}, ignore_note)
     except ConfigError as error:
         raise ConfigError(f"finetune: {error}") from None
 
@@ -189,7 +189,7 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
 def joined_rows(run: MoeRunConfig) -> dict[str, Any]:
     """The rows of all experts as one run's data, read as theirs are; what is held out is the
     finetuning's to say. Raises ConfigError where they are read in more than one way."""
-    own = [one.data for one in runs_by_adapter(run).values()]
+    own = [expert_run.data for expert_run in runs_by_adapter(run).values()]
     names = [name for data in own for name in data.mix]
     paths = [
         path
@@ -215,10 +215,12 @@ def joined_rows(run: MoeRunConfig) -> dict[str, Any]:
 
 def finetune(run: MoeRunConfig, stages: Stages) -> None:
     """Train the weights of the hf-moe. Raises LorryError."""
-    made = finetune_run(run)
+    run_config = finetune_run(run)
     if not run.folders.moe.is_dir():
         raise ModelError(f"{run.folders.moe} is not there: skip_merge takes one that was written")
-    stages.train("finetune", made, [made.data], {"the hf-moe": model_digest(run.folders.moe)})
+    stages.train(
+        "finetune", run_config, [run_config.data], {"the hf-moe": model_digest(run.folders.moe)}
+    )
 
 
 def convert(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
@@ -265,7 +267,7 @@ def place_copy(file: Path, target: Path, earlier: Sequence[Path]) -> None:
         there = path_digest(target)
         if there == path_digest(file):
             return
-        if there not in (path_digest(one) for one in earlier):
+        if there not in (path_digest(earlier_file) for earlier_file in earlier):
             raise ConfigError(
                 f"{target} is there already and is not ours to replace; the new file is {file}"
             )

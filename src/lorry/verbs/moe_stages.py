@@ -62,10 +62,9 @@ class Stages:
             self.model.name, revision=self.model.revision, add_note=ignore_note
         ).directory
         extra = {
-            f"model.{name}": path_digest(Path(given).expanduser())
+            f"model.{name}": path_digest(Path(path).expanduser())
             for name in ("adapter", "chat_template_path")
-            if (given := getattr(self.model, name)) is not None
-            and Path(given).expanduser().exists()
+            if (path := getattr(self.model, name)) is not None and Path(path).expanduser().exists()
         }
         return {
             "Lorry itself": code_digest(),
@@ -213,7 +212,7 @@ def clear_constant_mixture(folder: Path) -> None:
     if not (folder / ROUTER / ROUTER_FILE).is_file() or (folder / RUN_FILE).exists():
         return
     names = [expert.name for expert in read_router_record(folder).experts]
-    tokenizer = sorted({file.name for one in TOKENIZER_FILES for file in folder.glob(one)})
+    tokenizer = sorted({file.name for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
     there = [name for name in (*tokenizer, *names, ROUTER) if (folder / name).exists()]
     print_note(f"{folder} held a mixture; it is in {ownership.move_to_previous(folder, there)} now")
 

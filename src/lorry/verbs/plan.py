@@ -608,7 +608,8 @@ def _plan_notes(
             f"; the reference model scores {reads.asks_start} of them" if reads.asks_start else ""
         )
         notes.append(
-            f"{settings.unlearn.method}: for each row of per_device_train_batch_size {each}{reference_note}"
+            f"{settings.unlearn.method}: for each row of per_device_train_batch_size "
+            f"{each}{reference_note}"
         )
         if reads.asks_start and not reads.live:
             row = 4 if reads.asks_start == "scores" else 4 * shape.geometry.width

@@ -69,26 +69,26 @@ def main(settings: AlternatesSettings) -> int:
     if source.bad.total:
         print_note(f"note: {source.bad.summary()}")
     with VisibleConsole(stderr=True).status("sampling") as status:
-        found = sample_alternates(opened.model, encoder, rows, wanted, mix, status.update)
+        alternates = sample_alternates(opened.model, encoder, rows, wanted, mix, status.update)
     _refuse_existing(path)  # of somebody else, meanwhile
-    _write_alternates(path, found)
-    for note in describe_alternates(found):
+    _write_alternates(path, alternates)
+    for note in describe_alternates(alternates):
         print_note(note)
     print(path)
     return 0
 
 
-def describe_alternates(found: Sequence[SampledAlternate]) -> list[str]:
+def describe_alternates(alternates: Sequence[SampledAlternate]) -> list[str]:
     """What to know of sampled alternates, a line each."""
-    questions = len({one.where for one in found})
-    lines = [f"{format_count(len(found), 'alternate')} of {format_count(questions, 'row')}"]
-    if same := [one for one in found if one.is_the_answer]:
+    questions = len({alternate.where for alternate in alternates})
+    lines = [f"{format_count(len(alternates), 'alternate')} of {format_count(questions, 'row')}"]
+    if same := [alternate for alternate in alternates if alternate.is_the_answer]:
         lines.append(
             f"{len(same)} of them are the row's own answer and are of no use in "
             f"training (the first: {same[0].where}); sample again with another seed "
             "or a higher temperature, or remove them"
         )
-    if cut := sum(one.cut for one in found):
+    if cut := sum(alternate.cut for alternate in alternates):
         lines.append(f"{cut} of them are cut off at max_new_tokens")
     return lines
 
@@ -102,10 +102,10 @@ def _refuse_existing(path: Path) -> None:
         raise ConfigError(f"alternates={path}: {parents[0]} is not a folder")
 
 
-def _write_alternates(path: Path, found: Sequence[SampledAlternate]) -> None:
+def _write_alternates(path: Path, alternates: Sequence[SampledAlternate]) -> None:
     from lorry.disk import durable
 
-    rows = [one.row() for one in found]
+    rows = [alternate.row() for alternate in alternates]
     if path.suffix.lower() == ".json":
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     else:

@@ -50,19 +50,19 @@ def evaluate_suite(settings: EvalSettings) -> int:
     )
     for note in evaluation.notes:
         print_note(note)
-    found = open_with_adapters(settings.model)
-    if found.mixture is not None:
+    opened = open_with_adapters(settings.model)
+    if opened.mixture is not None:
         print_note(
             "note: a suite evaluates each expert alone, not the mixture; `lorry "
             "eval data=FILE` evaluates both"
         )
-    sides: list[str | None] = [*found.adapters] or [None]
+    sides: list[str | None] = [*opened.adapters] or [None]
     # which adapters there are is known only now, and theirs are files that may be somebody's, too
     places = [folder if len(sides) == 1 else folder / str(adapter) for adapter in sides]
     for place in places:
         refuse_foreign_suite(place, title)
     for adapter, place in zip(sides, places, strict=True):
-        records = measure_side(settings, evaluation, found, adapter, place)
+        records = measure_side(settings, evaluation, opened, adapter, place)
         share = "" if settings.weight == 1 else f" x {settings.weight:g}"
         label = settings.model.name + (f" ({adapter}{share})" if adapter else "")
         VisibleConsole(soft_wrap=True).print(suite_table(label, evaluation.names, records))
@@ -90,37 +90,39 @@ def suite_folder(settings: EvalSettings) -> Path:
 def measure_side(
     settings: EvalSettings,
     evaluation: SuiteEvaluation,
-    found: OpenedModel,
+    opened: OpenedModel,
     adapter: str | None,
     folder: Path,
 ) -> dict[str, MetricRecord]:
     """{metric: its record} of one adapter, or of a model without any."""
     from lorry.adapters.mix import Mix
 
-    asked = evaluation.ask(
-        found,
+    suite_model = evaluation.ask(
+        opened,
         Mix.constants({} if adapter is None else {adapter: settings.weight}),
         # what the adapter was trained over; a base alone has nothing to be compared with
         start=None if adapter is None else Mix.none(),
         batch_rows=settings.batch_size,
         system=settings.data.system,
     )
-    results = evaluation.open_results(asked, folder)
+    results = evaluation.open_results(suite_model, folder)
     names = evaluation.names
     done = [name for name in names if results.kept(name) is not None]
     if done:
         print_note(f"{len(done)} of {len(names)} metrics were measured before: {', '.join(done)}")
     with VisibleConsole(stderr=True).status("evaluating") as status:
-        return evaluation.measure(asked, results, lambda name: status.update(f"measuring {name}"))
+        return evaluation.measure(
+            suite_model, results, lambda name: status.update(f"measuring {name}")
+        )
 
 
 def suite_table(title: str, names: Sequence[str], records: Mapping[str, MetricRecord]) -> Table:
     """A row per metric."""
-    made = Table(
+    table = Table(
         title=Text(make_visible(title)), title_justify="left", header_style="dim", box=SIMPLE_HEAD
     )
-    made.add_column("metric")
-    made.add_column("value", justify="right")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
     for name in names:
-        made.add_row(Text(name), Text(format_number(records[name]["agg_value"])))
-    return made
+        table.add_row(Text(name), Text(format_number(records[name]["agg_value"])))
+    return table
