@@ -319,7 +319,7 @@ def _plan_of_jobs(
 
 def _run_plan(
     settings: AnyPlanSettings,
-    found: FoundConfig,
+    found_config: FoundConfig,
     shape: ModelShape,
     choice: PlanChoice,
     setup: MemorySetup,
@@ -337,7 +337,7 @@ def _run_plan(
     """A plan with what follows from its description. ``budget``: bytes, and whose they are."""
     return RunPlan(
         model=settings.model.name,
-        where=found.where,
+        where=found_config.where,
         shape=shape,
         choice=choice,
         setup=setup,
@@ -352,7 +352,7 @@ def _run_plan(
         alternative=alternative,
         trainable=_is_trainable(settings),
         jobs=jobs,
-        notes=_plan_notes(settings, shape, found, choice),
+        notes=_plan_notes(settings, shape, found_config, choice),
     )
 
 
