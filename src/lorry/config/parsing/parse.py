@@ -203,17 +203,17 @@ def _resolve_settings(
                 for placed in place_setting(names, setting, add_note):
                     _refuse_second_name(
                         name_by_setting.setdefault(
-                            f"{placed.dotted} {placed.part}", placed.given.key
+                            f"{placed.dotted} {placed.part}", placed.setting.key
                         ),
                         placed,
                     )
                     # set aside: they stand for jobs, which are read once the settings below them
                     # are known
                     if placed.dotted in EXPANDED_KEYS:
-                        expanded[placed.dotted] = replace(placed.given, value=placed.value)
+                        expanded[placed.dotted] = replace(placed.setting, value=placed.value)
                         continue
                     set_in_tree(tree, placed)
-                    origins[placed.dotted] = placed.given.where
+                    origins[placed.dotted] = placed.setting.where
     job_notes, jobs = list[str](), list[JobOverrides]()
     with _collect_errors(errors):
         for item in expand_jobs(expanded, axes, groups):
@@ -331,7 +331,7 @@ def _refuse_second_name(first: str, placed: PlacedSetting) -> None:
     """Two names for one setting in one source leave open which value is meant; the same name again
     overrides.
     """
-    if first != placed.given.key:
+    if first != placed.setting.key:
         raise ConfigError(
-            f"{placed.given.where}: {first} and {placed.given.key} both set {placed.dotted}; keep one"
+            f"{placed.setting.where}: {first} and {placed.setting.key} both set {placed.dotted}; keep one"
         )

@@ -50,7 +50,7 @@ class PlacedSetting:
 
     dotted: str
     value: Any
-    given: GivenSetting
+    setting: GivenSetting
     part: str = ""  # of a setting that is a map, the one entry that is given: ``data.local.NAME``
 
 
