@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,32 @@ def test_a_constant_mixture_made_twice(
     assert run_lorry("moe", file, "router.kind=token", "router.train.max_steps=1") == 0
     assert (tmp_path / "mix" / "previous" / "2" / "router" / "router.json").is_file()
     assert json.loads((tmp_path / "mix" / "router" / "router.json").read_text())["kind"] == "token"
+
+
+def test_a_trained_router_makes_room_for_one_that_is_not(base: Path, tmp_path: Path) -> None:
+    """Its run moves whole: what stays behind would tell of the router that is gone. Also one that was
+    stopped, of which nothing but its checkpoints is there."""
+    rows = write_rows(tmp_path / "a.jsonl", PEOPLE[:2])
+    experts = f"[{{name: one, data: {rows}}}, {{name: two, data: {rows}, seed: 5}}]"
+    file, mix = write_description(tmp_path, base, experts), tmp_path / "mix"
+    assert run_lorry("moe", file) == 0
+    of_run = {path.name for path in mix.iterdir()} - {"experts", "stages.json"}
+    assert {"run.yaml", "receipt.json", "README.md", "metrics.jsonl", "checkpoints"} <= of_run
+    write_description(tmp_path, base, experts, kind="uniform")
+    for number in (1, 2):
+        assert run_lorry("moe", file) == 0
+        kept = {path.name for path in (mix / "previous" / str(number)).iterdir()}
+        assert kept >= (of_run if number == 1 else {"run.yaml", "checkpoints"})
+        model, _ = lorry.load(mix)
+        assert get_bank(model).active == Mix.constants({"one": 0.5, "two": 0.5})
+        left = {"experts", "previous", "stages.json", "one", "two", "router"}
+        assert {p.name for p in mix.iterdir() if "token" not in p.name} <= left | {
+            "chat_template.jinja"
+        }
+        if number == 2:
+            break
+        shutil.copytree(mix / "previous" / "1" / "checkpoints", mix / "checkpoints")
+        shutil.copy(mix / "previous" / "1" / "run.yaml", mix)
 
 
 def test_a_folder_that_is_not_ours_is_refused(

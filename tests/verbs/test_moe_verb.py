@@ -256,6 +256,33 @@ def test_a_router_of_other_experts_is_refused(
         lorry.load(run)
 
 
+def spare_adapter(run: Path) -> None:
+    shutil.copytree(run / "two", run / "three")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (change_router(gates=None), "gates has no number but 0"),
+        (change_router(gates={}), "gates has no number but 0"),
+        (change_router(kind="fixed", gates={"one": 0.0, "two": 0}), "gates has no number but 0"),
+        (change_router(gates={"three": 1.0}), "gates has 'three': 1.0"),
+        (change_router(level="expert"), "token at expert"),
+        (spare_adapter, "three is an adapter that the router does not know"),
+    ],
+)
+def test_constant_gates_that_say_nothing_are_refused(
+    damage: Callable[[Path], None], words: str, mixture: Path, tmp_path: Path
+) -> None:
+    """Without gates the mix has no term: the base answered in silence."""
+    run = copied(mixture, tmp_path / "mix")
+    change_router(kind="uniform", gates={"one": 0.5, "two": 0.5})(run)
+    (run / "router" / "router.safetensors").unlink()
+    damage(run)
+    with pytest.raises(ModelError, match=words):
+        lorry.load(run)
+
+
 def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: Path) -> None:
     """Nothing trains: the sum of the experts, half each, is what a plain forward has."""
     experts = ", ".join(f"{{name: {n}, adapter: {mixture / n}}}" for n in ("one", "two"))
@@ -440,6 +467,7 @@ def test_gates_of_experts_that_are_not_there() -> None:
         (["router.top_k=1"], "no gradient"),
         (["router.top_k=3"], "there are 2 experts"),
         (["router.kind=fixed"], "router.gates={EXPERT: g} is for router.kind=fixed"),
+        (["router={kind: fixed, gates: {one: 0, two: 0.0}}"], "router.gates are all 0"),
         (["lora.target_modules=all-linear", "max_steps=1"], "router.input=mlp does not gate"),
         (["experts=[{name: one, data: a.jsonl}]"], "at least two"),
         (["experts=[{name: router, data: a.jsonl}, {name: b, data: a.jsonl}]"], "router"),

@@ -156,9 +156,10 @@ def load_router(
     verify_experts(folder, record, experts)
     if record.base_digest != base_digest(model):
         raise ModelError(f"{file}: the mixture was trained on other base weights than this model's")
-    if record.kind in CONSTANT_KINDS and record.level == "delta":
-        return _constant_mix(file, record)
-    if record.kind not in MAKERS or (record.level == "expert" and record.kind != "token"):
+    constant = record.kind in CONSTANT_KINDS and record.level == "delta"
+    if (record.kind not in MAKERS and not constant) or (
+        record.level == "expert" and record.kind != "token"
+    ):
         raise ModelError(
             f"{file}: a router of kind {record.kind!r} at level {record.level!r}; known are "
             f"{', '.join((*MAKERS, *CONSTANT_KINDS))} at delta, token at expert"
@@ -180,6 +181,8 @@ def load_router(
         raise ModelError(
             f"{folder / extra[0]} is an adapter that the router does not know; its experts are {', '.join(names)}"
         )
+    if constant:
+        return _constant_mix(file, record)
     try:
         router = MAKERS[record.kind](model, names, record)
     except ConfigError as error:
@@ -280,6 +283,12 @@ MAKERS: dict[str, Callable[[nn.Module, Sequence[str], RouterRecord], MixtureRout
 
 def _constant_mix(file: Path, record: RouterRecord) -> Mix:
     gates, names = record.gates or {}, [expert.name for expert in record.experts]
+    if not any(gates.values()):
+        # without a term the mix is the base, which nobody asked for
+        raise ModelError(
+            f"{file}: gates has no number but 0; a router of kind {record.kind!r} needs one for each "
+            f"of {', '.join(names)}"
+        )
     for name, gate in gates.items():
         if name not in names or not math.isfinite(gate):
             raise ModelError(

@@ -38,7 +38,13 @@ from lorry.verbs.moe_outputs import (
     write_export,
     write_moe,
 )
-from lorry.verbs.moe_stages import Stages, adapter_inputs, clear_constant_mixture, row_inputs
+from lorry.verbs.moe_stages import (
+    Stages,
+    adapter_inputs,
+    clear_constant_mixture,
+    clear_router_run,
+    row_inputs,
+)
 
 LOG = "train.log"  # of a workspace: what its stages said
 
@@ -117,6 +123,7 @@ def make_mixture(
         clear_constant_mixture(output)
         stages.train("router", router, (expert.data for expert in router.experts), experts)
         return
+    clear_router_run(output, folders)
     own = runs_by_adapter(run)
     reads = [own[name].data for name in folders] if ROUTER_KINDS[run.router.kind].needs_rows else []
     stages.write(

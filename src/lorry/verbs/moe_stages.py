@@ -217,6 +217,22 @@ def clear_constant_mixture(folder: Path) -> None:
     print_note(f"{folder} held a mixture; it is in {ownership.move_to_previous(folder, there)} now")
 
 
+def clear_router_run(folder: Path, experts: Iterable[str]) -> None:
+    """Move a router's run to FOLDER/previous/N, whole, before a mixture is written that no run trains:
+    its description, card and receipt would go on telling of a router that is there no more. Raises
+    ConfigError for a place that is somebody else's, DiskError."""
+    from lorry.train.start import archive_previous_run, claim_output_dir
+
+    if not ownership.is_run(folder):
+        return
+    described = ownership.run_description_of(folder)
+    if described and "experts" not in described:
+        raise ConfigError(f"{folder} holds a run of its own; give another output_dir")
+    claim_output_dir(folder, experts)
+    if (aside := archive_previous_run(folder, going_on=False)) is not None:
+        print_note(f"{folder} held a run; it is in {aside} now")
+
+
 def _settings_digest(run: RunConfig) -> str:
     """Of a run's description, resuming aside."""
     lines = dump_settings(run).splitlines()

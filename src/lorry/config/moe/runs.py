@@ -153,6 +153,8 @@ class RouterConfig(SettingsGroup):
     def _settings_of_the_kind(self) -> RouterConfig:
         if (self.kind == "fixed") != bool(self.gates):
             raise ValueError("router.gates={EXPERT: g} is for router.kind=fixed, which needs it")
+        if self.gates and not any(self.gates.values()):
+            raise ValueError("router.gates are all 0, which leaves the base as it is; give another")
         if "train" not in ROUTER_KINDS[self.kind].reads and self.train:
             raise ValueError(f"router.train: kind={self.kind} trains nothing; leave it out")
         unread = [name for name in KIND_FIELDS if name not in ROUTER_KINDS[self.kind].reads]
