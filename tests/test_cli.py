@@ -155,7 +155,9 @@ def test_verb_help_shows_every_setting_with_its_default_and_help(
 @pytest.mark.parametrize("name", [v.name for v in cli.VERBS])
 def test_every_verb_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "-h"]) == 0
-    assert capsys.readouterr().out.startswith(f"Usage: lorry {name} ")
+    page = capsys.readouterr().out
+    assert page.startswith(f"Usage: lorry {name} [CONFIG.yaml] ")
+    assert "  " not in page.splitlines()[0]
 
 
 def test_a_verb_gets_its_settings(
@@ -261,6 +263,12 @@ def test_colour_on_a_terminal_only(
         ),
         (["sft", "no.yaml"], "error: no.yaml: cannot be read (No such file or directory)\n"),
         (["merge"], "error: run is missing; give run=...\n"),
+        (["unlearn"], "error: unlearn.forget is missing; give forget=FILE and retain=FILE\n"),
+        (["attack"], "error: attack is missing; give attack=relearn, quantize or rephrase\n"),
+        (
+            ["export", "runs/a"],
+            "error: to is missing; give to=hf, dense, peft, gguf, gguf-lora or hf-moe\n",
+        ),
         (
             ["export", "runs/a", "to=safetensors"],
             "error: to=safetensors: to: got 'safetensors'; give one of hf, dense, peft, gguf, gguf-lora, hf-moe\n",

@@ -134,7 +134,7 @@ VERBS = (
         "export",
         "ExportSettings",
         "RUN to=FORMAT",
-        "write a run in another library's format: hf, peft",
+        "write a run for other software: hf, peft, gguf; a mixture as hf-moe or dense",
         "Ship",
     ),
     CliVerb("push", "PushSettings", "RUN", "upload a run, with its model card, to the hub", "Ship"),
@@ -277,11 +277,9 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     if "--help" in args or "-h" in args:
         from lorry.config.guide import format_help
 
-        print(
-            format_help(
-                schema, f"lorry {verb.name} [CONFIG.yaml] {verb.words} [key=value ...]", verb.line
-            )
-        )
+        words = f" {verb.words}" if verb.words else ""
+        usage = f"lorry {verb.name} [CONFIG.yaml]{words} [key=value ...]"
+        print(format_help(schema, usage, verb.line))
         return 0
     # a switch of every verb, so it is no field of their schemas
     dump_only = "--dump-config" in args

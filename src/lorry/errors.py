@@ -117,8 +117,9 @@ def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for behind an unknown name, or an empty string when nothing is
     close. In brackets, so that whatever punctuation the sentence goes on with stands alone."""
     # 0.6 is difflib's own: two slips in a name of six letters
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    by_lower = {name.lower(): name for name in known}  # `npoo` is as near to `NPO` as `NPOO` is
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 def shortlist_names(names: Iterable[str], most: int = 12, longest: int = 80) -> str:

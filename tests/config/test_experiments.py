@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorry import cli, config
 from lorry.config import EvalSettings, RunConfig, UnlearnRunConfig, parse_settings
+from lorry.config.guide import format_help
 from lorry.config.parsing.experiments import SHIPPED_EXPERIMENTS, VERB_OF_KIND, experiment_names
 from lorry.config.parsing.open_unlearning import verb_of_launcher
 from lorry.errors import ConfigError
@@ -227,7 +228,9 @@ def test_other_words_are_no_launcher() -> None:
         (RunConfig, "data=x forget=y", "a setting of lorry unlearn"),
         (RunConfig, "data=x trainer=NPO", "a setting of lorry unlearn"),
         (UnlearnRunConfig, "experiment=unlearn/tofu/lora trainer=NPOO", "did you mean 'NPO'"),
+        (UnlearnRunConfig, "forget=a retain=b method=npoo", "did you mean 'NPO'"),
         (UnlearnRunConfig, "experiment=unlearn/tofu/lora forget_split=a/../b", "is a name"),
+        (config.PlanSettings, "experiment=eval/tofu/default", "an experiment of `lorry eval`"),
         (UnlearnRunConfig, "experiment=unlearn/tofu/lora trainer.args.lrr=1", "unknown setting 'lrr'"),
         (UnlearnRunConfig, "experiment=unlearn/tofu/lora trainer=NPO method=RMU", "keep one"),
         (UnlearnRunConfig, "experiment=unlearn/tofu/lora data_split=News", "experiments"),
@@ -391,3 +394,18 @@ def test_wmdp_runs_and_trains_what_it_says(tmp_path: Path) -> None:
     assert changed == {f"model.layers.{n}.mlp.down_proj.weight" for n in (5, 6, 7)}
     names = trained("unlearn/wmdp/lora", "r=2")
     assert {name.split("layers.")[1].split(".")[0] for name in names} == {str(n) for n in range(8)}
+
+
+def test_plan_takes_the_experiments_of_the_verbs_it_plans() -> None:
+    """By the experiment alone: no other word says that the run would unlearn."""
+    words = ["experiment=unlearn/tofu/lora", "forget_split=forget05"]
+    planned = parse_settings(config.PlanSettings, words, print)
+    run = parse_settings(UnlearnRunConfig, words, print)
+    assert isinstance(planned, UnlearnRunConfig)
+    assert planned.unlearn == run.unlearn
+    assert planned.lora == run.lora
+    plain = parse_settings(config.PlanSettings, ["experiment=finetune/tofu/lora"], print)
+    assert not isinstance(plain, UnlearnRunConfig)
+    page = format_help(config.PlanSettings, "lorry plan", "")
+    assert "unlearn/tofu/lora" in page
+    assert "finetune/tofu/lora" in page

@@ -37,8 +37,9 @@ def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
             f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else "")
         )
         page += [*_help_rows(inner.model_fields, width), ""]
-    if kind := getattr(schema, "experiment_kind", ""):
-        listed = ", ".join(experiment_names(kind))
+    verbs = (schema, *getattr(schema, "other_tasks", ()))
+    kinds = dict.fromkeys(getattr(one, "experiment_kind", "") for one in verbs)
+    if listed := ", ".join(name for kind in kinds if kind for name in experiment_names(kind)):
         text = (
             "experiment=NAME loads the settings of a published experiment; settings "
             f"that you give override them: {listed}"

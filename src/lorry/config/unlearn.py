@@ -374,6 +374,9 @@ class UnlearnRunConfig(RunConfig):
         forget = own.get("forget")
         if forget is None and data.get("path") is not None:
             raise ValueError("an unlearning run reads forget=FILE (and retain=FILE), not data=FILE")
+        if forget is None:
+            # without this the rows of `data` would be asked for, which are the same
+            raise ValueError("unlearn.forget is missing; give forget=FILE and retain=FILE")
         if data.get("mix"):
             raise ValueError("data.mix: an unlearning run reads forget=FILE and retain=FILE")
         if data.get("path") not in (None, forget):

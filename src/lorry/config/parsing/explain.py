@@ -47,8 +47,7 @@ def _error_sentence(item: ErrorDetails, dotted: str, names: SchemaNames) -> str:
         message = str(item["ctx"]["error"])
         return f"{dotted}: {message}" if dotted in names.fields else message
     if item["type"] == "missing":
-        main = names.candidates(dotted)[0]
-        return f"{main} is missing; give {main if dotted in names.fields and '.' not in dotted else main.partition('.')[0]}=..."
+        return _missing_sentence(dotted, names)
     if dotted not in names.fields:
         return f"{dotted}: got {show_value(item['input'])}; give settings of this group, such as {dotted}.{_first_field(names, dotted)}"
     field = names.fields[dotted]
@@ -58,6 +57,24 @@ def _error_sentence(item: ErrorDetails, dotted: str, names: SchemaNames) -> str:
     return f"{dotted}: got {show_value(item['input'])}; give {describe_allowed(field)}{_nearest_choice(item['input'], field)}"
 
 
+def _missing_sentence(dotted: str, names: SchemaNames) -> str:
+    """Of a group that is missing as a whole: its first setting without a default, which is not
+    always the main one. A setting with a few values is asked for by them.
+    """
+    inner = [
+        name
+        for name, field in names.fields.items()
+        if name.startswith(f"{dotted}.") and field.is_required()
+    ]
+    main = inner[0] if inner else names.candidates(dotted)[0]
+    group, _, leaf = main.rpartition(".")
+    # a group's main setting is given under the group's name: data=FILE
+    word = group if group and names.candidates(group) == [main] else leaf
+    *others, last = [str(choice) for choice in _choices(names.fields[main])] or ["..."]
+    values = f"{', '.join(others)} or {last}" if others else last
+    return f"{main} is missing; give {word}={values}"
+
+
 def _first_field(names: SchemaNames, group: str) -> str:
     return next(dotted for dotted in names.fields if dotted.startswith(f"{group}.")).rpartition(
         "."
@@ -65,10 +82,13 @@ def _first_field(names: SchemaNames, group: str) -> str:
 
 
 def _nearest_choice(value: Any, field: FieldInfo) -> str:
-    choices = [
+    return suggest_nearest(value[:80], _choices(field)) if isinstance(value, str) else ""
+
+
+def _choices(field: FieldInfo) -> list[Any]:
+    return [
         choice
         for kind in union_members(field.annotation)
         if get_origin(kind) is Literal
         for choice in get_args(kind)
     ]
-    return suggest_nearest(value[:80], choices) if isinstance(value, str) else ""

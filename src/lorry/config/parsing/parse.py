@@ -24,7 +24,7 @@ from lorry.config.jobs import (
     set_in_tree,
 )
 from lorry.config.parsing.argv import read_argv
-from lorry.config.parsing.experiments import take_experiment
+from lorry.config.parsing.experiments import EXPERIMENT, take_experiment
 from lorry.config.parsing.explain import explain_validation
 from lorry.config.parsing.files import DescriptionFile, read_description_file, write_yaml
 from lorry.config.parsing.names import SchemaNames, schema_names
@@ -78,8 +78,9 @@ def build_settings(
 
 def _schema_of_task(schema: type[Schema], argv: Sequence[str]) -> type[Schema]:
     """The schema, or that of its ``other_tasks`` which alone knows a setting that is given: `lorry
-    plan` reads the settings of several verbs. A name that marks a task decides before one that it
-    knows, since another project's file has names of both.
+    plan` reads the settings of several verbs. An experiment decides first, by the verb that it is
+    of; a name that marks a task decides before one that it knows, since another project's file has
+    names of both.
     """
     keys_by_task = dict[type[Schema], list[str]]()
     for other in getattr(schema, "other_tasks", ()):
@@ -87,9 +88,16 @@ def _schema_of_task(schema: type[Schema], argv: Sequence[str]) -> type[Schema]:
             config, settings = read_argv(other, argv)
         except ConfigError:
             continue  # told when the words are read for what they are meant to be
-        keys_by_task[other] = [setting.key for setting in settings]
+        values = [(setting.key, setting.value) for setting in settings]
         if config is not None:
-            keys_by_task[other] += read_description_file(config).values
+            values += read_description_file(config).values.items()
+        keys_by_task[other] = [key for key, _ in values]
+        experiments = [str(value) for key, value in values if key == EXPERIMENT]
+        kind = _experiment_kind(other)
+        if kind != _experiment_kind(schema) and any(
+            name.startswith(f"{kind}/") for name in experiments
+        ):
+            return other
     for other, keys in keys_by_task.items():
         if set(getattr(other, "task_marks", ())) & set(keys):
             return other
