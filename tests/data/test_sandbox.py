@@ -465,7 +465,7 @@ def test_renders_as_transformers_does(
     expected = tokenizer.apply_chat_template(
         messages, chat_template=RICH, tokenize=False, add_generation_prompt=add_generation_prompt
     )
-    template = ChatTemplate.made(RICH, tokenizer)
+    template = ChatTemplate.from_source(RICH, tokenizer)
     assert template.render(chat, add_generation_prompt=add_generation_prompt).text == expected
 
 

@@ -55,7 +55,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     ) as e:
         stopped.run()
     assert e.value.exit_code == 6
-    assert stopped.checks.found[7].status == "failed"
+    assert stopped.checks.results[7].status == "failed"
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     newest = checkpoint.find_latest_checkpoint(tmp_path)
     assert newest is not None

@@ -94,7 +94,7 @@ def measure(folder: Path) -> list[str]:
     store = SuiteResults(
         folder / "evals", "TOFU", digests, "m" * 64, {name: {} for name in METRICS}
     )
-    kept = [name for name in METRICS if store.kept(name) is not None]
+    kept = [name for name in METRICS if store.saved_record(name) is not None]
     for number, name in enumerate(METRICS):
         if name not in kept:
             store.add(name, {"agg_value": number / 4, "value_by_index": {"0": {"prob": 0.5}}})

@@ -84,21 +84,21 @@ class _NameLimit:
     """The first ``most`` names of a kind, and how many different ones came beside them."""
 
     def __init__(self, most: int, *always: str) -> None:
-        self.most, self.kept, self.left_out = most, set(always), set[int]()
+        self.most, self.names, self.left_out = most, set(always), set[int]()
 
     def keep(self, values: dict[str, Any]) -> dict[str, Any]:
         """The values of the names that are shown."""
         # nothing new in nearly every line: it is passed on without a copy
-        new = values.keys() - self.kept
+        new = values.keys() - self.names
         if not new:
             return values
         for name in (name for name in values if name in new):
-            if len(name) <= LONGEST_NAME and len(self.kept) < self.most:
-                self.kept.add(name)
+            if len(name) <= LONGEST_NAME and len(self.names) < self.most:
+                self.names.add(name)
             else:
                 # hashes: millions of long names are possible, and only their number is told
                 self.left_out.add(hash(name))
-        return {name: value for name, value in values.items() if name in self.kept}
+        return {name: value for name, value in values.items() if name in self.names}
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -141,10 +141,10 @@ def read_metrics(path: Path) -> MetricsLog:
                 )
             last = step
         log.records.append(record)
-    for what, shown in (("values", names), ("adapters", adapters)):
-        if shown.left_out:
+    for what, limit in (("values", names), ("adapters", adapters)):
+        if limit.left_out:
             log.notes.append(
-                f"{path.name}: {len(shown.left_out)} {what} are not shown (a report shows "
-                f"{shown.most}, with names of at most {LONGEST_NAME} characters)"
+                f"{path.name}: {len(limit.left_out)} {what} are not shown (a report shows "
+                f"{limit.most}, with names of at most {LONGEST_NAME} characters)"
             )
     return log

@@ -82,7 +82,7 @@ class ContractChecks:
     """
 
     def __init__(self) -> None:
-        self.found: dict[int, ContractResult] = {}
+        self.results: dict[int, ContractResult] = {}
         self._silent: dict[str, set[str]] = {}
         self._proof: dict[str, int] = {}
         self._moved: dict[str, int] = {}
@@ -92,15 +92,15 @@ class ContractChecks:
 
     def held(self, number: int, detail: str) -> None:
         """Record that a contract held."""
-        self.found[number] = ContractResult(number, CONTRACT_NAMES[number], "held", detail)
+        self.results[number] = ContractResult(number, CONTRACT_NAMES[number], "held", detail)
 
     def skipped(self, number: int, why: str) -> None:
         """Record that there was nothing to check."""
-        self.found[number] = ContractResult(number, CONTRACT_NAMES[number], "not_checked", why)
+        self.results[number] = ContractResult(number, CONTRACT_NAMES[number], "not_checked", why)
 
     def fail(self, number: int, detail: str) -> ContractError:
         """Record a broken contract and return the error to raise."""
-        self.found[number] = ContractResult(number, CONTRACT_NAMES[number], "failed", detail)
+        self.results[number] = ContractResult(number, CONTRACT_NAMES[number], "failed", detail)
         return ContractError(f"contract {number} broken ({CONTRACT_NAMES[number]}): {detail}")
 
     def report(self) -> list[dict[str, Any]]:
@@ -110,9 +110,9 @@ class ContractChecks:
                 n, CONTRACT_NAMES[n], "not_checked", "the run ended before this check"
             )
             for n in CONTRACT_NAMES
-            if n not in self.found
+            if n not in self.results
         }
-        return [asdict(c) for _, c in sorted({**self.found, **missing}.items())]
+        return [asdict(c) for _, c in sorted({**self.results, **missing}.items())]
 
     # --- before the first step
 
@@ -147,7 +147,7 @@ class ContractChecks:
         """What a checkpoint keeps, so that a resumed run reports what one never stopped would:
         JSON.
         """
-        findings = [asdict(c) for c in self.found.values()]
+        findings = [asdict(c) for c in self.results.values()]
         silent = {name: sorted(s) for name, s in self._silent.items()}
         return {
             "found": findings,
@@ -163,7 +163,7 @@ class ContractChecks:
         if unknown := [c.id for c in checked.found if c.id not in CONTRACT_NAMES]:
             raise ModelError(f"checks.found: there is no contract {unknown[0]}")
         self._start = _parameter_fingerprints(backend)
-        self.found = {c.id: c for c in checked.found}
+        self.results = {c.id: c for c in checked.found}
         self._silent = {name: set(modules) for name, modules in checked.silent.items()}
         self._proof, self._moved = dict(checked.proof), dict(checked.moved)
 

@@ -163,7 +163,7 @@ class TrainingEngine:
         self.epochs = {job.name: job.epoch_of(step) for job in active}
         batches = self._batches(step, active)
         # once in a run's life: what a checkpoint's checks found is not checked again after resuming
-        if 4 not in self.checks.found:
+        if 4 not in self.checks.results:
             self.checks.first_batches(
                 self.backend,
                 batches,

@@ -107,7 +107,7 @@ def measure_side(
     )
     results = evaluation.open_results(suite_model, folder)
     names = evaluation.names
-    done = [name for name in names if results.kept(name) is not None]
+    done = [name for name in names if results.saved_record(name) is not None]
     if done:
         print_note(f"{len(done)} of {len(names)} metrics were measured before: {', '.join(done)}")
     with VisibleConsole(stderr=True).status("evaluating") as status:

@@ -115,7 +115,7 @@ class ExampleEncoder:
             "eos_token": tokenizer.eos_token or "",
         }
         self.has_template = own is not None
-        self.template = own or ChatTemplate.made(PLAIN_TEMPLATE, tokenizer, opening)
+        self.template = own or ChatTemplate.from_source(PLAIN_TEMPLATE, tokenizer, opening)
         self._end_of_turn = (
             self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
         )

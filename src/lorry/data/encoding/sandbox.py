@@ -185,11 +185,11 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def concat_checked(self, *parts: Any) -> str:
         """The ``~`` operator."""
-        return str(self.budget.made(self._join(parts, "")))
+        return str(self.budget.charge(self._join(parts, "")))
 
     def slice_checked(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
         """``value[start:stop:step]``."""
-        return self.budget.made(value[start:stop:step])
+        return self.budget.charge(value[start:stop:step])
 
     def compared(self, value: Any) -> Any:
         """An operand of a comparison or of ``in``, or a key of a dictionary."""
@@ -215,7 +215,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str | int | float | bytes | list | dict | tuple):
             self.budget.read(owner)
             args = self._measured(owner, obj.__name__, args, kwargs)
-            return self.budget.made(super().call(context, obj, *args, **kwargs), anew=True)
+            return self.budget.charge(super().call(context, obj, *args, **kwargs), anew=True)
         if isinstance(owner, LoopContext):  # loop.changed compares
             for value in args:
                 self.budget.compare(value)
@@ -229,15 +229,15 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             and type(right) is str
             and len(left) + len(right) <= budget.room
         ):
-            return budget.made(left + right)  # nearly every operation of a real template
+            return budget.charge(left + right)  # nearly every operation of a real template
         if operator == "%" and isinstance(left, str):
-            return budget.made(self._percent(left, right))
+            return budget.charge(self._percent(left, right))
         if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             budget.afford(len(left) + len(right))
         if operator in ("*", "**"):
             self._afford_product(operator, left, right)
         budget.work()
-        return budget.made(super().call_binop(context, operator, left, right))
+        return budget.charge(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """``str.format``, which the sandbox replaces where it is looked up, with its sizes checked."""
@@ -247,7 +247,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
         def measured(*args: Any, **kwargs: Any) -> str:
             self._afford_format(value.__self__, "{", (*args, *kwargs.values()))
-            return str(self.budget.made(safe(*args, **kwargs)))
+            return str(self.budget.charge(safe(*args, **kwargs)))
 
         return measured
 
@@ -280,7 +280,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
                 raise RenderBudgetError(
                     f"it uses the filter {name} with numbers larger than any chat needs"
                 )
-            return self.budget.made(function(*args, **kwargs), anew=True)
+            return self.budget.charge(function(*args, **kwargs), anew=True)
 
         return counted
 
@@ -306,7 +306,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def _dict(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         pairs = [value if isinstance(value, Mapping) else [*value] for value in args]
         self.budget.weigh(pairs)  # a key is hashed, and a tuple of tuples of tuples takes for ever
-        return dict(self.budget.made(dict(*pairs, **kwargs), anew=True))
+        return dict(self.budget.charge(dict(*pairs, **kwargs), anew=True))
 
     def _sum(
         self, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0
@@ -319,7 +319,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             value = pick(item)
             if not isinstance(total, int | float) or not isinstance(value, int | float):
                 raise TypeError(f"sum adds numbers, got {type(value).__name__}")
-            total = self.budget.made(total + value)
+            total = self.budget.charge(total + value)
         return total
 
     def _join(self, value: Any, d: str = "", attribute: str | int | None = None) -> str:

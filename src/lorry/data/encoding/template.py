@@ -102,10 +102,10 @@ class ChatTemplate:
         if isinstance(source, Mapping):
             # Hugging Face keeps several templates by name, the first one for lack of a "default"
             source = source.get("default") or next(iter(source.values()))
-        return cls.made(source, tokenizer, variables) if source else None
+        return cls.from_source(source, tokenizer, variables) if source else None
 
     @classmethod
-    def made(
+    def from_source(
         cls, source: str, tokenizer: Any, variables: Mapping[str, Any] | None = None
     ) -> ChatTemplate:
         """A template of this source with the tokenizer's special tokens as variables."""

@@ -3,7 +3,7 @@ spend, and a clock.
 
     budget.open(size=characters_of_the_messages)
     budget.work(3)          # three steps, see below
-    budget.made(value)      # a value was built: its bytes count until the rendering ends
+    budget.charge(value)    # a value was built: its bytes count until the rendering ends
     budget.compare(value)   # before it is compared, searched or hashed
 
 A **step** is about ten microseconds of this process or less: one round of a loop, one call, 64
@@ -79,7 +79,7 @@ class RenderBudget:
         else:
             self.work(len(value) // ITEMS_PER_STEP if hasattr(value, "__len__") else 1)
 
-    def made(self, value: Any, *, anew: bool = False) -> Any:
+    def charge(self, value: Any, *, anew: bool = False) -> Any:
         """Count the bytes of a value that an operation has built; ``anew``: its elements as well.
         Gives the value back.
         """

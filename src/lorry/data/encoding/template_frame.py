@@ -168,12 +168,12 @@ def _require_no_symbol(value: Any) -> Any:
 
 
 class FrameSandbox(TemplateSandbox):
-    """The sandbox in which a symbol may only be joined, stripped and printed. ``made``: joined and
+    """The sandbox in which a symbol may only be joined, stripped and printed. ``count``: joined and
     stripped symbols; ``longest``: characters of the longest; ``most``: symbols in one of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made, self.longest, self.most = 0, 0, 0
+        self.count, self.longest, self.most = 0, 0, 0
         self.tests = {
             name: test if name in TYPE_TESTS else self._blind(cast(Callable[..., Any], test))
             for name, test in self.tests.items()
@@ -181,7 +181,7 @@ class FrameSandbox(TemplateSandbox):
 
     def symbol(self, text: str) -> SymbolicText:
         """A new text with symbols, counted."""
-        self.made += 1
+        self.count += 1
         self.longest, self.most = (
             max(self.longest, len(text)),
             max(self.most, len(SYMBOL_CHARACTER.findall(text))),
@@ -354,7 +354,7 @@ def find_template_frame(
         for part in re.split(f"({SYMBOL_CHARACTER.pattern})", text)
     ]
     numbers = sum(isinstance(part, int) for part in parts)
-    work = sandbox.budget.steps + sandbox.made + len(parts)
+    work = sandbox.budget.steps + sandbox.count + len(parts)
     return TemplateFrame(
         tuple(parts), work, max(sandbox.longest, len(text)), max(sandbox.most, numbers)
     )

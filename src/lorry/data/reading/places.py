@@ -182,7 +182,7 @@ class NumberedItem:
     item: NamedSetItem
     number: int
     where: str
-    found: DataExample
+    example: DataExample
 
 
 def read_items(

@@ -143,14 +143,14 @@ def _read_set(
     # counted while rows are read, which happens inside of encode_rows
     shortened = 0
 
-    def found() -> Iterator[DataExample]:
+    def examples() -> Iterator[DataExample]:
         nonlocal shortened
         for numbered in read_items(named_set, source, template=template, seed=seed):
             shortened += numbered.item.shortened
-            yield numbered.found
+            yield numbered.example
 
     token_set = TokenSet.of(
-        report_progress(encode_rows(found(), source, encoder), named_set.name, encoder.tell),
+        report_progress(encode_rows(examples(), source, encoder), named_set.name, encoder.tell),
         source,
         encoder,
         role=named_set.name,

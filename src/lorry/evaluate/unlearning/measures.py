@@ -191,8 +191,8 @@ def _min_k_plus_plus(scores: AnswerScores, text: str) -> float:
 
 
 ATTACK_SCORES: dict[str, RowScore] = {
-    "mia_loss": lambda one, text: membership.loss_score(one.log_probs),
-    "mia_zlib": lambda one, text: membership.zlib_score(one.log_probs, text),
+    "mia_loss": lambda scores, text: membership.loss_score(scores.log_probs),
+    "mia_zlib": lambda scores, text: membership.zlib_score(scores.log_probs, text),
     "mia_min_k": _min_k,
     "mia_min_k_plus_plus": _min_k_plus_plus,
 }

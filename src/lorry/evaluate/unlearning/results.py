@@ -1,7 +1,7 @@
 """A suite's two files: TOFU_EVAL.json, every metric with its rows, and TOFU_SUMMARY.json, its values.
 
     store = SuiteResults.open(folder, "TOFU", {"model_utility": "9f..."})
-    store.kept("model_utility")     # its record, if it was measured of the same things before
+    store.saved_record("model_utility")  # its record, if it was measured of the same things before
 
 Both are open-unlearning's files, readable by its tools; each record of ours also has ``digest``, a
 SHA-256 of all its value hangs on (the model's weights, rows, settings, the oracle's logs), ``model``
@@ -86,7 +86,7 @@ class SuiteResults:
             raise DataError(f"{path}: a metric is not an object; the file is damaged, move it away")
         return records
 
-    def kept(self, name: str) -> MetricRecord | None:
+    def saved_record(self, name: str) -> MetricRecord | None:
         """A metric's record where it was measured of the very same things, else None."""
         record = self.records.get(name)
         return record if record is not None and record.get("digest") == self.digests[name] else None

@@ -133,7 +133,7 @@ class Suite:
 class RecordStore(Protocol):
     """Where records are kept from an earlier time, and written as soon as they are there."""
 
-    def kept(self, name: str) -> MetricRecord | None: ...
+    def saved_record(self, name: str) -> MetricRecord | None: ...
     def add(self, name: str, record: MetricRecord) -> None: ...
 
 
@@ -151,7 +151,9 @@ def measure_suite(
     NonFiniteError, ModelError; what was finished before stays in the store.
     """
     records: dict[str, MetricRecord] = {}
-    saved_records = {name: store.kept(name) if store is not None else None for name in names}
+    saved_records = {
+        name: store.saved_record(name) if store is not None else None for name in names
+    }
     # only of what is still to be measured: a suite that goes on scores nothing for nobody
     due = [name for name in names if saved_records[name] is None]
     scored = (name for name in due if not suite.metrics[name].generates)

@@ -88,9 +88,9 @@ TOFU_METRICS: dict[str, SuiteMetric] = {
         measures.measure_forget_quality, ("forget_truth_ratio",), needs_logs=True, reads_logs=True
     ),
     **{
-        name: one
+        name: metric
         for role in ("forget", "retain", "ra", "wf")
-        for name, one in _role_metrics(role).items()
+        for name, metric in _role_metrics(role).items()
     },
     "forget_Q_A_PARA_ROUGE": role_metric(measure_rouge, "forget", PARAPHRASED, generates=True),
     "forget_Q_A_PERT_ROUGE": role_metric(measure_rouge, "forget", WRONG, generates=True),

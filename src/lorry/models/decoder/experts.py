@@ -107,18 +107,18 @@ class ExpertMlps:
         self.inputs = [normed.detach(), gates.detach()]
         if not save:
             with torch.no_grad():
-                self.made = self._run(block, call)
+                self.graph_output = self._run(block, call)
             return
         for leaf in self.inputs:
             leaf.requires_grad_()
         # the layer's node runs without a graph; this one is its own
         with torch.enable_grad():
-            self.made = self._run(block, call)
+            self.graph_output = self._run(block, call)
 
     @property
     def output(self) -> Tensor:
         """m [T,D], which may be overwritten."""
-        return self.made.detach()
+        return self.graph_output.detach()
 
     def _run(self, block: DecoderBlock, call: AdapterContext) -> Tensor:
         normed, gates = self.inputs
@@ -150,7 +150,7 @@ class ExpertMlps:
         # by identity: a term of several sequences has its masters in the list more than once
         params = list({id(m): m for m in wanted if m is not None}.values())
         dnormed, dgates, *rest = torch.autograd.grad(
-            self.made, [*self.inputs, *params], dy, allow_unused=True
+            self.graph_output, [*self.inputs, *params], dy, allow_unused=True
         )
         by_master = {id(m): g for m, g in zip(params, rest, strict=True)}
         grads = list[Tensor | None]()

@@ -157,21 +157,21 @@ def _top_k_kl_value(p_log: Tensor, q_log: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseScore:
-    """A score of whole rows of log p beside ``given(rows)``, [t,V] or [t]: an extra of the batch,
-    another head's product of one, or the targets. ``formula(log p, given)`` gives the value [t] and
+    """A score of whole rows of log p beside ``operand(rows)``, [t,V] or [t]: an extra of the batch,
+    another head's product of one, or the targets. ``formula(log p, operand)`` gives the value [t] and
     what forms its slope with respect to the logits [t,V], which may take the memory of log p.
     """
 
-    given: Callable[[VocabRows], Tensor]
+    operand: Callable[[VocabRows], Tensor]
     formula: Callable[[Tensor, Tensor], tuple[Tensor, Callable[[], Tensor]]]
 
     def __call__(self, logits: Tensor, rows: VocabRows) -> Tensor:
-        return self.formula(logits.log_softmax(1), self.given(rows))[0]
+        return self.formula(logits.log_softmax(1), self.operand(rows))[0]
 
     def with_slope(self, logits: Tensor, rows: VocabRows) -> tuple[Tensor, Tensor]:
         """(value [t], d value / d logits [t,V]); overwrites the logits."""
         logits.sub_(logits.logsumexp(1, keepdim=True))
-        value, slope = self.formula(logits, self.given(rows))
+        value, slope = self.formula(logits, self.operand(rows))
         return value, slope()
 
 

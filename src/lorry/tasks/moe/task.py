@@ -165,7 +165,7 @@ def condition_warnings(router: TokenRouter) -> list[str]:
     above = {s: c for s, c in gate_conditions(router).items() if c > MOST_CONDITION}
     if not above:
         return []
-    (layer, half), worst = max(above.items(), key=lambda one: one[1])
+    (layer, half), worst = max(above.items(), key=lambda site: site[1])
     return [
         f"{len(above)} of {len(router.weights)} gate matrices have a condition above {MOST_CONDITION:g} (layer {layer}, "
         f"{half}: {worst:.1f}): they tell some experts apart much worse than others"

@@ -70,18 +70,20 @@ class CachedReference:
 
     def __init__(self, mix: MixOf) -> None:
         self.live = LiveReference(mix)
-        self.said: dict[bytes, dict[str, Tensor]] = {}
+        self.scores: dict[bytes, dict[str, Tensor]] = {}
 
     def read(self, batch: Batch, wants: Mapping[str, Want], scorer: ScoringBackend) -> None:
         """Ask the start about a batch as `UnlearnMethod.prepare` made it."""
         read = self.live.attach(batch, wants, scorer)
         for (start, stop), digest in zip(batch.segments, _digests(batch), strict=True):
             # clone: a view would keep the whole batch's tensor in memory
-            self.said[digest] = {name: reference(read, name)[start:stop].clone() for name in wants}
+            self.scores[digest] = {
+                name: reference(read, name)[start:stop].clone() for name in wants
+            }
 
     def lacks(self, batch: Batch) -> bool:
         """Whether a sequence of the batch was not read yet."""
-        return any(digest not in self.said for digest in _digests(batch))
+        return any(digest not in self.scores for digest in _digests(batch))
 
     def attach(self, batch: Batch, wants: Mapping[str, Want], scorer: ScoringBackend) -> Batch:
         """The batch with what was kept. Raises DataError for a sequence that was not read: the start
@@ -89,7 +91,7 @@ class CachedReference:
         """
         if not wants:
             return batch
-        by_sequence = [self.said.get(digest) for digest in _digests(batch)]
+        by_sequence = [self.scores.get(digest) for digest in _digests(batch)]
         missing = [int(batch.key[s]) for s, scores in enumerate(by_sequence) if scores is None]
         if missing:
             raise DataError(

@@ -158,7 +158,7 @@ def tokens_per_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] |
     if len(timed) < MIN_TIMED_STEPS or sum(seconds for _, seconds in timed) < MIN_TIMED_SECONDS:
         return None
     # seconds per token, so that short steps are not taken for fast ones; half, rounded up
-    fastest = sorted(timed, key=lambda one: one[1] / one[0])[: -(-len(timed) // 2)]
+    fastest = sorted(timed, key=lambda step: step[1] / step[0])[: -(-len(timed) // 2)]
     return sum(tokens for tokens, _ in fastest) / sum(seconds for _, seconds in fastest), len(timed)
 
 
