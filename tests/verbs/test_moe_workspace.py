@@ -141,6 +141,20 @@ def test_an_expert_of_several_adapters_is_their_weighted_sum(
         assert (delta - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_the_report_of_a_workspace_has_its_one_trained_expert(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """It has a run in a folder of its name, also where experts are trained together."""
+    one = workspace / "work" / "experts" / "one"
+    work = tmp_path / "work"
+    experts = f"[{{name: one, adapter: {one}}}, {{name: fresh, data: {workspace / 'b.jsonl'}}}]"
+    words = [f"model={workspace / 'base'}", "dtype=float32", f"experts={experts}", "r=2"]
+    more = ["max_steps=1", "max_length=96", "layout=workspace", "router.kind=uniform"]
+    assert run_lorry("moe", *words, *more, f"output_dir={work}") == 0
+    assert (work / "experts" / "fresh" / "run.yaml").is_file()
+    assert "fresh" in (work / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -217,6 +231,30 @@ def test_rows_that_no_single_run_reads(other: dict[str, object], words: str) -> 
     run = finetuned({"name": "a", "data": "a.jsonl"}, {"name": "b", "data": "b.jsonl", **other})
     with pytest.raises(ConfigError, match=words):
         finetune_run(run)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"boolq": "a.jsonl"}, {"boolq": "b.jsonl"}),
+        ({"boolq.train": "a.jsonl"}, {"boolq": "b.jsonl"}),
+        # of the hub, and of a file under another spelling
+        ({}, {"google/boolq": "b.jsonl"}),
+    ],
+)
+def test_one_name_of_other_files_is_no_single_run(
+    first: dict[str, str], second: dict[str, str]
+) -> None:
+    """The rows of the first expert were left out in silence."""
+    experts = [
+        {"name": name, "data": {"mix": ["boolq"], "local": local}}
+        for name, local in (("a", first), ("b", second))
+    ]
+    with pytest.raises(ConfigError, match=r"data\.local is not the same for all"):
+        finetune_run(finetuned(*experts))
+    assert finetune_run(finetuned(experts[1], {**experts[1], "name": "c"})).data.mix == ["boolq"]
+    files = [{"name": name, "data": "a.jsonl"} for name in "ab"]
+    assert finetune_run(finetuned(*files)).data.path == ["a.jsonl"]
 
 
 def test_each_expert_ends_with_the_best_by_its_own_metric(

@@ -158,7 +158,7 @@ def write_workspace_report(run: MoeRunConfig) -> None:
     from lorry.report import write_report
 
     own = [run.folders.experts]
-    if not run.together:
+    if in_turn(run):
         own = [run.folders.experts / job.name for job in run.jobs]
     runs = [*own, run.folders.mixture, run.folders.moe_router, run.folders.finetuned]
     there = [folder for folder in runs if (folder / RUN_FILE).is_file()]

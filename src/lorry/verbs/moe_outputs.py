@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorry.config import build_settings
+from lorry.config.data import DataConfig
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.merge import MergeSettings
 from lorry.config.moe import MoeRunConfig
@@ -189,6 +190,8 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
 def joined_rows(run: MoeRunConfig) -> dict[str, Any]:
     """The rows of all experts as one run's data, read as theirs are; what is held out is the
     finetuning's to say. Raises ConfigError where they are read in more than one way."""
+    from lorry.data.stream.mixtures import training_locations
+
     own = [expert_run.data for expert_run in runs_by_adapter(run).values()]
     names = [name for data in own for name in data.mix]
     paths = [
@@ -203,14 +206,23 @@ def joined_rows(run: MoeRunConfig) -> dict[str, Any]:
     odd = next((key for other in others for key in first if other[key] != first[key]), "")
     if odd or (names and paths):
         what = f"data.{odd} is not the same for all" if odd else "some are named sets, others files"
-        raise ConfigError(
-            f"finetune: the experts' rows are read in several ways ({what}), which no single run does; finetune the "
-            f"export by itself: lorry sft lora=null model={run.folders.moe} data=..."
-        )
+        raise _read_apart(run, what)
     local = {key: value for data in own for key, value in data.local.items()}
     length = max(data.max_length for data in own)
-    rows = {"mix": list(dict.fromkeys(names))} if names else {"path": paths}
-    return {**first, **rows, "local": local, "max_length": length}
+    rows = {"mix": list(dict.fromkeys(names))} if names else {"path": list(dict.fromkeys(paths))}
+    joined = {**first, **rows, "local": local, "max_length": length}
+    # one name, other files: a run has one place for each set, and the other expert's rows would go
+    places = {place for data in own for place in training_locations(data)}
+    if set(training_locations(DataConfig.model_validate(joined))) != places:
+        raise _read_apart(run, "data.local is not the same for all")
+    return joined
+
+
+def _read_apart(run: MoeRunConfig, what: str) -> ConfigError:
+    return ConfigError(
+        f"finetune: the experts' rows are read in several ways ({what}), which no single run does; finetune the "
+        f"export by itself: lorry sft lora=null model={run.folders.moe} data=..."
+    )
 
 
 def finetune(run: MoeRunConfig, stages: Stages) -> None:
