@@ -199,6 +199,29 @@ def test_what_no_export_can_be_is_told_before_anything_trains(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_gates_from_prompts_need_a_run_of_all_experts(
+    together: bool, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three experts the class had the two that were trained together, in silence; in turn it failed
+    when all had trained. Gates at random have them all."""
+    rows = [workspace / f"{name}.jsonl" for name in "ab"]
+    there = f"{{name: there, adapter: {workspace / 'work' / 'experts' / 'one'}, data: {rows[0]}}}"
+    trained = f"{{name: one, data: {rows[0]}}}, {{name: two, data: {rows[1]}}}"
+    experts = f"[{trained}, {there}]" if together else f"[{trained}]"
+    words = [f"model={workspace / 'base'}", "dtype=float32", f"experts={experts}", "r=2"]
+    words += [f"lora.target_modules={MLP}", "max_steps=1", "max_length=96", "router.kind=uniform"]
+    words += [f"together={together}".lower(), f"output_dir={tmp_path / 'mix'}"]
+    assert run_lorry("moe", *words, "export=[{to: hf-moe, gate_mode: hidden}]") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "export: gate_mode=hidden takes experts and prompts from one run" in told
+    assert not (tmp_path / "mix").exists()
+    if together:
+        assert run_lorry("moe", *words, "export=[{to: hf-moe, gate_mode: random}]") == 0
+        config = json.loads((tmp_path / "mix" / "hf-moe" / "config.json").read_text())
+        assert config["num_local_experts"] == 3
+
+
 def finetuned(*experts: dict[str, object], **finetune: object) -> MoeRunConfig:
     settings = {"experts": list(experts), "export": ["hf-moe"], "finetune": {"seed": 5, **finetune}}
     return build_settings(MoeRunConfig, settings, ignore_note)

@@ -27,7 +27,8 @@ from lorry.config.moe import (
 )
 from lorry.config.schema import RunConfig, TrainConfig
 from lorry.errors import ConfigError
-from lorry.runs.layout import ADAPTER_CONFIG, EXPERTS, REPORT, ROUTER, RUN_FILE, RunDir
+from lorry.runs.layout import ADAPTER_CONFIG, EXPERTS, REPORT, ROUTER, ROUTER_FILE, RUN_FILE, RunDir
+from lorry.runs.ownership import is_run
 from lorry.verbs import merge
 from lorry.verbs.moe_outputs import (
     call_verb,
@@ -70,6 +71,7 @@ def main(run: MoeRunConfig) -> int:
             "each with the rank that fits (r=auto); or leave memory_budget out"
         )
     refuse_missing_rows(run)
+    refuse_undescribed_experts(run)
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
     router = router_run(run, folders) if ROUTER_KINDS[run.router.kind].trains else None
@@ -198,6 +200,29 @@ def refuse_missing_rows(run: MoeRunConfig) -> None:
                 f"expert {name!r} has no data: a router of kind={run.router.kind} is made of rows of every expert's "
                 "domain; give data=FILE"
             )
+
+
+def refuse_undescribed_experts(run: MoeRunConfig) -> None:
+    """Raise ConfigError for gates of an export from prompts where no run has all experts and says
+    which rows are whose: neither the router's, nor one that trains all of them."""
+    moe = run.export_of("hf-moe")
+    if moe is None or run.skip_merge or moe.gate_mode == "router":
+        return
+    mixture = run.folders.mixture
+    if run.skip_gating:
+        has_all, describes = (mixture / ROUTER / ROUTER_FILE).is_file(), is_run(mixture)
+    else:
+        has_all, describes = True, ROUTER_KINDS[run.router.kind].trains
+    # random gates read no rows
+    if has_all and (describes or moe.gate_mode == "random"):
+        return
+    if in_turn(run) or brought_adapters(run):
+        raise ConfigError(
+            f"export: gate_mode={moe.gate_mode} takes experts and prompts from one run, and here none has all experts "
+            "(together=false, or an adapter that is there); give gate_mode=router or router.kind=token, or export "
+            f"afterwards: lorry export {mixture} to=hf-moe gate_mode={moe.gate_mode} "
+            "prompts={EXPERT: [TEXT, ...]}"
+        )
 
 
 def expert_folders(run: MoeRunConfig) -> dict[str, Path]:

@@ -137,6 +137,8 @@ def export_source(run: MoeRunConfig, stage: ExportStage) -> Path:
     """The directory that the stock class is made of: a mixture with a token router, or, where gates
     come from prompts, one that says which rows are whose. Raises ConfigError for one that is missing."""
     folders = run.folders
+    if stage.gate_mode == "random" and (folders.mixture / ROUTER / ROUTER_FILE).is_file():
+        return folders.mixture  # with every expert, also one that no run has trained
     if stage.gate_mode != "router":
         described = (folder for folder in (folders.mixture, folders.experts) if is_run(folder))
         return next(described, folders.mixture)
