@@ -226,6 +226,12 @@ def other_order(run: Path) -> None:
     file.write_text(json.dumps(said))
 
 
+def reverse_experts(run: Path) -> None:
+    file = run / "router" / "router.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "experts": said["experts"][::-1]}))
+
+
 def rename_expert(run: Path) -> None:
     (run / "two").rename(run / "three")
 
@@ -235,6 +241,10 @@ def rename_expert(run: Path) -> None:
     [
         (change_expert, r"two: not the expert 'two' that the router was trained for"),
         (other_order, r"not the expert 'one'"),
+        (reverse_experts, r"router.safetensors: not the weights .* two, one in this order"),
+        (change_weights(lambda w: w * 1.01), r"router.safetensors: not the weights"),
+        (lambda run: (run / "router" / "router.json").unlink(), "router.json is missing"),
+        (change_router(kind="uniform"), "gates has no number but 0"),
         (rename_expert, r"expert 'two' is missing in"),
         (change_router(top_k=3), "1 to 2 of 2"),
         (change_router(kind="hash"), "kind 'hash'"),
@@ -298,6 +308,39 @@ def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: P
     get_bank(theirs).activate(Mix.constants({"one": 0.5, "two": 0.5}))
     ids = torch.tensor([[5, 9, 3, 7]])
     assert torch.equal(model(ids).logits, theirs(ids).logits)
+
+
+def test_every_legal_name_of_an_expert_is_found_again(mixture: Path, tmp_path: Path) -> None:
+    """Of 64 characters, and with signs at its ends."""
+    names = ("n" * 64, "-two.")
+    experts = ", ".join(
+        f"{{name: {new}, adapter: {mixture / old}}}"
+        for new, old in zip(names, ("one", "two"), strict=True)
+    )
+    words = [f"model={mixture.parent / 'base'}", "dtype=float32", f"experts=[{experts}]"]
+    assert run_lorry("moe", *words, "router.kind=uniform", f"output_dir={tmp_path / 'mix'}") == 0
+    model, _ = lorry.load(tmp_path / "mix")
+    assert get_bank(model).active == Mix.constants(dict.fromkeys(names, 0.5))
+
+
+@pytest.mark.parametrize("left", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_expert_that_is_half_there_has_not_gone(
+    left: str, mixture: Path, tmp_path: Path
+) -> None:
+    """`arrow` does without an expert whose folder is gone; one that is damaged is no such one."""
+    experts = ", ".join(f"{{name: {n}, adapter: {mixture / n}}}" for n in ("one", "two"))
+    words = [f"model={mixture.parent / 'base'}", "dtype=float32", f"experts=[{experts}]"]
+    made = tmp_path / "mix"
+    arrow = "router={kind: arrow, top_k: 1}"
+    assert run_lorry("moe", *words, arrow, f"output_dir={made}") == 0
+    for file in (made / "one").iterdir():
+        if file.name != left:
+            file.unlink()
+    with pytest.raises(ModelError):
+        lorry.load(made)
+    shutil.rmtree(made / "one")
+    model, _ = lorry.load(made)
+    assert tuple(get_bank(model).routers["router"].adapters) == ("two",)
 
 
 def test_an_adapter_that_is_there_beside_one_that_is_trained(

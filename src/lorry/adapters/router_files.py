@@ -1,12 +1,14 @@
 """The files of a mixture's router, in the folder `router` beside the experts': router.json says how
 tokens get their experts, router.safetensors holds what was trained.
 
-An expert is named with the digest of its files, so that one that has changed is refused by name.
-Nothing here is a pickle.
+An expert is named with the digest of its files, so that one that has changed is refused by name, and
+router.safetensors with a digest of its bytes and of the order of the experts (`weights_digest`): its
+columns are theirs, and a file of another mixture has the same shapes. Nothing here is a pickle.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +55,8 @@ class ExpertRecord(BaseModel):
 class RouterRecord(BaseModel):
     """router.json. ``experts``: in the order of the gates' columns; ``gates``: of the constant
     kinds; ``layer``, ``pooling``, ``width``: the state that a router of the sequence reads, and its
-    length; ``hidden``: widths of a classifier; ``training``: how it was made, for a person."""
+    length; ``hidden``: widths of a classifier; ``training``: how it was made, for a person;
+    ``weights_sha256``: `weights_digest`, where there are weights and Lorry wrote it already."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -72,6 +75,7 @@ class RouterRecord(BaseModel):
     width: int | None = None
     hidden: list[int] = []
     training: dict[str, Any] | None = None
+    weights_sha256: str | None = None
 
 
 def router_files(
@@ -94,7 +98,14 @@ def router_files(
     tensors = {n: v.detach().cpu().contiguous() for n, v in router.tensors().items()}
     if not tensors:
         return {ROUTER_FILE: _json(record)}
-    return {ROUTER_WEIGHTS: save(tensors, {"format": "pt"}), ROUTER_FILE: _json(record)}
+    content = save(tensors, {"format": "pt"})
+    record["weights_sha256"] = weights_digest(list(folders), content)
+    return {ROUTER_WEIGHTS: content, ROUTER_FILE: _json(record)}
+
+
+def weights_digest(experts: Sequence[str], content: bytes) -> str:
+    """SHA-256 of the experts' names in the order of the columns, and of router.safetensors."""
+    return hashlib.sha256(json.dumps(list(experts)).encode() + b"\n" + content).hexdigest()
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -114,12 +125,30 @@ def read_router_record(folder: Path) -> RouterRecord:
         ) from None
 
 
+def verify_weights(folder: Path, record: RouterRecord) -> None:
+    """Raise ModelError where router.safetensors of the mixture in ``folder`` is not the one that its
+    router.json was written with, or its columns are of the experts in another order."""
+    if record.weights_sha256 is None:
+        return
+    file = folder / ROUTER / ROUTER_WEIGHTS
+    if weights_digest([one.name for one in record.experts], read_content(file)) != (
+        record.weights_sha256
+    ):
+        raise ModelError(
+            f"{file}: not the weights that {ROUTER_FILE} was written with for "
+            f"{', '.join(one.name for one in record.experts)} in this order; restore both files, or train "
+            "the mixture again"
+        )
+
+
 def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Path]) -> None:
     """Raise ModelError for an expert of the mixture in ``folder`` that is missing (unless the router
-    is made of the experts alone, `SPECTRAL_ROUTERS`), or whose files are not those that the router
-    was made for. ``experts``: where each one's files lie."""
-    missing = [expert.name for expert in record.experts if expert.name not in experts]
-    if missing and record.kind not in SPECTRAL_ROUTERS:
+    is made of the experts alone, `SPECTRAL_ROUTERS`, and nothing of its folder is left), or whose
+    files are not those that the router was made for. ``experts``: where each one's files lie."""
+    missing = [expert.name for expert in record.experts if one.name not in experts]
+    left = {path.name for path in folder.iterdir() if path.is_dir()}
+    if missing and (record.kind not in SPECTRAL_ROUTERS or left.intersection(missing)):
+        missing.sort(key=lambda name: name not in left)
         raise ModelError(
             f"{folder / ROUTER / ROUTER_FILE}: expert {missing[0]!r} is missing in "
             f"{folder}; restore its folder"
@@ -189,6 +218,7 @@ def load_router(
         raise ModelError(f"{file}: {error}") from None
     if wanted := router.tensors():
         _read_weights(folder / ROUTER / ROUTER_WEIGHTS, wanted)
+        verify_weights(folder, record)
     return router.mix()
 
 

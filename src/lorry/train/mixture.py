@@ -32,10 +32,11 @@ def write_mixture(
 ) -> dict[str, str]:
     """Every expert, the tokenizer, and the router (of constant ``gates``, or the model's own).
     Returns {adapter: SHA-256 of its weights file}. Raises DiskError."""
+    # first: an unfinished mixture is told from a run of adapters by it
+    durable.make_directory(run_dir / ROUTER)
     digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, experts, base_name)
     # of the files as they are now: what a mixture is checked against when it is opened
     files = router_files(opened.model, {name: run_dir / name for name in experts}, gates)
-    durable.make_directory(run_dir / ROUTER, parents=False)
     ownership.write_owned_files(run_dir, {f"{ROUTER}/{name}": c for name, c in files.items()})
     return digests
 

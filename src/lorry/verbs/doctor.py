@@ -127,13 +127,15 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
 
 def verify_mixture(path: Path) -> dict[str, str]:
     """The router of a mixture's directory, and its experts by their digests. Raises ModelError for an
-    expert that is missing or another than the router was made for: it cannot be opened then."""
-    from lorry.adapters.router_files import read_router_record, verify_experts
+    expert or weights that are missing, or others than the router was made for: it cannot be opened
+    then."""
+    from lorry.adapters.router_files import read_router_record, verify_experts, verify_weights
 
     record = read_router_record(path)
     names = [expert.name for expert in record.experts]
     # folders by their own names: a name of router.json is no path
     verify_experts(path, record, {folder.name: folder for folder in list_adapter_subfolders(path)})
+    verify_weights(path, record)
     facts = {
         "router": f"{record.kind}, level {record.level}",
         "experts": f"{', '.join(names)}: intact",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorry.adapters.attach import get_bank
+from lorry.adapters.bank import NAME_PATTERN
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, load_start
 from lorry.adapters.router_files import load_router
@@ -138,8 +139,16 @@ def refuse_mixture(name: str | Path) -> NoReturn:
 
 
 def _mixtures(paths: Sequence[str | Path]) -> list[Path]:
-    """The paths that are directories of mixtures of experts."""
-    return [Path(path) for path in paths if (Path(path) / ROUTER / ROUTER_FILE).is_file()]
+    """The paths that are directories of mixtures of experts. Raises ModelError for one without its
+    router.json: its first expert alone is another model."""
+    found = [path for path in map(Path, paths) if (path / ROUTER).is_dir()]
+    for path in found:
+        if not (path / ROUTER / ROUTER_FILE).is_file():
+            raise ModelError(
+                f"{path / ROUTER / ROUTER_FILE} is missing: {path} is a mixture of experts that is damaged, or was "
+                "stopped while it was written; restore the file, or make the mixture again (lorry moe)"
+            )
+    return found
 
 
 def _own_tokenizer(adapter: Path, add_note: NoteCallback) -> Any | None:
@@ -181,11 +190,14 @@ def list_adapter_folders(path: Path) -> list[Path]:
 
 def pick_adapter_name(path: Path, used_names: Sequence[str]) -> str:
     """A name for an adapter from its folder, legal and not taken yet."""
+    own = path.resolve().name
     # 56 characters, so that "-2" and the like still fit into 64
-    base = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:56].strip(".-") or "adapter"
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", own)[:56].strip(".-") or "adapter"
+    # a legal one as it is: a mixture's router knows its expert by it
+    legal = [own] if NAME_PATTERN.fullmatch(own) else []
     return next(
         n
-        for n in (base, *(f"{base}-{i}" for i in range(2, len(used_names) + 3)))
+        for n in (*legal, base, *(f"{base}-{i}" for i in range(2, len(used_names) + 3)))
         if n not in used_names
     )
 
