@@ -145,7 +145,7 @@ def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Pat
     """Raise ModelError for an expert of the mixture in ``folder`` that is missing (unless the router
     is made of the experts alone, `SPECTRAL_ROUTERS`, and nothing of its folder is left), or whose
     files are not those that the router was made for. ``experts``: where each one's files lie."""
-    missing = [expert.name for expert in record.experts if one.name not in experts]
+    missing = [expert.name for expert in record.experts if expert.name not in experts]
     left = {path.name for path in folder.iterdir() if path.is_dir()}
     if missing and (record.kind not in SPECTRAL_ROUTERS or left.intersection(missing)):
         missing.sort(key=lambda name: name not in left)
