@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.config import (
+    MoeRunConfig,
     RunConfig,
     SweepSettings,
     UnlearnRunConfig,
@@ -333,6 +334,23 @@ def test_subjects_are_jobs_with_rows_of_their_own(word: str, tmp_path: Path) -> 
 def test_jobs_that_cannot_forget_together(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         unlearn(*argv)
+
+
+@pytest.mark.parametrize(
+    ("schema", "argv", "notes"),
+    [
+        (MoeRunConfig, ["experts=[{name: a, data: f}, {name: b, data: g}]"], []),
+        (UnlearnRunConfig, ["retain=r", "subjects=[{name: a, forget: f}]"], []),
+        (RunConfig, ["data=f", "experts=[{name: a}]"], ["experts is read as jobs"]),
+    ],
+)
+def test_our_own_word_for_jobs_is_no_news(
+    schema: type[Any], argv: list[str], notes: list[str]
+) -> None:
+    """`lorry moe` documents `experts`; elsewhere it is a guess, and told."""
+    told = list[str]()
+    assert parse_settings(schema, argv, told.append).jobs
+    assert told == notes
 
 
 @settings(max_examples=60)

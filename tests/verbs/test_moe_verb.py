@@ -26,6 +26,8 @@ from lorry.generation.sampling import SamplingParams
 from lorry.hub.files import collect_upload
 from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.loading.open import open_model
+from lorry.runs.read import read_run
+from lorry.runs.summary import describe_run_subject
 from lorry.train.session import train_run
 from tests.support.verbworld import PEOPLE, World, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
@@ -127,6 +129,9 @@ def test_a_mixture_is_read_by_the_verbs(
     assert run_lorry("doctor", run) == 0
     assert run_lorry("report", run) == 0
     typed = "Hello\n/router one=1\nHello\n/router off\n/router on\n/adapter two\n/router three=1\n"
+    subject = describe_run_subject(read_run(run))
+    assert subject["adapter"] == "token router over 2 experts: one, two"
+    assert [Path(part).name for part in subject["data"].split(", ")] == ["a.jsonl", "b.jsonl"]
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     capsys.readouterr()
     assert run_lorry("chat", run, "max_new_tokens=2") == 3
@@ -143,6 +148,9 @@ def test_a_finished_mixture_is_not_made_again(
     assert run_lorry("moe", mixture.parent / "experts.yaml") == 0
     told = capsys.readouterr().err
     assert told.count("has finished, and nothing it was made of has changed") == 2
+    assert "training in" not in told
+    assert "is read as" not in told
+    assert f"report  {mixture / 'report.html'}\n" in told
     assert (mixture / "router" / "router.safetensors").stat().st_mtime_ns == before
 
 
@@ -354,6 +362,9 @@ def test_an_adapter_that_is_there_beside_one_that_is_trained(
     assert run_lorry("moe", *words, *more, f"output_dir={tmp_path / 'routed'}") == 2
     assert "expert 'one' has no data: a router of kind=token" in capsys.readouterr().err
     assert run_lorry("moe", *words, *more, "router.kind=uniform", f"output_dir={made}") == 0
+    told = capsys.readouterr().err
+    assert f"experts: training in {made / 'experts'}\n" in told
+    assert "report  " not in told  # a router that is not trained has no page
     taken, given = (
         load_file(folder / "one" / "adapter_model.safetensors") for folder in (made, mixture)
     )

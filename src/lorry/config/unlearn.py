@@ -342,7 +342,7 @@ class UnlearnRunConfig(RunConfig):
             "train several adapters in one pass: maps of a name and the settings that "
             "differ; also subjects=[...]"
         ),
-        json_schema_extra={"allowed": JOBS},
+        json_schema_extra={"allowed": JOBS, "own_word": "subjects"},
     )
     # read into jobs; kept out of what is written, which has those
     sweep: dict[str, Any] | list[dict[str, Any]] = config_field(

@@ -227,10 +227,19 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
             f"none: {trained if isinstance(trained, str) else ', '.join(trained)} of "
             "the base model were trained"
         )
+    data = config.get("data.path") or config.get("data.mix") or config.get("data")
+    experts = run.config.get("experts")
+    if experts and isinstance(experts, list) and all(isinstance(one, dict) for one in experts):
+        # a router's run has the first expert's data and the defaults of lora, which nothing reads
+        names = ", ".join(str(one.get("name")) for one in experts)
+        adapter = f"{config.get('router.kind')} router over {len(experts)} experts: {names}"
+        own = [flatten_config(one) for one in experts]
+        rows = [one.get("data.path") or one.get("data.mix") or [] for one in own]
+        data = [part for one in rows for part in (one if isinstance(one, list) else [one])]
     subject = {
         "task": config.get("task"),
         "model": config.get("model.name", config.get("model")),
-        "data": config.get("data.path") or config.get("data.mix") or config.get("data"),
+        "data": data,
         "retain": config.get("unlearn.retain"),
         "method": config.get("unlearn.method"),
     }

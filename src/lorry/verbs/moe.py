@@ -97,6 +97,9 @@ def main(run: MoeRunConfig) -> int:
         write_workspace_report(run)
     for path in outputs[1:]:
         stages.tell(f"wrote   {path}")
+    page = (run.output_dir if run.layout == "workspace" else outputs[0]) / REPORT
+    if page.is_file():  # a router that is not trained has none
+        print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {outputs[0]}", file=sys.stderr)
     print(outputs[0])
     return 0

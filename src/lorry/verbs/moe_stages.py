@@ -109,6 +109,7 @@ class Stages:
             run = run.model_copy(update={"train": train})
         claim_output_dir(folder, run.job_names)  # before a file of ours is there
         self.record.begin(stage, inputs)
+        self.tell(f"{stage}: training in {folder}")  # else the lines of two runs look like one
         every = run.train.logging_steps
         with self._open_log() as log:
             listeners: list[TrainingListener] = [terminal_listener(every)]

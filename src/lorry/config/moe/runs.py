@@ -265,7 +265,7 @@ class MoeRunConfig(RunConfig):
             "the experts: maps of a name, data or adapter, and the settings that "
             "differ; also experts=[...]"
         ),
-        json_schema_extra={"allowed": EXPERTS},
+        json_schema_extra={"allowed": EXPERTS, "own_word": "experts"},
     )
     together: bool = config_field(
         True, "train the experts in one run over one base; false: in turn, a run each"

@@ -186,7 +186,10 @@ def _place_alias(
     if word in ALIAS_RENAMES and (target := _alias_target(names, setting.key, ALIAS_RENAMES[word])):
         if setting.value is None and not accepts_type(names.fields[target], type(None)):
             return []  # axolotl's files list every name they know, most of them empty
-        add_note(f"{setting.key} is read as {target}")
+        extra = names.fields[target].json_schema_extra
+        # `experts` of `lorry moe`: how we write it ourselves, so there is nothing to tell
+        if not (isinstance(extra, dict) and extra.get("own_word") == word):
+            add_note(f"{setting.key} is read as {target}")
         return [_place_field(names, target, setting)]
     if word in IGNORED_ALIASES:
         if setting.value is None:
