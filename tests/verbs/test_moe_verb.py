@@ -372,6 +372,27 @@ def test_an_adapter_that_is_there_beside_one_that_is_trained(
     assert (made / "new" / "adapter_model.safetensors").is_file()
 
 
+def test_prototypes_of_another_number_format_are_made_again(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing but model.dtype has changed: they are those of a mixture that never had another."""
+    experts = ", ".join(
+        f"{{name: {n}, adapter: {mixture / n}, data: {mixture.parent / d}.jsonl}}"
+        for n, d in (("one", "a"), ("two", "b"))
+    )
+    words = [f"model={mixture.parent / 'base'}", f"experts=[{experts}]", "router.kind=prototype"]
+    for folder, dtype in (("made", "float32"), ("made", "bfloat16"), ("fresh", "bfloat16")):
+        made = [f"dtype={dtype}", f"output_dir={tmp_path / folder}"]
+        assert run_lorry("moe", *words, *made) == 0
+    assert "router: its settings changed" in " ".join(capsys.readouterr().err.split())
+    again, fresh, before = (
+        load_file(tmp_path / folder / "router" / "router.safetensors")["prototypes"]
+        for folder in ("made", "fresh", "made/previous/1")
+    )
+    assert torch.equal(again, fresh)
+    assert not torch.equal(again, before)
+
+
 def route_anew(mixture: Path, made: Path, *settings: str) -> None:
     """Another router over the experts of a mixture, trained on its rows for three steps."""
     experts = ", ".join(

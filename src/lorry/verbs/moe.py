@@ -136,7 +136,10 @@ def make_mixture(
         [output / name for name in (ROUTER, *folders)],
         {**experts, **row_inputs(reads)},
         lambda: write_untrained_mixture(run, folders),
-        "\n".join([str(run.train.seed), *(o.model_dump_json() for o in (run.router, *reads))]),
+        # the model's too: states of prompts are of its number format
+        "\n".join(
+            [str(run.train.seed), *(o.model_dump_json() for o in (run.model, run.router, *reads))]
+        ),
     )
 
 
