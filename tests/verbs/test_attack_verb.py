@@ -14,9 +14,13 @@ import numpy
 import peft
 import pytest
 import torch
+import yaml
 
+from lorry.config import build_settings
+from lorry.config.attack import AttackSettings
 from lorry.evaluate.unlearning import attacks
 from lorry.evaluate.unlearning.rounding import NF4_LEVELS
+from lorry.verbs.attack import choose_forget_set
 from tests.support.padded import PaddedModel
 from tests.support.tofuworld import perturbed_row, read_json
 from tests.support.verbworld import PEOPLE, World, lorry, write_rows
@@ -370,3 +374,32 @@ def test_several_adapters_and_none_or_no_such_named(
         assert lorry("attack", *words) == 2, words
         assert message in capsys.readouterr().err
     assert not (several / "evals").exists()
+
+
+def test_rows_that_the_run_was_never_to_forget_are_not_attacked_unasked(
+    unlearned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a forget set the run's own split of TOFU; a run of other rows wants one named."""
+    out = f"output_dir={tmp_path / 'out'}"
+    assert lorry("attack", unlearned, "relearn", out) == 2
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "was to forget" in told
+    assert "which is no split of TOFU; give forget=FILE" in told
+    assert not (tmp_path / "out").exists()
+
+    run = shutil.copytree(unlearned, tmp_path / "run")
+    described = yaml.safe_load((run / "run.yaml").read_text())
+    described["unlearn"]["forget"] = "tofu:forget05"
+    described["jobs"] = [{"name": "ada", "unlearn": {"forget": "tofu:forget01"}}, {"name": "bo"}]
+    (run / "run.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    given = {"attack": "relearn", "local": {"tofu": "t"}}
+    for model, more, split in (
+        ({"name": str(run)}, {}, "forget05"),
+        ({"name": str(run)}, {"forget_split": "forget10"}, "forget10"),  # asked for
+        ({"name": str(run), "adapter": "ada"}, {}, "forget01"),
+        ({"name": str(run / "ada")}, {}, "forget01"),
+        ({"name": str(run / "bo")}, {}, "forget05"),
+        ({"name": str(tmp_path / "no-run")}, {}, "forget10"),
+    ):
+        settings = build_settings(AttackSettings, {"model": model, **given, **more}, print)
+        assert choose_forget_set(settings).forget_split == split, (model, more)

@@ -39,7 +39,9 @@ class AttackSettings(SettingsGroup):
         "rephrase: other words, another format, a jailbreak prefix"
     )
     forget_split: str = config_field(
-        "forget10", "TOFU's forget set: forget01, forget05 or forget10"
+        "forget10",
+        "TOFU's forget set: forget01, forget05 or forget10",
+        json_schema_extra={"shown": "the run's own; forget10 for a model that is no run"},
     )
     forget: PathText | None = config_field(
         None,

@@ -336,6 +336,11 @@ class StepReads:
     copies: int = 0
     highest_layer: int | None = None
 
+    @property
+    def start_answer(self) -> str:
+        """What the start is asked for, in words."""
+        return "hidden states" if self.asks_start == "hidden" else "scores"
+
 
 ROW_ALONE = StepReads()
 

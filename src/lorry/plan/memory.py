@@ -228,7 +228,7 @@ def tabulate_memory(
                     MemoryComponent(
                         "start",
                         reference_bytes,
-                        (f"reference scores of {setup.reads.asks_start} of a step's rows"),
+                        f"reference model's {setup.reads.start_answer} of a step's rows",
                     )
                 ]
                 if reference_bytes

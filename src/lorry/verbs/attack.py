@@ -49,6 +49,7 @@ def main(settings: AttackSettings) -> int:
     import torch
 
     folder = attacks_folder(settings)
+    settings = choose_forget_set(settings)
     settings = settings.model_copy(update={"model": choose_adapter(settings.model)})
     if settings.oracle is not None:
         oracle = choose_adapter(oracle_model(settings, settings.oracle), "oracle")
@@ -124,6 +125,45 @@ def choose_adapter(model: ModelConfig, setting: str = "adapter") -> ModelConfig:
         f"{model.name} has several adapters ({listed}), and one is attacked at a time; choose it, such as "
         f"{setting}={first if setting == 'adapter' else adapters[first]}"
     )
+
+
+def choose_forget_set(settings: AttackSettings) -> AttackSettings:
+    """The settings with the run's own split of TOFU where no forget set is named: of rows that it was
+    never asked to forget the numbers would say nothing. Raises ConfigError for a run of other rows,
+    DiskError.
+    """
+    from lorry.data.reading.suite_splits import FORGET_ROWS, TOFU
+
+    if settings.forget is not None or "forget_split" in settings.model_fields_set:
+        return settings
+    own = own_forget_set(settings.model)
+    split = own.removeprefix(f"{TOFU}:") if isinstance(own, str) else ""
+    if own is None or split == settings.forget_split:
+        return settings
+    if split in FORGET_ROWS and split != own:
+        print_note(f"forget_split={split}, as the run has it")
+        return settings.model_copy(update={"forget_split": split})
+    shown = own if isinstance(own, str) else ", ".join(own)
+    raise ConfigError(
+        f"{settings.model.name} was to forget {shown}, which is no split of TOFU; give forget=FILE with its rows "
+        "(question, answer, paraphrased_answer, perturbed_answer), or the forget_split to attack"
+    )
+
+
+def own_forget_set(model: ModelConfig) -> str | list[str] | None:
+    """What a run of `lorry unlearn`, or the one of its adapters that is named, was to forget; None
+    of any other model. Raises DiskError.
+    """
+    place = Path(model.name)
+    # a folder of one of several adapters lies in the run's
+    for folder, adapter in ((place, model.adapter), (place.parent, place.name)):
+        description = ownership.run_description_of(folder)
+        shared = (description.get("unlearn") or {}).get("forget")
+        jobs = {job["name"]: job for job in description.get("jobs") or []}
+        job = jobs.get(str(adapter), {})
+        if shared is not None and (folder == place or job):
+            return (job.get("unlearn") or {}).get("forget", shared)
+    return None
 
 
 def oracle_model(settings: AttackSettings, oracle: str) -> ModelConfig:

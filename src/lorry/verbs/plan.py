@@ -605,7 +605,7 @@ def _plan_notes(
     if isinstance(settings, UnlearnPlanSettings):
         each = f"{reads.together} sequence{'s' * (reads.together > 1)} in a micro-batch"
         reference_note = (
-            f"; the reference model scores {reads.asks_start} of them" if reads.asks_start else ""
+            f"; the reference model gives {reads.start_answer} of them" if reads.asks_start else ""
         )
         notes.append(
             f"{settings.unlearn.method}: for each row of per_device_train_batch_size "
