@@ -178,6 +178,20 @@ def test_likelihoods_of_equal_tokens_with_other_contexts(tmp_path: Path) -> None
         assert found[number].total == pytest.approx(total, abs=5e-5)
 
 
+def test_a_text_without_a_context_has_no_likelihood_under_a_router(tmp_path: Path) -> None:
+    """The token that stands for an empty context chose the expert in silence, as in a perplexity of
+    plain text; an expert by name has one."""
+    model, source, router = routed("decoder", RULES[1], tmp_path)
+    pairs = [TokenPair([3, 5], [7]), TokenPair([1], [5, 7, 2])]
+    with pytest.raises(DataError, match=r"continuation 1 has no context \(1 such\)"):
+        list(score_pairs(model, pairs, mix=router.mix(), batch_tokens=64, limit=32))
+    name = router.adapters[0]
+    found = dict(score_pairs(model, pairs, mix=Mix.one(name), batch_tokens=64, limit=32))
+    logs = model.logits(last_hidden(model, [1, 5, 7, 2], {name: 1.0}), AdapterContext())
+    total = sum(float(logs.log_softmax(-1)[at, token]) for at, token in enumerate([5, 7, 2]))
+    assert found[1].total == pytest.approx(total, abs=5e-5)
+
+
 def test_a_plain_forward_takes_what_it_is_given_for_the_prompt(tmp_path: Path) -> None:
     model, source, router = routed("decoder", RULES[1], tmp_path)
     get_bank(model).activate(router.mix())

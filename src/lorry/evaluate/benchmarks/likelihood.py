@@ -174,10 +174,18 @@ def score_pairs(
 ) -> Iterator[tuple[int, ContinuationLikelihood]]:
     """(number of the pair, its score), batch by batch, equal beginnings side by side. ``limit``:
     tokens the model takes at once; contexts are cut from the left to fit. Raises DataError for a
-    continuation longer than that, NonFiniteError.
+    continuation longer than that, and for a text without a context under a router of the prompt;
+    NonFiniteError.
     """
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    # one token is what stands for an empty context: as `models.scoring.score.prompt_lengths` has it
+    bare = [number for number, pair in enumerate(pairs) if len(pair.context) < 2]
+    if mix.sequence_router is not None and bare:
+        raise DataError(
+            f"continuation {bare[0]} has no context ({len(bare)} such), and the mixture's router reads prompts alone; "
+            "ask one expert by name, or a task with prompts"
+        )
     rows = group_scoring_rows(pairs, limit, by_context=mix.sequence_router is not None)
     for numbers in split_into_passes(model, mix, [row.inputs for row in rows], batch_tokens):
         batch = [rows[number] for number in numbers]
