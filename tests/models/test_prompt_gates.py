@@ -181,7 +181,7 @@ def test_likelihoods_of_equal_tokens_with_other_contexts(tmp_path: Path) -> None
 def test_a_text_without_a_context_has_no_likelihood_under_a_router(tmp_path: Path) -> None:
     """The token that stands for an empty context chose the expert in silence, as in a perplexity of
     plain text; an expert by name has one."""
-    model, source, router = routed("decoder", RULES[1], tmp_path)
+    model, _, router = routed("decoder", RULES[1], tmp_path)
     pairs = [TokenPair([3, 5], [7]), TokenPair([1], [5, 7, 2])]
     with pytest.raises(DataError, match=r"continuation 1 has no context \(1 such\)"):
         list(score_pairs(model, pairs, mix=router.mix(), batch_tokens=64, limit=32))
