@@ -340,6 +340,29 @@ def test_one_dense_model(
     assert lorry("unmerge", tmp_path / "dense", f"output_dir={tmp_path / 'again'}") == 0
 
 
+def test_experts_that_have_come_and_gone_are_exported_as_they_are_routed(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mean of those there now, not of those in router.json; `doctor` says who has gone."""
+    given, run = mixture_run(tmp_path / "given", base), tmp_path / "mix"
+    experts = ", ".join(f"{{name: {n}, adapter: {given / n}}}" for n in ("one", "two"))
+    words = [f"model={base}", "dtype=float32", f"experts=[{experts}]", "router.kind=spectr"]
+    assert lorry("moe", *words, f"output_dir={run}") == 0
+    shutil.copytree(given / "three", run / "three")
+    shutil.rmtree(run / "one")
+    assert lorry("doctor", run) == 0
+    assert "two: intact; one: gone" in " ".join(capsys.readouterr().out.split())
+    assert lorry("export", run, "to=dense", f"output_dir={tmp_path / 'dense'}") == 0
+    assert "experts added up: 0.5 x two, 0.5 x three" in capsys.readouterr().err
+    found = load_file(tmp_path / "dense" / "model.safetensors")
+    dense = load_file(base / "model.safetensors")
+    for name in ("two", "three"):
+        for path, delta in deltas_of(run / name).items():
+            dense[f"{path}.weight"] = dense[f"{path}.weight"] + 0.5 * delta
+    for key, expected in dense.items():
+        torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_constant_gates_are_the_dense_model(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

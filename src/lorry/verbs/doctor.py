@@ -134,11 +134,15 @@ def verify_mixture(path: Path) -> dict[str, str]:
     record = read_router_record(path)
     names = [expert.name for expert in record.experts]
     # folders by their own names: a name of router.json is no path
-    verify_experts(path, record, {folder.name: folder for folder in list_adapter_subfolders(path)})
+    folders = {folder.name: folder for folder in list_adapter_subfolders(path)}
+    verify_experts(path, record, folders)
+    # a spectral router does without an expert that has gone
+    gone = [name for name in names if name not in folders]
     verify_weights(path, record)
     facts = {
         "router": f"{record.kind}, level {record.level}",
-        "experts": f"{', '.join(names)}: intact",
+        "experts": f"{', '.join(name for name in names if name in folders)}: intact"
+        + (f"; {', '.join(gone)}: gone" if gone else ""),
     }
     tested = (record.training or {}).get("test")
     if isinstance(tested, dict) and "accuracy" in tested:

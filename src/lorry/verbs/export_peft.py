@@ -103,8 +103,14 @@ def export_peft_experts(
 
 
 def expert_names(opened: OpenedModel, record: RouterRecord | None) -> list[str]:
-    """The experts in the order of the router's columns; of a run without one as it lists them."""
-    return opened.adapters if record is None else [expert.name for expert in record.experts]
+    """The experts that the run routes among, in the order of the router's columns; of a run without
+    a router as it lists them."""
+    if record is None:
+        return opened.adapters
+    names = [expert.name for expert in record.experts]
+    # of a spectral router some may have gone or come since; any other kind does not open then
+    there = [name for name in names if name in opened.adapters]
+    return there + [name for name in opened.adapters if name not in names]
 
 
 def describe_routing(
