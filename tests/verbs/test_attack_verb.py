@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 
-from lorry.config import build_settings
+from lorry.config import EvalSettings, build_settings
 from lorry.config.attack import AttackSettings
 from lorry.evaluate.unlearning import attacks
 from lorry.evaluate.unlearning.rounding import NF4_LEVELS
 from lorry.verbs.attack import choose_forget_set
+from lorry.verbs.unlearning_suite import choose_forget_split
 from tests.support.padded import PaddedModel
 from tests.support.tofuworld import perturbed_row, read_json
 from tests.support.verbworld import PEOPLE, World, lorry, write_rows
@@ -403,3 +404,7 @@ def test_rows_that_the_run_was_never_to_forget_are_not_attacked_unasked(
     ):
         settings = build_settings(AttackSettings, {"model": model, **given, **more}, print)
         assert choose_forget_set(settings).forget_split == split, (model, more)
+        asked = build_settings(EvalSettings, {"model": model, "suite": "tofu", **more}, print)
+        assert choose_forget_split(asked).forget_split == split, (model, more)
+    muse = build_settings(EvalSettings, {"model": {"name": str(run)}, "suite": "muse"}, print)
+    assert choose_forget_split(muse) is muse.suite

@@ -67,7 +67,11 @@ class SuiteConfig(SettingsGroup):
         "tofu, muse or wmdp, from local.tofu=FOLDER (or muse, wmdp) or the hub; "
         "writes TOFU_EVAL.json and TOFU_SUMMARY.json (MUSE_, LMEval_)",
     )
-    forget_split: str = config_field("forget10", "the forget set: forget01, forget05 or forget10")
+    forget_split: str = config_field(
+        "forget10",
+        "the forget set: forget01, forget05 or forget10",
+        json_schema_extra={"shown": "that of the run, else forget10"},
+    )
     holdout_split: str | None = derived_field(
         "holdoutNN of forgetNN", "holdout set, which was never trained on, for membership inference"
     )

@@ -68,6 +68,22 @@ def run_description_of(folder: Path) -> dict[str, Any]:
     return read_run_description(folder / RUN_FILE)
 
 
+def forget_set_of(place: Path, adapter: str | None = None) -> str | list[str] | None:
+    """What a run of `lorry unlearn`, or the one of its adapters that is named, was to forget; None
+    of anything else. ``place``: the run, or the folder of one of several adapters in it. Raises
+    DiskError.
+    """
+    for folder, name in ((place, adapter), (place.parent, place.name)):
+        description = run_description_of(folder)
+        shared: str | list[str] | None = (description.get("unlearn") or {}).get("forget")
+        jobs = {job["name"]: job for job in description.get("jobs") or []}
+        job = jobs.get(str(name), {})
+        if shared is not None and (folder == place or job):
+            own: str | list[str] = (job.get("unlearn") or {}).get("forget", shared)
+            return own
+    return None
+
+
 def read_run_description(path: Path) -> dict[str, Any]:
     """A YAML file as the whole, resolved run description that Lorry writes; empty where it is none.
     Raises DiskError.

@@ -136,7 +136,7 @@ def choose_forget_set(settings: AttackSettings) -> AttackSettings:
 
     if settings.forget is not None or "forget_split" in settings.model_fields_set:
         return settings
-    own = own_forget_set(settings.model)
+    own = ownership.forget_set_of(Path(settings.model.name), settings.model.adapter)
     split = own.removeprefix(f"{TOFU}:") if isinstance(own, str) else ""
     if own is None or split == settings.forget_split:
         return settings
@@ -148,22 +148,6 @@ def choose_forget_set(settings: AttackSettings) -> AttackSettings:
         f"{settings.model.name} was to forget {shown}, which is no split of TOFU; give forget=FILE with its rows "
         "(question, answer, paraphrased_answer, perturbed_answer), or the forget_split to attack"
     )
-
-
-def own_forget_set(model: ModelConfig) -> str | list[str] | None:
-    """What a run of `lorry unlearn`, or the one of its adapters that is named, was to forget; None
-    of any other model. Raises DiskError.
-    """
-    place = Path(model.name)
-    # a folder of one of several adapters lies in the run's
-    for folder, adapter in ((place, model.adapter), (place.parent, place.name)):
-        description = ownership.run_description_of(folder)
-        shared = (description.get("unlearn") or {}).get("forget")
-        jobs = {job["name"]: job for job in description.get("jobs") or []}
-        job = jobs.get(str(adapter), {})
-        if shared is not None and (folder == place or job):
-            return (job.get("unlearn") or {}).get("forget", shared)
-    return None
 
 
 def oracle_model(settings: AttackSettings, oracle: str) -> ModelConfig:

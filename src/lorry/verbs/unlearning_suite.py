@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
+from lorry.config.suite import SuiteConfig
 from lorry.console import VisibleConsole
 from lorry.errors import ConfigError
 from lorry.formatting import format_number
@@ -42,7 +43,7 @@ def evaluate_suite(settings: EvalSettings) -> int:
     refuse_foreign_suite(folder, title)
     # all that can be wrong with rows, metrics and logs is said in here
     evaluation = SuiteEvaluation.load(
-        settings.suite,
+        choose_forget_split(settings),
         settings.local,
         limit=settings.limit,
         max_new_tokens=settings.max_new_tokens,
@@ -68,6 +69,23 @@ def evaluate_suite(settings: EvalSettings) -> int:
         VisibleConsole(soft_wrap=True).print(suite_table(label, evaluation.names, records))
         print_note(f"written to {place / eval_file(title)}")
     return 0
+
+
+def choose_forget_split(settings: EvalSettings) -> SuiteConfig:
+    """The suite's settings, with the split that the run was to forget where none is named: the
+    numbers of another would read as if little had been forgotten. Raises DiskError.
+    """
+    from lorry.data.reading.suite_splits import FORGET_ROWS, TOFU
+
+    suite, model = settings.suite, settings.model
+    if suite.name != TOFU or "forget_split" in suite.model_fields_set:
+        return suite
+    own = ownership.forget_set_of(Path(model.name), model.adapter)
+    split = own.removeprefix(f"{TOFU}:") if isinstance(own, str) else ""
+    if split not in FORGET_ROWS or split in (own, suite.forget_split):
+        return suite
+    print_note(f"forget_split={split}, as the run has it")
+    return suite.model_copy(update={"forget_split": split})
 
 
 def suite_folder(settings: EvalSettings) -> Path:
