@@ -132,6 +132,8 @@ def test_a_mixture_is_read_by_the_verbs(
     subject = describe_run_subject(read_run(run))
     assert subject["adapter"] == "token router over 2 experts: one, two"
     assert [Path(part).name for part in subject["data"].split(", ")] == ["a.jsonl", "b.jsonl"]
+    trained = describe_run_subject(read_run(run / "experts"))
+    assert [Path(part).name for part in trained["data"].split(", ")] == ["a.jsonl", "b.jsonl"]
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     capsys.readouterr()
     assert run_lorry("chat", run, "max_new_tokens=2") == 3

@@ -228,6 +228,14 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
             "the base model were trained"
         )
     data = config.get("data.path") or config.get("data.mix") or config.get("data")
+    jobs = run.config.get("jobs")
+    if jobs and isinstance(jobs, list) and all(isinstance(one, dict) for one in jobs):
+        own = [flatten_config(one) for one in jobs]
+        if any(one.get("data.path") or one.get("unlearn.forget") for one in own):
+            # the run's own is that of the jobs that name none
+            each = [one.get("unlearn.forget") or one.get("data.path") or data for one in own]
+            rows = [part for one in each for part in (one if isinstance(one, list) else [one])]
+            data = [part for at, part in enumerate(rows) if part not in rows[:at]]
     experts = run.config.get("experts")
     if experts and isinstance(experts, list) and all(isinstance(one, dict) for one in experts):
         # a router's run has the first expert's data and the defaults of lora, which nothing reads
