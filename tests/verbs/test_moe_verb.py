@@ -320,6 +320,30 @@ def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: P
     assert torch.equal(model(ids).logits, theirs(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["token", "uniform"])
+@pytest.mark.parametrize(
+    "damage", [lambda run: (run / "router" / "router.json").unlink(), change_expert]
+)
+def test_a_damaged_mixture_has_not_finished(
+    damage: Callable[[Path], None], kind: str, mixture: Path, tmp_path: Path
+) -> None:
+    """`lorry moe` again makes it again, and keeps what was there."""
+    experts = ", ".join(
+        f"{{name: {n}, adapter: {mixture / n}, data: {mixture.parent / rows}.jsonl}}"
+        for n, rows in (("one", "a"), ("two", "b"))
+    )
+    words = [f"model={mixture.parent / 'base'}", "dtype=float32", f"experts=[{experts}]"]
+    train = ["router.train={max_steps: 1, save_strategy: 'no'}"] if kind == "token" else []
+    words += ["max_length=128", f"router.kind={kind}", f"output_dir={tmp_path / 'mix'}", *train]
+    assert run_lorry("moe", *words) == 0
+    damage(tmp_path / "mix")
+    with pytest.raises(ModelError):
+        lorry.load(tmp_path / "mix")
+    assert run_lorry("moe", *words) == 0
+    lorry.load(tmp_path / "mix")
+    assert (tmp_path / "mix" / "previous" / "1" / "router").is_dir()
+
+
 def test_every_legal_name_of_an_expert_is_found_again(mixture: Path, tmp_path: Path) -> None:
     """Of 64 characters, and with signs at its ends."""
     names = ("n" * 64, "-two.")

@@ -25,7 +25,6 @@ from lorry.runs.layout import (
     RECEIPT,
     RESULTS,
     ROUTER,
-    ROUTER_FILE,
     RUN_FILE,
     SHARDS,
     STAGED,
@@ -200,7 +199,7 @@ def _recorded_adapter_folders(folder: Path) -> list[str]:
         for entry in listed
         if isinstance(entry, Mapping)
     ]
-    is_mixture = "experts" in described and (folder / ROUTER / ROUTER_FILE).is_file()
+    is_mixture = "experts" in described and (folder / ROUTER).is_dir()
     return [ROUTER] * is_mixture + [
         n
         for n in names

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, TextIO
 
 from lorry.config import dump_settings
 from lorry.config.data import DataConfig
+from lorry.config.moe import RouterRunConfig
 from lorry.config.schema import ModelConfig, RunConfig
 from lorry.disk import durable, receipt
 from lorry.disk.durable import DiskError
-from lorry.errors import ConfigError, LorryError
+from lorry.errors import ConfigError, LorryError, ModelError
 from lorry.runs import ownership
 from lorry.runs.layout import (
     CHECKPOINTS,
@@ -25,6 +26,7 @@ from lorry.runs.layout import (
     ROUTER_FILE,
     RUN_FILE,
     TOKENIZER_FILES,
+    list_adapter_subfolders,
 )
 from lorry.runs.stages import StageRecord, data_digests, path_digest, text_digest
 from lorry.verbs.open_model import print_note
@@ -94,7 +96,8 @@ class Stages:
             **(inputs or {}),
         }
         ended = receipt.read(folder / RECEIPT) is not None
-        if self._is_finished(stage, inputs, folder, there=ended):
+        routed = isinstance(run, RouterRunConfig)
+        if self._is_finished(stage, inputs, folder, there=ended, routed=routed):
             return
         stopped = not ended and (folder / CHECKPOINTS).is_dir()
         changed = self.record.changes(stage, inputs)
@@ -156,7 +159,8 @@ class Stages:
         inputs = {"its settings": text_digest(settings), **self.shared_inputs, **inputs}
         place = outputs[0].parent
         there = [path.name for path in outputs if path.exists()]
-        if self._is_finished(stage, inputs, place, there=len(there) == len(outputs)):
+        routed = place / ROUTER in outputs
+        if self._is_finished(stage, inputs, place, there=len(there) == len(outputs), routed=routed):
             return
         if there and self.record.changes(stage, inputs) is None:
             raise ConfigError(f"{place / there[0]} already exists; give another output_dir")
@@ -168,16 +172,33 @@ class Stages:
         self.record.finish(stage, inputs)
 
     def _is_finished(
-        self, stage: str, inputs: Mapping[str, str], place: Path, *, there: bool
+        self, stage: str, inputs: Mapping[str, str], place: Path, *, there: bool, routed: bool
     ) -> bool:
-        """Whether a stage need not be done, and say why it is, or is not."""
+        """Whether a stage need not be done, and say why it is, or is not. ``routed``: what it made is
+        a mixture, which has to be whole."""
         changed = self.record.changes(stage, inputs)
         if there and changed == [] and self.record.is_finished(stage):
+            if routed and (damage := mixture_damage(place)):
+                self.tell(f"{stage}: {damage}: done again")
+                return False
             self.tell(f"{stage}: {place} has finished, and nothing it was made of has changed")
             return True
         if there and changed:
             self.tell(f"{stage}: {', '.join(changed)} changed since {place} was made: done again")
         return False
+
+
+def mixture_damage(folder: Path) -> str | None:
+    """What is missing in a mixture's directory or is not as it was made; None for a whole one."""
+    from lorry.adapters.router_files import read_router_record, verify_experts, verify_weights
+
+    try:
+        record = read_router_record(folder)
+        verify_weights(folder, record)
+        verify_experts(folder, record, {one.name: one for one in list_adapter_subfolders(folder)})
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def model_digest(folder: Path) -> str:
