@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorry.config.schema import ModelConfig
 from lorry.models.loading.open import OpenedModel, open_model
 from lorry.notes import ignore_note
-from lorry.verbs.export_gguf import export_gguf, export_gguf_lora
+from lorry.verbs.exports.gguf import export_gguf, export_gguf_lora
 from tests.support.llama2 import llama2_tokenizer
 from tests.support.llamacpp import LlamaCpp, perplexity_ratio
 from tests.support.mixtures import mixture_run

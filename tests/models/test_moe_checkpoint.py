@@ -20,7 +20,7 @@ from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading.open import OpenedModel
 from lorry.models.moe.checkpoint import describe_moe, moe_tensors
-from lorry.verbs.export_moe import export_moe
+from lorry.verbs.exports.moe import export_moe
 from tests.support.tiny import LLAMA3, one_thread  # noqa: F401 - an autouse fixture
 from tests.support.verbworld import model_directory
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
-from lorry.verbs import export_mixture
-from lorry.verbs.probe import PROBE_TEXT
+from lorry.verbs.checks.probe import PROBE_TEXT
+from lorry.verbs.exports import mixture as export_mixture
 from tests.support.llamacpp import LlamaCpp
 from tests.support.mixtures import MLP, NAMES, deltas_of, mixture_run
 from tests.support.tiny import one_thread  # noqa: F401 - an autouse fixture

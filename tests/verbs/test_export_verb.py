@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
-from lorry.verbs import export_peft
+from lorry.verbs.exports import peft as export_peft
 from tests.support.verbworld import World, lorry, model_directory, train
 
 QUESTION = "Where does Ilse live?"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
 from lorry.models.loading import store
-from lorry.verbs import probe
+from lorry.verbs.checks import probe
 from tests.support.tiny import MAMBA2, random_model
 from tests.support.verbworld import (
     PEOPLE,

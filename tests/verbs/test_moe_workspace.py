@@ -15,7 +15,7 @@ import lorry
 from lorry.config import MoeRunConfig, build_settings
 from lorry.errors import ConfigError
 from lorry.notes import ignore_note
-from lorry.verbs.moe_outputs import finetune_run
+from lorry.verbs.mixture.outputs import finetune_run
 from tests.support.verbworld import PEOPLE, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorry.models.loading import load
-from lorry.verbs import probe
+from lorry.verbs.checks import probe
 
 GIB = 2**30
 NEEDED = 4 * 1000 * 1000  # bytes of the model below in float32

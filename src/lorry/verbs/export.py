@@ -9,16 +9,16 @@ from pathlib import Path
 from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError
-from lorry.verbs import probe
-from lorry.verbs.export_gguf import (
+from lorry.verbs.checks import probe
+from lorry.verbs.exports.gguf import (
     GGUF_OUTTYPES,
     export_gguf,
     export_gguf_lora,
     export_gguf_mixture,
 )
-from lorry.verbs.export_mixture import export_mixture, is_mixture
-from lorry.verbs.export_moe import export_experts
-from lorry.verbs.export_peft import export_peft
+from lorry.verbs.exports.mixture import export_mixture, is_mixture
+from lorry.verbs.exports.moe import export_experts
+from lorry.verbs.exports.peft import export_peft
 from lorry.verbs.merge import write_merged
 from lorry.verbs.open_model import open_with_adapters, resolve_adapter_name
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lorry.config.merge import MergeSettings
 from lorry.config.schema import ModelConfig
 from lorry.disk.integrity import file_digest
-from lorry.verbs import probe
-from lorry.verbs.logit_check import LogitsBeforeMerge
+from lorry.verbs.checks import probe
+from lorry.verbs.checks.logit_check import LogitsBeforeMerge
 from lorry.verbs.merge_adapters import merge_several
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 

@@ -25,8 +25,8 @@ from lorry.runs.layout import (
     ROUTER_FILE,
     RUN_FILE,
 )
-from lorry.verbs import probe
-from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
+from lorry.verbs.checks import probe
+from lorry.verbs.checks.logit_check import LogitsBeforeMerge, load_adapted_model
 from lorry.verbs.open_model import open_with_adapters, print_note
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """`lorry moe CONFIG`: experts over one base, a router over them, and what is made of both.
 
-Its stages (moe_stages.py): OUTPUT/experts, a run of one job for each expert that is not brought along,
+Its stages (mixture/stages.py): OUTPUT/experts, a run of one job for each expert that is not brought along,
 or a run for each; OUTPUT (of a workspace OUTPUT/gating_network), the router's run, which holds a copy
 of every expert and is the mixture; then what is asked for: the mixture in a stock class, that one
-finetuned, a GGUF file (moe_outputs.py).
+finetuned, a GGUF file (mixture/outputs.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorry.errors import ConfigError
 from lorry.runs.layout import ADAPTER_CONFIG, EXPERTS, REPORT, ROUTER, ROUTER_FILE, RUN_FILE, RunDir
 from lorry.runs.ownership import is_run
 from lorry.verbs import merge
-from lorry.verbs.moe_outputs import (
+from lorry.verbs.mixture.outputs import (
     call_verb,
     check_outputs,
     convert,
@@ -39,7 +39,7 @@ from lorry.verbs.moe_outputs import (
     write_export,
     write_moe,
 )
-from lorry.verbs.moe_stages import (
+from lorry.verbs.mixture.stages import (
     Stages,
     adapter_inputs,
     clear_constant_mixture,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorry.config.schema import ModelConfig
 from lorry.errors import ContractError, ModelError
-from lorry.verbs import probe
+from lorry.verbs.checks import probe
 from lorry.verbs.open_model import base_side, open_with_adapters, print_note
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, DataError
 from lorry.runs.layout import ADAPTER_WEIGHTS
-from lorry.verbs.domain_loss import batch_prompt, read_domain_rows, row_prompts
-from lorry.verbs.logit_check import LogitsBeforeMerge, load_adapted_model
+from lorry.verbs.checks.domain_loss import batch_prompt, read_domain_rows, row_prompts
+from lorry.verbs.checks.logit_check import LogitsBeforeMerge, load_adapted_model
 from lorry.verbs.open_model import print_note
 
 if TYPE_CHECKING:

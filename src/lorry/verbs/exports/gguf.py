@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.errors import ContractError, ModelError
-from lorry.verbs import probe
+from lorry.verbs.checks import probe
 from lorry.verbs.open_model import print_note
 
 if TYPE_CHECKING:

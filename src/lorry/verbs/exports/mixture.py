@@ -22,10 +22,10 @@ from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError, DataError
 from lorry.runs.layout import ROUTER, ROUTER_FILE
-from lorry.verbs import probe
-from lorry.verbs.domain_loss import DomainLoss, row_prompts
-from lorry.verbs.export_gguf import GGUF_OUTTYPES, export_gguf
-from lorry.verbs.export_moe import (
+from lorry.verbs.checks import probe
+from lorry.verbs.checks.domain_loss import DomainLoss, row_prompts
+from lorry.verbs.exports.gguf import GGUF_OUTTYPES, export_gguf
+from lorry.verbs.exports.moe import (
     DEFAULT_TOP_K,
     EXACT_SHARE,
     RANDOM_GATES,
@@ -33,7 +33,7 @@ from lorry.verbs.export_moe import (
     export_moe,
     untrained_note,
 )
-from lorry.verbs.export_peft import expert_names, export_peft_experts
+from lorry.verbs.exports.peft import expert_names, export_peft_experts
 from lorry.verbs.merge import write_merged
 from lorry.verbs.open_model import open_with_adapters, print_note
 

@@ -1,7 +1,7 @@
 """What `lorry moe` writes of a finished mixture: experts merged into their base, the mixture in a stock
 class (`lorry export to=hf-moe`), that one finetuned (`lorry sft lora=null`), and a GGUF file.
 
-Each is a stage (moe_stages.py), of what the one before it has written.
+Each is a stage (stages.py), of what the one before it has written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorry.runs.layout import PREVIOUS, ROUTER, ROUTER_FILE
 from lorry.runs.ownership import is_run
 from lorry.runs.stages import path_digest
 from lorry.verbs import export, merge
-from lorry.verbs.moe_stages import Stages, model_digest
+from lorry.verbs.mixture.stages import Stages, model_digest
 
 MERGED = "merged"  # an expert's folder for a whole model
 # of the finetuning's settings, the one that is not of `lorry sft`

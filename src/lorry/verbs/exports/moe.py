@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError, ModelError
-from lorry.verbs import probe
+from lorry.verbs.checks import probe
 from lorry.verbs.open_model import open_with_adapters, print_note
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Stages of `lorry moe`: what is up to date, and what is made behind the router."""
