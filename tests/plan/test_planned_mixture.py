@@ -79,10 +79,18 @@ def test_experts_in_turn_are_planned_alone() -> None:
 
 
 def test_a_router_for_the_export_alone() -> None:
-    """A stock class has no classifier of sequences: a token router is trained for it."""
+    """A stock class has no classifier of sequences: a token router is trained for it, at the level
+    that the class computes: a token passes its experts' whole MLPs."""
     plans = planned(router={"kind": "sequence"}, export=["hf-moe"])
     assert list(plans) == ["experts", "router of the export"]
-    assert plans["router of the export"]["memory"] == planned()["router"]["memory"]
+    level = {"level": "expert", "top_k": 1, "straight_through": True}
+    own = planned(router=level)["router"]
+    assert plans["router of the export"]["memory"] == own["memory"]
+    two, delta = planned(router={"level": "expert"})["router"], planned()["router"]
+    # SmolLM2-135M: 30 layers of three matrices 576 x 1536, once more forward (2) and in dx (2)
+    more = two["flops_per_token"]["step"] - delta["flops_per_token"]["step"]
+    assert more == 4 * 30 * 3 * 576 * 1536
+    assert two["total"] > own["total"] > delta["total"]
     assert list(
         planned(router={"kind": "sequence"}, export=[{"to": "hf-moe", "gate_mode": "hidden"}])
     ) == ["experts"]

@@ -90,6 +90,20 @@ def test_every_stage_leaves_what_the_document_says(made: Path) -> None:
     assert (work / "report.html").is_file()
 
 
+def test_the_stock_model_is_the_run_of_its_router(made: Path) -> None:
+    """The router of `rmoe_model` is trained for it alone, at the level that the class computes: its
+    run and transformers agree, so that the loss it was trained on is the export's."""
+    work = made / "workspace" / STAMP
+    record = json.loads((work / "rmoe_router" / "router" / "router.json").read_text())
+    assert (record["kind"], record["level"], record["top_k"]) == ("token", "expert", 1)
+    run, _ = lorry.load(work / "rmoe_router", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(work / "rmoe_model", dtype=torch.float32)
+    ids = torch.tensor([[5, 9, 3, 7, 11, 2, 8, 30, 41, 12]])
+    with torch.no_grad():
+        ours, theirs = run(ids).logits, model(ids).logits
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
 def test_the_stock_model_is_trained_but_for_its_router(made: Path) -> None:
     work = made / "workspace" / STAMP
     models = {}

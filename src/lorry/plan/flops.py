@@ -3,7 +3,8 @@
 Per token, with N = N_b + N_h weights of matrices used, P adapter values, L layers, causal attention
 over T (its backward is 2.5 times its forward): forward F = 2N + 2 L q T + 2P, backward B = 2N + 5 L
 q T + 4P, since the base is frozen and has no weight gradients. Recompute repeats the layers'
-forward. Layers below the lowest adapter have no backward. A start that is asked with every step
+forward. Layers below the lowest adapter have no backward. Under a router at `level: expert` N_b has
+the MLP once for each of a token's experts. A start that is asked with every step
 (an unlearning run's) adds a forward: a third of a step.
 """
 
@@ -39,7 +40,8 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     g, run = shape.geometry, layers_run(shape, setup)
     # the head's gradient always runs where the head does: the loss is behind it
     share = max(run - adapter.lowest, 0) / g.layers  # layers that run backward
-    body, p = 2 * shape.active_body * run // g.layers, adapter.parameters
+    weights = shape.active_body + g.layers * max(setup.mixed_mlps - 1, 0) * shape.mlp_linears
+    body, p = 2 * weights * run // g.layers, adapter.parameters
     head = 2 * shape.head_size if setup.reads.highest_layer is None else 0
     # q k^T and p v over half the square, 2 FLOPs each
     scores = shape.queries * setup.length
@@ -47,14 +49,14 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     forward = frozen + 2 * p
     # that of a frozen adapter passes its term on: as much again as its forward
     backward = (
-        int(share * (2 * shape.active_body + 5 * g.layers * scores))
+        int(share * (2 * weights + 5 * g.layers * scores))
         + head
         + 4 * p
         + 2 * adapter.frozen
     )
     # the head is scored once whatever is recomputed, so it is not in here
     again = (
-        int(share * (2 * shape.active_body + 2 * g.layers * scores)) + 2 * p
+        int(share * (2 * weights + 2 * g.layers * scores)) + 2 * p
         if setup.recompute == "full"
         else 0
     )

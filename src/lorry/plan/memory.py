@@ -60,7 +60,8 @@ class MemorySetup:
     sequence; ``tiles``: the processor has matrix tiles, for which there is an attention kernel;
     ``whole``: a run on real data, not steps of one length alone; ``reads``: what a step reads for
     each row, ``step_tokens``: of all its micro-batches, at most (0: of one), of which the start
-    is asked before the first of them is run.
+    is asked before the first of them is run; ``mixed_mlps``: the MLPs that a token passes under a
+    router at `level: expert` (0: the layer's own).
     """
 
     tokens: int
@@ -72,6 +73,7 @@ class MemorySetup:
     whole: bool = False
     reads: StepReads = ROW_ALONE
     step_tokens: int = 0
+    mixed_mlps: int = 0
 
     @property
     def element(self) -> int:
@@ -347,18 +349,22 @@ def layer_saved_bytes(shape: ModelShape, setup: MemorySetup, ranks: list[int]) -
     if layer_path(shape) == "fused":
         elements, fixed = _fused_elements(shape, setup)
     else:
-        elements, fixed = _plain_elements(shape, adapted=bool(ranks))
+        elements, fixed = _plain_elements(shape, setup, adapted=bool(ranks))
     return setup.element * (elements + sum(ranks)) + fixed
 
 
-def _mlp_elements(shape: ModelShape) -> int:
-    """Gate and up, or the one MLP product; of every expert a token visits."""
+def visited_mlps(shape: ModelShape, setup: MemorySetup) -> int:
+    """The experts that a token visits, be they the model's own or a mixture's whole MLPs; 0 where a
+    layer has one MLP for all."""
+    return setup.mixed_mlps or (0 if shape.experts is None else shape.experts.active)
+
+
+def _mlp_elements(shape: ModelShape, setup: MemorySetup) -> int:
+    """Gate and up, or the one MLP product; of every expert a token visits, with its own copies of
+    what goes in and comes out."""
     inner = (2 if shape.gated else 1) * shape.geometry.mlp_width
-    return (
-        inner
-        if shape.experts is None
-        else shape.experts.active * (inner + 2 * shape.geometry.width)
-    )
+    visited = visited_mlps(shape, setup)
+    return visited * (inner + 2 * shape.geometry.width) if visited else inner
 
 
 def _fused_elements(shape: ModelShape, setup: MemorySetup) -> tuple[int, int]:
@@ -372,11 +378,11 @@ def _fused_elements(shape: ModelShape, setup: MemorySetup) -> tuple[int, int]:
         more += shape.queries + shape.keys if shape.qk_norm else 0
     between = 0 if g.parallel_residual else g.width
     return g.width + 2 * shape.queries + 2 * shape.keys + between + _mlp_elements(
-        shape
+        shape, setup
     ) + more, 4 * g.heads
 
 
-def _plain_elements(shape: ModelShape, *, adapted: bool) -> tuple[int, int]:
+def _plain_elements(shape: ModelShape, setup: MemorySetup, *, adapted: bool) -> tuple[int, int]:
     """(elements, bytes) that autograd keeps of separate operations: norm inputs (RMS in fp32),
     every adapted matrix's input, q, k and v as attention read them (keys and values repeated per
     query head), its output, and the MLP's chain.
@@ -387,7 +393,7 @@ def _plain_elements(shape: ModelShape, *, adapted: bool) -> tuple[int, int]:
     read_by_norms = 0 if rms else (g.width if g.parallel_residual else 2 * g.width)
     wide = (2 * g.width if rms else 0) + ((q + shape.keys) if shape.qk_norm else 0)
     attention = 4 * q + (2 * q if shape.fused_qkv and g.rotary is not None else 0)
-    mlp = _mlp_elements(shape) * 2 if adapted or shape.gated else _mlp_elements(shape)
+    mlp = _mlp_elements(shape, setup) * (2 if adapted or shape.gated else 1)
     normed = 2 * g.width if adapted else 0
     return read_by_norms + normed + attention + mlp, 4 * wide + 4 * g.heads
 
@@ -417,7 +423,7 @@ def layer_workspace(shape: ModelShape, setup: MemorySetup) -> int:
     the norms.
     """
     g, path = shape.geometry, layer_path(shape)
-    f = g.mlp_width if shape.experts is None else shape.experts.active * g.mlp_width
+    f = max(visited_mlps(shape, setup), 1) * g.mlp_width
     # the two halves of a layer run backward one after the other, so the larger one counts
     mlp = (4 if shape.gated else 3) * f + 2 * g.width
     attention = 3 * shape.queries + 2 * shape.keys + 3 * g.width

@@ -127,6 +127,11 @@ class ModelShape:
         return self.geometry.layers * (self.layer_linears + visited)
 
     @property
+    def mlp_linears(self) -> int:
+        """Weights of one layer's dense MLP; 0 where it has experts."""
+        return sum(linear.size for linear in self.linears if linear.site.startswith("mlp"))
+
+    @property
     def _expert(self) -> int:
         assert self.experts is not None
         return (3 if self.gated else 2) * self.geometry.width * self.experts.width

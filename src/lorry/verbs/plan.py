@@ -228,6 +228,8 @@ def _plan_of_router(
     length = max(run.data.max_length for run in alone.values())
     reads = router_reads(len(settings.jobs))
     setup = memory_setup(length, choice, device, machine.has_tiles(), reads)
+    if router.level == "expert":
+        setup = replace(setup, mixed_mlps=router.top_k)
     flops = count_flops(shape, adapter, setup)
     return _run_plan(
         settings,

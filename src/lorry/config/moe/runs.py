@@ -327,12 +327,15 @@ class MoeRunConfig(RunConfig):
 
     def export_router(self) -> RouterConfig | None:
         """The token router of the export, where the mixture's is of another kind: a stock class holds
-        a matrix for each layer and nothing else."""
+        a matrix for each layer and nothing else. It trains at `level: expert`, which is what the
+        class computes: the loss of the export is that of this router's run."""
         moe = self.export_of("hf-moe")
         if moe is None or moe.gate_mode != "router" or self.router.kind == "token":
             return None
         top_k = moe.experts_per_token or self.router.top_k
-        return RouterConfig(kind="token", top_k=top_k, straight_through=top_k == 1)
+        return RouterConfig(
+            kind="token", level="expert", top_k=top_k, straight_through=top_k == 1
+        )
 
     @property
     def folders(self) -> StageFolders:
