@@ -58,6 +58,11 @@ def with_experts(
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Mixtral", {"num_local_experts": 3, "sliding_window": None}),
+    # its shared expert cannot be left out
+    "qwen2": (
+        "Qwen2Moe",
+        {"num_experts": 3, "norm_topk_prob": True, "shared_expert_intermediate_size": 8},
+    ),
     "qwen3": ("Qwen3Moe", {"num_experts": 3, "norm_topk_prob": True}),
 }
 
@@ -103,6 +108,11 @@ class Stock:
             tensors[f"{at}.experts.gate_up_proj"] = torch.stack(inner)
             outer = [merged(f"{at}.down_proj", e) for e in EXPERTS]
             tensors[f"{at}.experts.down_proj"] = torch.stack(outer)
+            # switched off by what comes out of it
+            own_shared = [n for n in self.model.state_dict() if n.startswith(f"{at}.shared_expert")]
+            for n in own_shared:
+                empty = torch.zeros_like(self.model.state_dict()[n])
+                tensors[n] = empty if n.endswith("down_proj.weight") else empty + 1
         assert set(tensors) == set(self.model.state_dict())
         self.tensors = tensors
         self.rule = router.rule
@@ -143,9 +153,18 @@ def loss_of(logits: list[Tensor]) -> Tensor:
         ("llama", TOP2),
         ("llama", TOP1),
         ("llama", replace(TOP2, top_k=3, normalize=False)),
+        ("qwen2", TOP2),
+        ("qwen2", TOP1),
         ("qwen3", TOP2),
     ],
-    ids=["mixtral-top2", "mixtral-top1-st", "mixtral-all", "qwen3-top2"],
+    ids=[
+        "mixtral-top2",
+        "mixtral-top1-st",
+        "mixtral-all",
+        "qwen2-top2",
+        "qwen2-top1-st",
+        "qwen3-top2",
+    ],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_values_and_gradients_are_those_of_the_stock_class(
