@@ -49,10 +49,7 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     forward = frozen + 2 * p
     # that of a frozen adapter passes its term on: as much again as its forward
     backward = (
-        int(share * (2 * weights + 5 * g.layers * scores))
-        + head
-        + 4 * p
-        + 2 * adapter.frozen
+        int(share * (2 * weights + 5 * g.layers * scores)) + head + 4 * p + 2 * adapter.frozen
     )
     # the head is scored once whatever is recomputed, so it is not in here
     again = (

@@ -333,9 +333,7 @@ class MoeRunConfig(RunConfig):
         if moe is None or moe.gate_mode != "router" or self.router.kind == "token":
             return None
         top_k = moe.experts_per_token or self.router.top_k
-        return RouterConfig(
-            kind="token", level="expert", top_k=top_k, straight_through=top_k == 1
-        )
+        return RouterConfig(kind="token", level="expert", top_k=top_k, straight_through=top_k == 1)
 
     @property
     def folders(self) -> StageFolders:
