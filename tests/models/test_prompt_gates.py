@@ -227,7 +227,7 @@ class TokenStates:
 class MeanToken:
     """Stands for a router: expert a gets the mean of the prompt's tokens, b 0, c its negative."""
 
-    adapters, layer, pooling = NAMES, None, "mean"
+    adapters, layer, pooling, state_mix = NAMES, None, "mean", Mix.none()
 
     def gates(self, states: Tensor) -> Tensor:
         return torch.stack([states[:, 0], torch.zeros(len(states)), -states[:, 0]], 1)

@@ -59,11 +59,8 @@ class Adapter:
         # the copied masters have memory of their own until the loop below points them into `values`
         twin = Adapter(self.name, self.spec, values, grads, self.split, deepcopy(self.slots, memo))
         memo[id(self)] = twin
-        # .data and not a new Parameter: whoever was copied along (an optimizer) refers to these
-        # objects
-        for param, view in twin._views(values):
-            param.data = view
-        twin.bind_grads()
+        # not new ones: whoever was copied along (an optimizer) refers to these objects
+        twin.use_buffers(values, grads)
         return twin
 
     @property
@@ -148,6 +145,15 @@ class Adapter:
             # autograd adds in place to a .grad that exists, so the flat buffer is always the
             # gradient
             param.grad = view
+
+    def use_buffers(self, values: Tensor, grads: Tensor) -> None:
+        """Let the masters be views of ``values`` [P], a copy of what they are, and their gradients
+        of ``grads`` (empty of one in the base)."""
+        self.values, self.grads = values, grads
+        # .data: the parameters stay the objects that others hold
+        for param, view in self._views(values):
+            param.data = view
+        self.bind_grads()
 
     def touch(self) -> None:
         """Say that ``values`` was written as a whole (a step, a load): every compute copy is remade
@@ -296,10 +302,7 @@ class AdapterBank:
     def to(self, device: torch.device) -> None:
         """Move every adapter's buffers; slots keep their identity."""
         for adapter in (*self.base_adapters.values(), *self.adapters.values()):
-            adapter.values, adapter.grads = adapter.values.to(device), adapter.grads.to(device)
-            for param, view in adapter._views(adapter.values):
-                param.data = view
-            adapter.bind_grads()
+            adapter.use_buffers(adapter.values.to(device), adapter.grads.to(device))
 
     def frozen_tensors(self, trained: Collection[str]) -> dict[str, Tensor]:
         """{`NAME/MODULE.lora_A`: its values} of every adapter but those of these names: what training

@@ -114,14 +114,16 @@ class SequenceRouter(Protocol):
     layer and for every token, those of the answer too.
 
     ``adapters``: the experts, in the order of the gates' columns; ``layer`` (0-based; None: after the
-    final norm) and ``pooling`` (mean or last): the state that it reads, `models.prompt_states`.
-    Whoever runs a model makes the gates first (`models.causal_lm.with_prompt_gates`, generation for
+    final norm) and ``pooling`` (mean or last): the state that it reads, of the prompt under
+    ``state_mix`` (the base alone, or with an adapter of the router's own).
+    Whoever runs a model makes the gates first (`models.causal_lm.prompt_gates`, generation for
     each request once); a layer that meets a term without its gate raises ContractError.
     """
 
     adapters: Sequence[str]
     layer: int | None
     pooling: str
+    state_mix: Mix
 
     def gates(self, states: Tensor) -> Tensor:
         """[S,D] fp32 of S prompts -> [S, adapters]; of each row by itself."""

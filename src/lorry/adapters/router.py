@@ -121,6 +121,10 @@ class RouterParameters(ABC):
     def mix(self) -> Mix:
         """Every expert, gated by the router."""
 
+    def training_mix(self, role: str) -> Mix:
+        """What a sequence of a role (its expert's name) trains the router under."""
+        return self.mix()
+
     def tensors(self) -> Mapping[str, Tensor]:
         """Its matrices and biases, by name: those of router.safetensors."""
         return self.split_like(self.values)

@@ -13,7 +13,7 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.routing.gate_vectors import GateVectors
+from lorry.adapters.router import RouterParameters
 from lorry.adapters.trainable import PARAMETER_KINDS, ParameterSet, parameter_set
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.backends.protocol import (
@@ -173,15 +173,15 @@ class LocalBackend:
         )
 
     def batch_mix(self, batch: Batch, adapters: Sequence[str]) -> Mix:
-        """Each sequence under the mix of what its adapter number names; BASE is none. Vectors of the
-        experts train on each one's own rows: there it is the role that says which."""
+        """Each sequence under the mix of what its adapter number names; BASE is none. What a router
+        trains under its sequences' roles may say (`RouterParameters.training_mix`)."""
         own = [self.mix_of(name) for name in adapters]
-        vectors = [self.owners.get(name) for name in adapters]
+        routers = [self.owners.get(name) for name in adapters]
         mixes = list[Mix]()
         for k, role in zip(batch.adapter.tolist(), batch.role, strict=True):
-            gates = None if k == BASE else vectors[k]
-            if isinstance(gates, GateVectors):
-                mixes.append(gates.training_mix(role))
+            router = None if k == BASE else routers[k]
+            if isinstance(router, RouterParameters):
+                mixes.append(router.training_mix(role))
             else:
                 mixes.append(Mix.none() if k == BASE else own[k])
         return Mix.packed(mixes, batch.starts.tolist())

@@ -37,7 +37,7 @@ from lorry.generation.request import (
     resolve_constant_mix,
 )
 from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
-from lorry.models.causal_lm import CausalLM, PackedInput, prompt_states
+from lorry.models.causal_lm import CausalLM, PackedInput, prompt_gates
 from lorry.models.decoder.decode import DecodeRunner
 
 # Running requests at once unless the caller says otherwise. A decode step reads every weight once
@@ -174,8 +174,7 @@ class GenerationEngine:
                 by_router.setdefault(router, []).append(request)
         for router, requests in by_router.items():
             prompts = [request.prompt for request in requests]
-            model = cast(CausalLM, self.model)
-            gates = router.gates(prompt_states(model, prompts, router.layer, router.pooling))
+            gates = prompt_gates(cast(CausalLM, self.model), prompts, router)
             for request, row in zip(requests, gates.tolist(), strict=True):
                 request.mix = request.mix.with_gates(row)
 

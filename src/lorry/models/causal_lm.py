@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.attach import default_context
-from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm, SequenceRouter
 from lorry.errors import ContractError
 
 # prompt tokens in one pass of the base, unless a single prompt is longer: products at full speed,
 # and activations far below what the weights take
 PROMPT_TOKENS = 2048
+BASE_ALONE = Mix.none()
 
 
 @dataclass(frozen=True)
@@ -187,24 +188,44 @@ def parameter_count(model: nn.Module) -> int:
 
 @torch.no_grad()
 def prompt_states(
-    model: CausalLM, prompts: Sequence[Sequence[int]], layer: int | None, pooling: str
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    layer: int | None,
+    pooling: str,
+    mix: Mix = BASE_ALONE,
 ) -> Tensor:
-    """[S,D] float32: the hidden state of each prompt in the base without adapters: of ``layer``'s
-    output (0-based; None: after the final norm), the ``mean`` over the prompt's tokens, or that of
-    its ``last`` one. Layers above are not run.
+    """[S,D] float32: the hidden state of each prompt under a mix of whole-batch terms: of ``layer``'s
+    output (0-based; None: after the final norm), `pooled_states` over the prompt's tokens. Layers
+    above are not run.
     """
     rows: list[Tensor] = []
     for group in _prompt_groups(prompts):
         packed = PackedInput.of(group, model.device)
         wanted = [] if layer is None else [layer]
-        states = model.hidden(packed, AdapterContext(Mix.none()), output_layers=wanted, stop=layer)
+        states = model.hidden(packed, AdapterContext(mix), output_layers=wanted, stop=layer)
         hidden = states.last if layer is None else states.layer_outputs[layer]
         assert hidden is not None
-        rows += [
+        rows.append(pooled_states(hidden, packed.segments, pooling))
+    return torch.cat(rows)
+
+
+def pooled_states(hidden: Tensor, spans: Sequence[tuple[int, int]], pooling: str) -> Tensor:
+    """hidden [T,D] -> [S,D] float32: of each span of tokens the ``mean``, or the ``last`` one's."""
+    return torch.stack(
+        [
             hidden[stop - 1].float() if pooling == "last" else hidden[start:stop].float().mean(0)
-            for start, stop in packed.segments
+            for start, stop in spans
         ]
-    return torch.stack(rows)
+    )
+
+
+def prompt_gates(
+    model: CausalLM, prompts: Sequence[Sequence[int]], router: SequenceRouter
+) -> Tensor:
+    """[S, adapters]: the gates that a router of the sequence makes of each prompt."""
+    return router.gates(
+        prompt_states(model, prompts, router.layer, router.pooling, router.state_mix)
+    )
 
 
 def _prompt_groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -240,11 +261,7 @@ def with_prompt_gates(
     routed = [s for s, terms in enumerate(own) if terms]
     starts = [start for start, _ in packed.segments]
     prompts = [packed.tokens[starts[s] : starts[s] + lengths[s]].tolist() for s in routed]
-    gates = (
-        router.gates(prompt_states(model, prompts, router.layer, router.pooling)).tolist()
-        if routed
-        else []
-    )
+    gates = prompt_gates(model, prompts, router).tolist() if routed else []
     terms = [term for term in call.mix.terms if term.route is None]
     for s, row in zip(routed, gates, strict=True):
         rows = None if len(packed.segments) == 1 else slice(*packed.segments[s])

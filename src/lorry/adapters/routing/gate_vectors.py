@@ -95,16 +95,16 @@ class GateVectors(RouterParameters):
         """Every expert, gated linear by linear."""
         return Mix.layer_routed(self)
 
-    def training_mix(self, expert: str) -> Mix:
+    def training_mix(self, role: str) -> Mix:
         """What rows of an expert's own domain train its vectors under: it alone, times the sigmoid.
         Raises ContractError for rows of nobody's."""
-        if expert not in self.adapters:
+        if role not in self.adapters:
             raise ContractError(
-                f"a sequence of role {expert!r} trains no expert's vectors; the experts are "
+                f"a sequence of role {role!r} trains no expert's vectors; the experts are "
                 f"{', '.join(self.adapters)}"
             )
-        route = self.adapters.index(expert)
-        return Mix((MixTerm(expert, route=route),), self.training_gates)
+        route = self.adapters.index(role)
+        return Mix((MixTerm(role, route=route),), self.training_gates)
 
     def settings(self) -> Mapping[str, Any]:
         """How scores become gates."""

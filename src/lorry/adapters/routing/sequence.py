@@ -78,7 +78,7 @@ class PrototypeRouter:
     def __init__(self, adapters: Sequence[str], rule: PromptRule, means: Tensor) -> None:
         self.adapters: Sequence[str] = tuple(adapters)
         self.rule, self.means = rule, means
-        self.layer, self.pooling = rule.layer, rule.pooling
+        self.layer, self.pooling, self.state_mix = rule.layer, rule.pooling, Mix.none()
 
     def scores(self, states: Tensor) -> Tensor:
         """states [S,D] -> cosines [S,K], of what is left without the mean over experts: all prompts
@@ -120,7 +120,8 @@ class PrototypeRouter:
 class ClassifierRouter:
     """A `SequenceRouter` and `MixtureRouter` that was trained: linears with ReLU between. ``weights``:
     [out, in] and [out] of each, fp32, by the names of `classifier_shapes`; ``training``: the record of
-    how it was made, plain values that router.json keeps.
+    how it was made, plain values that router.json keeps; ``adapter``: the bank's adapter, trained
+    with it, that the base reads prompts with (None: the base alone).
     """
 
     router_kind = "sequence"
@@ -131,15 +132,12 @@ class ClassifierRouter:
         rule: PromptRule,
         weights: Mapping[str, Tensor],
         training: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.adapters: Sequence[str] = tuple(adapters)
         self.rule, self.weights, self.training = rule, dict(weights), training
         self.layer, self.pooling = rule.layer, rule.pooling
-
-    @property
-    def hidden(self) -> list[int]:
-        """Widths between input and scores."""
-        return [len(self.weights[f"{n}.bias"]) for n in range(len(self.weights) // 2 - 1)]
+        self.state_mix = Mix.none() if adapter is None else Mix.one(adapter)
 
     def scores(self, states: Tensor) -> Tensor:
         """states [S,D] -> logits [S,K]."""
@@ -151,12 +149,7 @@ class ClassifierRouter:
 
     def settings(self) -> Mapping[str, Any]:
         """The rule and the widths."""
-        settings = {
-            **asdict(self.rule),
-            "hidden": self.hidden,
-            "width": self.weights["0.weight"].shape[1],
-        }
-        return settings if self.training is None else {**settings, "training": dict(self.training)}
+        return classifier_settings(self.rule, self.weights, self.training)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The linears' values."""
@@ -177,6 +170,16 @@ def classifier_shapes(
     return shapes
 
 
+def classifier_settings(
+    rule: PromptRule, weights: Mapping[str, Tensor], training: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What router.json says of a classifier besides its experts: the rule, the widths of its input
+    and between input and scores, and how it was made."""
+    hidden = [len(weights[f"{n}.bias"]) for n in range(len(weights) // 2 - 1)]
+    settings = {**asdict(rule), "hidden": hidden, "width": weights["0.weight"].shape[1]}
+    return settings if training is None else {**settings, "training": dict(training)}
+
+
 def classify(weights: Mapping[str, Tensor], states: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
     """states [S,D] -> logits [S,K]; ``masks``: of dropout, what multiplies each hidden layer."""
     x = states
@@ -191,7 +194,8 @@ def attach_sequence_router(model: nn.Module, router: PrototypeRouter | Classifie
     """Make it the model's router. Raises ConfigError for an expert that is not attached, or is called
     as the router is, and for a rule that this model or these experts cannot follow."""
     bank = get_bank(model)
-    if ROUTER_NAME in bank.adapters:
+    # an attached adapter of that name is the router's own
+    if ROUTER_NAME in router.adapters:
         raise ConfigError(f"an expert cannot be called {ROUTER_NAME!r}: that is the router's name")
     for name in router.adapters:
         bank[name]
