@@ -10,18 +10,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import lorry
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.config.moe import RouterConfig
+from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ModelError
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
-from lorry.models.causal_lm import PackedInput
+from lorry.models.causal_lm import PackedInput, prompt_gates
+from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
+from lorry.verbs.mixture.stages import mixture_damage
 from tests.support.verbworld import lorry as run_lorry
 from tests.support.verbworld import model_directory, write_rows
 
@@ -276,12 +281,122 @@ def test_a_router_of_other_experts_is_refused(
             lorry.load(run)
 
 
+@pytest.fixture(scope="module")
+def tuned(made: Path) -> Path:
+    """A classifier with a LoRA of its own over the same experts; not to be changed."""
+    words = "router={kind: sequence, layer: 0, top_k: 2, lora: {r: 2}, train: {max_steps: 4, eval_steps: 2}}"
+    assert again(made, made / "tuned", words) == 0
+    return made / "tuned"
+
+
+def test_a_classifier_with_a_lora_of_its_own(
+    tuned: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run holds every contract and chooses by F1; class scores of what is read back are those of
+    transformers with PEFT's reading of the files; answers are the argmax of whole forwards under the
+    gates that these scores make."""
+    contracts = json.loads((tuned / "contracts.json").read_text())
+    assert {c["status"] for c in contracts} == {"held"}
+    lines = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if "eval_f1" in line]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    assert all("eval_perplexity" not in line and "eval_nll_sums" in line for line in evaluated)
+    said = json.loads((tuned / "router" / "router.json").read_text())
+    assert said["training"]["prompts"] == {"train": 12, "val": 4, "test": 4}
+    best = max(line["eval_f1"] for line in evaluated)
+    assert said["training"]["val"]["f1"] == pytest.approx(best, abs=1e-6)
+    assert load_file(tuned / "router" / "router.safetensors").keys() == {"0.weight", "0.bias"}
+    receipt = json.loads((tuned / "receipt.json").read_text())
+    assert "router/adapter/adapter_model.safetensors" in receipt["router"]
+
+    model, tokenizer = lorry.load(tuned)
+    router = get_bank(model).active.sequence_router
+    assert router is not None
+    twin = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(made / "base").float(), tuned / "router" / "adapter"
+    )
+    weights = load_file(tuned / "router" / "router.safetensors")
+    ids = [prompt(tokenizer, row["question"]) for row in (*PLACES[:3], *SUMS[:2])]
+    with torch.no_grad():
+        states = [
+            twin(torch.tensor([one]), output_hidden_states=True).hidden_states[1][0, -1]
+            for one in ids
+        ]
+    scores = torch.stack(states) @ weights["0.weight"].T + weights["0.bias"]
+    gates = scores.softmax(-1)  # of two experts both
+    torch.testing.assert_close(prompt_gates(model, ids, router), gates, rtol=1e-5, atol=1e-5)
+
+    answers = generate_completions(model, ids, SamplingParams(max_new_tokens=3), batch_rows=2)
+    for one, own, answer in zip(ids, gates.tolist(), answers, strict=True):
+        call = AdapterContext(Mix.constants(dict(zip(("places", "sums"), own, strict=True))))
+        for n, token in enumerate(answer.tokens):
+            with torch.no_grad():
+                hidden = model.hidden(PackedInput.of([[*one, *answer.tokens[:n]]]), call).last
+                assert hidden is not None
+                assert int(model.logits(hidden[-1:], call).argmax()) == token
+    # scores read the same gates: those of what stands before the answer
+    batch = collate([TokenizedExample([*ids[0], 5, 6], [0.0] * len(ids[0]) + [1.0, 1.0])])
+    call = AdapterContext(
+        Mix.constants(dict(zip(("places", "sums"), gates[0].tolist(), strict=True)))
+    )
+    want = {"s": TokenScore(log_prob)}
+    routed, plain = (
+        evaluate_wants(model, batch, want, which)["s"]
+        for which in (AdapterContext(get_bank(model).active), call)
+    )
+    torch.testing.assert_close(routed, plain, rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    assert run_lorry("doctor", tuned) == 0
+    assert "with a LoRA of its own" in " ".join(capsys.readouterr().out.split())
+
+
+def remove_adapter(run: Path) -> None:
+    shutil.rmtree(run / "router" / "adapter")
+
+
+def change_adapter(run: Path) -> None:
+    file = run / "router" / "adapter" / "adapter_model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (change_adapter, "router/adapter: not the adapter that the router was trained with"),
+        (remove_adapter, "router/adapter is missing"),
+        (change_router(adapter_sha256=None), "knows no adapter of the router"),
+        (change_router(kind="prototype", hidden=[]), "kind 'prototype' has no adapter of its own"),
+        (change_weights(lambda w: w * 2), "not the weights that router.json was written with"),
+        (change_expert, "not the expert 'sums'"),
+    ],
+)
+def test_a_router_of_another_lora_is_refused(
+    damage: Callable[[Path], None], words: str, tuned: Path, tmp_path: Path
+) -> None:
+    run = copied(tuned, tmp_path / "run")
+    damage(run)
+    with pytest.raises(ModelError, match=words):
+        lorry.load(run)
+    if "kind" not in words:
+        # and `lorry moe` would make it again
+        assert words in str(mixture_damage(run))
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["router={kind: sequence, val_split: 0.2}"], "together 1.05; they must add to 1"),
         (["router={kind: sequence, train: {max_steps: 3}}"], "router.train.max_steps"),
-        (["router={kind: sequence, lora: {r: 8}}"], "unknown setting 'router.lora'"),
+        (["router={kind: prototype, lora: {r: 8}}"], "router.lora is for router.kind=sequence"),
+        (["router={kind: sequence, lora: {r: auto}}"], "r=auto is of experts"),
+        (["router={kind: sequence, lora: {rank: 8}}"], "router.lora: has no setting 'rank'"),
+        (["router={kind: sequence, lora: {r: 0}}"], "router.lora: r: Input should be"),
+        (["router={kind: sequence, dropout: 0.2, lora: {r: 2}}"], "give lora_dropout there"),
+        (
+            ["router={kind: sequence, layer: 0, lora: {r: 2, layers_to_transform: 1}}"],
+            "the output of layer 0 is read",
+        ),
+        (["router={kind: sequence, lora: {r: 2}, train: {steps: 1}}"], "router.train.steps"),
         (["router={kind: sequence, prompts: 4}"], "router.prompts is for router.kind=prototype"),
         (["router={kind: prototype, hidden: [8]}"], "router.hidden is for router.kind="),
         (["router={kind: prototype, train: {seed: 3}}"], "kind=prototype trains nothing"),

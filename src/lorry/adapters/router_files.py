@@ -1,7 +1,10 @@
 """The files of a mixture's router, in the folder `router` beside the experts': router.json says how
 tokens get their experts, router.safetensors holds what was trained.
 
-An expert is named with the digest of its files, so that one that has changed is refused by name, and
+A classifier that reads prompts through a LoRA of its own has it beside them, in the folder `adapter`.
+
+An expert is named with the digest of its files, so that one that has changed is refused by name (and so
+is that LoRA), and
 router.safetensors with a digest of its bytes and of the order of the experts (`weights_digest`): its
 columns are theirs, and a file of another mixture has the same shapes. Nothing here is a pickle.
 """
@@ -13,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Level, Mix, MixtureRouter
 from lorry.adapters.peft.config import read_adapter_json
-from lorry.adapters.peft.files import adapter_digest, base_digest
+from lorry.adapters.peft.files import adapter_digest, base_digest, load_adapter
 from lorry.adapters.router import ROUTER_NAME, RouterParameters, RoutingRule, attach_router
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.adapters.routing.linear_router import SPECTRAL_ROUTERS, attach_spectral_router
@@ -38,7 +41,14 @@ from lorry.adapters.routing.sequence import (
 from lorry.disk.integrity import read_content
 from lorry.errors import ConfigError, ModelError
 from lorry.notes import NoteCallback, ignore_note
-from lorry.runs.layout import ROUTER, ROUTER_FILE, ROUTER_WEIGHTS
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ROUTER,
+    ROUTER_ADAPTER,
+    ROUTER_FILE,
+    ROUTER_WEIGHTS,
+)
 
 CONSTANT_KINDS = ("uniform", "fixed")
 
@@ -56,7 +66,8 @@ class RouterRecord(BaseModel):
     """router.json. ``experts``: in the order of the gates' columns; ``gates``: of the constant
     kinds; ``layer``, ``pooling``, ``width``: the state that a router of the sequence reads, and its
     length; ``hidden``: widths of a classifier; ``training``: how it was made, for a person;
-    ``weights_sha256``: `weights_digest`, where there are weights and Lorry wrote it already."""
+    ``weights_sha256``: `weights_digest`, where there are weights and Lorry wrote it already;
+    ``adapter_sha256``: `adapter_digest` of the LoRA that a classifier has of its own."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -76,13 +87,18 @@ class RouterRecord(BaseModel):
     hidden: list[int] = []
     training: dict[str, Any] | None = None
     weights_sha256: str | None = None
+    adapter_sha256: str | None = None
 
 
 def router_files(
-    model: nn.Module, folders: Mapping[str, Path], gates: Mapping[str, float] | None = None
+    model: nn.Module,
+    folders: Mapping[str, Path],
+    gates: Mapping[str, float] | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, bytes]:
     """{name in the folder `router`: content} of the model's router, or of constant ``gates`` of its
-    experts; ``folders``: where each expert's files lie, in the order of the columns."""
+    experts; ``folders``: where each expert's files lie, in the order of the columns; ``adapter``:
+    where those of the router's own LoRA do."""
     experts = [{"name": n, "sha256": adapter_digest(f)} for n, f in folders.items()]
     record: dict[str, Any] = {
         "level": "delta",
@@ -95,6 +111,8 @@ def router_files(
         return {ROUTER_FILE: _json(record)}
     router = get_bank(model).routers[ROUTER_NAME]
     record |= {"kind": router.router_kind, **router.settings()}
+    if adapter is not None:
+        record["adapter_sha256"] = adapter_digest(adapter)
     tensors = {n: v.detach().cpu().contiguous() for n, v in router.tensors().items()}
     if not tensors:
         return {ROUTER_FILE: _json(record)}
@@ -141,6 +159,30 @@ def verify_weights(folder: Path, record: RouterRecord) -> None:
         )
 
 
+def verify_router_adapter(folder: Path, record: RouterRecord) -> Path | None:
+    """The folder of the LoRA that the router of the mixture in ``folder`` reads prompts with, if it
+    has one. Raises ModelError where it is missing or not the one that router.json was written with."""
+    place = folder / ROUTER / ROUTER_ADAPTER
+    if record.adapter_sha256 is None:
+        if place.exists():
+            raise ModelError(
+                f"{place}: {folder / ROUTER / ROUTER_FILE} knows no adapter of the router; move it away, or train the "
+                "mixture again"
+            )
+        return None
+    if not ((place / ADAPTER_CONFIG).is_file() and (place / ADAPTER_WEIGHTS).is_file()):
+        raise ModelError(
+            f"{place} is missing, or not whole: the adapter that the router reads prompts with; restore its files, "
+            "or train the mixture again"
+        )
+    if (digest := adapter_digest(place)) != record.adapter_sha256:
+        raise ModelError(
+            f"{place}: not the adapter that the router was trained with (digest is {digest[:16]}..., expected "
+            f"{record.adapter_sha256[:16]}...); restore its files, or train the mixture again"
+        )
+    return place
+
+
 def verify_experts(folder: Path, record: RouterRecord, experts: Mapping[str, Path]) -> None:
     """Raise ModelError for an expert of the mixture in ``folder`` that is missing (unless the router
     is made of the experts alone, `SPECTRAL_ROUTERS`, and nothing of its folder is left), or whose
@@ -170,11 +212,14 @@ def load_router(
     folder: Path,
     experts: Mapping[str, Path],
     add_note: NoteCallback = ignore_note,
+    *,
+    adapter_name: str = ROUTER_NAME,
 ) -> Mix:
     """The mix of the mixture in ``folder``: its router attached to the model, whose adapters its
     experts are (``experts``: {name: where its files lie}). Raises ModelError for experts that are
     missing, others or changed, and for a router of another base or shape, or with NaN. One that is
     made of the experts alone (`SPECTRAL_ROUTERS`) does with those that are there, and notes it.
+    ``adapter_name``: what the bank is to call the LoRA that a router has of its own.
     """
     file, record = folder / ROUTER / ROUTER_FILE, read_router_record(folder)
     names = [expert.name for expert in record.experts]
@@ -212,8 +257,15 @@ def load_router(
         )
     if constant:
         return _constant_mix(file, record)
+    own = verify_router_adapter(folder, record)
+    if own is not None and record.kind != ClassifierRouter.router_kind:
+        raise ModelError(f"{file}: a router of kind {record.kind!r} has no adapter of its own")
     try:
         router = MAKERS[record.kind](model, names, record)
+        if own is not None:
+            # with the same forward pass as everybody's adapters: Mix.one of its name
+            load_adapter(model, own, adapter_name, trainable=False)
+            cast(ClassifierRouter, router).state_mix = Mix.one(adapter_name)
     except ConfigError as error:
         raise ModelError(f"{file}: {error}") from None
     if wanted := router.tensors():

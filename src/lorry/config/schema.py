@@ -400,6 +400,13 @@ class RunConfig(SettingsGroup):
         return ROW_ALONE
 
     @property
+    def has_evaluation(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(
+            self.always_evaluates or self.data.evaluates or self.train.eval_tasks or self.suite.name
+        )
+
+    @property
     def job_names(self) -> list[str]:
         """Of several jobs; none of a run of one adapter."""
         return [job.name for job in self.jobs]
@@ -504,9 +511,8 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _evaluation_is_possible(self) -> RunConfig:
         train = self.train
-        if (train.eval_steps or train.eval_strategy != "no" or train.eval_on_start) and not (
-            self.always_evaluates or self.data.evaluates or train.eval_tasks or self.suite.name
-        ):
+        evaluates = train.eval_steps or train.eval_strategy != "no" or train.eval_on_start
+        if evaluates and not self.has_evaluation:
             raise ValueError(
                 "evaluation is on, but there is no evaluation set; give data.eval or data.test_size"
             )

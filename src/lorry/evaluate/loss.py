@@ -11,7 +11,7 @@ from dataclasses import replace
 from lorry.adapters.mix import Mix
 from lorry.backends.protocol import ScoringBackend, Task, term_totals
 from lorry.data.batch import Batch, TokenizedExample, collate
-from lorry.models.scoring.score import TokenScore, correct, log_prob
+from lorry.models.scoring.score import PromptState, TokenScore, correct, log_prob
 
 
 def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
@@ -19,7 +19,7 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
     empty if it has none.
 
     eval_loss is the task's own loss, normalised over the whole set; perplexity and accuracy are per
-    supervised token.
+    supervised token, and left out where the task asks for nothing but states of prompts.
     """
     batches = task.eval_batches()
     if not batches:
@@ -28,16 +28,19 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
     totals = {name: float(total.sum()) for name, total in term_totals(batches).items()}
     sums = dict.fromkeys(totals, 0.0)
     tokens = hits = nll = 0.0
+    predicts_tokens = False
     for batch in batches:
-        wants = {
-            **task.wants(batch),
+        wants = dict(task.wants(batch))
+        if asked := not all(isinstance(want, PromptState) for want in wants.values()):
             # beside the task's own scores, whose names begin with a letter
-            "_logprob": TokenScore(log_prob),
-            "_correct": TokenScore(correct),
-        }
+            wants |= {"_logprob": TokenScore(log_prob), "_correct": TokenScore(correct)}
         scores = backend.score([batch], wants)[0]
         for name, values in task.loss(scores, batch).items():
-            sums[name] += float(values.double().sum())
+            # what a loss is made of besides scores may want a gradient (a classifier's weights)
+            sums[name] += float(values.detach().double().sum())
+        if not asked:
+            continue
+        predicts_tokens = True
         # 0 or 1: accuracy and perplexity count tokens, whatever the task weighs them by
         weights = (batch.weights != 0).double()
         tokens += float(weights.sum())
@@ -47,6 +50,8 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
     counted = [value for name, value in terms.items() if name not in task.reported]
     metrics = {"eval_loss": sum(counted)}
     metrics |= {f"eval_{name}": value for name, value in terms.items() if len(terms) > 1}
+    if not predicts_tokens:
+        return metrics
     return metrics | {
         "eval_perplexity": loss_perplexity(nll, tokens),
         "eval_token_accuracy": hits / tokens if tokens else math.nan,

@@ -4,7 +4,7 @@ that it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,9 @@ class BuiltTask:
     """The task; ``models``: the frozen models it scores with besides its own; ``digests``: what
     else the result hangs on, for the run's identity and its receipt; ``notes``: what a person
     should know; ``measure(adapter)``: what an evaluation of an adapter finds besides the loss;
-    ``record(step)``: what else metrics.jsonl says of the step just made, counted from 1.
+    ``record(step)``: what else metrics.jsonl says of the step just made, counted from 1;
+    ``conclude``: what is done once with the values that the run ends with, before its files are
+    written.
     """
 
     task: Task
@@ -95,6 +97,7 @@ class BuiltTask:
     notes: Sequence[str] = ()
     measure: Callable[[str], Mapping[str, float]] = lambda adapter: {}
     record: Callable[[int], Mapping[str, Any]] = lambda step: {}
+    conclude: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class TaskDefinition:
     name of their group; ``gradient(runs)``: how a step's gradient is made, from the run that each job
     would be alone (None: it is that of the loss); ``over_start``: an adapter that the model has becomes a part of the
     frozen base, where other tasks go on training it; ``attach``: makes what trains, {name: the
-    run it would be alone} (None: an adapter for each job).
+    run it would be alone} (None: an adapter for each job); ``ends``: ids of which one has to be
+    supervised in every sequence of a job (none where no answer is learnt to its end).
     """
 
     build: Callable[[TaskInputs], BuiltTask]
@@ -118,3 +122,4 @@ class TaskDefinition:
     gradient: Callable[[Mapping[str, RunConfig]], GradientRule | None] = lambda runs: None
     over_start: bool = False
     attach: Callable[[RunConfig, OpenedModel, NoteCallback], dict[str, RunConfig]] | None = None
+    ends: Callable[[PreparedJob], Collection[int]] = lambda job: job.data.ends

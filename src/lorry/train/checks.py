@@ -357,14 +357,15 @@ class ContractChecks:
         return f"lora.exclude_modules=[{','.join(distinct[:MAX_NAMED_MODULES])}]{more}"
 
     def _moving(self, name: str) -> list[str]:
-        """The tensors that must move: of a base or a router that trains all that do, of an adapter
-        those that began at zero (lora_B; an embedding's lora_A), or else lora_B."""
-        if not self._low_rank(name):
-            return [t for t in self._start if t.split("/")[1] == name]
-        mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
+        """The tensors that must move: of a base or a router all that train, but of low-rank matrices,
+        an adapter's or a router's own, those that began at zero (lora_B; an embedding's lora_A), or
+        else lora_B."""
+        mine = [t for t in self._start if t.split("/")[1] == name]
+        low_rank = [t for t in mine if t.endswith((".lora_A", ".lora_B"))]
+        others = [t for t in mine if t not in set(low_rank)]
         # The matrix at zero is where a first gradient shows; the other moves only after it.
-        zero = [t for t in mine if self._start[t] == ZERO_FINGERPRINT]
-        return zero or [t for t in mine if t.endswith("lora_B")]
+        zero = [t for t in low_rank if self._start[t] == ZERO_FINGERPRINT]
+        return others + (zero or [t for t in low_rank if t.endswith(".lora_B")])
 
     def _low_rank(self, name: str) -> bool:
         return not any(t.startswith((f"weights/{name}/", f"router/{name}/")) for t in self._start)

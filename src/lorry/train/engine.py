@@ -51,7 +51,8 @@ class TrainingEngine:
     out, all are alike: ``train``'s settings, the task's steps, ``epoch_of(step)``, the epoch a step
     belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``: frozen ones
     the task scores with besides the backend; ``evaluations``: what is asked of an adapter besides
-    the loss of held-out rows; ``record(step)``: what the task adds to the line of a step.
+    the loss of held-out rows; ``record(step)``: what the task adds to the line of a step;
+    ``conclude``: what it does with the values that the run ends with.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class TrainingEngine:
         models: Mapping[str, ScoringBackend] | None = None,
         evaluations: Sequence[RunEvaluation] = (),
         record: Callable[[int], Mapping[str, Any]] = lambda step: {},
+        conclude: Callable[[], None] = lambda: None,
     ) -> None:
-        self.record_task = record
+        self.record_task, self.conclude_task = record, conclude
         self.models, self.evaluations = {"self": backend, **(models or {})}, evaluations
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.checks, self.listeners, self.tolerance = (
@@ -139,6 +141,7 @@ class TrainingEngine:
                 )
         chosen = {name: step for name, step in best.items() if step is not None}
         self._load_best(chosen)
+        self.conclude_task()
         self.ended_with = {n: chosen.get(n, self._standing(n).steps) for n in self.jobs}
         return RunOutcome.of({name: self._outcome(name, best.get(name)) for name in self.jobs})
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lorry.adapters.attach import get_bank
+from lorry.adapters.attach import detach, get_bank
+from lorry.adapters.peft.files import adapter_files
 from lorry.adapters.router import ROUTER_NAME, RouterParameters
 from lorry.adapters.router_files import load_router, router_files
 from lorry.data.prepare import PreparedData
@@ -18,7 +19,7 @@ from lorry.generation.scorer import ModelScorer
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs import ownership
-from lorry.runs.layout import ROUTER
+from lorry.runs.layout import ROUTER, ROUTER_ADAPTER
 from lorry.train import artifacts
 from lorry.train.checks import ContractChecks
 
@@ -36,7 +37,14 @@ def write_mixture(
     durable.make_directory(run_dir / ROUTER)
     digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, experts, base_name)
     # of the files as they are now: what a mixture is checked against when it is opened
-    files = router_files(opened.model, {name: run_dir / name for name in experts}, gates)
+    folders, own = {name: run_dir / name for name in experts}, None
+    if gates is None and ROUTER_NAME in get_bank(opened.model).adapters:
+        own = run_dir / ROUTER / ROUTER_ADAPTER
+        contents = adapter_files(opened.model, ROUTER_NAME, base_name=base_name)
+        ownership.write_owned_files(
+            run_dir / ROUTER, {f"{own.name}/{n}": c for n, c in contents.items()}
+        )
+    files = router_files(opened.model, folders, gates, own)
     ownership.write_owned_files(run_dir, {f"{ROUTER}/{name}": c for name, c in files.items()})
     return digests
 
@@ -44,8 +52,8 @@ def write_mixture(
 def router_digests(run_dir: Path) -> dict[str, str]:
     """{file: SHA-256} of the router's files, for the receipt."""
     return {
-        f"{ROUTER}/{path.name}": file_digest(path)
-        for path in sorted((run_dir / ROUTER).iterdir())
+        str(path.relative_to(run_dir)): file_digest(path)
+        for path in sorted((run_dir / ROUTER).rglob("*"))
         if path.is_file()
     }
 
@@ -63,8 +71,15 @@ def write_and_check_mixture(
     trained = bank.routers[ROUTER_NAME]
     assert isinstance(trained, RouterParameters)
     digests = write_mixture(run_dir, opened, trained.adapters, base_name)
+    # the one that was trained stays in the bank under its name
+    read_back = f"{ROUTER_NAME}.reloaded"
     try:
-        mix = load_router(opened.model, run_dir, {n: run_dir / n for n in trained.adapters})
+        mix = load_router(
+            opened.model,
+            run_dir,
+            {n: run_dir / n for n in trained.adapters},
+            adapter_name=read_back,
+        )
     except ModelError as error:
         raise checks.fail(5, str(error)) from error
     reloaded = bank.routers[ROUTER_NAME].tensors()
@@ -72,6 +87,12 @@ def write_and_check_mixture(
     if not all(torch.equal(v.cpu(), reloaded[n].cpu()) for n, v in trained.tensors().items()):
         raise checks.fail(
             5, f"{run_dir / ROUTER}: the router read back is not the one that was trained"
+        )
+    if read_back in bank.adapters and not torch.equal(
+        bank[read_back].values.cpu(), bank[ROUTER_NAME].values.cpu()
+    ):
+        raise checks.fail(
+            5, f"{run_dir / ROUTER}: the router's adapter read back is not the one that was trained"
         )
     data = prepared[ROUTER_NAME]
     batch = next(iter(data.evaluation), None) or data.stream.batches(0)[0]
@@ -85,5 +106,7 @@ def write_and_check_mixture(
         5,
         f"{trained.values.numel()} values of the router and the scores of a batch equal bit for bit after reading back",
     )
+    if read_back in bank.adapters:
+        detach(opened.model, read_back)
     bank.activate(trained.mix())
     return digests

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -473,7 +473,8 @@ def build_engine(
         {name: optim_settings_of(job.run.train) for name, job in jobs.items()},
         gradient=TASKS[run.task].gradient({name: job.run for name, job in jobs.items()}),
     )
-    training = [_training_job(name, job) for name, job in jobs.items()]
+    ends = TASKS[run.task].ends
+    training = [_training_job(name, job, ends(job)) for name, job in jobs.items()]
     inputs = _task_inputs(run, opened, jobs, training, backend)
     # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
     built = TASKS[run.task].build(replace(inputs, tell=notebook.repeat))
@@ -501,14 +502,15 @@ def build_engine(
         models=built.models,
         evaluations=run_evaluations,
         record=built.record,
+        conclude=built.conclude,
     )
 
 
-def _training_job(name: str, job: PreparedJob) -> TrainingJob:
-    train, data = job.run.train, job.data
+def _training_job(name: str, job: PreparedJob, ends: Collection[int]) -> TrainingJob:
+    train = job.run.train
     total = job.stream.total_steps(train.num_train_epochs, train.max_steps)
     return TrainingJob(
-        name, train, total, job.stream.epoch_of, job.stream.steps_per_epoch, list(data.ends)
+        name, train, total, job.stream.epoch_of, job.stream.steps_per_epoch, list(ends)
     )
 
 

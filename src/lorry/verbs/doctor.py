@@ -129,7 +129,12 @@ def verify_mixture(path: Path) -> dict[str, str]:
     """The router of a mixture's directory, and its experts by their digests. Raises ModelError for an
     expert or weights that are missing, or others than the router was made for: it cannot be opened
     then."""
-    from lorry.adapters.router_files import read_router_record, verify_experts, verify_weights
+    from lorry.adapters.router_files import (
+        read_router_record,
+        verify_experts,
+        verify_router_adapter,
+        verify_weights,
+    )
 
     record = read_router_record(path)
     names = [expert.name for expert in record.experts]
@@ -139,11 +144,14 @@ def verify_mixture(path: Path) -> dict[str, str]:
     # a spectral router does without an expert that has gone
     gone = [name for name in names if name not in folders]
     verify_weights(path, record)
+    own = verify_router_adapter(path, record)
     facts = {
         "router": f"{record.kind}, level {record.level}",
         "experts": f"{', '.join(name for name in names if name in folders)}: intact"
         + (f"; {', '.join(gone)}: gone" if gone else ""),
     }
+    if own is not None:
+        facts["router"] += ", with a LoRA of its own"
     tested = (record.training or {}).get("test")
     if isinstance(tested, dict) and "accuracy" in tested:
         facts["router"] += f", right for {tested['accuracy']:.1%} of the test prompts"

@@ -74,7 +74,7 @@ def main(run: MoeRunConfig) -> int:
     refuse_undescribed_experts(run)
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
-    router = router_run(run, folders) if ROUTER_KINDS[run.router.kind].trains else None
+    router = router_run(run, folders) if run.router.is_trained_by_run else None
     check_outputs(run)
     moe_router = export_router_run(run, folders)
     log = run.output_dir / LOG if run.layout == "workspace" else None
@@ -218,7 +218,7 @@ def refuse_undescribed_experts(run: MoeRunConfig) -> None:
     if run.skip_gating:
         has_all, describes = (mixture / ROUTER / ROUTER_FILE).is_file(), is_run(mixture)
     else:
-        has_all, describes = True, ROUTER_KINDS[run.router.kind].trains
+        has_all, describes = True, run.router.is_trained_by_run
     # random gates read no rows
     if has_all and (describes or moe.gate_mode == "random"):
         return
@@ -330,7 +330,13 @@ def router_run(
     router = router or run.router
     alone = runs_by_adapter(run)
     experts = [
-        {"name": name, "adapter": str(path), "data": alone[name].data.model_dump(mode="json")}
+        {
+            "name": name,
+            "adapter": str(path),
+            # a loss on the prompt would leave nothing before the first supervised token
+            "data": alone[name].data.model_dump(mode="json")
+            | ({} if router.lora is None else {"completion_only_loss": True}),
+        }
         for name, path in folders.items()
     ]
     settings: dict[str, Any] = {

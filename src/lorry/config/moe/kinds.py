@@ -35,6 +35,7 @@ KIND_FIELDS = (
     "train_split",
     "val_split",
     "test_split",
+    "lora",
 )
 # of a router of the whole sequence
 OF_PROMPTS = ("layer", "pooling", "top_k", "normalize", "temperature")
@@ -43,7 +44,8 @@ OF_PROMPTS = ("layer", "pooling", "top_k", "normalize", "temperature")
 @dataclass(frozen=True)
 class RouterKind:
     """A kind of router. ``reads``: which of `KIND_FIELDS`; ``trains``: whether a run of its own makes
-    it (`RouterRunConfig`); ``needs_rows``: whether every expert has to have data; ``top_k``: its
+    it (`RouterRunConfig`; a classifier with a LoRA of its own trains in one, too:
+    `RouterConfig.is_trained_by_run`); ``needs_rows``: whether every expert has to have data; ``top_k``: its
     default: a sequence is one expert's as a rule, its tokens are of several."""
 
     reads: tuple[str, ...]
@@ -67,7 +69,10 @@ ROUTER_KINDS: dict[RouterKindName, RouterKind] = {
         needs_rows=True,
     ),
     "sequence": RouterKind(
-        (*OF_PROMPTS, "hidden", "dropout", "train_split", "val_split", "test_split", "train"),
+        (
+            *(*OF_PROMPTS, "hidden", "dropout", "train_split", "val_split", "test_split"),
+            *("train", "lora"),
+        ),
         needs_rows=True,
         top_k=1,
     ),

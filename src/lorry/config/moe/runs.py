@@ -34,7 +34,7 @@ from lorry.config.moe.kinds import KIND_FIELDS, ROUTER_KINDS, RouterKindName, ki
 from lorry.config.moe.project import MARKS, translate_project
 from lorry.config.moe.stages import EXPORTS, OUTPUT_NAMES, ExportStage, Layout, StageFolders
 from lorry.config.parsing.files import DescriptionFile
-from lorry.config.schema import JobConfig, RunConfig, TrainConfig
+from lorry.config.schema import JobConfig, LoraConfig, RunConfig, TrainConfig
 from lorry.config.suite import TrainingSuiteConfig, first_changed
 from lorry.notes import NoteCallback
 
@@ -43,6 +43,14 @@ EXPERTS = (
 )
 # of `router.train`, where it says nothing else; rows are of each expert's data
 ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+# the same of a classifier with a LoRA of its own: of its evaluations the one with the best F1 stays
+PROMPT_LORA_TRAIN = {
+    "num_train_epochs": 3,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_f1",
+}
 
 
 class ClassifierTrainConfig(SettingsGroup):
@@ -109,7 +117,14 @@ class RouterConfig(SettingsGroup):
             "settings of the router's training (the experts have their own); default "
             "max_steps 200, learning_rate 1e-3, 2 rows of each expert; of kind=sequence "
             "num_train_epochs 50, learning_rate 1e-3, per_device_train_batch_size 32, "
-            "weight_decay 0.01"
+            "weight_decay 0.01; with router.lora num_train_epochs 3, 4 rows of each expert"
+        ),
+    )
+    lora: dict[str, Any] | None = config_field(
+        None,
+        (
+            "of kind=sequence: {r: 8, ...}, settings as of lora: a LoRA of the base that trains "
+            "with the classifier and reads prompts alone; null: the base as it is"
         ),
     )
     layer: NonNegativeInt | Literal["final"] | None = derived_field(
@@ -126,6 +141,24 @@ class RouterConfig(SettingsGroup):
     )
     val_split: float = config_field(0.15, "share that chooses the epoch, by F1", gt=0, lt=1)
     test_split: float = config_field(0.15, "share that is asked at the end", ge=0, lt=1)
+
+    @field_validator("lora")
+    @classmethod
+    def _whole_lora(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """All of its settings, so that a run's description says what a default was."""
+        if value is None:
+            return None
+        known = [name for name in LoraConfig.model_fields if name not in ("adapter_name", "bias")]
+        if odd := [name for name in value if name not in known]:
+            raise ValueError(f"has no setting {odd[0]!r}; there are {', '.join(known)}")
+        if value.get("r") == "auto":
+            raise ValueError("r=auto is of experts, by their memory budget; give a number")
+        try:
+            whole = LoraConfig.model_validate(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
+        return whole.model_dump(mode="json", include=set(known))
 
     train_experts: bool = config_field(
         False, "not supported yet: experts stay as they are while their router trains"
@@ -165,6 +198,10 @@ class RouterConfig(SettingsGroup):
             )
         if self.kind == "sequence":
             self._check_classifier()
+        if self.lora is not None and first_changed(self, ["dropout"]):
+            raise ValueError(
+                "router.dropout is of a classifier over the base as it is; with router.lora give lora_dropout there"
+            )
         if self.level == "expert" and self.input == "attn":
             raise ValueError(
                 "router.level=expert mixes MLPs, and router.input=attn gates none; give input=mlp or both"
@@ -196,6 +233,8 @@ class RouterConfig(SettingsGroup):
                 "router.train_split, val_split and test_split are {:g}, {:g} and {:g}, together {:g}; "
                 "they must add to 1".format(*splits, sum(splits))
             )
+        if self.lora is not None:
+            return  # a run of its own: its settings are those of `router_train`
         try:
             self.classifier_train(0)
         except ValidationError as error:
@@ -203,6 +242,16 @@ class RouterConfig(SettingsGroup):
             where = ".".join(map(str, ["router.train", *first["loc"]]))
             known = ", ".join(ClassifierTrainConfig.model_fields)
             raise ValueError(f"{where}: {first['msg']}; a classifier's are {known}") from None
+
+    @property
+    def is_trained_by_run(self) -> bool:
+        """Whether a run of its own makes it (`RouterRunConfig`)."""
+        return ROUTER_KINDS[self.kind].trains or self.lora is not None
+
+    @property
+    def train_defaults(self) -> dict[str, Any]:
+        """`train` of that run, where nothing else is said."""
+        return dict(ROUTER_TRAIN if self.lora is None else PROMPT_LORA_TRAIN)
 
     def classifier_train(self, seed: int) -> ClassifierTrainConfig:
         """`train` of kind=sequence; ``seed``: the run's, where it says nothing else. Raises
@@ -392,20 +441,34 @@ class RouterRunConfig(RunConfig):
             )
         return value
 
-    @field_validator("train", mode="before")
-    @classmethod
-    def _short_training(cls, value: Any) -> Any:
-        return {**ROUTER_TRAIN, **value} if isinstance(value, Mapping) else value
-
     @validate_model(mode="before")
     @classmethod
-    def _first_rows_set_the_pace(cls, values: Any) -> Any:
-        """The rows of the first expert are what a pass is counted in."""
-        if isinstance(values, dict) and values.get("experts"):
+    def _defaults_of_the_router(cls, values: Any) -> Any:
+        """`train` as the kind of router has it; the rows of the first expert are what a pass is
+        counted in."""
+        if not isinstance(values, dict):
+            return values
+        router = values.get("router", {})
+        if not isinstance(router, RouterConfig):
+            try:
+                router = RouterConfig.model_validate(router)
+            except ValidationError:
+                return values  # its own field says what is wrong
+        if isinstance(train := values.get("train"), Mapping):
+            # the val split of its prompts is always there to be asked
+            when = {"eval_strategy": "steps" if train.get("eval_steps") else "epoch"}
+            own = {} if router.lora is None else when
+            values = {**values, "train": {**router.train_defaults, **own, **train}}
+        if values.get("experts"):
             first = values["experts"][0]
             data = first["data"] if isinstance(first, Mapping) else first.data
-            return {**values, "data": data}
+            values = {**values, "data": data}
         return values
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Rows that were held out, or the val split of a classifier's prompts."""
+        return self.router.lora is not None or super().has_evaluation
 
     @validate_model(mode="after")
     def _router_fits(self) -> RouterRunConfig:
@@ -416,7 +479,7 @@ class RouterRunConfig(RunConfig):
                 "beforehand; leave streaming out"
             )
         evaluates = {expert.name: expert.data.evaluates for expert in self.experts}
-        if len(set(evaluates.values())) > 1:
+        if len(set(evaluates.values())) > 1 and self.router.lora is None:
             odd = next(name for name, held in evaluates.items() if not held)
             raise ValueError(
                 f"expert {odd!r} has no held-out rows and others have; the mixture's evaluation weighs domains equally: "
@@ -429,6 +492,6 @@ def router_train(run: MoeRunConfig, router: RouterConfig) -> dict[str, Any]:
     """`train` of a router's run, plain values: the run's seed and logging_steps, defaults of its own,
     then what `router.train` gives. Raises ValidationError."""
     shared = {"seed": run.train.seed, "logging_steps": run.train.logging_steps}
-    return TrainConfig.model_validate({**shared, **ROUTER_TRAIN, **router.train}).model_dump(
-        mode="json", exclude_unset=True
-    )
+    return TrainConfig.model_validate(
+        {**shared, **router.train_defaults, **router.train}
+    ).model_dump(mode="json", exclude_unset=True)

@@ -25,7 +25,7 @@ from lorry.adapters.mix import AdapterContext
 from lorry.data.batch import Batch
 from lorry.errors import ContractError, DataError
 from lorry.kernels.softmax import accumulator_dtype
-from lorry.models.causal_lm import CausalLM, PackedInput, with_prompt_gates
+from lorry.models.causal_lm import CausalLM, PackedInput, pooled_states, with_prompt_gates
 from lorry.models.scoring.tiles import LogitsStatistics, StatisticsRequest, compute_statistics
 from lorry.models.scoring.vocab import (
     DenseScore,
@@ -41,6 +41,7 @@ from lorry.models.shared_prefixes import hidden_sharing_prefixes
 __all__ = [
     "FinalHidden",
     "HiddenState",
+    "PromptState",
     "RouterLogits",
     "ScoreFn",
     "TokenScore",
@@ -99,7 +100,18 @@ class RouterLogits:
     """
 
 
-Want = TokenScore | HiddenState | FinalHidden | RouterLogits
+@dataclass(frozen=True)
+class PromptState:
+    """The state of each sequence's prompt, what stands before its first supervised token, [S, D]
+    fp32: of a layer's output (0-based; None: after the final norm), `pooled_states` over its tokens.
+    Raises DataError for a sequence without a prompt.
+    """
+
+    layer: int | None
+    pooling: str
+
+
+Want = TokenScore | HiddenState | FinalHidden | RouterLogits | PromptState
 
 
 def evaluate_wants(
@@ -111,7 +123,7 @@ def evaluate_wants(
     share_prefixes: bool = False,
 ) -> dict[str, Tensor]:
     """Everything a task asked for: scores as [T] (0 where they are not wanted), hidden states as
-    [T, D].
+    [T, D], states of prompts as [S, D].
 
     Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass
     stops at the highest. A router of the sequence (`SequenceRouter`) sees what comes before a
@@ -122,14 +134,24 @@ def evaluate_wants(
     scores = {n: w for n, w in wants.items() if isinstance(w, TokenScore)}
     final = [n for n, w in wants.items() if isinstance(w, FinalHidden)]
     layers = {n: w.layer for n, w in wants.items() if isinstance(w, HiddenState)}
+    prompts = {n: w for n, w in wants.items() if isinstance(w, PromptState)}
+    of_layers = {*layers.values(), *(w.layer for w in prompts.values() if w.layer is not None)}
+    of_final = any(w.layer is None for w in prompts.values())
     packed = PackedInput(batch.tokens, batch.positions, batch.segments)
     if call.mix.sequence_router is not None:
         call = with_prompt_gates(model, packed, call, prompt_lengths(batch))
     routed = [name for name, want in wants.items() if isinstance(want, RouterLogits)]
-    stop = None if scores or final or routed else max(layers.values(), default=None)
+    stop = None if scores or final or routed or of_final else max(of_layers, default=None)
     run = partial(hidden_sharing_prefixes, model) if share_prefixes else model.hidden
-    hidden = run(packed, call, output_layers=sorted(set(layers.values())), stop=stop)
+    hidden = run(packed, call, output_layers=sorted(of_layers), stop=stop)
     outputs = {name: hidden.layer_outputs[layer] for name, layer in layers.items()}
+    if prompts:
+        ends = zip(batch.segments, prompt_lengths(batch), strict=True)
+        spans = [(start, start + length) for (start, _), length in ends]
+        for name, want in prompts.items():
+            state = hidden.last if want.layer is None else hidden.layer_outputs[want.layer]
+            assert state is not None
+            outputs[name] = pooled_states(state, spans, want.pooling)
     if routed:
         if not hidden.router_logits:
             raise ContractError("router logits were requested, but the mix has no router")

@@ -32,6 +32,11 @@ from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.loading.open import OpenedModel
 from lorry.notes import NoteCallback
 from lorry.tasks.build import BuiltTask, PreparedJob, TaskDefinition, TaskInputs
+from lorry.tasks.moe.classifier import (
+    attach_classifier_run,
+    build_prompt_classifier,
+    prompt_stream,
+)
 from lorry.tasks.moe.task import DomainTask, MoeTask
 
 MEAN_ROWS = 16  # rows of each expert whose hidden states make the router's first values
@@ -72,7 +77,9 @@ def attach_experts(
         # no dropout while the router trains: it has to learn of the experts that will answer
         load_adapter(opened.model, folder, expert.name, trainable=False)
     names, router = [expert.name for expert in settings.experts], settings.router
-    if router.kind == "phatgoose":
+    if router.lora is not None:
+        attach_classifier_run(settings, opened)
+    elif router.kind == "phatgoose":
         attach_gate_vectors(opened.model, names, top_k=router.top_k, temperature=router.temperature)
     else:
         attach_router(opened.model, names, rule_of(router), router.hidden).init_hidden(
@@ -91,8 +98,10 @@ def domain_stream(
 ) -> BatchStream:
     """A row of every other domain beside each of the first."""
     assert isinstance(data.stream, TrainStream)
-    first = _settings_of(run).experts[0].name
-    beside = {name: _tokens(prepared) for name, prepared in sets.items()}
+    settings = _settings_of(run)
+    first, beside = settings.experts[0].name, {n: _tokens(p) for n, p in sets.items()}
+    if settings.router.lora is not None:
+        return prompt_stream(settings, data.stream, {first: _tokens(data), **beside})
     return RoleStream(data.stream, first, beside=beside, alternates={}, seed=run.train.seed)
 
 
@@ -191,6 +200,9 @@ def build_moe(inputs: TaskInputs) -> BuiltTask:
     domains = _domains(job)
     held = [with_role(batch, name) for name, data in domains.items() for batch in data.evaluation]
     digests = {f"rows of {name}": data.digest for name, data in job.row_sets.items()}
+    if run.router.lora is not None:
+        sets = {name: _tokens(data) for name, data in domains.items()}
+        return build_prompt_classifier(run, inputs, sets, digests)
     common = (inputs.stream, held, inputs.total, list(inputs.jobs))
     if not isinstance(router, TokenRouter):
         return BuiltTask(DomainTask(*common, experts=router.adapters), digests=digests)
@@ -220,4 +232,6 @@ MOE = TaskDefinition(
         if data.evaluation
     },
     attach=attach_experts,
+    # a prompt is all that a classifier reads
+    ends=lambda job: () if _settings_of(job.run).router.lora is not None else job.data.ends,
 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorry.adapters.routing.lora_classifier import SMALLEST_DEVIATION
 from lorry.adapters.routing.sequence import (
     ClassifierRouter,
     PromptRule,
@@ -40,10 +41,9 @@ from lorry.models.loading.open import OpenedModel
 SPLITS = ("train", "val", "test")
 # of the prompts themselves, each left out of its own expert's mean: below it domains look alike
 CLEARLY_APART = 0.9
-SMALLEST_DEVIATION = 1e-6  # of a state's component over the training prompts: a constant one
 
 
-def _checked_rule(router: RouterConfig, opened: OpenedModel, experts: int) -> PromptRule:
+def checked_rule(router: RouterConfig, opened: OpenedModel, experts: int) -> PromptRule:
     """The rule that the settings describe; where they name no layer, of the middle one, whose states
     tell look-alike domains apart best (docs/experts.md). Raises ConfigError for one that the model
     cannot follow."""
@@ -80,12 +80,17 @@ def read_prompts(
     if prepared.tokens is None:
         raise ConfigError("data.streaming: a router's rows are counted; leave streaming out")
     prompts = prompts_of(prepared.tokens)
+    refuse_no_prompts(name, len(prompts), len(prepared.tokens))
+    return prompts
+
+
+def refuse_no_prompts(name: str, prompts: int, rows: int) -> None:
+    """Raise DataError for an expert of whose rows none has a prompt."""
     if not prompts:
         raise DataError(
-            f"expert {name!r}: none of its {len(prepared.tokens)} rows has a prompt before its answer (plain text?), "
+            f"expert {name!r}: none of its {rows} rows has a prompt before its answer (plain text?), "
             "and a router of the sequence reads prompts alone; give rows with prompts, or router.kind=token"
         )
-    return prompts
 
 
 def prompts_of(tokens: TokenSet) -> list[list[int]]:
@@ -110,7 +115,7 @@ def attach_prototypes(
 ) -> PrototypeRouter:
     """A prototype router over the model's experts, of ``router.prompts`` prompts of each, drawn by the
     seed. Raises ConfigError where nothing tells two experts apart."""
-    rule = _checked_rule(router, opened, len(prompts))
+    rule = checked_rule(router, opened, len(prompts))
     states = {
         name: _states(opened, _drawn(own, router.prompts, seed), rule)
         for name, own in prompts.items()
@@ -155,7 +160,7 @@ def attach_classifier(
 ) -> ClassifierRouter:
     """A classifier of prompts over the model's experts, trained on their states. Raises DataError for
     an expert with too few prompts for the splits, NonFiniteError."""
-    rule, settings = _checked_rule(router, opened, len(prompts)), router.classifier_train(seed)
+    rule, settings = checked_rule(router, opened, len(prompts)), router.classifier_train(seed)
     splits = {name: split_prompts(name, len(own), router, seed) for name, own in prompts.items()}
     states = {name: _states(opened, own, rule).cpu() for name, own in prompts.items()}
     sets = {

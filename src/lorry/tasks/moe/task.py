@@ -51,7 +51,7 @@ class DomainTask(SftTask):
         """nll_EXPERT: the mean over a domain's supervised tokens, over K."""
         nll = nll_loss(got["logprob"], batch)
         return {
-            f"nll_{name}": torch.where(_of_role(batch, name), nll, 0.0) / len(self.experts)
+            f"nll_{name}": torch.where(of_role(batch, name), nll, 0.0) / len(self.experts)
             for name in self.experts
         }
 
@@ -134,7 +134,8 @@ class MoeTask(DomainTask):
         return weights
 
 
-def _of_role(batch: Batch, name: str) -> Tensor:
+def of_role(batch: Batch, name: str) -> Tensor:
+    """[S] bool: the sequences of a role."""
     return torch.tensor([role == name for role in batch.role], device=batch.starts.device)
 
 

@@ -190,11 +190,17 @@ class Stages:
 
 def mixture_damage(folder: Path) -> str | None:
     """What is missing in a mixture's directory or is not as it was made; None for a whole one."""
-    from lorry.adapters.router_files import read_router_record, verify_experts, verify_weights
+    from lorry.adapters.router_files import (
+        read_router_record,
+        verify_experts,
+        verify_router_adapter,
+        verify_weights,
+    )
 
     try:
         record = read_router_record(folder)
         verify_weights(folder, record)
+        verify_router_adapter(folder, record)
         verify_experts(folder, record, {one.name: one for one in list_adapter_subfolders(folder)})
     except ModelError as error:
         return str(error)
