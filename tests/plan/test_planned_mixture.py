@@ -78,6 +78,26 @@ def test_experts_in_turn_are_planned_alone() -> None:
     assert plans["expert b"]["memory"] == planned_alone(r=16, max_length=128)["memory"]
 
 
+def test_a_classifier_with_a_lora_of_its_own() -> None:
+    """16 of 30 layers run and are adapted, the head never does; experts are held, and no token passes
+    them. Without `lora` no run makes a classifier."""
+    assert list(planned(router={"kind": "sequence"})) == ["experts"]
+    own = planned(router={"kind": "sequence", "lora": {"r": 8}})["router"]
+    alone = planned_alone(r=8, target_modules="auto", layers_to_transform=list(range(16)))
+    assert own["adapter_parameters"] == alone["adapter_parameters"] + 2 * (576 + 1)
+    values = sum(planned_alone(r=r)["adapter_parameters"] for r in (4, 16))
+    assert own["memory"]["frozen adapters"] == 4 * values
+    # q, k, v, o of 9 and 3 heads of 64, MLP of 1536; a row of each expert, 4 of it; T = 256
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    adapter = own["adapter_parameters"]
+    attention = 576 * 256
+    step = 16 * (4 * layer + 7 * attention) + 6 * adapter
+    assert own["flops_per_token"]["step"] == pytest.approx(step, rel=1e-3)
+    assert own["setup"]["tokens"] == 4 * 2 * 256
+    final = planned(router={"kind": "sequence", "layer": "final", "lora": {"r": 8}})["router"]
+    assert final["adapter_parameters"] > 1.8 * own["adapter_parameters"]
+
+
 def test_a_router_for_the_export_alone() -> None:
     """A stock class has no classifier of sequences: a token router is trained for it, at the level
     that the class computes: a token passes its experts' whole MLPs."""

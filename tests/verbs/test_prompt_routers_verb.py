@@ -307,13 +307,14 @@ def test_a_classifier_with_a_lora_of_its_own(
     assert said["training"]["val"]["f1"] == pytest.approx(best, abs=1e-6)
     assert load_file(tuned / "router" / "router.safetensors").keys() == {"0.weight", "0.bias"}
     receipt = json.loads((tuned / "receipt.json").read_text())
-    assert "router/adapter/adapter_model.safetensors" in receipt["router"]
+    assert "router/prompt_adapter/adapter_model.safetensors" in receipt["router"]
 
     model, tokenizer = lorry.load(tuned)
     router = get_bank(model).active.sequence_router
     assert router is not None
     twin = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(made / "base").float(), tuned / "router" / "adapter"
+        AutoModelForCausalLM.from_pretrained(made / "base").float(),
+        tuned / "router" / "prompt_adapter",
     )
     weights = load_file(tuned / "router" / "router.safetensors")
     ids = [prompt(tokenizer, row["question"]) for row in (*PLACES[:3], *SUMS[:2])]
@@ -351,19 +352,19 @@ def test_a_classifier_with_a_lora_of_its_own(
 
 
 def remove_adapter(run: Path) -> None:
-    shutil.rmtree(run / "router" / "adapter")
+    shutil.rmtree(run / "router" / "prompt_adapter")
 
 
 def change_adapter(run: Path) -> None:
-    file = run / "router" / "adapter" / "adapter_model.safetensors"
+    file = run / "router" / "prompt_adapter" / "adapter_model.safetensors"
     save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (change_adapter, "router/adapter: not the adapter that the router was trained with"),
-        (remove_adapter, "router/adapter is missing"),
+        (change_adapter, "router/prompt_adapter: not the adapter that the router was trained with"),
+        (remove_adapter, "router/prompt_adapter is missing"),
         (change_router(adapter_sha256=None), "knows no adapter of the router"),
         (change_router(kind="prototype", hidden=[]), "kind 'prototype' has no adapter of its own"),
         (change_weights(lambda w: w * 2), "not the weights that router.json was written with"),

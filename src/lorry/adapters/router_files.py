@@ -1,7 +1,7 @@
 """The files of a mixture's router, in the folder `router` beside the experts': router.json says how
 tokens get their experts, router.safetensors holds what was trained.
 
-A classifier that reads prompts through a LoRA of its own has it beside them, in the folder `adapter`.
+A classifier that reads prompts through a LoRA of its own has it beside them, in the folder `prompt_adapter`.
 
 An expert is named with the digest of its files, so that one that has changed is refused by name (and so
 is that LoRA), and

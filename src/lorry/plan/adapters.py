@@ -37,12 +37,13 @@ class AdaptedMatrix:
 class PlannedAdapter:
     """All of an adapter's matrices. ``beside``: values of other adapters that are held with it and
     that no token of a micro-batch passes; ``frozen``: values of adapters under it that do not train,
-    which every token passes.
+    which every token passes; ``idle``: of such as no token does.
     """
 
     matrices: tuple[AdaptedMatrix, ...]
     beside: int = 0
     frozen: int = 0
+    idle: int = 0
 
     @property
     def parameters(self) -> int:
@@ -116,9 +117,14 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
     return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
 
 
-def router_reads(experts: int) -> StepReads:
-    """A row of every expert's domain in each micro-batch."""
-    return StepReads(together=experts, passes=experts)
+def router_reads(shape: ModelShape, router: RouterConfig, experts: int) -> StepReads:
+    """A row of every expert's domain in each micro-batch; of a classifier up to the layer that it
+    reads, and never the head."""
+    reads = StepReads(together=experts, passes=experts)
+    if router.lora is None:
+        return reads
+    highest = read_layer(shape, router)
+    return replace(reads, highest_layer=shape.geometry.layers - 1 if highest is None else highest)
 
 
 def count_router_values(shape: ModelShape, router: RouterConfig, experts: int) -> int:
@@ -136,7 +142,12 @@ def plan_router(
     brought: Sequence[int] = (),
 ) -> PlannedAdapter:
     """What trains and what is held of a mixture of planned ``experts``; ``brought``: the values of
-    those that are there already. The ranks of one matrix add up: its terms are one product."""
+    those that are there already. The ranks of one matrix add up: its terms are one product; a
+    classifier's own LoRA (`router.lora`) trains without them."""
+    count = len(experts) + len(brought)
+    frozen = sum(adapter.parameters for adapter in experts.values()) + sum(brought)
+    if router.lora is not None:
+        return _plan_lora_classifier(shape, router, count, frozen)
     stacked: dict[str, AdaptedMatrix] = {}
     for adapter in experts.values():
         for matrix in adapter.matrices:
@@ -144,13 +155,35 @@ def plan_router(
             rank = matrix.rank + (0 if before is None else before.rank)
             stacked[matrix.path] = replace(matrix, rank=rank)
     matrices = tuple(stacked.values())
-    count = len(experts) + len(brought)
     # phatgoose has a vector for each expert and linear
     vectors = count * sum(matrix.inputs for matrix in matrices)
     trained = vectors if router.kind == "phatgoose" else count_router_values(shape, router, count)
-    frozen = sum(adapter.parameters for adapter in experts.values()) + sum(brought)
     # `parameters` adds the matrices' own, which do not train here
     return PlannedAdapter(matrices, trained - sum(m.parameters for m in matrices), frozen)
+
+
+def _plan_lora_classifier(
+    shape: ModelShape, router: RouterConfig, experts: int, held: int
+) -> PlannedAdapter:
+    """The LoRA of a classifier, up to the layer that it reads, and the classifier's linears. ``held``:
+    values of the experts, through which nothing passes."""
+    lora = LoraConfig.model_validate(router.lora)
+    highest = read_layer(shape, router)
+    if highest is not None and lora.layers_to_transform is None:
+        lora = lora.model_copy(update={"layers_to_transform": list(range(highest + 1))})
+    assert isinstance(lora.r, int)  # auto is refused
+    widths = [shape.geometry.width, *router.hidden, experts]
+    linears = sum((before + 1) * after for before, after in pairwise(widths))
+    matrices = plan_adapter(shape, lora, lora.r).matrices
+    return PlannedAdapter(matrices, linears, idle=held)
+
+
+def read_layer(shape: ModelShape, router: RouterConfig) -> int | None:
+    """The layer whose output a router of the sequence reads, the middle one unless it is named; None:
+    all of them are run."""
+    if router.layer == "final":
+        return None
+    return shape.geometry.layers // 2 if router.layer is None else router.layer
 
 
 def _targeted_matrices(

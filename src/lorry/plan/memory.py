@@ -305,10 +305,10 @@ def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
 
 def frozen_adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
     """Those under the adapter that trains: values and their copy, no gradients and no moments
-    (`AdapterBank.move_to_base`).
+    (`AdapterBank.move_to_base`); of those that no token passes the values alone.
     """
     copy = 0 if setup.precision == "float32" else setup.element
-    return (VALUE_BYTES + copy) * adapter.frozen
+    return (VALUE_BYTES + copy) * adapter.frozen + VALUE_BYTES * adapter.idle
 
 
 # --- what comes and goes

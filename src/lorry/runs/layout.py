@@ -35,7 +35,7 @@ ATTACKS = "attacks.json"
 START = "start_adapter"
 # of a mixture of experts: a folder beside those of its adapters, and what lies in it
 ROUTER, ROUTER_FILE, ROUTER_WEIGHTS = "router", "router.json", "router.safetensors"
-ROUTER_ADAPTER = "adapter"  # in that folder: the LoRA of a classifier, a PEFT directory
+ROUTER_ADAPTER = "prompt_adapter"  # in that folder: the LoRA of a classifier, a PEFT directory
 EXPERTS = "experts"  # the run in which a mixture's experts were trained
 STAGES = "stages.json"  # of what each stage of a mixture was made
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, as the next

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from lorry.config import runs_by_adapter
-from lorry.config.moe import ROUTER_KINDS, RouterConfig, router_train
+from lorry.config.moe import RouterConfig, router_train
 from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.config.settings import (
@@ -178,7 +178,7 @@ def build_mixture_plans(settings: MoePlanSettings, found_config: FoundConfig) ->
             plans[f"expert {job.name}"] = build_plan(
                 settings.model_copy(update=values), found_config
             )
-    if ROUTER_KINDS[settings.router.kind].trains and len(settings.jobs) > 1:
+    if settings.router.is_trained_by_run and len(settings.jobs) > 1:
         plans["router"] = _plan_of_router(settings, found_config, settings.router)
     if (router := settings.export_router()) is not None:
         plans["router of the export"] = _plan_of_router(settings, found_config, router)
@@ -219,14 +219,16 @@ def _plan_of_router(
     alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
     precision = _base_precision(settings, device)
     choice = PlanChoice(
-        rank=max((job.rank for job in planned), default=0),
+        rank=max((job.rank for job in planned), default=0)
+        if router.lora is None
+        else router.lora["r"],
         rows=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps,
         recompute="full" if train.gradient_checkpointing else "none",
         precision=precision,
     )
     length = max(run.data.max_length for run in alone.values())
-    reads = router_reads(len(settings.jobs))
+    reads = router_reads(shape, router, len(settings.jobs))
     setup = memory_setup(length, choice, device, machine.has_tiles(), reads)
     if router.level == "expert":
         setup = replace(setup, mixed_mlps=router.top_k)

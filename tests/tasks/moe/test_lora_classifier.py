@@ -140,7 +140,7 @@ def test_equal_to_peft(
 
     twin = twin_of(base, router)
     head = {
-        name: router.params[f"classifier.{name}"].detach().clone().requires_grad_()
+        name: router.params[f"classifier_{name}"].detach().clone().requires_grad_()
         for name in router.head_names
     }
     logits = twin_logits(twin, router, head)
@@ -150,7 +150,7 @@ def test_equal_to_peft(
     loss.backward()
     assert stats.loss["router"] == pytest.approx(loss.item(), rel=1e-5)
     for name in router.head_names:
-        near(mine[f"classifier.{name}"], head[name].grad, name)  # type: ignore[arg-type]
+        near(mine[f"classifier_{name}"], head[name].grad, name)  # type: ignore[arg-type]
     own = dict(twin.named_parameters())
     assert len(router.adapter.slots) == len(TARGETS) * (3 if layer is None else layer + 1)
     for name in router.adapter.tensors():

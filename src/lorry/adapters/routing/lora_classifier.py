@@ -32,7 +32,8 @@ from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
 
-HEAD = "classifier."  # before the names of the linears, among those of the adapter's matrices
+# before the names of the linears (0.weight), among those of the adapter's matrices
+HEAD = "classifier_"
 SMALLEST_DEVIATION = 1e-6  # of a state's component over the training prompts: a constant one
 
 
