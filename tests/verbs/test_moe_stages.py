@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lorry
 from lorry.adapters.attach import get_bank
@@ -143,11 +144,17 @@ def test_a_trained_router_makes_room_for_one_that_is_not(base: Path, tmp_path: P
         model, _ = lorry.load(mix)
         assert get_bank(model).active == Mix.constants({"one": 0.5, "two": 0.5})
         left = {"experts", "previous", "stages.json", "one", "two", "router"}
+        left |= {"run.yaml", "receipt.json", "report.html", "report.png"}  # its own
+        assert yaml.safe_load((mix / "run.yaml").read_text())["router"]["kind"] == "uniform"
         assert {p.name for p in mix.iterdir() if "token" not in p.name} <= left | {
             "chat_template.jinja"
         }
         if number == 2:
             break
+        # a router that began to train moved the mixture, and was stopped
+        (mix / "receipt.json").unlink()
+        for name in ("router", "one", "two"):
+            shutil.rmtree(mix / name)
         shutil.copytree(mix / "previous" / "1" / "checkpoints", mix / "checkpoints")
         shutil.copy(mix / "previous" / "1" / "run.yaml", mix)
 

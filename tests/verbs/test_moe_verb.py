@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -320,6 +321,49 @@ def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: P
     assert torch.equal(model(ids).logits, theirs(ids).logits)
 
 
+def test_a_mixture_that_nothing_trained_is_read_like_any_run(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`runs`, `report`, `doctor` and `eval` knew nothing of it; what was measured of it goes aside with
+    it when another is made in its place."""
+    adapters = {n: mixture / n for n in ("one", "two")}
+    experts = ", ".join(f"{{name: {n}, adapter: {path}}}" for n, path in adapters.items())
+    made = tmp_path / "mix"
+    words = [f"model={mixture.parent / 'base'}", "dtype=float32", f"experts=[{experts}]"]
+    words += ["router.kind=arrow", f"output_dir={made}"]
+    assert run_lorry("moe", *words) == 0
+    receipt = json.loads((made / "receipt.json").read_text())
+    weights = {n: path / "adapter_model.safetensors" for n, path in adapters.items()}
+    assert receipt["adapters"] == {
+        n: hashlib.sha256(file.read_bytes()).hexdigest() for n, file in weights.items()
+    }
+    capsys.readouterr()
+    assert run_lorry("runs", tmp_path, "format=json") == 0
+    (state,) = json.loads(capsys.readouterr().out)
+    assert (state["state"], state["adapter"]) == (
+        "finished",
+        "arrow router over 2 experts: one, two",
+    )
+    assert run_lorry("report", made) == 0
+    assert run_lorry("doctor", made) == 0
+    told = capsys.readouterr().out
+    assert "nothing was trained here" in told
+    assert "one, two: intact" in told
+    rows = f"data={mixture.parent / 'a.jsonl'}"
+    assert run_lorry("eval", made, rows, "max_new_tokens=2", "dtype=float32") == 0
+    (entry, *_) = json.loads((made / "evaluation.json").read_text())
+    assert entry["metrics"]
+    # an expert that has gone is no damage to this kind
+    shutil.rmtree(made / "one")
+    assert run_lorry("doctor", made) == 0
+    assert "one: gone" in capsys.readouterr().out
+    assert run_lorry("moe", *words, "router.temperature=2") == 0
+    assert not (made / "evaluation.json").exists()
+    assert {"evaluation.json", "run.yaml", "router"} <= {
+        path.name for path in (made / "previous" / "1").iterdir()
+    }
+
+
 @pytest.mark.parametrize("kind", ["token", "uniform"])
 @pytest.mark.parametrize(
     "damage", [lambda run: (run / "router" / "router.json").unlink(), change_expert]
@@ -390,7 +434,7 @@ def test_an_adapter_that_is_there_beside_one_that_is_trained(
     assert run_lorry("moe", *words, *more, "router.kind=uniform", f"output_dir={made}") == 0
     told = capsys.readouterr().err
     assert f"experts: training in {made / 'experts'}\n" in told
-    assert "report  " not in told  # a router that is not trained has no page
+    assert f"report  {made / 'report.html'}" in told
     taken, given = (
         load_file(folder / "one" / "adapter_model.safetensors") for folder in (made, mixture)
     )

@@ -15,6 +15,7 @@ import lorry
 from lorry.config import MoeRunConfig, build_settings
 from lorry.errors import ConfigError
 from lorry.notes import ignore_note
+from lorry.verbs.checks.domain_loss import expert_data_settings
 from lorry.verbs.mixture.outputs import finetune_run
 from tests.support.verbworld import PEOPLE, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
@@ -199,27 +200,53 @@ def test_what_no_export_can_be_is_told_before_anything_trains(
     assert not output.exists()
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_gates_from_prompts_need_a_run_of_all_experts(
-    together: bool, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_gates_from_prompts_are_of_the_experts_that_the_mixture_has(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of three experts the class had the two that were trained together, in silence; in turn it failed
-    when all had trained. Gates at random have them all."""
+    """Of three experts the class had the two that were trained together, in silence. One without rows
+    is refused at the start; gates at random have it. Trained in turn in the same directory, their
+    rows are those of now, and not of the run together that still lies in `experts`."""
     rows = [workspace / f"{name}.jsonl" for name in "ab"]
-    there = f"{{name: there, adapter: {workspace / 'work' / 'experts' / 'one'}, data: {rows[0]}}}"
-    trained = f"{{name: one, data: {rows[0]}}}, {{name: two, data: {rows[1]}}}"
-    experts = f"[{trained}, {there}]" if together else f"[{trained}]"
-    words = [f"model={workspace / 'base'}", "dtype=float32", f"experts={experts}", "r=2"]
-    words += [f"lora.target_modules={MLP}", "max_steps=1", "max_length=96", "router.kind=uniform"]
-    words += [f"together={together}".lower(), f"output_dir={tmp_path / 'mix'}"]
-    assert run_lorry("moe", *words, "export=[{to: hf-moe, gate_mode: hidden}]") == 2
+    there = f"{{name: there, adapter: {workspace / 'work' / 'experts' / 'one'}}}"
+    swapped = f"{{name: one, data: {rows[1]}}}, {{name: two, data: {rows[0]}}}"
+    words = [f"model={workspace / 'base'}", "dtype=float32", "r=2", f"lora.target_modules={MLP}"]
+    words += [
+        "max_steps=1",
+        "max_length=96",
+        "router.kind=uniform",
+        f"output_dir={tmp_path / 'mix'}",
+    ]
+    three = f"experts=[{swapped}, {there}]"
+    assert run_lorry("moe", *words, three, "export=[{to: hf-moe, gate_mode: hidden}]") == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "export: gate_mode=hidden takes experts and prompts from one run" in told
     assert not (tmp_path / "mix").exists()
-    if together:
-        assert run_lorry("moe", *words, "export=[{to: hf-moe, gate_mode: random}]") == 0
-        config = json.loads((tmp_path / "mix" / "hf-moe" / "config.json").read_text())
-        assert config["num_local_experts"] == 3
+    assert run_lorry("moe", *words, three, "export=[{to: hf-moe, gate_mode: random}]") == 0
+    config = json.loads((tmp_path / "mix" / "hf-moe" / "config.json").read_text())
+    assert config["num_local_experts"] == 3
+    assert (tmp_path / "mix" / "experts" / "run.yaml").is_file()
+
+    two = f"experts=[{{name: one, data: {rows[0]}}}, {{name: two, data: {rows[1]}}}]"
+    more = ["together=false", "export=[{to: hf-moe, gate_mode: hidden}]"]
+    assert run_lorry("moe", *words, two, *more) == 0
+    config = json.loads((tmp_path / "mix" / "hf-moe" / "config.json").read_text())
+    assert config["num_local_experts"] == 2
+    described = expert_data_settings(tmp_path / "mix")
+    assert {name: data.path for name, (data, _) in described.items()} == {
+        "one": str(rows[0]),
+        "two": str(rows[1]),
+    }
+    # both ways make room for each other; it was refused as if somebody else had written there
+    folder = tmp_path / "mix" / "experts"
+    assert (folder / "previous" / "1" / "one" / "adapter_config.json").is_file()
+    capsys.readouterr()
+    assert run_lorry("moe", *words, two) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{folder} held experts that were trained in turn; they are in {folder}/previous/2" in told
+    )
+    assert (folder / "previous" / "2" / "one" / "run.yaml").is_file()
+    assert (folder / "run.yaml").is_file()
 
 
 def finetuned(*experts: dict[str, object], **finetune: object) -> MoeRunConfig:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorry.adapters.attach import detach, get_bank
-from lorry.adapters.peft.files import adapter_files
+from lorry.adapters.peft.files import adapter_files, base_digest
 from lorry.adapters.router import ROUTER_NAME, RouterParameters
 from lorry.adapters.router_files import load_router, router_files
+from lorry.config import RouterRunConfig, dump_settings
 from lorry.data.prepare import PreparedData
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
 from lorry.generation.scorer import ModelScorer
+from lorry.models.causal_lm import parameter_count
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs import ownership
-from lorry.runs.layout import ROUTER, ROUTER_ADAPTER
-from lorry.train import artifacts
+from lorry.runs.layout import RECEIPT, ROUTER, ROUTER_ADAPTER, RUN_FILE
+from lorry.train import artifacts, checkpoint
 from lorry.train.checks import ContractChecks
 
 
@@ -47,6 +50,32 @@ def write_mixture(
     files = router_files(opened.model, folders, gates, own)
     ownership.write_owned_files(run_dir, {f"{ROUTER}/{name}": c for name, c in files.items()})
     return digests
+
+
+def describe_untrained_mixture(
+    run: RouterRunConfig,
+    opened: OpenedModel,
+    adapters: Mapping[str, str],
+    rows: Mapping[str, Any],
+) -> None:
+    """run.yaml and, last, receipt.json of a mixture that no training made, so that it is read like any
+    run. adapters: {expert: SHA-256 of its weights file}; rows: of what its router was made, by expert.
+    Raises DiskError."""
+    folder = run.output_dir
+    artifacts.write_text(folder, RUN_FILE, dump_settings(run))
+    saved = router_digests(folder)
+    receipt = artifacts.build_receipt(
+        data=rows,
+        base={**opened.source, "sha256": base_digest(opened.model)},
+        code=checkpoint.code_digest(),
+        saved={"adapters": adapters, "router": saved},
+        seed=run.train.seed,
+        sizes={
+            "total_parameters": parameter_count(opened.model),
+            "saved_bytes": sum((folder / file).stat().st_size for file in saved),
+        },
+    )
+    artifacts.write_json(folder, RECEIPT, receipt)
 
 
 def router_digests(run_dir: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lorry.config.moe import ROUTER_KINDS
 from lorry.config.settings import DoctorSettings
 from lorry.console import VisibleConsole
 from lorry.disk import receipt
@@ -96,26 +97,28 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     """Contracts as recorded, and what can be verified again from the files."""
     router = path / ROUTER / ROUTER_FILE
     if router.is_file() and not any((path / name).exists() for name in RUN_FILES):
-        # nothing trained: a mixture without a run, and without contracts
+        # of an earlier version, which described no mixture that nothing trained
         console.print(_key_value_table("mixture", verify_mixture(path)))
         return 0
     run = load_run(path)
     # from files and the table of processes: nothing of the model is opened
     state = status.run_state_of(run)
-    facts = {
-        "state": state.sentence() or state.state,
-        "decoder": describe_decoder(run),
-        "weights" if receipt.part(run.receipt, "weights") else "adapter": verify_saved_weights(run),
-        "newest checkpoint": newest_checkpoint_status(path),
-    }
+    facts = {"state": state.sentence() or state.state, "decoder": describe_decoder(run)}
     if router.is_file():
+        # its experts by router.json, which knows that those of some kinds come and go
         facts |= verify_mixture(path)
+    else:
+        kind = "weights" if receipt.part(run.receipt, "weights") else "adapter"
+        facts[kind] = verify_saved_weights(run)
+    facts["newest checkpoint"] = newest_checkpoint_status(path)
     if over := verify_run_starts(run):
         facts["start"] = f"{over} intact (SHA-256 as when training began)"
     if run.contracts:
         console.print(table.contracts_table(run))
     elif state.state == "running":
         console.print("contracts are reported when the run ends")
+    elif router.is_file() and not _is_trained(run):
+        console.print("nothing was trained here, so there are no contracts")
     else:
         console.print(
             "no contracts.json: the run did not start, or another program wrote this directory"
@@ -123,6 +126,13 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     console.print(_key_value_table("files", facts))
     # so that a script can ask a run for its health
     return ContractError.exit_code if any(c.status == "failed" for c in run.contracts) else 0
+
+
+def _is_trained(run: RunRecord) -> bool:
+    """Whether a run trained the mixture's router, by its run.yaml."""
+    router = run.settings_group("router")
+    kind = ROUTER_KINDS.get(router.get("kind", "token"))
+    return kind is None or kind.trains or router.get("lora") is not None
 
 
 def verify_mixture(path: Path) -> dict[str, str]:

@@ -140,14 +140,21 @@ def warn_trained_rows(settings: EvalSettings, opened: OpenedModel, loaded: list[
         return
     config = read_run(run).config
     # run.yaml of a directory from elsewhere is text like any other
-    jobs = [job for job in config.get("jobs") or [] if isinstance(job, dict)]
-    data_settings = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [
+    entries = [
+        entry
+        for key in ("jobs", "experts")
+        for entry in config.get(key) or []
+        if isinstance(entry, dict)
+    ]
+    data_settings = [{**config.get("data", {}), **entry.get("data", {})} for entry in entries] or [
         config.get("data", {})
     ]
     try:
         trained_on = [
             spot
             for data in data_settings
+            # an expert that was brought along may have none
+            if data.get("path") or data.get("mix")
             for spot in training_locations(DataConfig.model_validate(data))
         ]
     except ConfigError as error:  # the run's own catalogue is not what it was

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from lorry.config import dump_settings
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.merge import EXACT_METHOD, MergeSettings
 from lorry.config.moe import (
@@ -27,8 +28,18 @@ from lorry.config.moe import (
 )
 from lorry.config.schema import RunConfig, TrainConfig
 from lorry.errors import ConfigError
-from lorry.runs.layout import ADAPTER_CONFIG, EXPERTS, REPORT, ROUTER, ROUTER_FILE, RUN_FILE, RunDir
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    EXPERTS,
+    RECEIPT,
+    REPORT,
+    ROUTER,
+    ROUTER_FILE,
+    RUN_FILE,
+    RunDir,
+)
 from lorry.runs.ownership import is_run
+from lorry.runs.stages import data_digests
 from lorry.verbs import merge
 from lorry.verbs.mixture.outputs import (
     call_verb,
@@ -42,8 +53,7 @@ from lorry.verbs.mixture.outputs import (
 from lorry.verbs.mixture.stages import (
     Stages,
     adapter_inputs,
-    clear_constant_mixture,
-    clear_router_run,
+    clear_undescribed_mixture,
     row_inputs,
 )
 
@@ -74,7 +84,7 @@ def main(run: MoeRunConfig) -> int:
     refuse_undescribed_experts(run)
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
-    router = router_run(run, folders) if run.router.is_trained_by_run else None
+    router = router_run(run, folders)
     check_outputs(run)
     moe_router = export_router_run(run, folders)
     log = run.output_dir / LOG if run.layout == "workspace" else None
@@ -98,7 +108,7 @@ def main(run: MoeRunConfig) -> int:
     for path in outputs[1:]:
         stages.tell(f"wrote   {path}")
     page = (run.output_dir if run.layout == "workspace" else outputs[0]) / REPORT
-    if page.is_file():  # a router that is not trained has none
+    if page.is_file():  # none where skip_gating has left the mixture out
         print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {outputs[0]}", file=sys.stderr)
     print(outputs[0])
@@ -116,7 +126,7 @@ def export_router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunC
 
 def make_mixture(
     run: MoeRunConfig,
-    router: RouterRunConfig | None,
+    router: RouterRunConfig,
     folders: dict[str, Path],
     experts: Mapping[str, str],
     stages: Stages,
@@ -124,22 +134,18 @@ def make_mixture(
     """Train the router, or write one that nothing trains. ``experts``: their digests. Raises
     LorryError."""
     output = run.folders.mixture
-    if router is not None:
-        clear_constant_mixture(output)
+    if run.router.is_trained_by_run:
+        clear_undescribed_mixture(output)
         stages.train("router", router, (expert.data for expert in router.experts), experts)
         return
-    clear_router_run(output, folders)
-    own = runs_by_adapter(run)
-    reads = [own[name].data for name in folders] if ROUTER_KINDS[run.router.kind].needs_rows else []
+    needs_rows = ROUTER_KINDS[run.router.kind].needs_rows
+    reads = [expert.data for expert in router.experts] if needs_rows else []
     stages.write(
         "router",
-        [output / name for name in (ROUTER, *folders)],
+        [output / name for name in (RUN_FILE, RECEIPT, ROUTER, *folders)],
         {**experts, **row_inputs(reads)},
-        lambda: write_untrained_mixture(run, folders),
-        # the model's too: states of prompts are of its number format
-        "\n".join(
-            [str(run.train.seed), *(o.model_dump_json() for o in (run.model, run.router, *reads))]
-        ),
+        lambda: write_untrained_mixture(run, router, folders),
+        dump_settings(router),
     )
 
 
@@ -210,7 +216,7 @@ def refuse_missing_rows(run: MoeRunConfig) -> None:
 
 def refuse_undescribed_experts(run: MoeRunConfig) -> None:
     """Raise ConfigError for gates of an export from prompts where no run has all experts and says
-    which rows are whose: neither the router's, nor one that trains all of them."""
+    which rows are whose: neither the mixture's, nor one that trains all of them."""
     moe = run.export_of("hf-moe")
     if moe is None or run.skip_merge or moe.gate_mode == "router":
         return
@@ -218,14 +224,15 @@ def refuse_undescribed_experts(run: MoeRunConfig) -> None:
     if run.skip_gating:
         has_all, describes = (mixture / ROUTER / ROUTER_FILE).is_file(), is_run(mixture)
     else:
-        has_all, describes = True, run.router.is_trained_by_run
+        own = runs_by_adapter(run).values()
+        has_all, describes = True, all(one.data.path or one.data.mix for one in own)
     # random gates read no rows
     if has_all and (describes or moe.gate_mode == "random"):
         return
     if in_turn(run) or brought_adapters(run):
         raise ConfigError(
             f"export: gate_mode={moe.gate_mode} takes experts and prompts from one run, and here none has all experts "
-            "(together=false, or an adapter that is there); give gate_mode=router or router.kind=token, or export "
+            "and their rows; give data=FILE to each expert, gate_mode=router, or export "
             f"afterwards: lorry export {mixture} to=hf-moe gate_mode={moe.gate_mode} "
             "prompts={EXPERT: [TEXT, ...]}"
         )
@@ -258,6 +265,8 @@ def make_experts(run: MoeRunConfig, stages: Stages) -> None:
     LorryError."""
     brought, alone = brought_adapters(run), runs_by_adapter(run)
     own = [job.name for job in run.jobs if job.name not in brought]
+    if own:
+        stages.clear_other_experts(run.folders.experts, own, in_turn=in_turn(run))
     for names in [[name] for name in own] if in_turn(run) else [own] if own else []:
         experts_run = _experts_run(run, names, alone)
         stage = f"expert {names[0]}" if in_turn(run) else "experts"
@@ -358,19 +367,30 @@ def router_run(
         raise ConfigError("the router's run: " + "; ".join(lines)) from None
 
 
-def write_untrained_mixture(run: MoeRunConfig, folders: dict[str, Path]) -> None:
-    """A mixture whose router is made without training."""
+def write_untrained_mixture(
+    run: MoeRunConfig, router: RouterRunConfig, folders: dict[str, Path]
+) -> None:
+    """A mixture whose router is made without training: a run's directory all the same, of its
+    description ``router``, with a receipt and a report; without steps and contracts. Raises
+    LorryError."""
     from lorry.adapters.peft.files import find_adapter, load_adapter
     from lorry.disk import durable
+    from lorry.report import write_report
     from lorry.train.finish import base_model_name
-    from lorry.train.mixture import write_mixture
+    from lorry.train.mixture import describe_untrained_mixture, write_mixture
 
     durable.make_directory(run.folders.mixture)
     opened = _open_base(run)
     for name, path in folders.items():
         load_adapter(opened.model, find_adapter(path)[0], name, trainable=False)
     gates = UNTRAINED[run.router.kind](run, opened, list(folders))
-    write_mixture(run.folders.mixture, opened, list(folders), base_model_name(opened), gates)
+    digests = write_mixture(
+        run.folders.mixture, opened, list(folders), base_model_name(opened), gates
+    )
+    reads = router.experts if ROUTER_KINDS[run.router.kind].needs_rows else []
+    rows = {expert.name: {"files": data_digests(expert.data)} for expert in reads}
+    describe_untrained_mixture(router, opened, digests, rows)
+    write_report([run.folders.mixture])
 
 
 def _constant_gates(

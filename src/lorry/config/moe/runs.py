@@ -420,12 +420,15 @@ class RoutedExpert(SettingsGroup):
 
     name: CheckedName
     adapter: PathText
-    data: DataConfig
+    data: MoeDataConfig
 
 
 class RouterRunConfig(RunConfig):
-    """The training of a router over frozen experts; what `lorry moe` makes of its second stage."""
+    """The training of a router over frozen experts; what `lorry moe` makes of its second stage. Where
+    nothing trains it is the mixture's description all the same: its directory's run.yaml says which
+    experts it has, what their rows are and how it routes."""
 
+    data: MoeDataConfig = MoeDataConfig()
     task: Literal["moe"] = config_field("moe", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
     experts: list[RoutedExpert] = Field(min_length=2)
     router: RouterConfig = RouterConfig()
@@ -473,6 +476,13 @@ class RouterRunConfig(RunConfig):
     @validate_model(mode="after")
     def _router_fits(self) -> RouterRunConfig:
         check_router(self.router, [expert.name for expert in self.experts])
+        if not self.router.is_trained_by_run:
+            return self
+        if bare := [e.name for e in self.experts if not (e.data.path or e.data.mix)]:
+            raise ValueError(
+                f"expert {bare[0]!r} has no data, and a router of kind={self.router.kind} trains on "
+                "rows of every expert's domain"
+            )
         if any(expert.data.streaming for expert in self.experts):
             raise ValueError(
                 "data.streaming: training a router needs the number of its rows "
@@ -490,8 +500,11 @@ class RouterRunConfig(RunConfig):
 
 def router_train(run: MoeRunConfig, router: RouterConfig) -> dict[str, Any]:
     """`train` of a router's run, plain values: the run's seed and logging_steps, defaults of its own,
-    then what `router.train` gives. Raises ValidationError."""
+    then what `router.train` gives. Where no run trains it the seed alone counts, which draws what is
+    held out. Raises ValidationError."""
     shared = {"seed": run.train.seed, "logging_steps": run.train.logging_steps}
+    if not router.is_trained_by_run:
+        return TrainConfig.model_validate(shared).model_dump(mode="json")
     return TrainConfig.model_validate(
         {**shared, **router.train_defaults, **router.train}
     ).model_dump(mode="json", exclude_unset=True)

@@ -17,7 +17,7 @@ from lorry.config.schema import DataConfig, RunConfig, TrainConfig
 from lorry.disk import documents
 from lorry.errors import ConfigError
 from lorry.notes import ignore_note
-from lorry.runs.layout import EXPERTS, RUN_FILE
+from lorry.runs.layout import RUN_FILE
 
 if TYPE_CHECKING:
     from lorry.adapters.mix import Mix
@@ -98,7 +98,7 @@ def read_domain_rows(
     from lorry.data.encoding.encode import ExampleEncoder
     from lorry.data.prepare import prepare_data
 
-    described = described_data(folder)
+    described = expert_data_settings(folder)
     held = not training and all(data.evaluates for data, _ in described.values())
     batches = {}
     for name, (data, train) in described.items():
@@ -144,17 +144,21 @@ def batch_prompt(batch: Batch) -> list[int]:
     return ids[:start] if start > 1 else ids
 
 
-def described_data(folder: Path) -> dict[str, tuple[DataConfig, TrainConfig]]:
-    """{expert: its data, and the training whose seed drew what is held out}: of a router's run, or of
-    the run that trained the experts. Raises ConfigError where no run.yaml says it.
+def expert_data_settings(folder: Path) -> dict[str, tuple[DataConfig, TrainConfig]]:
+    """{expert: its data, and the training whose seed drew what is held out}: of a mixture, or of the
+    run that trained the experts, by its own run.yaml alone (a run beside it may be of other experts).
+    Raises ConfigError where that is missing or an expert has no rows.
     """
-    for file in (folder / RUN_FILE, folder / EXPERTS / RUN_FILE):
-        if not file.is_file():
-            continue
-        described = documents.read_yaml(file, error=ConfigError)
-        if isinstance(described, dict) and "experts" in described:
-            run = parse_settings(RouterRunConfig, [str(file)], ignore_note)
-            return {expert.name: (expert.data, run.train) for expert in run.experts}
+    file = folder / RUN_FILE
+    if not file.is_file():
+        raise ConfigError(f"{file} is missing, and with it which rows are whose")
+    described = documents.read_yaml(file, error=ConfigError)
+    if not (isinstance(described, dict) and "experts" in described):
         alone = runs_by_adapter(parse_settings(RunConfig, [str(file)], ignore_note))
         return {name: (run.data, run.train) for name, run in alone.items()}
-    raise ConfigError(f"{folder / RUN_FILE} is missing, and with it which rows are whose")
+    run = parse_settings(RouterRunConfig, [str(file)], ignore_note)
+    if bare := [e.name for e in run.experts if not (e.data.path or e.data.mix)]:
+        raise ConfigError(
+            f"{file}: expert {bare[0]!r} has no data, so which rows are its is not known"
+        )
+    return {expert.name: (expert.data, run.train) for expert in run.experts}

@@ -5,7 +5,7 @@ it was, goes on where it was stopped, and is done again, which is said, where an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,14 +154,17 @@ class Stages:
         settings: str,
     ) -> None:
         """A stage that only writes: ``outputs``, all of them beside each other; what an earlier one
-        left there moves to previous/N. ``settings``: what it is told. Raises LorryError, ConfigError
-        for a place that is somebody else's."""
+        left there moves to previous/N, of a mixture all that tells of it. ``settings``: what it is
+        told. Raises LorryError, ConfigError for a place that is somebody else's."""
         inputs = {"its settings": text_digest(settings), **self.shared_inputs, **inputs}
         place = outputs[0].parent
         there = [path.name for path in outputs if path.exists()]
         routed = place / ROUTER in outputs
         if self._is_finished(stage, inputs, place, there=len(there) == len(outputs), routed=routed):
             return
+        if routed:
+            self._clear_mixture_run(place)
+            there = [path.name for path in outputs if path.exists()]
         if there and self.record.changes(stage, inputs) is None:
             raise ConfigError(f"{place / there[0]} already exists; give another output_dir")
         if there:
@@ -170,6 +173,35 @@ class Stages:
         self.record.begin(stage, inputs)
         write()
         self.record.finish(stage, inputs)
+
+    def clear_other_experts(self, folder: Path, names: Sequence[str], *, in_turn: bool) -> None:
+        """Make room in the folder of the experts where they were trained the other way before: a run
+        of them together in it, or one of each ``names`` below it. Raises DiskError."""
+        from lorry.train.start import archive_previous_run
+
+        aside = None
+        if in_turn and ownership.is_run(folder):
+            aside = archive_previous_run(folder, going_on=False)
+        runs = [] if in_turn else [name for name in names if ownership.is_run(folder / name)]
+        if runs:
+            aside = ownership.move_to_previous(folder, runs)
+        if aside is not None:
+            how = "together" if in_turn else "in turn"
+            self.tell(f"{folder} held experts that were trained {how}; they are in {aside} now")
+
+    def _clear_mixture_run(self, folder: Path) -> None:
+        """Move a mixture's run to FOLDER/previous/N, whole: its description, card, receipt and what
+        was measured of it would go on telling of a router that is there no more. Raises ConfigError
+        for a place that is somebody else's, DiskError."""
+        from lorry.train.start import archive_previous_run
+
+        if not ownership.is_run(folder):
+            return
+        described = ownership.run_description_of(folder)
+        if described and "experts" not in described:
+            raise ConfigError(f"{folder} holds a run of its own; give another output_dir")
+        if (aside := archive_previous_run(folder, going_on=False)) is not None:
+            self.tell(f"{folder} held a run; it is in {aside} now")
 
     def _is_finished(
         self, stage: str, inputs: Mapping[str, str], place: Path, *, there: bool, routed: bool
@@ -232,9 +264,10 @@ def row_inputs(data: Iterable[DataConfig]) -> dict[str, str]:
     }
 
 
-def clear_constant_mixture(folder: Path) -> None:
-    """Move a mixture whose router no run trained to FOLDER/previous/N: a run would not know its
-    files. Raises DiskError, ModelError for a router.json that is none."""
+def clear_undescribed_mixture(folder: Path) -> None:
+    """Move a mixture without a run.yaml (earlier versions wrote none where nothing trained) to
+    FOLDER/previous/N: a run would not know its files. Raises DiskError, ModelError for a router.json
+    that is none."""
     from lorry.adapters.router_files import read_router_record
 
     if not (folder / ROUTER / ROUTER_FILE).is_file() or (folder / RUN_FILE).exists():
@@ -243,22 +276,6 @@ def clear_constant_mixture(folder: Path) -> None:
     tokenizer = sorted({file.name for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
     there = [name for name in (*tokenizer, *names, ROUTER) if (folder / name).exists()]
     print_note(f"{folder} held a mixture; it is in {ownership.move_to_previous(folder, there)} now")
-
-
-def clear_router_run(folder: Path, experts: Iterable[str]) -> None:
-    """Move a router's run to FOLDER/previous/N, whole, before a mixture is written that no run trains:
-    its description, card and receipt would go on telling of a router that is there no more. Raises
-    ConfigError for a place that is somebody else's, DiskError."""
-    from lorry.train.start import archive_previous_run, claim_output_dir
-
-    if not ownership.is_run(folder):
-        return
-    described = ownership.run_description_of(folder)
-    if described and "experts" not in described:
-        raise ConfigError(f"{folder} holds a run of its own; give another output_dir")
-    claim_output_dir(folder, experts)
-    if (aside := archive_previous_run(folder, going_on=False)) is not None:
-        print_note(f"{folder} held a run; it is in {aside} now")
 
 
 def _settings_digest(run: RunConfig) -> str:
