@@ -271,7 +271,7 @@ def test_colour_on_a_terminal_only(
         ),
         (
             ["export", "runs/a", "to=safetensors"],
-            "error: to=safetensors: to: got 'safetensors'; give one of hf, dense, peft, gguf, gguf-lora, hf-moe\n",
+            "error: to: got 'safetensors'; give one of hf, dense, peft, gguf, gguf-lora, hf-moe\n",
         ),
     ],
 )

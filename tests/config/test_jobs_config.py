@@ -415,7 +415,7 @@ def test_passes_of_a_few_jobs_each() -> None:
     ("argv", "message"),
     [
         (["r=8,8"], "the same combination twice: r8"),
-        (["r=8,x"], r"r=8,x: lora\.r: got 'x'"),
+        (["r=8,x"], r"job 'rx': lora\.r: got 'x'"),
         (["sweep={rr: [8]}"], r"unknown setting 'rr' \(did you mean 'r'\?\)"),
         (["sweep={save_steps: [8, 9]}"], r"train\.save_steps is the same for all jobs"),
         (["dtype=bf16,fp32"], r"model\.dtype: got 'bf16,fp32'"),

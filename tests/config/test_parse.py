@@ -5,6 +5,7 @@ what is refused.
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,9 @@ def test_several_files() -> None:
         (["-r", "8"], "-r: not an option"),
         (["--r"], "--r: a value is missing"),
         (["--r", "--packing"], "--r: a value is missing"),
-        (["r=abc"], "r=abc: lora.r: got 'abc'; give a whole number above 0"),
+        (["r=abc"], "lora.r: got 'abc'; give a whole number above 0"),
+        (["target_modules=[]"], "target_modules=[]: is empty; name a module"),
+        (["lora_r=abc"], "lora_r=abc: lora.r: got 'abc'"),  # by another name
         (["r=!!python/object:os.system x"], "lora.r: got '!!python/object:os.system x'"),
         (["r=" + "9" * 5000], "lora.r: got '999"),
         (
@@ -483,3 +486,12 @@ def test_python_values() -> None:
     assert notes == ["lr is read as train.learning_rate"]
     with pytest.raises(ConfigError, match="unknown setting 'epoch'"):
         build_settings(RunConfig, {"data": "f", "epoch": 3}, print)
+
+
+@pytest.mark.parametrize("word", ["r=abc", "lora.r=abc", "--r abc", "target_modules=[]"])
+def test_an_error_names_its_setting_once(word: str) -> None:
+    """What was typed is the setting itself; it stood before its own name, `r=abc: lora.r: ...`."""
+    with pytest.raises(ConfigError) as caught:
+        run(*word.split())
+    name = word.lstrip("-").replace("=", " ").split()[0].rpartition(".")[2]
+    assert len(re.findall(rf"\b{name}\b", str(caught.value))) == 1

@@ -238,7 +238,7 @@ def test_refused_in_one_sentence(given: dict[str, Any], message: str) -> None:
 def test_every_wrong_setting_gets_its_line() -> None:
     with pytest.raises(ConfigError) as caught:
         run(r=0, seed=-1, dtype="int4")
-    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == [
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()] == [
         "model.dtype",
         "lora.r",
         "train.seed",

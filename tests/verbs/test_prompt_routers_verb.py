@@ -219,9 +219,8 @@ def test_the_verbs_read_it(
         capsys.readouterr()
         assert run_lorry("chat", run, "max_new_tokens=2") == 0
         assert "the mixture of all experts" in capsys.readouterr().err
-    assert run_lorry("report", mix) == 3
-    said = " ".join(capsys.readouterr().err.split())
-    assert "a mixture whose router no run has trained" in said
+    assert run_lorry("report", mix) == 0
+    assert "prototype router over 2 experts" in " ".join(capsys.readouterr().err.split())
     assert run_lorry("doctor", other) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "sequence, level delta, right for 100.0% of the test prompts" in said

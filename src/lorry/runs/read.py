@@ -230,7 +230,8 @@ def _require_run(path: Path) -> None:
         if (path / ROUTER / ROUTER_FILE).is_file():
             own = f"; its experts' run is {path / EXPERTS}" if (path / EXPERTS).is_dir() else ""
             raise DataError(
-                f"{path}: a mixture whose router no run has trained, so that it is no run directory; `lorry doctor`, "
+                f"{path}: a mixture without {RUN_FILE}, so that it is no run directory (earlier versions described none that "
+                f"no run trains); `lorry doctor`, "
                 f"`lorry eval` and `lorry chat` read it{own}"
             )
         raise DataError(f"{path}: not a run directory; it has none of {', '.join(RUN_FILES)}")

@@ -4,6 +4,7 @@ is allowed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,11 +27,25 @@ def explain_validation(
     for item in error.errors(include_url=False):
         dotted = _dotted_name(item["loc"], names)
         where = origins.get(dotted, "")
-        sentence = _error_sentence(item, dotted, names)
+        sentence = _with_place(_error_sentence(item, dotted, names), dotted, where, item["input"])
         # pydantic has an error for every member of a union that a value fits not; one line is
         # enough
-        lines.setdefault(dotted or sentence, f"{where}: {sentence}" if where else sentence)
+        lines.setdefault(dotted or sentence, sentence)
     return "\n".join(lines.values())
+
+
+def _with_place(sentence: str, dotted: str, where: str, value: Any) -> str:
+    """The sentence behind the place where its setting stands. A word of the command line and a
+    keyword of Python are the setting itself: it is named once, by whichever tells more."""
+    if not where:
+        return sentence
+    word = re.split(r"[= ]", where.lstrip("-"))[0].replace("-", "_")
+    if word not in (dotted, dotted.rpartition(".")[2]) or not sentence.startswith(f"{dotted}: "):
+        return f"{where}: {sentence}"
+    shows_value = sentence.startswith(f"{dotted}: got ") or show_value(value) in sentence
+    if shows_value or word == where:
+        return sentence
+    return f"{where}: {sentence.removeprefix(f'{dotted}: ')}"
 
 
 def _dotted_name(loc: tuple[int | str, ...], names: SchemaNames) -> str:
