@@ -68,6 +68,9 @@ def test_experts_are_jobs_and_their_router_holds_them_frozen() -> None:
     assert router["memory"]["frozen adapters"] == 4 * values
     # a row of each domain beside each other
     assert router["setup"]["tokens"] == 3 * 2 * 256
+    trained = planned(router={"train_experts": True})["router"]
+    assert trained["adapter_parameters"] == own.num_parameters() + values
+    assert trained["memory"].get("frozen adapters", 0) == 0
     both = planned(router={"input": "both"})["router"]
     assert both["adapter_parameters"] == 2 * own.num_parameters()
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import lorry
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.peft.files import load_adapter
+from lorry.adapters.peft.files import adapter_digest, load_adapter
+from lorry.adapters.router_files import read_router_record
 from lorry.config import RouterRunConfig, parse_settings
 from lorry.config.moe import RouterConfig, check_router
 from lorry.config.schema import ModelConfig
@@ -474,6 +475,61 @@ def route_anew(mixture: Path, made: Path, *settings: str) -> None:
     assert run_lorry("moe", *words, *more, f"output_dir={made}") == 0
     contracts = json.loads((made / "contracts.json").read_text())
     assert {c["status"] for c in contracts} <= {"held", "not_checked"}
+
+
+def test_experts_that_train_with_their_router(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mixture's experts are the trained ones, those that they came from stay; a run that was
+    stopped goes on bit for bit."""
+    run, came_from = tmp_path / "made", mixture / "experts"
+    before = {name: adapter_digest(came_from / name) for name in ("one", "two")}
+    words = [
+        f"model={mixture.parent / 'base'}",
+        *("dtype=float32", "data.max_length=128", "backend.threads=1", f"output_dir={run}"),
+        "experts="
+        + json.dumps(
+            [
+                {"name": name, "adapter": str(came_from / name), "data": str(mixture.parent / rows)}
+                for name, rows in (("one", "a.jsonl"), ("two", "b.jsonl"))
+            ]
+        ),
+        "router.train={max_steps: 4, save_steps: 2, learning_rate: 1e-2}",
+        "train_experts=true",
+    ]
+    assert run_lorry("moe", *words) == 0
+    assert {c["status"] for c in json.loads((run / "contracts.json").read_text())} == {"held"}
+    known = {e.name: e.sha256 for e in read_router_record(run).experts}
+    trained = {name: adapter_digest(run / name) for name in before}
+    assert known == trained
+    assert not set(trained.values()) & set(before.values())
+    assert {name: adapter_digest(came_from / name) for name in before} == before
+    # what the stage is known by
+    assert "train_experts: true" in (run / "run.yaml").read_text()
+    receipt = json.loads((run / "receipt.json").read_text())
+    (model, _), sizes = lorry.load(run), 0
+    for name in ("one", "two"):
+        sizes += get_bank(model)[name].num_parameters()
+    router = get_bank(model).routers["router"]
+    assert receipt["trainable_parameters"] == sizes + sum(
+        t.numel() for t in router.tensors().values()
+    )
+    assert "trained with it" in describe_run_subject(read_run(run))["adapter"]
+    check_answers(run)
+    assert run_lorry("doctor", run) == 0
+
+    files = [run / name / "adapter_model.safetensors" for name in before]
+    files.append(run / "router" / "router.safetensors")
+    whole = [load_file(file) for file in files]
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    for file in (run / "receipt.json", *files):
+        file.unlink()
+    capsys.readouterr()
+    assert run_lorry("moe", *words) == 0
+    assert "training resumes from its newest checkpoint" in capsys.readouterr().err
+    for file, there in zip(files, whole, strict=True):
+        here = load_file(file)
+        assert all(torch.equal(here[key], there[key]) for key in there)
 
 
 def test_a_router_with_hidden_layers(mixture: Path, tmp_path: Path) -> None:

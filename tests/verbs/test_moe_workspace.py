@@ -165,7 +165,10 @@ def test_the_report_of_a_workspace_has_its_one_trained_expert(
         ({"export": [{"to": "peft", "dtype": "float32"}]}, "dtype is not read by to=peft"),
         ({"finetune": {"max_steps": 1}}, "finetune is made of the hf-moe export"),
         ({"metric_for_best_model": "eval_bleurt_max_score"}, "BLEURT is not to be had"),
-        ({"router": {"train_experts": True}}, "experts stay as they are while their router trains"),
+        (
+            {"router": {"train_experts": True, "kind": "sequence"}},
+            "router.train_experts is for router.kind=token; kind=sequence",
+        ),
     ],
 )
 def test_stages_that_cannot_be(more: dict[str, object], words: str) -> None:

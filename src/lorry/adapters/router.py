@@ -26,6 +26,7 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import Half, Level, Mix
 from lorry.adapters.seeds import derive_seed
 from lorry.errors import ConfigError
+from lorry.families import ModelFamily
 
 ROUTER_NAME = "router"  # what batches, metrics and checkpoints call it
 HALVES: dict[str, tuple[Half, ...]] = {"mlp": ("mlp",), "attn": ("attn",), "both": ("attn", "mlp")}
@@ -298,6 +299,20 @@ def _at(site: tuple[int, Half]) -> str:
     return f"layers.{layer}.{half}"
 
 
+def _half_targets(family: ModelFamily, half: Half) -> list[str]:
+    """The family's names of the linears of half a layer."""
+    roles = {"attn": ("qkv", "attn_out"), "mlp": ("mlp_in", "mlp_out")}
+    return [target for role in roles[half] for target in getattr(family.roles, role)]
+
+
+def site_modules(model: nn.Module, site: tuple[int, Half]) -> list[str]:
+    """The module paths of the linears whose terms a layer's half gates; ``model``: Lorry's own
+    decoder."""
+    layer, half = site
+    family: Any = model.family
+    return [family.path(target, layer) for target in _half_targets(family, half)]
+
+
 def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRule) -> None:
     """Raise ConfigError for an expert that has an adapter where this router has no gate: in the
     other half of a layer, at the head, at the embedding.
@@ -309,12 +324,10 @@ def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRul
             "Qwen2, Qwen3, GPT-2, GPT-NeoX); this model runs in transformers: use "
             "router.kind=uniform or fixed"
         )
-    roles = {"attn": ("qkv", "attn_out"), "mlp": ("mlp_in", "mlp_out")}
     gated = {
         family.targets[target].rpartition(".")[2]
         for half in HALVES[rule.input]
-        for role in roles[half]
-        for target in getattr(family.roles, role)
+        for target in _half_targets(family, half)
     }
     for name in experts:
         odd = [m for m in get_bank(model)[name].slots if m.rpartition(".")[2] not in gated]

@@ -37,8 +37,8 @@ from lorry.models.scoring.score import Want, evaluate_wants
 
 class LocalBackend:
     """One model on one device. ``trained``: the adapters this run steps (others of the bank stay
-    frozen), or the name of the base weights that `make_weights_trainable` has switched on;
-    ``gradient``: how a step's gradient is made; None: it is that of the loss.
+    frozen), or the name of the base weights that `make_weights_trainable` has switched on, or a
+    router, and behind it the experts that step with it; ``gradient``: how a step's gradient is made; None: it is that of the loss.
     """
 
     def __init__(
@@ -99,9 +99,10 @@ class LocalBackend:
             self.gradient.make(batches, add)
         # a reported term makes no gradient: an adapter with nothing else does not step
         weights = torch.stack([w for term, w in totals.items() if term not in task.reported]).sum(0)
-        self.present = frozenset(
-            n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0
-        )
+        named = {n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0}
+        # the experts of a router have no sequences of their own: they are in its mix
+        in_mixes = {term.adapter for n in named for term in self.mix_of(n).terms}
+        self.present = frozenset(named | (in_mixes & self.owners.keys()))
         terms = {
             t: {n: float(v) for n, v in zip(task.adapters, values, strict=True)}
             for t, values in sums.items()
@@ -165,7 +166,7 @@ class LocalBackend:
     def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> DropoutNoise | None:
         if not any(
             (self.owners[name] if name in self.owners else self.bank[name]).drops
-            for name in adapters
+            for name in {*adapters, *self.owners}
         ):
             return None
         return DropoutNoise(

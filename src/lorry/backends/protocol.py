@@ -29,7 +29,7 @@ LossTerms = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class StepStats:
     """What one `forward_backward` saw. loss, terms: per adapter, normalised; terms holds those that
-    are only reported, too, loss does not; tokens, supervised: of this step.
+    are only reported, too, loss does not; tokens, supervised: of this step; present: what steps.
     """
 
     loss: Mapping[str, float]

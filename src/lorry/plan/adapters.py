@@ -158,6 +158,8 @@ def plan_router(
     # phatgoose has a vector for each expert and linear
     vectors = count * sum(matrix.inputs for matrix in matrices)
     trained = vectors if router.kind == "phatgoose" else count_router_values(shape, router, count)
+    if router.train_experts:
+        return PlannedAdapter(matrices, trained + sum(brought), 0)
     # `parameters` adds the matrices' own, which do not train here
     return PlannedAdapter(matrices, trained - sum(m.parameters for m in matrices), frozen)
 

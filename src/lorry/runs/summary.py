@@ -241,6 +241,8 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
         # a router's run has the first expert's data and the defaults of lora, which nothing reads
         names = ", ".join(str(one.get("name")) for one in experts)
         adapter = f"{config.get('router.kind')} router over {len(experts)} experts: {names}"
+        if config.get("router.train_experts"):
+            adapter += ", trained with it"
         own = [flatten_config(one) for one in experts]
         rows = [one.get("data.path") or one.get("data.mix") or [] for one in own]
         data = [part for one in rows for part in (one if isinstance(one, list) else [one])]

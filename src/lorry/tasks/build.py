@@ -10,7 +10,7 @@ from typing import Any
 
 from lorry.backends.protocol import Backend, GradientRule, ScoringBackend, Task
 from lorry.config import RunConfig
-from lorry.config.schema import DataConfig
+from lorry.config.schema import DataConfig, TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.prepare import PreparedData
@@ -24,19 +24,29 @@ from lorry.notes import NoteCallback
 class PreparedJob:
     """One adapter's part of a run before it trains. ``run``: the run it would be alone; ``data``:
     the rows its epochs are counted in; ``row_sets``: others that its task reads, by role;
-    ``stream``: its micro-batches.
+    ``stream``: its micro-batches; ``beside``: other parameter sets that its sequences train, by name,
+    with the settings of each.
     """
 
     run: RunConfig
     data: PreparedData
     row_sets: Mapping[str, PreparedData]
     stream: BatchStream
+    beside: Mapping[str, TrainConfig] = field(default_factory=dict)
 
 
 # What an evaluation of a task may hold: 1 or 0, whether the model is still any good. Then the latest
 # step that is becomes the best one, and the first that is not ends the job.
 USABLE = "eval_usable"
 PreparedJobs = Mapping[str, PreparedJob]  # by adapter
+
+
+def trained_names(jobs: PreparedJobs) -> list[str]:
+    """The parameter sets that a run trains: those of its jobs, whose places in a batch they have, then
+    what trains beside them."""
+    return [*jobs, *(name for job in jobs.values() for name in job.beside)]
+
+
 # (run, opened model, add_note) -> what makes the encoder of its rows
 EncoderFactory = Callable[[RunConfig, OpenedModel, NoteCallback], Callable[..., ExampleEncoder]]
 
@@ -88,7 +98,8 @@ class BuiltTask:
     should know; ``measure(adapter)``: what an evaluation of an adapter finds besides the loss;
     ``record(step)``: what else metrics.jsonl says of the step just made, counted from 1;
     ``conclude``: what is done once with the values that the run ends with, before its files are
-    written.
+    written; ``unreached()``: of what trains, the targets that a gradient of the step just made
+    could not have reached, since no supervised token went through them (an expert that got none).
     """
 
     task: Task
@@ -98,6 +109,7 @@ class BuiltTask:
     measure: Callable[[str], Mapping[str, float]] = lambda adapter: {}
     record: Callable[[int], Mapping[str, Any]] = lambda step: {}
     conclude: Callable[[], None] = lambda: None
+    unreached: Callable[[], Mapping[str, Collection[str]]] = dict
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,8 @@ class TaskDefinition:
     would be alone (None: it is that of the loss); ``over_start``: an adapter that the model has becomes a part of the
     frozen base, where other tasks go on training it; ``attach``: makes what trains, {name: the
     run it would be alone} (None: an adapter for each job); ``ends``: ids of which one has to be
-    supervised in every sequence of a job (none where no answer is learnt to its end).
+    supervised in every sequence of a job (none where no answer is learnt to its end); ``beside``:
+    other parameter sets that a job's sequences train (`PreparedJob.beside`).
     """
 
     build: Callable[[TaskInputs], BuiltTask]
@@ -123,3 +136,4 @@ class TaskDefinition:
     over_start: bool = False
     attach: Callable[[RunConfig, OpenedModel, NoteCallback], dict[str, RunConfig]] | None = None
     ends: Callable[[PreparedJob], Collection[int]] = lambda job: job.data.ends
+    beside: Callable[[RunConfig], Mapping[str, TrainConfig]] = lambda run: {}

@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -62,7 +62,8 @@ class ContractResult:
 @dataclass(frozen=True)
 class ContractState:
     """What a checkpoint keeps of the checks. ``silent``: per adapter, modules without a gradient so
-    far.
+    far; ``unreached``: those that no gradient could have reached so far, as no supervised token went
+    through them.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -71,6 +72,7 @@ class ContractState:
     silent: dict[str, list[str]]
     proof: dict[str, StepCount]
     moved: dict[str, StepCount]
+    unreached: dict[str, list[str]] = field(default_factory=dict)
 
 
 _CONTRACT_STATE_ADAPTER = TypeAdapter(ContractState)
@@ -84,6 +86,7 @@ class ContractChecks:
     def __init__(self) -> None:
         self.results: dict[int, ContractResult] = {}
         self._silent: dict[str, set[str]] = {}
+        self._unreached: dict[str, set[str]] = {}
         self._proof: dict[str, int] = {}
         self._moved: dict[str, int] = {}
         # of every tensor of the adapters, its `tensor_fingerprint` as the run began
@@ -141,6 +144,7 @@ class ContractChecks:
         if not self._start:
             self._start = _parameter_fingerprints(backend)
             self._silent = {name: set(modules) for name, modules in targets.items()}
+            self._unreached = {name: set(modules) for name, modules in targets.items()}
             self._proof = dict.fromkeys(targets, 0)
 
     def state(self) -> dict[str, Any]:
@@ -154,6 +158,7 @@ class ContractChecks:
             "silent": silent,
             "proof": dict(self._proof),
             "moved": dict(self._moved),
+            "unreached": {name: sorted(s) for name, s in self._unreached.items()},
         }
 
     def resume(self, backend: Backend, state: object) -> None:
@@ -165,6 +170,7 @@ class ContractChecks:
         self._start = _parameter_fingerprints(backend)
         self.results = {c.id: c for c in checked.found}
         self._silent = {name: set(modules) for name, modules in checked.silent.items()}
+        self._unreached = {name: set(modules) for name, modules in checked.unreached.items()}
         self._proof, self._moved = dict(checked.proof), dict(checked.moved)
 
     def _same_sets(self, backend: Backend) -> ParameterInspection:
@@ -249,10 +255,15 @@ class ContractChecks:
     # --- while it goes
 
     def after_step(
-        self, backend: Backend, norms: GradientNorms, rates: Mapping[str, float]
+        self,
+        backend: Backend,
+        norms: GradientNorms,
+        rates: Mapping[str, float],
+        unreached: Mapping[str, Collection[str]],
     ) -> None:
         """Contract 3, until it is proven: the modules without a gradient so far, and whether the
-        adapter moved.
+        adapter moved. ``unreached``: the modules that no supervised token of the step went through,
+        where a token has some of the experts: that they are silent proves nothing.
         """
         unproven = [
             n
@@ -262,6 +273,7 @@ class ContractChecks:
         for name in unproven:
             # what had a gradient in any step so far is silent no more
             self._silent[name] &= set(norms.silent.get(name, ()))
+            self._unreached[name] = self._unreached.get(name, set()) & set(unreached.get(name, ()))
             self._proof[name] += 1
         self._prove(backend, [name for name in unproven if self._proof[name] == PROOF_STEPS])
 
@@ -285,8 +297,7 @@ class ContractChecks:
     def _prove(self, backend: Backend, names: Sequence[str]) -> None:
         """Contract 3 for adapters that have made their steps."""
         for name in names:
-            if self._silent[name]:
-                where = sorted(self._silent[name])
+            if where := sorted(self._silent[name] - self._unreached.get(name, set())):
                 whose = (
                     f" of adapter {name!r} ({len(where)} modules)"
                     if self._low_rank(name)
@@ -315,18 +326,29 @@ class ContractChecks:
             self._moved[name] = len(self._moving(name))
         # held only when the last adapter was proven
         if names and len(self._moved) == len(self._proof):
-            whose = f" of {len(self._moved)} adapters" if len(self._moved) > 1 else ""
-            moved, steps = sum(self._moved.values()), max(self._proof.values())
-            what = (
-                "zero-initialised matrices"
-                if self._low_rank(next(iter(self._moved)))
-                else "tensors of the router"
-                if any(t.startswith("router/") for t in self._start)
-                else "tensors of the base"
-            )
+            steps = max(self._proof.values())
+            # an expert may get no token for a while, which is no fault: it is told, not proven
+            asleep = sum(map(len, self._unreached.values()))
+            unproven = f"; {asleep} modules got no supervised token in them" if asleep else ""
             self.held(
-                3, (f"{moved} {what}{whose} changed within {steps} steps; each had a gradient")
+                3,
+                f"{self._describe_moved()} changed within {steps} steps; each had a gradient{unproven}",
             )
+
+    def _describe_moved(self) -> str:
+        """How many tensors moved, of what."""
+        adapters = [name for name in self._moved if self._low_rank(name)]
+        others = sum(n for name, n in self._moved.items() if name not in adapters)
+        parts = list[str]()
+        if others:
+            is_router = any(t.startswith("router/") for t in self._start)
+            parts.append(f"{others} tensors of the {'router' if is_router else 'base'}")
+        if adapters:
+            whose = f" of {len(adapters)} adapters" if len(adapters) > 1 else ""
+            # experts that train with their router began with what they had learned
+            what = "matrices B" if others else "zero-initialised matrices"
+            parts.append(f"{sum(self._moved[name] for name in adapters)} {what}{whose}")
+        return " and ".join(parts)
 
     def _excluding(self, name: str, silent: Sequence[str]) -> str:
         """The setting that leaves out these modules of an adapter and none that trains: the
@@ -359,8 +381,14 @@ class ContractChecks:
     def _moving(self, name: str) -> list[str]:
         """The tensors that must move: of a base or a router all that train, but of low-rank matrices,
         an adapter's or a router's own, those that began at zero (lora_B; an embedding's lora_A), or
-        else lora_B."""
-        mine = [t for t in self._start if t.split("/")[1] == name]
+        else lora_B; none of a module that no supervised token went through."""
+        asleep = self._unreached.get(name, set())
+        mine = [
+            t
+            for t in self._start
+            if t.split("/")[1] == name
+            and t.split("/", 2)[2].removesuffix(".lora_A").removesuffix(".lora_B") not in asleep
+        ]
         low_rank = [t for t in mine if t.endswith((".lora_A", ".lora_B"))]
         others = [t for t in mine if t not in set(low_rank)]
         # The matrix at zero is where a first gradient shows; the other moves only after it.

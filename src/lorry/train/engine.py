@@ -14,7 +14,7 @@ is absent from the batches and does not step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class TrainingEngine:
     belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``: frozen ones
     the task scores with besides the backend; ``evaluations``: what is asked of an adapter besides
     the loss of held-out rows; ``record(step)``: what the task adds to the line of a step;
-    ``conclude``: what it does with the values that the run ends with.
+    ``conclude``: what it does with the values that the run ends with; ``unreached()``: which targets
+    no gradient of a step could reach (`tasks.build.BuiltTask`).
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class TrainingEngine:
         evaluations: Sequence[RunEvaluation] = (),
         record: Callable[[int], Mapping[str, Any]] = lambda step: {},
         conclude: Callable[[], None] = lambda: None,
+        unreached: Callable[[], Mapping[str, Collection[str]]] = dict,
     ) -> None:
-        self.record_task, self.conclude_task = record, conclude
+        self.record_task, self.conclude_task, self.unreached = record, conclude, unreached
         self.models, self.evaluations = {"self": backend, **(models or {})}, evaluations
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.checks, self.listeners, self.tolerance = (
@@ -175,7 +177,7 @@ class TrainingEngine:
             )
             # the checks of the first batch are not part of a step's time
             began = time.perf_counter()
-        rates = {job.name: job.rate(step) for job in active}
+        rates = {name: rate for job in active for name, rate in job.rates(step).items()}
         try:
             stats = self.backend.forward_backward(batches, self.task, step)
             norms = self.backend.step(rates)
@@ -184,7 +186,7 @@ class TrainingEngine:
             self.checks.fail(7, str(error))
             raise
         self.task.after_step(stats)
-        self.checks.after_step(self.backend, norms, rates)
+        self.checks.after_step(self.backend, norms, rates, self.unreached())
         self.progress.step += 1
         for job in active:
             standing = self._standing(job.name)
@@ -220,12 +222,12 @@ class TrainingEngine:
         """
         names, step = [name for name in self.jobs if name in stats.present], self.progress.step
         # several jobs have no common epoch: the line shows the one that goes on longest
-        longest = max((self.jobs[name] for name in rates), key=lambda job: job.total)
+        longest = max((self.jobs[name] for name in self.epochs), key=lambda job: job.total)
         record: dict[str, Any] = {
             "step": step,
             "epoch": longest.epochs(step),
             "loss": mean_value([stats.loss[n] for n in names]) if names else 0.0,
-            "learning_rate": max(rates.values()),
+            "learning_rate": max(rates[name] for name in self.epochs),
             # the norm of all adapters' gradients as one vector; each is clipped by its own
             "grad_norm": sum(n * n for n in norms.norms.values()) ** 0.5,
             "tokens": stats.tokens,
@@ -424,11 +426,12 @@ class TrainingEngine:
             if self.origin is not None and not path.is_dir():
                 path = self.origin.with_name(path.name)
             names = [name for name, best in steps.items() if best == step]
+            trained = {part for name in names for part in self.jobs[name].trained_names}
             state |= {
                 key: t
                 for key, t in checkpoint.load_checkpoint(path)[0].items()
-                # KIND/NAME/TENSOR and adam_count/NAME: the second part is the adapter's
-                if key.split("/")[1] in names
+                # KIND/NAME/TENSOR and adam_count/NAME: the second part is the parameter set's
+                if key.split("/")[1] in trained
             }
             whose = f", of {', '.join(names)}" if len(self.jobs) > 1 else ""
             self._tell("note", f"loaded the best adapter{whose}, of step {step}")

@@ -13,6 +13,7 @@ import torch
 from lorry.adapters.attach import detach, get_bank, list_skipped_modules
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
+from lorry.adapters.router import ROUTER_NAME
 from lorry.adapters.trainable import base_parameter_set, parameter_set
 from lorry.backends.protocol import Backend
 from lorry.data.batch import Batch
@@ -26,7 +27,7 @@ from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs import ownership
 from lorry.runs.layout import ADAPTER_WEIGHTS, EVALUATION, RECEIPT, STEP, SUITES, RunDir
-from lorry.tasks.build import PreparedJob, PreparedJobs
+from lorry.tasks.build import PreparedJob, PreparedJobs, trained_names
 from lorry.train import artifacts, checkpoint, full, mixture
 from lorry.train.checks import ContractChecks
 from lorry.train.samples import build_samples
@@ -54,16 +55,27 @@ def describe_unadapted(model: CausalLM, names: Sequence[str]) -> list[str]:
 
 
 def write_and_check_adapters(
-    run_dir: Path, opened: OpenedModel, checks: ContractChecks, prepared: Mapping[str, PreparedData]
+    run_dir: Path,
+    opened: OpenedModel,
+    checks: ContractChecks,
+    prepared: Mapping[str, PreparedData],
+    beside: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights
-    file}; where the base's own weights were trained, the whole model's, by file."""
+    """Write every adapter, and read it back (contract 5). ``beside``: the experts that trained with
+    their router. Returns {adapter: SHA-256 of its weights file}; where the base's own weights were
+    trained, the whole model's, by file."""
     if base_parameter_set(opened.model) is not None:
         return full.write_and_check_model(run_dir, opened, checks, prepared)
     if get_bank(opened.model).routers:
-        return mixture.write_and_check_mixture(
+        digests = mixture.write_and_check_mixture(
             run_dir, opened, checks, prepared, base_model_name(opened)
         )
+        for name in beside:
+            check_adapter_reload(checks, opened.model, name, run_dir / name, prepared[ROUTER_NAME])
+        if beside:
+            router = checks.results[5].detail
+            checks.held(5, f"{router}; so are the values of {len(beside)} experts")
+        return digests
     # what `TrainResult.model` is returned with: the first adapter answers
     get_bank(opened.model).activate(Mix.one(next(iter(prepared))))
     digests = artifacts.write_adapters(
@@ -210,7 +222,8 @@ def run_receipt(
     """
     data = {name: _data_receipt(job) for name, job in jobs.items()}
     seeds = {name: job.run.train.seed for name, job in jobs.items()}
-    trained, is_single = [parameter_set(opened.model, name) for name in jobs], len(jobs) == 1
+    names, is_single = trained_names(jobs), len(jobs) == 1
+    trained = [parameter_set(opened.model, name) for name in names]
     # with lora=null the base in memory is the trained one: its digest was taken as the run began
     start_digest = next((each.start_digest for each in trained if each.start_digest), None)
     base = {**opened.source, "sha256": start_digest or base_digest(opened.model)}
@@ -219,7 +232,9 @@ def run_receipt(
     saved = {"adapters" if start_digest is None else "weights": digests}
     if get_bank(opened.model).routers:
         saved["router"] = mixture.router_digests(run_dir)
-        files = [run_dir / name for name in saved["router"]]
+        # of the experts beside it those that trained
+        experts = [run_dir / name / ADAPTER_WEIGHTS for name in names if name in digests]
+        files = [*(run_dir / name for name in saved["router"]), *experts]
     elif start_digest is None:
         files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
     else:

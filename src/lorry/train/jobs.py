@@ -27,7 +27,8 @@ from lorry.train.schedule import learning_rate_at, warmup_steps
 class TrainingJob:
     """One adapter's part of a run. ``total``: its optimizer steps; ``epoch_of(step)``: the epoch a
     step belongs to, from 0; ``ends``: token ids of which one must be supervised in each of its
-    sequences (none: any text will do).
+    sequences (none: any text will do); ``beside``: other parameter sets that its sequences train,
+    with their settings: they step when it does, at its schedule.
     """
 
     name: str
@@ -36,6 +37,12 @@ class TrainingJob:
     epoch_of: Callable[[int], int]
     steps_per_epoch: int | None
     ends: Sequence[int] = ()
+    beside: Mapping[str, TrainConfig] = field(default_factory=dict)
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Its own parameter set, then those beside it."""
+        return [self.name, *self.beside]
 
     @property
     def warmup(self) -> int:
@@ -65,7 +72,14 @@ class TrainingJob:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        t = self.train
+        return self._rate_of(self.train, step)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """That of each of `trained_names`."""
+        each = {self.name: self.train, **self.beside}
+        return {name: self._rate_of(train, step) for name, train in each.items()}
+
+    def _rate_of(self, t: TrainConfig, step: int) -> float:
         return learning_rate_at(
             step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup
         )

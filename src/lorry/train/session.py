@@ -51,7 +51,7 @@ from lorry.runs.layout import (
 from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
 from lorry.runs.read import read_evaluation
-from lorry.tasks.build import PreparedJob, PreparedJobs, TaskInputs
+from lorry.tasks.build import PreparedJob, PreparedJobs, TaskInputs, trained_names
 from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
 from lorry.train.card.card import render_run_card
@@ -292,8 +292,8 @@ def _train_and_finish(
     try:
         checks.begin(
             backend,
-            finish.contract_targets(opened.model, list(jobs)),
-            finish.describe_unadapted(opened.model, list(jobs)),
+            finish.contract_targets(opened.model, trained_names(jobs)),
+            finish.describe_unadapted(opened.model, trained_names(jobs)),
         )
         # now already: a run that breaks off has its rows accounted for as well
         checks.held(8, _row_accounting(jobs))
@@ -301,7 +301,8 @@ def _train_and_finish(
         checks.held(8, _row_accounting(jobs))  # a streamed source knows more now
         checks.end(backend, engine.task)
         home.check()
-        digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared)
+        beside = trained_names(jobs)[len(jobs) :]
+        digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared, beside)
         finish.displace_measurements(run.output_dir, digests)
         engine.conclude_evaluations()
         finish.check_newest_checkpoint(checks, engine.newest)
@@ -387,7 +388,8 @@ def prepare_jobs(
             role: prepare(job_run, settings, f"{name}-{role}")
             for role, settings in task.row_sets(job_run).items()
         }
-        jobs[name] = PreparedJob(job_run, data, row_sets, task.stream(job_run, data, row_sets))
+        stream = task.stream(job_run, data, row_sets)
+        jobs[name] = PreparedJob(job_run, data, row_sets, stream, task.beside(job_run))
     notebook.tell(*_data_notes(jobs))
     return jobs
 
@@ -467,10 +469,13 @@ def build_engine(
     """
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
     # dropout's seed is part of the sequences' keys, job by job
+    settings = {name: job.run.train for name, job in jobs.items()} | {
+        name: train for job in jobs.values() for name, train in job.beside.items()
+    }
     backend = BACKENDS[run.backend.name](
         opened.model,
-        list(jobs),
-        {name: optim_settings_of(job.run.train) for name, job in jobs.items()},
+        trained_names(jobs),
+        {name: optim_settings_of(train) for name, train in settings.items()},
         gradient=TASKS[run.task].gradient({name: job.run for name, job in jobs.items()}),
     )
     ends = TASKS[run.task].ends
@@ -503,6 +508,7 @@ def build_engine(
         evaluations=run_evaluations,
         record=built.record,
         conclude=built.conclude,
+        unreached=built.unreached,
     )
 
 
@@ -510,7 +516,13 @@ def _training_job(name: str, job: PreparedJob, ends: Collection[int]) -> Trainin
     train = job.run.train
     total = job.stream.total_steps(train.num_train_epochs, train.max_steps)
     return TrainingJob(
-        name, train, total, job.stream.epoch_of, job.stream.steps_per_epoch, list(ends)
+        name,
+        train,
+        total,
+        job.stream.epoch_of,
+        job.stream.steps_per_epoch,
+        list(ends),
+        job.beside,
     )
 
 

@@ -188,7 +188,7 @@ def build_mixture_plans(settings: MoePlanSettings, found_config: FoundConfig) ->
 def _plan_of_router(
     settings: MoePlanSettings, found_config: FoundConfig, router: RouterConfig
 ) -> RunPlan:
-    """The training of a router over frozen experts. Raises ConfigError for several devices, ModelError
+    """The training of a router over experts, frozen or trained with it. Raises ConfigError for several devices, ModelError
     for an adapter that is not there."""
     shape = read_model_shape(
         found_config.config, where=found_config.where, native=settings.model.native

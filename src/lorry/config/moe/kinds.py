@@ -25,6 +25,8 @@ KIND_FIELDS = (
     "label_loss",
     "aux_loss",
     "z_loss",
+    "train_experts",
+    "experts_learning_rate",
     "gates",
     "train",
     "layer",
@@ -64,6 +66,7 @@ ROUTER_KINDS: dict[RouterKindName, RouterKind] = {
         (
             *("level", "input", "top_k", "normalize", "temperature", "straight_through"),
             *("hidden", "init", "label_loss", "aux_loss", "z_loss", "train"),
+            *("train_experts", "experts_learning_rate"),
         ),
         trains=True,
         needs_rows=True,

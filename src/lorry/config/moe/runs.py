@@ -161,18 +161,12 @@ class RouterConfig(SettingsGroup):
         return whole.model_dump(mode="json", include=set(known))
 
     train_experts: bool = config_field(
-        False, "not supported yet: experts stay as they are while their router trains"
+        False,
+        "train the experts together with their router; false: they stay as they are bit for bit",
     )
-
-    @field_validator("train_experts")
-    @classmethod
-    def _experts_stay(cls, value: bool) -> bool:
-        if value:
-            raise ValueError(
-                "experts stay as they are while their router trains; nearest: all weights of the mixture in a stock "
-                "class, router and experts together (export=[hf-moe], finetune={...})"
-            )
-        return value
+    experts_learning_rate: PositiveFloat | None = derived_field(
+        "that of router.train", "with train_experts: peak learning rate of the experts"
+    )
 
     @validate_model(mode="before")
     @classmethod
@@ -195,6 +189,10 @@ class RouterConfig(SettingsGroup):
             raise ValueError(
                 f"router.{odd} is for router.kind={', '.join(kinds_reading(odd))}; "
                 f"kind={self.kind} does not use it"
+            )
+        if self.experts_learning_rate is not None and not self.train_experts:
+            raise ValueError(
+                "router.experts_learning_rate is for train_experts=true: else no expert trains"
             )
         if self.kind == "sequence":
             self._check_classifier()

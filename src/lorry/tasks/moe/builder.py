@@ -1,5 +1,5 @@
-"""A router's run from its description to a task: experts attached and frozen, a row of every domain
-in each micro-batch, the router's first values.
+"""A router's run from its description to a task: experts attached, frozen or trained with it, a row of
+every domain in each micro-batch, the router's first values.
 
 `MOE` is the definition that `tasks.registry` names.
 """
@@ -17,11 +17,17 @@ from torch import Tensor
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Half, Level, Mix
 from lorry.adapters.peft.files import find_adapter, load_adapter
-from lorry.adapters.router import ROUTER_NAME, RoutingRule, TokenRouter, attach_router
+from lorry.adapters.router import (
+    ROUTER_NAME,
+    RoutingRule,
+    TokenRouter,
+    attach_router,
+    site_modules,
+)
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.config import RunConfig
 from lorry.config.moe import RouterConfig, RouterRunConfig
-from lorry.config.schema import DataConfig
+from lorry.config.schema import DataConfig, TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.prepare import PreparedData
@@ -65,7 +71,8 @@ def rule_of(router: RouterConfig) -> RoutingRule:
 def attach_experts(
     run: RunConfig, opened: OpenedModel, add_note: NoteCallback
 ) -> dict[str, RunConfig]:
-    """Every expert, frozen, and a router over them. Raises ConfigError, ModelError."""
+    """Every expert, frozen unless it trains with the router, and a router over them. Raises
+    ConfigError, ModelError."""
     if opened.adapters:
         raise ConfigError(
             f"{run.model.name} already has an adapter; a mixture is built on a base "
@@ -74,8 +81,9 @@ def attach_experts(
     settings = _settings_of(run)
     for expert in settings.experts:
         folder, _ = find_adapter(Path(expert.adapter))
-        # no dropout while the router trains: it has to learn of the experts that will answer
-        load_adapter(opened.model, folder, expert.name, trainable=False)
+        # no dropout while the router trains alone (a frozen expert draws no masks): it has to learn of
+        # the experts that will answer
+        load_adapter(opened.model, folder, expert.name, trainable=settings.router.train_experts)
     names, router = [expert.name for expert in settings.experts], settings.router
     if router.lora is not None:
         attach_classifier_run(settings, opened)
@@ -86,6 +94,17 @@ def attach_experts(
             run.train.seed
         )
     return {ROUTER_NAME: run}
+
+
+def trained_experts(run: RunConfig) -> dict[str, TrainConfig]:
+    """The experts that train with the router, with its settings and a learning rate of their own."""
+    settings = _settings_of(run)
+    router = settings.router
+    if not router.train_experts:
+        return {}
+    rate = router.experts_learning_rate or run.train.learning_rate
+    train = run.train.model_copy(update={"learning_rate": rate})
+    return {expert.name: train for expert in settings.experts}
 
 
 def domain_row_sets(run: RunConfig) -> dict[str, DataConfig]:
@@ -219,7 +238,14 @@ def build_moe(inputs: TaskInputs) -> BuiltTask:
         }
         start_at_class_means(model, router, first)
     task = MoeTask(*common, router=router, settings=run.router, tell=inputs.tell)
-    return BuiltTask(task, digests=digests, record=task.record)
+
+    def unreached() -> dict[str, list[str]]:
+        return {
+            name: [module for site in sites for module in site_modules(model, site)]
+            for name, sites in task.unreached_sites().items()
+        }
+
+    return BuiltTask(task, digests=digests, record=task.record, unreached=unreached)
 
 
 MOE = TaskDefinition(
@@ -234,4 +260,5 @@ MOE = TaskDefinition(
     attach=attach_experts,
     # a prompt is all that a classifier reads
     ends=lambda job: () if _settings_of(job.run).router.lora is not None else job.data.ends,
+    beside=trained_experts,
 )

@@ -82,6 +82,8 @@ class MoeTask(DomainTask):
         self.router, self.settings, self.tell = router, settings, tell
         self.step_load = RouterLoad(router)
         self.run_load = RouterLoad(router)
+        # [N,K] bool: of the step, where a token whose next one is supervised has an expert
+        self.reached: Tensor | None = None
 
     def wants(self, batch: Batch) -> Mapping[str, Want]:
         """Log-probabilities and the router's logits."""
@@ -90,7 +92,7 @@ class MoeTask(DomainTask):
     def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The micro-batches of a step."""
         self.run_load.add_load(self.step_load)
-        self.step_load = RouterLoad(self.router)
+        self.step_load, self.reached = RouterLoad(self.router), None
         return super().step_batches(step, models)
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
@@ -99,6 +101,7 @@ class MoeTask(DomainTask):
         terms, logits, s = dict(super().loss(got, batch)), got["router"], self.settings
         if logits.requires_grad:  # a step's, not an evaluation's
             self.step_load.add(logits.detach(), batch)
+            self._note_reached(logits.detach(), batch)
         if s.label_loss:
             own = torch.tensor([self.experts.index(r) for r in batch.role], device=logits.device)
             labels = own[batch.sequence_of][:, None].expand(logits.shape[:2])
@@ -113,6 +116,27 @@ class MoeTask(DomainTask):
         if s.z_loss:
             terms["z"] = s.z_loss * batch.sum_by_sequence(logits.logsumexp(-1).square().mean(1))
         return terms
+
+    def _note_reached(self, logits: Tensor, batch: Batch) -> None:
+        # supervised rows are targets: the token before one predicts it, and its gradient is certain
+        # in every layer, where that of a prompt's token ends below the last one
+        last = logits[batch.rows - 1]
+        reached = (self.router.gates(last.flatten(0, 1)).view_as(last) != 0).any(0)
+        self.reached = reached if self.reached is None else self.reached | reached
+
+    def unreached_sites(self) -> dict[str, list[tuple[int, Half]]]:
+        """By expert, the halves of layers where no token of the step just made that predicts a
+        supervised one had it."""
+        if self.reached is None:
+            return {}
+        return {
+            name: [
+                site
+                for site, had in zip(self.router.sites, self.reached[:, k].tolist(), strict=True)
+                if not had
+            ]
+            for k, name in enumerate(self.router.adapters)
+        }
 
     def record(self, step: int) -> Mapping[str, Any]:
         """What a line of metrics.jsonl says of the step just made, every `RECORD_STEPS` and at the
