@@ -4,6 +4,7 @@ it refuses.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RoutingRule, TokenRouter, attach_router
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError
-from lorry.models.causal_lm import PackedInput
-from lorry.models.decoder.model import Decoder
+from lorry.models.causal_lm import CausalLM, PackedInput
+from lorry.models.hf.model import HfModel
 from tests.support import tiny
 
 SEQUENCES = [[5, 9, 3, 7, 11, 2], [8, 1, 4, 6, 13, 12, 10, 9]]
@@ -26,12 +29,12 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def model_with_experts(
-    tmp_path: Path, rule: RoutingRule, hidden: Sequence[int] = ()
-) -> tuple[Decoder, torch.nn.Module, TokenRouter]:
+    tmp_path: Path, rule: RoutingRule, hidden: Sequence[int] = (), native: bool = True
+) -> tuple[CausalLM, torch.nn.Module, TokenRouter]:
     """Three experts of different ranks (all linears with input both, else the MLP's), and a router
     of random values."""
     source = tiny.fresh("llama", num_hidden_layers=2)
-    model = tiny.decoder(source, tmp_path)
+    model: CausalLM = tiny.decoder(source, tmp_path) if native else HfModel(copy.deepcopy(source))
     targets = "all-linear" if rule.input == "both" else MLP
     for rank, name in ((2, "a"), (4, "b"), (3, "c")):
         spec = LoraSpec(r=rank, init_lora_weights=False, target_modules=targets)
@@ -48,7 +51,7 @@ def model_with_experts(
 class Twin:
     """transformers' model in float64 with plain autograd terms by hooks on each linear."""
 
-    def __init__(self, theirs: torch.nn.Module, model: Decoder, router: TokenRouter) -> None:
+    def __init__(self, theirs: torch.nn.Module, model: CausalLM, router: TokenRouter) -> None:
         self.theirs, self.rule = theirs.double(), router.rule
         bank = get_bank(model)
         self.masters = {
@@ -104,7 +107,7 @@ class Twin:
         return total
 
 
-def our_loss(model: Decoder, router: TokenRouter) -> Tensor:
+def our_loss(model: CausalLM, router: TokenRouter) -> Tensor:
     call, packed = AdapterContext(router.mix()), PackedInput.of(SEQUENCES)
     states = model.hidden(packed, call)
     logits, total = model.logits(states.last, call), torch.zeros(())
@@ -127,12 +130,14 @@ def our_loss(model: Decoder, router: TokenRouter) -> Tensor:
     ids=["top1-st", "top1-plain", "both-top2", "top2-plain", "both-all", "both-mlp"],
 )
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("native", [True, False])
 def test_gradients_are_those_of_autograd(
-    rule: RoutingRule, hidden: tuple[int, ...], recompute: bool, tmp_path: Path
+    rule: RoutingRule, hidden: tuple[int, ...], recompute: bool, native: bool, tmp_path: Path
 ) -> None:
     """Router and experts of different ranks, through two layers, with a loss of the logits beside
-    that of the tokens: the router in float32 within 1e-5 of float64 on transformers."""
-    model, source, router = model_with_experts(tmp_path, rule, hidden)
+    that of the tokens: the router in float32 within 1e-5 of float64 on transformers; in Lorry's
+    decoder and where transformers' own code runs."""
+    model, source, router = model_with_experts(tmp_path, rule, hidden, native)
     model.gradient_checkpointing = recompute
     twin = Twin(source, model, router)
     expected = twin.loss()
@@ -227,9 +232,10 @@ def test_a_routed_term_never_loses_its_router(tmp_path: Path) -> None:
         model.hidden(PackedInput.of(SEQUENCES), AdapterContext(Mix(router.mix().terms)))
 
 
-def test_sequences_of_a_batch_have_their_own_mixes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_sequences_of_a_batch_have_their_own_mixes(native: bool, tmp_path: Path) -> None:
     """One under the router, one under a plain expert of it, one under the base: each as alone."""
-    model, _, router = model_with_experts(tmp_path, RoutingRule("mlp", 2))
+    model, _, router = model_with_experts(tmp_path, RoutingRule("mlp", 2), (), native)
     mixes = [router.mix(), Mix.one("b"), Mix.none()]
     rows = [*SEQUENCES, [3, 2, 9, 1]]
     with torch.no_grad():
@@ -239,6 +245,74 @@ def test_sequences_of_a_batch_have_their_own_mixes(tmp_path: Path) -> None:
         for tokens, mix, (start, stop) in zip(rows, mixes, packed.segments, strict=True):
             alone = model.hidden(PackedInput.of([tokens]), AdapterContext(mix)).last
             torch.testing.assert_close(together[start:stop], alone, rtol=1e-5, atol=1e-5)
-    other = TokenRouter(["a", "b"], RoutingRule(), layers=2, width=model.geometry.width)
+    other = TokenRouter(
+        ["a", "b"], RoutingRule(), layers=2, width=router.weights[0, "mlp"].shape[1]
+    )
     with pytest.raises(ContractError, match="one router"):
         Mix.packed([router.mix(), other.mix()], [0, 3, 6])
+
+
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [
+        ("llama", ("self_attn", "mlp")),
+        ("gpt2", ("attn", "mlp")),
+        ("gpt_neox parallel", ("attention", "mlp")),
+        ("gemma2", ("self_attn", "mlp")),
+        ("falcon", ("self_attention", "mlp")),
+        ("mixtral", ("self_attn", "mlp")),
+        ("mamba", None),
+        ("opt", None),
+    ],
+)
+def test_halves_of_a_model_of_transformers(name: str, within: tuple[str, str] | None) -> None:
+    """By what the modules do, whatever they are called: no name is known."""
+    model = HfModel(tiny_foreign(name))
+    halves, width = model.router_halves
+    if within is None:
+        assert not halves
+        attach(model, LoraSpec(r=2), "a")
+        with pytest.raises(ConfigError, match="no two such modules in every layer"):
+            attach_router(model, ["a"], RoutingRule("mlp", 1, normalize=False))
+        return
+    assert len(halves) == 2 * len(model.layers)
+    assert width == 32
+    for (layer, half), path in halves.items():
+        assert path.endswith(f".{layer}.{within[half == 'mlp']}")
+
+
+def tiny_foreign(name: str) -> torch.nn.Module:
+    """A random model of two layers, 32 wide."""
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+        "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    }  # fmt: skip
+    own: dict[str, dict[str, object]] = {
+        "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 64},
+        "gpt_neox parallel": {**sizes, "use_parallel_residual": True},
+        "falcon": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 64,
+        },
+        "mixtral": {**sizes, "num_local_experts": 4},
+        "mamba": {**sizes, "state_size": 4, "time_step_rank": 4},
+        "opt": {**sizes, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    }
+    config = CONFIG_MAPPING[name.partition(" ")[0]].from_dict(own.get(name, sizes))
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_whole_mlps_are_those_of_the_own_decoder(tmp_path: Path) -> None:
+    """level=expert is refused where transformers' code runs; so is an adapter in the other half."""
+    model = HfModel(tiny.fresh("llama"))
+    for name in ("a", "b"):
+        attach(model, LoraSpec(r=2, target_modules="all-linear"), name)
+    with pytest.raises(ConfigError, match=r"give router.level=delta"):
+        attach_router(model, ["a", "b"], RoutingRule("mlp", 2, level="expert"))
+    with pytest.raises(
+        ConfigError, match=r"expert 'a' has an adapter at .*q_proj.*router.input=mlp"
+    ):
+        attach_router(model, ["a", "b"], RoutingRule())

@@ -564,6 +564,29 @@ def assert_greedy(model: CausalLM, tokenizer: Any, mix: Mix) -> None:
             tokens.append(token)
 
 
+def test_a_router_where_transformers_runs_the_model(mixture: Path, tmp_path: Path) -> None:
+    """Trained there, contracts hold; answers are those of whole forwards, also with the model's own
+    cache; and Lorry's decoder gives the same logits of the same files."""
+    made = tmp_path / "mix"
+    route_anew(
+        mixture, made, "model.native=false", "router.top_k=1", "router.straight_through=true"
+    )
+    line = json.loads((made / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(line["router"]["load"]) == {"one", "two"}
+    opened = open_model(
+        ModelConfig(name=str(made), dtype="float32", native=False), lambda note: None
+    )
+    native, tokenizer = lorry.load(made)
+    assert opened.mixture is not None
+    assert_greedy(opened.model, tokenizer, opened.mixture)
+    prompts = PackedInput.of([tokenizer.encode(p["question"]) for p in PEOPLE])
+    states = [
+        model.hidden(prompts, AdapterContext(mix)).last
+        for model, mix in ((opened.model, opened.mixture), (native, get_bank(native).active))
+    ]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
+
+
 def test_vectors_of_the_experts_are_a_mixture(mixture: Path, tmp_path: Path) -> None:
     """phatgoose: contracts hold, vectors move and are read back; answers; other files are refused."""
     made = tmp_path / "mix"

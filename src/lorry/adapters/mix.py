@@ -44,9 +44,10 @@ class LayerRouter(Protocol):
     ``adapters``: the experts, in the order of the gates' columns; ``halves``: those of a layer that
     are gated; ``level``: whether the MLP's gates multiply the terms of its linears (delta) or whole
     MLPs, the base's with an expert's terms in each (expert; its gates sum to 1). Attention's are
-    its terms' at either. It works in layers of Lorry's own decoder alone: a routed term at another module (the
-    head, the embedding, a model that runs through transformers), or in a half that has no gates,
-    raises ContractError when that module is called.
+    its terms' at either. It works in layers of Lorry's own decoder, and at `delta` where transformers' code
+    runs layers of two such modules (`HfModel.router_halves`): a routed term at another module (the
+    head, the embedding), or in a half that has no gates, raises ContractError when that module is
+    called.
     """
 
     adapters: Sequence[str]

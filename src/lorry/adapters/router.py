@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import get_bank
+from lorry.adapters.attach import find_linears, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import Half, Level, Mix
 from lorry.adapters.seeds import derive_seed
@@ -306,31 +306,53 @@ def _half_targets(family: ModelFamily, half: Half) -> list[str]:
 
 
 def site_modules(model: nn.Module, site: tuple[int, Half]) -> list[str]:
-    """The module paths of the linears whose terms a layer's half gates; ``model``: Lorry's own
-    decoder."""
-    layer, half = site
-    family: Any = model.family
-    return [family.path(target, layer) for target in _half_targets(family, half)]
+    """The module paths of the linears whose terms a layer's half gates. Raises ConfigError for a
+    model without such halves."""
+    if hasattr(model, "blocks"):
+        family: Any = model.family
+        return [family.path(target, site[0]) for target in _half_targets(family, site[1])]
+    within = f"{_foreign_halves(model)[0][site]}."
+    return [path for path in find_linears(model) if path.startswith(within)]
+
+
+def layers_and_width(model: nn.Module) -> tuple[int, int]:
+    """How many layers have halves that a router gates, and the width of what they read. Raises
+    ConfigError for a model without such halves."""
+    geometry: Any = getattr(model, "geometry", None)
+    if geometry is not None:
+        return geometry.layers, geometry.width
+    halves, width = _foreign_halves(model)
+    return 1 + max(layer for layer, _ in halves), width
+
+
+def _foreign_halves(model: nn.Module) -> tuple[dict[tuple[int, Half], str], int]:
+    """The halves of a model that runs through transformers (`HfModel.router_halves`), and the width of
+    what they read. Raises ConfigError where there are none."""
+    halves, width = getattr(model, "router_halves", ({}, 0))
+    if not halves:
+        raise ConfigError(
+            "router.kind=token reads what attention and MLP of each layer read, and this model, which runs through "
+            "transformers, has no two such modules in every layer: use router.kind=sequence, prototype, uniform or fixed"
+        )
+    return halves, width
 
 
 def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRule) -> None:
     """Raise ConfigError for an expert that has an adapter where this router has no gate: in the
-    other half of a layer, at the head, at the embedding.
+    other half of a layer, at the head, at the embedding; and for a model that the rule cannot be
+    followed in.
     """
-    family = getattr(model, "family", None)
-    if family is None or not hasattr(model, "blocks"):
+    layers, _ = layers_and_width(model)
+    if rule.level == "expert" and not hasattr(model, "blocks"):
         raise ConfigError(
-            "a layer router needs Lorry's own decoder (Llama, SmolLM, Mistral, "
-            "Qwen2, Qwen3, GPT-2, GPT-NeoX); this model runs in transformers: use "
-            "router.kind=uniform or fixed"
+            "router.level=expert computes whole MLPs in Lorry's own decoder, and this model runs through transformers: "
+            "give router.level=delta"
         )
-    gated = {
-        family.targets[target].rpartition(".")[2]
-        for half in HALVES[rule.input]
-        for target in _half_targets(family, half)
-    }
+    sites = [(layer, half) for layer in range(layers) for half in HALVES[rule.input]]
+    within = {path for site in sites for path in site_modules(model, site)}
+    gated = {path.rpartition(".")[2] for path in within}
     for name in experts:
-        odd = [m for m in get_bank(model)[name].slots if m.rpartition(".")[2] not in gated]
+        odd = [path for path in get_bank(model)[name].slots if path not in within]
         if odd:
             raise ConfigError(
                 f"expert {name!r} has an adapter at {odd[0]} ({len(odd)} such modules), which router.input={rule.input} "
@@ -344,11 +366,9 @@ def attach_router(
 ) -> TokenRouter:
     """A router over adapters of the model, all zeros. Raises ConfigError."""
     refuse_other_half(model, experts, rule)
-    geometry: Any = model.geometry
+    layers, width = layers_and_width(model)
     device = next(model.parameters()).device
-    router = TokenRouter(
-        experts, rule, layers=geometry.layers, width=geometry.width, hidden=hidden, device=device
-    )
+    router = TokenRouter(experts, rule, layers=layers, width=width, hidden=hidden, device=device)
     bank = get_bank(model)
     refuse_router_name(bank)
     bank.routers[ROUTER_NAME] = router

@@ -191,7 +191,7 @@ def refuse_outside_layers(model: nn.Module, experts: Sequence[str], kind: str) -
     if not hasattr(model, "blocks"):
         raise ConfigError(
             f"router.kind={kind} works in Lorry's own decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3, GPT-2, "
-            "GPT-NeoX); this model runs through transformers: use router.kind=uniform or fixed"
+            "GPT-NeoX); this model runs through transformers: use router.kind=token, sequence, prototype, uniform or fixed"
         )
     bank = get_bank(model)
     family: Any = model.family

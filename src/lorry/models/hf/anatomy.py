@@ -8,11 +8,15 @@ body's output for random tokens, makes of it exactly the logits the whole model 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lorry.adapters.mix import Half
 
 PROBE = (2, 6)  # sequences and tokens of the proof
 MAX_TEXT_TOKENS = 4096  # different tokens that random sequences are made of
@@ -45,6 +49,66 @@ def find_layers(inner: Any) -> list[nn.Module]:
     # by length: "layers", "h", "blocks" are names, and encoders have lists as well
     lists = (m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return list(next(lists, ()))
+
+
+@torch.no_grad()
+def find_halves(
+    inner: Any, layers: Sequence[nn.Module]
+) -> tuple[dict[tuple[int, Half], nn.Module], int]:
+    """({(layer, attn or mlp): the module that is that half}, the width of what they read). Empty where
+    a layer has not exactly two parts with matrices that read the hidden states of all tokens, one of
+    which, the MLP, makes of a token the same whoever stands before it.
+    """
+    # by layer, of each part that was called: it, whether it is token by token, what it reads
+    seen: list[list[tuple[nn.Module, bool, int]]] = [[] for _ in layers]
+    ids, trying = _random_ids(inner), list[nn.Module]()
+
+    def note(parts: list[tuple[nn.Module, bool, int]]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            x = args[0] if args else kwargs.get("hidden_states")
+            is_whole = isinstance(x, Tensor) and x.is_floating_point() and x.shape[:-1] == PROBE
+            if trying or not is_whole:
+                return
+            trying.append(module)  # its own call below is none of the model's
+            # here and not afterwards: some layers add to what a part gave in place
+            parts.append((module, _is_token_wise(module, args, kwargs, out), x.shape[-1]))
+            trying.clear()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer, parts in zip(layers, seen, strict=True):
+            for child in layer.children():
+                # norms have vectors alone
+                if any(p.dim() > 1 for p in child.parameters()):
+                    hook = child.register_forward_hook(note(parts), with_kwargs=True)
+                    hooks.callback(hook.remove)
+        inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    halves: dict[tuple[int, Half], nn.Module] = {}
+    for i, parts in enumerate(seen):
+        if sorted(token_wise for _, token_wise, _ in parts) != [False, True]:
+            return {}, 0
+        for module, token_wise, _ in parts:
+            halves[i, "mlp" if token_wise else "attn"] = module
+    widths = {width for parts in seen for *_, width in parts}
+    # a module that several layers share has no layer of its own
+    distinct = len({id(module) for module in halves.values()}) == 2 * len(layers)
+    return (halves, widths.pop()) if distinct and len(widths) == 1 else ({}, 0)
+
+
+def _is_token_wise(module: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether each sequence's last token alone gets of a module what it gets behind the others."""
+
+    def last(value: Any) -> Any:
+        is_whole = isinstance(value, Tensor) and value.shape[:2] == PROBE
+        return value[:, -1:] if is_whole else value
+
+    whole = out if isinstance(out, Tensor) else out[0]
+    try:
+        alone = module(*map(last, args), **{name: last(value) for name, value in kwargs.items()})
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+        return False  # attention, whose mask and positions are those of all tokens
+    return _equal_to_rounding(alone if isinstance(alone, Tensor) else alone[0], whole[:, -1:])
 
 
 def logits_from_hidden(inner: Any, body: str, hidden: Tensor) -> Tensor:

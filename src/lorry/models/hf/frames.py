@@ -163,9 +163,11 @@ def unpad_frames(parts: Sequence[tuple[PaddedFrame, Tensor]]) -> Tensor:
 
 
 def depends_on_position(call: AdapterContext) -> bool:
-    """Whether a call treats tokens differently by where they stand (per-sequence terms, gates,
-    dropout).
+    """Whether a call treats tokens differently by where they stand (per-sequence terms, gates, a
+    router, dropout).
     """
-    return call.noise is not None or any(
-        t.rows is not None or isinstance(t.gate, Tensor) for t in call.mix.terms
+    return (
+        call.noise is not None
+        or call.router is not None
+        or any(t.rows is not None or isinstance(t.gate, Tensor) for t in call.mix.terms)
     )

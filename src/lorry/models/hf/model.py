@@ -14,6 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from transformers import DynamicCache
 
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import AMBIENT_CONTEXT
-from lorry.adapters.mix import AdapterContext
+from lorry.adapters.mix import AdapterContext, Half
 from lorry.errors import ContractError, ModelError
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.hf.anatomy import (
     counts_from_zero,
     find_body,
+    find_halves,
     find_layers,
     list_text_tokens,
     logits_from_hidden,
@@ -41,6 +43,7 @@ from lorry.models.hf.frames import (
     depends_on_position,
     unpad_frames,
 )
+from lorry.models.hf.routing import FramedRouter, frame_call, gate_half
 from lorry.notes import NoteCallback, ignore_note
 
 PROBE_TOKENS = 16  # of the text that shows which layers train
@@ -77,6 +80,7 @@ class HfModel(CausalLM):
         self.layers: list[nn.Module] = find_layers(inner)
         self.body, self._plain = find_body(inner.eval().requires_grad_(False))
         self._checkpointing = False
+        self._gated = False
         self._reached: dict[frozenset[str], set[str]] = {}
         self.recompute_reason = ""
         self.__dict__["inner"] = inner  # not a child: its children are ours
@@ -173,21 +177,28 @@ class HfModel(CausalLM):
         parts = build_padded_frames(packed.segments, packed.tokens.device)
         last_states: list[tuple[PaddedFrame, Tensor]] = []
         layer_outputs: dict[int, list[tuple[PaddedFrame, Tensor]]] = {i: [] for i in output_layers}
+        router_logits: dict[tuple[int, Half], list[tuple[PaddedFrame, Tensor]]] = {}
         for frame in parts:
+            framed = frame_call(frame, call)
             with self._capture_layers(output_layers, stop) as tapped, suppress(_EarlyStop):
                 last_states.append(
                     (
                         frame,
                         frame.unpad(
-                            self._body(frame, frame.pad(packed.tokens), frame.mask(), call)
+                            self._body(frame, frame.pad(packed.tokens), frame.mask(), framed)
                         ),
                     )
                 )
             for i in output_layers:
                 layer_outputs[i].append((frame, frame.unpad(tapped[i])))
+            if isinstance(framed.router, FramedRouter):
+                for site, logits in framed.router.made.items():
+                    router_logits.setdefault(site, []).append((frame, logits))
         return HiddenStates(
             unpad_frames(last_states) if last_states else None,
             {i: unpad_frames(frames) for i, frames in layer_outputs.items()},
+            # layer by layer, attention first, whichever a model runs first
+            [unpad_frames(router_logits[site]) for site in sorted(router_logits)],
         )
 
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
@@ -233,7 +244,15 @@ class HfModel(CausalLM):
             parts.append(
                 (
                     frame,
-                    frame.unpad(self._body(frame, frame.pad(packed.tokens), mask, call, **options)),
+                    frame.unpad(
+                        self._body(
+                            frame,
+                            frame.pad(packed.tokens),
+                            mask,
+                            frame_call(frame, call),
+                            **options,
+                        )
+                    ),
                 )
             )
         return unpad_frames(parts)
@@ -309,16 +328,37 @@ class HfModel(CausalLM):
 
     # --- inside
 
+    @cached_property
+    def router_halves(self) -> tuple[dict[tuple[int, Half], str], int]:
+        """({(layer, half): the path of the module that a router of the layers gates}, the width of what
+        it reads); empty where the model's layers have no such two halves (`find_halves`)."""
+        # the base alone: an active mix may have the router that is to be asked
+        with use_adapter_context(AdapterContext()):
+            halves, width = find_halves(self.inner, self.layers)
+        paths = {id(module): path for path, module in self.named_modules()}
+        return {site: paths[id(module)] for site, module in halves.items()}, width
+
+    def _gate_halves(self) -> None:
+        """Let a router of the layers see what each half reads; once, since without one a half pays a
+        look at the call."""
+        if self._gated:
+            return
+        for (layer, half), path in self.router_halves[0].items():
+            module = self.get_submodule(path)
+            module.__dict__["forward"] = gate_half(module.forward, layer, half, use_adapter_context)
+        self._gated = True
+
     def _target(self) -> Any:
         return self.inner if self.body is None else self.inner.get_submodule(self.body)
 
     def _body(
-        self, frame: PaddedFrame, ids: Tensor, mask: Tensor, call: AdapterContext, **options: Any
+        self, frame: PaddedFrame, ids: Tensor, mask: Tensor, framed: AdapterContext, **options: Any
     ) -> Tensor:
-        """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call where
-        the bank's layers see it.
+        """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call of the
+        frame (`frame_call`) where the bank's layers see it.
         """
-        framed = frame.adapter_context(call)
+        if framed.router is not None:
+            self._gate_halves()
         with use_adapter_context(framed), self._rows_checked(frame, framed):
             out = self._target()(
                 input_ids=ids, attention_mask=mask, **{"use_cache": False, **options}
