@@ -101,6 +101,12 @@ def test_a_classifier_with_a_lora_of_its_own() -> None:
     assert final["adapter_parameters"] > 1.8 * own["adapter_parameters"]
 
 
+def test_experts_that_are_whole_models_are_not_planned_yet() -> None:
+    jobs = [{k: v for k, v in one.items() if k != "r"} for one in EXPERTS]
+    with pytest.raises(ConfigError, match="lora=null trains the base weights"):
+        planned(experts=jobs, target_modules=None, lora=None)
+
+
 def test_a_router_for_the_export_alone() -> None:
     """A stock class has no classifier of sequences: a token router is trained for it, at the level
     that the class computes: a token passes its experts' whole MLPs."""

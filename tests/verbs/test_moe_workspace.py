@@ -169,6 +169,33 @@ def test_the_report_of_a_workspace_has_its_one_trained_expert(
             {"router": {"train_experts": True, "kind": "sequence"}},
             "router.train_experts is for router.kind=token; kind=sequence",
         ),
+        ({"lora": None, "router": {"kind": "arrow"}}, "router.kind is of a router over adapters"),
+        ({"lora": None, "router": {"train_experts": True}}, "router.train_experts is of a router"),
+        (
+            {"lora": None, "export": ["hf-moe"]},
+            "gate_mode=router is a router trained over adapters",
+        ),
+        ({"lora": None, "export": ["dense"]}, "to=dense adds up adapters"),
+        ({"lora": None, "merge_experts": True}, "each expert is a whole model already"),
+        (
+            {
+                "lora": None,
+                "export": [{"to": "hf-moe", "gate_mode": "hidden"}, "gguf"],
+                "conversion_mode": "average",
+            },
+            "conversion_mode=average adds up adapters",
+        ),
+        (
+            {"lora": None, "experts": [{"name": "a", "data": "a"}, {"name": "b", "adapter": "b"}]},
+            "lora=null trains experts as whole models, and 'b' is an adapter",
+        ),
+        (
+            {
+                "lora": None,
+                "experts": [{"name": "a", "data": "a"}, {"name": "b", "data": "b", "r": 4}],
+            },
+            "leaves no adapters for jobs",
+        ),
     ],
 )
 def test_stages_that_cannot_be(more: dict[str, object], words: str) -> None:

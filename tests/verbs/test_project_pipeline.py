@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorry
 from lorry.adapters.attach import get_bank
+from lorry.config.schema import ModelConfig
+from lorry.verbs.mixture.stages import Stages
 from tests.support.verbworld import PEOPLE, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
 
@@ -168,3 +171,48 @@ def test_adapters_on_attention_and_an_average(
     )
     assert (found - mean).abs().max() < 1e-6
     assert "not trained" in " ".join(capsys.readouterr().err.split())
+
+
+def test_experts_without_adapters_are_whole_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`lora.enabled: false`: each expert's MLPs train, and are those of the stock class bit for bit;
+    what has finished is left out."""
+    model_directory(tmp_path / "base", hidden_size=64, intermediate_size=96)
+    write_rows(tmp_path / "people.jsonl", PEOPLE)
+    write_rows(tmp_path / "rivers.jsonl", TOWNS)
+    monkeypatch.setenv("WORK_DIR", str(tmp_path))
+    monkeypatch.setenv("WORKSPACE_TIMESTAMP", STAMP)
+    training = {"max_length": 96, "num_epochs": 1, "learning_rate": 1e-2, "eval_split": 0.25}
+    training["lora"] = {"enabled": False, "r": 4}
+    file = write_json(tmp_path, expert_training=training, full_finetune={})
+    assert run_lorry("moe", file) == 0
+    work = tmp_path / "workspace" / STAMP
+    told = capsys.readouterr()
+    assert told.out.rstrip().endswith(".gguf")
+    assert "No gating network is trained" in told.err
+    assert "router: left out" in told.err
+    assert not (work / "gating_network").exists()
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    mixed = load_file(work / "rmoe_model" / "model.safetensors")
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for number, name in enumerate(("people", "rivers")):
+        folder = work / "experts" / name
+        assert [entry.name for entry in folder.iterdir()] == ["merged"]
+        contracts = json.loads((folder / "merged" / "contracts.json").read_text())
+        assert {c["status"] for c in contracts} <= {"held", "not_checked"}
+        stored = load_file(folder / "merged" / "model.safetensors")
+        for key, tensor in stored.items():
+            assert torch.equal(tensor, base[key]) == (".mlp." not in key)
+            if ".mlp." in key:
+                layer, linear = key.split(".mlp.")
+                inside = f"block_sparse_moe.experts.{number}.{names[linear.split('.')[0]]}.weight"
+                assert torch.equal(mixed[f"{layer}.{inside}"], tensor)
+    assert run_lorry("moe", file) == 0
+    told = capsys.readouterr()
+    assert told.err.count("has finished, and nothing it was made of has changed") == 4
+    # with adapters again they make room: in their folder, merged/ would be taken for an adapter's
+    stages = Stages(work, ModelConfig(name=str(tmp_path / "base")))
+    stages.clear_other_experts(work / "experts", ["people", "rivers"], in_turn=False, whole=False)
+    assert "held experts that were trained as whole models" in capsys.readouterr().err
+    assert (work / "experts" / "previous" / "1" / "people" / "merged" / "config.json").is_file()

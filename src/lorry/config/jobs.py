@@ -27,7 +27,7 @@ from lorry.config.parsing.place import (
     parse_typed_list,
     place_setting,
 )
-from lorry.config.schema import JOBS, RunConfig
+from lorry.config.schema import JOBS, NO_ADAPTERS_FOR_JOBS, RunConfig
 from lorry.errors import ConfigError
 from lorry.notes import NoteCallback
 
@@ -124,13 +124,11 @@ class JobOverrides:
     origins: dict[str, str] = field(default_factory=dict)
 
     def apply_to(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the run with this job's in their place. Raises ConfigError for a run
-        without an adapter.
+        """The settings of the run with this job's in their place. Raises ConfigError for settings of an
+        adapter where the run has none.
         """
-        if "lora" in tree and tree["lora"] is None:
-            raise ConfigError(
-                "lora=null (training the base weights themselves) leaves no adapters for jobs"
-            )
+        if "lora" in self.tree and "lora" in tree and tree["lora"] is None:
+            raise ConfigError(NO_ADAPTERS_FOR_JOBS)
         settings = {
             **tree,
             **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()},
@@ -414,28 +412,25 @@ def job_differences(run: RunConfig, job_run: RunConfig) -> dict[str, dict[str, A
             if v != run_values[group][setting]
         }
         for group in run.job_groups
+        if job_values[group] is not None  # lora=null: no job has one
     }
 
 
 def runs_by_adapter(run: RunConfig) -> dict[str, RunConfig]:
     """{adapter: the run it would be alone}: of a run without `jobs`, itself; without an adapter
-    {BASE_JOB: itself}, since its base weights train. Raises ConfigError for jobs without adapters."""
-    if run.lora is None:
-        if run.jobs:
-            raise ConfigError(
-                "lora=null (training the base weights themselves) leaves no adapters for jobs"
-            )
-        return {BASE_JOB: run}
+    {BASE_JOB: itself}, since its base weights train; of experts that are whole models one for each."""
     if not run.jobs:
-        return {run.lora.adapter_name: run}
+        return {BASE_JOB if run.lora is None else run.lora.adapter_name: run}
+    groups = [group for group in run.job_groups if group != "lora" or run.lora is not None]
     shared_values = run.model_dump(mode="json", exclude={"jobs"})
     runs = {}
     for job in run.jobs:
         job_values: dict[str, Any] = {
-            group: {**shared_values[group], **getattr(job, group)} for group in run.job_groups
+            group: {**shared_values[group], **getattr(job, group)} for group in groups
         }
         # the job's name is its adapter's; it cannot be given beside
-        job_values["lora"]["adapter_name"] = job.name
+        if "lora" in job_values:
+            job_values["lora"]["adapter_name"] = job.name
         runs[job.name] = type(run).model_validate(
             {**shared_values, **job_values, "output_dir": run.output_dir / job.name}
         )

@@ -42,6 +42,9 @@ TOFU_SPLIT = re.compile(r"tofu:(forget|retain)(\d\d)")  # of its rows, in percen
 EvalStrategy = Literal["no", "steps", "epoch"]
 SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 ReportTo = Literal["tensorboard", "wandb", "trackio"]
+NO_ADAPTERS_FOR_JOBS = (
+    "lora=null (training the base weights themselves) leaves no adapters for jobs"
+)
 JOBS = "a list of maps, such as [{name: a, r: 8}, {name: b, learning_rate: 1e-3}]"
 DEVICE, DEVICE_WORDS = r"^(auto|cpu|mps|cuda(:\d+)?)$", "auto, cpu, cuda, cuda:N or mps"
 # q_proj or q_proj,v_proj: as a regex it could only match a module of that full name
@@ -357,6 +360,8 @@ class RunConfig(SettingsGroup):
     always_evaluates: ClassVar[bool] = False
     freezes_start: ClassVar[bool] = False
     job_groups: ClassVar[tuple[str, ...]] = ("lora", "data", "train")
+    # with lora=null each of several jobs would need the base's weights for itself: one pass has one
+    jobs_need_adapters: ClassVar[bool] = True
     task: Literal["sft"] = config_field("sft", "fixed by the verb")
     model: ModelConfig = ModelConfig()
     lora: LoraConfig | None = LoraConfig()
@@ -506,6 +511,12 @@ class RunConfig(SettingsGroup):
                 "trainable chooses which base weights train; give lora=null with "
                 "it, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _jobs_have_adapters(self) -> RunConfig:
+        if self.lora is None and self.jobs and self.jobs_need_adapters:
+            raise ValueError(NO_ADAPTERS_FOR_JOBS)
         return self
 
     @model_validator(mode="after")

@@ -259,9 +259,11 @@ class ExpertSource(SettingsGroup):
     """An expert of a mixture, in mergekit-moe's words."""
 
     source_model: PathText = Field(
-        description="adapter or run directory, base+adapter, or the base model itself"
+        description="adapter or run directory, base+adapter, a whole model of the base's shape, or the base itself"
     )
-    positive_prompts: list[str] = config_field([], "texts that are typical of this expert")
+    positive_prompts: list[str] = config_field(
+        [], "texts that are typical of this expert; none: of 16 training rows, where it is a run"
+    )
     negative_prompts: list[str] = config_field([], "texts that are not")
 
 

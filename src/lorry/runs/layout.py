@@ -51,6 +51,7 @@ MODEL_FILES = (
 )
 # as transformers names them
 SHARDS = "model-*-of-*.safetensors"
+MERGED = "merged"  # in an expert's folder: the whole model
 STAGED = "model.unverified"  # a whole model before it was read back
 TOKENIZER_FILES = (
     "tokenizer.json",

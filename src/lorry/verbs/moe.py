@@ -47,6 +47,7 @@ from lorry.verbs.mixture.outputs import (
     convert,
     finetune,
     merge_experts,
+    whole_folders,
     write_export,
     write_moe,
 )
@@ -84,15 +85,17 @@ def main(run: MoeRunConfig) -> int:
     refuse_undescribed_experts(run)
     folders = expert_folders(run)
     # before the experts train: hours later its settings would be as wrong
-    router = router_run(run, folders)
+    router = None if run.whole_experts else router_run(run, folders)
     check_outputs(run)
     moe_router = export_router_run(run, folders)
     log = run.output_dir / LOG if run.layout == "workspace" else None
     stages = Stages(run.output_dir, run.model, log)
     if run.skip_experts:
-        refuse_untrained_experts(folders)
+        refuse_untrained_experts(folders, ADAPTER_CONFIG if router is not None else "config.json")
     else:
         make_experts(run, stages)
+    if router is None:
+        return finish_whole_experts(run, stages)
     experts = adapter_inputs(folders)
     if run.merge_experts:
         merge_experts(run, stages, folders)
@@ -112,6 +115,22 @@ def main(run: MoeRunConfig) -> int:
         print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {outputs[0]}", file=sys.stderr)
     print(outputs[0])
+    return 0
+
+
+def finish_whole_experts(run: MoeRunConfig, stages: Stages) -> int:
+    """What is made of experts that are whole models: no mixture of adapters, but their stock class. The
+    last line of standard output is the last model that was made, else the experts' folder."""
+    stages.tell(
+        "router: left out: it gates adapters over one base, and these experts are whole models; a stock class has gates "
+        "of prompts"
+    )
+    outputs = [run.folders.experts, *write_outputs(run, stages)]
+    if run.layout == "workspace":
+        write_workspace_report(run)
+    for path in outputs[1:]:
+        stages.tell(f"wrote   {path}")
+    print(outputs[-1])
     return 0
 
 
@@ -173,17 +192,17 @@ def write_workspace_report(run: MoeRunConfig) -> None:
 
     own = [run.folders.experts]
     if in_turn(run):
-        own = [run.folders.experts / job.name for job in run.jobs]
+        own = list(expert_folders(run).values())
     runs = [*own, run.folders.mixture, run.folders.moe_router, run.folders.finetuned]
     there = [folder for folder in runs if (folder / RUN_FILE).is_file()]
     if there:
         write_report(there, run.output_dir / REPORT)
 
 
-def refuse_untrained_experts(folders: Mapping[str, Path]) -> None:
-    """Raise ConfigError where skip_experts counts on one that is not there."""
+def refuse_untrained_experts(folders: Mapping[str, Path], file: str) -> None:
+    """Raise ConfigError where skip_experts counts on one that is not there: ``file`` says that it is."""
     for name, folder in folders.items():
-        if not (folder / ADAPTER_CONFIG).is_file():
+        if not (folder / file).is_file():
             raise ConfigError(
                 f"skip_experts: expert {name!r} is not in {folder}; leave skip_experts out to train it"
             )
@@ -218,7 +237,8 @@ def refuse_undescribed_experts(run: MoeRunConfig) -> None:
     """Raise ConfigError for gates of an export from prompts where no run has all experts and says
     which rows are whose: neither the mixture's, nor one that trains all of them."""
     moe = run.export_of("hf-moe")
-    if moe is None or run.skip_merge or moe.gate_mode == "router":
+    # a whole model is a run with rows of its own
+    if moe is None or run.skip_merge or moe.gate_mode == "router" or run.whole_experts:
         return
     mixture = run.folders.mixture
     if run.skip_gating:
@@ -239,7 +259,10 @@ def refuse_undescribed_experts(run: MoeRunConfig) -> None:
 
 
 def expert_folders(run: MoeRunConfig) -> dict[str, Path]:
-    """{expert: where its adapter lies}, in their order; of those that are made, where it will."""
+    """{expert: where its adapter, or whole model, lies}, in their order; of those that are made, where
+    it will."""
+    if run.whole_experts:
+        return whole_folders(run)
     brought, folder = brought_adapters(run), run.folders.experts
     own = len(run.jobs) - len(brought)
 
@@ -257,7 +280,7 @@ def in_turn(run: MoeRunConfig) -> bool:
     """Whether each expert is trained by a run of its own."""
     # a workspace has a folder for each expert, also where only one trains
     own = len(run.jobs) - len(brought_adapters(run))
-    return not run.together or (own == 1 and run.layout == "workspace")
+    return not run.together or run.whole_experts or (own == 1 and run.layout == "workspace")
 
 
 def make_experts(run: MoeRunConfig, stages: Stages) -> None:
@@ -266,7 +289,9 @@ def make_experts(run: MoeRunConfig, stages: Stages) -> None:
     brought, alone = brought_adapters(run), runs_by_adapter(run)
     own = [job.name for job in run.jobs if job.name not in brought]
     if own:
-        stages.clear_other_experts(run.folders.experts, own, in_turn=in_turn(run))
+        stages.clear_other_experts(
+            run.folders.experts, own, in_turn=in_turn(run), whole=run.whole_experts
+        )
     for names in [[name] for name in own] if in_turn(run) else [own] if own else []:
         experts_run = _experts_run(run, names, alone)
         stage = f"expert {names[0]}" if in_turn(run) else "experts"
@@ -303,6 +328,10 @@ def _experts_run(run: MoeRunConfig, names: list[str], alone: dict[str, RunConfig
     )
     folder = run.folders.experts
     shared |= {"output_dir": folder / names[0] if in_turn(run) else folder}
+    if run.whole_experts:
+        shared |= {"output_dir": whole_folders(run)[names[0]]}
+        # all that a stock class routes
+        shared |= {"trainable": run.trainable or "mlp"}
     groups = ("lora", "data", "train")
     dumped = {name: alone[name].model_dump(mode="json") for name in names}
     first = dumped[names[0]]

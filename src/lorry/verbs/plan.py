@@ -164,7 +164,7 @@ def build_mixture_plans(settings: MoePlanSettings, found_config: FoundConfig) ->
     own = [job for job in settings.jobs if job.name not in brought]
     alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
     plans = dict[str, RunPlan]()
-    if settings.together and len(own) > 1:
+    if settings.together and len(own) > 1 and not settings.whole_experts:
         plans["experts"] = build_plan(settings.model_copy(update={"jobs": own}), found_config)
     else:
         for job in own:
@@ -178,6 +178,8 @@ def build_mixture_plans(settings: MoePlanSettings, found_config: FoundConfig) ->
             plans[f"expert {job.name}"] = build_plan(
                 settings.model_copy(update=values), found_config
             )
+    if settings.whole_experts:
+        return plans
     if settings.router.is_trained_by_run and len(settings.jobs) > 1:
         plans["router"] = _plan_of_router(settings, found_config, settings.router)
     if (router := settings.export_router()) is not None:

@@ -153,10 +153,6 @@ INSTEAD = {
     "merge.shared_expert_path": (
         "an adapter that is there is an expert: experts: [{name: shared, adapter: DIR, data: FILE}]"
     ),
-    "expert_training.lora.enabled": (
-        "an expert without an adapter is a whole copy of the MLPs, which a mixture of adapters cannot hold; nearest: "
-        "lora with target_modules [gate_proj, up_proj, down_proj], or `lorry sft lora=null trainable=mlp` for one model"
-    ),
     "quantize": "llama.cpp's llama-quantize makes K-quants of an f16 file; here Q4_0, Q8_0, F16, BF16, F32",
 }
 
@@ -244,14 +240,8 @@ def _validated(theirs: Mapping[str, Any], lines: Mapping[str, int], path: Path) 
                 message = f"{show_value(detail['input'])} is not to be had: {INSTEAD[key]}"
             messages.append(f"{_where(path, lines, key)}: {key}: {message}")
         raise ConfigError("\n".join(dict.fromkeys(messages))) from None
-    lora = config.expert_training.lora
-    refused = {
-        "expert_training.lora.enabled": not lora.enabled,
-        "quantize": config.quantize.lower() not in QUANTIZE,
-    }
-    for key, wrong in refused.items():
-        if wrong:
-            raise ConfigError(f"{_where(path, lines, key)}: {key}: {INSTEAD[key]}")
+    if config.quantize.lower() not in QUANTIZE:
+        raise ConfigError(f"{_where(path, lines, 'quantize')}: quantize: {INSTEAD['quantize']}")
     if config.base_model in OTHER_BASES:
         raise ConfigError(
             f"{_where(path, lines, 'base_model')}: base_model={config.base_model} {OTHER_BASES[config.base_model]}; "
@@ -279,7 +269,8 @@ def _settings(
     experts, gating, merge = config.expert_training, config.gating, config.merge
     lora, training = experts.lora, "expert_training."
     targets = lora.target_modules or [*ATTENTION, *MLP]
-    routes_mlp_alone = not set(targets) - set(MLP)
+    # without adapters the MLPs train
+    routes_mlp_alone = not lora.enabled or not set(targets) - set(MLP)
     top_k: int = len(config.datasets) if merge.routing_mode == "weighted_sum" else 1
     held_out: dict[str, tuple[Any, str]] = {
         "data.test_size": (experts.eval_split, training + "eval_split"),
@@ -300,10 +291,7 @@ def _settings(
         )
     settings: dict[str, tuple[Any, str]] = {
         "model.name": (BASES.get(config.base_model, config.base_model), "base_model"),
-        "lora.r": (lora.r, training + "lora.r"),
-        "lora.lora_alpha": (lora.alpha, training + "lora.alpha"),
-        "lora.lora_dropout": (lora.dropout, training + "lora.dropout"),
-        "lora.target_modules": (targets, training + "lora.target_modules"),
+        **_adapter_settings(config, targets),
         "data.max_length": (experts.max_length, training + "max_length"),
         **held_out,
         "train.seed": (config.seed, "seed"),
@@ -320,11 +308,7 @@ def _settings(
         # transformers' Trainer warms nothing up unless told to
         "train.warmup_ratio": (0.0, ""),
         "jobs": (_experts(config.datasets, path, lines), "datasets"),
-        "router": (_router(gating, top_k), "gating"),
         "layout": ("workspace", ""),
-        "merge_experts": (True, ""),
-        # as the project stores it: in bfloat16 most of a small adapter would be rounded away
-        "merge_dtype": ("float32", ""),
         "export": (_exports(config, top_k, routes_mlp_alone), "merge"),
     }
     finetune = config.full_finetune
@@ -343,12 +327,38 @@ def _settings(
             },
             "full_finetune",
         )
+    if lora.enabled:
+        settings |= {
+            "router": (_router(gating, top_k), "gating"),
+            "merge_experts": (True, ""),
+            # as the project stores it: in bfloat16 most of a small adapter would be rounded away
+            "merge_dtype": ("float32", ""),
+        }
+    else:
+        add_note(
+            f"{_where(path, lines, training + 'lora.enabled')}: expert_training.lora.enabled=false: experts are whole models "
+            "(experts/NAME/merged), and the other keys of lora, which are an adapter's, say nothing. No gating network is "
+            "trained, whatever gating says, since it chooses among adapters; rmoe_model has gates of prompts"
+        )
     if not routes_mlp_alone:
         add_note(
             "stock classes route tokens, and MLPs alone: rmoe_model has the mean of the experts' attention, and gates from "
             'prompts; with "target_modules": ["gate_proj", "up_proj", "down_proj"] its gates are trained'
         )
     return settings
+
+
+def _adapter_settings(config: ProjectConfig, targets: list[str]) -> dict[str, tuple[Any, str]]:
+    """Of an expert's LoRA, or that it has none and its MLPs train."""
+    lora, group = config.expert_training.lora, "expert_training.lora."
+    if not lora.enabled:
+        return {"lora": (None, group + "enabled"), "trainable": ("mlp", group + "enabled")}
+    return {
+        "lora.r": (lora.r, group + "r"),
+        "lora.lora_alpha": (lora.alpha, group + "alpha"),
+        "lora.lora_dropout": (lora.dropout, group + "dropout"),
+        "lora.target_modules": (targets, group + "target_modules"),
+    }
 
 
 def _experts(datasets: list[str], path: Path, lines: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -395,7 +405,10 @@ def _exports(config: ProjectConfig, top_k: int, routes_mlp_alone: bool) -> list[
     merge, classes = config.merge, {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
     moe = {
         "to": "hf-moe",
-        "gate_mode": "router" if routes_mlp_alone else "hidden",
+        # a trained router gates adapters
+        "gate_mode": "router"
+        if routes_mlp_alone and config.expert_training.lora.enabled
+        else "hidden",
         "attention": "refuse" if routes_mlp_alone else "average",
         "architecture": classes.get(merge.target_architecture, "auto"),
         "experts_per_token": top_k,

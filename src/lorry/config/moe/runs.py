@@ -300,6 +300,7 @@ class MoeRunConfig(RunConfig):
     """Experts, trained in one run or brought along, and a router over them."""
 
     job_groups: ClassVar[tuple[str, ...]] = (*RunConfig.job_groups, "expert")
+    jobs_need_adapters: ClassVar[bool] = False  # without, each expert is a run of its own
     # of a description, what says that it is one of these and of no other verb
     task_marks: ClassVar[tuple[str, ...]] = ("experts", *MARKS)
     task: Literal["moe"] = config_field("moe", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
@@ -350,6 +351,48 @@ class MoeRunConfig(RunConfig):
         if self.jobs and self.expert.adapter is not None:
             raise ValueError("expert.adapter is a setting of one expert; give it in experts")
         check_router(self.router, [job.name for job in self.jobs])
+        return self
+
+    @property
+    def whole_experts(self) -> bool:
+        """Whether experts are whole models (lora=null), of which there is no mixture of adapters, but
+        one in a stock class."""
+        return bool(self.jobs) and self.lora is None
+
+    @validate_model(mode="after")
+    def _whole_experts_have_no_adapters(self) -> MoeRunConfig:
+        if not self.whole_experts:
+            return self
+        if brought := [job.name for job in self.jobs if job.expert.get("adapter")]:
+            raise ValueError(
+                f"lora=null trains experts as whole models, and {brought[0]!r} is an adapter; leave out lora=null, or "
+                "put both into one class afterwards: lorry export to=hf-moe base_model=BASE experts=[...]"
+            )
+        nearest = "give export=[{to: hf-moe, gate_mode: hidden}]: its gates are made of prompts"
+        if odd := first_changed(self.router, list(RouterConfig.model_fields)):
+            raise ValueError(
+                f"router.{odd} is of a router over adapters (level delta, or expert over one base), and with lora=null "
+                f"experts are whole models; {nearest}"
+            )
+        for stage in self.export:
+            if stage.to in ("dense", "peft"):
+                raise ValueError(
+                    f"export: to={stage.to} adds up adapters, and with lora=null experts are whole models; {nearest}"
+                )
+            if stage.to == "hf-moe" and stage.gate_mode == "router":
+                raise ValueError(
+                    f"export: gate_mode=router is a router trained over adapters; with lora=null {nearest}"
+                )
+        if self.export_of("gguf") is not None and self.conversion_mode == "average":
+            raise ValueError(
+                "conversion_mode=average adds up adapters, and with lora=null experts are whole models; leave it out"
+            )
+        if self.merge_experts:
+            raise ValueError("merge_experts: with lora=null each expert is a whole model already")
+        if self.memory_budget is not None:
+            raise ValueError(
+                "memory_budget is for training adapters only; with lora=null leave it out"
+            )
         return self
 
     @validate_model(mode="after")

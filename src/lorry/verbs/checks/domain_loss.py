@@ -126,11 +126,12 @@ def read_domain_rows(
 
 
 def row_prompts(
-    opened: OpenedModel, folder: Path, names: Sequence[str]
+    opened: OpenedModel, folder: Path, names: Sequence[str] | None = None
 ) -> dict[str, list[list[int]]]:
-    """{expert: token ids of the prompts of a few of its training rows} of these experts. Raises ConfigError, DataError
-    where the rows are not there."""
+    """{expert: token ids of the prompts of a few of its training rows} of these experts, or of all
+    that the run has. Raises ConfigError, DataError where the rows are not there."""
     rows, _ = read_domain_rows(opened, folder, training=True)
+    names = list(rows) if names is None else names
     if missing := [name for name in names if not rows.get(name)]:
         raise ConfigError(f"{folder}: no rows of expert {missing[0]!r} are described there")
     return {name: [batch_prompt(batch) for batch in rows[name]] for name in names}

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.config.schema import ModelConfig
-from lorry.config.settings import ExportSettings
-from lorry.errors import ConfigError, ModelError
+from lorry.config.settings import ExpertSource, ExportSettings
+from lorry.errors import ConfigError, DataError, ModelError
+from lorry.runs.layout import MERGED, RUN_FILE
 from lorry.verbs.checks import probe
+from lorry.verbs.checks.domain_loss import row_prompts
 from lorry.verbs.open_model import open_with_adapters, print_note
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     from lorry.models.decoder.model import Decoder
     from lorry.models.loading.open import OpenedModel
+    from lorry.models.moe.gates import ExpertPrompts
+    from lorry.models.moe.whole import WholeExpert
 
 # of the largest logit, in fp32: the noise of two ways to add up the same experts
 EXACT_SHARE = 1e-5
@@ -34,11 +38,11 @@ def export_experts(settings: ExportSettings) -> None:
     """
     from lorry.models.loading.open import stored_dtype
     from lorry.models.moe.checkpoint import describe_moe
-    from lorry.models.moe.gates import ExpertPrompts, gates_from_prompts
+    from lorry.models.moe.gates import gates_from_prompts
 
     base = str(settings.base_model)
-    folders = [_adapter_of(expert.source_model, base) for expert in settings.experts]
-    unique = list(dict.fromkeys(folder for folder in folders if folder is not None))
+    sources = [_source_of(expert.source_model, base) for expert in settings.experts]
+    unique = list(dict.fromkeys(source for source in sources if isinstance(source, str)))
     opened = open_with_adapters(
         ModelConfig.model_validate({"name": base, "dtype": "float32"}), adapters=unique
     )
@@ -50,17 +54,24 @@ def export_experts(settings: ExportSettings) -> None:
             f"one ({', '.join(unique)})"
         )
     names = dict(zip(unique, opened.adapters, strict=True))
-    experts: dict[str, dict[str, float]] = {}
-    for number, folder in enumerate(folders):
-        title = "base" if folder is None else names[folder]
-        # one adapter may be two experts, with other prompts
-        title = title if title not in experts else f"{title}-{number}"
-        experts[title] = {} if folder is None else {names[folder]: 1.0}
+    experts: dict[str, Mapping[str, float] | WholeExpert] = {}
+    for number, source in enumerate(sources):
+        title = "base"
+        expert: Mapping[str, float] | WholeExpert = {}
+        if isinstance(source, str):
+            title, expert = names[source], {names[source]: 1.0}
+        elif source is not None:
+            title, expert = _title_of(source), _open_whole(opened, source)
+        # one source may be two experts, with other prompts
+        experts[title if title not in experts else f"{title}-{number}"] = expert
     model, top_k = expect_decoder(opened), settings.experts_per_token or DEFAULT_TOP_K
     gate_mode = settings.gate_mode or DEFAULT_GATE_MODE
     # before a prompt is read: what the class cannot hold
     describe_moe(model.config, experts=len(experts), top_k=top_k, normalize=True)
-    prompts = [ExpertPrompts(e.positive_prompts, e.negative_prompts) for e in settings.experts]
+    prompts = [
+        _prompts_of(opened, source, expert, gate_mode)
+        for source, expert in zip(sources, settings.experts, strict=True)
+    ]
     routers = gates_from_prompts(model, opened.tokenizer, prompts, gate_mode, seed=settings.seed)
     export_moe(
         opened,
@@ -84,10 +95,14 @@ def untrained_note(gate_mode: str) -> str:
     )
 
 
-def _adapter_of(source: str, base: str) -> str | None:
-    """The adapter directory that ``source`` names ("base+adapter" or "adapter"), None for the base
-    itself. Raises ConfigError for another base.
+def _source_of(source: str, base: str) -> str | Path | None:
+    """The adapter directory that ``source`` names ("base+adapter" or "adapter"), the directory of a
+    whole model as a Path, None for the base itself. Raises ConfigError for another base, ModelError
+    for a place where nothing is.
     """
+    from lorry.models.loading.sources import resolve_model
+    from lorry.notes import ignore_note
+
     named, plus, adapter = source.partition("+")
     # a folder's own name may hold a plus
     if plus and not Path(source).exists():
@@ -97,13 +112,65 @@ def _adapter_of(source: str, base: str) -> str | None:
                 "mixture share one"
             )
         return adapter
-    return None if source == base else source
+    if source == base:
+        return None
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        return source  # an adapter's folder, or nothing: who opens it says which
+    location = resolve_model(source, add_note=ignore_note)
+    return source if location.adapter is not None else location.directory
+
+
+def _title_of(folder: Path) -> str:
+    """What messages call a whole model: of `experts/maths/merged`, maths."""
+    place = folder.resolve()
+    return place.parent.name if place.name == MERGED else place.name
+
+
+def _open_whole(opened: OpenedModel, folder: Path) -> WholeExpert:
+    """A whole model as an expert of the opened base. Raises ModelError for another shape, tokenizer or
+    chat template."""
+    from lorry.models.loading.tokenizer import load_tokenizer
+    from lorry.models.moe.whole import WholeExpert
+    from lorry.notes import ignore_note
+
+    expert = WholeExpert.open(folder, expect_decoder(opened))
+    its, own = load_tokenizer(folder, add_note=ignore_note), opened.tokenizer
+    if its is not None and its.get_vocab() != own.get_vocab():
+        raise ModelError(f"{folder}: not an expert of this base: its tokenizer has other tokens")
+    if its is not None and its.chat_template != own.chat_template:
+        raise ModelError(f"{folder}: not an expert of this base: its chat template is another")
+    return expert
+
+
+def _prompts_of(
+    opened: OpenedModel, source: str | Path | None, expert: ExpertSource, gate_mode: str
+) -> ExpertPrompts:
+    """The prompts given; without any, where the expert is a run of one model, those of some of its
+    training rows. Raises ConfigError."""
+    from lorry.models.moe.gates import ExpertPrompts
+
+    given = ExpertPrompts(expert.positive_prompts, expert.negative_prompts)
+    if given.positive or source is None or gate_mode in RANDOM_GATES:
+        return given
+    folder = Path(source)
+    if not (folder / RUN_FILE).is_file():
+        return given
+    try:
+        rows = list(row_prompts(opened, folder).values())
+    except DataError as error:
+        raise ConfigError(f"{error}; give positive_prompts=[TEXT, ...]") from None
+    if len(rows) != 1:  # of several jobs nothing says whose rows are meant
+        return given
+    print_note(
+        f"note: gates of {source} are made of the prompts of {len(rows[0])} of its training rows"
+    )
+    return ExpertPrompts(rows[0], expert.negative_prompts)
 
 
 def export_moe(
     opened: OpenedModel,
     output: Path,
-    experts: Mapping[str, Mapping[str, float]],
+    experts: Mapping[str, Mapping[str, float] | WholeExpert],
     routers: Sequence[Tensor],
     *,
     top_k: int,
@@ -112,10 +179,10 @@ def export_moe(
     dtype: str = "float32",
     measure: Callable[[Any], list[str]] | None = None,
 ) -> None:
-    """Write the mixture of ``experts`` {name: {adapter: g}} of the opened base to ``output``.
-    routers: [E, d] of each layer, over the normed input of its MLP.
+    """Write the mixture of ``experts`` {name: {adapter: g}, or a whole model} of the opened base to
+    ``output``. routers: [E, d] of each layer, over the normed input of its MLP.
 
-    attention: what becomes of deltas outside the MLPs, which these classes cannot route: "refuse"
+    attention: what becomes of changes outside the MLPs, which these classes cannot route: "refuse"
     them, "average" them into the shared weights, or "drop" them. measure: what else to tell of the
     model opened again by transformers, in float32. ``opened`` is of no use afterwards.
     Raises ConfigError, ModelError for what the class cannot hold, ContractError if what was written
@@ -137,13 +204,21 @@ def export_moe(
     model = expect_decoder(opened)
     twin = describe_moe(model.config, experts=len(experts), top_k=top_k, normalize=normalize)
     shared = shared_mix(opened, experts, attention)
-    mixes = list(experts.values())
+    moved = shared_changes(model, experts, attention)
+    sources = list(experts.values())
 
     def dense_weight(name: str) -> Tensor:
-        return fold_tensor(model, name, shared)
+        tensor = fold_tensor(model, name, shared)
+        if name not in moved:
+            return tensor
+        base = fold_tensor(model, name, {})
+        return tensor + sum(w.tensor(name) - base for w in moved[name]) / len(experts)
 
     def expert_weight(expert: int, path: str) -> Tensor:
-        return fold_tensor(model, f"{path}.weight", mixes[expert])
+        source = sources[expert]
+        if isinstance(source, Mapping):
+            return fold_tensor(model, f"{path}.weight", source)
+        return source.tensor(f"{path}.weight")
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
     rows, rows_words = probe.probe_rows(opened)
@@ -231,17 +306,45 @@ def expect_decoder(opened: OpenedModel) -> Decoder:
     return opened.model
 
 
+def shared_changes(
+    model: Decoder, experts: Mapping[str, Mapping[str, float] | WholeExpert], attention: str
+) -> dict[str, list[WholeExpert]]:
+    """{name of a tensor that all experts share: the whole models that change it, to be averaged}.
+    Raises ConfigError where there are some and ``attention`` is "refuse"."""
+    from lorry.adapters.merge import fold_tensor
+
+    if attention == "drop":
+        return {}
+    # a tied head is the embedding under another name
+    tied = f"{model.family.head}.weight" if model.geometry.tied else None
+    outside = [name for name in model.state_dict() if ".mlp." not in name and name != tied]
+    moved: dict[str, list[WholeExpert]] = {}
+    for title, expert in experts.items():
+        if isinstance(expert, Mapping):
+            continue
+        for name in expert.changes_outside(outside, lambda n: fold_tensor(model, n, {})):
+            if attention == "refuse":
+                raise ConfigError(
+                    f"expert {title!r} changes {name}, and this class of model routes MLPs only; attention=average puts "
+                    "the mean of what the experts change outside of them into the shared weights, attention=drop "
+                    "leaves it out"
+                )
+            moved.setdefault(name, []).append(expert)
+    return moved
+
+
 def shared_mix(
-    opened: OpenedModel, experts: Mapping[str, Mapping[str, float]], attention: str
+    opened: OpenedModel, experts: Mapping[str, Mapping[str, float] | WholeExpert], attention: str
 ) -> dict[str, float]:
-    """{adapter: g} of what all experts share: nothing, or the mean of the experts' attention.
+    """{adapter: g} of what all experts share: nothing, or the mean of the adapters' attention.
 
     Raises ConfigError for adapters whose deltas the class cannot route.
     """
     from lorry.adapters.attach import get_bank
 
     model, bank = expect_decoder(opened), get_bank(opened.model, create=True)
-    used = {name: bank[name] for mix in experts.values() for name in mix}
+    mixes = [expert for expert in experts.values() if isinstance(expert, Mapping)]
+    used = {name: bank[name] for mix in mixes for name in mix}
     ends = {model.family.embed, model.family.head}
     outside = dict[str, str]()
     for name, adapter in used.items():
@@ -263,7 +366,7 @@ def shared_mix(
             "the shared weights, attention=drop leaves it out"
         )
     shared: dict[str, float] = {}
-    for mix in experts.values():
+    for mix in mixes:
         for name, gate in mix.items():
             shared[name] = shared.get(name, 0.0) + gate / len(experts)
     return shared

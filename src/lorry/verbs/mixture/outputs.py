@@ -26,13 +26,12 @@ from lorry.disk import durable
 from lorry.disk.integrity import iter_blocks
 from lorry.errors import ConfigError, ModelError
 from lorry.notes import ignore_note
-from lorry.runs.layout import PREVIOUS, ROUTER, ROUTER_FILE
+from lorry.runs.layout import MERGED, PREVIOUS, ROUTER, ROUTER_FILE
 from lorry.runs.ownership import is_run
 from lorry.runs.stages import path_digest
 from lorry.verbs import export, merge
 from lorry.verbs.mixture.stages import Stages, model_digest
 
-MERGED = "merged"  # an expert's folder for a whole model
 # of the finetuning's settings, the one that is not of `lorry sft`
 TRAIN_ROUTER = "train_router"
 
@@ -91,14 +90,24 @@ def merge_experts(run: MoeRunConfig, stages: Stages, folders: Mapping[str, Path]
         )
 
 
+def whole_folders(run: MoeRunConfig) -> dict[str, Path]:
+    """{expert: the directory of its run, a whole model}, where the project has merged ones."""
+    return {job.name: run.folders.experts / job.name / MERGED for job in run.jobs}
+
+
 def write_moe(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> None:
     """The mixture in a stock class. Raises LorryError."""
-    source = export_source(run, stage)
+    if run.whole_experts:
+        source = run.folders.experts
+        inputs = {f"expert {n}": model_digest(folder) for n, folder in whole_folders(run).items()}
+    else:
+        source = export_source(run, stage)
+        inputs = mixture_inputs(source)
     settings = moe_settings(run, stage, source)
     stages.write(
         "merge",
         [run.folders.moe],
-        mixture_inputs(source),
+        inputs,
         lambda: call_verb(export.main, settings),
         settings.model_dump_json(),
     )
@@ -122,12 +131,17 @@ def write_export(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
 
 
 def moe_settings(run: MoeRunConfig, stage: ExportStage, source: Path) -> ExportSettings:
-    """`lorry export` of ``source`` as the stage describes it. Raises ConfigError."""
+    """`lorry export` of ``source``, or of whole models, as the stage describes it. Raises
+    ConfigError."""
     stage_settings = stage.model_dump(mode="json", exclude={"architecture", "outtype", "path"})
+    made_of: dict[str, Any] = {"run": str(source)}
+    if run.whole_experts:
+        experts = [{"source_model": str(folder)} for folder in whole_folders(run).values()]
+        made_of = {"base_model": run.model.name, "experts": experts}
     return _export_settings(
         {
             **{key: value for key, value in stage_settings.items() if value is not None},
-            "run": str(source),
+            **made_of,
             "output_dir": str(run.folders.moe),
         }
     )

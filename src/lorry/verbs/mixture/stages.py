@@ -21,6 +21,7 @@ from lorry.errors import ConfigError, LorryError, ModelError
 from lorry.runs import ownership
 from lorry.runs.layout import (
     CHECKPOINTS,
+    MERGED,
     RECEIPT,
     ROUTER,
     ROUTER_FILE,
@@ -174,19 +175,27 @@ class Stages:
         write()
         self.record.finish(stage, inputs)
 
-    def clear_other_experts(self, folder: Path, names: Sequence[str], *, in_turn: bool) -> None:
-        """Make room in the folder of the experts where they were trained the other way before: a run
-        of them together in it, or one of each ``names`` below it. Raises DiskError."""
+    def clear_other_experts(
+        self, folder: Path, names: Sequence[str], *, in_turn: bool, whole: bool
+    ) -> None:
+        """Make room in the folder of the experts where they were trained another way before: a run
+        of them together in it, or one of each ``names`` below it, of an adapter or (``whole``) of a
+        whole model. Raises DiskError."""
         from lorry.train.start import archive_previous_run
 
         aside = None
         if in_turn and ownership.is_run(folder):
             aside = archive_previous_run(folder, going_on=False)
         runs = [] if in_turn else [name for name in names if ownership.is_run(folder / name)]
+        how = "together" if in_turn else "in turn"
+        other = [
+            name for name in names if ownership.is_run(folder / name / ("" if whole else MERGED))
+        ]
+        if other:
+            runs, how = [*runs, *other], "as adapters" if whole else "as whole models"
         if runs:
             aside = ownership.move_to_previous(folder, runs)
         if aside is not None:
-            how = "together" if in_turn else "in turn"
             self.tell(f"{folder} held experts that were trained {how}; they are in {aside} now")
 
     def _clear_mixture_run(self, folder: Path) -> None:
