@@ -24,7 +24,7 @@ from lorry.tasks.unlearn.methods import UNLEARN_METHODS as METHODS
 from lorry.tasks.unlearn.methods import StartModel, make_method
 from lorry.tasks.unlearn.pairing import ALTERNATE, FORGET, RETAIN
 from lorry.train.session import train_run
-from lorry.verbs.plan import build_plan
+from lorry.verbs.plan import build_plan, own_unlearning
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
@@ -183,7 +183,20 @@ def test_a_description_of_a_run_and_its_start(tmp_path: Path) -> None:
     again = unlearned(f"model={tmp_path / 'second'}", "max_length=32")
     assert again["memory"]["frozen adapters"] == 4 * (values("first") + values("second"))
     assert not any("trained further" in note for note in again["notes"])
-    # without rows to forget it is another verb's plan, which is said
+    # without any rows it is the run's own, with what is given beside it
+    words = [f"model={tmp_path / 'second'}", "device=cpu"]
+    notes = list[str]()
+    own = own_unlearning(parse_settings(PlanSettings, words, print), notes.append)
+    assert isinstance(own, UnlearnPlanSettings)
+    assert (own.model.name, own.unlearn.forget) == (str(tmp_path / "first"), str(forget))
+    assert own.model_dump(exclude={"model", "format"}) == written.model_dump(
+        exclude={"model", "format"}
+    )
+    assert any("the unlearning that its run.yaml describes" in note for note in notes)
+    longer = own_unlearning(parse_settings(PlanSettings, [*words, "r=5"], print), print)
+    assert longer.lora is not None
+    assert longer.lora.r == 5
+    # with rows to train on it is another verb's plan, which is said
     goes_on = planned(f"model={tmp_path / 'second'}", "max_length=32", "data=f.jsonl")
     assert any("is a run of lorry unlearn, and this" in note for note in goes_on["notes"])
     of_sft = planned(f"model={tmp_path / 'first'}", "max_length=32", "data=f.jsonl")

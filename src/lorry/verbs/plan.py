@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from lorry.config import runs_by_adapter
+from lorry.config import build_settings, runs_by_adapter
 from lorry.config.moe import RouterConfig, router_train
 from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig, TrainConfig
@@ -28,6 +28,7 @@ from lorry.config.settings import (
 from lorry.console import VisibleConsole
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
+from lorry.notes import NoteCallback
 from lorry.plan import machine, rates
 from lorry.plan.adapters import PlannedAdapter, plan_router, router_reads
 from lorry.plan.choices import (
@@ -62,6 +63,7 @@ from lorry.plan.report import RunPlan, StepSpeed
 from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
 from lorry.plan.shapes import ModelShape, read_model_shape
 from lorry.runs.ownership import run_description_of
+from lorry.verbs.open_model import print_note
 
 DEFAULT_GPU = "h100"
 MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
@@ -74,6 +76,7 @@ def main(settings: AnyPlanSettings) -> int:
     """Print the plan. Raises ConfigError where nothing fits the budget, ModelError where there is
     no such config.
     """
+    settings = own_unlearning(settings, print_note)
     found_config = find_config(settings.model.name, revision=settings.model.revision)
     if isinstance(settings, MoePlanSettings):
         return _print_mixture(build_mixture_plans(settings, found_config), settings.format)
@@ -83,6 +86,26 @@ def main(settings: AnyPlanSettings) -> int:
         return 0
     print_plan(plan, VisibleConsole())
     return 0
+
+
+def own_unlearning(settings: AnyPlanSettings, add_note: NoteCallback) -> AnyPlanSettings:
+    """A run of `lorry unlearn` that is named as the model, without rows, is meant itself: its run.yaml
+    under the settings that were given beside it. With rows it is the start of another run, and any
+    other settings are as they are. Raises ConfigError."""
+    if not isinstance(settings, PlanSettings) or settings.data.path or settings.data.mix:
+        return settings
+    described = run_description_of(Path(settings.model.name))
+    if described.get("task") != "unlearn":
+        return settings
+    merged = dict(described)
+    for group, given in settings.model_dump(exclude_unset=True).items():
+        whole = isinstance(given, dict) and isinstance(merged.get(group), dict)
+        merged[group] = {**merged[group], **given} if whole else given
+    # what it was trained on, which for the plan is the model
+    merged["model"]["name"] = described["model"]["name"]
+    merged.pop("task")
+    add_note(f"{settings.model.name}: the plan of the unlearning that its run.yaml describes")
+    return build_settings(UnlearnPlanSettings, merged, add_note)
 
 
 def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
@@ -639,7 +662,7 @@ def _plan_notes(
         # its adapter alone does not say so, and the steps of the two verbs differ in memory
         notes.append(
             f"{settings.model.name} is a run of lorry unlearn, and this the plan of a lorry sft that goes on with its "
-            "adapter; for one of lorry unlearn over it give forget=FILE (and retain=FILE)"
+            "adapter; for one of lorry unlearn over it give forget=FILE (and retain=FILE), for its own no rows at all"
         )
     return notes
 
