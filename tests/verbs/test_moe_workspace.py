@@ -214,7 +214,10 @@ def test_stages_that_cannot_be(more: dict[str, object], words: str) -> None:
             "finetune.train_router: give true or false",
         ),
         (["memory_budget=3GiB", "r=auto", "together=true"], "give together=false"),
-        (["export=[{to: hf-moe, experts_per_token: 3}]"], "from 1 to the number of experts"),
+        (
+            ["export=[{to: hf-moe, experts_per_token: 3}]"],
+            "experts_per_token=3: there are 2 experts",
+        ),
     ],
 )
 def test_what_no_export_can_be_is_told_before_anything_trains(

@@ -149,12 +149,12 @@ def verify_weights(folder: Path, record: RouterRecord) -> None:
     if record.weights_sha256 is None:
         return
     file = folder / ROUTER / ROUTER_WEIGHTS
-    if weights_digest([one.name for one in record.experts], read_content(file)) != (
+    if weights_digest([expert.name for expert in record.experts], read_content(file)) != (
         record.weights_sha256
     ):
         raise ModelError(
             f"{file}: not the weights that {ROUTER_FILE} was written with for "
-            f"{', '.join(one.name for one in record.experts)} in this order; restore both files, or train "
+            f"{', '.join(expert.name for expert in record.experts)} in this order; restore both files, or train "
             "the mixture again"
         )
 

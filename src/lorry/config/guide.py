@@ -38,7 +38,7 @@ def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
         )
         page += [*_help_rows(inner.model_fields, width), ""]
     verbs = (schema, *getattr(schema, "other_tasks", ()))
-    kinds = dict.fromkeys(getattr(one, "experiment_kind", "") for one in verbs)
+    kinds = dict.fromkeys(getattr(verb, "experiment_kind", "") for verb in verbs)
     if listed := ", ".join(name for kind in kinds if kind for name in experiment_names(kind)):
         text = (
             "experiment=NAME loads the settings of a published experiment; settings "

@@ -20,6 +20,7 @@ from lorry.data.stream.dataset import BatchStream, TrainStream
 from lorry.data.stream.mixtures import mixture_shares, read_held_out, read_mix
 from lorry.data.stream.report import DataReport
 from lorry.data.stream.streaming import StreamingTokenSet, StreamingTrainStream
+from lorry.errors import DataError
 from lorry.formatting import format_count
 
 
@@ -116,6 +117,21 @@ def prepare_data(
         tokens.digest,
         tokens,
     )
+
+
+def expect_rows(data: DataConfig) -> None:
+    """Raise DataError where the rows of `data.path` are not there or none can be read; the first that
+    can be is as far as this looks."""
+    source = _open_data_source(
+        data.model_copy(update={"on_bad_row": "skip"}),
+        data.path or [],
+        data.split,
+        Path(),
+        limit=data.n,
+        streaming=data.streaming,
+    )
+    if not _first_rows(source, format_named(data.format, data.text_field)):
+        raise DataError(f"{source.label}: no usable row")
 
 
 def _read_rows(

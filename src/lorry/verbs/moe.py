@@ -41,6 +41,7 @@ from lorry.runs.layout import (
 from lorry.runs.ownership import is_run
 from lorry.runs.stages import data_digests
 from lorry.verbs import merge
+from lorry.verbs.mixture.checks import check_experts, check_rows
 from lorry.verbs.mixture.outputs import (
     call_verb,
     check_outputs,
@@ -84,15 +85,20 @@ def main(run: MoeRunConfig) -> int:
     refuse_missing_rows(run)
     refuse_undescribed_experts(run)
     folders = expert_folders(run)
+    if run.skip_experts:
+        refuse_untrained_experts(folders, "config.json" if run.whole_experts else ADAPTER_CONFIG)
     # before the experts train: hours later its settings would be as wrong
     router = None if run.whole_experts else router_run(run, folders)
     check_outputs(run)
     moe_router = export_router_run(run, folders)
+    check_rows(run)
+    there = {n: [str(path)] for n, path in folders.items()} if run.skip_experts else None
+    trained = [r for r in (router, moe_router) if r is not None and r.router.is_trained_by_run]
+    if not run.whole_experts:
+        check_experts(run, _open_base(run), there or brought_adapters(run), trained)
     log = run.output_dir / LOG if run.layout == "workspace" else None
     stages = Stages(run.output_dir, run.model, log)
-    if run.skip_experts:
-        refuse_untrained_experts(folders, ADAPTER_CONFIG if router is not None else "config.json")
-    else:
+    if not run.skip_experts:
         make_experts(run, stages)
     if router is None:
         return finish_whole_experts(run, stages)

@@ -4,6 +4,7 @@ skipped, and where each writes. No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -56,7 +57,12 @@ class ExportStage(SettingsGroup):
     @model_validator(mode="before")
     @classmethod
     def _a_word_is_a_format(cls, value: Any) -> Any:
-        return {"to": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"to": value}
+        # mergekit-moe's name, as `lorry export` takes it
+        if isinstance(value, Mapping) and "gate" in value and "gate_mode" not in value:
+            return {"gate_mode" if key == "gate" else key: own for key, own in value.items()}
+        return value
 
     @model_validator(mode="after")
     def _read_by_the_format(self) -> ExportStage:

@@ -65,11 +65,28 @@ def _error_sentence(item: ErrorDetails, dotted: str, names: SchemaNames) -> str:
         return _missing_sentence(dotted, names)
     if dotted not in names.fields:
         return f"{dotted}: got {show_value(item['input'])}; give settings of this group, such as {dotted}.{_first_field(names, dotted)}"
+    match item["loc"][dotted.count(".") + 1 :]:
+        case (int(at), str(name)):  # of a list of maps, one entry's setting
+            return _entry_sentence(item, f"{dotted}.{at}", name)
     field = names.fields[dotted]
     # known and not built: "one of ..." alone would say that it does not exist
     if item["input"] in UNSUPPORTED_VALUES.get(dotted, ()):
         return f"{dotted}: {item['input']!r} is not built yet; give {describe_allowed(field)}"
     return f"{dotted}: got {show_value(item['input'])}; give {describe_allowed(field)}{_nearest_choice(item['input'], field)}"
+
+
+def _entry_sentence(item: ErrorDetails, entry: str, name: str) -> str:
+    """Of the setting ``name`` of an ``entry`` in a list of maps, ``export.0``."""
+    if item["type"] == "extra_forbidden":
+        return f"{entry}: unknown setting {name!r}"
+    if item["type"] == "missing":
+        return f"{entry}: {name} is missing"
+    if item["type"] == "value_error":
+        return f"{entry}.{name}: {item['ctx']['error']}"
+    allowed = (
+        f"give one of {item['ctx']['expected']}" if item["type"] == "literal_error" else item["msg"]
+    )
+    return f"{entry}.{name}: got {show_value(item['input'])}; {allowed}"
 
 
 def _missing_sentence(dotted: str, names: SchemaNames) -> str:

@@ -80,7 +80,7 @@ def open_model(
         add_note=add_note,
     )
     paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []
-    tokenizer = _own_tokenizer(Path(paths[0]), add_note) if paths else None
+    tokenizer = own_tokenizer(Path(paths[0]), add_note) if paths else None
     # a run may have added a chat template or tokens
     tokenizer = loaded.tokenizer if tokenizer is None else tokenizer
     if config.chat_template_path is not None and tokenizer is not None:
@@ -141,17 +141,17 @@ def refuse_mixture(name: str | Path) -> NoReturn:
 def _mixtures(paths: Sequence[str | Path]) -> list[Path]:
     """The paths that are directories of mixtures of experts. Raises ModelError for one without its
     router.json: its first expert alone is another model."""
-    found = [path for path in map(Path, paths) if (path / ROUTER).is_dir()]
-    for path in found:
+    mixtures = [path for path in map(Path, paths) if (path / ROUTER).is_dir()]
+    for path in mixtures:
         if not (path / ROUTER / ROUTER_FILE).is_file():
             raise ModelError(
                 f"{path / ROUTER / ROUTER_FILE} is missing: {path} is a mixture of experts that is damaged, or was "
                 "stopped while it was written; restore the file, or make the mixture again (lorry moe)"
             )
-    return found
+    return mixtures
 
 
-def _own_tokenizer(adapter: Path, add_note: NoteCallback) -> Any | None:
+def own_tokenizer(adapter: Path, add_note: NoteCallback) -> Any | None:
     """The tokenizer a run was trained with, which lies in the run directory; None where there is
     none.
     """

@@ -114,6 +114,11 @@ def describe_moe(
     none, ConfigError for numbers that the class cannot hold.
     """
     kind = str(config.get("model_type"))
+    if kind in {twin.model_type for twin in TWINS.values()}:
+        raise ModelError(
+            f"model_type {kind!r} is a mixture of experts already, and no base of another; name the dense "
+            "model that it was made of"
+        )
     if kind not in TWINS:
         raise ModelError(
             f"model_type {kind!r} has no mixture-of-experts class in transformers; "

@@ -84,6 +84,13 @@ def attach_experts(
         # no dropout while the router trains alone (a frozen expert draws no masks): it has to learn of
         # the experts that will answer
         load_adapter(opened.model, folder, expert.name, trainable=settings.router.train_experts)
+    attach_run_router(settings, opened)
+    return {ROUTER_NAME: run}
+
+
+def attach_run_router(settings: RouterRunConfig, opened: OpenedModel) -> None:
+    """The router that a run trains, over the experts that are on the model. Raises ConfigError for
+    experts that it does not take."""
     names, router = [expert.name for expert in settings.experts], settings.router
     if router.lora is not None:
         attach_classifier_run(settings, opened)
@@ -91,9 +98,8 @@ def attach_experts(
         attach_gate_vectors(opened.model, names, top_k=router.top_k, temperature=router.temperature)
     else:
         attach_router(opened.model, names, rule_of(router), router.hidden).init_hidden(
-            run.train.seed
+            settings.train.seed
         )
-    return {ROUTER_NAME: run}
 
 
 def trained_experts(run: RunConfig) -> dict[str, TrainConfig]:

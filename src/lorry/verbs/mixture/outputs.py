@@ -53,6 +53,10 @@ def check_outputs(run: MoeRunConfig) -> None:
     config = read_model_json(place.directory / "config.json")
     count = len(run.jobs)
     top_k = moe.experts_per_token or min(run.router.top_k, count)
+    if top_k > count:
+        raise ConfigError(
+            f"export: experts_per_token={top_k}: there are {count} experts; give 1 to {count}"
+        )
     twin = describe_moe(config, experts=count, top_k=top_k, normalize=run.router.normalize)
     if moe.architecture not in ("auto", twin.names.model_type):
         raise ConfigError(

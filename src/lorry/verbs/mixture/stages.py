@@ -172,7 +172,12 @@ class Stages:
             self.tell(f"{place} held an earlier one; it is in "
                        f"{ownership.move_to_previous(place, there)} now")  # fmt: skip
         self.record.begin(stage, inputs)
-        write()
+        try:
+            write()
+        except LorryError:
+            if not any(path.exists() for path in outputs):  # refused before anything was written
+                self.record.forget(stage)
+            raise
         self.record.finish(stage, inputs)
 
     def clear_other_experts(
@@ -242,7 +247,9 @@ def mixture_damage(folder: Path) -> str | None:
         record = read_router_record(folder)
         verify_weights(folder, record)
         verify_router_adapter(folder, record)
-        verify_experts(folder, record, {one.name: one for one in list_adapter_subfolders(folder)})
+        verify_experts(
+            folder, record, {expert.name: expert for expert in list_adapter_subfolders(folder)}
+        )
     except ModelError as error:
         return str(error)
     return None

@@ -1,0 +1,88 @@
+"""What can be wrong with a mixture's experts and their rows, asked before anything trains: hours later
+it would be as wrong.
+
+The experts are put on the opened base as they will lie there, those that are still to be trained with
+rank 1, and the routers and the export over them say by their own checks what they do not take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorry.config.jobs import runs_by_adapter
+from lorry.config.moe import MoeRunConfig, RouterRunConfig
+from lorry.errors import ConfigError
+from lorry.notes import ignore_note
+
+if TYPE_CHECKING:
+    from lorry.models.loading.open import OpenedModel
+
+
+def check_rows(run: MoeRunConfig) -> None:
+    """Raise DataError for an expert's data that is not there or has no row that can be read."""
+    from lorry.data.prepare import expect_rows
+
+    for own in runs_by_adapter(run).values():
+        if own.data.path:
+            expect_rows(own.data)
+
+
+def check_experts(
+    run: MoeRunConfig,
+    opened: OpenedModel,
+    adapters: Mapping[str, Sequence[str]],
+    routers: Sequence[RouterRunConfig],
+) -> None:
+    """Raise ConfigError or ModelError for experts that this base, the ``routers`` that a run trains or
+    the export do not take. ``adapters``: {expert: its PEFT directories} of those that are there.
+    ``opened`` is of no use afterwards.
+    """
+    from lorry.adapters.attach import attach, get_bank
+    from lorry.adapters.peft.files import find_adapter, load_adapter
+    from lorry.adapters.router import ROUTER_NAME
+    from lorry.tasks.moe.builder import attach_run_router
+    from lorry.train.session import lora_spec_of
+    from lorry.verbs.exports.moe import shared_mix
+
+    for name, own in runs_by_adapter(run).items():
+        for number, folder in enumerate(adapters.get(name, ())):
+            place = find_adapter(Path(folder))[0]
+            # a second adapter of one expert is added to the first, and has the same to answer for
+            load_adapter(
+                opened.model, place, f"{name}.{number}" if number else name, trainable=False
+            )
+            refuse_other_tokenizer(name, place, opened.tokenizer)
+        if name not in adapters and own.lora is not None:
+            # where it lies is asked for, not what it holds
+            spec = replace(lora_spec_of(own.lora.model_copy(update={"r": 1})), rank_pattern={})
+            attach(opened.model, spec, name)
+    bank = get_bank(opened.model, create=True)
+    for router in routers:
+        attach_run_router(router, opened)
+        bank.routers.pop(ROUTER_NAME)
+    moe = run.export_of("hf-moe")
+    if moe is not None and not run.skip_merge:
+        shared_mix(opened, {job.name: {job.name: 1.0} for job in run.jobs}, moe.attention)
+
+
+def refuse_other_tokenizer(expert: str, adapter: Path, tokenizer: Any) -> None:
+    """Raise ConfigError for an adapter whose run had another vocabulary or chat template than the
+    mixture's ``tokenizer``: its prompts would read otherwise than it was trained on."""
+    from lorry.models.loading.open import own_tokenizer
+
+    own = own_tokenizer(adapter, ignore_note)
+    if own is None or tokenizer is None:
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"expert {expert!r}: {adapter} was trained with another tokenizer than the mixture's base has; "
+            "train it with that one"
+        )
+    if own.chat_template != tokenizer.chat_template:
+        raise ConfigError(
+            f"expert {expert!r}: {adapter} was trained with another chat template than the mixture has; "
+            "give model.chat_template_path=FILE with the one that all experts have, or train it with the base's"
+        )

@@ -1,0 +1,148 @@
+"""`lorry moe`: what its experts, their rows and its export cannot be is one error before anything
+trains, with nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorry.errors import LorryError
+from lorry.models.moe.checkpoint import describe_moe
+from tests.support.verbworld import PEOPLE, model_directory, write_rows
+from tests.support.verbworld import lorry as run_lorry
+
+MLP = "lora.target_modules=[gate_proj, up_proj, down_proj]"
+
+
+def swap_tokens(run: Path) -> None:
+    file = run / "tokenizer.json"
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    one, two = list(vocabulary)[50:52]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    file.write_text(json.dumps(document))
+
+
+def change_template(run: Path) -> None:
+    file = run / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|im_start|>", "<|im_end|>", 1))
+
+
+def change_base(run: Path) -> None:
+    file = run / "lorry_adapter.json"
+    facts = json.loads(file.read_text())
+    facts["base_digest"] = "0" * len(facts["base_digest"])
+    file.write_text(json.dumps(facts))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two files of rows, an empty one, and an adapter; not to be changed."""
+    folder = tmp_path_factory.mktemp("checks")
+    base = model_directory(folder / "base")
+    for name, at in (("a", 0), ("b", 2)):
+        write_rows(folder / f"{name}.jsonl", PEOPLE[at : at + 2])
+    (folder / "empty.jsonl").write_text("")
+    words = [f"model={base}", f"data={folder / 'b.jsonl'}", "dtype=float32", "r=2", "max_steps=1"]
+    words += [MLP, "max_length=96", "save_strategy=no", f"output_dir={folder / 'there'}"]
+    assert run_lorry("sft", *words) == 0
+    return folder
+
+
+def refused(made: Path, out: Path, second: str, *words: str) -> int:
+    """Exit code of a mixture of a fresh expert and ``second``, which wrote nothing."""
+    before = sorted(out.parent.iterdir())
+    experts = f"experts=[{{name: a, data: {made / 'a.jsonl'}}}, {second}]"
+    settings = ["dtype=float32", "r=2", "max_steps=1", "max_length=96", f"output_dir={out}"]
+    code = run_lorry("moe", f"model={made / 'base'}", *settings, experts, *(words or [MLP]))
+    assert sorted(out.parent.iterdir()) == before
+    return code
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (swap_tokens, "expert 'b': .* was trained with another tokenizer than the mixture's base"),
+        (change_template, "expert 'b': .* was trained with another chat template"),
+        (change_base, "trained on other base weights"),
+    ],
+)
+def test_an_adapter_of_another_base_tokenizer_or_template(
+    damage: Callable[[Path], None],
+    words: str,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first two were mixed in silence, the third was told when the other expert had trained."""
+    there = tmp_path / "there"
+    shutil.copytree(made / "there", there)
+    damage(there)
+    second = f"{{name: b, adapter: {there}, data: {made / 'b.jsonl'}}}"
+    assert refused(made, tmp_path / "mix", second) in (2, 4)
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(words, error)
+
+
+@pytest.mark.parametrize(
+    ("second", "words", "message"),
+    [
+        ("data: FOLDER/none.jsonl", (MLP, "together=false"), "none.jsonl: no such file"),
+        ("data: FOLDER/empty.jsonl", (MLP, "together=false"), "empty.jsonl: no usable row"),
+        ("data: FOLDER/b.jsonl", ("lora.target_modules=[c_fc]",), "names 'c_fc', which matches"),
+        (
+            "data: FOLDER/b.jsonl",
+            ("lora.target_modules=[gate_proj, q_proj]",),
+            "expert 'a' has an adapter at model.layers.0.self_attn.q_proj",
+        ),
+        (
+            "data: FOLDER/b.jsonl",
+            ("lora.target_modules=[gate_proj, lm_head]", "router.kind=uniform", "export=[{to: hf-moe, gate: hidden}]"),
+            "adapter 'a' is on lm_head, which all experts of a mixture share",
+        ),
+        (
+            "data: FOLDER/b.jsonl",
+            ("lora.target_modules=[gate_proj, q_proj]", "router.kind=uniform", "export=[{to: hf-moe, gate: hidden}]"),
+            "this class of model routes MLPs only",
+        ),
+        (
+            "data: FOLDER/b.jsonl",
+            (MLP, "export=[{to: hf-moe, experts_per_token: 3}]"),
+            "experts_per_token=3: there are 2 experts",
+        ),
+        (
+            "data: FOLDER/b.jsonl",
+            (MLP, "export=[{to: hf-moe, gate_mode: nonsense}]"),
+            "export.0.gate_mode: got 'nonsense'; give one of 'router', 'hidden'",
+        ),
+        (
+            "data: FOLDER/b.jsonl",
+            (MLP, "export=[hf-moe, {to: gguf, outtyp: q8_0}]"),
+            "export.1: unknown setting 'outtyp'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_experts_and_exports_cannot_be(
+    second: str,
+    words: tuple[str, ...],
+    message: str,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expert = f"{{name: b, {second.replace('FOLDER', str(made))}}}"
+    assert refused(made, tmp_path / "mix", expert, *words) in (2, 3)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_base_that_is_a_mixture_already() -> None:
+    """It was told to have no class of a mixture."""
+    with pytest.raises(LorryError, match="'mixtral' is a mixture of experts already"):
+        describe_moe({"model_type": "mixtral"}, experts=2, top_k=2, normalize=True)
