@@ -24,7 +24,13 @@ from lorry.errors import ContractError, DataError
 from lorry.evaluate.benchmarks.likelihood import TokenPair, score_pairs
 from lorry.generation.engine import GenerationEngine, generate_completions
 from lorry.generation.sampling import SamplingParams
-from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput, with_prompt_gates
+from lorry.models.causal_lm import (
+    CausalLM,
+    HiddenStates,
+    PackedInput,
+    prompt_gates,
+    with_prompt_gates,
+)
 from lorry.models.hf.model import HfModel
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from tests.support import tiny
@@ -257,3 +263,17 @@ def test_every_token_has_the_gates_of_its_own_prompt(data: st.DataObject) -> Non
         mean = sum(row[:length]) / length
         own = {"router": [mean, 0.0, -mean], "base": [0.0] * 3, "b": [0.0, 1.0, 0.0]}[kind]
         torch.testing.assert_close(total[start:stop], torch.tensor([own] * (stop - start)))
+
+
+def test_a_prompt_that_several_share_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of a question have one prompt: its states were made for each of them."""
+    asked = list[list[tuple[int, ...]]]()
+
+    def states(model: Any, prompts: Any, *more: Any) -> Tensor:
+        asked.append([tuple(prompt) for prompt in prompts])
+        return torch.tensor([[sum(prompt) / len(prompt)] for prompt in prompts])
+
+    monkeypatch.setattr("lorry.models.causal_lm.prompt_states", states)
+    gates = prompt_gates(TokenStates(), [[1, 2], [3], [1, 2], [1]], MeanToken())  # type: ignore[arg-type]
+    assert asked == [[(1, 2), (3,), (1,)]]
+    assert gates[:, 0].tolist() == [1.5, 3.0, 1.5, 1.0]

@@ -222,10 +222,11 @@ def pooled_states(hidden: Tensor, spans: Sequence[tuple[int, int]], pooling: str
 def prompt_gates(
     model: CausalLM, prompts: Sequence[Sequence[int]], router: SequenceRouter
 ) -> Tensor:
-    """[S, adapters]: the gates that a router of the sequence makes of each prompt."""
-    return router.gates(
-        prompt_states(model, prompts, router.layer, router.pooling, router.state_mix)
-    )
+    """[S, adapters]: the gates that a router of the sequence makes of each prompt. Equal ones are run
+    once: the options of a question and several answers to it have one prompt."""
+    number_of = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    states = prompt_states(model, list(number_of), router.layer, router.pooling, router.state_mix)
+    return router.gates(states)[[number_of[tuple(prompt)] for prompt in prompts]]
 
 
 def _prompt_groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
