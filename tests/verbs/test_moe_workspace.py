@@ -175,6 +175,14 @@ def test_the_report_of_a_workspace_has_its_one_trained_expert(
             {"lora": None, "export": ["hf-moe"]},
             "gate_mode=router is a router trained over adapters",
         ),
+        (
+            {
+                "lora": None,
+                "trainable": "all",
+                "export": [{"to": "hf-moe", "gate_mode": "hidden"}],
+            },
+            "trainable=all trains more than the MLPs",
+        ),
         ({"lora": None, "export": ["dense"]}, "to=dense adds up adapters"),
         ({"lora": None, "merge_experts": True}, "each expert is a whole model already"),
         (

@@ -215,6 +215,25 @@ def test_a_run_is_that_of_plain_adamw(world: Path, tmp_path: Path) -> None:
         assert (world / "mix" / name / "adapter_model.safetensors").read_bytes() == content
 
 
+def test_the_best_step_is_that_of_router_and_experts(world: Path, tmp_path: Path) -> None:
+    """What a run goes back to are all that trained: each is what its checkpoint of that step holds."""
+    values = described(world, tmp_path / "out", top_k=3).model_dump(mode="json")
+    for expert in values["experts"]:
+        expert["data"]["eval"] = expert["data"]["path"]
+    values["train"] |= {"max_steps": 4, "learning_rate": 1e-2, "greater_is_better": True}
+    values["train"] |= {"eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
+    run = RouterRunConfig.model_validate(values)
+    result = train_run(run)
+    assert result.outcome.best_step == 2  # of a loss that falls the larger one, as asked
+    state = load_file(run.output_dir / "checkpoints" / "step-00000002" / "state.safetensors")
+    bank = get_bank(result.model)
+    for name in NAMES:
+        for tensor, value in bank[name].tensors().items():
+            assert torch.equal(value, state[f"adapter/{name}/{tensor}"])
+    for tensor, value in bank.routers[ROUTER_NAME].tensors().items():
+        assert torch.equal(value, state[f"router/{ROUTER_NAME}/{tensor}"])
+
+
 def test_dropout_is_that_of_each_expert(world: Path, tmp_path: Path) -> None:
     """An expert trains with the dropout of its adapter; with a frozen one the router sees none."""
     file = world / "mix" / "one" / "adapter_config.json"

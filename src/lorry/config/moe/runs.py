@@ -41,6 +41,8 @@ from lorry.notes import NoteCallback
 EXPERTS = (
     "a list of maps, such as [{name: a, data: a.jsonl}, {name: b, adapter: runs/b, data: b.jsonl}]"
 )
+# what `trainable` trains of which a stock class routes nothing, or not all
+OUTSIDE_MLPS = ("all", "all-but-router", "attention")
 # of `router.train`, where it says nothing else; rows are of each expert's data
 ROUTER_TRAIN = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
 # the same of a classifier with a LoRA of its own: of its evaluations the one with the best F1 stays
@@ -382,6 +384,16 @@ class MoeRunConfig(RunConfig):
             if stage.to == "hf-moe" and stage.gate_mode == "router":
                 raise ValueError(
                     f"export: gate_mode=router is a router trained over adapters; with lora=null {nearest}"
+                )
+            # of names and regexes the export says what they came to
+            if (
+                stage.to == "hf-moe"
+                and stage.attention == "refuse"
+                and self.trainable in OUTSIDE_MLPS
+            ):
+                raise ValueError(
+                    f"trainable={self.trainable} trains more than the MLPs, which is all that a stock class routes; give "
+                    "trainable=mlp, or export=[{to: hf-moe, attention: average, ...}] (or drop)"
                 )
         if self.export_of("gguf") is not None and self.conversion_mode == "average":
             raise ValueError(
