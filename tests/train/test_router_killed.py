@@ -60,19 +60,26 @@ def described(files: Path, folder: Path, router: dict[str, Any]) -> RouterRunCon
 SPLITS = {"train_split": 0.5, "val_split": 0.25, "test_split": 0.25}
 
 
+# shares of all calls to the disk at which a life ends: in the middle of training, and among the files
+# of the finished mixture
 @pytest.mark.parametrize(
-    "router",
+    ("router", "shares"),
     [
-        {"kind": "phatgoose", "top_k": 1},
-        {"kind": "sequence", "lora": {"r": 2, "lora_dropout": 0.1}, "layer": 0, **SPLITS},
+        ({"kind": "phatgoose", "top_k": 1}, [0.55]),
+        (
+            {"kind": "sequence", "lora": {"r": 2, "lora_dropout": 0.1}, "layer": 0, **SPLITS},
+            [0.55, 0.95],
+        ),
     ],
-    ids=lambda r: r["kind"],
+    ids=["phatgoose", "sequence"],
 )
 def test_killed_anywhere(
-    router: dict[str, Any], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    router: dict[str, Any],
+    shares: list[float],
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the middle of training, and among the files of the finished mixture."""
-
     def train(folder: Path, _: Any = None) -> None:
         train_run(described(files, folder, router), [])
 
@@ -83,7 +90,7 @@ def test_killed_anywhere(
         train(tmp_path / "whole")
     expected = finished(tmp_path / "whole")
     assert {"router/router.json", "router/router.safetensors"} <= expected.keys()
-    for share in (0.55, 0.95):
+    for share in shares:
         folder = tmp_path / f"{share}"
         folder.mkdir()
         with monkeypatch.context() as patch:
