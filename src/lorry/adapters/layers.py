@@ -221,8 +221,19 @@ class BankLinear(AdaptableLayer):
         # without a term plain torch, which also fuses the bias and serves double backward
         if self.product is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
-        (y,) = self.group.forward(x.reshape(-1, x.shape[-1]), call, site or self.path)
+        rows = x.reshape(-1, x.shape[-1])
+        (y,) = self.group.forward(rows, self._with_own_gates(call, rows), site or self.path)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
+
+    def _with_own_gates(self, call: AdapterContext, x: Tensor) -> AdapterContext:
+        """The call with the gates that a router of the linears makes of x [T,in], what this one
+        reads; any other call as it is."""
+        router = call.router
+        routed = any(t.route is not None and t.adapter in self.slots for t in call.mix.terms)
+        if not routed or not isinstance(router, LinearRouter):
+            return call
+        gates = router.linear_gates([self.path], x)
+        return replace(call, mix=call.mix.with_token_gates(gates))
 
     def delta(self, slot: AdapterSlot) -> Tensor:
         """s B A in fp32, in the layout of the stored weight."""

@@ -92,7 +92,8 @@ class MixtureRouter(Protocol):
 @runtime_checkable
 class LinearRouter(Protocol):
     """Gates that differ from linear to linear, each made of what that linear reads. ``adapters``,
-    ``halves`` and where it works: as of a `LayerRouter`; its logits are nobody's.
+    ``halves``: as of a `LayerRouter`; its logits are nobody's. Layers of Lorry's own decoder ask it
+    for linears with one input together, any other `BankLinear` for itself.
     """
 
     adapters: Sequence[str]
@@ -201,6 +202,18 @@ class Mix:
         return Mix(
             tuple(t for t in terms if isinstance(t.gate, Tensor) or t.gate != 0), self.router
         )
+
+    def with_token_gates(self, gates: Tensor) -> Mix:
+        """The mix where a router has made ``gates`` [T, adapters] of these very tokens."""
+        terms = (
+            term
+            if term.route is None
+            else MixTerm(
+                term.adapter, term.rows, gates[term.rows or slice(None), term.route] * term.gate
+            )
+            for term in self.terms
+        )
+        return Mix(tuple(terms))
 
     @staticmethod
     def packed(mixes: Sequence[Mix], starts: Sequence[int]) -> Mix:

@@ -5,6 +5,7 @@ through the gates against autograd, experts that come and go, and what is refuse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import peft
@@ -20,15 +21,20 @@ from lorry.adapters.peft.files import save_adapter
 from lorry.adapters.routing.linear_router import SpectralRouter, attach_spectral_router
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
-from lorry.models.causal_lm import PackedInput
-from lorry.models.decoder.model import Decoder
+from lorry.models.causal_lm import CausalLM, PackedInput
+from lorry.models.hf.model import HfModel
 from tests.support import tiny
 
 SEQUENCES = [[5, 9, 3, 7, 11, 2], [8, 1, 4, 6, 13, 12, 10, 9]]
 
 
+def opened(source: torch.nn.Module, folder: Path, native: bool) -> CausalLM:
+    """The model in Lorry's decoder, or a copy that runs through transformers."""
+    return tiny.decoder(source, folder) if native else HfModel(deepcopy(source))
+
+
 def add_expert(
-    model: Decoder, name: str, rank: int, targets: str | list[str] = "all-linear"
+    model: CausalLM, name: str, rank: int, targets: str | list[str] = "all-linear"
 ) -> None:
     """An expert of random values whose deltas have a clearly largest singular value: PEFT's 15
     steps of power iteration then find it to the last digits."""
@@ -42,16 +48,20 @@ def add_expert(
     adapter.touch()
 
 
-def packed_logits(model: Decoder, router: SpectralRouter) -> Tensor:
+def packed_logits(model: CausalLM, router: SpectralRouter) -> Tensor:
     call, packed = AdapterContext(router.mix()), PackedInput.of(SEQUENCES)
     return model.logits(model.hidden(packed, call).last, call)
 
 
-@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.5), (3, 2.0)])
-def test_arrow_is_pefts(top_k: int, temperature: float, tmp_path: Path) -> None:
-    """The logits of PEFT's Arrow over the same three adapters, attention and MLP, in float32."""
+@pytest.mark.parametrize(
+    ("top_k", "temperature", "native"),
+    [(1, 1.0, True), (2, 0.5, True), (3, 2.0, True), (2, 0.5, False)],
+)
+def test_arrow_is_pefts(top_k: int, temperature: float, native: bool, tmp_path: Path) -> None:
+    """The logits of PEFT's Arrow over the same three adapters, attention and MLP, in float32; in
+    Lorry's decoder and where transformers' own code runs."""
     source = tiny.fresh("llama", num_hidden_layers=2)
-    model = tiny.decoder(source, tmp_path / "base")
+    model = opened(source, tmp_path / "base", native)
     for name in "abc":
         add_expert(model, name, 4)
         save_adapter(model, tmp_path / name, name, base_name="somewhere/base")
@@ -71,7 +81,7 @@ def test_arrow_is_pefts(top_k: int, temperature: float, tmp_path: Path) -> None:
 class Twin:
     """transformers' model in float64 with plain autograd terms; scores from the whole deltas."""
 
-    def __init__(self, theirs: torch.nn.Module, model: Decoder, router: SpectralRouter) -> None:
+    def __init__(self, theirs: torch.nn.Module, model: CausalLM, router: SpectralRouter) -> None:
         self.theirs, self.router = theirs.double(), router
         bank = get_bank(model)
         self.masters = {
@@ -110,7 +120,7 @@ class Twin:
         return total
 
 
-def our_loss(model: Decoder, router: SpectralRouter) -> Tensor:
+def our_loss(model: CausalLM, router: SpectralRouter) -> Tensor:
     logits, total = packed_logits(model, router), torch.zeros(())
     packed = PackedInput.of(SEQUENCES)
     for start, stop in packed.segments:
@@ -119,13 +129,15 @@ def our_loss(model: Decoder, router: SpectralRouter) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("native", "recompute"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("kind", ["arrow", "spectr"])
-def test_gradients_are_those_of_autograd(kind: str, recompute: bool, tmp_path: Path) -> None:
+def test_gradients_are_those_of_autograd(
+    kind: str, native: bool, recompute: bool, tmp_path: Path
+) -> None:
     """Experts of different ranks, one without an adapter in most linears, through two layers: loss
     and gradients, also those that come to lower layers through the gates of higher ones."""
     source = tiny.fresh("llama", num_hidden_layers=2)
-    model = tiny.decoder(source, tmp_path)
+    model = opened(source, tmp_path, native)
     model.gradient_checkpointing = recompute
     add_expert(model, "a", 2)
     add_expert(model, "b", 4)
@@ -211,8 +223,3 @@ def test_what_no_router_can_be(
         get_bank(model)["n"].values[3] = float("nan")
     with pytest.raises(ConfigError, match=words):
         attach_spectral_router(model, "arrow", names, **settings)  # type: ignore[arg-type]
-
-
-def test_a_foreign_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="runs through transformers"):
-        attach_spectral_router(torch.nn.Linear(2, 2), "spectr", "ab")

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import get_bank
+from lorry.adapters.attach import find_linears, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import Half, Mix, MixTerm
 from lorry.adapters.router import ROUTER_NAME, RouterParameters, refuse_router_name
@@ -132,14 +132,18 @@ def attach_gate_vectors(
     model: nn.Module, experts: Sequence[str], *, top_k: int = 2, temperature: float = 1.0
 ) -> GateVectors:
     """A router over adapters of the model, all zeros. Raises ConfigError."""
-    refuse_outside_layers(model, experts, GateVectors.router_kind)
+    refuse_outside_layers(model, experts)
     bank = get_bank(model)
     refuse_router_name(bank)
     on = {path for name in experts for path in bank[name].slots}
-    layers = [
-        [linear.path for group in block.linears for linear in group.linears if linear.path in on]
-        for block in cast(Any, model).blocks
-    ]
+    blocks: Any = getattr(model, "blocks", None)
+    if blocks is None:  # a model of transformers: each linear asks for itself, in no layer
+        layers = [[path for path in find_linears(model) if path in on]]
+    else:
+        layers = [
+            [li.path for group in block.linears for li in group.linears if li.path in on]
+            for block in blocks
+        ]
     device = next(model.parameters()).device
     router = GateVectors(bank, experts, layers, top_k=top_k, temperature=temperature, device=device)
     bank.routers[ROUTER_NAME] = router

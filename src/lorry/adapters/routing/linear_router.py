@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import get_bank
+from lorry.adapters.attach import get_bank, head_and_embedding
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import AdapterSlot, BankLinear
 from lorry.adapters.mix import Half, Mix
@@ -185,17 +185,10 @@ def check_choice(top_k: int, temperature: float, experts: int) -> None:
         raise ConfigError(f"router.temperature={temperature:g}: give a number above 0")
 
 
-def refuse_outside_layers(model: nn.Module, experts: Sequence[str], kind: str) -> None:
-    """Raise ConfigError where linears cannot be asked: in a model that runs through transformers, and
-    for an expert with an adapter that is on no linear of a decoder layer."""
-    if not hasattr(model, "blocks"):
-        raise ConfigError(
-            f"router.kind={kind} works in Lorry's own decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3, GPT-2, "
-            "GPT-NeoX); this model runs through transformers: use router.kind=token, sequence, prototype, uniform or fixed"
-        )
-    bank = get_bank(model)
-    family: Any = model.family
-    outside = {family.embed, family.head}
+def refuse_outside_layers(model: nn.Module, experts: Sequence[str]) -> None:
+    """Raise ConfigError for an expert with an adapter that is on no linear of a layer: on the head or
+    an embedding, which no router gates."""
+    bank, outside = get_bank(model), head_and_embedding(model)
     for name in experts:
         for path, slot in bank[name].slots.items():
             if path in outside or not isinstance(bank.modules[path], BankLinear):
@@ -214,7 +207,7 @@ def attach_spectral_router(
     model: nn.Module, kind: str, experts: Sequence[str], *, top_k: int = 2, temperature: float = 1.0
 ) -> SpectralRouter:
     """A router of a kind of `SPECTRAL_ROUTERS` over adapters of the model. Raises ConfigError."""
-    refuse_outside_layers(model, experts, kind)
+    refuse_outside_layers(model, experts)
     bank = get_bank(model)
     refuse_router_name(bank)
     router = SPECTRAL_ROUTERS[kind](bank, tuple(experts), top_k, temperature)

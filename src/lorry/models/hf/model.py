@@ -357,7 +357,7 @@ class HfModel(CausalLM):
         """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call of the
         frame (`frame_call`) where the bank's layers see it.
         """
-        if framed.router is not None:
+        if isinstance(framed.router, FramedRouter):
             self._gate_halves()
         with use_adapter_context(framed), self._rows_checked(frame, framed):
             out = self._target()(

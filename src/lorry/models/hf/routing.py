@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.layers import AMBIENT_CONTEXT
-from lorry.adapters.mix import AdapterContext, Half, LayerRouter, LinearRouter, Mix, MixTerm
+from lorry.adapters.mix import AdapterContext, Half, LayerRouter, LinearRouter
 from lorry.errors import ContractError
 from lorry.models.hf.frames import PaddedFrame
 
@@ -51,22 +51,14 @@ class FramedRouter:
     def gated_call(self, call: AdapterContext, layer: int, half: Half, x: Tensor) -> AdapterContext:
         """The call as the linears of a half see it."""
         gates = self.gates(self.logits(layer, half, x))
-        terms = [
-            term
-            if term.route is None
-            else MixTerm(
-                term.adapter, term.rows, gates[term.rows or slice(None), term.route] * term.gate
-            )
-            for term in call.mix.terms
-        ]
-        return replace(call, mix=Mix(tuple(terms)))
+        return replace(call, mix=call.mix.with_token_gates(gates))
 
 
 def frame_call(frame: PaddedFrame, call: AdapterContext) -> AdapterContext:
     """A packed call for a frame, its router too. Raises ContractError for a routed term with a gate
     tensor of its own."""
     framed, router = frame.adapter_context(call), call.router
-    if router is None or isinstance(router, LinearRouter):
+    if router is None:
         return framed
     for term in call.mix.terms:
         if term.route is not None and isinstance(term.gate, Tensor):
@@ -74,6 +66,8 @@ def frame_call(frame: PaddedFrame, call: AdapterContext) -> AdapterContext:
                 f"the adapter {term.adapter!r} has gates of a layer router and a gate of its own; give the "
                 "term a number"
             )
+    if isinstance(router, LinearRouter):
+        return framed  # each linear asks it for itself
     return replace(framed, mix=replace(framed.mix, router=FramedRouter(router, frame)))
 
 
