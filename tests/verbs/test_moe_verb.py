@@ -517,6 +517,12 @@ def test_experts_that_train_with_their_router(
     assert "trained with it" in describe_run_subject(read_run(run))["adapter"]
     check_answers(run)
     assert run_lorry("doctor", run) == 0
+    card = (run / "README.md").read_text()
+    assert "A `token` router over 2 LoRA experts for `base`, each in a folder of its name" in card
+    assert "and the experts with it, on `a.jsonl`, `b.jsonl`." in card
+    assert "library_name: lorry" in card
+    assert "lora.r" not in card  # the run's own, by default: no expert has it
+    assert 'subfolder="one"' in card
 
     files = [run / name / "adapter_model.safetensors" for name in before]
     files.append(run / "router" / "router.safetensors")

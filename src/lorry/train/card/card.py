@@ -28,6 +28,7 @@ from lorry.train.card.front_matter import (  # fmt: skip
     card_metadata,
     catalogue_entries,
     data_sources,
+    experts_of,
     named_set_names,
     private_directories,
     public_base_name,
@@ -130,9 +131,7 @@ def render_card(
         f"# {escape_markdown(run.name)}\n\n{_summary_section(run)}",
         _section_text("Base", _base_model_section(run)),
         _section_text("Data", _data_section(run, hide)),
-        _section_text(
-            "Adapter" if run.config.get("lora") else "What trains", _lora_section(run, hide)
-        ),
+        _section_text(_title_of_what_trains(run), _lora_section(run, hide)),
         _section_text("Training", _training_section(run)),
         _section_text("Results", _results_section(run, plot)),
         _section_text("Use", _usage_section(run, at)),
@@ -170,7 +169,14 @@ def _section_text(title: str, body: str) -> str:
 
 def _summary_section(run: RunRecord) -> str:
     count, base = len(run.job_names), code_span(public_base_name(run))
-    if not run.config.get("lora"):
+    if experts := experts_of(run):
+        router = run.settings_group("router")
+        beside = ", and the experts with it" if router.get("train_experts") else ""
+        what = (
+            f"A {code_span(router.get('kind'))} router over {len(experts)} LoRA experts for {base}, each in a folder of its "
+            f"name, trained with Lorry{beside},"
+        )
+    elif not run.config.get("lora"):
         what = (
             f"{base}, base weights ({code_span(run.config.get('trainable') or 'all')}) "
             "trained with Lorry"
@@ -267,7 +273,16 @@ def _data_section(run: RunRecord, hide: list[str]) -> str:
     return markdown_table(head, rows) + (f"\n\n{left_out}" if left_out else "")
 
 
+def _title_of_what_trains(run: RunRecord) -> str:
+    if experts_of(run):
+        return "Router"
+    return "Adapter" if run.config.get("lora") else "What trains"
+
+
 def _lora_section(run: RunRecord, hide: list[str]) -> str:
+    if experts_of(run):  # `lora` is the run's by default alone: the experts have their own
+        router = run.settings_group("router")
+        return _settings_text("router", {k: v for k, v in router.items() if k != "train"})
     if not run.config.get("lora"):
         return markdown_table(
             ["setting", "value"], [["trainable", code_span(run.config.get("trainable") or "all")]]
@@ -382,7 +397,9 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
             f"{ours}\n\nPEFT cannot load an adapter on top of another; this merges "
             "the two into one that it can load:\n\n"
         ) + fenced_code("sh", [f"lorry export {clean_line(at or run.name)} to=peft"])
-    folder = f", subfolder={_quote_literal(run.job_names[0])}" if run.jobs else ""
+    experts = experts_of(run)
+    inside = next(iter(experts), run.job_names[0] if run.jobs else None)
+    folder = f", subfolder={_quote_literal(inside)}" if inside else ""
     theirs = [
         "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
         f"base = AutoModelForCausalLM.from_pretrained({base})",
@@ -393,7 +410,8 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
         if base_id(run)
         else "; the base model was not read from the hub, so give your path to it"
     )
-    return f"{ours}\n\nor with PEFT{caveat}:\n\n{fenced_code('python', theirs)}"
+    what = "or one expert" if experts else "or"
+    return f"{ours}\n\n{what} with PEFT{caveat}:\n\n{fenced_code('python', theirs)}"
 
 
 def _quote_literal(text: object) -> str:

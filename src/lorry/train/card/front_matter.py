@@ -167,10 +167,31 @@ class CardRowSet:
     facts: Mapping[str, Any]
 
 
+def experts_of(run: RunRecord) -> dict[str, Mapping[str, Any]]:
+    """{expert: its data settings} of a mixture's run; empty for any other."""
+    listed = run.config.get("experts")
+    experts = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return {
+        str(one.get("name")): data if isinstance(data := one.get("data"), dict) else {}
+        for one in experts
+    }
+
+
 def row_sets_of(run: RunRecord, job: str | None) -> list[CardRowSet]:
-    """Every set of rows that one adapter was made of, in the order they are described in."""
+    """Every set of rows that one adapter was made of, in the order they are described in; of a mixture
+    those of each expert."""
     data = receipt.part(run.receipt, "data")
     facts = data if job is None else receipt.part(data, job)
+    if experts := experts_of(run):
+        first = next(iter(experts))
+        return [
+            CardRowSet(
+                name,
+                _as_sources(settings.get("path")),
+                facts if name == first else receipt.part(facts, name),
+            )
+            for name, settings in experts.items()
+        ]
     own, paths = run.settings_group("unlearn", job), run.settings_group("data", job).get("path")
     if not own:
         return [CardRowSet("", _as_sources(paths), facts)]
@@ -224,9 +245,9 @@ def split_hub_id(run: RunRecord, source: str) -> str | None:
 
 def named_set_names(run: RunRecord) -> list[str]:
     """The named sets of a mixture, each once, suites spelt out."""
-    mixed = dict.fromkeys(
-        str(s) for name in run.job_names for s in run.settings_group("data", name).get("mix") or []
-    )
+    of_experts = experts_of(run).values()
+    described = of_experts or [run.settings_group("data", name) for name in run.job_names]
+    mixed = dict.fromkeys(str(s) for data in described for s in data.get("mix") or [])
     return list(
         dict.fromkeys(
             set_name
@@ -291,7 +312,10 @@ def start_of(run: RunRecord) -> dict[str, str]:
 
 
 def library_of(run: RunRecord) -> str:
-    """Who opens what the run wrote. PEFT knows no adapter over another (`lorry export` makes one)."""
+    """Who opens what the run wrote. PEFT knows no adapter over another (`lorry export` makes one), and
+    no router over several."""
+    if experts_of(run):
+        return "lorry"
     if not run.config.get("lora"):
         return "transformers"
     return "lorry" if start_of(run) else "peft"
