@@ -15,8 +15,10 @@ NAMES = {
     for name, value in vars(layout).items()
     if name.isupper()
     and isinstance(value, str)
-    # words that mean other things elsewhere: a router is also a setting, and what trains
-    and value not in (layout.CHECKPOINTS, layout.PREVIOUS, layout.ROUTER, layout.EXPERTS)
+    # words that mean other things elsewhere: a router is also a setting, and what trains; merged is
+    # what merging calls its adapter
+    and value
+    not in (layout.CHECKPOINTS, layout.PREVIOUS, layout.ROUTER, layout.EXPERTS, layout.MERGED)
 }
 
 
