@@ -17,6 +17,7 @@ from lorry.config import (
     build_settings,
 )
 from lorry.errors import ConfigError
+from lorry.ranks import is_main_process
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +66,8 @@ def _train(run: RunConfig, notes: Sequence[str]) -> TrainResult:
     from lorry.train.monitoring.events import terminal_listener
     from lorry.train.session import train_run
 
+    if not is_main_process():  # rank 0 shows and uploads
+        return train_run(run, notes)
     listener = terminal_listener(run.train.logging_steps)
     with push_when_finished(run.train, run.output_dir, listener.note):
         return train_run(run, notes, [listener])

@@ -14,12 +14,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, Protocol, TextIO, cast
 
 import typer
 
-from lorry.errors import LorryError, explain_out_of_memory
-from lorry.streams import abandon_stream, guard_streams
+from lorry.errors import ConfigError, LorryError, explain_out_of_memory
+from lorry.ranks import is_main_process, launched_process, rank_label, workers_to_start
+from lorry.streams import abandon_stream, guard_streams, silence_streams
 from lorry.train.monitoring.signals import raise_deferred_signals, raise_on_signals
 from lorry.visible import escape_document, make_visible, visible_message
 
@@ -29,6 +30,10 @@ OUT_OF_MEMORY_ADVICE = (
     "before anything is loaded"
 )
 BROKEN_PIPE, INTERRUPTED = 141, 130  # as the shell reports a program that SIGPIPE or SIGINT ended
+
+
+# the verbs whose work several processes can share; all others refuse `backend.processes`
+PARALLEL_VERBS = frozenset({"sft", "unlearn", "distill"})
 
 
 class VerbModule(Protocol):
@@ -217,8 +222,23 @@ for _verb in VERBS:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2
-    on a wrong command.
-    """
+    on a wrong command. Of several processes rank 0 alone prints; another one says why it failed, where
+    rank 0 does not."""
+    if is_main_process():
+        return _run_command_line(argv)
+    with silence_streams() as messages:
+        _failures.append(messages)
+        try:
+            return _run_command_line(argv)
+        finally:
+            _failures.pop()
+
+
+# where a process that is otherwise silent says why it failed
+_failures = list[TextIO]()
+
+
+def _run_command_line(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if any(word.endswith(".py") for word in args):
         # imported only now: it imports pydantic, which `lorry --help` does without
@@ -258,9 +278,11 @@ def _run_verb(verb: CliVerb, args: list[str]) -> int:
         with explain_out_of_memory(OUT_OF_MEMORY_ADVICE):
             return _parse_and_call(verb, args)
     except LorryError as error:
-        _print_error(str(error))
-        if error.docs:
-            _print_stderr(f"see docs/{error.docs}", dim=True)
+        # what every process of a run has, rank 0 tells
+        if is_main_process() or not error.shared:
+            _print_error(str(error))
+            if error.docs:
+                _print_stderr(f"see docs/{error.docs}", dim=True)
         return error.exit_code
     except KeyboardInterrupt:
         _print_error("interrupted")
@@ -287,11 +309,16 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     settings = config.parse_settings(
         schema, [arg for arg in args if arg != "--dump-config"], notes.append
     )
-    for note in notes:
+    for note in notes if is_main_process() else ():
         _print_stderr(f"note: {note}", dim=True)
     if dump_only:
         print(escape_document(config.dump_settings(settings)), end="")
         return 0
+    if workers := _workers_of(verb, settings):
+        # imported only now: torch
+        from lorry.backends.distributed.launch import run_workers
+
+        return run_workers([verb.name, *args], workers)
     # imported only now: the modules of some verbs import torch
     name = verb.name.replace("-", "_")
     module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{name}"))
@@ -299,18 +326,37 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     return module.main(settings)
 
 
+def _workers_of(verb: CliVerb, settings: Any) -> int:
+    """How many processes this command has to start: those of `backend.processes`, unless a launcher has
+    started this one, or another process will make the run (`background`). Raises ConfigError for a
+    verb that runs in one process."""
+    backend = getattr(settings, "backend", None)
+    if backend is None or verb.name == "plan":  # a plan's processes are no processes
+        return 0
+    if not hasattr(backend, "processes") or verb.name not in PARALLEL_VERBS:
+        several = launched_process()
+        if getattr(backend, "name", "single") != "single" or (several and several.world_size > 1):
+            raise ConfigError(
+                f"lorry {verb.name} runs in one process: leave out backend={backend.name}, and start "
+                f"it by itself (backend=ddp is for {', '.join(sorted(PARALLEL_VERBS))})"
+            )
+        return 0
+    return 0 if getattr(settings, "background", False) else workers_to_start(backend)
+
+
 def _print_stderr(text: str, **style: Any) -> None:
     """A line on stderr, styled on a terminal only."""
-    styled = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    stream = _failures[-1] if _failures else sys.stderr
+    styled = stream.isatty() and "NO_COLOR" not in os.environ
     line = visible_message(text)
-    print(typer.style(line, **style) if styled else line, file=sys.stderr)
+    print(typer.style(line, **style) if styled else line, file=stream)
 
 
 def _print_error(message: str) -> None:
     """An error's message in red; LORRY_DEBUG=1 puts the traceback before it."""
     if os.environ.get("LORRY_DEBUG") == "1":
         traceback.print_exc()
-    _print_stderr(f"error: {message}", fg="red")
+    _print_stderr(f"error: {rank_label()}{message}", fg="red")
 
 
 def _flush_output(code: int) -> int:

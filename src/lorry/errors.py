@@ -22,6 +22,8 @@ class LorryError(Exception):
     # the page of docs/ that explains errors of this kind, with its section; tests/test_errors.py
     # finds it there
     docs = ""
+    # of a run on several processes: every one of them has this error, and rank 0 tells of it
+    shared = False
 
 
 class ConfigError(LorryError, ValueError):
@@ -52,6 +54,8 @@ class ContractError(LorryError, RuntimeError):
 
     exit_code = 5
     docs = "architecture.md#the-contracts"
+    # which, where it is one of the numbered ones
+    contract: int | None = None
 
 
 class NonFiniteError(ContractError):

@@ -66,6 +66,19 @@ class ResultStream(_WrappedStream):
 
 
 @contextlib.contextmanager
+def silence_streams() -> Iterator[TextIO]:
+    """While the block runs standard output and error go nowhere: of a process that only helps another
+    one. Yields what standard error was, for its own failure."""
+    output, messages = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield messages
+        finally:
+            sys.stdout, sys.stderr = output, messages
+
+
+@contextlib.contextmanager
 def _blame_standard_output() -> Iterator[None]:
     try:
         yield

@@ -15,6 +15,7 @@ from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RouterParameters
 from lorry.adapters.trainable import PARAMETER_KINDS, ParameterSet, parameter_set
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.backends.protocol import (
     GradientNorms,
@@ -38,7 +39,9 @@ from lorry.models.scoring.score import Want, evaluate_wants
 class LocalBackend:
     """One model on one device. ``trained``: the adapters this run steps (others of the bank stay
     frozen), or the name of the base weights that `make_weights_trainable` has switched on, or a
-    router, and behind it the experts that step with it; ``gradient``: how a step's gradient is made; None: it is that of the loss.
+    router, and behind it the experts that step with it; ``gradient``: how a step's gradient is made;
+    None: it is that of the loss; ``communicator``: the processes of the run, of which this backend
+    has one.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class LocalBackend:
         *,
         seed: int = 0,
         gradient: GradientRule | None = None,
+        communicator: Communicator = ONE_PROCESS,
     ) -> None:
         self.model, self.seed, self.gradient = model, seed, gradient
+        self.communicator = communicator
         self.bank: AdapterBank = get_bank(model)
         self.trained = list(trained)
         self.owners: dict[str, ParameterSet] = {
@@ -88,8 +93,7 @@ class LocalBackend:
         sums = {term: torch.zeros(len(task.adapters), dtype=torch.float64) for term in totals}
 
         def add(some: Sequence[Batch], counted: bool = True) -> None:
-            for batch in some:
-                term_sums = self._micro_batch(batch.to(self.device), task, step, totals)
+            for term_sums in self.run_micro_batches(some, task, step, totals):
                 for term, values in term_sums.items():
                     sums[term] += values if counted else 0.0
 
@@ -117,6 +121,13 @@ class LocalBackend:
             supervised=sum(int(b.rows.numel()) for b in batches),
             present=self.present,
         )
+
+    def run_micro_batches(
+        self, batches: Sequence[Batch], task: Task, step: int, totals: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """Forward and backward of each, gradients added up; what `_micro_batch` returns of each. What
+        a backend of several processes does otherwise."""
+        return [self._micro_batch(b.to(self.device), task, step, totals) for b in batches]
 
     def _micro_batch(
         self, batch: Batch, task: Task, step: int, totals: Mapping[str, Tensor]

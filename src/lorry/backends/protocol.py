@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorry.adapters.mix import Mix
 from lorry.adapters.trainable import ParameterSet
+from lorry.backends.distributed.communicator import Communicator
 from lorry.data.batch import Batch
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
@@ -124,8 +125,11 @@ class GradientRule(Protocol):
 class Backend(ScoringBackend, Protocol):
     """Where a run happens. ``mix_of``: what the sequences of a trained name run under.
     ``state`` holds adapters, moments, counts and random state under canonical names,
-    whole tensors.
+    whole tensors. ``communicator``: the processes of the run; on each of them the same methods are
+    called with the same batches, those of the whole step, and return the same.
     """
+
+    communicator: Communicator
 
     @property
     def device(self) -> torch.device: ...

@@ -304,6 +304,35 @@ class BackendConfig(SettingsGroup):
     )
 
 
+class TrainBackendConfig(BackendConfig):
+    """where a training run happens, on one process or on several"""
+
+    name: Literal["single", "ddp"] = config_field(  # type: ignore[assignment]  # wider
+        "single", "single: one process, one device; ddp: several, the base whole on each"
+    )
+    processes: PositiveInt | None = config_field(
+        None,
+        "local processes to start, each with a part of a step's rows; null: those of the launcher "
+        "(torchrun), or 1",
+    )
+    keep_total: bool = config_field(
+        False,
+        "divide per_device_train_batch_size among the processes, so that a step has the same rows on "
+        "any number of them",
+    )
+    # as long as nothing is heard of a process; half an hour is torch's own default
+    timeout: float = config_field(
+        600.0, "seconds after which a process that does not answer is given up", gt=0, le=86400
+    )
+
+    @model_validator(mode="after")
+    def _several_need_ddp(self) -> TrainBackendConfig:
+        # of a plan that has more of them, its own words say so
+        if self.name == "single" and (self.processes or 1) > 1 and type(self) is TrainBackendConfig:
+            raise ValueError(f"processes={self.processes} needs backend=ddp")
+        return self
+
+
 class JobConfig(SettingsGroup):
     """One of several adapters trained in one pass: its name, and the settings in which it is not
     the run's (`jobs.runs_by_adapter`).
@@ -373,7 +402,7 @@ class RunConfig(SettingsGroup):
     suite: TrainingSuiteConfig = TrainingSuiteConfig()
     # validated though a default: its eval_strategy follows from data, which stands above it
     train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
-    backend: BackendConfig = BackendConfig()
+    backend: TrainBackendConfig = TrainBackendConfig()
     memory_budget: MemorySize | None = config_field(
         None,
         (

@@ -27,7 +27,7 @@ from lorry.config.base import (
     derived_field,
 )
 from lorry.config.moe import MoeRunConfig
-from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, RunConfig
+from lorry.config.schema import DataConfig, ModelConfig, RunConfig, TrainBackendConfig
 from lorry.config.unlearn import UnlearnRunConfig
 
 # learning rate of a way that is given none, as a multiple of the run's: all weights of a model want a
@@ -72,13 +72,13 @@ class PlanData(DataConfig):
     )
 
 
-class PlanBackend(BackendConfig):
+class PlanBackend(TrainBackendConfig):
     """where it would run"""
 
     name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider than a run may have it
         "single", "one device, or how many GPUs share the work"
     )
-    processes: PositiveInt = config_field(1, "GPUs in all")
+    processes: PositiveInt = config_field(1, "GPUs in all")  # type: ignore[assignment]  # no launcher
     tensor_parallel: PositiveInt = config_field(1, "GPUs that share every matrix (megatron)")
     pipeline_parallel: PositiveInt = config_field(1, "stages of layers (megatron)")
     expert_parallel: PositiveInt = config_field(1, "groups that share the experts (megatron)")

@@ -19,10 +19,11 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
 from lorry.adapters.trainable import PARAMETER_KINDS
+from lorry.backends.distributed.communicator import Communicator
 from lorry.backends.protocol import Backend, GradientNorms, ParameterInspection, Task
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import interleave_adapters
-from lorry.errors import ContractError, ModelError, NonFiniteError
+from lorry.errors import ConfigError, ContractError, ModelError, NonFiniteError
 from lorry.evaluate.loss import packed_loss_difference, packing_leak
 from lorry.models.loading.weights import is_finite
 from lorry.train.jobs import StepCount, validate_strict
@@ -104,7 +105,17 @@ class ContractChecks:
     def fail(self, number: int, detail: str) -> ContractError:
         """Record a broken contract and return the error to raise."""
         self.results[number] = ContractResult(number, CONTRACT_NAMES[number], "failed", detail)
-        return ContractError(f"contract {number} broken ({CONTRACT_NAMES[number]}): {detail}")
+        error = ContractError(f"contract {number} broken ({CONTRACT_NAMES[number]}): {detail}")
+        error.contract = number
+        return error
+
+    def note_failure(self, error: ContractError) -> None:
+        """Record a contract that another rank found broken; one of this rank's is recorded already."""
+        number = error.contract
+        if number is not None and error.shared and number in CONTRACT_NAMES:
+            self.results[number] = ContractResult(
+                number, CONTRACT_NAMES[number], "failed", str(error)
+            )
 
     def report(self) -> list[dict[str, Any]]:
         """All eight, for contracts.json."""
@@ -417,6 +428,43 @@ class ContractChecks:
             )
             self.fail(7, message)
             raise NonFiniteError(message)
+
+    # --- between the ranks of a run
+
+    def same_run_on_all_ranks(self, communicator: Communicator, identity: Mapping[str, Any]) -> None:
+        """Every rank has to have rank 0's data, base and code, and the same torch: raises ConfigError
+        naming what differs. Settings are rank 0's anyway."""
+        environment = identity.get("environment", {})
+        mine = {
+            **identity.get("digests", {}),
+            **{name: environment.get(name) for name in ("torch", "transformers")},
+        }
+        if communicator.size == 1:
+            return
+        first, *others = communicator.exchange("data, base and versions", mine)
+        for rank, other in enumerate(others, 1):
+            if differing := [name for name in first if other.get(name) != first[name]]:
+                name = differing[0]
+                raise ConfigError(
+                    f"rank {rank} has another {name} than rank 0 ({str(other.get(name))[:16]} and "
+                    f"{str(first[name])[:16]}): every process needs the same files and versions"
+                )
+
+    def equal_on_all_ranks(self, backend: Backend, number: int, when: str) -> None:
+        """Part of contract ``number``: what trains is the same to the last bit on every rank. Raises
+        ContractError naming the first tensor that is not."""
+        communicator = backend.communicator
+        if communicator.size == 1:
+            return
+        fingerprints = _parameter_fingerprints(backend)
+        first, *others = communicator.exchange(f"weights {when}", fingerprints)
+        for rank, other in enumerate(others, 1):
+            if differing := [name for name in first if other.get(name) != first[name]]:
+                raise self.fail(
+                    number,
+                    f"{when} rank {rank} holds another {differing[0]} than rank 0 "
+                    f"({len(differing)} of {len(first)} tensors): the ranks train different adapters",
+                )
 
     # --- at the end
 

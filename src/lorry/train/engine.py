@@ -45,6 +45,9 @@ from lorry.train.monitoring.signals import StopRequest, watch_signals
 from lorry.train.resources.peak import peak_memory
 
 
+EQUALITY_STEPS = 2  # after each of which ranks compare what they hold
+
+
 class TrainingEngine:
     """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in
     checkpoints and compared on resume; ``jobs``: one per adapter of the task, in its order; left
@@ -78,6 +81,7 @@ class TrainingEngine:
         unreached: Callable[[], Mapping[str, Collection[str]]] = dict,
     ) -> None:
         self.record_task, self.conclude_task, self.unreached = record, conclude, unreached
+        self.communicator = backend.communicator
         self.models, self.evaluations = {"self": backend, **(models or {})}, evaluations
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.checks, self.listeners, self.tolerance = (
@@ -105,6 +109,8 @@ class TrainingEngine:
         """Train to the end. Raises RunInterruptedError after a signal (the state is saved), ContractError,
         NonFiniteError, DiskError.
         """
+        self.checks.same_run_on_all_ranks(self.communicator, self.identity)
+        self.checks.equal_on_all_ranks(self.backend, 2, "before the first step")
         durable.make_directory(self.run_dir)
         durable.recover_writes(self.run_dir)
         # Steps behind the checkpoint are made again, and so are their lines. At the start not even
@@ -188,6 +194,9 @@ class TrainingEngine:
         self.task.after_step(stats)
         self.checks.after_step(self.backend, norms, rates, self.unreached())
         self.progress.step += 1
+        # what is not added up over ranks drifts apart from the first step on; later, each checkpoint
+        if step < EQUALITY_STEPS:
+            self.checks.equal_on_all_ranks(self.backend, 3, f"after step {self.progress.step}")
         for job in active:
             standing = self._standing(job.name)
             standing.steps = self.progress.step
@@ -276,6 +285,10 @@ class TrainingEngine:
         improved = [
             n for n, values in evaluations.items() if self._standing(n).judge(values, train[n])
         ]
+        # one rank may have been told alone, or a step sooner: all stop, or save, together
+        signals = self.communicator.exchange("signals", [stop.requested, stop.take_save()])
+        requested = next((name for name, _ in signals if name), "")
+        save_requested = any(save for _, save in signals)
         finished, strategy = not self.active(), self.train.save_strategy
         # the last step is always saved, whatever save_steps divides
         due = strategy != "no" and (
@@ -286,12 +299,12 @@ class TrainingEngine:
         keep_best = any(
             self.jobs[name].train.load_best_model_at_end or strategy != "no" for name in improved
         )
-        if due or keep_best or stop.requested or stop.take_save():
+        if due or keep_best or requested or save_requested:
             self.save()
         # a signal during the last step changes nothing: the run is complete and ends as such
-        if stop.requested and not finished:
+        if requested and not finished:
             raise RunInterruptedError(
-                f"{stop.requested} arrived; step {self.progress.step} of "
+                f"{requested} arrived; step {self.progress.step} of "
                 f"{self.total} is saved in {self.run_dir}. The same command with "
                 "resume_from_checkpoint=auto continues from there"
             )
@@ -310,6 +323,8 @@ class TrainingEngine:
             )
             for name in due
         }
+        # rank 0's: another machine may round otherwise, and what is best is decided once
+        evaluations = self.communicator.exchange("evaluation", evaluations)[0]
         record: dict[str, Any] = {
             "step": self.progress.step,
             **mean_evaluations(list(evaluations.values())),
@@ -355,9 +370,11 @@ class TrainingEngine:
 
     def save(self) -> Path:
         """Write a checkpoint of this step; the best one is never pruned. Raises NonFiniteError,
-        with nothing written or pruned, where the state is not finite."""
+        with nothing written or pruned, where the state is not finite; ContractError where ranks hold
+        other values."""
         self._check_home()
         self.checks.finite(self.backend, self.progress.step)
+        self.checks.equal_on_all_ranks(self.backend, 6, f"after step {self.progress.step}")
         meta = {
             **self.identity,
             "progress": self.progress.state(),
@@ -366,9 +383,14 @@ class TrainingEngine:
         }
         # metrics first: no checkpoint may be durable whose steps have no lines on the disk
         durable.sync_file(self.run_dir / METRICS)
-        self.newest = checkpoint.save_checkpoint(
-            self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept()
-        )
+
+        def write() -> str:
+            written = checkpoint.save_checkpoint(
+                self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept()
+            )
+            return str(written.absolute())
+
+        self.newest = Path(self.communicator.on_main("checkpoint", write))
         return self.newest
 
     def _check_home(self) -> None:
@@ -419,9 +441,11 @@ class TrainingEngine:
     def _load_best(self, steps: Mapping[str, int]) -> None:
         """Put each job's adapter, with its moments, back to the step that was its best."""
         state = self.backend.state()
+        # the checkpoints of the run are rank 0's
+        run_dir = Path(self.communicator.exchange("run", str(self.run_dir.absolute()))[0])
         # jobs that share a best step share the reading of its checkpoint
         for step in sorted(set(steps.values())):
-            path = RunDir(self.run_dir).checkpoint(step)
+            path = RunDir(run_dir).checkpoint(step)
             # the best step lies before a start from another run's checkpoint
             if self.origin is not None and not path.is_dir():
                 path = self.origin.with_name(path.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +22,12 @@ from lorry.adapters.attach import attach, get_bank, list_skipped_modules
 from lorry.adapters.bank import Adapter
 from lorry.adapters.peft.files import base_digest, start_files
 from lorry.adapters.spec import LoraSpec
+from lorry.backends.distributed.communicator import (
+    ONE_PROCESS,
+    Communicator,
+    open_communicator,
+)
+from lorry.backends.distributed.ddp import SharedScorer
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
@@ -28,7 +35,7 @@ from lorry.config import RunConfig, dump_settings, runs_by_adapter
 from lorry.config.schema import DataConfig, LoraConfig, TrainConfig
 from lorry.data.prepare import EncodedRows, PreparedData, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
-from lorry.errors import ConfigError, DataError, explain_out_of_memory
+from lorry.errors import ConfigError, ContractError, DataError, explain_out_of_memory
 from lorry.evaluate.benchmarks.questions import Benchmark
 from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
 from lorry.kernels import kernel_status
@@ -36,6 +43,7 @@ from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel, open_model, refuse_mixture
 from lorry.notes import NoteCallback
 from lorry.plan.constants import MIN_BATCH_TOKENS
+from lorry.ranks import launched_process
 from lorry.runs import ownership
 from lorry.runs.layout import (
     CARD,
@@ -104,18 +112,44 @@ def train_run(
 ) -> TrainResult:
     """Train as described, whatever the task, and write the run directory. ``settings_notes``: of how
     the description was read, for the listeners. Raises LorryError of the kind that fits;
-    contracts.json is written even then, once the run has begun."""
+    contracts.json is written even then, once the run has begun.
+
+    Of several processes each runs the whole of this. Rank 0's is the run directory; the others have
+    one of their own for what little they write, which goes with them, and nobody listens to them."""
+    communicator = open_communicator(run.backend)
+    with communicator.sharing_failures():
+        if communicator.rank == 0:
+            return _train_run(run, communicator, settings_notes, listeners)
+        with tempfile.TemporaryDirectory(prefix=f"lorry-rank-{communicator.rank}-") as scratch:
+            aside = run.model_copy(update={"output_dir": Path(scratch) / "run"})
+            result = _train_run(aside, communicator, (), ())
+        return replace(result, path=run.output_dir)
+
+
+def _train_run(
+    run: RunConfig,
+    communicator: Communicator,
+    settings_notes: Sequence[str],
+    listeners: Sequence[TrainingListener],
+) -> TrainResult:
+    """`train_run` on one of its processes."""
     # first of all: a directory with somebody's files is refused before a second is spent
     claim_output_dir(run.output_dir, run.job_names)
     notebook = Notebook()
     notebook.add(*settings_notes)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
-        run, exams, suite = _prepare_run(run, notebook.add)
+        given, exams, suite = _prepare_run(run, notebook.add)
+        run = place_run(given, communicator, notebook.add)
         # before the model is loaded: an unfinished run that is not resumed is refused here
-        resume_from = find_resume_checkpoint(run.output_dir, run.train.resume_from_checkpoint)
+        resume_from = find_shared_checkpoint(run, communicator)
         # a listener like the others; what it heard corrects `lorry plan` at the end
         times = StepTimes()
-        trackers = open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))
+        described = given.model_dump(mode="json")
+        trackers = (
+            open_trackers(run.train.report_to, run.output_dir, described)
+            if communicator.rank == 0
+            else []
+        )
         notebook.listeners = [*listeners, times, *trackers]
         _set_up_torch(run)
         opened = open_base(run, notebook.add)
@@ -123,7 +157,7 @@ def train_run(
         evaluations: list[RunEvaluation] = [Measure(BenchmarkEvaluator(run, opened, exams))]
         if suite is not None:
             evaluations.append(RunSuite(run, opened, suite, process.home))
-        engine = build_engine(run, opened, jobs, notebook, evaluations)
+        engine = build_engine(run, opened, jobs, notebook, evaluations, communicator)
         # read before an earlier run moves, which may be what this one begins with
         over = start_files(opened.model)
         resume_or_make_room(engine, resume_from, run, notebook)
@@ -131,7 +165,7 @@ def train_run(
         process.begin(engine.progress.step, engine.total)
         artifacts.write_start(run.output_dir, over, list(jobs))
         # the run's own files are all written in there; the rate below is of this machine
-        result = _train_and_finish(run, opened, jobs, engine, process.home)
+        result = _train_and_finish(given, opened, jobs, engine, process.home)
         if (counted := planned_run_of(run, opened)) is not None:
             notebook.tell(record_step_rate(times, counted, opened.model, run.backend.threads))
         return result
@@ -143,7 +177,85 @@ def planned_run_of(run: RunConfig, opened: OpenedModel) -> PlannedRun | None:
     """
     if run.task != "sft" or run.lora is None or run.jobs or opened.adapters:
         return None
+    if run.backend.name != "single":
+        return None  # the rate is of one process
     return PlannedRun(run.model.name, run.lora, run.train, run.data.max_length)
+
+
+def place_run(run: RunConfig, communicator: Communicator, add_note: NoteCallback) -> RunConfig:
+    """The run as this process makes it: on its device, with its cores, and with the rows of a step of
+    all processes, so that everything that is counted from them is that of one device. Raises
+    ConfigError.
+    """
+    launched = launched_process()
+    if communicator.size == 1 or launched is None:
+        return run
+    # as rank 0 has it: what was measured before may have come out otherwise on another machine
+    shared = communicator.exchange("settings", json.loads(run.model_dump_json()))[0]
+    run = type(run).model_validate({**shared, "output_dir": run.output_dir})
+    run = scale_batches(run, communicator.size)
+    train = run.train
+    add_note(
+        f"{communicator.size} processes: {train.per_device_train_batch_size} rows in a micro-batch of "
+        f"all of them, {train.per_device_train_batch_size * train.gradient_accumulation_steps} in a "
+        "step"
+    )
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= launched.local_world_size
+    device = run.model.device
+    several = launched.local_world_size > 1
+    if several and (device.startswith("cuda:") or (device == "cuda" and not on_gpu)):
+        raise ConfigError(
+            f"model.device={device} for {launched.local_world_size} processes on this machine, which "
+            f"has {torch.cuda.device_count()} GPUs: every process needs one of its own; leave "
+            "model.device out"
+        )
+    if device == "auto":
+        device = f"cuda:{launched.local_rank}" if on_gpu else "cpu"
+    elif device == "cuda":
+        device = f"cuda:{launched.local_rank}"
+    threads = run.backend.threads or max(1, (os.cpu_count() or 1) // launched.local_world_size)
+    return run.model_copy(
+        update={
+            "model": run.model.model_copy(update={"device": device}),
+            "backend": run.backend.model_copy(update={"threads": threads}),
+        }
+    )
+
+
+def scale_batches(run: RunConfig, processes: int) -> RunConfig:
+    """A run whose `per_device_train_batch_size` is that of all processes together, jobs' own too: with
+    `backend.keep_total` it is already. Raises ConfigError where a step has fewer rows than there are
+    processes."""
+    train = run.train
+    name, rows = "per_device_train_batch_size", train.per_device_train_batch_size
+    if run.backend.keep_total:
+        if rows * train.gradient_accumulation_steps < processes:
+            raise ConfigError(
+                f"a step of {rows} x {train.gradient_accumulation_steps} rows "
+                f"({name} x gradient_accumulation_steps) is too few for {processes} processes with "
+                "backend.keep_total; raise one of them"
+            )
+        return run
+    jobs = [
+        job.model_copy(update={"train": {**job.train, name: job.train[name] * processes}})
+        if name in job.train
+        else job
+        for job in run.jobs
+    ]
+    return run.model_copy(
+        update={"train": train.model_copy(update={name: rows * processes}), "jobs": jobs}
+    )
+
+
+def find_shared_checkpoint(run: RunConfig, communicator: Communicator) -> Path | None:
+    """`find_resume_checkpoint` as rank 0 answers it. Raises what that raises."""
+
+    def find() -> str | None:
+        found = find_resume_checkpoint(run.output_dir, run.train.resume_from_checkpoint)
+        return None if found is None else str(found.absolute())
+
+    found = communicator.on_main("the checkpoint to resume from", find)
+    return None if found is None else Path(found)
 
 
 def suggest_less_memory(run: RunConfig) -> str:
@@ -300,25 +412,43 @@ def _train_and_finish(
         outcome = engine.run()
         checks.held(8, _row_accounting(jobs))  # a streamed source knows more now
         checks.end(backend, engine.task)
+        checks.equal_on_all_ranks(backend, 5, "at the end of training")
         home.check()
         beside = trained_names(jobs)[len(jobs) :]
-        digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared, beside)
+        # rank 0's are the run's; the others wait, and learn whether they hold
+        digests = backend.communicator.on_main(
+            "the trained weights",
+            lambda: finish.write_and_check_adapters(
+                run.output_dir, opened, checks, prepared, beside
+            ),
+        )
         finish.displace_measurements(run.output_dir, digests)
         engine.conclude_evaluations()
-        finish.check_newest_checkpoint(checks, engine.newest)
+        backend.communicator.on_main(
+            "the newest checkpoint", lambda: finish.check_newest_checkpoint(checks, engine.newest)
+        )
         artifacts.write_json(
             run.output_dir,
             SAMPLES,
             finish.collect_samples(backend, jobs, opened.model.context, TASKS[run.task].samples),
         )
+    except ContractError as error:
+        # of another rank: this one's report has not heard of it
+        checks.note_failure(error)
+        raise
     finally:
         # also after an error, which it explains; not under the name of a directory that moved
         if home.is_there():
             artifacts.write_json(run.output_dir, CONTRACTS, checks.report())
+    contracts = backend.communicator.exchange("contracts", checks.report())[0]
+    finished = TrainResult(
+        run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs)
+    )
+    if backend.communicator.rank:  # rank 0 writes the rest, and is not waited for
+        return finished
     home.check()
     if not os.path.lexists(run.output_dir / RUN_FILE):  # somebody removed it: what follows reads it
         artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
-    contracts = checks.report()
     artifacts.write_json(run.output_dir, LOSSES, collect_losses(run.output_dir))
     receipt = finish.run_receipt(
         run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher")
@@ -329,9 +459,7 @@ def _train_and_finish(
         ownership.displace_entries(run.output_dir, [EVALUATION])  # the card would read it
     # last of all: it is made from the files above, as `lorry push` would make it again
     artifacts.write_text(run.output_dir, CARD, render_run_card(run.output_dir))
-    return TrainResult(
-        run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs)
-    )
+    return finished
 
 
 def _is_readable_evaluation(run_dir: Path) -> bool:
@@ -463,9 +591,10 @@ def build_engine(
     jobs: PreparedJobs,
     notebook: Notebook,
     evaluations: Sequence[RunEvaluation] = (),
+    communicator: Communicator = ONE_PROCESS,
 ) -> TrainingEngine:
     """The backend, the task and the loop of this run. ``evaluations``: what it asks of an adapter
-    besides the task's own.
+    besides the task's own; ``communicator``: its processes.
     """
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
     # dropout's seed is part of the sequences' keys, job by job
@@ -477,6 +606,7 @@ def build_engine(
         trained_names(jobs),
         {name: optim_settings_of(train) for name, train in settings.items()},
         gradient=TASKS[run.task].gradient({name: job.run for name, job in jobs.items()}),
+        communicator=communicator,
     )
     ends = TASKS[run.task].ends
     training = [_training_job(name, job, ends(job)) for name, job in jobs.items()]
@@ -504,7 +634,9 @@ def build_engine(
         jobs=training,
         listeners=notebook.listeners,
         tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
-        models=built.models,
+        models=built.models
+        if communicator.size == 1
+        else {name: SharedScorer(model, communicator) for name, model in built.models.items()},
         evaluations=run_evaluations,
         record=built.record,
         conclude=built.conclude,

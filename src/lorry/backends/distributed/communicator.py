@@ -1,0 +1,343 @@
+"""What the processes of a run say to each other, over torch.distributed.
+
+    with communicator.sharing_failures():
+        frames = communicator.exchange("signals", stop.requested)   # every rank's, in order
+        communicator.add_up("gradients", grads)                     # the same sum on every rank
+
+**One primitive.** Whatever ranks agree on goes through `exchange`: a name and a value of each rank.
+A rank that fails says so by one more exchange, so that the others learn of it at whatever exchange
+they come to next, and everybody ends with the same error: nobody waits for a rank that is gone, and
+nobody raises alone. A sum of tensors is announced by an exchange first, so a failure never pairs with
+half a tensor; and since names travel along, ranks that have come apart (one micro-batch more, a
+decision taken by one of them) raise ContractError instead of adding up what does not belong together.
+
+**The rule that follows.** Between two exchanges a rank may raise whatever it likes. What decides
+whether an exchange takes place at all must be the same on every rank: settings, step numbers, or
+values that came out of an exchange.
+
+A rank that dies without a word closes its connections: the others' next exchange fails, at the latest
+after `backend.timeout` seconds, and what started the processes ends the rest.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from lorry.errors import ConfigError, ContractError, LorryError
+from lorry.ranks import launched_process, workers_to_start
+
+# Bytes of a frame that fits one all_gather: a signal, a step's losses of a few adapters. Larger ones
+# take a second, as long as the longest.
+FRAME_BYTES = 4096
+LENGTH_BYTES = 8  # of a frame's length, before it
+END_WAIT_SECONDS = 30.0  # for rank 0 to write how a run ended, before this rank ends as well
+POLL_SECONDS = 0.05
+
+
+class PeerError(LorryError):
+    """Another process of the run cannot be reached any more."""
+
+
+class Communicator(Protocol):
+    """The processes of a run as one of them sees them: ``rank`` of ``size``."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def exchange(self, what: str, value: Any = None) -> list[Any]:
+        """Every rank's value (JSON), in the order of the ranks. Raises what a rank raised instead
+        (`sharing_failures`), ContractError where one is at another ``what``, and PeerError."""
+
+    def on_main(self, what: str, function: Callable[[], Any]) -> Any:
+        """What ``function`` gives rank 0, which alone calls it (JSON), on every rank; it may take as
+        long as it likes. Raises on every rank what it raised there, and what `exchange` raises."""
+
+    def add_up(self, what: str, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over ranks, the same bits on each. Raises what `exchange`
+        raises, and ContractError where shapes or dtypes differ."""
+
+    def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Every rank's tensors, on the CPU, in the order of the ranks. Raises what `exchange` does."""
+
+    def sharing_failures(self) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, what one rank raises is raised on every rank at its next exchange: the
+        others name it (``rank 1: ...``), and their error is of the same class."""
+
+
+class OneProcess:
+    """The communicator of a run that has one process."""
+
+    rank, size = 0, 1
+
+    def exchange(self, what: str, value: Any = None) -> list[Any]:
+        """Its own value."""
+        return [value]
+
+    def on_main(self, what: str, function: Callable[[], Any]) -> Any:
+        """What the function returns."""
+        return function()
+
+    def add_up(self, what: str, tensor: Tensor) -> None:
+        """The sum is the tensor."""
+
+    def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Its own tensors, on the CPU."""
+        return [{name: tensor.cpu() for name, tensor in tensors.items()}]
+
+    def sharing_failures(self) -> contextlib.AbstractContextManager[None]:
+        """There is nobody to share them with."""
+        return contextlib.nullcontext()
+
+
+ONE_PROCESS = OneProcess()
+
+
+class TorchCommunicator:
+    """Over torch.distributed's default group, which is initialised: gloo for what is on the CPU.
+    ``store``: its key-value store, where rank 0 says that something long is done.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self._calls = 0  # of `on_main`, which every rank counts alike
+        self.lost = False  # whether another rank could not be reached
+
+    def exchange(self, what: str, value: Any = None) -> list[Any]:
+        """See `Communicator.exchange`."""
+        frames = self._frames({"what": what, "value": value})
+        failed = [(rank, frame["failed"]) for rank, frame in enumerate(frames) if "failed" in frame]
+        if failed:
+            rank, failure = failed[0]
+            raise _shared_error(rank, failure)
+        places = [frame["what"] for frame in frames]
+        if len(set(places)) > 1:
+            other = next(rank for rank, place in enumerate(places) if place != places[0])
+            raise _mark_shared(
+                ContractError(
+                    f"the processes have come apart: rank 0 is at {places[0]!r}, rank {other} at "
+                    f"{places[other]!r}; nothing was updated since they last agreed"
+                )
+            )
+        return [frame["value"] for frame in frames]
+
+    def on_main(self, what: str, function: Callable[[], Any]) -> Any:
+        """See `Communicator.on_main`."""
+        self._calls += 1
+        key = f"main/{self._calls}"
+        if self.rank == 0:
+            try:
+                result = function()
+            finally:
+                # the others wait for the key and not in a collective, which has a timeout
+                self.store.set(key, what)
+            return self.exchange(what, result)[0]
+        while not self._is_set(key):
+            time.sleep(POLL_SECONDS)
+        return self.exchange(what)[0]
+
+    def add_up(self, what: str, tensor: Tensor) -> None:
+        """See `Communicator.add_up`."""
+        shape = [str(tensor.dtype), list(tensor.shape)]
+        shapes = self.exchange(what, shape)
+        if any(other != shapes[0] for other in shapes):
+            raise _mark_shared(
+                ContractError(f"{what}: the ranks would add up tensors of {shapes}, which differ")
+            )
+        with self._explained(what):
+            torch.distributed.all_reduce(tensor)
+
+    def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """See `Communicator.gather`."""
+        payload = save_tensors(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        )
+        sizes = self.exchange(what, len(payload))
+        return [load_tensors(part) for part in self._gather_bytes(what, payload, sizes)]
+
+    @contextlib.contextmanager
+    def sharing_failures(self) -> Iterator[None]:
+        """See `Communicator.sharing_failures`."""
+        try:
+            yield
+        except BaseException as error:
+            if not is_shared(error) and not isinstance(error, PeerError):
+                # a rank that cannot be told any more ends by itself, and this one has its own error
+                with contextlib.suppress(PeerError):
+                    self._frames({"failed": _describe(error)})
+                    # rank 0 speaks for all; its own error is the one that it prints
+                    if isinstance(error, LorryError):
+                        _mark_shared(error)
+            raise
+
+    def wait_for_main(self) -> None:
+        """Wait until rank 0 has ended, for `END_WAIT_SECONDS` at most."""
+        limit = time.monotonic() + END_WAIT_SECONDS
+        # the store goes with rank 0 where that holds it: then it has ended, too
+        with contextlib.suppress(PeerError):
+            while time.monotonic() < limit and not self._is_set("main/ended"):
+                time.sleep(POLL_SECONDS)
+
+    def _is_set(self, key: str) -> bool:
+        with self._explained(key):
+            return bool(self.store.check([key]))
+
+    def _frames(self, frame: Mapping[str, Any]) -> list[dict[str, Any]]:
+        data = json.dumps(frame).encode()
+        what = str(frame.get("what", "a failure"))
+        head = torch.zeros(FRAME_BYTES, dtype=torch.uint8)
+        head[:LENGTH_BYTES] = torch.frombuffer(
+            bytearray(len(data).to_bytes(LENGTH_BYTES, "little")), dtype=torch.uint8
+        )
+        short = data[: FRAME_BYTES - LENGTH_BYTES]
+        head[LENGTH_BYTES : LENGTH_BYTES + len(short)] = torch.frombuffer(
+            bytearray(short), dtype=torch.uint8
+        )
+        heads = self._all_gather(what, head)
+        sizes = [int.from_bytes(bytes(h[:LENGTH_BYTES].tolist()), "little") for h in heads]
+        if max(sizes) <= FRAME_BYTES - LENGTH_BYTES:
+            parts = [
+                bytes(h[LENGTH_BYTES : LENGTH_BYTES + size].tolist())
+                for h, size in zip(heads, sizes, strict=True)
+            ]
+        else:
+            parts = self._gather_bytes(what, data, sizes)
+        return [json.loads(part) for part in parts]
+
+    def _gather_bytes(self, what: str, data: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """Every rank's bytes, whose numbers are known."""
+        padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = self._all_gather(what, padded)
+        return [part[:size].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+    def _all_gather(self, what: str, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._explained(what):
+            torch.distributed.all_gather(parts, tensor)
+        return parts
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        # DistError, DistBackendError, DistStoreError are RuntimeErrors; gloo's own is a plain one
+        except RuntimeError as error:
+            self.lost = True
+            first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise PeerError(
+                f"lost another process of the run at {what!r} ({first}); the last checkpoint, if "
+                "any, is whole: the same command with resume_from_checkpoint=auto goes on"
+            ) from error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank has this error: then rank 0 alone tells of it."""
+    return bool(getattr(error, "shared", False))
+
+
+def _mark_shared(error: LorryError) -> LorryError:
+    error.shared = True
+    return error
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    """An error as JSON: of ours by its class, of others by their words."""
+    if isinstance(error, LorryError):
+        number = error.contract if isinstance(error, ContractError) else None
+        return {"kind": type(error).__name__, "text": str(error), "contract": number}
+    return {"kind": "", "text": f"{type(error).__name__}: {error}", "contract": None}
+
+
+def _shared_error(rank: int, failure: Mapping[str, Any]) -> LorryError:
+    """The error of another rank, of its class (exit code and page of the manual are the same) and with
+    its words.
+    """
+    text = f"rank {rank}: {failure['text']}"
+    kind = _error_classes().get(failure["kind"], LorryError)
+    # a class of its own: some of ours (DiskError) make their words of fields that did not travel
+    error: LorryError = type(kind.__name__, (kind,), {"__str__": lambda self: text})()
+    if isinstance(error, ContractError):
+        error.contract = failure["contract"]
+    return _mark_shared(error)
+
+
+def _error_classes() -> dict[str, type[LorryError]]:
+    known, new = dict[str, type[LorryError]](), [LorryError]
+    while new:
+        known |= {kind.__name__: kind for kind in reversed(new)}
+        new = [below for kind in new for below in kind.__subclasses__()]
+    return known
+
+
+def open_communicator(backend: Any) -> Communicator:
+    """The processes of this run: those that a launcher has started, joined on the first call; else
+    this one. ``backend``: the settings. Raises ConfigError.
+    """
+    if workers_to_start(backend) > 1:
+        raise ConfigError(
+            f"backend.processes={backend.processes} starts workers for a command; in Python start "
+            f"the script itself with torchrun --nproc-per-node {backend.processes}"
+        )
+    launched = launched_process()
+    if launched is None or launched.world_size == 1:
+        return ONE_PROCESS
+    return _join(backend.timeout)
+
+
+@functools.cache
+def _join(seconds: float) -> TorchCommunicator:
+    """Join the job's processes, once in the life of this one."""
+    # imported here: it is a second of every single-process run
+    import torch.distributed as dist
+
+    launched = launched_process()
+    assert launched is not None
+    timeout = timedelta(seconds=seconds)
+    try:
+        store, rank, size = next(
+            dist.rendezvous("env://", launched.rank, launched.world_size, timeout=timeout)
+        )
+        store = dist.PrefixStore("lorry", store)
+        on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= launched.local_world_size
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+    # what a rendezvous raises is a RuntimeError of torch's (also for a port in use), or ValueError
+    except (RuntimeError, ValueError) as error:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"rank {launched.rank} could not join the other {launched.world_size - 1} processes at "
+            f"{where}: {str(error).splitlines()[0][:200]}"
+        ) from error
+    communicator = TorchCommunicator(store, rank, size)
+    atexit.register(_leave, communicator)
+    return communicator
+
+
+def _leave(communicator: TorchCommunicator) -> None:
+    """At this process's end. The others wait for rank 0: a launcher that sees one of them fail ends
+    the rest, and rank 0 may be writing how the run ended."""
+    with contextlib.suppress(RuntimeError):
+        if communicator.rank == 0:
+            communicator.store.set("main/ended", "")
+        elif not communicator.lost:
+            communicator.wait_for_main()
+        torch.distributed.destroy_process_group()
