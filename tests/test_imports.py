@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lorry"
 
 # A room may import rooms on its own line and on lines above it.
 ORDER = [
-    {"errors", "formatting", "notes", "visible"},
+    {"errors", "formatting", "notes", "ranks", "visible"},
     {"disk"},
     {"streams", "console"},
     {"config", "families", "kernels"},
@@ -36,6 +36,7 @@ NO_TORCH = (
     "errors",
     "formatting",
     "notes",
+    "ranks",
     "visible",
     "disk",
     "streams",

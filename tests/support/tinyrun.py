@@ -8,7 +8,7 @@ engine_for(Fixed(steps), tmp_path / "run", learning_rate=1e-2).run()
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from itertools import zip_longest
@@ -158,7 +158,8 @@ def described(model: Path, data: Path, out: Path, **settings: Any) -> RunConfig:
 
 def engine_for(
     task: Task, folder: Path, *, listeners: Sequence[TrainingListener] = (), steps_per_epoch: int = 4, specs: Sequence[LoraSpec] = (),
-    optim: OptimSettings | None = None, checks: ContractChecks | None = None, ends: Sequence[int] = (), **train: Any,
+    optim: OptimSettings | None = None, checks: ContractChecks | None = None, ends: Sequence[int] = (),
+    make_backend: Callable[..., LocalBackend] = LocalBackend, **train: Any,
 ) -> TrainingEngine:  # fmt: skip
     """The engine on `seam.tiny_llama`, an adapter for every name of the task (``specs``: one each,
     r=3 if absent).
@@ -166,7 +167,7 @@ def engine_for(
     model = tiny_llama()
     for name, spec in zip_longest(task.adapters, specs):
         attach(model, spec or LoraSpec(r=3), name)
-    backend = LocalBackend(model, list(task.adapters), optim or OptimSettings())
+    backend = make_backend(model, list(task.adapters), optim or OptimSettings())
     return TrainingEngine(
         backend,
         task,

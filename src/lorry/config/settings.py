@@ -78,7 +78,7 @@ class PlanBackend(TrainBackendConfig):
     name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider than a run may have it
         "single", "one device, or how many GPUs share the work"
     )
-    processes: PositiveInt = config_field(1, "GPUs in all")  # type: ignore[assignment]  # no launcher
+    processes: PositiveInt = config_field(1, "GPUs in all")
     tensor_parallel: PositiveInt = config_field(1, "GPUs that share every matrix (megatron)")
     pipeline_parallel: PositiveInt = config_field(1, "stages of layers (megatron)")
     expert_parallel: PositiveInt = config_field(1, "groups that share the experts (megatron)")

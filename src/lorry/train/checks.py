@@ -431,7 +431,9 @@ class ContractChecks:
 
     # --- between the ranks of a run
 
-    def same_run_on_all_ranks(self, communicator: Communicator, identity: Mapping[str, Any]) -> None:
+    def same_run_on_all_ranks(
+        self, communicator: Communicator, identity: Mapping[str, Any]
+    ) -> None:
         """Every rank has to have rank 0's data, base and code, and the same torch: raises ConfigError
         naming what differs. Settings are rank 0's anyway."""
         environment = identity.get("environment", {})

@@ -44,7 +44,6 @@ from lorry.train.monitoring.events import TrainingListener
 from lorry.train.monitoring.signals import StopRequest, watch_signals
 from lorry.train.resources.peak import peak_memory
 
-
 EQUALITY_STEPS = 2  # after each of which ranks compare what they hold
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import json
 import os
 import time
@@ -37,7 +36,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lorry.errors import ConfigError, ContractError, LorryError
-from lorry.ranks import launched_process, workers_to_start
+from lorry.ranks import LaunchedProcess, launched_process, workers_to_start
 
 # Bytes of a frame that fits one all_gather: a signal, a step's losses of a few adapters. Larger ones
 # take a second, as long as the longest.
@@ -295,24 +294,28 @@ def open_communicator(backend: Any) -> Communicator:
     launched = launched_process()
     if launched is None or launched.world_size == 1:
         return ONE_PROCESS
-    return _join(backend.timeout)
+    # once in the life of a process, however many runs it makes
+    if not _joined:
+        _joined.append(_join(launched, backend.timeout))
+    return _joined[0]
 
 
-@functools.cache
-def _join(seconds: float) -> TorchCommunicator:
-    """Join the job's processes, once in the life of this one."""
+_joined = list[TorchCommunicator]()
+
+
+def _join(launched: LaunchedProcess, seconds: float) -> TorchCommunicator:
     # imported here: it is a second of every single-process run
     import torch.distributed as dist
 
-    launched = launched_process()
-    assert launched is not None
     timeout = timedelta(seconds=seconds)
     try:
         store, rank, size = next(
             dist.rendezvous("env://", launched.rank, launched.world_size, timeout=timeout)
         )
         store = dist.PrefixStore("lorry", store)
-        on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= launched.local_world_size
+        on_gpu = (
+            torch.cuda.is_available() and torch.cuda.device_count() >= launched.local_world_size
+        )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,

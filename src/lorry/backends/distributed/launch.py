@@ -34,27 +34,13 @@ ENDED_BY_LAUNCHER = (-signal.SIGTERM, -signal.SIGKILL)
 def run_workers(words: Sequence[str], processes: int) -> int:
     """Run ``lorry WORDS`` in so many processes; their exit code: 0 where all succeeded, else that of
     rank 0 unless another one was ended by a signal."""
-    store = TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": LOCALHOST,
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        # cores divided: with all of them each, workers wait for each other's threads
-        "OMP_NUM_THREADS": os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))
-        ),
-    }
+    store = open_store()
     with _handing_on() as workers:
         context = start_processes(
             "lorry",
             sys.executable,
-            args={rank: ("-m", "lorry", *words) for rank in range(processes)},
-            envs={
-                rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                for rank in range(processes)
-            },
+            args=dict.fromkeys(range(processes), ("-m", "lorry", *words)),
+            envs=worker_environments(processes, store.port),
             # their output is this command's
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
@@ -66,6 +52,28 @@ def run_workers(words: Sequence[str], processes: int) -> int:
         finally:
             context.close(signal.SIGTERM)
     return _exit_code({rank: failure.exitcode for rank, failure in result.failures.items()})
+
+
+def open_store() -> TCPStore:
+    """A store of this process's, for workers on this machine, at a port that the system chooses."""
+    return TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+
+
+def worker_environments(processes: int, port: int) -> dict[int, dict[str, str]]:
+    """By rank, what each worker's environment says besides this process's. ``port``: of the store."""
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": LOCALHOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # cores divided: with all of them each, workers wait for each other's threads
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+    }
+    return {
+        rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    }
 
 
 class _Workers:
@@ -89,7 +97,7 @@ class _Workers:
 
 @contextlib.contextmanager
 def _handing_on() -> Iterator[_Workers]:
-    workers, before = _Workers(), dict[int, Any]()
+    workers, before = _Workers(), dict[signal.Signals, Any]()
     # the launcher would install handlers of its own, which end the workers after 30 seconds
     name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
     handled_before = os.environ.get(name)
@@ -100,8 +108,8 @@ def _handing_on() -> Iterator[_Workers]:
                 before[number] = signal.signal(number, workers.hand_on)
         yield workers
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for watched, handler in before.items():
+            signal.signal(watched, handler)
         if handled_before is None:
             del os.environ[name]
         else:

@@ -1,0 +1,306 @@
+"""One run on several processes is the run on one, or it stops.
+
+A pair of processes is started once and makes every training and every fault of
+`tests/support/layouts.py`; one process makes the same trainings here, and PEFT one of them, which
+knows nothing of Lorry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorry.adapters.attach import get_bank
+from lorry.backends.distributed.communicator import ONE_PROCESS
+from lorry.backends.distributed.launch import open_store, worker_environments
+from lorry.config import RunConfig
+from lorry.train.session import train_run
+from tests.support import layouts, tinyrun
+from tests.support.layouts import ALPHA, ONE, RATE, STEPS, TARGETS, backend_for, uneven
+from tests.support.processes import started, wait_until
+from tests.support.seam import CONFIG, tiny_llama
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).resolve().parents[2]
+# of a whole pair: far above what it takes, far below the suite's limit
+pytestmark = pytest.mark.timeout(600)
+
+
+class Pair(NamedTuple):
+    """What two processes came to: tensors and faults by rank, their output, the run directory."""
+
+    tensors: list[dict[str, Tensor]]
+    faults: list[dict[str, list[str]]]
+    printed: list[tuple[str, str]]
+    folder: Path
+
+
+EVALUATED: dict[str, Any] = {
+    "lora_dropout": 0.1,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "test_size": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+}
+LONG = {**EVALUATED, "max_steps": 30, "save_steps": 1, "eval_strategy": "no"}
+del LONG["eval_steps"]
+
+
+def described(folder: Path, out: Path, **settings: Any) -> RunConfig:
+    return tinyrun.described(folder / "model", folder / "data.jsonl", out, **settings)
+
+
+def words_of(folder: Path, out: Path, **settings: Any) -> list[str]:
+    """The same as words of the command line."""
+    paths = {"model": folder / "model", "data": folder / "data.jsonl", "output_dir": out}
+    given = {**paths, **tinyrun.DEFAULTS, **settings}
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("layouts")
+    tinyrun.model_directory(folder / "model")
+    tinyrun.write_rows(folder / "data.jsonl", tinyrun.rows(16))
+    store = open_store()
+    words = [
+        "sft",
+        *words_of(folder, folder / "run", **EVALUATED),
+        "backend=ddp",
+        "keep_total=true",
+    ]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.support.layouts", str(folder), *words],
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in worker_environments(2, store.port).values()
+    ]
+    try:
+        printed = [child.communicate() for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], printed
+    return Pair(
+        [load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1)],
+        [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)],
+        printed,
+        folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(quick: None) -> Mapping[str, Tensor]:  # noqa: F811 - the fixture
+    return layouts.trainings(ONE_PROCESS)
+
+
+def relative(got: Tensor, true: Tensor) -> float:
+    return float((got.double() - true.double()).norm() / true.double().norm().clamp(min=1e-30))
+
+
+# --- equality
+
+
+@pytest.mark.parametrize(
+    ("training", "loss", "values"),
+    [
+        ("float32", 1e-5, 1e-3),
+        # masters are fp32: no tighter bound of an adapter is true
+        ("float64", 1e-9, 1e-6),
+        ("mixed", 1e-5, 1e-3),
+        ("unsupervised", 1e-5, 1e-3),
+        ("few", 1e-5, 1e-3),
+        ("npo", 1e-5, 1e-3),
+        ("gradient rule", 1e-5, 1e-3),
+    ],
+)
+def test_two_processes_are_one(
+    pair: Pair, alone: Mapping[str, Tensor], training: str, loss: float, values: float
+) -> None:
+    """Uneven micro-batches, adapters of other rank and depth with dropout, rows of the base alone, rows
+    that teach nothing, a step with one row, a reference model, a gradient rule."""
+    names = [name for name in alone if name.startswith(f"{training}/")]
+    for mine in pair.tensors:
+        first = (mine[f"{training}/losses"][0], alone[f"{training}/losses"][0])
+        torch.testing.assert_close(*first, rtol=loss, atol=loss)
+        assert relative(mine[f"{training}/norms"], alone[f"{training}/norms"]) < max(1e-6, loss)
+        for name in names:
+            if "/values/" in name:
+                assert relative(mine[name], alone[name]) < values, name
+    # the ranks hold the same bits
+    assert all(torch.equal(pair.tensors[0][name], pair.tensors[1][name]) for name in names)
+
+
+def test_scores_are_those_of_one_process(pair: Pair, alone: Mapping[str, Tensor]) -> None:
+    names = [name for name in alone if name.startswith("scores")]
+    assert len(names) == 12
+    for name in names:
+        for mine in pair.tensors:
+            torch.testing.assert_close(mine[name], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_are_peft_in_one(pair: Pair) -> None:
+    """The float64 training by transformers, PEFT and torch.optim, each row by itself."""
+    settings = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="eager")).double()
+    model.load_state_dict(tiny_llama().state_dict(), strict=False)
+    model.tie_weights()
+    config = LoraConfig(r=3, lora_alpha=ALPHA, target_modules=TARGETS)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    start = backend_for(ONE_PROCESS, ONE)
+    ours = get_bank(start.model)["default"]
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): p
+        for name, p in wrapped.named_parameters()
+        if p.requires_grad
+    }
+    assert theirs.keys() == ours.tensors().keys()
+    for name, value in ours.tensors().items():
+        theirs[name].data.copy_(value)
+    adamw = torch.optim.AdamW(theirs.values(), lr=RATE, weight_decay=0.0)
+    losses, norms = list[float](), list[float]()
+    for step in range(STEPS):
+        rows = [row for batch in uneven(step) for row in batch]
+        total, weight = torch.zeros((), dtype=torch.float64), sum(sum(r.weights) for r in rows)
+        for row in rows:
+            tokens = torch.tensor(row.tokens)
+            logp = wrapped(tokens[None]).logits[0].log_softmax(-1)
+            picked = logp[:-1].gather(1, tokens[1:, None])[:, 0]
+            total = total - (picked * torch.tensor(row.weights[1:])).sum() / weight
+        total.backward()
+        losses.append(total.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)))
+        adamw.step()
+        adamw.zero_grad()
+    mine = pair.tensors[0]
+    # transformers' norms and rotary angles are fp32 in any dtype, hence not 1e-9
+    assert abs(float(mine["float64/losses"][0, 0]) - losses[0]) < 1e-7 * losses[0]
+    assert relative(mine["float64/norms"][:1, 0], torch.tensor(norms[:1])) < 1e-6
+    assert relative(mine["float64/losses"][:, 0], torch.tensor(losses).double()) < 1e-6
+    views = ours.split_like(mine["float64/values/default"])
+    got = torch.cat([views[name].flatten().double() for name in theirs])
+    true = torch.cat([p.detach().flatten() for p in theirs.values()])
+    # Adam divides by the root of its second moment, which doubles rounding where that is small
+    assert relative(got, true) < 1e-5
+
+
+# --- what goes wrong on one rank
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        (
+            "a gradient not added up",
+            "ContractError",
+            ["contract 3", "after step 1", "rank 1 holds"],
+        ),
+        ("totals of one rank", "ContractError", ["totals of the whole step", "rank 1"]),
+        ("one more micro-batch", "ContractError", ["come apart", "one more pass"]),
+        ("another adapter", "ContractError", ["contract 2", "before the first step", "lora_A"]),
+        ("another base", "ConfigError", ["another base", "rank 1"]),
+        ("not finite", "NonFiniteError", ["rank 1: step 1", "not finite"]),
+        ("full disk", "DiskError", ["No space left on device"]),
+        ("signal", "RunInterruptedError", ["SIGTERM arrived; step 2 of 4"]),
+    ],
+)
+def test_a_fault_of_one_rank_ends_every_rank(
+    pair: Pair, fault: str, kind: str, words: list[str]
+) -> None:
+    """With the same kind of error, which names the rank; nobody waits for ever."""
+    for rank, ended in enumerate(pair.faults):
+        assert ended[fault][0] == kind, (rank, ended[fault])
+        assert ended[fault][2] == "True", (rank, ended[fault])
+    assert all(word in pair.faults[0][fault][1] for word in words), pair.faults[0][fault]
+
+
+def test_an_error_of_ours_is_told_where_it_is(pair: Pair) -> None:
+    """A bug is no message for people: the rank that has it keeps its traceback, the others name it."""
+    assert pair.faults[1]["bug"][0] == "TypeError"
+    assert pair.faults[1]["bug"][2] == "False"
+    assert pair.faults[0]["bug"][0] == "LorryError"
+    assert pair.faults[0]["bug"][1].startswith("rank 1: TypeError")
+
+
+def test_ranks_go_on_after_a_fault(pair: Pair) -> None:
+    """The last training of the pair, behind all faults, has none; rank 0 alone wrote checkpoints."""
+    assert [ended["nothing"] for ended in pair.faults] == [["", "", ""]] * 2
+    assert tinyrun.saved(pair.folder / "nothing") == [2, 3]
+    assert not (pair.folder / "nothing" / "rank-1" / "checkpoints").exists()
+    # of the signal at rank 1: the step it came in is saved
+    assert tinyrun.saved(pair.folder / "signal") == [1, 2]
+
+
+# --- a whole run
+
+
+def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
+    """The command in two processes, as torchrun starts it: the files of one device; rank 1 says
+    nothing, also where both are refused."""
+    assert [ended["command"][0] for ended in pair.faults] == ["0", "0"]
+    assert [ended["refused command"][0] for ended in pair.faults] == ["4", "4"]
+    (out, messages), silent = pair.printed
+    run = pair.folder / "run"
+    assert out.strip().splitlines()[-1] == str(run)
+    assert "2 processes: 4 rows in a micro-batch of all of them, 4 in a step" in messages
+    assert messages.count("error:") == 1
+    assert silent == ("", "")
+    one = train_run(described(pair.folder, tmp_path / "one", **EVALUATED), [])
+    for two, single in zip(tinyrun.lines(run), tinyrun.lines(one.path), strict=True):
+        for name in single.keys() - {"seconds", "peak_memory_bytes"}:
+            assert two[name] == pytest.approx(single[name], rel=1e-4, abs=1e-6), name
+    weights = [load_file(path / "adapter_model.safetensors") for path in (run, one.path)]
+    assert max(relative(weights[0][name], weights[1][name]) for name in weights[1]) < 1e-3
+    assert {path.name for path in run.iterdir()} - {"report.html", "report.png"} == {
+        path.name for path in one.path.iterdir()
+    }
+    contracts = json.loads((run / "contracts.json").read_text())
+    assert [contract["status"] for contract in contracts] == ["held"] * 8
+
+
+def test_a_killed_rank_ends_the_job_and_one_device_goes_on(pair: Pair, tmp_path: Path) -> None:
+    """Two workers that the command starts; rank 1 is killed. The other and the command end, the last
+    checkpoint is whole, and one process finishes what two began."""
+    out = tmp_path / "killed"
+    words = words_of(pair.folder, out, **LONG)
+    command = [sys.executable, "-m", "lorry", "sft", *words, "backend=ddp", "processes=2"]
+    with started(
+        [*command, "keep_total=true"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as child:
+        wait_until(lambda: (out / "checkpoints" / "step-00000002").is_dir(), child)
+        workers = psutil.Process(child.pid).children()
+        second = next(w for w in workers if w.environ().get("RANK") == "1")
+        second.kill()
+        messages = child.communicate()[1]
+    assert child.returncode not in (0, None), messages
+    assert "rank 1 was ended by SIGKILL" in messages
+    assert not any(worker.is_running() for worker in workers)
+    newest = tinyrun.saved(out)[-1]
+    assert 2 <= newest < 30
+    heard = tinyrun.Heard()
+    going_on = described(pair.folder, out, resume_from_checkpoint="auto", **LONG)
+    finished = train_run(going_on, listeners=[heard])
+    assert any(note.startswith("not bitwise: backend.name") for note in heard.notes)
+    one = train_run(described(pair.folder, tmp_path / "one", **LONG), [])
+    weights = [load_file(p.path / "adapter_model.safetensors") for p in (finished, one)]
+    assert max(relative(weights[0][name], weights[1][name]) for name in weights[1]) < 1e-3

@@ -1,0 +1,301 @@
+"""What `tests/contracts/test_layouts.py` runs on one process and on several: trainings of fixed rows,
+and faults made on purpose on one rank.
+
+    RANK=0 WORLD_SIZE=2 ... python -m tests.support.layouts OUT RUN_ARGUMENTS
+
+writes OUT/rank-0.safetensors (what each training came to) and OUT/rank-0.json (how each fault ended).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorry import cli
+from lorry.adapters.attach import attach
+from lorry.adapters.mix import Mix
+from lorry.adapters.spec import LoraSpec
+from lorry.backends.distributed.communicator import (
+    Communicator,
+    is_shared,
+    open_communicator,
+)
+from lorry.backends.distributed.ddp import DataParallelBackend
+from lorry.backends.local import LocalBackend
+from lorry.backends.optim import OptimSettings
+from lorry.backends.protocol import GradientRule, Task, term_totals
+from lorry.data.batch import BASE, Batch, TokenizedExample
+from lorry.disk import durable
+from lorry.errors import LorryError
+from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
+from lorry.tasks.unlearn.gradients import GradientRectified
+from lorry.train.finish import contract_targets
+from tests.support.seam import Fixed, Npo, examples, tiny_llama
+from tests.support.tinyrun import engine_for
+
+STEPS = 5
+RATE = 1e-2
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+Rows = Sequence[Sequence[TokenizedExample]]
+
+
+def uneven(step: int) -> Rows:
+    """Micro-batches of five rows, one and two."""
+    rows = examples(8, seed=step + 1)
+    return [rows[:5], rows[5:6], rows[6:]]
+
+
+def mixed(step: int) -> Rows:
+    """Rows of two adapters and of none; in one step the second has all its rows in one micro-batch."""
+    owners = [0, 1, BASE, 0, 0, 1, 0] if step % 2 else [0, 0, 0, BASE, 0, 1, 1]
+    rows = examples(7, seed=step + 1, adapter=lambda i: owners[i])
+    return [rows[:4], rows[4:]]
+
+
+def unsupervised(step: int) -> Rows:
+    """Half of the rows teach nothing."""
+    rows = [
+        TokenizedExample(row.tokens, [0.0] * len(row.tokens), key=row.key) if i % 2 else row
+        for i, row in enumerate(examples(6, seed=step + 1))
+    ]
+    return [rows[:1], rows[1:2], rows[2:]]
+
+
+def few(step: int) -> Rows:
+    """One row in a step: a rank has nothing to do."""
+    return [examples(1, seed=step + 1)]
+
+
+def forget_and_retain(step: int) -> Rows:
+    """Rows of NPO, in two micro-batches."""
+    rows = examples(6, seed=step + 1, role=lambda i: "forget" if i % 2 else "retain")
+    return [rows[:4], rows[4:]]
+
+
+def backend_for(
+    communicator: Communicator,
+    specs: Mapping[str, LoraSpec],
+    dtype: torch.dtype = torch.float32,
+    gradient: GradientRule | None = None,
+    kind: type[DataParallelBackend] = DataParallelBackend,
+) -> LocalBackend:
+    model = tiny_llama().to(dtype)
+    for name, spec in specs.items():
+        attach(model, spec, name)
+    make = LocalBackend if communicator.size == 1 else kind
+    return make(model, list(specs), OptimSettings(), gradient=gradient, communicator=communicator)
+
+
+def trained(backend: LocalBackend, task: Task) -> dict[str, Tensor]:
+    """Losses and norms [steps, adapters], and each adapter's values at the end."""
+    losses, norms = list[list[float]](), list[list[float]]()
+    for step in range(STEPS):
+        stats = backend.forward_backward(task.step_batches(step, {"self": backend}), task, step)
+        seen = backend.step(dict.fromkeys(backend.trained, RATE)).norms
+        losses.append([stats.loss[name] for name in backend.trained])
+        norms.append([seen.get(name, 0.0) for name in backend.trained])
+    values = {f"values/{name}": backend.owners[name].values.clone() for name in backend.trained}
+    return {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "norms": torch.tensor(norms, dtype=torch.float64),
+        **values,
+    }
+
+
+ALPHA = 6
+ONE = {"default": LoraSpec(r=3, lora_alpha=ALPHA, target_modules=TARGETS)}
+TWO = {
+    "shallow": LoraSpec(r=2, target_modules=["q_proj"], layers_to_transform=1),
+    "deep": LoraSpec(r=5, lora_alpha=3, target_modules=TARGETS, lora_dropout=0.2),
+}
+
+
+def steps_of(rows: Callable[[int], Rows]) -> list[Rows]:
+    return [rows(step) for step in range(STEPS)]
+
+
+def trainings(communicator: Communicator) -> dict[str, Tensor]:
+    """Every training by name, as one process or this rank has it."""
+    start = partial(backend_for, communicator)
+    plain, both = Fixed(steps_of(uneven)), Fixed(steps_of(mixed), list(TWO))
+    forgetting = Npo(steps_of(forget_and_retain))
+    results = {
+        "float32": trained(start(ONE), plain),
+        "float64": trained(start(ONE, torch.float64), plain),
+        "mixed": trained(start(TWO), both),
+        "unsupervised": trained(start(ONE), Fixed(steps_of(unsupervised))),
+        "few": trained(start(ONE), Fixed(steps_of(few))),
+        "npo": trained(start(ONE), forgetting),
+        "gradient rule": trained(start(ONE, gradient=GradientRectified()), forgetting),
+    }
+    backend = start(ONE)
+    batches = plain.step_batches(0, {})
+    wants = {"logprob": TokenScore(log_prob), "hidden": FinalHidden()}
+    for mix in (None, Mix.none()):
+        scores = backend.score(batches, wants, mix)
+        results[f"scores {mix is None}"] = {
+            f"{i}/{name}": value for i, each in enumerate(scores) for name, value in each.items()
+        }
+    return {f"{name}/{key}": v for name, each in results.items() for key, v in each.items()}
+
+
+# --- faults, of rank 1 where nothing else is said
+
+
+class ForgetsToAddUp(DataParallelBackend):
+    """Rank 1 takes part in the sum and goes on with its own gradient."""
+
+    def run_micro_batches(self, *given: Any) -> list[dict[str, Tensor]]:
+        communicator = self.communicator
+        if communicator.rank == 0:
+            return super().run_micro_batches(*given)
+        self.communicator = _but(
+            communicator, add_up=lambda what, t: communicator.add_up(what, t.clone())
+        )
+        try:
+            return super().run_micro_batches(*given)
+        finally:
+            self.communicator = communicator
+
+
+class TotalsPerRank(DataParallelBackend):
+    """Each rank divides by what its own rows weigh."""
+
+    def run_micro_batches(
+        self, batches: Sequence[Batch], task: Task, step: int, totals: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
+        own = term_totals(batches[self.communicator.rank :: self.communicator.size])
+        return super().run_micro_batches(batches, task, step, own)
+
+
+class OneMoreMicroBatch(DataParallelBackend):
+    """Rank 1 makes a pass that nobody else makes."""
+
+    def run_micro_batches(self, *given: Any) -> list[dict[str, Tensor]]:
+        if self.communicator.rank:
+            self.communicator.exchange("one more pass")
+        return super().run_micro_batches(*given)
+
+
+def _but(communicator: Communicator, **changes: Any) -> Any:
+    names = ("rank", "size", "exchange", "on_main", "add_up", "gather")
+    return SimpleNamespace(**{n: getattr(communicator, n) for n in names} | changes)
+
+
+class FullDisk(durable.DiskCalls):
+    def create(self, path: Path) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+
+def run_engine(
+    communicator: Communicator,
+    folder: Path,
+    *,
+    kind: type[DataParallelBackend] = DataParallelBackend,
+    change: Callable[[Any], None] = lambda engine: None,
+    identity: Mapping[str, Any] | None = None,
+    steps: int = 3,
+) -> Any:
+    """The engine over `uneven` rows, changed before it runs."""
+    here = folder if communicator.rank == 0 else folder / f"rank-{communicator.rank}"
+    make = partial(LocalBackend if communicator.size == 1 else kind, communicator=communicator)
+    engine = engine_for(
+        Fixed([uneven(step) for step in range(steps)]),
+        here,
+        make_backend=make,
+        learning_rate=RATE,
+        warmup_ratio=0,
+        save_steps=1,
+    )
+    if identity:
+        engine.identity = {**engine.identity, **identity}
+    engine.checks.begin(engine.backend, contract_targets(engine.backend.model, ["default"]))  # type: ignore[attr-defined]
+    change(engine)
+    engine.run()
+    return engine
+
+
+def faults(communicator: Communicator, out: Path) -> dict[str, list[str]]:
+    """{fault: [class of the error, its text, whether all ranks have it]} as this rank has it."""
+    second = communicator.rank == 1
+
+    def other_adapter(engine: Any) -> None:
+        if second:
+            engine.backend.owners["default"].values[5] += 1e-3
+
+    def poison(engine: Any) -> None:
+        if second:
+            engine.backend.model.get_submodule("model.norm").weight.data[0] = float("nan")
+            # the checks of the first batch would find it first
+            engine.checks.held(4, "skipped")
+
+    def full_disk(engine: Any) -> None:
+        if not second:
+            durable.disk = FullDisk()
+
+    def stop_signal(engine: Any) -> None:
+        record = engine.record_task
+
+        def stop(step: int) -> Mapping[str, Any]:
+            if second and step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return record(step)
+
+        engine.record_task = stop
+
+    def bug(engine: Any) -> None:
+        if second:
+            engine.task.loss = None
+
+    run = partial(run_engine, communicator)
+    made: dict[str, Callable[[Path], Any]] = {
+        "a gradient not added up": lambda d: run(d, kind=ForgetsToAddUp),
+        "totals of one rank": lambda d: run(d, kind=TotalsPerRank),
+        "one more micro-batch": lambda d: run(d, kind=OneMoreMicroBatch),
+        "another adapter": lambda d: run(d, change=other_adapter),
+        "another base": lambda d: run(
+            d, identity={"digests": {"base": f"{communicator.rank}" * 64}}
+        ),
+        "not finite": lambda d: run(d, change=poison),
+        "full disk": lambda d: run(d, change=full_disk),
+        "signal": lambda d: run(d, change=stop_signal, steps=4),
+        "bug": lambda d: run(d, change=bug),
+        "nothing": lambda d: run(d),
+    }
+    ended = dict[str, list[str]]()
+    for name, make in made.items():
+        calls = durable.disk
+        try:
+            with communicator.sharing_failures():
+                make(out / name.replace(" ", "-"))
+            ended[name] = ["", "", ""]
+        except (LorryError, TypeError) as error:
+            ended[name] = [type(error).__name__, str(error), str(is_shared(error))]
+        finally:
+            durable.disk = calls
+    return ended
+
+
+def main(out: Path, arguments: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    communicator = open_communicator(SimpleNamespace(name="ddp", processes=None, timeout=300.0))
+    save_file(trainings(communicator), out / f"rank-{communicator.rank}.safetensors")
+    ended = faults(communicator, out)
+    ended["command"] = [str(cli.main(arguments)), "", ""]
+    ended["refused command"] = [str(cli.main([*arguments, "adapter=/nowhere"])), "", ""]
+    (out / f"rank-{communicator.rank}.json").write_text(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
