@@ -331,14 +331,18 @@ def _workers_of(verb: CliVerb, settings: Any) -> int:
     started this one, or another process will make the run (`background`). Raises ConfigError for a
     verb that runs in one process."""
     backend = getattr(settings, "backend", None)
-    if backend is None or verb.name == "plan":  # a plan's processes are no processes
+    # a plan's processes are no processes; and several copies may well look at runs, but not chat
+    if verb.name == "plan" or (backend is None and verb.name != "chat"):
         return 0
-    if not hasattr(backend, "processes") or verb.name not in PARALLEL_VERBS:
-        several = launched_process()
-        if getattr(backend, "name", "single") != "single" or (several and several.world_size > 1):
+    if backend is None or verb.name not in PARALLEL_VERBS:
+        launched = launched_process()
+        name = getattr(backend, "name", "single")
+        asked = name != "single"
+        if asked or (launched is not None and launched.world_size > 1):
+            what = f"leave out backend={name}" if asked else "WORLD_SIZE says that it has more"
             raise ConfigError(
-                f"lorry {verb.name} runs in one process: leave out backend={backend.name}, and start "
-                f"it by itself (backend=ddp is for {', '.join(sorted(PARALLEL_VERBS))})"
+                f"lorry {verb.name} runs in one process: {what} "
+                f"(backend=ddp is for {', '.join(sorted(PARALLEL_VERBS))})"
             )
         return 0
     return 0 if getattr(settings, "background", False) else workers_to_start(backend)

@@ -284,10 +284,7 @@ class TrainingEngine:
         improved = [
             n for n, values in evaluations.items() if self._standing(n).judge(values, train[n])
         ]
-        # one rank may have been told alone, or a step sooner: all stop, or save, together
-        signals = self.communicator.exchange("signals", [stop.requested, stop.take_save()])
-        requested = next((name for name, _ in signals if name), "")
-        save_requested = any(save for _, save in signals)
+        requested, save_requested = self._agreed_signals(stop)
         finished, strategy = not self.active(), self.train.save_strategy
         # the last step is always saved, whatever save_steps divides
         due = strategy != "no" and (
@@ -300,6 +297,8 @@ class TrainingEngine:
         )
         if due or keep_best or requested or save_requested:
             self.save()
+            # what arrived meanwhile need not wait for another step: this one is saved
+            requested, _ = self._agreed_signals(stop, take_save=False)
         # a signal during the last step changes nothing: the run is complete and ends as such
         if requested and not finished:
             raise RunInterruptedError(
@@ -307,6 +306,13 @@ class TrainingEngine:
                 f"{self.total} is saved in {self.run_dir}. The same command with "
                 "resume_from_checkpoint=auto continues from there"
             )
+
+    def _agreed_signals(self, stop: StopRequest, take_save: bool = True) -> tuple[str, bool]:
+        """(the signal that asked to stop, or nothing; whether a checkpoint was asked for), as heard by
+        any rank: one may have been told alone, or a step sooner than the others."""
+        heard = [stop.requested, take_save and stop.take_save()]
+        signals = self.communicator.exchange("signals", heard)
+        return next((name for name, _ in signals if name), ""), any(save for _, save in signals)
 
     def _due(self, name: str, strategy: str | None, every: int | None) -> bool:
         return self.jobs[name].due(strategy, every, self.progress.step, self.epochs[name])
