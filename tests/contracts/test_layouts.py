@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorry.adapters.attach import get_bank
 from lorry.backends.distributed.communicator import ONE_PROCESS
 from lorry.backends.distributed.launch import open_store, worker_environments
-from lorry.config import RunConfig
+from lorry.config import DistillRunConfig, RunConfig, UnlearnRunConfig, parse_settings
 from lorry.train.session import train_run
 from tests.support import layouts, tinyrun
 from tests.support.layouts import ALPHA, ONE, RATE, STEPS, TARGETS, backend_for, uneven
@@ -43,7 +43,7 @@ class Pair(NamedTuple):
     """What two processes came to: tensors and faults by rank, their output, the run directory."""
 
     tensors: list[dict[str, Tensor]]
-    faults: list[dict[str, list[str]]]
+    faults: list[dict[str, Any]]
     printed: list[tuple[str, str]]
     folder: Path
 
@@ -72,21 +72,43 @@ def words_of(folder: Path, out: Path, **settings: Any) -> list[str]:
     return [f"{name}={value}" for name, value in given.items()]
 
 
+def commands(folder: Path, out: Path) -> dict[str, list[str]]:
+    """Command lines of every verb that several processes can run, and one that is refused."""
+    short = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "warmup_ratio": 0,
+        "save_strategy": "no",
+    }
+
+    def words(verb: str, name: str, **settings: Any) -> list[str]:
+        return [verb, *words_of(folder, out / name, **{**short, **settings})]
+
+    forget = [w for w in words("unlearn", "unlearn", method="NPO") if not w.startswith("data=")]
+    return {
+        "run": ["sft", *words_of(folder, out / "run", **EVALUATED)],
+        "refused": words("sft", "refused", adapter="/nowhere"),
+        "jobs": words("sft", "jobs", jobs="[{name: a, r: 3}, {name: b, learning_rate: 0.02}]"),
+        "distill": words("distill", "distill", teacher=folder / "model"),
+        "unlearn": [
+            *forget,
+            f"forget={folder / 'data.jsonl'}",
+            f"retain={folder / 'retain.jsonl'}",
+        ],
+    }
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("layouts")
     tinyrun.model_directory(folder / "model")
     tinyrun.write_rows(folder / "data.jsonl", tinyrun.rows(16))
+    tinyrun.write_rows(folder / "retain.jsonl", tinyrun.rows(16, start=16))
     store = open_store()
-    words = [
-        "sft",
-        *words_of(folder, folder / "run", **EVALUATED),
-        "backend=ddp",
-        "keep_total=true",
-    ]
+    (folder / "commands.json").write_text(json.dumps(commands(folder, folder)))
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.support.layouts", str(folder), *words],
+            [sys.executable, "-m", "tests.support.layouts", str(folder)],
             env={**os.environ, **environment},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -246,7 +268,7 @@ def test_ranks_go_on_after_a_fault(pair: Pair) -> None:
     """The last training of the pair, behind all faults, has none; rank 0 alone wrote checkpoints."""
     assert [ended["nothing"] for ended in pair.faults] == [["", "", ""]] * 2
     assert tinyrun.saved(pair.folder / "nothing") == [2, 3]
-    assert not (pair.folder / "nothing" / "rank-1" / "checkpoints").exists()
+    assert not (pair.folder / "nothing-of-rank-1" / "checkpoints").exists()
     # of the signal at rank 1: the step it came in is saved
     assert tinyrun.saved(pair.folder / "signal") == [1, 2]
 
@@ -257,11 +279,11 @@ def test_ranks_go_on_after_a_fault(pair: Pair) -> None:
 def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
     """The command in two processes, as torchrun starts it: the files of one device; rank 1 says
     nothing, also where both are refused."""
-    assert [ended["command"][0] for ended in pair.faults] == ["0", "0"]
-    assert [ended["refused command"][0] for ended in pair.faults] == ["4", "4"]
+    assert [ended["run"] for ended in pair.faults] == [0, 0]
+    assert [ended["refused"] for ended in pair.faults] == [4, 4]
     (out, messages), silent = pair.printed
     run = pair.folder / "run"
-    assert out.strip().splitlines()[-1] == str(run)
+    assert str(run) in out.splitlines()
     assert "2 processes: 4 rows in a micro-batch of all of them, 4 in a step" in messages
     assert messages.count("error:") == 1
     assert silent == ("", "")
@@ -276,6 +298,20 @@ def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
     }
     contracts = json.loads((run / "contracts.json").read_text())
     assert [contract["status"] for contract in contracts] == ["held"] * 8
+
+
+@pytest.mark.parametrize("name", ["jobs", "distill", "unlearn"])
+def test_other_tasks_are_those_of_one(pair: Pair, name: str, tmp_path: Path) -> None:
+    """A task knows nothing of ranks: several jobs, a teacher, a method with a reference."""
+    assert [ended[name] for ended in pair.faults] == [0, 0]
+    verb, *words = commands(pair.folder, tmp_path)[name]
+    schema = {"sft": RunConfig, "distill": DistillRunConfig, "unlearn": UnlearnRunConfig}[verb]
+    one = train_run(parse_settings(schema, words, print))
+    runs = [tinyrun.lines(pair.folder / name), tinyrun.lines(one.path)]
+    assert len(runs[1]) >= 2
+    for two, single in zip(*runs, strict=True):
+        for key in single.keys() & {"loss", "grad_norm", "tokens", "loss_distill", "loss_forget"}:
+            assert two[key] == pytest.approx(single[key], rel=1e-4), key
 
 
 def test_a_killed_rank_ends_the_job_and_one_device_goes_on(pair: Pair, tmp_path: Path) -> None:
