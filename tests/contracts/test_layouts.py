@@ -57,7 +57,8 @@ EVALUATED: dict[str, Any] = {
     "eval_steps": 2,
     "save_steps": 2,
 }
-LONG = {**EVALUATED, "max_steps": 30, "save_steps": 1, "eval_strategy": "no"}
+# longer than it takes to see the third step and kill a process, on any machine
+LONG = {**EVALUATED, "max_steps": 150, "save_steps": 1, "eval_strategy": "no"}
 del LONG["eval_steps"]
 
 
@@ -323,7 +324,8 @@ def test_a_killed_rank_ends_the_job_and_one_device_goes_on(pair: Pair, tmp_path:
     with started(
         [*command, "keep_total=true"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as child:
-        wait_until(lambda: (out / "checkpoints" / "step-00000002").is_dir(), child)
+        metrics = out / "metrics.jsonl"
+        wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 2, child)
         workers = psutil.Process(child.pid).children()
         second = next(w for w in workers if w.environ().get("RANK") == "1")
         second.kill()
@@ -332,11 +334,15 @@ def test_a_killed_rank_ends_the_job_and_one_device_goes_on(pair: Pair, tmp_path:
     assert "rank 1 was ended by SIGKILL" in messages
     assert not any(worker.is_running() for worker in workers)
     newest = tinyrun.saved(out)[-1]
-    assert 2 <= newest < 30
-    heard = tinyrun.Heard()
-    going_on = described(pair.folder, out, resume_from_checkpoint="auto", **LONG)
-    finished = train_run(going_on, listeners=[heard])
+    assert 2 <= newest < LONG["max_steps"]
+    heard, once = tinyrun.Heard(), {**LONG, "save_strategy": "no"}
+    going_on = described(pair.folder, out, resume_from_checkpoint="auto", **once)
+    train_run(going_on, listeners=[heard])
     assert any(note.startswith("not bitwise: backend.name") for note in heard.notes)
-    one = train_run(described(pair.folder, tmp_path / "one", **LONG), [])
-    weights = [load_file(p.path / "adapter_model.safetensors") for p in (finished, one)]
-    assert max(relative(weights[0][name], weights[1][name]) for name in weights[1]) < 1e-3
+    one = train_run(described(pair.folder, tmp_path / "one", **once), [])
+    # later than that rounding has grown, as it does between any two layouts
+    lines = [tinyrun.lines(run)[: newest + 3] for run in (out, one.path)]
+    for resumed, single in zip(*lines, strict=True):
+        assert resumed["step"] == single["step"]
+        assert resumed["loss"] == pytest.approx(single["loss"], rel=1e-3)
+        assert resumed["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-2)

@@ -237,7 +237,7 @@ ALIAS_READERS: dict[str, AliasReader] = {
 
 _ROWS = "Lorry reads and tokenises rows its own way, with the same tokens"
 _KERNELS = "kernels are chosen by what this machine has (lorry doctor)"
-_PROCESS = "a run is one process"
+_PROCESS = "ranks are the launcher's to say, and adapters' gradients are summed whole"
 _TYPE = "the model's and tokenizer's own files decide it"
 _OUTPUT = "an output directory is never overwritten: an earlier run moves to previous/N"
 _REPORT = "it is in the run's report"
@@ -378,7 +378,6 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
             "load_in_8bit",
             "quantization_bit",
             "quantize",
-            "processes",
             "tensor_parallel",
             "pipeline_parallel",
             "fsdp",
