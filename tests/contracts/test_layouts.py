@@ -301,6 +301,19 @@ def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
     assert [contract["status"] for contract in contracts] == ["held"] * 8
 
 
+def test_a_task_knows_nothing_of_ranks() -> None:
+    words = (
+        "communicator",
+        "lorry.ranks",
+        "backends.distributed",
+        "WORLD_SIZE",
+        "torch.distributed",
+    )
+    sources = sorted((ROOT / "src" / "lorry" / "tasks").rglob("*.py"))
+    assert sources
+    assert [(p.name, w) for p in sources for w in words if w in p.read_text()] == []
+
+
 @pytest.mark.parametrize("name", ["jobs", "distill", "unlearn"])
 def test_other_tasks_are_those_of_one(pair: Pair, name: str, tmp_path: Path) -> None:
     """A task knows nothing of ranks: several jobs, a teacher, a method with a reference."""
