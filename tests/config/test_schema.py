@@ -210,7 +210,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             {"init_lora_weights": "pissa"},
             "'pissa' is not built yet; give true or false or gaussian",
         ),
-        ({"backend": "fsdp"}, "backend.name: 'fsdp' is not built yet; give single or ddp"),
+        ({"backend": "fsdp"}, "backend.name: 'fsdp' is not built yet; give one of single, ddp"),
         ({"backend": "sngle"}, "did you mean 'single'?"),
         ({"target_modules": "*bad"}, "is not a regular expression"),
         ({"target_modules": []}, "lora.target_modules: is empty; name a module"),

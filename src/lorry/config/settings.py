@@ -89,6 +89,12 @@ class PlanBackend(TrainBackendConfig):
         )
     )
 
+    @field_validator("processes", mode="before")
+    @classmethod
+    def _one_without_a_launcher(cls, value: Any) -> Any:
+        # null in the description of a run: those of its launcher, which a plan has none of
+        return 1 if value is None else value
+
 
 class PlanFields(SettingsGroup):
     """What a plan has beside the settings of the run that it is about, or in place of them."""
