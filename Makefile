@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-suite results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-suite results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -108,6 +108,11 @@ study-instruct: setup
 # Unlearning TOFU's forget05: hours. In sittings of twenty minutes, each of which goes on where the last one stopped.
 study-tofu: setup
 	until $(BIN)/python benchmarks/unlearn_study.py; do test $$? -eq 75 || exit 1; done
+
+# Routers over four experts, about 90 minutes; then its tables in docs/experts.md. Sittings as above.
+study-experts: setup
+	until $(BIN)/python benchmarks/experts_study.py; do test $$? -eq 75 || exit 1; done
+	$(BIN)/python benchmarks/experts_study.py --docs
 
 # TRL is only ever compared with, so it is not part of setup.
 bench-setup: setup
