@@ -36,8 +36,9 @@ Row = dict[str, Any]
 class Size:
     """How much of everything. ``train``: rows by domain; ``held``: rows that are asked, of longqa
     ``held_long``; ``context``: tokens that are kept of a long text; ``batch``, ``epochs``: of the
-    experts; ``router_steps``, ``router_rows`` of each domain in a step; ``seeds`` of the token
-    router; ``answers``: rows of each domain that are answered.
+    experts; ``router_steps``, ``router_rows`` of each domain in a step; ``more_steps``: of a token
+    router that trains longer, 0: none; ``seeds`` of the token router; ``answers``: rows of each
+    domain that are answered.
     """
 
     train: Mapping[str, int]
@@ -48,6 +49,7 @@ class Size:
     batch: int
     router_steps: int
     router_rows: int
+    more_steps: int
     seeds: int
     answers: int
 
@@ -55,12 +57,12 @@ class Size:
 FULL = Size(
     {"truthfulqa": 600, "gsm8k": 800, "common_gen": 800, "longqa": 73 - CHOOSE_ROWS},
     held=60, held_long=20, context=1024, epochs=1, batch=8, router_steps=200, router_rows=2,
-    seeds=3, answers=60,
+    more_steps=0, seeds=3, answers=60,
 )  # fmt: skip
 SMALL = Size(
     {"truthfulqa": 120, "gsm8k": 96, "common_gen": 120, "longqa": 32},
     held=16, held_long=12, context=224, epochs=1, batch=4, router_steps=16, router_rows=1,
-    seeds=2, answers=8,
+    more_steps=64, seeds=2, answers=8,
 )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lorry.adapters.mix import Mix
     from lorry.models.loading.open import OpenedModel
 
+BY_TOKEN_LONG = f"{experts_table.BY_TOKEN}-more"
 RANKS = {"truthfulqa": 8, "gsm8k": 16, "common_gen": 8, "longqa": 16, **dict.fromkeys(HALVES, 8)}
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 METRIC = {
@@ -95,9 +96,10 @@ def list_methods(size: Size) -> list[Method]:
         "save_steps": 20,
     }
 
-    def token(level: str, top_k: int) -> dict[str, Any]:
+    def token(level: str, top_k: int, **others: Any) -> dict[str, Any]:
         straight = {"straight_through": True} if top_k == 1 else {}
-        return {"kind": "token", "level": level, "top_k": top_k, "train": train, **straight}
+        settings = {"level": level, "top_k": top_k, "train": train | others}
+        return {"kind": "token", **settings, **straight}
 
     def mixture(name: str, words: str, router: Mapping[str, Any], **others: Any) -> Method:
         return Method(name, words, name, router=router, **others)
@@ -113,6 +115,9 @@ def list_methods(size: Size) -> list[Method]:
         Method("joint", "one adapter on all rows, rank 48", "joint", "default"),
         mixture("token-expert-2", "token router, expert, top-2", token("expert", 2)),
     ]
+    if more := size.more_steps:
+        words = f"token router, delta, top-2, {more} steps"
+        found.append(mixture(BY_TOKEN_LONG, words, token("delta", 2, max_steps=more)))
     found += [
         mixture(f"{kind}-{k}", f"{kind}, top-{k}", {"kind": kind, "top_k": k}, extra=k == 2)
         for k in (2, 1)
