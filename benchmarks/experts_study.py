@@ -123,11 +123,6 @@ def list_methods(size: Size) -> list[Method]:
         for k in (2, 1)
         for kind in ("arrow", "spectr")
     ]
-    # PEFT's linear wants equal ranks; core_linear is the same sum of deltas at any
-    found += [
-        Method(method, f"merge {method}, best scale", method, "default", merge=method, extra=False)
-        for method in ("core_linear", "ties_svd", "core_tsv")
-    ]
     found += [
         Method(name, f"{name}, of {SPLIT_DOMAIN}", "halves-uniform", name, uniform,
                experts=HALVES, extra=False)
@@ -139,6 +134,11 @@ def list_methods(size: Size) -> list[Method]:
             ("uniform", "uniform, 1/2 each", uniform),
             ("token", "token router", token("delta", 2)),
         )
+    ]
+    # PEFT's linear wants equal ranks; core_linear is the same sum of deltas at any
+    found += [
+        Method(method, f"merge {method}, best scale", method, "default", merge=method, extra=False)
+        for method in ("core_linear", "ties_svd", "core_tsv")
     ]
     found.append(mixture("token-expert-1", "token router, expert, top-1", token("expert", 1)))
     return found + [
@@ -244,8 +244,8 @@ class Workshop:
             )  # fmt: skip
             self.lorry(method.directory, "moe", run)
 
-    def ask(self, method: Method, answers: bool) -> dict[str, Any]:
-        """What the method does on rows that it has not seen; asked in a process of its own."""
+    def ask(self, method: Method, answers: bool) -> None:
+        """Find what the method does on rows that it has not seen, in a process of its own."""
         name = f"{method.name}.{'answers' if answers else 'loss'}"
         path = self.work / "asked" / f"{name}.json"
         if not path.exists():
@@ -265,7 +265,6 @@ class Workshop:
                     raise Unfinished from None
             if code:
                 sys.exit(f"asking {name}: exit code {code}; see {self.work / 'ask.log'}")
-        return dict(json.loads(path.read_text()))
 
 
 # --- asking: in a process of its own
@@ -430,6 +429,39 @@ def settings_of(args: argparse.Namespace, size: Size) -> dict[str, Any]:
     return {**kept, "size": asdict(size), "model": MODEL, "ranks": RANKS, "targets": TARGETS}
 
 
+def make_and_ask(methods: Sequence[Method], args: argparse.Namespace, size: Size) -> bool:
+    """Whether all of it was done before the time was over."""
+    workshop = Workshop(args, size, time.monotonic() + 60 * args.minutes)
+    try:
+        workshop.make_experts()
+        for method in methods:
+            workshop.make(method)
+            workshop.ask(method, answers=False)
+        # last: losses decide, and answers take the longest
+        for method in [] if args.no_answers else methods:
+            if method.experts == DOMAINS and not method.seed:
+                workshop.ask(method, answers=True)
+    except Unfinished:
+        print("the time of this sitting is over; the same command goes on", flush=True)
+        return False
+    return True
+
+
+def gather(work: Path, methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    """{method: what it was asked}, of all that have been asked for their losses by now."""
+    found = dict[str, dict[str, Any]]()
+    for method in methods:
+        losses, answers = (work / "asked" / f"{method.name}.{w}.json" for w in ("loss", "answers"))
+        if not losses.exists():
+            continue
+        found[method.name] = {"words": method.words, **json.loads(losses.read_text())}
+        if answers.exists():
+            asked = json.loads(answers.read_text())
+            found[method.name]["metrics"] = asked["metrics"]
+            found[method.name]["generated_per_second"] = asked["tokens_per_second"]
+    return found
+
+
 def main() -> int:
     """Do pieces until all are done or the time is over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -439,6 +471,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--only", nargs="*", default=None, help="methods, by name")
     parser.add_argument("--no-answers", action="store_true", help="losses alone")
+    parser.add_argument("--record", action="store_true", help="the JSON of what is finished")
     parser.add_argument("--docs", action="store_true", help="write docs/experts.md and its plot")
     parser.add_argument("--ask", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -457,24 +490,8 @@ def main() -> int:
     if odd := set(args.only or ()) - {m.name for m in found}:
         sys.exit(f"no method is called {min(odd)}; there are {', '.join(m.name for m in found)}")
     found = [m for m in found if args.only is None or m.name in args.only]
-    workshop = Workshop(args, size, time.monotonic() + 60 * args.minutes)
-    results, finished = dict[str, dict[str, Any]](), True
-    try:
-        workshop.make_experts()
-        for method in found:
-            workshop.make(method)
-            results[method.name] = {"words": method.words, **workshop.ask(method, answers=False)}
-        # last: losses decide, and answers take the longest
-        for method in [] if args.no_answers else found:
-            if method.experts == DOMAINS and not method.seed:
-                asked = workshop.ask(method, answers=True)
-                results[method.name] |= {
-                    "metrics": asked["metrics"],
-                    "generated_per_second": asked["tokens_per_second"],
-                }
-    except Unfinished:
-        finished = False
-        print("the time of this sitting is over; the same command goes on", flush=True)
+    finished = args.record or make_and_ask(found, args, size)
+    results = gather(args.work, list_methods(size))
     if "base" in results and set(DOMAINS) <= set(results):
         path = ROOT / "benchmarks/results" / f"{name}-cpu.json"
         settings = {**settings_of(args, size), "dtype": results["base"]["dtype"]}
