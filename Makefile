@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-suite results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -88,6 +88,10 @@ bench-curve: bench-setup
 # Every method against PEFT and full weights, in both formats: an hour or two on one core.
 bench-unlearn: bench-setup
 	$(BIN)/python benchmarks/unlearn.py
+
+# A mixture of K=4 experts against one adapter, PEFT's Arrow and X-LoRA: some twenty minutes on one core.
+bench-experts: bench-setup
+	$(BIN)/python benchmarks/experts.py
 
 # TOFU's suite against padded transformers: some ten minutes on one core.
 bench-suite: bench-setup
