@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RoutingRule, TokenRouter, attach_router
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.stacking import stack_masters
 from lorry.errors import ConfigError, ContractError
 from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.hf.model import HfModel
@@ -160,6 +162,47 @@ def test_gradients_are_those_of_autograd(
             error = float((grads[tensor].double() - wanted).norm() / wanted.norm())
             # as without a router: the worst tensor of a layer, of float32 against float64
             assert error < 2e-5, (name, tensor)
+
+
+@pytest.mark.parametrize("alphas", [(4, 8, 6), (3, 8, 1)], ids=["one-scale", "scales-differ"])
+def test_frozen_experts_side_by_side_route_as_apart(
+    alphas: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Masters in one buffer, which the products read as it is: the loss and the router's gradient are
+    those of float64 on transformers, no value changes, and none has a copy or a gradient."""
+    source = tiny.fresh("llama", num_hidden_layers=2)
+    model = tiny.decoder(source, tmp_path)
+    for rank, alpha, name in zip((2, 4, 3), alphas, "abc", strict=True):
+        spec = LoraSpec(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=MLP)
+        attach(model, spec, name, seed=rank)
+    router = attach_router(model, ["a", "b", "c"], RoutingRule("mlp", 2))
+    router.values.copy_(torch.randn(router.values.numel(), generator=torch.manual_seed(3)))
+    bank, twin = get_bank(model), Twin(source, model, router)
+    before = {name: {n: t.clone() for n, t in bank[name].tensors().items()} for name in "abc"}
+    our_loss(model, router)  # leaves copies of masters that are about to move
+    for adapter in bank.adapters.values():
+        adapter.freeze()
+    stack_masters(model, ["a", "b", "c"])
+    expected = twin.loss()
+    expected.backward()
+    found = our_loss(model, router)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for site, weight in router.weights.items():
+        wanted = twin.weights[site].grad
+        assert float((weight.grad.double() - wanted).norm() / wanted.norm()) < 1e-5, site
+    memory = set()
+    for name, adapter in bank.adapters.items():
+        assert all(torch.equal(t, before[name][n]) for n, t in adapter.tensors().items())
+        assert not adapter.grads.numel()
+        with pytest.raises(ContractError, match=f"adapter '{name}' is frozen in a mixture"):
+            _ = adapter.values
+        for slot in adapter.slots.values():
+            read = [(c.lora_A, *(p.lora_B for p in c.parts)) for _, c in slot.stacks.values()]
+            memory |= {t.untyped_storage().data_ptr() for t in (slot.A, slot.B, *sum(read, ()))}
+    assert len(memory) == 1
+    again = deepcopy(model)
+    torch.testing.assert_close(our_loss(again, router), our_loss(model, router))
 
 
 def test_gates_are_softmax_over_the_chosen_logits() -> None:

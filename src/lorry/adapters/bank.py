@@ -23,7 +23,7 @@ from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, Ba
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
-from lorry.errors import ConfigError, OutOfMemoryError
+from lorry.errors import ConfigError, ContractError, OutOfMemoryError
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
 # not only dots: "." and ".." are folders already; 64 characters fit every file system beside a
@@ -42,26 +42,40 @@ def check_adapter_name(name: str) -> str:
 
 @dataclass
 class Adapter:
-    """One named adapter. values: [P] fp32; grads: the same, or empty of one in the base; split:
-    where the B half starts; slots: module path -> AdapterSlot.
+    """One named adapter. buffer: [P] fp32, or None of an expert whose masters lie among those of
+    others (`stacking.stack_masters`); grads: the same, or empty of one that is frozen; split: where
+    the B half starts; slots: module path -> AdapterSlot.
     """
 
     name: str
     spec: LoraSpec
-    values: Tensor = field(repr=False)
+    buffer: Tensor | None = field(repr=False)
     grads: Tensor = field(repr=False)
     split: int = field(repr=False)
     slots: dict[str, AdapterSlot] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy whose masters are views of its own buffers, as the original's are of its."""
-        values, grads = self.values.detach().clone(), self.grads.detach().clone()
-        # the copied masters have memory of their own until the loop below points them into `values`
-        twin = Adapter(self.name, self.spec, values, grads, self.split, deepcopy(self.slots, memo))
+        buffer = None if self.buffer is None else self.buffer.detach().clone()
+        grads = self.grads.detach().clone()
+        # the copied masters have memory of their own until the loop below points them into `buffer`
+        twin = Adapter(self.name, self.spec, buffer, grads, self.split, deepcopy(self.slots, memo))
         memo[id(self)] = twin
         # not new ones: whoever was copied along (an optimizer) refers to these objects
-        twin.use_buffers(values, grads)
+        if buffer is not None:
+            twin.use_buffers(buffer, grads)
         return twin
+
+    @property
+    def values(self) -> Tensor:
+        """[P] fp32, every value in one piece. Raises ContractError for an expert that has none: a copy
+        would take writes that nobody reads."""
+        if self.buffer is None:
+            raise ContractError(
+                f"{self.label} is frozen in a mixture, and its values are in no piece of their own; "
+                "read `tensors()`"
+            )
+        return self.buffer
 
     @property
     def kind(self) -> str:
@@ -89,7 +103,7 @@ class Adapter:
 
     def num_parameters(self) -> int:
         """How many numbers train."""
-        return self.values.numel()
+        return sum(param.numel() for param in self.masters().values())
 
     def ranges(self) -> list[tuple[slice, bool, bool]]:
         """Every A, then every B, which may have a rate of its own (LoRA+); both decay."""
@@ -137,9 +151,9 @@ class Adapter:
 
     def bind_grads(self) -> None:
         """Point every master's .grad into the flat gradient buffer, so that autograd accumulates
-        there. An adapter of the base has no buffer, and nothing to point to.
+        there. A frozen adapter has no buffer, and nothing to point to.
         """
-        if self.grads.numel() < self.values.numel():
+        if self.grads.numel() < self.num_parameters():
             return
         for param, view in self._views(self.grads):
             # autograd adds in place to a .grad that exists, so the flat buffer is always the
@@ -149,7 +163,7 @@ class Adapter:
     def use_buffers(self, values: Tensor, grads: Tensor) -> None:
         """Let the masters be views of ``values`` [P], a copy of what they are, and their gradients
         of ``grads`` (empty of one in the base)."""
-        self.values, self.grads = values, grads
+        self.buffer, self.grads = values, grads
         # .data: the parameters stay the objects that others hold
         for param, view in self._views(values):
             param.data = view
@@ -163,17 +177,31 @@ class Adapter:
             slot.touch()
 
     def tensors(self) -> dict[str, Tensor]:
-        """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} views of the buffer, canonical names."""
-        return self.split_like(self.values)
+        """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} views of the masters, canonical names, in
+        the buffer's order."""
+        return dict(zip(self._names(), (p.detach() for p in self._params()), strict=True))
 
     def split_like(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut any [P] tensor (values, moments) into named views."""
-        # the buffer's order, every A and then every B: not that of `masters`, which goes by module
-        names = [f"{m}.lora_A" for m in self.slots] + [f"{m}.lora_B" for m in self.slots]
-        return {n: view for n, (_, view) in zip(names, self._views(flat), strict=True)}
+        return {n: view for n, (_, view) in zip(self._names(), self._views(flat), strict=True)}
+
+    def freeze(self) -> None:
+        """Nothing of it trains from now on, and it holds no memory for gradients."""
+        # as large as its values, and nothing would ever fill it
+        self.grads = self.grads.new_empty(0)
+        for param in self._params():
+            param.requires_grad_(False)
+            param.grad = None  # a view that would keep the buffer alive
+
+    def _names(self) -> list[str]:
+        # every A and then every B: not the order of `masters`, which goes by module
+        return [f"{m}.lora_A" for m in self.slots] + [f"{m}.lora_B" for m in self.slots]
+
+    def _params(self) -> list[nn.Parameter]:
+        return [s.A for s in self.slots.values()] + [s.B for s in self.slots.values()]
 
     def _views(self, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        params = [s.A for s in self.slots.values()] + [s.B for s in self.slots.values()]
+        params = self._params()
         parts = flat.split([p.numel() for p in params])
         return [(p, part.view(p.shape)) for p, part in zip(params, parts, strict=True)]
 
@@ -271,12 +299,8 @@ class AdapterBank:
         g = 1, without dropout and without a gradient buffer, and no longer one of the bank's names.
         Raises ConfigError if there is no such adapter."""
         adapter = self[name]
-        # as large as its values, and nothing would ever fill it
-        adapter.grads = adapter.grads.new_empty(0)
+        adapter.freeze()
         for path, slot in adapter.slots.items():
-            for param in (slot.A, slot.B):
-                param.requires_grad_(False)
-                param.grad = None  # a view that would keep the buffer alive
             # a policy that drops what the reference does not would not be the start at step 0
             slot.dropout = 0.0
             self.modules[path].base_terms += Mix.one(name).terms
@@ -302,7 +326,11 @@ class AdapterBank:
     def to(self, device: torch.device) -> None:
         """Move every adapter's buffers; slots keep their identity."""
         for adapter in (*self.base_adapters.values(), *self.adapters.values()):
-            adapter.use_buffers(adapter.values.to(device), adapter.grads.to(device))
+            if adapter.buffer is not None:
+                adapter.use_buffers(adapter.buffer.to(device), adapter.grads.to(device))
+                continue
+            for param in adapter._params():
+                param.data = param.data.to(device)
 
     def frozen_tensors(self, trained: Collection[str]) -> dict[str, Tensor]:
         """{`NAME/MODULE.lora_A`: its values} of every adapter but those of these names: what training
@@ -317,7 +345,7 @@ class AdapterBank:
 
     def parameters(self) -> list[nn.Parameter]:
         """All masters, A before B, adapter by adapter."""
-        return [p for a in self.adapters.values() for p, _ in a._views(a.values)]
+        return [p for a in self.adapters.values() for p in a._params()]
 
 
 def free_memory(device: torch.device) -> int:

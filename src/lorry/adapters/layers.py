@@ -46,6 +46,7 @@ class ComputeCopies:
     parts: Sequence[AdapterShare]
     slots: Sequence[SlotShare] | None = None
     columns: Tensor | None = None
+    rank_scales: Tensor | None = None
 
 
 # what they were made from, and they
@@ -373,6 +374,7 @@ class LinearGroup:
                 term_rows,
                 copies.slots,
                 copies.columns,
+                copies.rank_scales,
                 routed,
             )
         )
@@ -429,7 +431,7 @@ class LinearGroup:
         self, slots: Sequence[tuple[int, int, AdapterSlot]], dtype: torch.dtype
     ) -> ComputeCopies:
         """Of one adapter without gates: its scale, and a constant, multiply the product."""
-        a = torch.cat([slot.A.detach() for _, _, slot in slots]).to(dtype)
+        a = joined_rows([slot.A for _, _, slot in slots], dtype)
         parts, at = [], 0
         for i, _, slot in slots:
             rows = slice(at, at + slot.A.shape[0])
@@ -442,25 +444,73 @@ class LinearGroup:
         slots: Sequence[tuple[int, int, AdapterSlot]],
         dtype: torch.dtype,
         constants: Sequence[float],
-        columns: Sequence[int] | None,
+        columns_of_slots: Sequence[int] | None,
     ) -> ComputeCopies:
-        """Of several, or of one with gates: scales and constants are in the copies of the B's."""
-        a = torch.cat([slot.A.detach() for _, _, slot in slots]).to(dtype)
+        """Of several, or of one with gates. In the masters' own dtype they are views where masters
+        lie side by side (`stacking.stack_masters`), and scales and constants the part's, or
+        `rank_scales` where they differ; elsewhere they are in the copies of the B's."""
+        a = joined_rows([slot.A for _, _, slot in slots], dtype)
+        by_linear = {i: [entry for entry in slots if entry[0] == i] for i, _, _ in slots}
+        views = [
+            joined_columns([slot.B for _, _, slot in own], dtype) for own in by_linear.values()
+        ]
+        scales = [slot.scale * constants[k] for _, k, slot in slots]
+        lie_together = all(view is not None for view in views)
+        # one scale for all is free: the product's own factor
+        common = scales[0] if lie_together and len(set(scales)) == 1 else 1.0
+        by_rank = lie_together and len(set(scales)) > 1
         parts, shares, at = list[AdapterShare](), list[SlotShare](), 0
-        for i in dict.fromkeys(i for i, _, _ in slots):
+        for (i, own), view in zip(by_linear.items(), views, strict=True):
             start, ups = at, []
-            for _, k, slot in (entry for entry in slots if entry[0] == i):
-                rows, scale = slice(at, at + slot.A.shape[0]), slot.scale * constants[k]
-                own = slice(rows.start - start, rows.stop - start)
-                shares.append(SlotShare(len(parts), rows, own, scale))
-                ups.append(slot.B.detach() * scale)
+            for _, _, slot in own:
+                rows, scale = slice(at, at + slot.A.shape[0]), scales[len(shares)]
+                columns = slice(rows.start - start, rows.stop - start)
+                shares.append(SlotShare(len(parts), rows, columns, 1.0 if by_rank else scale))
+                ups.append((slot.B, scale))
                 at = rows.stop
-            parts.append(AdapterShare(i, slice(start, at), torch.cat(ups, 1).to(dtype), 1.0))
-        wanted = None
-        if columns is not None:
-            ranks = torch.tensor([slot.A.shape[0] for _, _, slot in slots])
-            wanted = torch.tensor(columns).repeat_interleave(ranks).to(a.device)
-        return ComputeCopies(a, parts, shares, wanted)
+            b = (
+                view
+                if lie_together and view is not None
+                else torch.cat([up.detach() * scale for up, scale in ups], 1).to(dtype)
+            )
+            parts.append(AdapterShare(i, slice(start, at), b, common))
+        ranks = torch.tensor([slot.A.shape[0] for _, _, slot in slots])
+        wanted = rank_scales = None
+        if columns_of_slots is not None:
+            wanted = torch.tensor(columns_of_slots).repeat_interleave(ranks).to(a.device)
+        if by_rank:
+            rank_scales = torch.tensor(scales, dtype=dtype).repeat_interleave(ranks).to(a.device)
+        return ComputeCopies(a, parts, shares, wanted, rank_scales)
+
+
+def joined_rows(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[S,I], one below the other, in a dtype: a view where that is their own and they lie so."""
+    first = masters[0].detach()
+    if dtype == first.dtype and _lie_at(masters, [m.numel() for m in masters]):
+        rows = sum(m.shape[0] for m in masters)
+        return first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+    return torch.cat([m.detach() for m in masters]).to(dtype)
+
+
+def joined_columns(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """A view [O,S], one beside the other; None where they do not lie so, or in another dtype."""
+    first = masters[0].detach()
+    if dtype != first.dtype or not _lie_at(masters, [m.shape[1] for m in masters]):
+        return None
+    columns = sum(m.shape[1] for m in masters)
+    return first.as_strided((first.shape[0], columns), first.stride(), first.storage_offset())
+
+
+def _lie_at(masters: Sequence[Tensor], steps: Sequence[int]) -> bool:
+    """Whether each begins so many values behind the one before, in the same memory."""
+    first, at = masters[0], masters[0].storage_offset()
+    for master, step in zip(masters, steps, strict=True):
+        alike = master.stride() == first.stride() and master.device == first.device
+        memory = master.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (alike and memory and master.storage_offset() == at):
+            return False
+        at += step
+    return True
 
 
 def align_rows(rows: slice) -> tuple[slice, slice]:

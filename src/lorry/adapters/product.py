@@ -45,8 +45,8 @@ class AdapterShare:
 @dataclass(frozen=True, slots=True)
 class SlotShare:
     """One adapter's part of a linear's share, where several share a stack: the number of that
-    share, the adapter's rows of the stacked A and columns of the share's lora_B, and its scale,
-    which that compute copy holds already.
+    share, the adapter's rows of the stacked A and columns of the share's lora_B, and what the
+    gradient of those columns is yet to be multiplied with: its scale, unless `rank_scales` has it.
     """
 
     part: int
@@ -62,7 +62,8 @@ class StackedAdapters:
 
     ``tokens``: which rows of x; ``term_rows``: which of those the term is for, where a few more are
     taken along; lora_A [S,I]: the stacked compute copies; ``columns`` [S] int64: the column of the
-    gates [tokens, C] that multiplies each of its ranks, None where nothing does; ``routed``: whether
+    gates [tokens, C] that multiplies each of its ranks, None where nothing does; ``rank_scales`` [S]:
+    the scale of each rank, None where the parts have it in theirs or in lora_B; ``routed``: whether
     these gates are the router's. ``mark_stale`` is called when gradients for the masters are made:
     they are about to change.
     """
@@ -75,6 +76,7 @@ class StackedAdapters:
     term_rows: slice | None = None
     slots: Sequence[SlotShare] | None = None
     columns: Tensor | None = None
+    rank_scales: Tensor | None = None
     routed: bool = False
 
     @property
@@ -89,7 +91,9 @@ class StackedAdapters:
         return [SlotShare(i, p.rows, slice(None), p.scale) for i, p in enumerate(self.parts)]
 
     def weigh(self, low: Tensor, gates: Tensor | None) -> Tensor:
-        """low [tokens, S], each rank times its gate."""
+        """low [tokens, S], each rank times its scale and gate."""
+        if self.rank_scales is not None:
+            low = low * self.rank_scales
         if gates is None:
             return low
         assert self.columns is not None
@@ -99,6 +103,8 @@ class StackedAdapters:
         """The gradient of gates [tokens, C], in their dtype: d y / d g = sum over its ranks of
         h * (s B^T dy), both [tokens, S]."""
         assert self.columns is not None
+        if self.rank_scales is not None:
+            raw = raw * self.rank_scales
         # in fp32, since the products may cancel; a product with 0 and 1 sums the ranks of a column
         ranks = F.one_hot(self.columns, gates.shape[1]).to(
             torch.promote_types(h.dtype, torch.float32)

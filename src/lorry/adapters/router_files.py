@@ -297,8 +297,10 @@ def _make_gate_vectors(
 
 
 def _frozen(router: RouterParameters) -> RouterParameters:
+    router.grads = router.grads.new_empty(0)  # as large as its values, and nothing would fill it
     for param in router.params.values():
         param.requires_grad_(False)
+        param.grad = None  # a view that would keep the memory alive
     return router
 
 

@@ -43,9 +43,10 @@ class ParameterSet(Protocol):
     """
 
     name: str
-    values: Tensor
     grads: Tensor
 
+    @property
+    def values(self) -> Tensor: ...
     @property
     def kind(self) -> str: ...
     @property

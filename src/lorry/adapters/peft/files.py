@@ -274,9 +274,8 @@ def load_adapter(
             view.copy_(values[key])
     # copies were written under the masters, which no compute copy can know
     adapter.touch()
-    for slot in adapter.slots.values():
-        slot.A.requires_grad_(trainable)
-        slot.B.requires_grad_(trainable)
+    if not trainable:
+        adapter.freeze()
     return adapter
 
 

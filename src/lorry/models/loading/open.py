@@ -15,6 +15,7 @@ from lorry.adapters.bank import NAME_PATTERN
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, load_start
 from lorry.adapters.router_files import load_router
+from lorry.adapters.stacking import stack_masters
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
@@ -99,9 +100,11 @@ def open_model(
         for folder in folders:
             load_start(loaded.model, folder)
         return OpenedModel(loaded.model, tokenizer, loaded.source, [])
+    # a mixture is trained by nobody once it is there: its experts hold no memory for gradients
+    trainable = not _mixtures(paths)
     for path in folders:
         name = pick_adapter_name(path, names)
-        load_adapter(loaded.model, path, name)
+        load_adapter(loaded.model, path, name, trainable=trainable)
         names.append(name)
     if (mixture := _open_mixture(loaded.model, paths, folders, names, add_note)) is not None:
         get_bank(loaded.model).activate(mixture)
@@ -127,7 +130,10 @@ def _open_mixture(
             f"{mixtures[0]} is a mixture of experts, which cannot be combined with "
             "another adapter; load it alone"
         )
-    return load_router(model, mixtures[0], dict(zip(names, folders, strict=True)), add_note)
+    mix = load_router(model, mixtures[0], dict(zip(names, folders, strict=True)), add_note)
+    # in the mix's order, which its products read them in
+    stack_masters(model, [term.adapter for term in mix.terms])
+    return mix
 
 
 def refuse_mixture(name: str | Path) -> NoReturn:

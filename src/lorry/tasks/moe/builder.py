@@ -25,6 +25,7 @@ from lorry.adapters.router import (
     site_modules,
 )
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
+from lorry.adapters.stacking import stack_masters
 from lorry.config import RunConfig
 from lorry.config.moe import RouterConfig, RouterRunConfig
 from lorry.config.schema import DataConfig, TrainConfig
@@ -97,9 +98,9 @@ def attach_run_router(settings: RouterRunConfig, opened: OpenedModel) -> None:
     elif router.kind == "phatgoose":
         attach_gate_vectors(opened.model, names, top_k=router.top_k, temperature=router.temperature)
     else:
-        attach_router(opened.model, names, rule_of(router), router.hidden).init_hidden(
-            settings.train.seed
-        )
+        attached = attach_router(opened.model, names, rule_of(router), router.hidden)
+        attached.init_hidden(settings.train.seed)
+        stack_masters(opened.model, attached.mix())
 
 
 def trained_experts(run: RunConfig) -> dict[str, TrainConfig]:

@@ -1,0 +1,77 @@
+"""The masters of frozen experts, side by side in one buffer: in float32 the stacks that a mixture
+computes with are views of it, and hold nothing of their own.
+
+    stack_masters(model, ["a", "b"])
+
+A group of linears with one input reads every expert's A as one matrix [S, I], and each linear's B's
+as one [O, S] (`layers.LinearGroup`). Adapters have a buffer each, so that an optimizer steps one
+tensor; frozen ones need none, and are moved to where the group reads them. In another dtype the
+group has copies, which are of that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.layers import AdapterSlot, BankLinear, LinearGroup
+
+
+@torch.no_grad()
+def stack_masters(model: nn.Module, experts: Sequence[str]) -> None:
+    """Move the masters of frozen adapters into one buffer, in the order in which a mix of all of them
+    reads them; `Adapter.values` is gone from then on. Those that train, or were moved already, stay
+    where they are. No value changes."""
+    bank = get_bank(model)
+    adapters = [bank[name] for name in experts]
+    if any(one.buffer is None or one.wanting_gradients() for one in adapters):
+        return
+    buffers = [one.values for one in adapters]
+    size, device = sum(buffer.numel() for buffer in buffers), buffers[0].device
+    memory = torch.empty(size, dtype=torch.float32, device=device)
+    rest = memory
+    for dim, masters in _stacks(model, bank, adapters):
+        joined = torch.cat([master.data for master in masters], dim)
+        taken, rest = rest[: joined.numel()].view(joined.shape), rest[joined.numel() :]
+        taken.copy_(joined)
+        views = taken.split([master.shape[dim] for master in masters], dim)
+        for master, view in zip(masters, views, strict=True):
+            master.data = view
+    assert not rest.numel()
+    for one in adapters:
+        one.buffer = None
+        one.touch()
+        for slot in one.slots.values():
+            slot.stacks.clear()  # copies of what has moved
+
+
+def _stacks(
+    model: nn.Module, bank: AdapterBank, adapters: Sequence[Adapter]
+) -> Iterator[tuple[int, list[nn.Parameter]]]:
+    """(0, A's that lie below each other) and (1, B's that lie beside each other), each once."""
+    blocks: Sequence[Any] = getattr(model, "blocks", ())
+    groups: list[LinearGroup] = [group for block in blocks for group in block.linears]
+    in_group = {linear.path for group in groups for linear in group.linears}
+    alone = {path: module for path, module in bank.modules.items() if path not in in_group}
+    groups += [module.group for module in alone.values() if isinstance(module, BankLinear)]
+    for group in groups:
+        by_linear = [_slots_at(linear.path, adapters) for linear in group.linears]
+        # `LinearGroup` reads A linear by linear, in each expert by expert
+        if together := [slot.A for slots in by_linear for slot in slots]:
+            yield 0, together
+        for slots in filter(None, by_linear):
+            yield 1, [slot.B for slot in slots]
+    for path, module in alone.items():
+        if not isinstance(module, BankLinear):  # an embedding, which reads each by itself
+            for slot in _slots_at(path, adapters):
+                yield 0, [slot.A]
+                yield 1, [slot.B]
+
+
+def _slots_at(path: str, adapters: Sequence[Adapter]) -> list[AdapterSlot]:
+    return [one.slots[path] for one in adapters if path in one.slots]

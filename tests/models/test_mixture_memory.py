@@ -1,0 +1,52 @@
+"""What an opened mixture holds beyond its base: its experts once, and the router."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, load_file
+
+import lorry
+from lorry.adapters.peft.files import adapter_files
+from tests.support.mixtures import NAMES, mixture_run
+from tests.support.verbworld import model_directory
+
+TOKENS = torch.tensor([[5, 9, 3, 7]])
+
+
+def held_bytes(path: Path) -> tuple[int, Any]:
+    """Of every tensor alive after a forward pass of the model there, its memory counted once."""
+    model, _ = lorry.load(path, dtype="float32")
+    with torch.no_grad():
+        model(TOKENS)
+    gc.collect()
+    alive = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    memory = [t.untyped_storage() for t in alive]
+    return sum({one.data_ptr(): one.nbytes() for one in memory}.values()), model
+
+
+def bytes_of(path: Path) -> int:
+    return sum(tensor.nbytes for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("level", ["delta", "expert"])
+def test_an_opened_mixture_holds_its_experts_once(level: str, tmp_path: Path) -> None:
+    """In float32 at most 1.05 times their files' bytes, and the router's, after a pass that has read
+    them all; saved again, each expert is the tensors of its file bit for bit."""
+    base = model_directory(tmp_path / "base")
+    run = mixture_run(tmp_path / "mix", base, top_k=2, level=level)
+    alone, model = held_bytes(base)
+    del model
+    held, model = held_bytes(run)
+    experts = sum(bytes_of(run / name / "adapter_model.safetensors") for name in NAMES)
+    router = bytes_of(run / "router" / "router.safetensors")
+    assert experts + router <= held - alone <= 1.05 * experts + router
+    for name in NAMES:
+        again = load(adapter_files(model, name)["adapter_model.safetensors"])
+        theirs = load_file(run / name / "adapter_model.safetensors")
+        assert again.keys() == theirs.keys()
+        assert all(torch.equal(again[key], theirs[key]) for key in theirs)
