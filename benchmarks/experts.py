@@ -139,14 +139,12 @@ def _with_experts(
 ) -> tuple[Any, list[str], list[Any]]:
     """Lorry's model, and the first ``count`` experts by name and as they are."""
     from lorry.adapters.peft.files import load_adapter
-    from lorry.adapters.stacking import stack_masters
     from lorry.models.loading.load import load_model
     from lorry.notes import ignore_note
 
     model = load_model(str(folder / "base"), dtype="float32", add_note=ignore_note).model
     names = [f"expert{k}" for k in range(count)]
     adapters = [load_adapter(model, folder / name, name, trainable=trainable) for name in names]
-    stack_masters(model, names)  # of frozen ones, as a mixture's run and its directory do
     return model, names, adapters
 
 
@@ -176,6 +174,7 @@ def lorry(router: str | None, train_experts: bool) -> Callable[..., Made]:
         from lorry.adapters.attach import get_bank
         from lorry.adapters.mix import AdapterContext, Mix
         from lorry.adapters.routing.linear_router import attach_spectral_router
+        from lorry.adapters.routing.stacking import stack_masters
         from lorry.models.causal_lm import PackedInput
 
         count = case["experts"] if router else 1
@@ -189,6 +188,7 @@ def lorry(router: str | None, train_experts: bool) -> Callable[..., Made]:
         elif router is not None:
             owners["router"] = _token_router(model, names, folder, case, router)
             mix = owners["router"].mix()
+        stack_masters(model, mix)  # where they are frozen, as a mixture's run and its directory do
         packed, call = PackedInput.of([read_tokens(folder).tolist()]), AdapterContext(mix)
 
         def loss() -> Any:

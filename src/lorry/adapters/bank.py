@@ -43,7 +43,7 @@ def check_adapter_name(name: str) -> str:
 @dataclass
 class Adapter:
     """One named adapter. buffer: [P] fp32, or None of an expert whose masters lie among those of
-    others (`stacking.stack_masters`); grads: the same, or empty of one that is frozen; split: where
+    others (`routing.stacking.stack_masters`); grads: the same, or empty of one that is frozen; split: where
     the B half starts; slots: module path -> AdapterSlot.
     """
 

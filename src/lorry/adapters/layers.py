@@ -447,7 +447,7 @@ class LinearGroup:
         columns_of_slots: Sequence[int] | None,
     ) -> ComputeCopies:
         """Of several, or of one with gates. In the masters' own dtype they are views where masters
-        lie side by side (`stacking.stack_masters`), and scales and constants the part's, or
+        lie side by side (`routing.stacking.stack_masters`), and scales and constants the part's, or
         `rank_scales` where they differ; elsewhere they are in the copies of the B's."""
         a = joined_rows([slot.A for _, _, slot in slots], dtype)
         by_linear = {i: [entry for entry in slots if entry[0] == i] for i, _, _ in slots}

@@ -15,7 +15,7 @@ from lorry.adapters.bank import NAME_PATTERN
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, load_start
 from lorry.adapters.router_files import load_router
-from lorry.adapters.stacking import stack_masters
+from lorry.adapters.routing.stacking import stack_masters
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
@@ -131,8 +131,7 @@ def _open_mixture(
             "another adapter; load it alone"
         )
     mix = load_router(model, mixtures[0], dict(zip(names, folders, strict=True)), add_note)
-    # in the mix's order, which its products read them in
-    stack_masters(model, [term.adapter for term in mix.terms])
+    stack_masters(model, mix)
     return mix
 
 

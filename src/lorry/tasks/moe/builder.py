@@ -25,7 +25,7 @@ from lorry.adapters.router import (
     site_modules,
 )
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
-from lorry.adapters.stacking import stack_masters
+from lorry.adapters.routing.stacking import stack_masters
 from lorry.config import RunConfig
 from lorry.config.moe import RouterConfig, RouterRunConfig
 from lorry.config.schema import DataConfig, TrainConfig

@@ -1,7 +1,7 @@
 """The masters of frozen experts, side by side in one buffer: in float32 the stacks that a mixture
 computes with are views of it, and hold nothing of their own.
 
-    stack_masters(model, ["a", "b"])
+    stack_masters(model, mix)
 
 A group of linears with one input reads every expert's A as one matrix [S, I], and each linear's B's
 as one [O, S] (`layers.LinearGroup`). Adapters have a buffer each, so that an optimizer steps one
@@ -12,30 +12,30 @@ group has copies, which are of that dtype.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.bank import Adapter
 from lorry.adapters.layers import AdapterSlot, BankLinear, LinearGroup
+from lorry.adapters.mix import Mix, mixes_mlps
 
 
 @torch.no_grad()
-def stack_masters(model: nn.Module, experts: Sequence[str]) -> None:
-    """Move the masters of frozen adapters into one buffer, in the order in which a mix of all of them
-    reads them; `Adapter.values` is gone from then on. Those that train, or were moved already, stay
+def stack_masters(model: nn.Module, mix: Mix) -> None:
+    """Move the masters of a mix's adapters, all frozen, into one buffer, in the order in which it
+    reads them; `Adapter.values` is gone from then on. If any trains, or was moved already, all stay
     where they are. No value changes."""
     bank = get_bank(model)
-    adapters = [bank[name] for name in experts]
+    adapters = [bank[term.adapter] for term in mix.terms]
     if any(one.buffer is None or one.wanting_gradients() for one in adapters):
         return
     buffers = [one.values for one in adapters]
     size, device = sum(buffer.numel() for buffer in buffers), buffers[0].device
     memory = torch.empty(size, dtype=torch.float32, device=device)
     rest = memory
-    for dim, masters in _stacks(model, bank, adapters):
+    for dim, masters in _stacks(model, mix, adapters):
         joined = torch.cat([master.data for master in masters], dim)
         taken, rest = rest[: joined.numel()].view(joined.shape), rest[joined.numel() :]
         taken.copy_(joined)
@@ -51,18 +51,25 @@ def stack_masters(model: nn.Module, experts: Sequence[str]) -> None:
 
 
 def _stacks(
-    model: nn.Module, bank: AdapterBank, adapters: Sequence[Adapter]
+    model: nn.Module, mix: Mix, adapters: Sequence[Adapter]
 ) -> Iterator[tuple[int, list[nn.Parameter]]]:
     """(0, A's that lie below each other) and (1, B's that lie beside each other), each once."""
-    blocks: Sequence[Any] = getattr(model, "blocks", ())
-    groups: list[LinearGroup] = [group for block in blocks for group in block.linears]
+    linears = [block.linears for block in getattr(model, "blocks", ())]
+    groups: list[LinearGroup] = [group for of_layer in linears for group in of_layer]
+    by_expert = [of_layer.mlp_in for of_layer in linears] if mixes_mlps(mix.router) else []
     in_group = {linear.path for group in groups for linear in group.linears}
-    alone = {path: module for path, module in bank.modules.items() if path not in in_group}
+    modules = get_bank(model).modules
+    alone = {path: module for path, module in modules.items() if path not in in_group}
     groups += [module.group for module in alone.values() if isinstance(module, BankLinear)]
     for group in groups:
         by_linear = [_slots_at(linear.path, adapters) for linear in group.linears]
-        # `LinearGroup` reads A linear by linear, in each expert by expert
-        if together := [slot.A for slots in by_linear for slot in slots]:
+        # `LinearGroup` reads A linear by linear, in each expert by expert; of one expert alone its
+        # own, linear by linear
+        read = [[slot.A for slots in by_linear for slot in slots]]
+        if group in by_expert:
+            paths = [linear.path for linear in group.linears]
+            read = [[e.slots[p].A for p in paths if p in e.slots] for e in adapters]
+        for together in filter(None, read):
             yield 0, together
         for slots in filter(None, by_linear):
             yield 1, [slot.B for slot in slots]
