@@ -19,8 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RoutingRule, TokenRouter, attach_router
-from lorry.adapters.spec import LoraSpec
 from lorry.adapters.routing.stacking import stack_masters
+from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError
 from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.hf.model import HfModel

@@ -6,12 +6,14 @@ computes with are views of it, and hold nothing of their own.
 A group of linears with one input reads every expert's A as one matrix [S, I], and each linear's B's
 as one [O, S] (`layers.LinearGroup`). Adapters have a buffer each, so that an optimizer steps one
 tensor; frozen ones need none, and are moved to where the group reads them. In another dtype the
-group has copies, which are of that dtype.
+group has copies, which are of that dtype; and so has, of A, a linear that an expert is asked at
+alone (`level: expert`, or its name).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from torch import nn
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import Adapter
 from lorry.adapters.layers import AdapterSlot, BankLinear, LinearGroup
-from lorry.adapters.mix import Mix, mixes_mlps
+from lorry.adapters.mix import Mix
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
     size, device = sum(buffer.numel() for buffer in buffers), buffers[0].device
     memory = torch.empty(size, dtype=torch.float32, device=device)
     rest = memory
-    for dim, masters in _stacks(model, mix, adapters):
+    for dim, masters in _stacks(model, adapters):
         joined = torch.cat([master.data for master in masters], dim)
         taken, rest = rest[: joined.numel()].view(joined.shape), rest[joined.numel() :]
         taken.copy_(joined)
@@ -51,25 +53,19 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
 
 
 def _stacks(
-    model: nn.Module, mix: Mix, adapters: Sequence[Adapter]
+    model: nn.Module, adapters: Sequence[Adapter]
 ) -> Iterator[tuple[int, list[nn.Parameter]]]:
     """(0, A's that lie below each other) and (1, B's that lie beside each other), each once."""
-    linears = [block.linears for block in getattr(model, "blocks", ())]
-    groups: list[LinearGroup] = [group for of_layer in linears for group in of_layer]
-    by_expert = [of_layer.mlp_in for of_layer in linears] if mixes_mlps(mix.router) else []
+    blocks: Sequence[Any] = getattr(model, "blocks", ())
+    groups: list[LinearGroup] = [group for block in blocks for group in block.linears]
     in_group = {linear.path for group in groups for linear in group.linears}
     modules = get_bank(model).modules
     alone = {path: module for path, module in modules.items() if path not in in_group}
     groups += [module.group for module in alone.values() if isinstance(module, BankLinear)]
     for group in groups:
         by_linear = [_slots_at(linear.path, adapters) for linear in group.linears]
-        # `LinearGroup` reads A linear by linear, in each expert by expert; of one expert alone its
-        # own, linear by linear
-        read = [[slot.A for slots in by_linear for slot in slots]]
-        if group in by_expert:
-            paths = [linear.path for linear in group.linears]
-            read = [[e.slots[p].A for p in paths if p in e.slots] for e in adapters]
-        for together in filter(None, read):
+        # `LinearGroup` reads A linear by linear, in each expert by expert
+        if together := [slot.A for slots in by_linear for slot in slots]:
             yield 0, together
         for slots in filter(None, by_linear):
             yield 1, [slot.B for slot in slots]
