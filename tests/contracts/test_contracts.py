@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import torch
 from lorry.adapters.attach import get_bank
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
-from lorry.data.batch import Batch, TokenizedExample
+from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.errors import ContractError, LorryError
 from lorry.models.decoder import attention, model
 from lorry.train import engine, session
@@ -322,6 +322,22 @@ def test_4_attention_that_sees_the_neighbour(
         base=family,
         target_modules="auto",
     )
+
+
+def test_4_rounding_passes_only_where_shapes_follow_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A change of 5e-5 is a leak, unless experts that are whole MLPs allow for rounding."""
+    monkeypatch.setattr("lorry.train.checks.packing_leak", lambda *given: 5e-5)
+    monkeypatch.setattr("lorry.train.checks.packed_loss_difference", lambda *given: 0.0)
+    checks, batches = ContractChecks(), [collate(examples(4))]
+    for limit in (0.0, 4e-5):
+        with pytest.raises(ContractError, match=r"change by 5\.00e-05"):
+            checks.first_batches(
+                cast(Any, None), batches, [()], tolerance=1e-5, leak_tolerance=limit
+            )
+    checks.first_batches(cast(Any, None), batches, [()], tolerance=1e-5, leak_tolerance=1e-4)
+    assert checks.results[4].status == "held"
 
 
 def test_4_positions_that_do_not_restart(

@@ -20,10 +20,19 @@ from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.router import RoutingRule, TokenRouter, attach_router
 from lorry.adapters.spec import LoraSpec
+from lorry.backends.local import LocalBackend
+from lorry.backends.optim import OptimSettings
+from lorry.data.batch import collate
 from lorry.errors import ConfigError, ContractError
+from lorry.evaluate.loss import packing_leak
 from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder import attention
+from lorry.models.decoder import model as decoder_model
 from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.train.session import LEAK_FACTOR, SCORE_TOLERANCES
 from tests.support import tiny
+from tests.support.seam import examples
 
 SEQUENCES = [[5, 9, 3, 7, 11, 2], [8, 1, 4, 6, 13, 12, 10, 9]]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -270,6 +279,34 @@ def test_tokens_without_an_expert_cost_it_nothing(tmp_path: Path) -> None:
     router_own = layers * 2 * tokens * g.width * len(EXPERTS)
     assert spent[1] - spent[0] <= most + router_own
     assert mlp <= spent[2] - spent[0] <= mlp + 2 * most + router_own
+
+
+def test_neighbours_move_the_rounding_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """How many rows an expert's products have hangs on the neighbours' tokens, which may round
+    otherwise; attention that sees a neighbour moves scores by more."""
+    dense, _, _ = with_experts("llama", replace(TOP1, level="delta"), tmp_path / "delta")
+    model, source, router = with_experts("llama", TOP1, tmp_path / "expert")
+    assert (dense.shapes_follow_tokens, model.shapes_follow_tokens) == (False, True)
+    stock = HfModel(Stock("llama", source, model, router).model)
+    assert (HfModel(source).shapes_follow_tokens, stock.shapes_follow_tokens) == (False, True)
+
+    class Routed(LocalBackend):
+        def score(self, batches: Any, wants: Any, mix: Mix | None = None) -> Any:
+            return super().score(batches, wants, router.mix())
+
+    rows = [replace(row, tokens=[t % model.vocab_size for t in row.tokens]) for row in examples(6)]
+    backend, batch = Routed(model, ["a"], OptimSettings()), collate(rows)
+    limit = LEAK_FACTOR * SCORE_TOLERANCES[torch.float32]
+    assert packing_leak(backend, batch) <= limit
+    original = attention.PackedSegments
+
+    def merged(segments: Any, device: Any, places: Any) -> Any:
+        return original([(segments[0][0], segments[-1][1])], device)
+
+    monkeypatch.setattr(decoder_model, "PackedSegments", merged)
+    assert packing_leak(backend, batch) > limit
 
 
 def test_what_expert_level_refuses(tmp_path: Path) -> None:

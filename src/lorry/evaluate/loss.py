@@ -86,7 +86,8 @@ def packed_loss_difference(backend: ScoringBackend, batch: Batch, sequences: int
 
 def packing_leak(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> float:
     """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if
-    nothing leaks, since shapes, and with them every kernel and its rounding, stay the same."""
+    nothing leaks, since shapes, and with them every kernel and its rounding, stay the same; rounding
+    where `CausalLM.shapes_follow_tokens`."""
     parts, want = _split_examples(batch, sequences), {"logprob": TokenScore(log_prob)}
     before = backend.score([collate(parts)], want)[0]["logprob"]
     worst = 0.0

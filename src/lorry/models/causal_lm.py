@@ -107,6 +107,13 @@ class CausalLM(nn.Module, ABC):
     def device(self) -> torch.device: ...
 
     @property
+    def shapes_follow_tokens(self) -> bool:
+        """Whether shapes of a pass's products hang on what its tokens are: an expert that is a whole
+        MLP reads as many rows as chose it, so that neighbours in a batch move the rounding.
+        """
+        return False
+
+    @property
     @abstractmethod
     def vocab_size(self) -> int:
         """Tokens that have an embedding, and columns of the logits."""

@@ -51,8 +51,8 @@ class TrainingEngine:
     """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in
     checkpoints and compared on resume; ``jobs``: one per adapter of the task, in its order; left
     out, all are alike: ``train``'s settings, the task's steps, ``epoch_of(step)``, the epoch a step
-    belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``: frozen ones
-    the task scores with besides the backend; ``evaluations``: what is asked of an adapter besides
+    belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance`` and ``leak_tolerance``);
+    ``models``: frozen ones the task scores with besides the backend; ``evaluations``: what is asked of an adapter besides
     the loss of held-out rows; ``record(step)``: what the task adds to the line of a step;
     ``conclude``: what it does with the values that the run ends with; ``unreached()``: which targets
     no gradient of a step could reach (`tasks.build.BuiltTask`).
@@ -73,6 +73,7 @@ class TrainingEngine:
         listeners: Sequence[TrainingListener] = (),
         ends: Sequence[int] = (),
         tolerance: float = 1e-5,
+        leak_tolerance: float = 0.0,
         models: Mapping[str, ScoringBackend] | None = None,
         evaluations: Sequence[RunEvaluation] = (),
         record: Callable[[int], Mapping[str, Any]] = lambda step: {},
@@ -83,12 +84,8 @@ class TrainingEngine:
         self.communicator = backend.communicator
         self.models, self.evaluations = {"self": backend, **(models or {})}, evaluations
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
-        self.identity, self.checks, self.listeners, self.tolerance = (
-            identity,
-            checks,
-            listeners,
-            tolerance,
-        )
+        self.identity, self.checks, self.listeners = identity, checks, listeners
+        self.tolerance, self.leak_tolerance = tolerance, leak_tolerance
         alike = [
             TrainingJob(name, train, task.total_steps, epoch_of, steps_per_epoch, ends)
             for name in task.adapters
@@ -179,6 +176,7 @@ class TrainingEngine:
                 batches,
                 [j.ends for j in self.jobs.values()],
                 tolerance=self.tolerance,
+                leak_tolerance=self.leak_tolerance,
             )
             # the checks of the first batch are not part of a step's time
             began = time.perf_counter()

@@ -86,6 +86,9 @@ from lorry.train.start import (
 
 # how far the loss packed and alone may differ (contract 4); of half precision 1e-2
 SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
+# Times that: how far one token's score may move with its neighbours' tokens, where these change shapes
+# (`CausalLM.shapes_follow_tokens`): the worst token of 30 layers was seen at 0.93 in float32. Elsewhere 0.
+LEAK_FACTOR = 10
 
 
 @dataclass
@@ -618,6 +621,7 @@ def build_engine(
         Measure(built.measure, digests=built.digests),
         *evaluations,
     ]
+    tolerance = SCORE_TOLERANCES.get(opened.model.dtype, 1e-2)
     return TrainingEngine(
         backend,
         built.task,
@@ -633,7 +637,8 @@ def build_engine(
         checks=ContractChecks(),
         jobs=training,
         listeners=notebook.listeners,
-        tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
+        tolerance=tolerance,
+        leak_tolerance=LEAK_FACTOR * tolerance if opened.model.shapes_follow_tokens else 0.0,
         models=built.models
         if communicator.size == 1
         else {name: SharedScorer(model, communicator) for name, model in built.models.items()},

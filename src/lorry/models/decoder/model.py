@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.product import LinearProducts
@@ -22,6 +23,7 @@ from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.decoder.attention import PackedSegments
 from lorry.models.decoder.block import DecoderBlock, ForwardContext, compute_inv_freq
 from lorry.models.decoder.cache import KVCache
+from lorry.models.decoder.experts import mixes_mlps
 from lorry.models.decoder.layer import apply_layer
 from lorry.models.decoder.pointwise import DecoderNorm
 
@@ -77,6 +79,14 @@ class Decoder(CausalLM):
         it).
         """
         self.get_submodule(self.family.head).weight = self.get_submodule(self.family.embed).weight
+
+    @property
+    def shapes_follow_tokens(self) -> bool:
+        """Where a router at level `expert` is attached."""
+        bank: AdapterBank | None = self.__dict__.get("lorry_bank")
+        return bank is not None and any(
+            mixes_mlps(router.mix().router) for router in bank.routers.values()
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -44,6 +44,7 @@ from lorry.models.hf.frames import (
     unpad_frames,
 )
 from lorry.models.hf.routing import FramedRouter, frame_call, gate_half
+from lorry.models.loading.config_json import EXPERT_COUNT_KEYS
 from lorry.notes import NoteCallback, ignore_note
 
 PROBE_TOKENS = 16  # of the text that shows which layers train
@@ -103,6 +104,11 @@ class HfModel(CausalLM):
             )
 
     # --- what the bank and the engine ask of a model
+
+    @property
+    def shapes_follow_tokens(self) -> bool:
+        """Where transformers' class is a mixture of experts."""
+        return any((self.config.get(key) or 0) > 1 for key in EXPERT_COUNT_KEYS)
 
     @property
     def dtype(self) -> torch.dtype:
