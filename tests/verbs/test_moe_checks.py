@@ -13,6 +13,7 @@ import pytest
 
 from lorry.errors import LorryError
 from lorry.models.moe.checkpoint import describe_moe
+from lorry.verbs import moe
 from tests.support.verbworld import PEOPLE, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry
 
@@ -140,6 +141,22 @@ def test_what_experts_and_exports_cannot_be(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_the_export_of_a_mixture_whose_classifier_has_a_lora(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its token router was refused: the classifier's LoRA was still there under the router's name."""
+
+    def stop(run: object, stages: object) -> None:
+        raise LorryError("the checks have held")
+
+    monkeypatch.setattr(moe, "make_experts", stop)
+    experts = ", ".join(f"{{name: {n}, data: {made / n}.jsonl}}" for n in "ab")
+    words = ["router.kind=sequence", "router.lora={r: 2}", "export=[{to: hf-moe}]", "dtype=float32"]
+    words += [f"model={made / 'base'}", f"experts=[{experts}]", MLP, f"output_dir={tmp_path / 'm'}"]
+    assert run_lorry("moe", *words) == 1
+    assert "the checks have held" in capsys.readouterr().err
 
 
 def test_a_base_that_is_a_mixture_already() -> None:

@@ -40,7 +40,7 @@ def check_experts(
     the export do not take. ``adapters``: {expert: its PEFT directories} of those that are there.
     ``opened`` is of no use afterwards.
     """
-    from lorry.adapters.attach import attach, get_bank
+    from lorry.adapters.attach import attach, detach, get_bank
     from lorry.adapters.peft.files import find_adapter, load_adapter
     from lorry.adapters.router import ROUTER_NAME
     from lorry.tasks.moe.builder import attach_run_router
@@ -63,6 +63,8 @@ def check_experts(
     for router in routers:
         attach_run_router(router, opened)
         bank.routers.pop(ROUTER_NAME)
+        if ROUTER_NAME in bank.adapters:  # a classifier's LoRA, which the next has no part in
+            detach(opened.model, ROUTER_NAME)
     moe = run.export_of("hf-moe")
     if moe is not None and not run.skip_merge:
         shared_mix(opened, {job.name: {job.name: 1.0} for job in run.jobs}, moe.attention)
