@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from lorry import cli
+from lorry.backends.distributed import launch
 from lorry.errors import ConfigError
 from lorry.ranks import (
     LaunchedProcess,
@@ -80,3 +82,31 @@ def test_settings_and_launcher_have_to_agree(launcher: object) -> None:
         workers_to_start(settings(processes=3))
     with pytest.raises(ConfigError, match="add backend=ddp"):
         workers_to_start(settings("single"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["merge", "/nowhere"], "lorry merge runs in one process"),
+        (["compare", "data=/nowhere.jsonl"], "lorry compare runs in one process"),
+        (["sft", "data=/nowhere.jsonl", "backend=ddp", "background=true"], "background=true"),
+    ],
+)
+def test_what_copies_would_spoil_is_refused(
+    launcher: object, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    """Under torchrun each process would write the same directory, or leave a run alone in it."""
+    launcher(RANK="0", WORLD_SIZE="2", **WHERE)  # type: ignore[operator]
+    assert cli.main(words) == 2
+    assert told in capfd.readouterr().err
+
+
+def test_a_command_that_starts_workers_leaves_the_notes_to_them(
+    launcher: object, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    started = list[tuple[list[str], int]]()
+    monkeypatch.setattr(launch, "run_workers", lambda *given: started.append(given) or 0)
+    words = ["sft", "data=/nowhere.jsonl", "lora_r=4", "fp16=true", "backend=ddp"]
+    assert cli.main([*words, "processes=2"]) == 0
+    assert started == [([*words, "processes=2"], 2)]
+    assert capfd.readouterr() == ("", "")

@@ -34,6 +34,8 @@ BROKEN_PIPE, INTERRUPTED = 141, 130  # as the shell reports a program that SIGPI
 
 # the verbs whose work several processes can share; all others refuse `backend.processes`
 PARALLEL_VERBS = frozenset({"sft", "unlearn", "distill"})
+# and those that write nothing that copies of them could spoil; a plan's processes are no processes
+LOOKING_VERBS = frozenset({"plan", "runs", "doctor", "report"})
 
 
 class VerbModule(Protocol):
@@ -309,12 +311,14 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     settings = config.parse_settings(
         schema, [arg for arg in args if arg != "--dump-config"], notes.append
     )
-    for note in notes if is_main_process() else ():
+    workers = 0 if dump_only else _workers_of(verb, settings)
+    # of workers rank 0 reads the same words, and tells them
+    for note in notes if is_main_process() and not workers else ():
         _print_stderr(f"note: {note}", dim=True)
     if dump_only:
         print(escape_document(config.dump_settings(settings)), end="")
         return 0
-    if workers := _workers_of(verb, settings):
+    if workers:
         # imported only now: torch
         from lorry.backends.distributed.launch import run_workers
 
@@ -331,8 +335,7 @@ def _workers_of(verb: CliVerb, settings: Any) -> int:
     started this one, or another process will make the run (`background`). Raises ConfigError for a
     verb that runs in one process."""
     backend = getattr(settings, "backend", None)
-    # a plan's processes are no processes; and several copies may well look at runs, but not chat
-    if verb.name == "plan" or (backend is None and verb.name != "chat"):
+    if verb.name in LOOKING_VERBS:
         return 0
     if backend is None or verb.name not in PARALLEL_VERBS:
         launched = launched_process()
@@ -345,7 +348,14 @@ def _workers_of(verb: CliVerb, settings: Any) -> int:
                 f"(backend=ddp is for {', '.join(sorted(PARALLEL_VERBS))})"
             )
         return 0
-    return 0 if getattr(settings, "background", False) else workers_to_start(backend)
+    if not settings.background:
+        return workers_to_start(backend)
+    if (launched := launched_process()) is not None and launched.world_size > 1:
+        raise ConfigError(
+            "background=true leaves a process alone, but these were started by a launcher (WORLD_SIZE), "
+            "which ends when they do; leave it out and put the launcher in the background"
+        )
+    return 0
 
 
 def _print_stderr(text: str, **style: Any) -> None:

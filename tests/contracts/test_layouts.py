@@ -88,6 +88,11 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
     forget = [w for w in words("unlearn", "unlearn", method="NPO") if not w.startswith("data=")]
     return {
         "run": ["sft", *words_of(folder, out / "run", **EVALUATED)],
+        "continued": [
+            word
+            for word in words("sft", "continued", model=out / "continued")
+            if not word.startswith("r=")  # that of its adapter
+        ],
         "refused": words("sft", "refused", adapter="/nowhere"),
         "jobs": words("sft", "jobs", jobs="[{name: a, r: 3}, {name: b, learning_rate: 0.02}]"),
         "distill": words("distill", "distill", teacher=folder / "model"),
@@ -244,6 +249,7 @@ def test_two_processes_are_peft_in_one(pair: Pair) -> None:
         ("another base", "ConfigError", ["another base", "rank 1"]),
         ("not finite", "NonFiniteError", ["rank 1: step 1", "not finite"]),
         ("full disk", "DiskError", ["No space left on device"]),
+        ("log not synced", "DiskError", ["Input/output error"]),
         ("signal", "RunInterruptedError", ["SIGTERM arrived; step 2 of 4"]),
     ],
 )
@@ -299,6 +305,12 @@ def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
     }
     contracts = json.loads((run / "contracts.json").read_text())
     assert [contract["status"] for contract in contracts] == ["held"] * 8
+
+
+def test_a_run_that_goes_on_in_its_directory_is_read_by_every_rank(pair: Pair) -> None:
+    """Before rank 0 moves the earlier one away, however late another rank reads it."""
+    assert [ended["continued"] for ended in pair.faults] == [0, 0]
+    assert (pair.folder / "continued" / "previous" / "1" / "adapter_model.safetensors").is_file()
 
 
 def test_a_task_knows_nothing_of_ranks() -> None:

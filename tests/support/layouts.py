@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,7 +43,9 @@ from lorry.disk import durable
 from lorry.errors import LorryError
 from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
 from lorry.tasks.unlearn.gradients import GradientRectified
+from lorry.train import session
 from lorry.train.finish import contract_targets
+from lorry.train.session import open_base
 from tests.support.seam import Fixed, Npo, examples, tiny_llama
 from tests.support.tinyrun import engine_for
 
@@ -199,6 +203,16 @@ class FullDisk(durable.DiskCalls):
         raise OSError(28, "No space left on device", str(path))
 
 
+def open_late(*given: Any) -> Any:
+    time.sleep(1.0)
+    return open_base(*given)
+
+
+class NoSync(durable.DiskCalls):
+    def fsync(self, fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+
 def run_engine(
     communicator: Communicator,
     folder: Path,
@@ -245,6 +259,11 @@ def faults(communicator: Communicator, out: Path) -> dict[str, list[str]]:
         if not second:
             durable.disk = FullDisk()
 
+    def no_sync(engine: Any) -> None:
+        # of the log, between agreeing on a checkpoint and rank 0 writing it
+        if not second:
+            durable.disk = NoSync()
+
     def stop_signal(engine: Any) -> None:
         record = engine.record_task
 
@@ -270,6 +289,7 @@ def faults(communicator: Communicator, out: Path) -> dict[str, list[str]]:
         ),
         "not finite": lambda d: run(d, change=poison),
         "full disk": lambda d: run(d, change=full_disk),
+        "log not synced": lambda d: run(d, change=no_sync),
         "signal": lambda d: run(d, change=stop_signal, steps=4),
         "bug": lambda d: run(d, change=bug),
         "nothing": lambda d: run(d),
@@ -294,7 +314,13 @@ def main(out: Path) -> None:
     save_file(trainings(communicator), out / f"rank-{communicator.rank}.safetensors")
     ended: dict[str, Any] = faults(communicator, out)
     for name, words in json.loads((out / "commands.json").read_text()).items():
+        if name == "continued":  # in its own directory, by a rank 1 that reads it late
+            if communicator.rank == 0:
+                shutil.copytree(out / "run", out / name)
+            else:
+                session.open_base = open_late
         ended[name] = cli.main([*words, "backend=ddp", "keep_total=true"])
+        session.open_base = open_base
     (out / f"rank-{communicator.rank}.json").write_text(json.dumps(ended))
 
 

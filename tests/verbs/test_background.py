@@ -11,9 +11,11 @@ import os
 import pty
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -201,3 +203,19 @@ def test_a_terminal_that_closes(world: World, tmp_path: Path) -> None:
         == f"SIGHUP arrived; resume_from_checkpoint=auto continues from {found.checkpoint}"
     )
     assert found.checkpoint == f"step-{found.step:08d}"
+
+
+def test_a_worker_of_the_child_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With backend=ddp process.json is of rank 0, which the child has started; not of the child."""
+    with started(
+        ["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True
+    ) as child:
+        worker = int(child.stdout.readline())  # type: ignore[union-attr]
+        try:
+            for pid, trains in ((worker, True), (child.pid, True), (os.getpid(), False)):
+                record = SimpleNamespace(pid=pid, begun="now")
+                monkeypatch.setattr(background.process, "read_process", lambda _, r=record: r)
+                monkeypatch.setattr(background, "START_TIMEOUT", 2.0 if trains else 0.1)
+                assert background._wait_for_training(child, tmp_path) is trains
+        finally:
+            os.kill(worker, signal.SIGKILL)

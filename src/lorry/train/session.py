@@ -163,6 +163,8 @@ def _train_run(
         engine = build_engine(run, opened, jobs, notebook, evaluations, communicator)
         # read before an earlier run moves, which may be what this one begins with
         over = start_files(opened.model)
+        # the same of every rank: rank 0 moves it for all of them
+        communicator.exchange("everything is read")
         resume_or_make_room(engine, resume_from, run, notebook)
         # the mark before the first file: without one, what a kill leaves would be taken for somebody's
         process.begin(engine.progress.step, engine.total)

@@ -18,6 +18,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from lorry.config import dump_settings
 from lorry.config.schema import RunConfig
 from lorry.disk import durable
@@ -117,10 +119,22 @@ def _wait_for_training(child: subprocess.Popen[bytes], folder: Path) -> bool:
     while child.poll() is None and time.monotonic() < deadline:
         record = process.read_process(folder)
         # process.json may still be that of an earlier run
-        if record is not None and record.pid == child.pid and record.begun is not None:
+        if (
+            record is not None
+            and record.begun is not None
+            and _is_or_started(child.pid, record.pid)
+        ):
             return True
         time.sleep(0.05)
     return False
+
+
+def _is_or_started(child: int, pid: int) -> bool:
+    """Whether ``pid`` is the child or, of a run on several processes, a worker that it started."""
+    try:
+        return pid == child or psutil.Process(pid).ppid() == child
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _file_size(path: Path) -> int:

@@ -135,6 +135,9 @@ class TorchCommunicator:
 
     def on_main(self, what: str, function: Callable[[], Any]) -> Any:
         """See `Communicator.on_main`."""
+        # where rank 0 fails on its way here the others learn of it now: waiting for the key they
+        # would not, and rank 0 would wait for them
+        self.exchange(what)
         self._calls += 1
         key = f"main/{self._calls}"
         if self.rank == 0:
