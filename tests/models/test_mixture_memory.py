@@ -18,15 +18,22 @@ from tests.support.verbworld import model_directory
 TOKENS = torch.tensor([[5, 9, 3, 7]])
 
 
+def memory_alive() -> dict[int, torch.UntypedStorage]:
+    """The memory of every tensor alive, each once: views share theirs."""
+    gc.collect()
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    alive = [x for x in gc.get_objects() if type(x) in kinds and x.layout == torch.strided]
+    return {memory.data_ptr(): memory for memory in (t.untyped_storage() for t in alive)}
+
+
 def held_bytes(path: Path) -> tuple[int, Any]:
-    """Of every tensor alive after a forward pass of the model there, its memory counted once."""
+    """What the model there holds after a forward pass, beside what was alive before."""
+    before = memory_alive()
     model, _ = lorry.load(path, dtype="float32")
     with torch.no_grad():
         model(TOKENS)
-    gc.collect()
-    alive = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
-    memory = [t.untyped_storage() for t in alive]
-    return sum({one.data_ptr(): one.nbytes() for one in memory}.values()), model
+    new = [memory.nbytes() for at, memory in memory_alive().items() if at not in before]
+    return sum(new), model
 
 
 def bytes_of(path: Path) -> int:

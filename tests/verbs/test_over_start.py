@@ -227,7 +227,10 @@ def test_published_with_its_start(world: Path) -> None:
 def test_planned_examined_and_listed(world: Path, capsys: Any) -> None:
     run = world / "runs/npo"
     assert lorry("plan", run, "threads=1") == 0
-    assert "an adapter of rank 2" in "".join(capsys.readouterr())
+    told = capsys.readouterr()
+    assert "the plan of the unlearning that its run.yaml describes" in told.err
+    assert f"first has gone: planned on the copy of it in {run}" in told.err
+    assert f"{run} (0M parameters) on cpu: r=2" in told.out
     assert lorry("doctor", run) == 0
     assert "1 intact" in capsys.readouterr().out
     assert lorry("runs", world / "runs", "format=json") == 0

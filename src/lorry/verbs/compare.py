@@ -35,8 +35,14 @@ def main(settings: CompareSettings) -> int:
     from lorry.report.compare import compare_runs_table, comparison_row, figure_ratios
     from lorry.runs.read import read_readable_runs
 
-    trained = [settings.run_of_way(name) for name in _training_ways(settings)]
-    _refuse_unsupported(settings, trained)
+    ways = _training_ways(settings)
+    if ways:
+        _refuse_unsupported(settings)
+    trained = [settings.run_of_way(name) for name in ways]
+    if full_runs := [run for run in trained if run.lora is None]:
+        from lorry.train.full import refuse_adapter_settings
+
+        refuse_adapter_settings(full_runs[0].train, full_runs[0].memory_budget)
     # all that may be refused is refused before the first way has trained
     refuse_foreign_files(settings.output_dir, trained)
     for run in trained:
@@ -96,22 +102,18 @@ def _training_ways(settings: CompareSettings) -> list[str]:
     return list(settings.ways)
 
 
-def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> None:
-    """Raise ConfigError for what some way cannot do, before any other has trained for nothing."""
+def _refuse_unsupported(settings: CompareSettings) -> None:
+    """Raise ConfigError for what no way can do, before any has trained for nothing."""
     unsupported = {
         "jobs": settings.jobs,
         "background": settings.background,
         "train.push_to_hub": settings.train.push_to_hub,
     }
-    if trained and (unsupported_names := [name for name, value in unsupported.items() if value]):
+    if unsupported_names := [name for name, value in unsupported.items() if value]:
         raise ConfigError(
             f"{unsupported_names[0]}: all ways are trained one after the other in "
             "this command; leave it out"
         )
-    if full_runs := [run for run in trained if run.lora is None]:
-        from lorry.train.full import refuse_adapter_settings
-
-        refuse_adapter_settings(full_runs[0].train, full_runs[0].memory_budget)
 
 
 def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:

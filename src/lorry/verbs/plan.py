@@ -27,7 +27,7 @@ from lorry.config.settings import (
 )
 from lorry.console import VisibleConsole
 from lorry.disk.durable import DiskError
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, ModelError
 from lorry.notes import NoteCallback
 from lorry.plan import machine, rates
 from lorry.plan.adapters import PlannedAdapter, plan_router, router_reads
@@ -101,8 +101,14 @@ def own_unlearning(settings: AnyPlanSettings, add_note: NoteCallback) -> AnyPlan
     for group, given in settings.model_dump(exclude_unset=True).items():
         whole = isinstance(given, dict) and isinstance(merged.get(group), dict)
         merged[group] = {**merged[group], **given} if whole else given
-    # what it was trained on, which for the plan is the model
-    merged["model"]["name"] = described["model"]["name"]
+    # what it was trained on, which for the plan is the model; a start that has gone is in the run, too
+    start = described["model"]["name"]
+    try:
+        find_config(start, revision=described["model"].get("revision"))
+    except ModelError:
+        add_note(f"{start} has gone: planned on the copy of it in {settings.model.name}")
+    else:
+        merged["model"]["name"] = start
     merged.pop("task")
     add_note(f"{settings.model.name}: the plan of the unlearning that its run.yaml describes")
     return build_settings(UnlearnPlanSettings, merged, add_note)
