@@ -159,6 +159,22 @@ def test_the_export_of_a_mixture_whose_classifier_has_a_lora(
     assert "the checks have held" in capsys.readouterr().err
 
 
+def test_experts_of_the_mixture_that_makes_room(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mixture was moved away, and its experts with it; then they were missing."""
+    out, there = tmp_path / "m", made / "there"
+    words = [f"model={made / 'base'}", "dtype=float32", MLP, f"output_dir={out}"]
+    experts = [f"experts=[{{name: a, adapter: {a}}}, {{name: b, adapter: {b}}}]"
+               for a, b in ((there, there), (out / "a", out / "b"))]  # fmt: skip
+    assert run_lorry("moe", *words, experts[0], "router.kind=uniform") == 0
+    before = sorted(out.rglob("*"))
+    capsys.readouterr()
+    assert run_lorry("moe", *words, experts[1], "router.kind=arrow") == 2
+    assert f"{out / 'a'} is of the mixture in {out}" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+
+
 def test_a_base_that_is_a_mixture_already() -> None:
     """It was told to have no class of a mixture."""
     with pytest.raises(LorryError, match="'mixtral' is a mixture of experts already"):

@@ -41,7 +41,7 @@ from lorry.runs.layout import (
 from lorry.runs.ownership import is_run
 from lorry.runs.stages import data_digests
 from lorry.verbs import merge
-from lorry.verbs.mixture.checks import check_experts, check_rows
+from lorry.verbs.mixture.checks import check_experts, check_rows, refuse_own_experts
 from lorry.verbs.mixture.outputs import (
     call_verb,
     check_outputs,
@@ -84,6 +84,7 @@ def main(run: MoeRunConfig) -> int:
         )
     refuse_missing_rows(run)
     refuse_undescribed_experts(run)
+    refuse_own_experts(run, brought_adapters(run))
     folders = expert_folders(run)
     if run.skip_experts:
         refuse_untrained_experts(folders, "config.json" if run.whole_experts else ADAPTER_CONFIG)

@@ -16,6 +16,7 @@ from lorry.config.jobs import runs_by_adapter
 from lorry.config.moe import MoeRunConfig, RouterRunConfig
 from lorry.errors import ConfigError
 from lorry.notes import ignore_note
+from lorry.runs.layout import ROUTER, ROUTER_FILE
 
 if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
@@ -28,6 +29,25 @@ def check_rows(run: MoeRunConfig) -> None:
     for own in runs_by_adapter(run).values():
         if own.data.path:
             expect_rows(own.data)
+
+
+def refuse_own_experts(run: MoeRunConfig, adapters: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError for one of the ``adapters`` that lies in the mixture that is to be made anew: it
+    would be moved away with it before it is read, and be missing where training is to go on. Raises
+    ModelError for a router.json that is none."""
+    from lorry.adapters.router_files import read_router_record
+
+    mixture = run.folders.mixture
+    if run.skip_gating or not (mixture / ROUTER / ROUTER_FILE).is_file():
+        return
+    moving = {(mixture / expert.name).resolve() for expert in read_router_record(mixture).experts}
+    for name, folders in adapters.items():
+        for folder in folders:
+            if Path(folder).expanduser().resolve() in moving:
+                raise ConfigError(
+                    f"expert {name!r}: {folder} is of the mixture in {mixture}, which makes room for this one; give "
+                    "another output_dir"
+                )
 
 
 def check_experts(
