@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ PYTEST := $(BIN)/python -m pytest -q -rfEs -n logical --maxprocesses=8 --dist lo
 
 test: setup
 	$(PYTEST)
+
+# What takes minutes each: a run killed at every call that it makes to the disk.
+test-slow: setup
+	$(PYTEST) -m slow
 
 # The tests that could hang on what dtype=auto means, run as the other kind of machine would: bfloat16 where this one takes float32,
 # and the reverse, without the compiled kernels. Those that kill hundreds of processes name their dtype and are left out.

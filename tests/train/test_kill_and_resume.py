@@ -44,7 +44,16 @@ from tests.support.mortal import (
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 
-@pytest.mark.parametrize(("shape", "every"), [("packed", 1), ("not packed", 5), ("streamed", 25)])
+# at every call takes minutes (`make test-slow`); each kind of call is hit at every place either way
+@pytest.mark.parametrize(
+    ("shape", "every"),
+    [
+        pytest.param("packed", 1, marks=pytest.mark.slow),
+        ("packed", 10),
+        ("not packed", 20),
+        ("streamed", 25),
+    ],
+)
 def test_killed_at_every_call_and_moment(
     world: World, whole: Whole, shape: str, every: int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
