@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-
-from rich.table import Column, Table
 
 from lorry.config import build_settings, runs_by_adapter
 from lorry.config.moe import RouterConfig, router_train
@@ -26,10 +23,9 @@ from lorry.config.settings import (
     UnlearnPlanSettings,
 )
 from lorry.console import VisibleConsole
-from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, ModelError
 from lorry.notes import NoteCallback
-from lorry.plan import machine, rates
+from lorry.plan import machine
 from lorry.plan.adapters import PlannedAdapter, plan_router, router_reads
 from lorry.plan.choices import (
     JobSettings,
@@ -47,26 +43,24 @@ from lorry.plan.choices import (
     require_lora,
 )
 from lorry.plan.configs import FoundConfig, count_start_values, find_config
-from lorry.plan.flops import TokenFlops, count_flops, step_efficiency
+from lorry.plan.flops import TokenFlops, count_flops
 from lorry.plan.memory import (
-    TRAINABLE_PRECISIONS,
     DeviceType,
     MemoryEstimate,
     MemorySetup,
     PrecisionName,
     estimate_memory,
-    layer_path,
 )
 from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipeline_slowdown
-from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.report import RunPlan, StepSpeed
 from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
 from lorry.plan.shapes import ModelShape, read_model_shape
 from lorry.runs.ownership import run_description_of
 from lorry.verbs.open_model import print_note
+from lorry.verbs.planning.speed import step_speed
+from lorry.verbs.planning.table import print_plan
 
 DEFAULT_GPU = "h100"
-MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
 
 
 AnyPlanSettings = PlanSettings | UnlearnPlanSettings | MoePlanSettings
@@ -179,7 +173,9 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         adapter,
         memory=need(choice),
         flops=flops,
-        speed=_step_speed(settings, shape, setup, tokens, tokens * flops.step, gpu, devices),
+        speed=step_speed(
+            settings.backend.threads, shape, setup, tokens, tokens * flops.step, gpu, devices
+        ),
         budget=(budget, budget_is),
         search=search,
         alternative=alternative,
@@ -274,8 +270,13 @@ def _plan_of_router(
         adapter,
         memory=estimate_memory(shape, adapter, setup),
         flops=flops,
-        speed=_step_speed(
-            settings, shape, setup, setup.step_tokens, setup.step_tokens * flops.step, gpu
+        speed=step_speed(
+            settings.backend.threads,
+            shape,
+            setup,
+            setup.step_tokens,
+            setup.step_tokens * flops.step,
+            gpu,
         ),
         budget=_memory_budget(settings, gpu),
     )
@@ -346,7 +347,7 @@ def _plan_of_jobs(
         adapter,
         memory=estimate_memory(shape, adapter, setup),
         flops=max(flops, key=lambda each: each.step),
-        speed=_step_speed(settings, shape, setup, sum(tokens), work, gpu),
+        speed=step_speed(settings.backend.threads, shape, setup, sum(tokens), work, gpu),
         budget=_memory_budget(settings, gpu),
         jobs=jobs,
     )
@@ -518,101 +519,6 @@ def _is_trainable(settings: AnyPlanSettings) -> bool:
     return settings.model.quantize is None and settings.backend.name == "single"
 
 
-def _step_speed(
-    settings: AnyPlanSettings,
-    shape: ModelShape,
-    setup: MemorySetup,
-    tokens: int,
-    flops: int,
-    gpu: str | None,
-    devices: float = 1.0,
-) -> StepSpeed | None:
-    """Time of one optimizer step of so many tokens and FLOPs in all, on ``devices`` together; None
-    where no rate is known.
-    """
-    # a maker's or a matrix rate is what no step reaches; a run's own steps did reach theirs
-    share, measured = step_efficiency(shape, setup), None
-    if gpu:
-        rate, source = machine.GPUS[gpu].rate, f"{gpu}, manufacturer's figure"
-    else:
-        measured, source = _best_measurement(settings, shape, setup)
-        if measured is None:
-            return None
-        rate = measured.rate
-        share = 1.0 if isinstance(measured, RunRate) else share
-    seconds = flops / (rate * share * devices)
-    return StepSpeed(
-        rate=rate,
-        source=source,
-        measured=measured,
-        efficiency=share,
-        tokens_per_second=tokens / seconds,
-        seconds_per_step=seconds,
-    )
-
-
-def _best_measurement(
-    settings: AnyPlanSettings, shape: ModelShape, setup: MemorySetup
-) -> tuple[RateMeasurement | None, str]:
-    """What is known best of this machine (plan/rates.py), and in words where it comes from: steps
-    of runs of like size; else its matrix rate, measured now (a few seconds) where none is known or
-    the known one is not to be trusted."""
-    compute_dtype: PrecisionName = (
-        setup.precision if setup.precision in TRAINABLE_PRECISIONS else "bfloat16"
-    )
-    identity = machine.machine_identity(setup.device, compute_dtype, settings.backend.threads)
-    known, path = _known_rates(identity), layer_path(shape)
-    # what a quiet machine reached is its speed; of a busy one the best is only a lower bound
-    quiet, fastest = (
-        known.of_runs(shape.parameters, setup.tokens, path, quiet=only) for only in (True, False)
-    )  # fmt: skip
-    matrix, not_kept = known.matrix, ""
-    if quiet is None and not known.trusted(setup.device):
-        matrix, not_kept = _matrix_measurement(
-            identity, setup.device, compute_dtype, settings.backend.threads, known
-        )
-    usual = 0.0 if matrix is None else matrix.rate * step_efficiency(shape, setup)
-    if fastest is not None and (quiet is not None or fastest.rate > usual):
-        return fastest, f"measured here in {fastest.words(f'steps of a run of {fastest.model}')}"
-    return (
-        (None, "")
-        if matrix is None
-        else (matrix, f"measured here, the best of {matrix.words('products')}{not_kept}")
-    )
-
-
-def _known_rates(identity: rates.MachineIdentity) -> rates.KnownRates:
-    """What is known of this machine; nothing, for this plan alone, where it cannot be read now."""
-    try:
-        return rates.read_known_rates(identity)
-    except DiskError:
-        # `keep_matrix_rate` meets the same disk, and the plan then says that nothing was kept
-        return rates.KnownRates()
-
-
-def _matrix_measurement(
-    identity: rates.MachineIdentity,
-    device: DeviceType,
-    precision: PrecisionName,
-    threads: int | None,
-    known: rates.KnownRates,
-) -> tuple[RateMeasurement | None, str]:
-    """The matrix rate measured now and kept, in place of one that a run contradicts; and, if it
-    could not be kept, why."""
-    from lorry.train.resources.rate import measure_matrix_rate
-
-    measured = measure_matrix_rate(device, precision, threads)
-    if measured is None:
-        return None, ""
-    wrong = known.matrix is not None and any(
-        rates.contradicts_measurement(run, known.matrix, device) for run in known.runs
-    )
-    try:
-        return rates.keep_matrix_rate(identity, measured, instead=wrong), ""
-    except DiskError as error:
-        return measured, f"; not saved: {error}"
-
-
 def _plan_notes(
     settings: AnyPlanSettings, shape: ModelShape, found_config: FoundConfig, choice: PlanChoice
 ) -> list[str]:
@@ -672,95 +578,3 @@ def _plan_notes(
             "adapter; for one of lorry unlearn over it give forget=FILE (and retain=FILE), for its own no rows at all"
         )
     return notes
-
-
-# --- what a person sees
-
-
-def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
-    """The table by component, the search if there was one, one line of verdict."""
-    where = (
-        f"{plan.split.processes} GPUs ({plan.split.backend}), each"
-        if plan.split.processes > 1
-        else plan.setup.device
-    )
-    size = (
-        f"{plan.shape.parameters / 1e9:.2f}B"
-        if plan.shape.parameters >= 1e9
-        else f"{plan.shape.parameters / 1e6:.0f}M"
-    )
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    what = plan.choice.words()
-    if plan.jobs:
-        ranks = sorted({job.rank for job in plan.jobs})
-        what = (
-            f"{len(plan.jobs)} jobs of r={', '.join(map(str, ranks))}, up to {plan.setup.tokens} tokens at once, "
-            f"recompute {plan.setup.recompute}, {plan.setup.precision}"
-        )
-    say(
-        f"{plan.model} ({size} parameters) on {where}: {what}, up to {plan.setup.length} tokens a row"
-    )
-    console.print(_memory_table(plan.memory))
-    if plan.search is not None:
-        console.print(_search_table(plan.search))
-    for note in plan.notes:
-        say(f"note: {note}")
-    say(plan_verdict(plan))
-
-
-def _memory_table(memory: MemoryEstimate) -> Table:
-    table = Table("component", Column("bytes", justify="right"), "what")
-    for c in memory.components:
-        table.add_row(c.name, size_in_words(c.bytes), c.words)
-    table.add_section()
-    table.add_row("peak", size_in_words(memory.total), "")
-    return table
-
-
-def _search_table(search: ChoiceSearchResult) -> Table:
-    """The choice made, and those that were preferred to it, the nearest last."""
-    table = Table(
-        "choice (preferred first)", Column("peak", justify="right"), "exceeds the budget at"
-    )
-    if len(search.tried) > MAX_SHOWN_CHOICES:
-        table.add_row(f"... {len(search.tried) - MAX_SHOWN_CHOICES} more do not fit", "", "")
-    for tried in search.tried[-MAX_SHOWN_CHOICES:]:
-        table.add_row(
-            tried.choice.words(), size_in_words(tried.memory.total), tried.overrun or "fits"
-        )
-    return table
-
-
-def plan_verdict(plan: RunPlan) -> str:
-    """One line: does it fit, and how fast it would run."""
-    need = size_in_words(plan.memory.total)
-    parts = [f"needs {need}"]
-    if plan.budget is not None:
-        parts = [
-            f"{'fits' if plan.fits else 'does not fit'} {plan.budget_is}: {need} of {size_in_words(plan.budget)}"
-        ]
-    if not plan.fits and plan.alternative is not None:
-        parts.append(
-            f"would fit with {plan.alternative.choice.words()}: {size_in_words(plan.alternative.memory.total)}"
-        )
-    if plan.speed is not None:
-        s = plan.speed
-        parts.append(
-            f"about {s.tokens_per_second:,.0f} tokens/s, {_format_seconds(s.seconds_per_step)} a step "
-            f"({plan.flops.step / 1e9:.2f} GFLOP/token at {_format_rate(s)}, {s.source})"
-        )
-    return "; ".join(parts)
-
-
-def _format_rate(speed: StepSpeed) -> str:
-    """FLOP/s in words, with the share that a step is expected to reach unless steps reached it."""
-    rate = (
-        f"{speed.rate / 1e12:.2f} TFLOP/s"
-        if speed.rate >= 1e12
-        else f"{speed.rate / 1e9:.3g} GFLOP/s"
-    )
-    return rate if speed.efficiency == 1 else f"{speed.efficiency:.0%} of {rate}"
-
-
-def _format_seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
