@@ -27,6 +27,7 @@ from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import PackedInput, prompt_gates
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from lorry.verbs.mixture.stages import mixture_damage
+from tests.support.tofuworld import read_json, tofu_rows, write_tofu
 from tests.support.verbworld import lorry as run_lorry
 from tests.support.verbworld import model_directory, write_rows
 
@@ -459,3 +460,30 @@ def test_one_expert_chooses_by_itself() -> None:
     assert RouterConfig().top_k == 2
     with pytest.raises(ValueError, match="no gradient"):
         RouterConfig(top_k=1)
+
+
+def test_a_suite_asks_the_mixture_too(made: Path, tmp_path: Path) -> None:
+    """It asked each expert alone. A prompt has one of them here, so that each row's value is that
+    expert's; and gradients are asked of experts that are frozen."""
+    run = copied(made / "mix", tmp_path / "mix")
+    tofu = write_tofu(tmp_path / "tofu")
+    words = ["suite=tofu", "forget_split=forget05", "dtype=float32", "threads=1"]
+    named = "metrics=[forget_Q_A_Prob,mia_gradnorm]"
+    assert run_lorry("eval", run, *words, f"local.tofu={tofu}", named) == 0
+    found = {
+        name: read_json(run / "evals" / name / "TOFU_EVAL.json")
+        for name in ("places", "sums", "mixture")
+    }
+    model, tokenizer = lorry.load(run)
+    router = get_bank(model).active.sequence_router
+    assert router is not None
+    rows = tofu_rows()["forget05_perturbed"]
+    gates = prompt_gates(model, [prompt(tokenizer, row["question"]) for row in rows], router)
+    for number, row in enumerate(gates.tolist()):
+        assert sorted(row) == [0.0, 1.0]
+        own, mixed = (
+            found[name]["forget_Q_A_Prob"]["value_by_index"][str(number)]["prob"]
+            for name in (router.adapters[row.index(1.0)], "mixture")
+        )
+        assert mixed == pytest.approx(own, rel=1e-6)
+    assert 0 <= found["mixture"]["mia_gradnorm"]["agg_value"] <= 1

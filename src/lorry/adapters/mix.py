@@ -69,6 +69,7 @@ class LayerRouter(Protocol):
         """[T, adapters] -> the gates of the same shape, of the terms of that half's linears."""
 
 
+@runtime_checkable
 class MixtureRouter(Protocol):
     """A router over attached experts as the mixture's directory knows it (`adapters.router_files`).
 

@@ -27,7 +27,7 @@ from lorry.runs import ownership
 from lorry.runs.layout import EVALUATION, RECEIPT
 from lorry.runs.read import read_run
 from lorry.verbs import benchmarks
-from lorry.verbs.open_model import base_side, open_with_adapters, print_note
+from lorry.verbs.open_model import MIXTURE_SIDE, base_side, open_with_adapters, print_note
 from lorry.verbs.unlearning_suite import evaluate_suite
 from lorry.visible import make_visible
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
 RESULTS_FILE, FILE_SUFFIXES = "results.json", (".json", ".csv")
-MIXTURE_SIDE = "mixture"  # all experts, as the router has them
 # as `generate_answers` has it; enough for an answer, not for an essay
 EVAL_NEW_TOKENS = 64
 

@@ -15,6 +15,8 @@ from lorry.visible import make_visible
 if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
+MIXTURE_SIDE = "mixture"  # all experts, as the router has them
+
 
 def print_note(text: str) -> None:
     """A line beside the results."""

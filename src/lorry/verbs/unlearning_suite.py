@@ -1,5 +1,5 @@
-"""`lorry eval RUN suite=tofu|muse|wmdp`: a suite of unlearning, asked of a run's adapter (of a base without
-one), into open-unlearning's two files.
+"""`lorry eval RUN suite=tofu|muse|wmdp`: a suite of unlearning, asked of a run's adapters (of a base without
+one; of a mixture each expert, and all as its router has them), into open-unlearning's two files.
 
 Everything that can be wrong with settings, rows and the oracle's logs is told before a model is
 loaded, and nothing is written then.
@@ -22,10 +22,11 @@ from lorry.errors import ConfigError
 from lorry.formatting import format_number
 from lorry.runs import ownership
 from lorry.runs.layout import ADAPTER_CONFIG, SUITES
-from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.verbs.open_model import MIXTURE_SIDE, open_with_adapters, print_note
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
+    from lorry.adapters.mix import Mix
     from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
     from lorry.evaluate.unlearning.suite import MetricRecord
     from lorry.models.loading.open import OpenedModel
@@ -52,20 +53,17 @@ def evaluate_suite(settings: EvalSettings) -> int:
     for note in evaluation.notes:
         print_note(note)
     opened = open_with_adapters(settings.model)
-    if opened.mixture is not None:
-        print_note(
-            "note: a suite evaluates each expert alone, not the mixture; `lorry "
-            "eval data=FILE` evaluates both"
-        )
-    sides: list[str | None] = [*opened.adapters] or [None]
+    sides = suite_mixes(opened, settings.weight)
     # which adapters there are is known only now, and theirs are files that may be somebody's, too
-    places = [folder if len(sides) == 1 else folder / str(adapter) for adapter in sides]
+    places = [folder if len(sides) == 1 else folder / name for name in sides]
     for place in places:
         refuse_foreign_suite(place, title)
-    for adapter, place in zip(sides, places, strict=True):
-        records = measure_side(settings, evaluation, opened, adapter, place)
-        share = "" if settings.weight == 1 else f" x {settings.weight:g}"
-        label = settings.model.name + (f" ({adapter}{share})" if adapter else "")
+    for (name, mix), place in zip(sides.items(), places, strict=True):
+        records = measure_side(settings, evaluation, opened, mix, place)
+        share = (
+            "" if settings.weight == 1 or name not in opened.adapters else f" x {settings.weight:g}"
+        )
+        label = settings.model.name + (f" ({name}{share})" if name else "")
         VisibleConsole(soft_wrap=True).print(suite_table(label, evaluation.names, records))
         print_note(f"written to {place / eval_file(title)}")
     return 0
@@ -105,21 +103,37 @@ def suite_folder(settings: EvalSettings) -> Path:
     )
 
 
+def suite_mixes(opened: OpenedModel, weight: float) -> dict[str, Mix]:
+    """{name: what is asked}: each adapter times ``weight``, and a mixture's experts as its router has
+    them; of a model without adapters itself, under no name."""
+    from lorry.adapters.mix import Mix
+
+    if not opened.adapters:
+        return {"": Mix.none()}
+    mixes = {name: Mix.constants({name: weight}) for name in opened.adapters}
+    if opened.mixture is None:
+        return mixes
+    name = MIXTURE_SIDE
+    while name in mixes:  # an expert may be called so, and each has a folder of its name
+        name += "_"
+    return {**mixes, name: opened.mixture}
+
+
 def measure_side(
     settings: EvalSettings,
     evaluation: SuiteEvaluation,
     opened: OpenedModel,
-    adapter: str | None,
+    mix: Mix,
     folder: Path,
 ) -> dict[str, MetricRecord]:
-    """{metric: its record} of one adapter, or of a model without any."""
+    """{metric: its record} under a mix, of a model without adapters too."""
     from lorry.adapters.mix import Mix
 
     suite_model = evaluation.ask(
         opened,
-        Mix.constants({} if adapter is None else {adapter: settings.weight}),
-        # what the adapter was trained over; a base alone has nothing to be compared with
-        start=None if adapter is None else Mix.none(),
+        mix,
+        # what the adapters were trained over; a base alone has nothing to be compared with
+        start=Mix.none() if mix.terms else None,
         batch_rows=settings.batch_size,
         system=settings.data.system,
     )

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.peft.files import base_digest
-from lorry.adapters.router import TokenRouter
 from lorry.adapters.trainable import base_parameter_set
 from lorry.data.batch import BASE, TokenizedExample, collate
 from lorry.data.encoding.encode import ExampleEncoder
@@ -110,12 +109,16 @@ class SuiteModel:
 
     def digest(self) -> str:
         """SHA-256 of all that decides what the model says: base, adapters, router, dtype, tokenizer,
-        chat template. Raises ContractError for a router of another kind than `TokenRouter`.
+        chat template. Raises ContractError for a router that is no `MixtureRouter`: what it is made
+        of is not known.
         """
         bank, total = get_bank(self.model), hashlib.sha256(base_digest(self.model).encode())
         parts = [str(self.model.dtype), self.encoder.identity()]
         terms = [(adapter, 1.0) for adapter in bank.base_adapters.values()]
         terms += [(bank[term.adapter], float(term.gate)) for term in self.mix.terms]
+        if self.mix.sequence_router is not None:  # a LoRA of its own, which reads the prompts
+            own = self.mix.sequence_router.state_mix.terms
+            terms += [(bank[term.adapter], float(term.gate)) for term in own]
         for adapter, gate in terms:
             # by module, not by the settings that chose them: read back from PEFT's files, "auto" is a
             # list of names, and an adapter that trains is to be known again when it is finished
@@ -127,10 +130,17 @@ class SuiteModel:
         if router is not None:
             # the experts alone say nothing of who is asked; and a rule that is not known here could
             # change without the digest
-            if not isinstance(router, TokenRouter):
+            if not isinstance(router, MixtureRouter):
                 raise ContractError(f"a suite knows no digest of a {type(router).__name__}")
-            parts.append(f"{router.adapters} {router.rule}")
-            total.update(router.values.detach().cpu().numpy().tobytes())
+            # how it was made is for a person, and decides nothing
+            rule = {name: v for name, v in router.settings().items() if name != "training"}
+            routes = [(term.adapter, term.route) for term in self.mix.terms]
+            parts.append(
+                f"{router.router_kind} {list(router.adapters)} {sorted(rule.items())} {routes}"
+            )
+            for name, tensor in sorted(router.tensors().items()):
+                parts.append(f"{name} {tuple(tensor.shape)}")
+                total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         # the base's digest is of a sample, rounded, which a few small steps leave as it is
         if (trained := base_parameter_set(self.model)) is not None:
             total.update(trained.values.detach().cpu().numpy().tobytes())
@@ -191,6 +201,18 @@ class SuiteModel:
                 "mia_gradnorm needs an adapter's gradients; evaluate a run with an "
                 "adapter, or choose other metrics"
             )
+        # those of an open mixture are frozen
+        frozen = [master for master in masters if not master.requires_grad]
+        for master in frozen:
+            master.requires_grad_(True)
+        try:
+            return self._norms_of(masters, role, field)
+        finally:
+            for master in frozen:
+                master.requires_grad_(False)
+
+    def _norms_of(self, masters: Sequence[Tensor], role: str, field: str) -> list[list[float]]:
+        """`gradient_norms` of these masters, which want gradients."""
         closings, call, norms = closing_sequences(self.encoder), AdapterContext(self.mix), []
         for row in self.sets[role].rows:
             tokens, weights = lay_out_answer(self.encoder, row, row.answers[field][0])
