@@ -175,6 +175,34 @@ def test_experts_of_the_mixture_that_makes_room(
     assert sorted(out.rglob("*")) == before
 
 
+def test_experts_of_a_run_that_makes_room(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OUT/experts was one run of several jobs: it moved away when another expert was to be trained
+    there, and the one that was brought along from it was missing."""
+    out = tmp_path / "m"
+    data = [f"jobs=[{{name: a, data: {made / 'a.jsonl'}}}, {{name: b, data: {made / 'b.jsonl'}}}]"]
+    short = [f"model={made / 'base'}", "dtype=float32", "r=2", "max_steps=1", "max_length=96"]
+    short += [MLP, "save_strategy=no"]
+    assert run_lorry("sft", *short, *data, f"output_dir={out / 'experts'}") == 0
+    before = sorted(out.rglob("*"))
+    capsys.readouterr()
+    a, b = (f"adapter: {out / 'experts' / name}" for name in "ab")
+    data = f"data: {made / 'b.jsonl'}"
+    for experts, more in (
+        (f"{{name: a, {a}}}, {{name: b, {data}}}", "together=true"),  # trained in that run's folder
+        (f"{{name: a, {a}}}, {{name: b, {data}}}", "together=false"),  # below it, on its own
+        # a sum in the folder of one of its parts
+        (f"{{name: c, {a}}}, {{name: a, {a.replace(': ', ': [')}, {made / 'there'}]}}", ""),
+        (f"{{name: a, {b}}}, {{name: b, {data}}}", "together=true"),  # under another name
+    ):
+        words = [*short, f"experts=[{experts}]", "router.kind=uniform", *filter(None, [more])]
+        assert run_lorry("moe", *words, f"output_dir={out}") == 2
+        error = capsys.readouterr().err
+        assert re.search(f"{out / 'experts'}/. is of what is in {out / 'experts'}", error)
+        assert sorted(out.rglob("*")) == before
+
+
 def test_a_base_that_is_a_mixture_already() -> None:
     """It was told to have no class of a mixture."""
     with pytest.raises(LorryError, match="'mixtral' is a mixture of experts already"):

@@ -131,7 +131,7 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     # else the tokenizer is of a model that is not the run's
     if is_full_finetune_dir(folder) or not (folder / "config.json").exists():
         patterns += TOKENIZER_FILES
-    names = [*_recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
+    names = [*recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
     if not going_on and (folder / START / ADAPTER_CONFIG).is_file():
         names.append(START)
     # what was measured of its adapter; any other folder of that name is somebody's
@@ -188,7 +188,7 @@ def _matching_names(folder: Path, patterns: list[str]) -> list[str]:
     )
 
 
-def _recorded_adapter_folders(folder: Path) -> list[str]:
+def recorded_adapter_folders(folder: Path) -> list[str]:
     """The folders that a run of several jobs made for their adapters, or a mixture for its experts
     and its router, by its own description."""
     described = ownership.run_description_of(folder)

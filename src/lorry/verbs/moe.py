@@ -84,7 +84,7 @@ def main(run: MoeRunConfig) -> int:
         )
     refuse_missing_rows(run)
     refuse_undescribed_experts(run)
-    refuse_own_experts(run, brought_adapters(run))
+    refuse_own_experts(run.folders.mixture, remade_folders(run), brought_adapters(run))
     folders = expert_folders(run)
     if run.skip_experts:
         refuse_untrained_experts(folders, "config.json" if run.whole_experts else ADAPTER_CONFIG)
@@ -223,6 +223,22 @@ def brought_adapters(run: MoeRunConfig) -> dict[str, list[str]]:
         for n, adapter in adapters.items()
         if adapter
     }
+
+
+def remade_folders(run: MoeRunConfig) -> list[Path]:
+    """Where this call writes adapters or a mixture, and moves away what an earlier one left there."""
+    remade, brought, folder = list[Path](), brought_adapters(run), run.folders.experts
+    if not run.skip_experts:
+        # of its own, or a sum; together or in turn: each way makes room where it was the other
+        made = [job.name for job in run.jobs if len(brought.get(job.name, ())) != 1]
+        remade += [folder / name for name in made]
+        if any(name not in brought for name in made):
+            remade.append(folder)
+    if not run.skip_gating:
+        remade.append(run.folders.mixture)
+    if run.export_router() is not None and not run.skip_merge:
+        remade.append(run.folders.moe_router)
+    return remade
 
 
 def refuse_missing_rows(run: MoeRunConfig) -> None:

@@ -126,7 +126,7 @@ def cut_to_prompts(name: str, tokens: TokenSet) -> TokenSet:
     return replace(rows, tokens=rows.tokens[pick], weights=weights, edges=edges)
 
 
-def split_rows(
+def prompt_splits(
     run: RouterRunConfig, sets: Mapping[str, TokenSet]
 ) -> dict[str, dict[str, TokenSet]]:
     """{expert: {train | val | test: its prompts}}. Raises DataError for too few."""
@@ -145,7 +145,7 @@ def prompt_stream(
 ) -> RoleStream:
     """The train splits: a prompt of every other expert beside each of the first. ``first``: the
     stream of the first one's whole rows."""
-    train = {name: splits["train"] for name, splits in split_rows(run, sets).items()}
+    train = {name: splits["train"] for name, splits in prompt_splits(run, sets).items()}
     name = run.experts[0].name
     paced = TrainStream(
         train.pop(name), seed=first.seed, rows_per_batch=first.rows_per_batch,
@@ -165,7 +165,7 @@ def build_prompt_classifier(
     model, rows = inputs.opened.model, run.train.per_device_eval_batch_size
     router = get_bank(model).routers[ROUTER_NAME]
     assert isinstance(router, LoraClassifier)
-    splits = split_rows(run, sets)
+    splits = prompt_splits(run, sets)
     asked = {
         split: [
             replace(batch, role=(name,) * len(batch))

@@ -31,21 +31,30 @@ def check_rows(run: MoeRunConfig) -> None:
             expect_rows(own.data)
 
 
-def refuse_own_experts(run: MoeRunConfig, adapters: Mapping[str, Sequence[str]]) -> None:
-    """Raise ConfigError for one of the ``adapters`` that lies in the mixture that is to be made anew: it
-    would be moved away with it before it is read, and be missing where training is to go on. Raises
-    ModelError for a router.json that is none."""
+def refuse_own_experts(
+    mixture: Path, remade: Sequence[Path], adapters: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise ConfigError for one of the ``adapters`` that lies in what is to be made anew, the
+    ``mixture`` or the run of other experts: it would be moved away with it before it is read, and be
+    missing where training is to go on. ``remade``: the folders of what is made, each with what an
+    earlier call left there. Raises ModelError for a router.json that is none."""
     from lorry.adapters.router_files import read_router_record
+    from lorry.train.start import recorded_adapter_folders
 
-    mixture = run.folders.mixture
-    if run.skip_gating or not (mixture / ROUTER / ROUTER_FILE).is_file():
-        return
-    moving = {(mixture / expert.name).resolve() for expert in read_router_record(mixture).experts}
+    moving: dict[Path, str] = {}
+    for folder in remade:
+        # a run of one adapter has it in its own folder
+        names = ["", *recorded_adapter_folders(folder)]
+        if (folder / ROUTER / ROUTER_FILE).is_file():
+            # an earlier version described no mixture that nothing trained
+            names += [expert.name for expert in read_router_record(folder).experts]
+        what = "the mixture" if folder == mixture else "what is"
+        moving |= {(folder / name).resolve(): f"{what} in {folder}" for name in names}
     for name, folders in adapters.items():
-        for folder in folders:
-            if Path(folder).expanduser().resolve() in moving:
+        for place in folders:
+            if (owner := moving.get(Path(place).expanduser().resolve())) is not None:
                 raise ConfigError(
-                    f"expert {name!r}: {folder} is of the mixture in {mixture}, which makes room for this one; give "
+                    f"expert {name!r}: {place} is of {owner}, which makes room for this one; give "
                     "another output_dir"
                 )
 

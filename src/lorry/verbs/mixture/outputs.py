@@ -190,7 +190,7 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
         raise ConfigError(f"finetune.{TRAIN_ROUTER}: give true or false")
     model = {**run.model.model_dump(mode="json"), "name": str(run.folders.moe)}
     # a setting that the finetuning has goes before that of the experts' rows
-    data = {key: value for key, value in joined_rows(run).items() if key not in settings}
+    data = {key: value for key, value in finetune_data(run).items() if key not in settings}
     defaults = {
         "model": model,
         "backend": run.backend.model_dump(mode="json"),
@@ -207,7 +207,7 @@ def finetune_run(run: MoeRunConfig) -> RunConfig:
         raise ConfigError(f"finetune: {error}") from None
 
 
-def joined_rows(run: MoeRunConfig) -> dict[str, Any]:
+def finetune_data(run: MoeRunConfig) -> dict[str, Any]:
     """The rows of all experts as one run's data, read as theirs are; what is held out is the
     finetuning's to say. Raises ConfigError where they are read in more than one way."""
     from lorry.data.stream.mixtures import training_locations

@@ -159,9 +159,11 @@ class Stages:
         told. Raises LorryError, ConfigError for a place that is somebody else's."""
         inputs = {"its settings": text_digest(settings), **self.shared_inputs, **inputs}
         place = outputs[0].parent
+        # a mixture is its folder with all in it, any other stage the one folder that it makes
+        made = place if len(outputs) > 1 else outputs[0]
         there = [path.name for path in outputs if path.exists()]
         routed = place / ROUTER in outputs
-        if self._is_finished(stage, inputs, place, there=len(there) == len(outputs), routed=routed):
+        if self._is_finished(stage, inputs, made, there=len(there) == len(outputs), routed=routed):
             return
         if routed:
             self._clear_mixture_run(place)
@@ -169,7 +171,7 @@ class Stages:
         if there and self.record.changes(stage, inputs) is None:
             raise ConfigError(f"{place / there[0]} already exists; give another output_dir")
         if there:
-            self.tell(f"{place} held an earlier one; it is in "
+            self.tell(f"{made} held an earlier one; it is in "
                        f"{ownership.move_to_previous(place, there)} now")  # fmt: skip
         self.record.begin(stage, inputs)
         try:
