@@ -8,7 +8,7 @@ from typing import Any
 from lorry.plan.choices import PlannedJob
 from lorry.plan.flops import TokenFlops
 from lorry.plan.memory import MemoryEstimate, MemorySetup
-from lorry.plan.parallel import ParallelSplit
+from lorry.plan.parallel.split import ParallelSplit
 from lorry.plan.rates import RateMeasurement
 from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
 from lorry.plan.shapes import ModelShape

@@ -51,7 +51,8 @@ from lorry.plan.memory import (
     PrecisionName,
     estimate_memory,
 )
-from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipeline_slowdown
+from lorry.plan.parallel.per_rank import memory_per_gpu, pipeline_slowdown
+from lorry.plan.parallel.split import ParallelSplit, check_split
 from lorry.plan.report import RunPlan, StepSpeed
 from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
 from lorry.plan.shapes import ModelShape, read_model_shape

@@ -9,10 +9,6 @@ counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from lorry.errors import ConfigError
 from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter
 from lorry.plan.constants import COMMUNICATION_BYTES
 from lorry.plan.memory import (
@@ -26,64 +22,10 @@ from lorry.plan.memory import (
     score_workspace,
     tabulate_memory,
 )
+from lorry.plan.parallel.split import ParallelSplit, check_split
 from lorry.plan.shapes import ModelShape
 
-BackendName = Literal["single", "ddp", "fsdp", "megatron"]
 GATHERED_LAYERS = 2  # FSDP2: the layer at work and the one being fetched
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelSplit:
-    """How a run is spread. ``processes`` GPUs = tensor x pipeline x data."""
-
-    backend: BackendName = "single"
-    processes: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-
-    @property
-    def data(self) -> int:
-        """Replicas that read different rows."""
-        return self.processes // (self.tensor * self.pipeline)
-
-
-def check_split(split: ParallelSplit, shape: ModelShape) -> None:
-    """Raises ConfigError, naming the field, for a split that this model or backend cannot have."""
-    g = shape.geometry
-    if split.backend == "single" and split.processes > 1:
-        raise ConfigError(
-            f"backend.processes={split.processes} needs backend=ddp, fsdp or megatron"
-        )
-    if split.backend != "megatron":
-        for name in ("tensor", "pipeline", "expert"):
-            if getattr(split, name) > 1:
-                raise ConfigError(
-                    f"backend.{name}_parallel={getattr(split, name)} needs backend=megatron"
-                )
-    if split.processes % (split.tensor * split.pipeline):
-        raise ConfigError(
-            f"backend.processes={split.processes} is not a multiple of "
-            f"tensor_parallel x pipeline_parallel = {split.tensor} x "
-            f"{split.pipeline}"
-        )
-    if g.heads % split.tensor or g.mlp_width % split.tensor:
-        raise ConfigError(
-            f"backend.tensor_parallel={split.tensor} does not divide {g.heads} heads and an MLP of {g.mlp_width}"
-        )
-    if split.pipeline > g.layers:
-        raise ConfigError(
-            f"backend.pipeline_parallel={split.pipeline} is more than the {g.layers} layers there are"
-        )
-    if split.expert > 1 and (shape.experts is None or shape.experts.count % split.expert):
-        count = 0 if shape.experts is None else shape.experts.count
-        raise ConfigError(
-            f"backend.expert_parallel={split.expert} does not divide the {count} experts of this model"
-        )
-    if split.data % split.expert:
-        raise ConfigError(
-            f"backend.expert_parallel={split.expert} does not divide the {split.data} data-parallel replicas"
-        )
 
 
 def memory_per_gpu(

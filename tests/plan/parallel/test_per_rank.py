@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from lorry.config.schema import LoraConfig
-from lorry.errors import ConfigError
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import MASTER_BYTES, MOMENT_BYTES, MemoryEstimate, MemorySetup
-from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipeline_slowdown
+from lorry.plan.parallel.per_rank import memory_per_gpu, pipeline_slowdown
+from lorry.plan.parallel.split import ParallelSplit
 from lorry.plan.shapes import read_model_shape
 
 
@@ -103,34 +103,3 @@ def test_every_layer_lies_on_some_stage(pipeline: int) -> None:
     layers = shape.geometry.layers
     assert most >= one / pipeline * 0.99
     assert most <= one * -(-layers // pipeline) / layers * 1.01
-
-
-@pytest.mark.parametrize(
-    ("split", "message"),
-    [
-        ({"processes": 2}, "backend.processes=2 needs backend=ddp, fsdp or megatron"),
-        (
-            {"backend": "fsdp", "processes": 4, "tensor": 2},
-            "backend.tensor_parallel=2 needs backend=megatron",
-        ),
-        (
-            {"backend": "megatron", "processes": 6, "tensor": 4},
-            "backend.processes=6 is not a multiple",
-        ),
-        (
-            {"backend": "megatron", "processes": 3, "tensor": 3},
-            "backend.tensor_parallel=3 does not divide 32 heads",
-        ),
-        (
-            {"backend": "megatron", "processes": 33, "pipeline": 33},
-            "backend.pipeline_parallel=33 is more than the 32 layers",
-        ),
-        (
-            {"backend": "megatron", "processes": 2, "expert": 2},
-            "backend.expert_parallel=2 does not divide the 0 experts",
-        ),
-    ],
-)
-def test_splits_that_cannot_be(split: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_split(ParallelSplit(**split), read_model_shape(KNOWN_CONFIGS["llama-3-8b"]))

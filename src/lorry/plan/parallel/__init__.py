@@ -1,0 +1,1 @@
+"""A run on several processes, in closed form: how they split it, what each holds, what it sends."""
