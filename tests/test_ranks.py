@@ -11,8 +11,10 @@ from lorry.backends.distributed import launch
 from lorry.errors import ConfigError
 from lorry.ranks import (
     LaunchedProcess,
+    Mesh,
     is_main_process,
     launched_process,
+    mesh_of,
     rank_label,
     workers_to_start,
 )
@@ -36,7 +38,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def settings(name: str = "ddp", processes: int | None = None) -> SimpleNamespace:
-    return SimpleNamespace(name=name, processes=processes)
+    return SimpleNamespace(name=name, processes=processes, tensor_parallel=1)
 
 
 def test_without_a_launcher_there_is_one_process(launcher: object) -> None:
@@ -110,3 +112,24 @@ def test_a_command_that_starts_workers_leaves_the_notes_to_them(
     assert cli.main([*words, "processes=2"]) == 0
     assert started == [([*words, "processes=2"], 2)]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_mesh_is_every_rank_once() -> None:
+    """Two replicas of two shards of two tensor ranks, which are neighbours."""
+    meshes = [Mesh(rank, 2, 2, 2) for rank in range(8)]
+    assert {mesh.size for mesh in meshes} == {8}
+    assert [mesh.data_rank for mesh in meshes] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [mesh.tensor_rank for mesh in meshes] == [0, 1] * 4
+    assert [meshes[0].data_group(t) for t in (0, 1)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [meshes[0].tensor_group(d) for d in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_the_mesh_of_a_launcher() -> None:
+    two_machines = LaunchedProcess(3, 4, 1, 2)
+    assert mesh_of(settings(), two_machines) == Mesh(3, replicas=4)
+    wide = SimpleNamespace(name="ddp", processes=None, tensor_parallel=2)
+    assert mesh_of(wide, two_machines) == Mesh(3, replicas=2, tensor_size=2)
+    with pytest.raises(ConfigError, match="tensor_parallel=2 does not divide 3 processes"):
+        mesh_of(wide, LaunchedProcess(0, 3, 0, 3))
+    with pytest.raises(ConfigError, match="stays inside one"):
+        mesh_of(wide, LaunchedProcess(0, 4, 0, 1))

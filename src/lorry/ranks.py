@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, as its launcher says: RANK, WORLD_SIZE, LOCAL_RANK,
+"""Which of a run's processes this one is, and where it stands among them (`Mesh`), as its launcher says: RANK, WORLD_SIZE, LOCAL_RANK,
 LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun, Kubeflow Trainer and Ray Train set, and
 `lorry VERB backend=ddp backend.processes=N` for the workers that it starts itself.
 
@@ -25,6 +25,8 @@ class ProcessSettings(Protocol):
     def name(self) -> str: ...
     @property
     def processes(self) -> int | None: ...
+    @property
+    def tensor_parallel(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,65 @@ class LaunchedProcess:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where ``rank`` stands among ``replicas`` x ``shards`` x ``tensor_size`` ranks.
+
+    Tensor ranks read the same rows and share every matrix; they are neighbours, so that those of one
+    group lie in one machine. Data ranks read different rows: ``shards`` of them hold the base between
+    them, ``replicas`` times over (`backend=ddp`: one shard, as many replicas as data ranks).
+    """
+
+    rank: int = 0
+    replicas: int = 1
+    shards: int = 1
+    tensor_size: int = 1
+
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.data_size * self.tensor_size
+
+    @property
+    def data_size(self) -> int:
+        """Among how many ranks the rows of a step are dealt."""
+        return self.replicas * self.shards
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the rows this rank has, as the other tensor ranks of its group do."""
+        return self.rank // self.tensor_size
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which part of every matrix this rank has."""
+        return self.rank % self.tensor_size
+
+    def data_group(self, tensor_rank: int) -> list[int]:
+        """The ranks with a part of every matrix in common, by data rank."""
+        return list(range(tensor_rank, self.size, self.tensor_size))
+
+    def tensor_group(self, data_rank: int) -> list[int]:
+        """The ranks with a part of the rows in common, by tensor rank."""
+        first = data_rank * self.tensor_size
+        return list(range(first, first + self.tensor_size))
+
+
+def mesh_of(backend: ProcessSettings, launched: LaunchedProcess) -> Mesh:
+    """Where a process stands under these settings. Raises ConfigError where they do not divide the
+    ranks, or a group of tensor ranks would reach beyond a machine.
+    """
+    tensor, world = backend.tensor_parallel, launched.world_size
+    if world % tensor:
+        raise ConfigError(f"backend.tensor_parallel={tensor} does not divide {world} processes")
+    if launched.local_world_size % tensor:
+        raise ConfigError(
+            f"backend.tensor_parallel={tensor} does not divide the {launched.local_world_size} "
+            "processes of a machine, and tensor parallel stays inside one"
+        )
+    return Mesh(launched.rank, world // tensor, 1, tensor)
 
 
 def launched_process() -> LaunchedProcess | None:

@@ -311,7 +311,9 @@ def faults(communicator: Communicator, out: Path) -> dict[str, list[str]]:
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    communicator = open_communicator(SimpleNamespace(name="ddp", processes=None, timeout=300.0))
+    communicator = open_communicator(
+        SimpleNamespace(name="ddp", processes=None, tensor_parallel=1, timeout=300.0)
+    )
     save_file(trainings(communicator), out / f"rank-{communicator.rank}.safetensors")
     ended: dict[str, Any] = faults(communicator, out)
     for name, words in json.loads((out / "commands.json").read_text()).items():

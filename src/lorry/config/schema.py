@@ -315,6 +315,9 @@ class TrainBackendConfig(BackendConfig):
         "local processes to start, each with a part of a step's rows; null: those of the launcher "
         "(torchrun), or 1",
     )
+    tensor_parallel: PositiveInt = config_field(
+        1, "processes that share every matrix, inside a machine; not built yet: 1"
+    )
     keep_total: bool = config_field(
         False,
         "divide per_device_train_batch_size among the processes, so that a step has the same rows on "
@@ -330,6 +333,8 @@ class TrainBackendConfig(BackendConfig):
         # of a plan that has more of them, its own words say so
         if self.name == "single" and (self.processes or 1) > 1 and type(self) is TrainBackendConfig:
             raise ValueError(f"processes={self.processes} needs backend=ddp")
+        if self.tensor_parallel > 1 and type(self) is TrainBackendConfig:
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} is not built yet; give 1")
         return self
 
 

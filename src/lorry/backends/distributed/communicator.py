@@ -28,7 +28,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -36,7 +36,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lorry.errors import ConfigError, ContractError, LorryError
-from lorry.ranks import LaunchedProcess, launched_process, workers_to_start
+from lorry.ranks import LaunchedProcess, Mesh, launched_process, mesh_of, workers_to_start
+
+if TYPE_CHECKING:  # imported where it is used: it is a second of every single-process run
+    from torch.distributed import ProcessGroup
+
+Axis = Literal["data", "tensor"]  # of the mesh
 
 # Bytes of a frame that fits one all_gather: a signal, a step's losses of a few adapters. Larger ones
 # take a second, as long as the longest.
@@ -51,12 +56,15 @@ class PeerError(LorryError):
 
 
 class Communicator(Protocol):
-    """The processes of a run as one of them sees them: ``rank`` of ``size``."""
+    """The processes of a run as one of them sees them: ``rank`` of ``size``, and where that is
+    (``mesh``)."""
 
     @property
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def mesh(self) -> Mesh: ...
     def exchange(self, what: str, value: Any = None) -> list[Any]:
         """Every rank's value (JSON), in the order of the ranks. Raises what a rank raised instead
         (`sharing_failures`), ContractError where one is at another ``what``, and PeerError."""
@@ -65,12 +73,16 @@ class Communicator(Protocol):
         """What ``function`` gives rank 0, which alone calls it (JSON), on every rank; it may take as
         long as it likes. Raises on every rank what it raised there, and what `exchange` raises."""
 
-    def add_up(self, what: str, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over ranks, the same bits on each. Raises what `exchange`
-        raises, and ContractError where shapes or dtypes differ."""
+    def add_up(self, what: str, tensor: Tensor, axis: Axis = "data") -> None:
+        """Replace a tensor by its sum over this rank's group of an axis, the same bits on each of
+        them; every rank of the run calls it. Raises what `exchange` raises, and ContractError where
+        shapes or dtypes differ."""
 
     def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Every rank's tensors, on the CPU, in the order of the ranks. Raises what `exchange` does."""
+
+    def group(self, axis: Axis) -> ProcessGroup | None:
+        """torch's group of this rank's neighbours on an axis; None where it is alone."""
 
     def sharing_failures(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, what one rank raises is raised on every rank at its next exchange: the
@@ -80,7 +92,7 @@ class Communicator(Protocol):
 class OneProcess:
     """The communicator of a run that has one process."""
 
-    rank, size = 0, 1
+    rank, size, mesh = 0, 1, Mesh()
 
     def exchange(self, what: str, value: Any = None) -> list[Any]:
         """Its own value."""
@@ -90,8 +102,11 @@ class OneProcess:
         """What the function returns."""
         return function()
 
-    def add_up(self, what: str, tensor: Tensor) -> None:
+    def add_up(self, what: str, tensor: Tensor, axis: Axis = "data") -> None:
         """The sum is the tensor."""
+
+    def group(self, axis: Axis) -> None:
+        """It is alone."""
 
     def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Its own tensors, on the CPU."""
@@ -107,13 +122,17 @@ ONE_PROCESS = OneProcess()
 
 class TorchCommunicator:
     """Over torch.distributed's default group, which is initialised: gloo for what is on the CPU.
-    ``store``: its key-value store, where rank 0 says that something long is done.
+    ``store``: a key-value store of its own, where rank 0 says that something long is done. Every rank
+    makes it, since it makes the groups of the mesh.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.store, self.rank, self.size = store, rank, size
+    def __init__(self, store: Any, mesh: Mesh) -> None:
+        self.store, self.mesh, self.rank, self.size = store, mesh, mesh.rank, mesh.size
         self._calls = 0  # of `on_main`, which every rank counts alike
         self.lost = False  # whether another rank could not be reached
+        self._groups: dict[Axis, ProcessGroup | None] = {
+            axis: _open_group(self._ranks_by_group(axis)) for axis in get_args(Axis)
+        }
 
     def exchange(self, what: str, value: Any = None) -> list[Any]:
         """See `Communicator.exchange`."""
@@ -151,16 +170,31 @@ class TorchCommunicator:
             time.sleep(POLL_SECONDS)
         return self.exchange(what)[0]
 
-    def add_up(self, what: str, tensor: Tensor) -> None:
+    def add_up(self, what: str, tensor: Tensor, axis: Axis = "data") -> None:
         """See `Communicator.add_up`."""
-        shape = [str(tensor.dtype), list(tensor.shape)]
-        shapes = self.exchange(what, shape)
-        if any(other != shapes[0] for other in shapes):
-            raise _mark_shared(
-                ContractError(f"{what}: the ranks would add up tensors of {shapes}, which differ")
-            )
-        with self._explained(what):
-            torch.distributed.all_reduce(tensor)
+        shapes = self.exchange(what, [str(tensor.dtype), list(tensor.shape)])
+        # of all groups: every rank has to raise
+        for ranks in self._ranks_by_group(axis):
+            added = [shapes[rank] for rank in ranks]
+            if any(shape != added[0] for shape in added):
+                raise _mark_shared(
+                    ContractError(
+                        f"{what}: the ranks {ranks} would add up tensors of {added}, which differ"
+                    )
+                )
+        if (group := self.group(axis)) is not None:
+            with self._explained(what):
+                torch.distributed.all_reduce(tensor, group=group)
+
+    def group(self, axis: Axis) -> ProcessGroup | None:
+        """See `Communicator.group`."""
+        return self._groups[axis]
+
+    def _ranks_by_group(self, axis: Axis) -> list[list[int]]:
+        mesh = self.mesh
+        if axis == "data":
+            return [mesh.data_group(t) for t in range(mesh.tensor_size)]
+        return [mesh.tensor_group(d) for d in range(mesh.data_size)]
 
     def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """See `Communicator.gather`."""
@@ -246,6 +280,17 @@ class TorchCommunicator:
             ) from error
 
 
+def _open_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
+    """torch's group of this process among these, which are those of the whole mesh; None of one alone."""
+    import torch.distributed as dist
+
+    if len(groups) == 1:
+        return dist.group.WORLD
+    if len(groups[0]) == 1:
+        return None
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])[0]
+
+
 def is_shared(error: BaseException) -> bool:
     """Whether every rank has this error: then rank 0 alone tells of it."""
     return bool(getattr(error, "shared", False))
@@ -297,16 +342,24 @@ def open_communicator(backend: Any) -> Communicator:
     launched = launched_process()
     if launched is None or launched.world_size == 1:
         return ONE_PROCESS
-    # once in the life of a process, however many runs it makes
+    mesh = mesh_of(backend, launched)
+    # once in the life of a process, however many runs it makes, and once for each mesh
     if not _joined:
         _joined.append(_join(launched, backend.timeout))
-    return _joined[0]
+    if mesh not in _communicators:
+        import torch.distributed as dist
+
+        name = f"{mesh.replicas}x{mesh.shards}x{mesh.tensor_size}"
+        _communicators[mesh] = TorchCommunicator(dist.PrefixStore(name, _joined[0]), mesh)
+    return _communicators[mesh]
 
 
-_joined = list[TorchCommunicator]()
+_joined = list[Any]()  # the store that the processes found each other by
+_communicators = dict[Mesh, TorchCommunicator]()
 
 
-def _join(launched: LaunchedProcess, seconds: float) -> TorchCommunicator:
+def _join(launched: LaunchedProcess, seconds: float) -> Any:
+    """Join the other processes; torch's store of theirs. Raises ConfigError."""
     # imported here: it is a second of every single-process run
     import torch.distributed as dist
 
@@ -333,17 +386,18 @@ def _join(launched: LaunchedProcess, seconds: float) -> TorchCommunicator:
             f"rank {launched.rank} could not join the other {launched.world_size - 1} processes at "
             f"{where}: {str(error).splitlines()[0][:200]}"
         ) from error
-    communicator = TorchCommunicator(store, rank, size)
-    atexit.register(_leave, communicator)
-    return communicator
+    atexit.register(_leave)
+    return store
 
 
-def _leave(communicator: TorchCommunicator) -> None:
+def _leave() -> None:
     """At this process's end. The others wait for rank 0: a launcher that sees one of them fail ends
     the rest, and rank 0 may be writing how the run ended."""
+    communicators = list(_communicators.values())
     with contextlib.suppress(RuntimeError):
-        if communicator.rank == 0:
-            communicator.store.set("main/ended", "")
-        elif not communicator.lost:
-            communicator.wait_for_main()
+        for communicator in communicators:
+            if communicator.rank == 0:
+                communicator.store.set("main/ended", "")
+        if communicators and communicators[0].rank and not any(c.lost for c in communicators):
+            communicators[-1].wait_for_main()
         torch.distributed.destroy_process_group()

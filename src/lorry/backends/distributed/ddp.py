@@ -2,7 +2,7 @@
 gradient buffers added up once per optimizer step.
 
 Adapters are no parameters of the model and torch's DistributedDataParallel has nothing to do here:
-each one's gradient is one buffer, so the reduction is one call. Every rank then clips and steps on
+each one's gradient is one buffer, so the reduction over the data ranks is one call. Every rank then clips and steps on
 the same bits, and what it holds stays equal; `ContractChecks.equal_on_all_ranks` looks.
 """
 
@@ -54,7 +54,8 @@ class DataParallelBackend(LocalBackend):
         )
         for name in before:
             self.owners[name].grads.zero_()
-        own = deal_batches(batches, self.communicator.size, step)[self.communicator.rank]
+        mesh = self.communicator.mesh
+        own = deal_batches(batches, mesh.data_size, step)[mesh.data_rank]
         seen = super().run_micro_batches(
             [batch for batch in own if batch is not None], task, step, totals
         )
@@ -79,7 +80,8 @@ class DataParallelBackend(LocalBackend):
             self.owners[name].grads.add_(earlier)
         return [
             {term: torch.tensor(frame["sums"][term], dtype=torch.float64) for term in totals}
-            for frame in frames
+            # of tensor ranks, which have the same rows, the first
+            for frame in frames[:: mesh.tensor_size]
         ]
 
     def score(
@@ -123,10 +125,13 @@ def score_together(
     for batch in batches:
         tokens = batch.tokens.numel()
         numbered = batch.with_extra(**{PLACE: BatchExtra(torch.arange(tokens), "token")})
-        part = deal_batches([numbered], communicator.size, 0)[communicator.rank][0]
+        mesh = communicator.mesh
+        part = deal_batches([numbered], mesh.data_size, 0)[mesh.data_rank][0]
         mine = dict[str, Tensor]()
         if part is not None:
             mine = {PLACE: part.extra[PLACE].values, **score([part], wants, mix)[0]}
+        if mesh.tensor_rank:  # the same as the first tensor rank's
+            mine = {}
         parts = [each for each in communicator.gather("scores", mine) if each]
         # every want is [T, ...]
         whole = {

@@ -378,7 +378,6 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
             "load_in_8bit",
             "quantization_bit",
             "quantize",
-            "tensor_parallel",
             "pipeline_parallel",
             "fsdp",
             "fsdp_config",
