@@ -134,8 +134,8 @@ def test_adapters_of_several_bases(tmp_path: Path) -> None:
     [
         ({"memory_budget": "3GiB"}, "memory_budget cannot be used with several jobs yet"),
         (
-            {"backend": "ddp", "processes": 2, "device": "cuda"},
-            "several jobs are planned on one device",
+            {"backend": "megatron", "processes": 2, "device": "cuda"},
+            "several jobs cannot be planned on it; give backend=ddp or fsdp",
         ),
     ],
 )

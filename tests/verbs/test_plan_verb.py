@@ -185,10 +185,56 @@ def test_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert "on 8 GPUs (fsdp), each" in out
     assert "does not fit one h100" in out
     assert "would fit with r=16, 1 row, recompute full" in out
+    assert "all-gather of 8" in out
+    assert "in a checkpoint" in out
     made = plan(*words, "gradient_checkpointing=true", "gpu=h200", capsys=capsys)
     assert made["fits"]
+    assert made["sent_per_step"] == sum(c["sent"] for c in made["collectives"])
+    assert made["adapter_bytes"]["file"] == 4 * made["adapter_parameters"]
+
+
+def test_processes_on_a_cpu_divide_its_cores(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of them read twice the rows of one in twice the time; the base is halved by fsdp alone."""
+    words = ("smollm2-135m", "device=cpu", "dtype=bfloat16", "max_length=512")
+    one = plan(*words, capsys=capsys)
+    ddp, fsdp = (
+        plan(*words, f"backend={b}", "processes=2", capsys=capsys) for b in ("ddp", "fsdp")
+    )
+    for two in (ddp, fsdp):
+        assert two["speed"]["tokens_per_second"] == pytest.approx(one["speed"]["tokens_per_second"])
+        assert two["speed"]["seconds_per_step"] == pytest.approx(
+            2 * one["speed"]["seconds_per_step"]
+        )
+        assert two["memory"]["communication"] > 0
+    assert ddp["memory"]["base weights"] == one["memory"]["base weights"]
+    whole = one["memory"]["base weights"] + one["memory"]["vocabulary"]
+    assert fsdp["memory"]["base weights"] / whole == pytest.approx(0.5, abs=1e-3)
+    total = plan(*words, "backend=ddp", "processes=2", "keep_total=true", capsys=capsys)
+    assert total["choice"]["rows"] == one["choice"]["rows"] // 2
+    assert total["speed"]["seconds_per_step"] == pytest.approx(one["speed"]["seconds_per_step"])
+    few = ("per_device_train_batch_size=2", "gradient_accumulation_steps=6", "keep_total=true")
+    shared = plan(*words, *few, "backend=ddp", "processes=4", capsys=capsys)
+    assert (shared["choice"]["rows"], shared["choice"]["accumulation"]) == (1, 3)
+
+
+def test_jobs_on_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("smollm2-135m", "device=cpu", "dtype=bfloat16", "max_length=512",
+             "jobs=[{name: small, r: 8}, {name: large, r: 64}]")  # fmt: skip
+    one = plan(*words, capsys=capsys)
+    two = plan(*words, "backend=fsdp", "processes=2", capsys=capsys)
+    assert two["memory"]["adapter"] == one["memory"]["adapter"]
+    assert two["memory"]["base weights"] < one["memory"]["base weights"]
+    gradients = next(c for c in two["collectives"] if c["what"] == "adapters' gradients")
+    assert gradients["bytes"] == 4 * one["adapter_parameters"]
+
+
+def test_what_a_run_does_not_take_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan("llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=8", capsys=capsys)
     assert not made["trainable"]
-    assert any("backend=fsdp is not built yet" in note for note in made["notes"])
+    assert any("backend=megatron is not built yet" in note for note in made["notes"])
+    ddp = plan("llama-3-8b", "backend=ddp", "processes=8", capsys=capsys)
+    assert ddp["trainable"]
+    assert any("which no run has checked" in note for note in ddp["notes"])
 
 
 def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +281,7 @@ def test_the_description_of_a_run_can_be_planned(
             "backend.name: got 'horovod'; give one of single, ddp, fsdp, megatron",
         ),
         (
-            ["smollm2-135m", "backend=fsdp", "device=cpu"],
+            ["smollm2-135m", "backend=megatron", "device=cpu"],
             2,
             "model.device=cpu and backend.name exclude each other",
         ),
@@ -244,6 +290,16 @@ def test_the_description_of_a_run_can_be_planned(
             ["llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=3"],
             2,
             "not a multiple of tensor_parallel",
+        ),
+        (
+            ["smollm2-135m", "backend=fsdp", "processes=2", "tensor_parallel=2"],
+            2,
+            "backend.tensor_parallel=2 does not divide 9 heads and 3 KV heads; 3 does",
+        ),
+        (
+            ["smollm2-135m", "backend=ddp", "processes=9", "keep_total=true"],
+            2,
+            "is too few for 9 processes with backend.keep_total",
         ),
         (["smollm2-135m", "gpu=h1000"], 2, "did you mean 'h100'?"),
         (["smollm2-135m", "memry_budget=3GiB"], 2, "did you mean 'memory_budget'?"),

@@ -76,16 +76,31 @@ class PlanBackend(TrainBackendConfig):
     """where it would run"""
 
     name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider than a run may have it
-        "single", "one device, or how many GPUs share the work"
+        "single", "one device, or how several share the work"
     )
-    processes: PositiveInt = config_field(1, "GPUs in all")
-    tensor_parallel: PositiveInt = config_field(1, "GPUs that share every matrix (megatron)")
+    processes: PositiveInt = config_field(1, "processes in all, a GPU each")
+    tensor_parallel: PositiveInt = config_field(1, "processes that share every matrix")
+    replicas: PositiveInt = config_field(
+        1, "copies of the base, each sharded over its part of the processes (fsdp: HSDP)"
+    )
+    sequence_parallel: bool = config_field(
+        False, "tensor-parallel processes also divide what a layer keeps of its tokens"
+    )
+    reshard_after_forward: bool = config_field(
+        True, "let a layer's weights go after its forward pass and gather them again (fsdp)"
+    )
+    offload: Literal["cpu"] | None = config_field(
+        None, "where the shards of the base lie while they are not needed (fsdp)"
+    )
+    shard_optimizer: bool = config_field(
+        False, "each process holds AdamW's moments of its range of the values"
+    )
     pipeline_parallel: PositiveInt = config_field(1, "stages of layers (megatron)")
     expert_parallel: PositiveInt = config_field(1, "groups that share the experts (megatron)")
     gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = (
         config_field(
             None,
-            "which GPU, for its memory and speed; null: h100 with several processes, else this machine",
+            "which GPU, for its memory and speed; null: h100 with several processes unless device=cpu, else this machine",
         )
     )
 

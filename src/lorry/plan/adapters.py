@@ -56,10 +56,7 @@ class PlannedAdapter:
         the last when no layer is.
         """
         layers = [s.layer for s in self.matrices if s.layer is not None]
-        if any(
-            s.layer is None and s.site is None and s.path.endswith(EMBEDDING_NAMES)
-            for s in self.matrices
-        ):
+        if any(is_embedding(s) for s in self.matrices):
             return 0
         # past the last of any model: an adapter on the head alone needs no layer's backward
         return min(layers, default=1 << 30)
@@ -70,10 +67,15 @@ class PlannedAdapter:
 
     def adapts_head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
-        return any(s.layer is None and not s.path.endswith(EMBEDDING_NAMES) for s in self.matrices)
+        return any(s.layer is None and not is_embedding(s) for s in self.matrices)
 
 
 EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in")
+
+
+def is_embedding(matrix: AdaptedMatrix) -> bool:
+    """Whether it is the input embedding, whose inputs are the vocabulary."""
+    return matrix.layer is None and matrix.path.endswith(EMBEDDING_NAMES)
 
 
 def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapter:

@@ -62,8 +62,15 @@ SCORE_CHUNK, CHUNK_COPIES = 256, 3
 MIN_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 # NCCL: rings, channels and the user buffers they register, per GPU; an estimate that no machine
-# here can check.
-COMMUNICATION_BYTES = 500 * MIB
+# here can check. gloo: torch.distributed itself, its threads and the pieces in which it sends.
+COMMUNICATION_BYTES = {"cpu": 30 * MIB, "cuda": 500 * MIB}
+
+# Statistics of a token's scores that ranks with a part of the vocabulary each exchange, fp32: the
+# peak, the total and the chosen token's logit.
+SCORE_STATISTICS = 12
+
+# FSDP2: the layer at work and the one that is being fetched.
+GATHERED_LAYERS = 2
 
 # --- time
 

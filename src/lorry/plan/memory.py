@@ -61,7 +61,8 @@ class MemorySetup:
     ``whole``: a run on real data, not steps of one length alone; ``reads``: what a step reads for
     each row, ``step_tokens``: of all its micro-batches, at most (0: of one), of which the start
     is asked before the first of them is run; ``mixed_mlps``: the MLPs that a token passes under a
-    router at `level: expert` (0: the layer's own).
+    router at `level: expert` (0: the layer's own); ``sequence_ranks``: the tensor-parallel ranks
+    that divide the inputs of layers by tokens (sequence parallel).
     """
 
     tokens: int
@@ -74,6 +75,7 @@ class MemorySetup:
     reads: StepReads = ROW_ALONE
     step_tokens: int = 0
     mixed_mlps: int = 0
+    sequence_ranks: int = 1
 
     @property
     def element(self) -> int:
@@ -340,7 +342,8 @@ def saved_bytes_per_token(
     if not per_layer:
         return 0
     if setup.recompute == "full":  # every layer's input, and one layer alive
-        return len(per_layer) * shape.geometry.width * setup.element + max(per_layer.values())
+        width = shape.geometry.width // setup.sequence_ranks
+        return len(per_layer) * width * setup.element + max(per_layer.values())
     return sum(per_layer.values())
 
 
@@ -376,8 +379,9 @@ def _fused_elements(shape: ModelShape, setup: MemorySetup) -> tuple[int, int]:
     if not uses_attention_kernel(shape, setup):
         more += 2 * shape.queries if g.heads > g.kv_heads else 0
         more += shape.queries + shape.keys if shape.qk_norm else 0
-    between = 0 if g.parallel_residual else g.width
-    return g.width + 2 * shape.queries + 2 * shape.keys + between + _mlp_elements(
+    # the layer's input, and the state between its halves
+    inputs = (1 if g.parallel_residual else 2) * g.width // setup.sequence_ranks
+    return inputs + 2 * shape.queries + 2 * shape.keys + _mlp_elements(
         shape, setup
     ) + more, 4 * g.heads
 

@@ -8,6 +8,7 @@ from typing import Any
 from lorry.plan.choices import PlannedJob
 from lorry.plan.flops import TokenFlops
 from lorry.plan.memory import MemoryEstimate, MemorySetup
+from lorry.plan.parallel.communication import AdapterSizes, Collective
 from lorry.plan.parallel.split import ParallelSplit
 from lorry.plan.rates import RateMeasurement
 from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
@@ -33,6 +34,7 @@ class RunPlan:
     """``memory`` is one device's. ``budget``: bytes it must fit, given or the device's own; None:
     nothing to fit.
 
+    ``sent``: what one device sends in a step; ``adapter_sizes``: of its files and of a sync.
     ``search``: the search, if a memory_budget was given; ``alternative``: what would fit a GPU's own
     memory. ``trainable`` False: this can be planned but not run here yet. ``jobs``: the adapters of one
     pass, where there are several; ``choice`` is then that of the largest micro-batch, with the highest
@@ -46,6 +48,7 @@ class RunPlan:
     setup: MemorySetup
     split: ParallelSplit
     adapter_parameters: int
+    adapter_sizes: AdapterSizes
     memory: MemoryEstimate
     flops: TokenFlops
     speed: StepSpeed | None
@@ -55,11 +58,17 @@ class RunPlan:
     alternative: TriedChoice | None
     trainable: bool
     jobs: tuple[PlannedJob, ...] = ()
+    sent: tuple[Collective, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool | None:
         return None if self.budget is None else self.memory.total <= self.budget
+
+    @property
+    def sent_per_step(self) -> int:
+        """Bytes that one device sends in an optimizer step."""
+        return sum(collective.sent for collective in self.sent)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; bytes, FLOPs, seconds."""
@@ -70,6 +79,7 @@ class RunPlan:
             "native": self.shape.native,
             "parameters": self.shape.parameters,
             "adapter_parameters": self.adapter_parameters,
+            "adapter_bytes": asdict(self.adapter_sizes),
             "choice": asdict(self.choice),
             "jobs": [
                 {
@@ -86,6 +96,10 @@ class RunPlan:
             "split": asdict(self.split),
             "memory": {c.name: c.bytes for c in self.memory.components},
             "total": self.memory.total,
+            "sent_per_step": self.sent_per_step,
+            "collectives": [
+                {**asdict(c), "sent_each": c.sent_each, "sent": c.sent} for c in self.sent
+            ],
             "budget": self.budget,
             "fits": self.fits,
             "trainable": self.trainable,

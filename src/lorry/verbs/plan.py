@@ -4,6 +4,7 @@ a budget, what fits it.
 lorry plan model=smollm2-135m r=auto memory_budget=3GiB
 lorry plan model=runs/people forget=forget.jsonl retain=retain.jsonl method=NPO
 lorry plan llama-3-70b backend=fsdp processes=8 max_length=4096 per_device_train_batch_size=1
+lorry plan smollm2-135m device=cpu backend=fsdp processes=2 max_length=1024
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from lorry.config import build_settings, runs_by_adapter
 from lorry.config.moe import RouterConfig, router_train
 from lorry.config.parsing.sizes import parse_size, size_in_words
-from lorry.config.schema import LoraConfig, TrainConfig
+from lorry.config.schema import LoraConfig, TrainBackendConfig, TrainConfig
 from lorry.config.settings import (
     MoePlanSettings,
+    PlanBackend,
     PlanModel,
     PlanSettings,
     UnlearnPlanSettings,
@@ -28,6 +32,7 @@ from lorry.notes import NoteCallback
 from lorry.plan import machine
 from lorry.plan.adapters import PlannedAdapter, plan_router, router_reads
 from lorry.plan.choices import (
+    SPLIT_FIELDS,
     JobSettings,
     MemoryOfChoice,
     PlannedJob,
@@ -49,9 +54,9 @@ from lorry.plan.memory import (
     MemoryEstimate,
     MemorySetup,
     PrecisionName,
-    estimate_memory,
 )
-from lorry.plan.parallel.per_rank import memory_per_gpu, pipeline_slowdown
+from lorry.plan.parallel.communication import adapter_sizes, step_collectives
+from lorry.plan.parallel.per_rank import memory_per_rank, pipeline_slowdown
 from lorry.plan.parallel.split import ParallelSplit, check_split
 from lorry.plan.report import RunPlan, StepSpeed
 from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
@@ -118,6 +123,7 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
     # before the search, whose first choice would meet the error in the middle
     split = _plan_split(settings)
     check_split(split, shape)
+    settings = _rows_of_a_process(settings, split)
     frozen = _start_values(settings, found_config)
     if settings.freezes_start:
         # its adapters are part of the base: those that train are the description's
@@ -162,8 +168,6 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         alternative = find_fitting_choice(f"{budget}B", alternatives, need).best
     flops = count_flops(shape, adapter, setup)
     tokens = setup.step_tokens * split.data
-    # what the devices do at once, less what a pipeline waits
-    devices = split.processes / pipeline_slowdown(split, choice.accumulation)
     return _run_plan(
         settings,
         found_config,
@@ -175,7 +179,13 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         memory=need(choice),
         flops=flops,
         speed=step_speed(
-            settings.backend.threads, shape, setup, tokens, tokens * flops.step, gpu, devices
+            settings.backend.threads,
+            shape,
+            setup,
+            tokens,
+            tokens * flops.step,
+            gpu,
+            _devices(split, device, choice.accumulation),
         ),
         budget=(budget, budget_is),
         search=search,
@@ -216,17 +226,14 @@ def build_mixture_plans(settings: MoePlanSettings, found_config: FoundConfig) ->
 def _plan_of_router(
     settings: MoePlanSettings, found_config: FoundConfig, router: RouterConfig
 ) -> RunPlan:
-    """The training of a router over experts, frozen or trained with it. Raises ConfigError for several devices, ModelError
-    for an adapter that is not there."""
+    """The training of a router over experts, frozen or trained with it. Raises ConfigError for a split
+    that cannot be, ModelError for an adapter that is not there."""
     shape = read_model_shape(
         found_config.config, where=found_config.where, native=settings.model.native
     )
     device, gpu = _plan_device(settings)
     split = _plan_split(settings)
-    if split.processes > 1:
-        raise ConfigError(
-            f"backend={split.backend}: a router is planned on one device; leave out backend"
-        )
+    _refuse_stages(split, "a router")
     adapter_folders = {job.name: job.expert.get("adapter") for job in settings.jobs}
     brought = [
         sum(count_start_values(Path(folder)) for folder in ([a] if isinstance(a, str) else a))
@@ -244,6 +251,8 @@ def _plan_of_router(
     )
     adapter = plan_router(shape, router, {job.name: job.adapter for job in planned}, brought)
     train = TrainConfig.model_validate(router_train(settings, router))
+    if settings.backend.keep_total:
+        train = _train_of_a_process(train, split)
     alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
     precision = _base_precision(settings, device)
     choice = PlanChoice(
@@ -269,15 +278,16 @@ def _plan_of_router(
         setup,
         split,
         adapter,
-        memory=estimate_memory(shape, adapter, setup),
+        memory=memory_per_rank(shape, adapter, setup, split, choice.accumulation),
         flops=flops,
         speed=step_speed(
             settings.backend.threads,
             shape,
             setup,
-            setup.step_tokens,
-            setup.step_tokens * flops.step,
+            setup.step_tokens * split.data,
+            setup.step_tokens * split.data * flops.step,
             gpu,
+            _devices(split, device, choice.accumulation),
         ),
         budget=_memory_budget(settings, gpu),
     )
@@ -305,11 +315,8 @@ def _plan_of_jobs(
     split: ParallelSplit,
     frozen: int,
 ) -> RunPlan:
-    """Several adapters over one base in one pass. Raises ConfigError for several devices."""
-    if split.processes > 1:
-        raise ConfigError(
-            f"backend={split.backend}: several jobs are planned on one device; leave out backend or jobs"
-        )
+    """Several adapters over one base in one pass. Raises ConfigError for a split that cannot be."""
+    _refuse_stages(split, "several jobs")
     precision = _base_precision(settings, device)
     setup = joint_setup(
         jobs,
@@ -336,7 +343,7 @@ def _plan_of_jobs(
         )
         for job in jobs
     ]
-    tokens = [job.step_tokens for job in jobs]
+    tokens = [job.step_tokens * split.data for job in jobs]
     work = sum(n * each.step for n, each in zip(tokens, flops, strict=True))
     return _run_plan(
         settings,
@@ -346,9 +353,17 @@ def _plan_of_jobs(
         setup,
         split,
         adapter,
-        memory=estimate_memory(shape, adapter, setup),
+        memory=memory_per_rank(shape, adapter, setup, split, choice.accumulation),
         flops=max(flops, key=lambda each: each.step),
-        speed=step_speed(settings.backend.threads, shape, setup, sum(tokens), work, gpu),
+        speed=step_speed(
+            settings.backend.threads,
+            shape,
+            setup,
+            sum(tokens),
+            work,
+            gpu,
+            _devices(split, device, choice.accumulation),
+        ),
         budget=_memory_budget(settings, gpu),
         jobs=jobs,
     )
@@ -380,16 +395,18 @@ def _run_plan(
         setup=setup,
         split=split,
         adapter_parameters=adapter.parameters,
+        adapter_sizes=adapter_sizes(adapter, setup),
         memory=memory,
+        sent=tuple(step_collectives(shape, adapter, setup, split, choice.accumulation)),
         flops=flops,
         speed=speed,
         budget=budget[0],
         budget_is=budget[1],
         search=search,
         alternative=alternative,
-        trainable=_is_trainable(settings),
+        trainable=settings.model.quantize is None and not _unbuilt_backend(settings.backend),
         jobs=jobs,
-        notes=_plan_notes(settings, shape, found_config, choice),
+        notes=_plan_notes(settings, shape, found_config, choice, setup.device),
     )
 
 
@@ -401,7 +418,9 @@ def _plan_device(settings: AnyPlanSettings) -> tuple[DeviceType, str | None]:
     device, gpu = settings.model.device, settings.backend.gpu
     several_gpus = settings.backend.name != "single"
     if device in ("cpu", "mps"):
-        if gpu or several_gpus:
+        # several processes speak over gloo on the CPU; of the others every one has a GPU
+        needs_gpus = settings.backend.name == "megatron" or (device == "mps" and several_gpus)
+        if gpu or needs_gpus:
             raise ConfigError(
                 f"model.device={device} and backend.{'gpu' if gpu else 'name'} exclude each other; leave one out"
             )
@@ -419,7 +438,60 @@ def _plan_split(settings: AnyPlanSettings) -> ParallelSplit:
         tensor=b.tensor_parallel,
         pipeline=b.pipeline_parallel,
         expert=b.expert_parallel,
+        replicas=b.replicas,
+        sequence=b.sequence_parallel,
+        reshard_after_forward=b.reshard_after_forward,
+        offload=b.offload == "cpu",
+        shard_optimizer=b.shard_optimizer,
     )
+
+
+def _refuse_stages(split: ParallelSplit, what: str) -> None:
+    if split.backend == "megatron":
+        raise ConfigError(
+            f"backend=megatron: {what} cannot be planned on it; give backend=ddp or fsdp"
+        )
+
+
+def _devices(split: ParallelSplit, device: DeviceType, accumulation: int) -> float:
+    """What computes at once, in devices, less what a pipeline waits; processes on a CPU divide its
+    cores.
+    """
+    return 1.0 if device == "cpu" else split.processes / pipeline_slowdown(split, accumulation)
+
+
+def _rows_of_a_process(settings: AnyPlanSettings, split: ParallelSplit) -> AnyPlanSettings:
+    """The settings with the rows that one process has where `keep_total` divides them, jobs' own
+    too. Raises ConfigError where a step has fewer rows than there are processes.
+    """
+    if not settings.backend.keep_total or split.data == 1:
+        return settings
+    jobs = []
+    for job in settings.jobs:
+        train = _train_of_a_process(settings.train.model_copy(update=job.train), split).model_dump(
+            include=SPLIT_FIELDS
+        )
+        jobs.append(job.model_copy(update={"train": {**job.train, **train}}))
+    return settings.model_copy(
+        update={"train": _train_of_a_process(settings.train, split), "jobs": jobs}
+    )
+
+
+def _train_of_a_process(train: TrainConfig, split: ParallelSplit) -> TrainConfig:
+    rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if rows * accumulation < split.data:
+        raise ConfigError(
+            f"a step of {rows} x {accumulation} rows (per_device_train_batch_size x "
+            f"gradient_accumulation_steps) is too few for {split.data} processes with "
+            "backend.keep_total; raise one of them"
+        )
+    # micro-batches with too few rows for all processes share a pass (`deal_batches`)
+    joined = -(-split.data // rows)
+    own = {
+        "per_device_train_batch_size": -(-rows * joined // split.data),
+        "gradient_accumulation_steps": -(-accumulation // joined),
+    }
+    return train.model_copy(update=own)
 
 
 def _base_precision(settings: AnyPlanSettings, device: DeviceType) -> PrecisionName:
@@ -489,7 +561,7 @@ def _memory_need(
         setup = memory_setup(
             settings.data.max_length, choice, device, machine.has_tiles(), settings.step_reads
         )
-        return memory_per_gpu(shape, adapter(choice.rank), setup, split, choice.accumulation)
+        return memory_per_rank(shape, adapter(choice.rank), setup, split, choice.accumulation)
 
     return need
 
@@ -516,12 +588,27 @@ def _memory_budget(settings: AnyPlanSettings, gpu: str | None) -> tuple[int | No
     return (machine.GPUS[gpu].memory, f"one {gpu}") if gpu else (None, "")
 
 
-def _is_trainable(settings: AnyPlanSettings) -> bool:
-    return settings.model.quantize is None and settings.backend.name == "single"
+def _unbuilt_backend(backend: PlanBackend) -> str:
+    """What a run's own settings refuse of these; empty where it takes them."""
+    asked = backend.model_dump(exclude={"gpu", "pipeline_parallel", "expert_parallel"})
+    defaults = PlanBackend.model_fields
+    unknown = asked.keys() - TrainBackendConfig.model_fields.keys()
+    if odd := sorted(name for name in unknown if asked[name] != defaults[name].default):
+        return f"backend.{odd[0]}"
+    try:
+        TrainBackendConfig.model_validate({n: v for n, v in asked.items() if n not in unknown})
+    except ValidationError as error:
+        field = error.errors()[0]["loc"]
+        return f"backend={backend.name}" if field == ("name",) else "backend.tensor_parallel"
+    return ""
 
 
 def _plan_notes(
-    settings: AnyPlanSettings, shape: ModelShape, found_config: FoundConfig, choice: PlanChoice
+    settings: AnyPlanSettings,
+    shape: ModelShape,
+    found_config: FoundConfig,
+    choice: PlanChoice,
+    device: DeviceType,
 ) -> list[str]:
     notes = []
     if not shape.native:
@@ -534,11 +621,11 @@ def _plan_notes(
         notes.append("the model's experts count as base weights; adapters are on attention only")
     if settings.model.quantize is not None:
         notes.append(f"model.quantize={settings.model.quantize} cannot be trained yet")
-    if settings.backend.name != "single":
-        unbuilt = "" if settings.backend.name == "ddp" else " is not built yet:"
+    if unbuilt := _unbuilt_backend(settings.backend):
+        notes.append(f"{unbuilt} is not built yet: this plan has not been checked against a run")
+    elif settings.backend.name != "single" and device == "cuda":
         notes.append(
-            f"backend={settings.backend.name}{unbuilt or ':'} this plan has not been checked against a "
-            "run"
+            f"backend={settings.backend.name}: a plan for several GPUs, which no run has checked"
         )
     if settings.data.max_length > shape.geometry.context:
         notes.append(

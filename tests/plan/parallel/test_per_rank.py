@@ -9,8 +9,14 @@ import pytest
 from lorry.config.schema import LoraConfig
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
-from lorry.plan.memory import MASTER_BYTES, MOMENT_BYTES, MemoryEstimate, MemorySetup
-from lorry.plan.parallel.per_rank import memory_per_gpu, pipeline_slowdown
+from lorry.plan.memory import (
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    DeviceType,
+    MemoryEstimate,
+    MemorySetup,
+)
+from lorry.plan.parallel.per_rank import memory_per_rank, pipeline_slowdown
 from lorry.plan.parallel.split import ParallelSplit
 from lorry.plan.shapes import read_model_shape
 
@@ -22,12 +28,13 @@ def per_gpu(
     *,
     accumulation: int = 1,
     tokens: int = 4096,
-    **split: int,
+    device: DeviceType = "cuda",
+    **split: Any,
 ) -> MemoryEstimate:
     shape = read_model_shape(KNOWN_CONFIGS[model])
-    setup = MemorySetup(tokens=tokens, length=tokens, device="cuda")
+    setup = MemorySetup(tokens=tokens, length=tokens, device=device)
     adapter = plan_adapter(shape, LoraConfig(r=16), 16)
-    return memory_per_gpu(
+    return memory_per_rank(
         shape,
         adapter,
         setup,
@@ -71,6 +78,65 @@ def test_tensor_parallel_divides_weights_and_activations() -> None:
     rows = (q // 2 + d) + (f // 2 + d)  # half of A, B whole
     assert part(two, "optimizer") == MOMENT_BYTES * 32 * 16 * (columns + rows)
     assert part(two, "adapter") == (MASTER_BYTES + 2) * 32 * 16 * (columns + rows)
+
+
+def test_tensor_parallel_of_ddp_keeps_inputs_whole_unless_they_are_divided() -> None:
+    """Per token and layer, bfloat16: 2 (2 d + (2 q + 2 k + 2 f) / T + ranks) + 4 heads / T bytes, as
+    Llama's sizes have it; k and v are repeated per head where the kernel does not serve (2 q / T).
+    """
+    whole = per_gpu("llama-3-8b", "ddp", 2, tensor=2)
+    divided = per_gpu("llama-3-8b", "ddp", 2, tensor=2, sequence=True)
+    d, q, k, f, heads, ranks = 4096, 4096, 1024, 14336, 32, 7 * 16
+    cut = (2 * q + 2 * k + 2 * f + 2 * q) // 2
+    for memory, inputs in ((whole, 2 * d), (divided, 2 * d // 2)):
+        expected = 4096 * 32 * (2 * (inputs + cut + ranks) + 4 * heads // 2)
+        assert part(memory, "activations") == expected
+    base = 2 * (32 * (2 * d * (q + k) + 3 * d * f) // 2 + 32 * 2 * d + d)
+    assert part(whole, "base weights") == base
+    assert part(whole, "vocabulary") == 2 * 2 * 128256 * d // 2
+
+
+def test_replicas_of_hsdp_are_groups_of_fewer_shards() -> None:
+    eight = per_gpu("llama-3-70b", "fsdp", 8)
+    hybrid = per_gpu("llama-3-70b", "fsdp", 64, replicas=8)
+    assert hybrid.total == eight.total
+    assert per_gpu("llama-3-70b", "fsdp", 64).total < eight.total
+
+
+def test_what_stays_gathered_between_passes() -> None:
+    """All of the base, in one rank's memory for the step, beside its shard."""
+    whole, kept = (
+        per_gpu("llama-3-8b", "ddp", 8),
+        per_gpu("llama-3-8b", "fsdp", 8, reshard_after_forward=False),
+    )
+    base = part(whole, "base weights") + part(whole, "vocabulary")
+    assert part(kept, "gathered") == base
+
+
+def test_offloaded_shards_are_in_the_memory_of_the_cpu() -> None:
+    kept, offloaded = (per_gpu("llama-3-8b", "fsdp", 8, offload=o) for o in (False, True))
+    assert kept.total - offloaded.total >= part(kept, "base weights")
+    assert part(offloaded, "base weights") == 0
+    at_home = per_gpu("llama-3-8b", "fsdp", 8, offload=True, device="cpu")
+    assert part(at_home, "base weights") == part(kept, "base weights")
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp"])
+def test_moments_are_divided_by_data_ranks_where_that_is_asked(backend: str) -> None:
+    whole, cut = (
+        per_gpu("llama-3-8b", backend, 8, tensor=2, shard_optimizer=s) for s in (False, True)
+    )
+    assert part(cut, "optimizer") == part(whole, "optimizer") // 4
+    assert part(cut, "adapter") == part(whole, "adapter")
+
+
+def test_experts_lie_in_one_tensor_and_beyond_their_number_nothing_is_saved() -> None:
+    """FSDP2 cuts along the first dimension, which is the experts'."""
+    eight, many = (part(per_gpu("mixtral-8x7b", "fsdp", n), "base weights") for n in (8, 64))
+    shape = read_model_shape(KNOWN_CONFIGS["mixtral-8x7b"])
+    experts = 2 * 32 * shape.layer_experts // 8
+    assert many > experts
+    assert (many - experts) / (eight - experts) == pytest.approx(1 / 8, rel=0.01)
 
 
 def test_pipeline_stages_hold_what_is_in_flight() -> None:

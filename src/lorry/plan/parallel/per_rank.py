@@ -1,20 +1,30 @@
-"""Memory and time per GPU when a run is spread over many: DDP, FSDP2 (the base sharded) or Megatron
-(TP x PP, EP for experts).
+"""Memory of one rank when a run is spread over many: DDP, FSDP2 (the base sharded), tensor parallel
+inside either, or Megatron (TP x PP, EP for experts).
 
-Adapters are plain tensors, never sharded by FSDP; under tensor parallel a column-parallel matrix
-splits B, a row-parallel one A. With sequence parallel everything a layer keeps is divided by the
-tensor size. Of a pipeline's stages (1F1B: stage s of p holds up to p - s micro-batches) the fullest
-counts.
+**Tensor parallel** is the plan of a smaller model: its share of the heads, of the MLP and of the
+vocabulary, at the whole width, and of an adapted matrix one side whole. A column-parallel matrix
+splits B, a row-parallel one A; the inputs of layers and the residual between are whole, unless
+`sequence_parallel` divides them. **FSDP2** cuts what a rank has of the base along its first
+dimension, filled up to equal parts, and gathers it layer by layer; adapters are never sharded. Of a
+pipeline's stages (1F1B: stage s of p holds up to p - s micro-batches) the fullest counts.
 """
 
 from __future__ import annotations
 
-from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter
-from lorry.plan.constants import COMMUNICATION_BYTES
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lorry.config.parsing.sizes import size_in_words
+from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter, is_embedding
+from lorry.plan.constants import COMMUNICATION_BYTES, GATHERED_LAYERS
 from lorry.plan.memory import (
+    MARGIN,
+    MOMENT_BYTES,
+    WEIGHT_BYTES,
     MemoryComponent,
     MemoryEstimate,
     MemorySetup,
+    add_margin,
     estimate_memory,
     layer_weights,
     layer_workspace,
@@ -23,57 +33,187 @@ from lorry.plan.memory import (
     tabulate_memory,
 )
 from lorry.plan.parallel.split import ParallelSplit, check_split
-from lorry.plan.shapes import ModelShape
+from lorry.plan.shapes import LayerMatrix, ModelShape
 
-GATHERED_LAYERS = 2  # FSDP2: the layer at work and the one being fetched
+ROW_PARALLEL = ("attention.out", "mlp.out")  # sites whose inputs are split; of others the outputs
 
 
-def memory_per_gpu(
+def memory_per_rank(
     shape: ModelShape,
     adapter: PlannedAdapter,
     setup: MemorySetup,
     split: ParallelSplit,
     accumulation: int,
 ) -> MemoryEstimate:
-    """The fullest GPU's peak. Raises ConfigError for a split that cannot be."""
+    """The fullest rank's peak. Raises ConfigError for a split that cannot be."""
     check_split(split, shape)
     if split.processes == 1:
         return estimate_memory(shape, adapter, setup)
-    communication = MemoryComponent("communication", COMMUNICATION_BYTES, "NCCL's buffers")
     if split.backend == "megatron":
         stages = [
             _stage_memory(shape, adapter, setup, split, accumulation, s)
             for s in range(split.pipeline)
         ]
-        fullest = max(stages, key=lambda m: m.total)
+        components = list(max(stages, key=lambda m: m.total).components)
     else:
-        fullest = estimate_memory(shape, adapter, setup)
-        if split.backend == "fsdp":
-            fullest = _sharded_memory(fullest, shape, setup, split.processes)
-    return MemoryEstimate((fullest.components[0], communication, *fullest.components[1:]))
+        components = _layout_memory(shape, adapter, setup, split)
+    library = "NCCL" if setup.device == "cuda" else "gloo"
+    buffers = MemoryComponent(
+        "communication", COMMUNICATION_BYTES[setup.device], f"{library}'s buffers"
+    )
+    counted = [c for c in components if c.name != MARGIN]
+    return add_margin((counted[0], buffers, *counted[1:]), setup.device)
 
 
-def _sharded_memory(
-    whole: MemoryEstimate, shape: ModelShape, setup: MemorySetup, processes: int
-) -> MemoryEstimate:
-    """FSDP2: every GPU holds its share of the base, two layers gathered, and the embedding and
-    head, which stay gathered.
+def _layout_memory(
+    shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup, split: ParallelSplit
+) -> list[MemoryComponent]:
+    """Of ddp and fsdp, with tensor parallel or without."""
+    local = local_shape(shape, split.tensor)
+    part = local_adapter(adapter, split.tensor)
+    setup = replace(setup, sequence_ranks=split.tensor if split.sequence else 1)
+    components = {c.name: c for c in estimate_memory(local, part, setup).components}
+    if split.tensor > 1:
+        for name in ("base weights", "vocabulary", "adapter"):
+            c = components[name]
+            components[name] = replace(c, words=f"{c.words}; TP {split.tensor}: this rank's part")
+    if split.shards > 1:
+        components = _shard_base(components, local, setup, split)
+    if split.shard_optimizer and split.data > 1:
+        moments = MOMENT_BYTES * part.parameters
+        whole = components["optimizer"]
+        components["optimizer"] = MemoryComponent(
+            "optimizer",
+            whole.bytes - moments + -(-moments // split.data),
+            f"{whole.words}; the moments of 1/{split.data} of the values",
+        )
+    return list(components.values())
+
+
+def _shard_base(
+    components: dict[str, MemoryComponent],
+    local: ModelShape,
+    setup: MemorySetup,
+    split: ParallelSplit,
+) -> dict[str, MemoryComponent]:
+    """FSDP2: a rank's shard of the base in place of the base; gathered the layers at work, and
+    embedding, final norm and head, which stay gathered from the forward pass to the backward.
     """
-    layer_bytes = layer_weights(shape, setup.precision)
-    weights = next(c for c in whole.components if c.name == "base weights")
-    vocabulary = next(c for c in whole.components if c.name == "vocabulary")
-    share = (weights.bytes + vocabulary.bytes) // processes
+    share = sharded_base_bytes(local, setup, split.shards)
+    layers = local.geometry.layers if not split.reshard_after_forward else GATHERED_LAYERS
+    gathered = int(layers * layer_weights(local, setup.precision)) + root_bytes(local, setup)
+    words = f"1/{split.shards} of the base in {setup.precision}"
+    # on the CPU the shard lies in its memory anyway
+    offloaded = split.offload and setup.device == "cuda"
+    if offloaded:
+        words += f", in the CPU's memory ({size_in_words(share)})"
     replaced = {
-        "base weights": MemoryComponent(
-            "base weights", share, f"1/{processes} of the base in {setup.precision}"
-        ),
+        "base weights": MemoryComponent("base weights", 0 if offloaded else share, words),
         "vocabulary": MemoryComponent(
             "gathered",
-            int(GATHERED_LAYERS * layer_bytes) + vocabulary.bytes,
-            f"{GATHERED_LAYERS} whole layers, embedding and head",
+            gathered,
+            f"{'all' if not split.reshard_after_forward else layers} whole layers, embedding and head",
         ),
     }
-    return MemoryEstimate(tuple(replaced.get(c.name, c) for c in whole.components))
+    return {replaced.get(name, c).name: replaced.get(name, c) for name, c in components.items()}
+
+
+def root_bytes(local: ModelShape, setup: MemorySetup) -> int:
+    """Of the group that is gathered for the whole of a pass: embedding, final norm and head."""
+    head = 0 if local.geometry.tied else local.head_size
+    return (local.embedding + head + local.final_norm) * setup.element
+
+
+def sharded_base_bytes(local: ModelShape, setup: MemorySetup, shards: int) -> int:
+    """One rank's share of all weights: FSDP2 cuts each tensor along its first dimension into equal
+    parts, the last ones filled up (experts that lie in one tensor along their number, so beyond
+    as many shards nothing is saved).
+    """
+    layer = sum(
+        sharded_rows(rows, shards) * each * size for rows, each, size in layer_tensors(local, setup)
+    )
+    root = sum(sharded_rows(rows, shards) * each for rows, each in root_tensors(local))
+    return int(local.geometry.layers * layer) + root * setup.element
+
+
+def sharded_rows(rows: int, shards: int) -> int:
+    """First-dimension rows of a tensor that each shard holds, filled up."""
+    return -(-rows // shards)
+
+
+def root_tensors(local: ModelShape) -> Iterator[tuple[int, int]]:
+    """(first dimension, values of each of its rows) of embedding, final norm and head."""
+    g = local.geometry
+    yield from ((g.vocab, g.width) for _ in range(1 if g.tied else 2))
+    if local.learned_positions:
+        yield g.context, g.width
+    yield from ((g.width, 1) for _ in range(2 if local.norm == "layer" else 1))
+
+
+def layer_tensors(local: ModelShape, setup: MemorySetup) -> Iterator[tuple[int, int, float]]:
+    """(first dimension, values of each of its rows, bytes a value) of the tensors of one layer."""
+    g, e, matrix = local.geometry, setup.element, WEIGHT_BYTES[setup.precision]
+    for linear in local.linears:
+        yield linear.outputs, linear.inputs, matrix
+        if linear.bias:
+            yield linear.outputs, 1, e
+    norms = 2 if local.norm == "layer" else 1
+    yield from ((g.width, 1, e) for _ in range(2 * norms))
+    if local.qk_norm:
+        yield from ((g.head_dim, 1, e) for _ in range(2))
+    if local.experts is not None:
+        yield local.experts.count, g.width, e  # the router
+        # gate and up in one tensor, down in another (transformers 5)
+        inner = (2 if local.gated else 1) * local.experts.width
+        yield local.experts.count, inner * g.width, matrix
+        yield local.experts.count, local.experts.width * g.width, matrix
+
+
+def local_shape(shape: ModelShape, tensor: int) -> ModelShape:
+    """What one of ``tensor`` ranks has of the model: its heads, MLP columns and vocabulary rows, at
+    the whole width. Norms and learned positions are whole, and so are biases behind a sum.
+    """
+    g = shape.geometry
+    return replace(
+        shape,
+        geometry=replace(
+            g,
+            heads=g.heads // tensor,
+            kv_heads=g.kv_heads // tensor,
+            mlp_width=g.mlp_width // tensor,
+            vocab=g.vocab // tensor,
+        ),
+        linears=tuple(_local_linear(linear, tensor) for linear in shape.linears),
+    )
+
+
+def _local_linear(linear: LayerMatrix, tensor: int) -> LayerMatrix:
+    if linear.site in ROW_PARALLEL:
+        return replace(linear, inputs=linear.inputs // tensor)
+    return replace(linear, outputs=linear.outputs // tensor)
+
+
+def local_adapter(adapter: PlannedAdapter, tensor: int) -> PlannedAdapter:
+    """What one of ``tensor`` ranks has of an adapter. Values beside its matrices (other jobs, frozen
+    adapters) count as if they were cut alike.
+    """
+    matrices = tuple(_local_matrix(matrix, tensor) for matrix in adapter.matrices)
+    whole = sum(m.parameters for m in adapter.matrices)
+    share = sum(m.parameters for m in matrices) / whole if whole else 1.0
+    return replace(
+        adapter,
+        matrices=matrices,
+        beside=round(adapter.beside * share),
+        frozen=round(adapter.frozen * share),
+        idle=round(adapter.idle * share),
+    )
+
+
+def whole_side_values(adapter: PlannedAdapter) -> int:
+    """Values of the sides that every tensor rank holds whole, whose gradients are sums over them: A
+    of a column-parallel matrix, B of a row-parallel one.
+    """
+    return sum(m.rank * (m.outputs if _splits_inputs(m) else m.inputs) for m in adapter.matrices)
 
 
 def _stage_memory(
@@ -133,13 +273,16 @@ def _layer_bytes(shape: ModelShape, setup: MemorySetup, split: ParallelSplit) ->
 
 
 def _local_matrix(matrix: AdaptedMatrix, tensor: int) -> AdaptedMatrix:
-    """This GPU's part of an adapted matrix: row-parallel ones (out of attention or MLP) split their
-    inputs, the rest outputs.
+    """This rank's part of an adapted matrix: row-parallel ones (out of attention or MLP) split their
+    inputs and so A, the rest outputs and so B; the embedding's inputs are the vocabulary.
     """
-    row_parallel = matrix.site in ("attention.out", "mlp.out")
-    inputs = matrix.inputs // tensor if row_parallel else matrix.inputs
-    outputs = matrix.outputs if row_parallel else matrix.outputs // tensor
-    return AdaptedMatrix(**{**vars(matrix), "inputs": inputs, "outputs": outputs})
+    if _splits_inputs(matrix):
+        return replace(matrix, inputs=matrix.inputs // tensor)
+    return replace(matrix, outputs=matrix.outputs // tensor)
+
+
+def _splits_inputs(matrix: AdaptedMatrix) -> bool:
+    return matrix.site in ROW_PARALLEL or (matrix.site is None and is_embedding(matrix))
 
 
 def pipeline_slowdown(split: ParallelSplit, accumulation: int) -> float:

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from lorry.config.parsing.sizes import size_in_words
 from lorry.console import VisibleConsole
 from lorry.plan.memory import MemoryEstimate
+from lorry.plan.parallel.split import ParallelSplit
 from lorry.plan.report import RunPlan, StepSpeed
 from lorry.plan.search import ChoiceSearchResult
 
@@ -17,8 +18,9 @@ MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
 
 def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
     """The table by component, the search if there was one, one line of verdict."""
+    unit = "GPUs" if plan.setup.device == "cuda" else "processes"
     where = (
-        f"{plan.split.processes} GPUs ({plan.split.backend}), each"
+        f"{plan.split.processes} {unit} ({_split_in_words(plan.split)}), each"
         if plan.split.processes > 1
         else plan.setup.device
     )
@@ -39,6 +41,14 @@ def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
         f"{plan.model} ({size} parameters) on {where}: {what}, up to {plan.setup.length} tokens a row"
     )
     console.print(_memory_table(plan.memory))
+    if plan.sent:
+        console.print(_sent_table(plan))
+    if plan.split.processes > 1:
+        sizes = plan.adapter_sizes
+        say(
+            f"the adapter: {size_in_words(sizes.file)} saved, {size_in_words(sizes.checkpoint)} in a "
+            f"checkpoint, {size_in_words(sizes.sync)} to an inference engine"
+        )
     if plan.search is not None:
         console.print(_search_table(plan.search))
     for note in plan.notes:
@@ -52,6 +62,40 @@ def _memory_table(memory: MemoryEstimate) -> Table:
         table.add_row(c.name, size_in_words(c.bytes), c.words)
     table.add_section()
     table.add_row("peak", size_in_words(memory.total), "")
+    return table
+
+
+def _split_in_words(split: ParallelSplit) -> str:
+    """The backend, and how the processes are divided where that is not one way."""
+    parts: list[str] = [split.backend]
+    if split.replicas > 1:
+        parts.append(f"{split.replicas} replicas of {split.shards} shards")
+    parts += [
+        f"{name}={size}"
+        for name, size in (
+            ("tensor_parallel", split.tensor),
+            ("pipeline_parallel", split.pipeline),
+            ("expert_parallel", split.expert),
+        )
+        if size > 1
+    ]
+    return ", ".join(parts)
+
+
+def _sent_table(plan: RunPlan) -> Table:
+    """What one process sends in an optimizer step, by collective."""
+    right = partial(Column, justify="right")
+    table = Table("sent in a step", "collective", right("each"), right("times"), right("bytes"))
+    for c in plan.sent:
+        table.add_row(
+            c.what,
+            f"{c.kind} of {c.ranks}",
+            size_in_words(c.sent_each),
+            f"{c.calls}",
+            size_in_words(c.sent),
+        )
+    table.add_section()
+    table.add_row("in all", "", "", "", size_in_words(plan.sent_per_step))
     return table
 
 

@@ -1,0 +1,198 @@
+"""Bytes that a rank sends in an optimizer step, by formula, and the sizes of an adapter's files.
+
+Collectives of S bytes over n ranks are counted as rings send them: an all-gather and a
+reduce-scatter (n - 1) / n of S, an all-reduce twice that. gloo's all-gather and all-reduce send so
+many to within the headers (docs/scaling.md); what ranks tell each other besides (a few KiB a step)
+is not counted. Frozen weights have no gradients, so of the base only gathering costs anything, and
+between replicas nothing but adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from lorry.plan.adapters import PlannedAdapter
+from lorry.plan.constants import SCORE_STATISTICS
+from lorry.plan.memory import VALUE_BYTES, MemorySetup, layers_run
+from lorry.plan.parallel.per_rank import (
+    layer_tensors,
+    local_adapter,
+    local_shape,
+    root_tensors,
+    sharded_rows,
+    whole_side_values,
+)
+from lorry.plan.parallel.split import ParallelSplit
+from lorry.plan.shapes import ModelShape
+
+CollectiveKind = Literal["all-gather", "all-reduce", "reduce-scatter"]
+SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # times (n - 1) / n of the bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Calls of one kind in a step: ``bytes`` of the whole tensor of each, over ``ranks``."""
+
+    what: str
+    kind: CollectiveKind
+    ranks: int
+    bytes: int
+    calls: int
+
+    @property
+    def sent_each(self) -> int:
+        """Bytes that a rank sends in one call."""
+        return SENT[self.kind] * self.bytes * (self.ranks - 1) // self.ranks
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a rank sends in a step."""
+        return self.calls * self.sent_each
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSizes:
+    """Bytes of an adapter: ``file``: as it is saved (fp32 values); ``checkpoint``: with AdamW's two
+    moments; ``sync``: what an inference engine is sent, in the format computed in.
+    """
+
+    file: int
+    checkpoint: int
+    sync: int
+
+
+def adapter_sizes(adapter: PlannedAdapter, setup: MemorySetup) -> AdapterSizes:
+    """Of the whole adapter, whatever the layout: files are those of one device."""
+    values = adapter.parameters
+    return AdapterSizes(
+        file=VALUE_BYTES * values,
+        checkpoint=3 * VALUE_BYTES * values,
+        sync=setup.element * values,
+    )
+
+
+def step_collectives(
+    shape: ModelShape,
+    adapter: PlannedAdapter,
+    setup: MemorySetup,
+    split: ParallelSplit,
+    accumulation: int,
+) -> list[Collective]:
+    """What a rank takes part in during one optimizer step, of ddp and fsdp. ``accumulation``:
+    micro-batches.
+    """
+    if split.backend not in ("ddp", "fsdp"):
+        return []
+    reads = setup.reads
+    backwards = accumulation * reads.passes // reads.together
+    # the start is asked once about every sequence, without a backward
+    forwards = backwards + (accumulation if reads.asks_start and reads.live else 0)
+    found = [
+        *_gathers(shape, adapter, setup, split, forwards, backwards),
+        *_activations(shape, adapter, setup, split, forwards, backwards),
+        *_gradients(adapter, split),
+    ]
+    return [collective for collective in found if collective.ranks > 1 and collective.calls]
+
+
+def _gathers(
+    shape: ModelShape,
+    adapter: PlannedAdapter,
+    setup: MemorySetup,
+    split: ParallelSplit,
+    forwards: int,
+    backwards: int,
+) -> Iterator[Collective]:
+    """Of the base: every layer that runs, in forward, and again for its backward where it was let
+    go; embedding, final norm and head once a pass.
+    """
+    local, n = local_shape(shape, split.tensor), split.shards
+    layer = int(
+        n
+        * sum(
+            sharded_rows(rows, n) * each * size for rows, each, size in layer_tensors(local, setup)
+        )
+    )
+    root = (
+        n * setup.element * sum(sharded_rows(rows, n) * each for rows, each in root_tensors(local))
+    )
+    run = layers_run(shape, setup)
+    # the layer below the lowest adapter too: FSDP2 fetches one ahead, whether or not it is needed
+    again = min(max(run - adapter.lowest, 0) + 1, run) if split.reshard_after_forward else 0
+    yield Collective(
+        what="a layer's weights, forward",
+        kind="all-gather", ranks=n, bytes=layer, calls=forwards * run,
+    )  # fmt: skip
+    yield Collective(
+        what="a layer's weights, backward",
+        kind="all-gather", ranks=n, bytes=layer, calls=backwards * again,
+    )  # fmt: skip
+    yield Collective(
+        what="embedding, final norm and head",
+        kind="all-gather", ranks=n, bytes=root, calls=forwards,
+    )  # fmt: skip
+
+
+def _activations(
+    shape: ModelShape,
+    adapter: PlannedAdapter,
+    setup: MemorySetup,
+    split: ParallelSplit,
+    forwards: int,
+    backwards: int,
+) -> Iterator[Collective]:
+    """Of tensor parallel: [T, width] behind attention and MLP, and of the gradients of their inputs;
+    of the vocabulary the embedding's rows, the scores' statistics and the hidden states' gradient.
+    """
+    g, run = shape.geometry, layers_run(shape, setup)
+    hidden = setup.tokens * g.width * setup.element
+    below = max(run - adapter.lowest, 0)
+    recomputed = backwards * below if setup.recompute == "full" else 0
+    scores = 0 if setup.reads.highest_layer is not None else 1
+    yield Collective(
+        what="outputs of attention and MLP",
+        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=2 * (forwards * run + recomputed),
+    )  # fmt: skip
+    yield Collective(
+        what="gradients of their inputs",
+        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=2 * backwards * below,
+    )  # fmt: skip
+    yield Collective(
+        what="rows of the embedding",
+        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=forwards,
+    )  # fmt: skip
+    yield Collective(
+        what="gradient of the last hidden states",
+        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=scores * backwards,
+    )  # fmt: skip
+    yield Collective(
+        what="statistics of the scores",
+        kind="all-reduce", ranks=split.tensor, bytes=setup.tokens * SCORE_STATISTICS,
+        calls=scores * forwards,
+    )  # fmt: skip
+
+
+def _gradients(adapter: PlannedAdapter, split: ParallelSplit) -> Iterator[Collective]:
+    """Of the adapters, fp32, once a step however many micro-batches there were."""
+    local = VALUE_BYTES * local_adapter(adapter, split.tensor).parameters
+    if split.shard_optimizer:
+        yield Collective(
+            what="adapters' gradients, summed by range",
+            kind="reduce-scatter", ranks=split.data, bytes=local, calls=1,
+        )  # fmt: skip
+        yield Collective(
+            what="adapters' values, after the step",
+            kind="all-gather", ranks=split.data, bytes=local, calls=1,
+        )  # fmt: skip
+    else:
+        yield Collective(
+            what="adapters' gradients",
+            kind="all-reduce", ranks=split.data, bytes=local, calls=1,
+        )  # fmt: skip
+    yield Collective(
+        what="gradients of whole sides",
+        kind="all-reduce", ranks=split.tensor,
+        bytes=VALUE_BYTES * whole_side_values(adapter), calls=1,
+    )  # fmt: skip

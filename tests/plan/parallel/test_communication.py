@@ -1,0 +1,81 @@
+"""Bytes that a rank sends, against sums written out; what fully_shard asks for is in
+test_against_torch.py. Nothing is computed, so no dtype of this machine matters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorry.config.schema import LoraConfig, StepReads
+from lorry.plan.adapters import plan_adapter
+from lorry.plan.known import KNOWN_CONFIGS
+from lorry.plan.memory import MemorySetup
+from lorry.plan.parallel.communication import Collective, adapter_sizes, step_collectives
+from lorry.plan.parallel.split import ParallelSplit
+from lorry.plan.shapes import read_model_shape
+
+SHAPE = read_model_shape(KNOWN_CONFIGS["llama-3-8b"])
+ADAPTER = plan_adapter(SHAPE, LoraConfig(r=16), 16)
+TOKENS, WIDTH, LAYERS = 4096, 4096, 32
+
+
+def sent(
+    accumulation: int = 1, setup: dict[str, Any] | None = None, **split: Any
+) -> dict[str, int]:
+    how = MemorySetup(tokens=TOKENS, length=TOKENS, device="cuda", **(setup or {}))
+    found = step_collectives(SHAPE, ADAPTER, how, ParallelSplit(**split), accumulation)
+    return {c.what: c.sent for c in found}
+
+
+def test_what_a_ring_sends() -> None:
+    one = {"what": "", "ranks": 4, "bytes": 400, "calls": 3}
+    assert Collective(kind="all-gather", **one).sent == 3 * 300  # type: ignore[arg-type]
+    assert Collective(kind="reduce-scatter", **one).sent == 3 * 300  # type: ignore[arg-type]
+    assert Collective(kind="all-reduce", **one).sent == 3 * 600  # type: ignore[arg-type]
+
+
+def test_ddp_sends_the_adapters_gradients_once_a_step() -> None:
+    values = 32 * 16 * sum((2 * 4096, 2 * 5120, 2 * 4096, 3 * (4096 + 14336)))
+    for accumulation in (1, 4):
+        assert sent(accumulation, backend="ddp", processes=8) == {
+            "adapters' gradients": 2 * 4 * values * 7 // 8
+        }
+    ranges = sent(backend="ddp", processes=8, shard_optimizer=True)
+    assert sum(ranges.values()) == 2 * 4 * values * 7 // 8
+
+
+def test_replicas_send_each_other_nothing_of_the_base() -> None:
+    one, hybrid = sent(backend="fsdp", processes=8), sent(backend="fsdp", processes=64, replicas=8)
+    weights = "a layer's weights, forward"
+    assert hybrid[weights] == one[weights]
+    gradients = "adapters' gradients"
+    assert hybrid[gradients] * 7 * 64 == one[gradients] * 63 * 8
+
+
+def test_fsdp_gathers_with_every_micro_batch_and_sums_once() -> None:
+    one, four = sent(backend="fsdp", processes=8), sent(4, backend="fsdp", processes=8)
+    for what, size in one.items():
+        assert four[what] == (size if "gradients" in what else 4 * size)
+    start = {"reads": StepReads(asks_start="scores", live=True)}
+    asked = sent(4, start, backend="fsdp", processes=8)
+    assert asked["a layer's weights, forward"] == 2 * four["a layer's weights, forward"]
+    assert asked["a layer's weights, backward"] == four["a layer's weights, backward"]
+
+
+def test_tensor_parallel_sends_four_sums_a_layer_and_micro_batch() -> None:
+    """[T, d] in bfloat16 each; the whole sides once a step."""
+    found = sent(2, backend="ddp", processes=8, tensor=8)
+    hidden = 2 * TOKENS * WIDTH * 2 * 7 // 8
+    assert found["outputs of attention and MLP"] == 2 * 2 * LAYERS * hidden
+    assert found["gradients of their inputs"] == 2 * 2 * LAYERS * hidden
+    d = WIDTH
+    whole = 32 * 16 * (3 * d + d + 2 * d + d)  # A of q k v, B of o, A of gate and up, B of down
+    assert found["gradients of whole sides"] == 2 * 4 * whole * 7 // 8
+    again = sent(2, {"recompute": "full"}, backend="ddp", processes=8, tensor=8)
+    assert again["outputs of attention and MLP"] == 2 * found["outputs of attention and MLP"]
+
+
+def test_files_of_an_adapter_do_not_hang_on_the_layout() -> None:
+    sizes = adapter_sizes(ADAPTER, MemorySetup(tokens=8, length=8, device="cuda"))
+    values = ADAPTER.parameters
+    assert (sizes.file, sizes.checkpoint, sizes.sync) == (4 * values, 12 * values, 2 * values)
