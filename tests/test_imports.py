@@ -25,7 +25,7 @@ ORDER = [
     {"tasks", "evaluate"},
     {"train"},
     {"report"},
-    {"hub"},
+    {"hub", "integrations"},
     {"demo", "api"},
     {"verbs"},
     {"cli"},
