@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite bench-layouts results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -100,6 +100,10 @@ bench-experts: bench-setup
 # TOFU's suite against padded transformers: some ten minutes on one core.
 bench-suite: bench-setup
 	$(BIN)/python benchmarks/suite.py
+
+# Several processes: ddp, fsdp and tensor parallel against accelerate + PEFT and one process: some fifteen minutes on two cores.
+bench-layouts: bench-setup
+	$(BIN)/python benchmarks/layouts.py
 
 # Lengths and ranks against PEFT at its default and at its best: an hour or two.
 bench-sweep: bench-setup

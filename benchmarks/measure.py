@@ -39,6 +39,11 @@ def peak_rss() -> int:
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def forget_peak() -> None:
+    """From now on `peak_rss` is the highest since this call (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _status(name: str) -> int:
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []

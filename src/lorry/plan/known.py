@@ -49,7 +49,6 @@ QWEN3_MOE_CONFIG = {
     "model_type": "qwen3_moe",
     "num_experts": 128,
     "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
     "num_key_value_heads": 4,
 }
 
@@ -64,7 +63,12 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": _qwen3_config(2048, 6144, 28, 16, tied=True),
     "qwen3-8b": _qwen3_config(4096, 12288, 36, 32, tied=False),
     "mixtral-8x7b": _llama_config(4096, 14336, 32, 32, 8, 32000, 32768, **MIXTRAL_CONFIG),
-    "qwen3-30b-a3b": _qwen3_config(2048, 6144, 48, 32, tied=False, **QWEN3_MOE_CONFIG),
+    "qwen3-30b-a3b": _qwen3_config(
+        2048, 6144, 48, 32, tied=False, moe_intermediate_size=768, **QWEN3_MOE_CONFIG
+    ),
+    "qwen3-235b-a22b": _qwen3_config(
+        4096, 12288, 94, 64, tied=False, moe_intermediate_size=1536, **QWEN3_MOE_CONFIG
+    ),
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 768,

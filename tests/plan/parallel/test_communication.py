@@ -28,10 +28,9 @@ def sent(
 
 
 def test_what_a_ring_sends() -> None:
-    one = {"what": "", "ranks": 4, "bytes": 400, "calls": 3}
-    assert Collective(kind="all-gather", **one).sent == 3 * 300  # type: ignore[arg-type]
-    assert Collective(kind="reduce-scatter", **one).sent == 3 * 300  # type: ignore[arg-type]
-    assert Collective(kind="all-reduce", **one).sent == 3 * 600  # type: ignore[arg-type]
+    assert Collective("", "all-gather", 4, 4, 400, 3).sent == 3 * 300
+    assert Collective("", "reduce-scatter", 4, 4, 400, 3).sent == 3 * 300
+    assert Collective("", "all-reduce", 4, 4, 400, 3).sent == 3 * 600
 
 
 def test_ddp_sends_the_adapters_gradients_once_a_step() -> None:
@@ -73,6 +72,16 @@ def test_tensor_parallel_sends_four_sums_a_layer_and_micro_batch() -> None:
     assert found["gradients of whole sides"] == 2 * 4 * whole * 7 // 8
     again = sent(2, {"recompute": "full"}, backend="ddp", processes=8, tensor=8)
     assert again["outputs of attention and MLP"] == 2 * found["outputs of attention and MLP"]
+
+
+def test_groups_span_neighbouring_processes() -> None:
+    """Tensor ranks are neighbours, then shards; replicas and the adapters' sum span the job."""
+    split = ParallelSplit(backend="fsdp", processes=64, tensor=2, replicas=4)
+    how = MemorySetup(tokens=TOKENS, length=TOKENS, device="cuda")
+    spans = {c.what: (c.ranks, c.span) for c in step_collectives(SHAPE, ADAPTER, how, split, 1)}
+    assert spans["outputs of attention and MLP"] == (2, 2)
+    assert spans["a layer's weights, forward"] == (8, 16)
+    assert spans["adapters' gradients"] == (32, 64)
 
 
 def test_files_of_an_adapter_do_not_hang_on_the_layout() -> None:

@@ -31,13 +31,16 @@ CollectiveKind = Literal["all-gather", "all-reduce", "reduce-scatter"]
 SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # times (n - 1) / n of the bytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Collective:
-    """Calls of one kind in a step: ``bytes`` of the whole tensor of each, over ``ranks``."""
+    """Calls of one kind in a step: ``bytes`` of the whole tensor of each, over ``ranks``, which lie
+    within ``span`` neighbouring processes (one machine, if it has as many).
+    """
 
     what: str
     kind: CollectiveKind
     ranks: int
+    span: int
     bytes: int
     calls: int
 
@@ -109,30 +112,19 @@ def _gathers(
     go; embedding, final norm and head once a pass.
     """
     local, n = local_shape(shape, split.tensor), split.shards
-    layer = int(
-        n
-        * sum(
-            sharded_rows(rows, n) * each * size for rows, each, size in layer_tensors(local, setup)
-        )
+    values = (
+        sharded_rows(rows, n) * each * size for rows, each, size in layer_tensors(local, setup)
     )
-    root = (
-        n * setup.element * sum(sharded_rows(rows, n) * each for rows, each in root_tensors(local))
-    )
-    run = layers_run(shape, setup)
+    layer = int(n * sum(values))
+    root = n * sum(sharded_rows(rows, n) * each for rows, each in root_tensors(local))
+    run, group = layers_run(shape, setup), (n, n * split.tensor)
     # the layer below the lowest adapter too: FSDP2 fetches one ahead, whether or not it is needed
     again = min(max(run - adapter.lowest, 0) + 1, run) if split.reshard_after_forward else 0
+    yield Collective("a layer's weights, forward", "all-gather", *group, layer, forwards * run)
+    yield Collective("a layer's weights, backward", "all-gather", *group, layer, backwards * again)
     yield Collective(
-        what="a layer's weights, forward",
-        kind="all-gather", ranks=n, bytes=layer, calls=forwards * run,
-    )  # fmt: skip
-    yield Collective(
-        what="a layer's weights, backward",
-        kind="all-gather", ranks=n, bytes=layer, calls=backwards * again,
-    )  # fmt: skip
-    yield Collective(
-        what="embedding, final norm and head",
-        kind="all-gather", ranks=n, bytes=root, calls=forwards,
-    )  # fmt: skip
+        "embedding, final norm and head", "all-gather", *group, root * setup.element, forwards
+    )
 
 
 def _activations(
@@ -146,53 +138,32 @@ def _activations(
     """Of tensor parallel: [T, width] behind attention and MLP, and of the gradients of their inputs;
     of the vocabulary the embedding's rows, the scores' statistics and the hidden states' gradient.
     """
-    g, run = shape.geometry, layers_run(shape, setup)
-    hidden = setup.tokens * g.width * setup.element
+    run, group = layers_run(shape, setup), (split.tensor, split.tensor)
+    hidden = setup.tokens * shape.geometry.width * setup.element
     below = max(run - adapter.lowest, 0)
     recomputed = backwards * below if setup.recompute == "full" else 0
-    scores = 0 if setup.reads.highest_layer is not None else 1
+    outputs = 2 * (forwards * run + recomputed)
+    yield Collective("outputs of attention and MLP", "all-reduce", *group, hidden, outputs)
     yield Collective(
-        what="outputs of attention and MLP",
-        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=2 * (forwards * run + recomputed),
-    )  # fmt: skip
-    yield Collective(
-        what="gradients of their inputs",
-        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=2 * backwards * below,
-    )  # fmt: skip
-    yield Collective(
-        what="rows of the embedding",
-        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=forwards,
-    )  # fmt: skip
-    yield Collective(
-        what="gradient of the last hidden states",
-        kind="all-reduce", ranks=split.tensor, bytes=hidden, calls=scores * backwards,
-    )  # fmt: skip
-    yield Collective(
-        what="statistics of the scores",
-        kind="all-reduce", ranks=split.tensor, bytes=setup.tokens * SCORE_STATISTICS,
-        calls=scores * forwards,
-    )  # fmt: skip
+        "gradients of their inputs", "all-reduce", *group, hidden, 2 * backwards * below
+    )
+    yield Collective("rows of the embedding", "all-reduce", *group, hidden, forwards)
+    if setup.reads.highest_layer is None:
+        statistics = setup.tokens * SCORE_STATISTICS
+        yield Collective(
+            "gradient of the last hidden states", "all-reduce", *group, hidden, backwards
+        )
+        yield Collective("statistics of the scores", "all-reduce", *group, statistics, forwards)
 
 
 def _gradients(adapter: PlannedAdapter, split: ParallelSplit) -> Iterator[Collective]:
     """Of the adapters, fp32, once a step however many micro-batches there were."""
     local = VALUE_BYTES * local_adapter(adapter, split.tensor).parameters
+    group = (split.data, split.processes)
     if split.shard_optimizer:
-        yield Collective(
-            what="adapters' gradients, summed by range",
-            kind="reduce-scatter", ranks=split.data, bytes=local, calls=1,
-        )  # fmt: skip
-        yield Collective(
-            what="adapters' values, after the step",
-            kind="all-gather", ranks=split.data, bytes=local, calls=1,
-        )  # fmt: skip
+        yield Collective("adapters' gradients, summed by range", "reduce-scatter", *group, local, 1)
+        yield Collective("adapters' values, after the step", "all-gather", *group, local, 1)
     else:
-        yield Collective(
-            what="adapters' gradients",
-            kind="all-reduce", ranks=split.data, bytes=local, calls=1,
-        )  # fmt: skip
-    yield Collective(
-        what="gradients of whole sides",
-        kind="all-reduce", ranks=split.tensor,
-        bytes=VALUE_BYTES * whole_side_values(adapter), calls=1,
-    )  # fmt: skip
+        yield Collective("adapters' gradients", "all-reduce", *group, local, 1)
+    whole = VALUE_BYTES * whole_side_values(adapter)
+    yield Collective("gradients of whole sides", "all-reduce", split.tensor, split.tensor, whole, 1)
