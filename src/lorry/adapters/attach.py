@@ -21,6 +21,9 @@ from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import ModelFamily
 
+# what shards or replicates a model, by class name: to ask for the classes would import them all
+DATA_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+FSDP2 = "FSDPModule"
 LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -57,8 +60,10 @@ def attach(
     overrides the spec's targets.
 
     A plain ``model(x)`` then uses it (g = 1). Raises ConfigError if a target matches nothing
-    (naming what exists), if the name is taken, or if the model is merged.
+    (naming what exists), if the name is taken, if the model is merged, or if something that shards
+    or replicates it has it already.
     """
+    _refuse_wrapped(model)
     spec = spec or LoraSpec()
     candidates = find_linears(model)
     chosen = list(modules) if modules is not None else select_modules(model, candidates, spec)
@@ -75,6 +80,32 @@ def attach(
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
     return bank.add(name, spec, targets, seed=seed)
+
+
+def find_wrapper(model: nn.Module, names: Collection[str]) -> str | None:
+    """The first of these classes of torch.distributed or DeepSpeed that a module of the model is
+    of; None where none is.
+    """
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in names and kind.__module__.startswith(("torch.", "deepspeed.")):
+                return kind.__name__
+    return None
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raises ConfigError for a model that somebody's trainer has already: FSDP would not find the
+    layers that are put in, and nobody would average the adapter's gradients.
+    """
+    # Lorry's own decoder has its bank layers before anything shards it
+    ours = any(isinstance(module, AdaptableLayer) for module in model.modules())
+    names = DATA_PARALLEL if ours else (*DATA_PARALLEL, FSDP2)
+    if wrapper := find_wrapper(model, names):
+        what = "fully_shard" if wrapper == FSDP2 else wrapper
+        raise ConfigError(
+            f"{what} has this model already; attach the adapter before it: load the model, "
+            f"lorry.attach(model, ...), then {what}"
+        )
 
 
 def detach(model: nn.Module, name: str = "default") -> None:

@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
@@ -231,6 +232,11 @@ class AdapterBank:
         self.start: AdapterOrigin | None = None
         self.modules: dict[str, AdaptableLayer] = {}
         self.active = Mix()
+        # of a plain `model(x)`; None: it drops nothing
+        self.noise: DropoutNoise | None = None
+        # of a base that has been sharded since, whose weights cannot be read any more; None: it
+        # can be made of them
+        self.base_digest: str | None = None
         # what was active when `merge` folded it in; None while nothing is merged
         self.before_merge: Mix | None = None
 
@@ -267,6 +273,8 @@ class AdapterBank:
         shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]
         sizes = [rows * columns for rows, columns in shapes]
         device = next(iter(targets.values())).weight.device
+        if device.type == "meta":  # weights that are yet to come; an adapter's values are known
+            device = torch.device("cpu")
         # before torch.zeros, which succeeds on Linux whatever is free
         refuse_too_large(name, max(ranks.values()), sum(sizes), device)
         values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
@@ -321,7 +329,7 @@ class AdapterBank:
             self[term.adapter]
         self.active = mix
         for module in self.modules.values():
-            module.default = AdapterContext(mix)
+            module.default = AdapterContext(mix, self.noise)
 
     def to(self, device: torch.device) -> None:
         """Move every adapter's buffers; slots keep their identity."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorry.adapters.seeds import derive_seed
 from lorry.kernels import call_kernel, load_library
@@ -37,7 +37,7 @@ class DropoutNoise:
     starts: tuple[int, ...]
     rows: Tensor | None = None
 
-    def at(self, site: str, p: float) -> SeededDropout:
+    def at(self, site: str, p: float) -> SeededDropout | None:
         """The dropout of one input."""
         seeds = [derive_seed("dropout", self.seed, self.step, key, site) for key in self.keys]
         return SeededDropout(
@@ -49,6 +49,28 @@ class DropoutNoise:
         return DropoutNoise(
             self.seed, self.step, (*self.keys, PADDING_KEY), (*self.starts, total), self.rows
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorNoise(DropoutNoise):
+    """The dropout of plain `model(x)` calls in a training loop that is not ours: as of `nn.Dropout`.
+
+    Every linear draws a mask for itself, its seed from torch's default generator (of the CPU), while
+    ``model`` is in training mode. So `torch.manual_seed`, activation checkpointing and the generator
+    states that a trainer saves count.
+    """
+
+    seed: int = 0
+    step: int = 0
+    keys: tuple[int, ...] = ()
+    starts: tuple[int, ...] = (0,)
+    model: nn.Module
+
+    def at(self, site: str, p: float) -> SeededDropout | None:
+        """The dropout of one call; None in evaluation mode."""
+        if not self.model.training:
+            return None
+        return _OneCallDropout(torch.randint(2**62, (1,)), torch.tensor(self.starts), p)
 
 
 @dataclass(frozen=True)
@@ -134,3 +156,11 @@ class SeededDropout:
         x = ((x ^ (x >> 16)) * 0x27D4EB2F) & WORD_MASK
         x = x ^ (x >> 15)
         return torch.where(n % 2 == 1, x >> 16, x & 0xFFFF) >= self.threshold
+
+
+class _OneCallDropout(SeededDropout):
+    """Of all rows that it is given, as one sequence: how many a call has, only the call knows."""
+
+    def apply(self, x: Tensor, tokens: slice) -> Tensor:
+        rows = SeededDropout(self.seeds, torch.tensor([0, len(x)]), self.p)
+        return rows.apply(x, slice(0, len(x)))

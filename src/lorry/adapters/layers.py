@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lorry.adapters.mix import AdapterContext, LinearRouter, MixTerm
 from lorry.adapters.product import (
     AdapterShare,
+    CastLinear,
     DenseLinear,
     FrozenLinear,
     Linears,
@@ -83,6 +84,16 @@ class AdapterSlot:
         self.write_count += 1
 
 
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor, of which a rank holds a share."""
+    return hasattr(weight, "to_local")
+
+
+def local_share(weight: Tensor) -> Tensor:
+    """This rank's share of a sharded weight, the memory itself; any other weight as it is."""
+    return weight.detach().to_local() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
+
+
 class AdaptableLayer(nn.Module):
     """What linears and embeddings share: their path, their slots, and the base weight without
     the adapters while merged.
@@ -112,15 +123,30 @@ class AdaptableLayer(nn.Module):
 
     def use_merged_weight(self, merged: nn.Parameter) -> None:
         """Compute with a merged weight and keep the unmerged one, where no state dict, optimizer or FSDP
-        sees it.
+        sees it. Of a weight that FSDP2 has sharded, ``merged`` and what is kept are this rank's
+        share.
         """
         # past nn.Module.__setattr__, which would register it as a second parameter
+        if is_sharded(self.weight):
+            # FSDP2 gathers this very parameter: its memory is written, the object stays
+            share = local_share(self.weight)
+            kept = nn.Parameter(share.clone(), requires_grad=False)
+            self.__dict__["unmerged_weight"] = kept
+            share.copy_(merged)
+            return
         self.__dict__["unmerged_weight"], self.weight = self.weight, merged
 
     def restore_weight(self) -> None:
-        """Put the unmerged weight back: the same object, so what was tied is tied again."""
+        """Put the unmerged weight back: the same object, so what was tied is tied again; of a
+        sharded one the same values.
+        """
         assert self.unmerged_weight is not None
-        self.weight, self.unmerged_weight = self.unmerged_weight, None
+        if is_sharded(self.weight):
+            with torch.no_grad():
+                local_share(self.weight).copy_(self.unmerged_weight)
+        else:
+            self.weight = self.unmerged_weight
+        self.__dict__["unmerged_weight"] = None
 
     def resolve(self, call: AdapterContext | None) -> AdapterContext:
         """The context of this forward pass: the argument, the one set around a foreign model, or
@@ -222,8 +248,13 @@ class BankLinear(AdaptableLayer):
         # without a term plain torch, which also fuses the bias and serves double backward
         if self.product is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
-        rows = x.reshape(-1, x.shape[-1])
-        (y,) = self.group.forward(rows, self._with_own_gates(call, rows), site or self.path)
+        rows, dtype = x.reshape(-1, x.shape[-1]), None
+        if torch.is_autocast_enabled(x.device.type) and self.dtype != torch.float64:
+            # as autocast does with every linear; our own backward runs outside of it
+            dtype = torch.get_autocast_dtype(x.device.type)
+            rows = rows.to(dtype)
+        call = self._with_own_gates(call, rows)
+        (y,) = self.group.forward(rows, call, site or self.path, dtype)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
     def _with_own_gates(self, call: AdapterContext, x: Tensor) -> AdapterContext:
@@ -259,21 +290,34 @@ class LinearGroup:
         """What of the base products trains."""
         return [t for linear in self.linears for t in linear.trainable_base_tensors()]
 
-    def base_products(self) -> list[FrozenLinear]:
-        """The base products, as they are now."""
-        return [linear.base_product() for linear in self.linears]
+    def base_products(self, dtype: torch.dtype | None = None) -> list[FrozenLinear]:
+        """The base products, as they are now; in another dtype than their own where one is given."""
+        products = [linear.base_product() for linear in self.linears]
+        if dtype is None:
+            return products
+        return [p if p.dtype == dtype else CastLinear(p, dtype) for p in products]
 
-    def forward(self, x: Tensor, call: AdapterContext, site: str) -> list[Tensor]:
-        """x [T,I] -> y [T,O] of each linear, one node of autograd."""
-        stacks, terms = self.stacks(call, site)
-        linears, base = Linears(self.base_products(), stacks), self.trainable_base_tensors()
+    def forward(
+        self, x: Tensor, call: AdapterContext, site: str, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """x [T,I] -> y [T,O] of each linear, one node of autograd. ``dtype``: of x and y, where that
+        is not the base's own (autocast)."""
+        stacks, terms = self.stacks(call, site, dtype=dtype)
+        linears, base = Linears(self.base_products(dtype), stacks), self.trainable_base_tensors()
         return list(LowRankFunction.apply(x, linears, *TermParams.flat(terms), *base))
 
     def stacks(
-        self, call: AdapterContext, site: str, *, routed: bool = False
+        self,
+        call: AdapterContext,
+        site: str,
+        *,
+        routed: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[StackedAdapters], list[TermParams[Tensor | None]]]:
         """What the call's terms need here, and their masters and gates. ``routed``: whether the
-        call's router may be asked here. Raises ContractError for a term of its elsewhere."""
+        call's router may be asked here; ``dtype``: of the compute copies, the base's own where
+        None. Raises ContractError for a term of its elsewhere."""
+        dtype = dtype or self.linears[0].dtype
         stacks, terms = list[StackedAdapters](), list[TermParams[Tensor | None]]()
         for linear in self.linears:
             # all of them before any product: half a group computed would be memory for nothing
@@ -286,9 +330,9 @@ class LinearGroup:
             for t in linear.base_terms
         ]
         for term in dict.fromkeys(of_base):
-            self._add_stack([term], call, site, stacks, terms)
+            self._add_stack([term], call, site, dtype, stacks, terms)
         for alike in self._alike(call, routed=routed):
-            self._add_stack(alike, call, site, stacks, terms)
+            self._add_stack(alike, call, site, dtype, stacks, terms)
         return stacks, terms
 
     def _alike(self, call: AdapterContext, *, routed: bool) -> list[list[MixTerm]]:
@@ -323,6 +367,7 @@ class LinearGroup:
         group: Sequence[MixTerm],
         call: AdapterContext,
         site: str,
+        dtype: torch.dtype,
         stacks: list[StackedAdapters],
         terms: list[TermParams[Tensor | None]],
     ) -> None:
@@ -349,7 +394,7 @@ class LinearGroup:
             columns = [i * step + (group[k].route or 0) for i, k, _ in slots]
         elif gates:
             columns = [k for _, k, _ in slots]
-        copies = self._compute_copies(slots, constants, columns)
+        copies = self._compute_copies(slots, dtype, constants, columns)
         rate = slots[0][2].dropout if call.noise is not None else 0.0
         dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
         tokens, term_rows = slice(None) if first.rows is None else first.rows, None
@@ -396,12 +441,12 @@ class LinearGroup:
     def _compute_copies(
         self,
         slots: Sequence[tuple[int, int, AdapterSlot]],
+        dtype: torch.dtype,
         constants: Sequence[float],
         columns: Sequence[int] | None,
     ) -> ComputeCopies:
         """The stacked A's, each linear's share, and who has what of it, remade where a master has
         changed. slots: (linear, term, slot), linear by linear; constants: of each term."""
-        dtype = self.linears[0].dtype
         several = columns is not None or len(constants) > 1
         # dtype and place in the group as well as the masters: a base cast to another dtype needs
         # new copies

@@ -21,9 +21,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_linears, get_bank, head_and_embedding
+from lorry.adapters.attach import (
+    FSDP2,
+    find_linears,
+    find_wrapper,
+    get_bank,
+    head_and_embedding,
+)
 from lorry.adapters.bank import Adapter, AdapterBank
-from lorry.adapters.layers import AdapterSlot, BankEmbedding, BankLinear
+from lorry.adapters.layers import (
+    AdapterSlot,
+    BankEmbedding,
+    BankLinear,
+    is_sharded,
+    local_share,
+)
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import unscaled_spec
 from lorry.errors import ConfigError, ModelError
@@ -81,13 +93,20 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
     `model(x)` uses now.
 
     Afterwards `model(x)` needs no adapter and gives the merged outputs; using one raises
-    ContractError until `unmerge`. The original Parameters stay in memory. Raises ConfigError if
-    nothing constant is active, or the model is merged already; ModelError if a merged weight is not
-    finite. Nothing is changed then.
+    ContractError until `unmerge`. The original Parameters stay in memory. Where FSDP2 has sharded
+    the model, each rank merges its share, and the report is of that. Raises ConfigError if nothing
+    constant is active, or the model is merged already; ModelError if a merged weight is not finite.
+    Nothing is changed then.
     """
     bank = get_bank(model)
     mix = _constant_weights(bank, weights)
+    _reshard(model)
     untied = separates_tied_head(model, weights)
+    if untied and any(is_sharded(layer.weight) for layer in _adapted_layers(bank, mix).values()):
+        raise ConfigError(
+            "head and embedding share one sharded weight, and an adapter sits on one of the two; "
+            "save the adapter and merge it into a model that is not sharded"
+        )
     merged, rows = {}, []
     for path, layer in _adapted_layers(bank, mix).items():
         stored, row = _fold_layer(path, layer, mix, layer.weight.dtype)
@@ -113,6 +132,7 @@ def unmerge(model: nn.Module) -> None:
     bank = get_bank(model)
     if bank.before_merge is None:
         raise ConfigError("this model is not merged; there is nothing to unmerge")
+    _reshard(model)
     for layer in bank.modules.values():
         if layer.unmerged_weight is not None:
             layer.restore_weight()
@@ -296,22 +316,36 @@ def _adapted_layers(
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):
             assert isinstance(layer, BankLinear | BankEmbedding), type(layer)
+            if not isinstance(layer.weight, nn.Parameter) or layer.weight.dim() != 2:
+                raise ConfigError(
+                    f"{path}.weight is a part of a flat parameter of FullyShardedDataParallel; save "
+                    "the adapter and merge it into a model that is not wrapped"
+                )
             layers[path] = layer
     return layers
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 give back what it has gathered for a forward pass: weights are shares again."""
+    if find_wrapper(model, (FSDP2,)):
+        for module in model.modules():
+            if (reshard := getattr(module, "reshard", None)) is not None:
+                reshard()
 
 
 def _fold_layer(
     path: str, layer: BankLinear | BankEmbedding, mix: Mapping[str, float], dtype: torch.dtype
 ) -> tuple[Tensor, MergeRow]:
-    """(the rounded sum, what rounding cost) of one layer."""
+    """(the rounded sum, what rounding cost) of one layer; of a sharded weight this rank's share."""
     # fp32 for all adapters together, so that only the final sum is rounded
     delta = torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
     for name, gate in mix.items():
         if name in layer.slots:
             delta.add_(layer.delta(layer.slots[name]), alpha=gate)
     # before the next line adds the weight into the same memory
+    delta = _share_like(layer.weight, delta)
     size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    exact = delta.add_(layer.weight.detach())
+    exact = delta.add_(local_share(layer.weight))
     # a copy even in fp32: `exact` is overwritten below
     stored = exact.to(dtype, copy=True)
     if not bool(torch.isfinite(stored).all()):
@@ -321,3 +355,19 @@ def _fold_layer(
         )
     error = float(torch.linalg.vector_norm(exact.sub_(stored), dtype=torch.float64))
     return stored, MergeRow(path, size, error)
+
+
+def _share_like(weight: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor, where ``weight`` has its own of the same shape."""
+    if not is_sharded(weight):
+        return whole
+    # imported here: torch.distributed.tensor is a second of every run that has no use for it
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(weight, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    part = whole[tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))]
+    return part.contiguous()

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorry.adapters.dropout import SeededDropout
+from lorry.errors import ContractError
 
 # Whatever stands for a parameter: the tensor itself, a bool (wants a gradient), or a gradient.
 T = TypeVar("T")
@@ -281,6 +282,49 @@ class DenseLinear:
             # one bias for all tokens: its gradient is the sum over them
             gradients.append(g.sum(0))
         return gradients
+
+
+@dataclass(frozen=True, slots=True)
+class CastLinear:
+    """A base product computed in another dtype than its own, as autocast does: the weight is cast
+    where it is used, so nothing keeps the copy until backward.
+    """
+
+    linear: FrozenLinear
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.shape
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a parameter wants a gradient."""
+        return self.linear.requires_grad
+
+    def parameters(self) -> Sequence[Tensor]:
+        """Those of the product itself, in their own dtype."""
+        return self.linear.parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._cast().forward(x)
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        return self._cast().backward(g, into)
+
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """In the dtype of x and g; autograd casts them to the parameters'."""
+        return self.linear.parameter_gradients(x, g)
+
+    def _cast(self) -> FrozenLinear:
+        dense = self.linear
+        if not isinstance(dense, DenseLinear):
+            raise ContractError(
+                f"a linear whose product computes in {dense.dtype} cannot follow autocast to "
+                f"{self.dtype}; switch autocast off, or to {dense.dtype}"
+            )
+        bias = None if dense.bias is None else dense.bias.to(self.dtype)
+        return DenseLinear(dense.weight.to(self.dtype), bias, dense.transposed)
 
 
 @dataclass(slots=True)

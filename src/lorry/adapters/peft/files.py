@@ -134,7 +134,7 @@ def _files_of(
         "dtype": str(dtype).removeprefix("torch."),
         "lorry_version": _package_version(),
         "adapter": name,
-        "base_digest": base_digest(model),
+        "base_digest": get_bank(model).base_digest or base_digest(model),
     }
     if start is not None:
         facts["start"] = {"path": start.path, "sha256": start.sha256}
