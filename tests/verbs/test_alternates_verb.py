@@ -133,6 +133,7 @@ def test_a_sample_is_of_its_seed_row_and_number_alone(world: World, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.usefixtures("charts")
 def test_altpo_learns_them(kind: str, world: World, tmp_path: Path) -> None:
     out = tmp_path / f"alt.{kind}"
     words = (f"model={world.run}", f"forget={world.rows}", f"alternates={out}", "n=2")

@@ -24,6 +24,7 @@ def argv(world: World, run: Path, *more: str) -> list[str]:
     return [f"model={world.base}", f"data={world.rows}", f"output_dir={run}", *SHORT, *more]
 
 
+@pytest.mark.usefixtures("charts")
 def test_a_student_learns_from_an_adapter_of_its_base(world: World, tmp_path: Path) -> None:
     run = tmp_path / "student"
     assert (

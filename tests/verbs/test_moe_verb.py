@@ -305,6 +305,7 @@ def test_constant_gates_that_say_nothing_are_refused(
         lorry.load(run)
 
 
+@pytest.mark.usefixtures("charts")
 def test_a_uniform_mixture_of_adapters_that_are_there(mixture: Path, tmp_path: Path) -> None:
     """Nothing trains: the sum of the experts, half each, is what a plain forward has."""
     experts = ", ".join(f"{{name: {n}, adapter: {mixture / n}}}" for n in ("one", "two"))

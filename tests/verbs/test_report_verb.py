@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.verbworld import STEPS, World, lorry
 
+pytestmark = pytest.mark.usefixtures("charts")
+
 
 @pytest.fixture
 def runs(world: World, tmp_path: Path) -> list[Path]:

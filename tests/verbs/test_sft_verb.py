@@ -51,6 +51,7 @@ def test_what_a_run_leaves(world: World) -> None:
     }
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_last_line_is_the_run(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

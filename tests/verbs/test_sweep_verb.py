@@ -34,6 +34,7 @@ def ranking(out: Path) -> list[dict[str, Any]]:
     return jobs
 
 
+@pytest.mark.usefixtures("charts")
 def test_a_grid_in_one_pass(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_grid_in_one_pass(
     assert all(f">{job['name']}</th>" in page for job in jobs)
 
 
+@pytest.mark.usefixtures("charts")
 def test_several_passes_are_ranked_together(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

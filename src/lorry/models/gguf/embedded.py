@@ -28,7 +28,6 @@ from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest, plain_size
 from lorry.errors import ContractError, ModelError
 from lorry.models.gguf.header import check_gguf
-from lorry.models.gguf.tensors import load_gguf_model
 from lorry.models.loading.config_json import write_config
 from lorry.models.loading.describe import model_file_errors, read_model_json, silence_transformers
 from lorry.models.loading.digest import sample_digest
@@ -138,6 +137,9 @@ def _convert_to_folder(file: Path, work: Path) -> list[str]:
     """Dequantise with transformers' GGUF reader, account for every tensor, save model and
     tokenizer; returns notes.
     """
+    # half a second of transformers' and torch's modules that only the first use of a file needs
+    from lorry.models.gguf.tensors import load_gguf_model
+
     header = check_gguf(file)
     # 4-bit weights dequantised: bf16 has digits to spare
     model = load_gguf_model(file, header, torch.bfloat16)

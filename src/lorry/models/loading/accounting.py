@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorry.errors import ModelError
 from lorry.models.loading.weights import (
@@ -104,6 +102,10 @@ def refuse_duplicate_tensors(where: Path, inner: Any, names: Collection[str]) ->
     the prefix `model.`, or in an old and a new spelling): transformers keeps whichever it reads
     last.
     """
+    # half a second (torch.distributed.tensor, sympy) that no native model needs
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
     renamings = [r for r in get_model_conversion_mapping(inner) if isinstance(r, WeightRenaming)]
     prefix, state = inner.base_model_prefix, inner.state_dict()
     by_target: dict[str, str] = {}
