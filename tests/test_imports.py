@@ -1,9 +1,14 @@
-"""Imports go one way through the rooms, and nothing heavy is imported before it is needed."""
+"""Imports go one way through the rooms, and nothing heavy is imported before it is needed.
+
+Every source file is parsed once (`read_source`): parsing all of them takes seconds.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,11 +70,11 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def wrong_way(path: Path, tree: ast.AST) -> list[str]:
+def wrong_way(path: Path, imported: Set[str]) -> list[str]:
     room = room_of(path)
     targets = {
         name.split(".")[1]
-        for name in imports(tree)
+        for name in imported
         if name.startswith("lorry.") and name.split(".")[1] in LEVEL
     }
     return [f"{room} imports {other}" for other in targets if LEVEL[other] > LEVEL[room]]
@@ -78,9 +83,43 @@ def wrong_way(path: Path, tree: ast.AST) -> list[str]:
 FILES = [p for p in sorted(SOURCE.rglob("*.py")) if room_of(p) in LEVEL]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_imports_go_one_way(path: Path) -> None:
-    assert wrong_way(path, ast.parse(path.read_text())) == []
+@dataclass(frozen=True)
+class SourceFile:
+    """What a file imports, anywhere and at once, what it names, and the classes it asks about with
+    isinstance.
+    """
+
+    imported: frozenset[str]
+    at_once: frozenset[str]
+    names: frozenset[str]
+    classes_asked: frozenset[str]
+
+
+@cache
+def read_source(path: Path) -> SourceFile:
+    tree = ast.parse(path.read_text())
+    calls = [
+        node.args[1]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "isinstance"
+    ]
+    return SourceFile(
+        frozenset(imports(tree)),
+        frozenset(imported_at_once(tree.body)),
+        frozenset(names_in(tree)),
+        frozenset(name for call in calls for name in names_in(call)),
+    )
+
+
+def names_in(tree: ast.AST) -> Iterator[str]:
+    return (node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+
+
+def test_imports_go_one_way() -> None:
+    wrong = {path: wrong_way(path, read_source(path).imported) for path in FILES}
+    assert {str(path.relative_to(SOURCE)): found for path, found in wrong.items() if found} == {}
 
 
 def test_every_room_is_in_the_order() -> None:
@@ -98,9 +137,8 @@ def test_no_room_takes_the_name_of_a_function_that_people_call() -> None:
 
 
 def test_the_check_can_fail() -> None:
-    assert wrong_way(
-        SOURCE / "adapters" / "x.py", ast.parse("from lorry.train.engine import TrainingEngine")
-    ) == ["adapters imports train"]
+    tree = ast.parse("from lorry.train.engine import TrainingEngine")
+    assert wrong_way(SOURCE / "adapters" / "x.py", set(imports(tree))) == ["adapters imports train"]
 
 
 def name_of(path: Path) -> str:
@@ -123,31 +161,54 @@ def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
             yield from imported_at_once(node.body)
 
 
-AT_ONCE = {
-    name_of(path): set(imported_at_once(ast.parse(path.read_text()).body))
-    for path in SOURCE.rglob("*.py")
-}
+@cache
+def imported_at_once_by_module() -> dict[str, frozenset[str]]:
+    return {name_of(path): read_source(path).at_once for path in SOURCE.rglob("*.py")}
 
 
-def way_to_heavy(module: str, modules: dict[str, set[str]], seen: set[str]) -> list[str]:
-    """The chain of imports from a module to something heavy; empty where there is none."""
+def way_to_heavy(
+    module: str, modules: Mapping[str, Set[str]], seen: set[str], heavy: Set[str] = HEAVY
+) -> list[str]:
+    """The chain of imports from a module to something heavy, or to what lies in it; empty where
+    there is none.
+    """
     seen.add(module)
     for name in sorted(modules[module]):
-        if name.split(".")[0] in HEAVY:
+        if any(f"{name}.".startswith(f"{one}.") for one in heavy):
             return [module, name]
         for found in (
             part for part in (name, name.rpartition(".")[0]) if part in modules and part not in seen
         ):
-            if way := way_to_heavy(found, modules, seen):
+            if way := way_to_heavy(found, modules, seen, heavy):
                 return [module, *way]
     return []
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if room_of(p) in NO_TORCH], ids=lambda p: str(p.relative_to(SOURCE))
-)
-def test_light_rooms_load_nothing_heavy_however_indirectly(path: Path) -> None:
-    assert way_to_heavy(name_of(path), AT_ONCE, set()) == []
+def test_light_rooms_load_nothing_heavy_however_indirectly() -> None:
+    modules = imported_at_once_by_module()
+    light = [name_of(path) for path in FILES if room_of(path) in NO_TORCH]
+    assert len(light) > 50
+    assert [way for name in light if (way := way_to_heavy(name, modules, set()))] == []
+
+
+def test_a_run_waits_only_for_what_it_needs() -> None:
+    """Each of these takes a tenth of a second or more, and most runs do without it."""
+    unneeded = HEAVY - {"torch", "transformers", "numpy"} | {
+        "transformers.conversion_mapping",
+        "transformers.core_model_loading",
+        "transformers.integrations",
+        "transformers.modeling_gguf_pytorch_utils",
+        "torch.distributed.tensor",
+        "accelerate",
+        "sympy",
+    }
+    modules = imported_at_once_by_module()
+    assert way_to_heavy("lorry.train.session", modules, set(), unneeded) == []
+    # it sees such an import where there is one
+    assert way_to_heavy("lorry.models.gguf.tensors", modules, set(), unneeded) == [
+        "lorry.models.gguf.tensors",
+        "transformers.integrations.gguf.utils",
+    ]
 
 
 def test_the_check_sees_through_other_modules() -> None:
@@ -202,11 +263,10 @@ def test_what_stands_behind_a_protocol_is_named_in_its_own_room_only(
     room: str, names: set[str]
 ) -> None:
     found = [
-        f"{path.relative_to(SOURCE)}: {node.id}"
+        f"{path.relative_to(SOURCE)}: {name}"
         for path in FILES
         if room_of(path) != room
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Name) and node.id in names
+        for name in sorted(names & read_source(path).names)
     ]
     assert not found
 
@@ -216,11 +276,6 @@ def test_no_room_asks_which_kind_of_parameter_set_trains() -> None:
     found = [
         str(path.relative_to(SOURCE))
         for path in FILES
-        if room_of(path) != "adapters"
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "isinstance"
-        and kinds & {one.id for one in ast.walk(node.args[1]) if isinstance(one, ast.Name)}
+        if room_of(path) != "adapters" and kinds & read_source(path).classes_asked
     ]
     assert not found
