@@ -10,11 +10,16 @@ far above what a healthy run takes anywhere.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from lorry import cli
 
 POLL_SECONDS = 0.02
 T = TypeVar("T")
@@ -39,3 +44,54 @@ def wait_until(reached: Callable[[], T], child: subprocess.Popen[Any] | None = N
             return answer
         assert not ended, f"it ended with {child.returncode}"  # type: ignore[union-attr]
         time.sleep(POLL_SECONDS)
+
+
+class LorryClone:
+    """What subprocess.Popen is, for a command `python ... lorry WORDS`: a clone of this process, so
+    that it does not import for seconds what is imported here. Its program is command[:3], as
+    `-m lorry` or `-c CODE` are; what Popen's other settings do it does.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, start_new_session: bool = False,
+        env: Mapping[str, str] | None = None, check: bool = False, **streams: Any,
+    ) -> None:  # fmt: skip
+        assert not check
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_run_in_clone, args=(command[3:], start_new_session, env, streams)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    @property
+    def returncode(self) -> int | None:
+        """Once it has ended, as subprocess.run waits for it."""
+        self._process.join()
+        return self._process.exitcode
+
+
+def _run_in_clone(
+    words: Sequence[str],
+    start_new_session: bool,
+    env: Mapping[str, str] | None,
+    streams: Mapping[str, Any],
+) -> None:
+    if start_new_session:
+        os.setsid()
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = streams.get(name)
+        if stream == subprocess.DEVNULL:
+            stream = os.open(os.devnull, os.O_RDWR)
+        if stream is not None:
+            os.dup2(stream if isinstance(stream, int) else stream.fileno(), number)
+    # not those of pytest, which keep what is written
+    sys.stdout, sys.stderr = (os.fdopen(at, "w", closefd=False) for at in (1, 2))
+    os.environ.update(env or {})
+    sys.exit(cli.main(list(words)))

@@ -25,7 +25,7 @@ import lorry as package
 from lorry.runs import status
 from lorry.runs.process import read_process
 from lorry.verbs import background
-from tests.support.processes import started, wait_until
+from tests.support.processes import LorryClone, started, wait_until
 from tests.support.verbworld import TRAIN, World, lorry
 
 SRC = Path(package.__file__).resolve().parent.parent
@@ -70,6 +70,13 @@ def sft(
         if found is not None and found.ended is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(found.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def cloned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are clones of this process. Those that are watched, or have a terminal, are not."""
+    stand_in = SimpleNamespace(Popen=LorryClone, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(background, "subprocess", stand_in)
 
 
 def state(folder: Path) -> status.RunState:
@@ -123,6 +130,7 @@ def test_left_alone_watched_stopped_and_gone_on_with(
     assert "error: SIGTERM arrived" in (run / "log.txt").read_text()
 
 
+@pytest.mark.usefixtures("cloned")
 def test_killed_without_a_word(sft: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert sft(run, steps=LONG)[0] == 0
@@ -140,6 +148,7 @@ def test_killed_without_a_word(sft: Callable[..., Any], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("cloned")
 def test_finished(sft: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert sft(run, steps=4)[0] == 0
@@ -160,6 +169,7 @@ def test_finished(sft: Callable[..., Any], tmp_path: Path) -> None:
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("cloned")
 def test_what_fails_at_once_is_told_at_once(sft: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, out, err = sft(run, f"data={tmp_path / 'nope.jsonl'}", steps=4)

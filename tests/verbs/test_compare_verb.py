@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from lorry.report.compare import comparison_row, figure_ratios
 from lorry.runs.metrics import MetricsWriter
 from lorry.runs.read import read_readable_runs, read_run
 from lorry.verbs import compare
+from tests.support.processes import LorryClone
 from tests.support.verbworld import World, lorry
 
 
@@ -108,8 +111,14 @@ def test_what_a_run_does_not_say_is_left_empty(
 
 
 def test_each_way_in_a_process_of_its_own(
-    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    world: World,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Clones of this process here; the command itself is that of the next test."""
+    stand_in = SimpleNamespace(run=LorryClone, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(compare, "subprocess", stand_in)
     words = [
         f"model={world.base}",
         f"data={world.rows}",
