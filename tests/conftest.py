@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from lorry.disk import durable
 from lorry.disk.home import lorry_home
 from lorry.kernels import kernel_status
 from lorry.models.loading.load import pick_dtype
@@ -98,6 +100,19 @@ def find_shared_data() -> Path | None:
         else [ROOT.parent / "shared" / "data"]
     )
     return next((c for c in candidates if c.is_dir()), None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_fsync() -> Iterator[None]:
+    """Nothing that a test writes outlives its machine, and a run waits for some thirty of them.
+    Tests of what fsync is for count it (tests/disk, tests/train/test_disasters.py); the processes
+    of others make it.
+    """
+    from tests.support.faults import QuietDisk
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "disk", QuietDisk())
+        yield
 
 
 @pytest.fixture(scope="session")

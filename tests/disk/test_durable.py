@@ -36,16 +36,18 @@ def use() -> Iterator[Callable[[FaultyDisk], FaultyDisk]]:
         durable.disk = disk
         return disk
 
+    before = durable.disk
     yield put
-    durable.disk = durable.DiskCalls()
+    durable.disk = before
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_real_disk(tmp_path: Path) -> None:
+def test_the_real_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once with every true system call, fsync included."""
+    monkeypatch.setattr(durable, "disk", durable.DiskCalls())
     write_directory(tmp_path / "deep" / "out", OLD)
     write_directory(tmp_path / "deep" / "out", NEW, replace=True)
     assert contents(tmp_path / "deep" / "out") == NEW

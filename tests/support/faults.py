@@ -37,6 +37,16 @@ CALLS = tuple(
 )
 
 
+class QuietDisk(durable.DiskCalls):
+    """No fsync: nothing here outlives the machine."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+    def fsync_dir(self, path: Path) -> None:
+        pass
+
+
 class FaultyDisk(durable.DiskCalls):
     """A disk that counts its calls, keeps a trace of them, and lets ``fault`` answer call number
     ``at`` (from 1).

@@ -27,7 +27,6 @@ from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Task
 from lorry.config import RunConfig, TrainConfig, build_settings
-from lorry.disk import durable
 from lorry.train import artifacts, checkpoint, samples
 from lorry.train.checks import ContractChecks
 from lorry.train.engine import TrainingEngine
@@ -182,20 +181,10 @@ def engine_for(
     )
 
 
-class QuietDisk(durable.DiskCalls):
-    """No fsync: nothing here outlives the machine."""
-
-    def fsync(self, fd: int) -> None:
-        pass
-
-    def fsync_dir(self, path: Path) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """For test files that import it: one thread, no fsync, short samples, the digest of the code
-    taken once.
+    """For test files that import it: one thread, short samples, the digest of the code taken
+    once.
     """
     patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
     digest = checkpoint.code_digest()
@@ -203,7 +192,6 @@ def quick() -> Iterator[None]:
     for module in (checkpoint, artifacts):  # they read a package's metadata file each time
         patch.setattr(module, "version", cache(version))
     patch.setattr(samples, "SAMPLE_NEW_TOKENS", 3)
-    patch.setattr(durable, "disk", QuietDisk())
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

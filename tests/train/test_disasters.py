@@ -39,9 +39,9 @@ from tests.support.states import STATES, meta, same
 @pytest.fixture(scope="module", autouse=True)
 def _unsynced_disk() -> Iterator[None]:
     """Tests in this process make no fsync; what fsync is for is tested by cutting the power."""
-    durable.disk = FaultyDisk()
+    before, durable.disk = durable.disk, FaultyDisk()
     yield
-    durable.disk = durable.DiskCalls()
+    durable.disk = before
 
 
 def history(run: Path, say: Say) -> None:

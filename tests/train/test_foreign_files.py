@@ -26,10 +26,10 @@ from lorry.train import checkpoint, start
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 from tests.support import tinyrun
-from tests.support.faults import FaultyDisk, die, kill, run_forked
+from tests.support.faults import FaultyDisk, QuietDisk, die, kill, run_forked
 from tests.support.foreign import everything, strange
 from tests.support.mortal import RunDisk, World, state_of
-from tests.support.tinyrun import QuietDisk, quick  # noqa: F401 - a fixture
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 PLAIN: dict[str, Any] = {
     "eval": None,

@@ -18,6 +18,7 @@ from lorry.train import artifacts
 from lorry.train.session import train_run
 from lorry.verbs.attack import add_part
 from tests.support import tinyrun
+from tests.support.faults import QuietDisk
 from tests.support.mortal import finished, killed_while, same
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
@@ -63,7 +64,7 @@ def test_killed_while_the_start_is_copied(
     original = artifacts.write_start
 
     def train(live: Path) -> None:
-        mortal, quiet_disk = durable.disk, tinyrun.QuietDisk()
+        mortal, quiet_disk = durable.disk, QuietDisk()
         durable.disk = quiet_disk
 
         def write_start(*given: Any) -> None:
