@@ -21,6 +21,7 @@ from typing import Any
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+from lorry.plan.machine import available_threads
 from lorry.visible import make_visible
 
 LOCALHOST = "127.0.0.1"
@@ -61,7 +62,7 @@ def open_store() -> TCPStore:
 
 def worker_environments(processes: int, port: int) -> dict[int, dict[str, str]]:
     """By rank, what each worker's environment says besides this process's. ``port``: of the store."""
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    threads = str(max(1, available_threads() // processes))
     shared = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
