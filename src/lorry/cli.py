@@ -33,7 +33,9 @@ BROKEN_PIPE, INTERRUPTED = 141, 130  # as the shell reports a program that SIGPI
 
 
 # the verbs whose work several processes can share; all others refuse `backend.processes`
-PARALLEL_VERBS = frozenset({"sft", "unlearn", "distill"})
+PARALLEL_VERBS = frozenset({"sft", "unlearn", "distill", "sweep", "moe", "eval", "attack"})
+# and one that starts a command of its own, with processes of its own, for each way that it trains
+STARTING_VERBS = frozenset({"compare"})
 # and those that write nothing that copies of them could spoil; a plan's processes are no processes
 LOOKING_VERBS = frozenset({"plan", "runs", "doctor", "report"})
 
@@ -280,17 +282,43 @@ def _run_verb(verb: CliVerb, args: list[str]) -> int:
         with explain_out_of_memory(OUT_OF_MEMORY_ADVICE):
             return _parse_and_call(verb, args)
     except LorryError as error:
-        # what every process of a run has, rank 0 tells
-        if is_main_process() or not error.shared:
-            _print_error(str(error))
-            if error.docs:
-                _print_stderr(f"see docs/{error.docs}", dim=True)
+        if is_main_process():
+            _tell(error)
+        _tell_other_processes(verb, error)
+        # what every process of a run has, rank 0 has told
+        if not is_main_process() and not error.shared:
+            _tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         _print_error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         return _silence_output()
+
+
+def _tell(error: LorryError) -> None:
+    """An error with its page."""
+    _print_error(str(error))
+    if error.docs:
+        _print_stderr(f"see docs/{error.docs}", dim=True)
+
+
+def _tell_other_processes(verb: CliVerb, error: LorryError) -> None:
+    """A wrong word, or another error before the processes of a command know each other: it is told
+    once, and nobody waits for this one."""
+    try:
+        launched = launched_process()
+    except ConfigError:  # who they are is not known: each tells what it has
+        return
+    if launched is None or launched.world_size == 1 or error.shared:
+        return
+    if verb.name not in PARALLEL_VERBS:
+        error.shared = True  # each was given the same words, and none waits for another
+        return
+    # imported only now: torch
+    from lorry.backends.distributed.communicator import share_early_failure
+
+    share_early_failure(error)
 
 
 def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
@@ -338,17 +366,9 @@ def _workers_of(verb: CliVerb, settings: Any) -> int:
     if verb.name in LOOKING_VERBS:
         return 0
     if backend is None or verb.name not in PARALLEL_VERBS:
-        launched = launched_process()
-        name = getattr(backend, "name", "single")
-        asked = name != "single"
-        if asked or (launched is not None and launched.world_size > 1):
-            what = f"leave out backend={name}" if asked else "WORLD_SIZE says that it has more"
-            raise ConfigError(
-                f"lorry {verb.name} runs in one process: {what} "
-                f"(backend=ddp is for {', '.join(sorted(PARALLEL_VERBS))})"
-            )
+        _refuse_several(verb, getattr(backend, "name", "single"))
         return 0
-    if not settings.background:
+    if not getattr(settings, "background", False):
         return workers_to_start(backend)
     if (launched := launched_process()) is not None and launched.world_size > 1:
         raise ConfigError(
@@ -356,6 +376,21 @@ def _workers_of(verb: CliVerb, settings: Any) -> int:
             "which ends when they do; leave it out and put the launcher in the background"
         )
     return 0
+
+
+def _refuse_several(verb: CliVerb, backend: str) -> None:
+    """Raise ConfigError where a verb of one process was started in several, or is to start them."""
+    launched = launched_process()
+    if launched is not None and launched.world_size > 1:
+        what = "WORLD_SIZE says that it has more"
+        if verb.name in STARTING_VERBS:
+            what += "; start it alone, with backend.processes=N for what it trains"
+    elif backend != "single" and verb.name not in STARTING_VERBS:
+        what = f"leave out backend={backend}"
+    else:
+        return
+    shared = ", ".join(sorted(PARALLEL_VERBS))
+    raise ConfigError(f"lorry {verb.name} runs in one process: {what} (several are for {shared})")
 
 
 def _print_stderr(text: str, **style: Any) -> None:

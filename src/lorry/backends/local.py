@@ -270,9 +270,10 @@ class LocalBackend:
         params: SamplingParams | Sequence[SamplingParams],
         *,
         adapters: Mix | Sequence[Mix | str | None] | str | None = None,
+        rows: Sequence[int] | None = None,
     ) -> list[Completion]:
         """See `generation.engine.generate_completions`."""
-        return generate_completions(self.model, prompts, params, adapters=adapters)
+        return generate_completions(self.model, prompts, params, adapters=adapters, rows=rows)
 
     # --- state
 

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from pydantic import model_validator as validate_model
 
 from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, derived_field
-from lorry.config.schema import BackendConfig, ModelConfig
+from lorry.config.schema import ModelConfig, SharedBackendConfig
 from lorry.config.suite import first_changed
 
 # what only some attacks read; giving it to another is an error
@@ -77,7 +77,7 @@ class AttackSettings(SettingsGroup):
     max_new_tokens: PositiveInt | None = derived_field(
         "200", "rephrase: maximum length of a generated answer, in tokens"
     )
-    backend: BackendConfig = BackendConfig()
+    backend: SharedBackendConfig = SharedBackendConfig()
     output_dir: DirPath | None = derived_field(
         "evals/ in the run directory",
         "folder for attacks.json; each attack adds its results to that file",

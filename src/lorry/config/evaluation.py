@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, derived_field
 from lorry.config.data import FormatName
-from lorry.config.schema import BackendConfig, ModelConfig
+from lorry.config.schema import ModelConfig, SharedBackendConfig
 from lorry.config.suite import SuiteConfig, first_changed, refuse_unread
 
 # settings that mean something with tasks only
@@ -113,7 +113,7 @@ class EvalSettings(SettingsGroup):
     chat: bool = config_field(
         True, "render prompts with the chat template if the model has one; false: plain text"
     )
-    backend: BackendConfig = BackendConfig()
+    backend: SharedBackendConfig = SharedBackendConfig()
     limit: PositiveInt | None = config_field(None, "evaluate the first n rows only")
     batch_size: PositiveInt = config_field(8, "rows per batch")
     max_new_tokens: PositiveInt | None = derived_field(

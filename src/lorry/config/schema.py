@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -304,24 +304,19 @@ class BackendConfig(SettingsGroup):
     )
 
 
-class TrainBackendConfig(BackendConfig):
-    """where a training run happens, on one process or on several"""
+class SharedBackendConfig(BackendConfig):
+    """where it runs, on one process or on several"""
 
     name: Literal["single", "ddp"] = config_field(  # type: ignore[assignment]  # wider
         "single", "single: one process, one device; ddp: several, the base whole on each"
     )
     processes: PositiveInt | None = config_field(
         None,
-        "local processes to start, each with a part of a step's rows; null: those of the launcher "
+        "local processes to start, each with a part of the rows; null: those of the launcher "
         "(torchrun), or 1",
     )
     tensor_parallel: PositiveInt = config_field(
         1, "processes that share every matrix, inside a machine; not built yet: 1"
-    )
-    keep_total: bool = config_field(
-        False,
-        "divide per_device_train_batch_size among the processes, so that a step has the same rows on "
-        "any number of them",
     )
     # as long as nothing is heard of a process; half an hour is torch's own default
     timeout: float = config_field(
@@ -329,13 +324,22 @@ class TrainBackendConfig(BackendConfig):
     )
 
     @model_validator(mode="after")
-    def _several_need_ddp(self) -> TrainBackendConfig:
-        # of a plan that has more of them, its own words say so
-        if self.name == "single" and (self.processes or 1) > 1 and type(self) is TrainBackendConfig:
+    def _several_need_ddp(self) -> Self:
+        if self.name == "single" and (self.processes or 1) > 1:
             raise ValueError(f"processes={self.processes} needs backend=ddp")
-        if self.tensor_parallel > 1 and type(self) is TrainBackendConfig:
+        if self.tensor_parallel > 1:
             raise ValueError(f"tensor_parallel={self.tensor_parallel} is not built yet; give 1")
         return self
+
+
+class TrainBackendConfig(SharedBackendConfig):
+    """where a training run happens, on one process or on several"""
+
+    keep_total: bool = config_field(
+        False,
+        "divide per_device_train_batch_size among the processes, so that a step has the same rows on "
+        "any number of them",
+    )
 
 
 class JobConfig(SettingsGroup):

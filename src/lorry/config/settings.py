@@ -104,6 +104,11 @@ class PlanBackend(TrainBackendConfig):
         )
     )
 
+    @model_validator(mode="after")
+    def _several_need_ddp(self) -> PlanBackend:
+        # `plan.parallel` knows more backends, and says so in its own words
+        return self
+
     @field_validator("processes", mode="before")
     @classmethod
     def _one_without_a_launcher(cls, value: Any) -> Any:

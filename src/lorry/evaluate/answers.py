@@ -17,7 +17,7 @@ from lorry.adapters.mix import Mix
 from lorry.data.reading.content import Conversation
 from lorry.evaluate.metrics.registry import ReferenceTexts, bootstrap_interval, score_each
 from lorry.generation.sampling import SamplingParams
-from lorry.generation.text import generate_texts
+from lorry.generation.text import GenerateFunction, generate_texts
 
 # as `score_each` calls them, and as evaluation.json and the tables do
 ANSWER_METRICS = {
@@ -37,13 +37,15 @@ def generate_answers(
     max_new_tokens: int = 64,
     batch_rows: int | None = None,
     system: str | None = None,
+    generate: GenerateFunction | None = None,
 ) -> list[str]:
     """What the model says, greedily, in place of the last assistant message of each conversation,
     stripped.
 
     ``adapters``: a name, a Mix (`Mix.none()`: the base), one name or None (the base) per
-    conversation, or None: what the model uses now. ``batch_rows``: rows alive at once. Raises what
-    `generation.engine.generate_completions` raises (ModelError for a prompt that the context cannot hold).
+    conversation, or None: what the model uses now. ``batch_rows``: rows alive at once; ``generate``: see
+    `generate_texts`. Raises what `generation.engine.generate_completions` raises (ModelError for a
+    prompt that the context cannot hold).
     """
     return generate_texts(
         model,
@@ -53,6 +55,7 @@ def generate_answers(
         system=system,
         adapters=adapters,
         batch_rows=batch_rows,
+        generate=generate,
     )
 
 

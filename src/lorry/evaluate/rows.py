@@ -14,7 +14,9 @@ from typing import Any
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.protocol import ScoringBackend
+from lorry.backends.registry import open_scorer
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.template import TemplateRefusedError
 from lorry.data.encoding.token_set import TokenSet, encode_rows, report_progress
@@ -31,7 +33,6 @@ from lorry.evaluate.answers import (
 )
 from lorry.evaluate.metrics.registry import corpus_perplexity
 from lorry.formatting import format_count
-from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM
 from lorry.models.scoring.score import TokenScore, correct, log_prob
 
@@ -234,15 +235,17 @@ def evaluate_rows(
     answer_rows: Sequence[int] = (),
     max_new_tokens: int = 64,
     batch_rows: int = 8,
+    communicator: Communicator = ONE_PROCESS,
 ) -> EvaluationResult:
     """Loss, perplexity and token accuracy of all rows under a mix; exact match, ROUGE-L and F1 of
-    answers to ``answer_rows``.
+    answers to ``answer_rows``. ``communicator``: the processes that do so together.
 
     Raises NonFiniteError or ModelError from the model.
     """
     # a base without adapters answers under Mix.none() too, which needs a bank
     get_bank(model, create=True)
-    teacher_forced = score_teacher_forced(ModelScorer(model), rows, mix, batch_rows)
+    scorer = open_scorer(model, communicator)
+    teacher_forced = score_teacher_forced(scorer, rows, mix, batch_rows)
     # sums first, one quotient at the end: a mean of rows' means would favour short rows
     metrics = sum(teacher_forced, TeacherForcedScore()).metrics()
     if not answer_rows:
@@ -256,6 +259,7 @@ def evaluate_rows(
         max_new_tokens=max_new_tokens,
         batch_rows=batch_rows,
         system=rows.encoder.system,
+        generate=scorer.generate,
     )
     scores = score_answer_rows(answers, [rows.rows[number].references for number in answer_rows])
     by_row = {

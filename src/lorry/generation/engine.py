@@ -309,11 +309,12 @@ def generate_completions(
     *,
     adapters: Mix | Sequence[Mix | str | None] | str | None = None,
     batch_rows: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Answer every prompt (token lists of any lengths, not padded), in their order.
 
-    ``params``: for all prompts, or one for each; a prompt's place in the list is its row, which
-    with the seed names its draws. ``adapters``: for all prompts a name, a `Mix` of constants, or
+    ``params``: for all prompts, or one for each; ``rows``: each one's number, which with the seed
+    names its draws; left out, it is its place in the list. ``adapters``: for all prompts a name, a `Mix` of constants, or
     None for the model's active mix; or for each prompt a name, a mix or None (the base).
     ``batch_rows``: requests that run at once (64); the others wait. Raises what
     `GenerationEngine.add_request` raises and ConfigError for a bad setting, all before anything
@@ -323,7 +324,8 @@ def generate_completions(
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise ConfigError(
-            f"params has {len(each)} entries for {len(prompts)} prompts; give one for all, or one per prompt"
+            f"params has {len(each)} entries for {len(prompts)} prompts; give one for all, or one "
+            "per prompt"
         )
     mixes: list[Mix | str | None]
     if adapters is None or isinstance(adapters, (str, Mix)):
@@ -332,10 +334,12 @@ def generate_completions(
         mixes = list(adapters)
     if len(mixes) != len(prompts):
         raise ConfigError(
-            f"adapters has {len(mixes)} entries for {len(prompts)} prompts; give one name (or None) per prompt"
+            f"adapters has {len(mixes)} entries for {len(prompts)} prompts; give one name (or None) "
+            "per prompt"
         )
-    for prompt, request_params, mix in zip(prompts, each, mixes, strict=True):
-        engine.add_request(prompt, request_params, adapter=mix)
+    numbers = range(len(prompts)) if rows is None else rows
+    for prompt, request_params, mix, row in zip(prompts, each, mixes, numbers, strict=True):
+        engine.add_request(prompt, request_params, adapter=mix, row=row)
     answers: dict[int, Completion] = {}
     while engine.has_unfinished_requests():
         answers |= {output.request_id: output.completion for output in engine.step()}

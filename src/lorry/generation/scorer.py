@@ -7,6 +7,7 @@ evaluation, teachers and references ask of a model (the `ScoringBackend` of `bac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ class ModelScorer:
     ) -> None:
         self.model, self.mix = model, Mix.none() if mix is None else mix
         self.share_prefixes = share_prefixes
+
+    def deal(self, count: int) -> list[int]:
+        """Which of so many pieces of work, of other passes than `score` and `generate` make, this
+        process does."""
+        return list(range(count))
+
+    def collect(self, what: str, values: Mapping[int, Any]) -> list[Any]:
+        """The values (JSON) of all pieces, by what `deal` gave this process."""
+        return [values[number] for number in sorted(values)]
 
     @torch.no_grad()
     def score(
@@ -56,8 +66,15 @@ class ModelScorer:
         params: SamplingParams | Sequence[SamplingParams],
         *,
         adapters: Mix | Sequence[Mix | str | None] | str | None = None,
+        batch_rows: int | None = None,
+        rows: Sequence[int] | None = None,
     ) -> list[Completion]:
         """See `generation.engine.generate_completions`; ``adapters`` None is this scorer's mix."""
         return generate_completions(
-            self.model, prompts, params, adapters=self.mix if adapters is None else adapters
+            self.model,
+            prompts,
+            params,
+            adapters=self.mix if adapters is None else adapters,
+            batch_rows=batch_rows,
+            rows=rows,
         )

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,12 @@ from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.errors import ConfigError
 from lorry.generation.engine import generate_completions
+from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import CausalLM
 
+# `ModelScorer.generate`: of prompts, parameters, adapters and batch_rows
+GenerateFunction = Callable[..., list[Completion]]
 # prompts are not cut here: the engine refuses what the context cannot hold
 NO_TOKEN_LIMIT = 1 << 20
 # what a decoder makes of bytes that are not a whole character yet
@@ -34,6 +38,7 @@ def generate_texts(
     chat: bool = True,
     adapters: Mix | Sequence[Mix | str | None] | str | None = None,
     batch_rows: int | None = None,
+    generate: GenerateFunction | None = None,
 ) -> list[str]:
     """The model's continuation of each prompt, as text without special tokens and without the end
     of turn.
@@ -41,7 +46,8 @@ def generate_texts(
     A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else
     plain text to continue (the answer then keeps the white space at its ends); a Conversation is
     answered at its last assistant message, exactly as it would be trained. ``adapters`` and
-    ``batch_rows``: see `generation.engine.generate_completions`.
+    ``batch_rows``: see `generation.engine.generate_completions`, in the place of which ``generate``
+    may answer.
     """
     if not isinstance(model, CausalLM):
         raise ConfigError(
@@ -55,7 +61,7 @@ def generate_texts(
         for p in prompts
     ]
     texts = generate_continuations(
-        model, encoder, ids, params, adapters=adapters, batch_rows=batch_rows
+        model, encoder, ids, params, adapters=adapters, batch_rows=batch_rows, generate=generate
     )
     turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
     return [text.strip() if turn else text for text, turn in zip(texts, turns, strict=True)]
@@ -69,13 +75,14 @@ def generate_continuations(
     *,
     adapters: Mix | Sequence[Mix | str | None] | str | None = None,
     batch_rows: int | None = None,
+    generate: GenerateFunction | None = None,
 ) -> list[str]:
     """What the model goes on with after each prompt of tokens, as text without special tokens and
-    without the end of turn, which ends an answer as ``params.stop_token_ids`` do.
+    without the end of turn, which ends an answer as ``params.stop_token_ids`` do. ``generate``: see
+    `generate_texts`.
     """
     ends = frozenset((*params.stop_token_ids, *encoder.stop_tokens()))
-    completions = generate_completions(
-        model,
+    completions = (generate or partial(generate_completions, model))(
         prompts,
         replace(params, stop_token_ids=ends),
         adapters=adapters,

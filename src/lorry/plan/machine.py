@@ -68,10 +68,17 @@ def processor_name() -> str:
     )
 
 
+def available_cores() -> set[int]:
+    """The numbers of the CPU cores that this process may use."""
+    # not os.cpu_count(): a container or taskset may leave this process fewer
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def available_threads() -> int:
     """CPU threads this process may use."""
-    # not os.cpu_count(): a container or taskset may leave this process fewer
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(available_cores())
 
 
 def machine_identity(device: str, precision: str, threads_asked: int | None) -> dict[str, Any]:

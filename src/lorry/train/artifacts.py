@@ -87,10 +87,11 @@ def build_receipt(
     saved: Mapping[str, Mapping[str, str]],
     seed: int | Mapping[str, int],
     sizes: Mapping[str, int],
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Digests of everything the result hangs on. ``saved``: {"adapters": {name: SHA-256}}, or
     {"weights": {file: SHA-256}} of a whole model; ``sizes``: trainable and total parameters, and
-    the bytes of what was saved.
+    the bytes of what was saved; ``processes``: that made the run.
     """
     # those that make a run's numbers and tokens
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -102,6 +103,7 @@ def build_receipt(
             "python": platform.python_version(),
             **{p: version(p) for p in packages},
             "machine": platform.machine(),
+            "processes": processes,
         },
         "seed": seed,
         **{kind: dict(digests) for kind, digests in saved.items()},

@@ -216,9 +216,10 @@ def run_receipt(
     jobs: PreparedJobs,
     digests: Mapping[str, str],
     teacher: str | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """receipt.json: of one job plain values, of several a map for data and for seed. ``teacher``:
-    its digest, if any.
+    its digest, if any; ``processes``: that made the run.
     """
     data = {name: _data_receipt(job) for name, job in jobs.items()}
     seeds = {name: job.run.train.seed for name, job in jobs.items()}
@@ -250,6 +251,7 @@ def run_receipt(
             "total_parameters": parameter_count(opened.model),
             "saved_bytes": sum(file.stat().st_size for file in files),
         },
+        processes=processes,
     )
     return record if teacher is None else {**record, "teacher": {"sha256": teacher}}
 

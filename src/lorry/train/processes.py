@@ -1,61 +1,246 @@
-"""One process's part of a run: its device, its cores, the rows of a step of all processes, and the
-checkpoint that all of them go on from.
+"""One process's part of a run or of a command: its device, its cores, the rows of a step of all
+processes, the checkpoint that all of them go on from; and what has to be the same on their machines,
+told before a model is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lorry.backends.distributed.communicator import Communicator
-from lorry.config import RunConfig
+from lorry.backends.distributed.communicator import Communicator, join_processes
+from lorry.config import RunConfig, runs_by_adapter
+from lorry.config.schema import ModelConfig, SharedBackendConfig
+from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
-from lorry.notes import NoteCallback
-from lorry.plan.machine import available_threads
-from lorry.ranks import launched_process
+from lorry.models.loading.sources import resolve_model
+from lorry.notes import NoteCallback, ignore_note
+from lorry.plan.machine import available_cores
+from lorry.ranks import LaunchedProcess, launched_process
+from lorry.runs.layout import PROCESS
+from lorry.runs.stages import data_digests
+from lorry.train.checkpoint import code_digest
 from lorry.train.start import find_resume_checkpoint
 
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")  # whose versions make numbers
+# of a weights file: so many pieces of so many bytes, spread over it, tell another base from this one
+SAMPLE_PIECES, SAMPLE_BYTES = 16, 1 << 16
+SHARED_WAIT_SECONDS = 10.0  # for a network file system to show what another machine has written
+POLL_SECONDS = 0.2
 
-def place_run(run: RunConfig, communicator: Communicator, add_note: NoteCallback) -> RunConfig:
+
+class PlacedSettings(Protocol):
+    """Settings of a command that opens a model."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def backend(self) -> SharedBackendConfig: ...
+    def model_copy(self, *, update: Mapping[str, Any]) -> Any: ...
+
+
+S = TypeVar("S", bound=PlacedSettings)
+
+
+@contextlib.contextmanager
+def share_command(settings: S) -> Iterator[tuple[S, Communicator]]:
+    """The processes of a command that asks a model, and its settings as this one of them has them
+    (`place_settings`). What one raises in the block all raise; they leave together. Raises
+    ConfigError."""
+    with join_processes(settings.backend) as communicator:
+        if communicator.size > 1:
+            refuse_other_versions(communicator)
+            settings = place_settings(settings, communicator)
+        if settings.backend.threads:
+            torch.set_num_threads(settings.backend.threads)
+        yield settings, communicator
+
+
+def record_processes(run: RunConfig, communicator: Communicator) -> RunConfig:
+    """The run with the number of its processes, also where a launcher has said it."""
+    if communicator.size == 1:
+        return run
+    backend = run.backend.model_copy(update={"processes": communicator.size})
+    return run.model_copy(update={"backend": backend})
+
+
+def place_run(
+    run: RunConfig, communicator: Communicator, add_note: NoteCallback, output_dir: Path
+) -> RunConfig:
     """The run as this process makes it: on its device, with its cores, and with the rows of a step of
-    all processes, so that everything that is counted from them is that of one device. Raises
-    ConfigError.
+    all processes, so that everything that is counted from them is that of one device.
+    ``output_dir``: of the whole run. Raises ConfigError, also where the machines differ.
     """
-    launched = launched_process()
-    if communicator.size == 1 or launched is None:
+    if communicator.size == 1:
         return run
     # as rank 0 has it: what was measured before may have come out otherwise on another machine
     shared = communicator.exchange("settings", json.loads(run.model_dump_json()))[0]
     run = type(run).model_validate({**shared, "output_dir": run.output_dir})
     run = scale_batches(run, communicator.size)
+    machines = refuse_other_versions(communicator)
+    if len(set(machines)) > 1:
+        refuse_other_files(run, communicator)
+        refuse_unshared(output_dir, communicator, machines)
     train = run.train
     add_note(
         f"{communicator.size} processes: {train.per_device_train_batch_size} rows in a micro-batch of "
         f"all of them, {train.per_device_train_batch_size * train.gradient_accumulation_steps} in a "
         "step"
     )
-    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= launched.local_world_size
-    device = run.model.device
-    several = launched.local_world_size > 1
-    if several and (device.startswith("cuda:") or (device == "cuda" and not on_gpu)):
-        raise ConfigError(
-            f"model.device={device} for {launched.local_world_size} processes on this machine, which "
-            f"has {torch.cuda.device_count()} GPUs: every process needs one of its own; leave "
-            "model.device out"
-        )
-    if device == "auto":
-        device = f"cuda:{launched.local_rank}" if on_gpu else "cpu"
-    elif device == "cuda":
-        device = f"cuda:{launched.local_rank}"
-    threads = run.backend.threads or max(1, available_threads() // launched.local_world_size)
-    return run.model_copy(
+    return place_settings(run, communicator)
+
+
+def place_settings(settings: S, communicator: Communicator) -> S:
+    """Settings with the device and the number of threads of this process. Raises ConfigError."""
+    device = choose_device(settings.model.device, communicator)
+    threads = settings.backend.threads or share_cores(communicator)
+    placed: S = settings.model_copy(
         update={
-            "model": run.model.model_copy(update={"device": device}),
-            "backend": run.backend.model_copy(update={"threads": threads}),
+            "model": settings.model.model_copy(update={"device": device}),
+            "backend": settings.backend.model_copy(update={"threads": threads}),
         }
     )
+    return placed
+
+
+def choose_device(asked: str, communicator: Communicator) -> str:
+    """``cuda:N`` of this process's own, or ``cpu``: "auto" where not every process has a GPU of its
+    own. Raises ConfigError where a GPU is asked for that is not there, or that another process has.
+    """
+    launched = launched_process() or LaunchedProcess()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = _own_gpu(asked, launched, count)
+    if index is None and asked.startswith("cuda"):
+        raise ConfigError(
+            f"model.device={asked} for {launched.local_world_size} processes on this machine, which "
+            f"has {count} GPUs: every process needs one of its own; leave model.device out"
+        )
+    names = communicator.exchange("devices", None if index is None else gpu_identity(index))
+    owners = {name: names.index(name) for name in names if name is not None}
+    if asked.startswith("cuda") and len(owners) < len(names):
+        first, second = next(
+            (owners[name], rank) for rank, name in enumerate(names) if owners[name] != rank
+        )
+        raise ConfigError(
+            f"model.device={asked}: ranks {first} and {second} ask for the same GPU ({names[second]}); "
+            "every process needs one of its own: leave model.device out, or start as many processes "
+            "as there are GPUs"
+        )
+    if index is None or len(owners) < len(names):
+        return "cpu"
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
+def _own_gpu(asked: str, launched: LaunchedProcess, count: int) -> int | None:
+    """The GPU among ``count`` visible ones that this process would take; None for none."""
+    if asked.startswith("cuda:"):
+        return int(asked.removeprefix("cuda:"))
+    if asked not in ("auto", "cuda"):
+        return None
+    if count >= launched.local_world_size:
+        return launched.local_rank
+    # a launcher may show each process its own alone (srun --gpus-per-task=1)
+    return 0 if count == 1 else None
+
+
+def gpu_identity(index: int) -> str:
+    """A GPU by the name that it has for every process."""
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def share_cores(communicator: Communicator) -> int:
+    """How many threads this process takes: the cores that it may use, divided among the ranks that
+    may use them too."""
+    mine = [platform.node(), sorted(available_cores())]
+    here, cores = mine[0], set(mine[1])
+    frames = communicator.exchange("cores", mine)
+    sharing = sum(host == here and not cores.isdisjoint(theirs) for host, theirs in frames)
+    return max(1, len(cores) // sharing)
+
+
+def refuse_other_versions(communicator: Communicator) -> list[str]:
+    """The machine of every rank by name. Raises ConfigError where their versions differ."""
+    versions = {
+        "Lorry's code": code_digest(),
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **{package: version(package) for package in PACKAGES},
+    }
+    frames = communicator.exchange("versions", [platform.node(), versions])
+    _refuse_difference([mine for _, mine in frames], "install the same on every machine")
+    return [host for host, _ in frames]
+
+
+def refuse_other_files(run: RunConfig, communicator: Communicator) -> None:
+    """Raise ConfigError where machines would read other rows, or another base."""
+    data = [one.data for one in runs_by_adapter(run).values()]
+    files = {f"data ({p})": digest for each in data for p, digest in data_digests(each).items()}
+    place = resolve_model(run.model.name, revision=run.model.revision, add_note=ignore_note)
+    files[f"base ({run.model.name})"] = sampled_digest(place.directory)
+    frames = communicator.exchange("files", files)
+    _refuse_difference(frames, "copy the same files to every machine, or name a shared place")
+
+
+def sampled_digest(folder: Path) -> str:
+    """SHA-256 of a model's weights and config: names, sizes and samples of the files. Raises
+    DiskError."""
+    total = hashlib.sha256()
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.gguf")]
+    for file in sorted(files):
+        try:
+            size = file.stat().st_size
+            total.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as stream:
+                for piece in range(SAMPLE_PIECES):
+                    stream.seek(size * piece // SAMPLE_PIECES)
+                    total.update(stream.read(SAMPLE_BYTES))
+        except OSError as error:
+            raise DiskError(error.errno, error.strerror, str(file)) from error
+    return total.hexdigest()
+
+
+def _refuse_difference(facts: Sequence[Mapping[str, str]], advice: str) -> None:
+    first, *others = facts
+    for rank, other in enumerate(others, 1):
+        differing = [name for name in {**first, **other} if other.get(name) != first.get(name)]
+        if differing:
+            name = differing[0]
+            here, there = (str(each.get(name, "none"))[:16] for each in (first, other))
+            raise ConfigError(
+                f"rank {rank} has another {name} than rank 0 ({there} and {here}); {advice}"
+            )
+
+
+def refuse_unshared(output_dir: Path, communicator: Communicator, machines: Sequence[str]) -> None:
+    """Raise ConfigError where a machine does not see what rank 0 has written in the run's directory:
+    its checkpoints are read by all."""
+    is_main = communicator.rank == 0
+    mine = [str(output_dir.absolute()), (output_dir / PROCESS).read_text()] if is_main else None
+    folder, text = communicator.exchange("output_dir", mine)[0]
+    file, limit = Path(folder) / PROCESS, time.monotonic() + SHARED_WAIT_SECONDS
+    here = machines[communicator.rank]
+    while here != machines[0]:
+        # OSError: not there, or not for this user
+        with contextlib.suppress(OSError):
+            if file.read_text() == text:
+                break
+        if time.monotonic() > limit:
+            raise ConfigError(
+                f"output_dir={folder} is not shared: {here} does not find there what rank 0 on "
+                f"{machines[0]} has written; give a directory that every machine mounts"
+            )
+        time.sleep(POLL_SECONDS)
+    # rank 0 may go on and write it anew
+    communicator.exchange("output_dir is shared")
 
 
 def scale_batches(run: RunConfig, processes: int) -> RunConfig:

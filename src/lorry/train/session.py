@@ -72,7 +72,7 @@ from lorry.train.jobs import RunOutcome, TrainingJob
 from lorry.train.monitoring.events import TrainingListener
 from lorry.train.monitoring.process import record_process
 from lorry.train.monitoring.trackers import open_trackers
-from lorry.train.processes import find_shared_checkpoint, place_run
+from lorry.train.processes import find_shared_checkpoint, place_run, record_processes
 from lorry.train.resources.budget import resolve_memory_budget
 from lorry.train.resources.peak import tune_allocator
 from lorry.train.resources.rate import PlannedRun, StepTimes, record_step_rate
@@ -120,28 +120,30 @@ def train_run(
     one of their own for what little they write, which goes with them, and nobody listens to them."""
     communicator = open_communicator(run.backend)
     with communicator.sharing_failures():
+        run = record_processes(run, communicator)
         if communicator.rank == 0:
-            return _train_run(run, communicator, settings_notes, listeners)
+            return _train_run(run, communicator, run.output_dir, settings_notes, listeners)
         with tempfile.TemporaryDirectory(prefix=f"lorry-rank-{communicator.rank}-") as scratch:
             aside = run.model_copy(update={"output_dir": Path(scratch) / "run"})
-            result = _train_run(aside, communicator, (), ())
+            result = _train_run(aside, communicator, run.output_dir, (), ())
         return replace(result, path=run.output_dir)
 
 
 def _train_run(
     run: RunConfig,
     communicator: Communicator,
+    output_dir: Path,
     settings_notes: Sequence[str],
     listeners: Sequence[TrainingListener],
 ) -> TrainResult:
-    """`train_run` on one of its processes."""
+    """`train_run` on one of its processes. ``output_dir``: of the whole run."""
     # first of all: a directory with somebody's files is refused before a second is spent
     claim_output_dir(run.output_dir, run.job_names)
     notebook = Notebook()
     notebook.add(*settings_notes)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
         given, exams, suite = _prepare_run(run, notebook.add)
-        run = place_run(given, communicator, notebook.add)
+        run = place_run(given, communicator, notebook.add, output_dir)
         # before the model is loaded: an unfinished run that is not resumed is refused here
         resume_from = find_shared_checkpoint(run, communicator)
         # a listener like the others; what it heard corrects `lorry plan` at the end
@@ -156,9 +158,11 @@ def _train_run(
         _set_up_torch(run)
         opened = open_base(run, notebook.add)
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
-        evaluations: list[RunEvaluation] = [Measure(BenchmarkEvaluator(run, opened, exams))]
+        evaluations: list[RunEvaluation] = [
+            Measure(BenchmarkEvaluator(run, opened, exams, communicator))
+        ]
         if suite is not None:
-            evaluations.append(RunSuite(run, opened, suite, process.home))
+            evaluations.append(RunSuite(run, opened, suite, process.home, communicator))
         engine = build_engine(run, opened, jobs, notebook, evaluations, communicator)
         # read before an earlier run moves, which may be what this one begins with
         over = start_files(opened.model)
@@ -379,7 +383,12 @@ def _train_and_finish(
         artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
     artifacts.write_json(run.output_dir, LOSSES, collect_losses(run.output_dir))
     receipt = finish.run_receipt(
-        run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher")
+        run.output_dir,
+        opened,
+        jobs,
+        digests,
+        engine.identity["digests"].get("teacher"),
+        backend.communicator.size,
     )
     # the receipt is what tells a finished run from an unfinished one: after all that it vouches for
     artifacts.write_json(run.output_dir, RECEIPT, receipt)

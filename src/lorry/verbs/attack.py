@@ -28,6 +28,7 @@ from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapt
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
+    from lorry.backends.distributed.communicator import Communicator
     from lorry.data.encoding.encode import ExampleEncoder
     from lorry.data.reading.rows import DataRow
     from lorry.models.loading.open import OpenedModel
@@ -46,8 +47,15 @@ RUN_SIDE, START_SIDE, ORACLE_SIDE = "run", "start", "oracle"
 
 def main(settings: AttackSettings) -> int:
     """Read the rows, attack the run (and the oracle), print, write."""
-    import torch
+    from lorry.train.processes import share_command
 
+    with share_command(settings) as (placed, communicator):
+        attack(placed, communicator)
+    return 0
+
+
+def attack(settings: AttackSettings, communicator: Communicator) -> None:
+    """One of the attacks, by the ranks of ``communicator`` together."""
     folder = attacks_folder(settings)
     settings = choose_forget_set(settings)
     settings = settings.model_copy(update={"model": choose_adapter(settings.model)})
@@ -58,11 +66,12 @@ def main(settings: AttackSettings) -> int:
         {folder / ATTACKS: ownership.is_attacks_file}, "name another output_dir"
     )
     name, rows = read_attacked_rows(settings)
-    if settings.backend.threads:
-        torch.set_num_threads(settings.backend.threads)
-    attack = {"relearn": attack_relearn, "quantize": attack_quantize, "rephrase": attack_rephrase}
+    communicator.exchange("the place of the results")
+    attacks = {"relearn": attack_relearn, "quantize": attack_quantize, "rephrase": attack_rephrase}
     with VisibleConsole(stderr=True).status("attacking") as status:
-        part, lines = attack[settings.attack](settings, name, rows, status.update)
+        part, lines = attacks[settings.attack](settings, name, rows, status.update, communicator)
+    if communicator.rank:  # rank 0 shows and writes
+        return
     document = add_part(folder / ATTACKS, settings.attack, part)
     print_table(settings, lines)
     for metric, values in (document.get("robustness") or part.get("robustness") or {}).items():
@@ -70,7 +79,6 @@ def main(settings: AttackSettings) -> int:
         summary = ", ".join(f"{k} {format_number(v)}" for k, v in numbers.items())
         print_note(f"robustness by {metric}: {summary}")
     print_note(f"written to {folder / ATTACKS}")
-    return 0
 
 
 def attacks_folder(settings: AttackSettings) -> Path:
@@ -171,7 +179,11 @@ def read_attacked_rows(settings: AttackSettings) -> tuple[str, list[DataRow]]:
 
 
 def attack_relearn(
-    settings: AttackSettings, name: str, rows: Sequence[DataRow], tell: Any
+    settings: AttackSettings,
+    name: str,
+    rows: Sequence[DataRow],
+    tell: Any,
+    communicator: Communicator,
 ) -> tuple[dict[str, Any], list[TableLine]]:
     """Fine-tune the unlearned model, and the oracle, on a part of the rows; measure the others."""
     from lorry.adapters.mix import Mix
@@ -200,7 +212,9 @@ def attack_relearn(
         encoder = encoder_of(opened)
         if side == RUN_SIDE:
             digest = SuiteModel(opened.model, encoder, {}, Mix.none()).digest()
-        curves[side] = attacks.relearn(opened.model, encoder, train, measure, wanted, tell)
+        curves[side] = attacks.relearn(
+            opened.model, encoder, train, measure, wanted, tell, communicator
+        )
         del opened  # two models at once need not fit
     part: dict[str, Any] = {
         "model": digest,
@@ -223,7 +237,11 @@ def attack_relearn(
 
 
 def attack_quantize(
-    settings: AttackSettings, name: str, rows: Sequence[DataRow], tell: Any
+    settings: AttackSettings,
+    name: str,
+    rows: Sequence[DataRow],
+    tell: Any,
+    communicator: Communicator,
 ) -> tuple[dict[str, Any], list[TableLine]]:
     """Fold the adapter in, round the weights, measure the rows."""
     from lorry.adapters.mix import Mix
@@ -238,7 +256,7 @@ def attack_quantize(
         mix = Mix.none() if adapter is None else Mix.one(adapter)
         if side == RUN_SIDE:
             digest = SuiteModel(opened.model, encoder, {}, mix).digest()
-        values[side] = attacks.quantize(opened.model, encoder, whole, adapter, tell)
+        values[side] = attacks.quantize(opened.model, encoder, whole, adapter, tell, communicator)
         del opened
     part: dict[str, Any] = {
         "model": digest,
@@ -258,7 +276,11 @@ def attack_quantize(
 
 
 def attack_rephrase(
-    settings: AttackSettings, name: str, rows: Sequence[DataRow], tell: Any
+    settings: AttackSettings,
+    name: str,
+    rows: Sequence[DataRow],
+    tell: Any,
+    communicator: Communicator,
 ) -> tuple[dict[str, Any], list[TableLine]]:
     """Ask the same in other words: the run, what it began from, and the oracle."""
     from lorry.adapters.mix import Mix
@@ -284,6 +306,7 @@ def attack_rephrase(
                 max_new_tokens=settings.max_new_tokens,
                 limit=settings.limit,
                 batch_rows=settings.batch_size,
+                communicator=communicator,
             )
             if label == RUN_SIDE:
                 digest = suite_model.digest()

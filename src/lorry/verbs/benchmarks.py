@@ -29,6 +29,7 @@ from lorry.verbs.open_model import print_note
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
+    from lorry.backends.distributed.communicator import Communicator
     from lorry.evaluate.benchmarks.questions import Benchmark
     from lorry.evaluate.benchmarks.run import BenchmarkResult
     from lorry.models.loading.open import OpenedModel
@@ -85,8 +86,9 @@ def evaluate_benchmarks(
     opened: OpenedModel,
     benchmarks: list[Benchmark],
     mixes: Mapping[str, Any],
+    communicator: Communicator,
 ) -> BenchmarkResults:
-    """Every set, asked of every side."""
+    """Every set, asked of every side, by the ranks of ``communicator`` together."""
     from lorry.data.encoding.encode import ExampleEncoder
     from lorry.evaluate.benchmarks.run import evaluate_benchmark
 
@@ -114,6 +116,7 @@ def evaluate_benchmarks(
                     max_new_tokens=settings.max_new_tokens,
                     batch_rows=settings.batch_size,
                     seed=settings.seed,
+                    communicator=communicator,
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     top_k=settings.top_k,

@@ -33,6 +33,7 @@ from lorry.visible import make_visible
 
 if TYPE_CHECKING:
     from lorry.adapters.mix import Mix
+    from lorry.backends.distributed.communicator import Communicator
     from lorry.data.reading.sources import DataSource
     from lorry.evaluate.benchmarks.questions import Benchmark
     from lorry.evaluate.rows import EvalRows, EvaluationResult
@@ -47,18 +48,25 @@ def main(settings: EvalSettings) -> int:
     """Read, evaluate each side, print the table, write what was asked for and the run's
     evaluation.json.
     """
-    import torch
+    from lorry.train.processes import share_command
 
-    refuse_wrong_kind(settings.output_dir)
-    if settings.suite.name is None:  # which has files of its own
-        refuse_foreign_results(settings)
-    # before anything is computed
-    if settings.backend.threads:
-        torch.set_num_threads(settings.backend.threads)
-    if settings.tasks:
-        return evaluate_named_sets(settings)
-    if settings.suite.name is not None:
-        return evaluate_suite(settings)
+    with share_command(settings) as (placed, communicator):
+        refuse_wrong_kind(placed.output_dir)
+        if placed.suite.name is None:  # which has files of its own
+            refuse_foreign_results(placed)
+        # whoever sees files that were there before has seen them before rank 0 writes any
+        communicator.exchange("the place of the results")
+        if placed.tasks:
+            evaluate_named_sets(placed, communicator)
+        elif placed.suite.name is not None:
+            evaluate_suite(placed, communicator)
+        else:
+            evaluate_file(placed, communicator)
+    return 0
+
+
+def evaluate_file(settings: EvalSettings, communicator: Communicator) -> None:
+    """The rows of a file."""
     # before the model, which takes longer: a wrong path is told at once
     source = open_eval_source(settings)
     opened = open_with_adapters(settings.model)
@@ -66,10 +74,11 @@ def main(settings: EvalSettings) -> int:
     rows = encode_eval_rows(settings, opened, source)
     for line in rows.tokens.report.lines():
         print_note(line)
-    sides = evaluate_sides(settings, opened, rows)
+    sides = evaluate_sides(settings, opened, rows, communicator)
+    if communicator.rank:  # rank 0 shows and writes
+        return
     VisibleConsole(soft_wrap=True).print(evaluation_sides_table(data_label(settings), rows, sides))
     write_evaluation(settings, opened, rows, sides)
-    return 0
 
 
 def refuse_wrong_kind(output: Path | None) -> None:
@@ -107,15 +116,17 @@ def refuse_foreign_results(settings: EvalSettings) -> None:
     )
 
 
-def evaluate_named_sets(settings: EvalSettings) -> int:
+def evaluate_named_sets(settings: EvalSettings, communicator: Communicator) -> None:
     """The same on named sets."""
     loaded = benchmarks.load_benchmarks(settings)
     opened = open_with_adapters(settings.model)
     note_other_dtype(opened)
     warn_trained_rows(settings, opened, loaded)
     results = benchmarks.evaluate_benchmarks(
-        settings, opened, loaded, evaluation_mixes(opened, settings.weight)
+        settings, opened, loaded, evaluation_mixes(opened, settings.weight), communicator
     )
+    if communicator.rank:
+        return
     shots = f", {settings.n_shot} few-shot examples" if settings.n_shot else ""
     VisibleConsole(soft_wrap=True).print(
         benchmarks.benchmark_table(
@@ -124,7 +135,6 @@ def evaluate_named_sets(settings: EvalSettings) -> int:
     )
     write_run_evaluation(opened, benchmarks.benchmark_entries(settings, loaded, results))
     benchmarks.write_benchmark_results(settings, loaded, results)
-    return 0
 
 
 def warn_trained_rows(settings: EvalSettings, opened: OpenedModel, loaded: list[Benchmark]) -> None:
@@ -245,7 +255,7 @@ def encode_eval_rows(settings: EvalSettings, opened: OpenedModel, source: DataSo
 
 
 def evaluate_sides(
-    settings: EvalSettings, opened: OpenedModel, rows: EvalRows
+    settings: EvalSettings, opened: OpenedModel, rows: EvalRows, communicator: Communicator
 ) -> dict[str, EvaluationResult]:
     """{base, and each adapter's name: its result}."""
     from lorry.evaluate.rows import evaluate_rows
@@ -258,7 +268,8 @@ def evaluate_sides(
     with VisibleConsole(stderr=True).status("evaluating") as status:
         for name, mix in evaluation_mixes(opened, settings.weight).items():
             status.update(
-                f"evaluating {name}: {format_count(len(rows.rows), 'row')}, {format_count(len(answer_rows), 'answer')}"
+                f"evaluating {name}: {format_count(len(rows.rows), 'row')}, "
+                f"{format_count(len(answer_rows), 'answer')}"
             )
             results[name] = evaluate_rows(
                 opened.model,
@@ -267,6 +278,7 @@ def evaluate_sides(
                 answer_rows=answer_rows,
                 max_new_tokens=max_new_tokens,
                 batch_rows=settings.batch_size,
+                communicator=communicator,
             )
     return results
 

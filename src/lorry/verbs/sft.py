@@ -11,7 +11,6 @@ from pathlib import Path
 
 from lorry.config.schema import RunConfig
 from lorry.console import VisibleConsole
-from lorry.ranks import is_main_process
 from lorry.verbs.open_model import print_note
 
 
@@ -24,6 +23,18 @@ def main(run: RunConfig) -> int:
         # here, where it reaches the terminal: the child's errors go to a log
         check_push(run.train, print_note)
         return background.start_background_run(run, run.task)
+    from lorry.backends.distributed.communicator import join_processes
+    from lorry.train.session import train_run
+
+    with join_processes(run.backend) as communicator:
+        if communicator.rank:  # rank 0 shows, reports and uploads
+            train_run(run)
+        else:
+            _train_and_report(run)
+    return 0
+
+
+def _train_and_report(run: RunConfig) -> None:
     from lorry.hub.push import push_when_finished
     from lorry.report import table, write_report
     from lorry.runs.read import read_run
@@ -31,9 +42,6 @@ def main(run: RunConfig) -> int:
     from lorry.train.monitoring.signals import raise_on_signals
     from lorry.train.session import train_run
 
-    if not is_main_process():  # rank 0 shows, reports and uploads
-        train_run(run)
-        return 0
     listener = terminal_listener(run.train.logging_steps)
     with push_when_finished(run.train, run.output_dir, listener.note):
         result = train_run(run, listeners=[listener])
@@ -51,4 +59,3 @@ def main(run: RunConfig) -> int:
     print(f"chat    lorry chat {result.path}", file=sys.stderr)
     # alone on standard output: RUN=$(lorry sft ...)
     print(Path(result.path))
-    return 0

@@ -32,6 +32,24 @@ def main(settings: SweepSettings) -> int:
     """Train every pass, rank, show, write. The last line of standard output is the directory of the
     best adapter.
     """
+    from lorry.backends.distributed.communicator import join_processes
+    from lorry.train.session import train_run
+
+    if not settings.jobs:
+        raise ConfigError(
+            "nothing to sweep; give several values of a setting, such as r=8,16 or "
+            "learning_rate=1e-4,3e-4"
+        )
+    with join_processes(settings.backend) as communicator:
+        if communicator.rank:  # rank 0 shows, ranks and writes
+            for run in settings.passes():
+                train_run(run)
+        else:
+            _train_and_rank(settings)
+    return 0
+
+
+def _train_and_rank(settings: SweepSettings) -> None:
     from lorry.hub.push import push_when_finished
     from lorry.report import table, write_report
     from lorry.train import artifacts
@@ -39,10 +57,6 @@ def main(settings: SweepSettings) -> int:
     from lorry.train.session import train_run
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
-    if not settings.jobs:
-        raise ConfigError(
-            "nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4"
-        )
     rows, paths = list[dict[str, Any]](), list[Path]()
     passes = settings.passes()
     for run in passes:
@@ -81,7 +95,6 @@ def main(settings: SweepSettings) -> int:
         print(f"report  {path / REPORT}", file=sys.stderr)
     # alone on standard output: `lorry chat $(lorry sweep ...)`
     print(ranked[0]["path"])
-    return 0
 
 
 def sweep_rows(

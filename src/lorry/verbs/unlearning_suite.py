@@ -27,12 +27,13 @@ from lorry.visible import make_visible
 
 if TYPE_CHECKING:
     from lorry.adapters.mix import Mix
+    from lorry.backends.distributed.communicator import Communicator
     from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
     from lorry.evaluate.unlearning.suite import MetricRecord
     from lorry.models.loading.open import OpenedModel
 
 
-def evaluate_suite(settings: EvalSettings) -> int:
+def evaluate_suite(settings: EvalSettings, communicator: Communicator) -> None:
     """Read, measure what is not measured yet, write after every metric, print the values."""
     from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
     from lorry.evaluate.unlearning.results import eval_file, refuse_foreign_suite
@@ -58,15 +59,15 @@ def evaluate_suite(settings: EvalSettings) -> int:
     places = [folder if len(sides) == 1 else folder / name for name in sides]
     for place in places:
         refuse_foreign_suite(place, title)
+    communicator.exchange("the places of the sides")
     for (name, mix), place in zip(sides.items(), places, strict=True):
-        records = measure_side(settings, evaluation, opened, mix, place)
+        records = measure_side(settings, evaluation, opened, mix, place, communicator)
         share = (
             "" if settings.weight == 1 or name not in opened.adapters else f" x {settings.weight:g}"
         )
         label = settings.model.name + (f" ({name}{share})" if name else "")
         VisibleConsole(soft_wrap=True).print(suite_table(label, evaluation.names, records))
         print_note(f"written to {place / eval_file(title)}")
-    return 0
 
 
 def choose_forget_split(settings: EvalSettings) -> SuiteConfig:
@@ -125,6 +126,7 @@ def measure_side(
     opened: OpenedModel,
     mix: Mix,
     folder: Path,
+    communicator: Communicator,
 ) -> dict[str, MetricRecord]:
     """{metric: its record} under a mix, of a model without adapters too."""
     from lorry.adapters.mix import Mix
@@ -136,6 +138,7 @@ def measure_side(
         start=Mix.none() if mix.terms else None,
         batch_rows=settings.batch_size,
         system=settings.data.system,
+        communicator=communicator,
     )
     results = evaluation.open_results(suite_model, folder)
     names = evaluation.names

@@ -16,7 +16,9 @@ whether an exchange takes place at all must be the same on every rank: settings,
 values that came out of an exchange.
 
 A rank that dies without a word closes its connections: the others' next exchange fails, at the latest
-after `backend.timeout` seconds, and what started the processes ends the rest.
+after `backend.timeout` seconds, and what started the processes ends the rest. Work that ranks do apart,
+each its own (`on_main`, `await_all`), may take any time: there the others wait for a word in the store,
+and give up a rank whose pulse (`Pulse`) has not been heard for `backend.timeout` seconds.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import atexit
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -48,7 +51,13 @@ Axis = Literal["data", "tensor"]  # of the mesh
 FRAME_BYTES = 4096
 LENGTH_BYTES = 8  # of a frame's length, before it
 END_WAIT_SECONDS = 30.0  # for rank 0 to write how a run ended, before this rank ends as well
+EARLY_SECONDS = (
+    60.0  # for the others to hear of an error before they were joined: they are starting
+)
 POLL_SECONDS = 0.05
+PULSE_SECONDS = (
+    5.0  # between two of a rank; with a timeout of less than four of them a quarter of it
+)
 
 
 class PeerError(LorryError):
@@ -72,6 +81,9 @@ class Communicator(Protocol):
     def on_main(self, what: str, function: Callable[[], Any]) -> Any:
         """What ``function`` gives rank 0, which alone calls it (JSON), on every rank; it may take as
         long as it likes. Raises on every rank what it raised there, and what `exchange` raises."""
+
+    def await_all(self, what: str, value: Any = None) -> list[Any]:
+        """`exchange` after work that each rank does apart, however long that takes one that lives."""
 
     def add_up(self, what: str, tensor: Tensor, axis: Axis = "data") -> None:
         """Replace a tensor by its sum over this rank's group of an axis, the same bits on each of
@@ -102,6 +114,10 @@ class OneProcess:
         """What the function returns."""
         return function()
 
+    def await_all(self, what: str, value: Any = None) -> list[Any]:
+        """Its own value."""
+        return [value]
+
     def add_up(self, what: str, tensor: Tensor, axis: Axis = "data") -> None:
         """The sum is the tensor."""
 
@@ -122,13 +138,16 @@ ONE_PROCESS = OneProcess()
 
 class TorchCommunicator:
     """Over torch.distributed's default group, which is initialised: gloo for what is on the CPU.
-    ``store``: a key-value store of its own, where rank 0 says that something long is done. Every rank
-    makes it, since it makes the groups of the mesh.
+    ``store``: a key-value store of its own, where a rank says that something long is done; ``pulse``:
+    the ranks' signs of life. Every rank makes it, since it makes the groups of the mesh.
     """
 
-    def __init__(self, store: Any, mesh: Mesh) -> None:
+    def __init__(self, store: Any, mesh: Mesh, pulse: Pulse) -> None:
         self.store, self.mesh, self.rank, self.size = store, mesh, mesh.rank, mesh.size
-        self._calls = 0  # of `on_main`, which every rank counts alike
+        self.pulse = pulse
+        self._calls = 0  # of `on_main` and `await_all`, which every rank counts alike
+        self._failures = 0  # of ranks, told to all of them
+        self._told: BaseException | None = None  # this rank's error that the others have heard last
         self.lost = False  # whether another rank could not be reached
         self._groups: dict[Axis, ProcessGroup | None] = {
             axis: _open_group(self._ranks_by_group(axis)) for axis in get_args(Axis)
@@ -139,6 +158,7 @@ class TorchCommunicator:
         frames = self._frames({"what": what, "value": value})
         failed = [(rank, frame["failed"]) for rank, frame in enumerate(frames) if "failed" in frame]
         if failed:
+            self._failures += 1
             rank, failure = failed[0]
             raise _shared_error(rank, failure)
         places = [frame["what"] for frame in frames]
@@ -166,9 +186,18 @@ class TorchCommunicator:
                 # the others wait for the key and not in a collective, which has a timeout
                 self.store.set(key, what)
             return self.exchange(what, result)[0]
-        while not self._is_set(key):
-            time.sleep(POLL_SECONDS)
+        self._wait_for(key, 0)
         return self.exchange(what)[0]
+
+    def await_all(self, what: str, value: Any = None) -> list[Any]:
+        """See `Communicator.await_all`."""
+        self._calls += 1
+        keys = [f"here/{self._calls}/{rank}" for rank in range(self.size)]
+        with self._explained(what):
+            self.store.set(keys[self.rank], what)
+        for rank, key in enumerate(keys):
+            self._wait_for(key, rank)
+        return self.exchange(what, value)
 
     def add_up(self, what: str, tensor: Tensor, axis: Axis = "data") -> None:
         """See `Communicator.add_up`."""
@@ -210,10 +239,16 @@ class TorchCommunicator:
         try:
             yield
         except BaseException as error:
-            if not is_shared(error) and not isinstance(error, PeerError):
+            # blocks may lie in each other: an error is told once
+            known = is_shared(error) or error is self._told
+            if not known and not isinstance(error, PeerError):
+                self._told = error
                 # a rank that cannot be told any more ends by itself, and this one has its own error
                 with contextlib.suppress(PeerError):
+                    with self._explained("a failure"):
+                        self.store.set(self._failure_key(), "")
                     self._frames({"failed": _describe(error)})
+                    self._failures += 1
                     # rank 0 speaks for all; its own error is the one that it prints
                     if isinstance(error, LorryError):
                         _mark_shared(error)
@@ -226,6 +261,18 @@ class TorchCommunicator:
         with contextlib.suppress(PeerError):
             while time.monotonic() < limit and not self._is_set("main/ended"):
                 time.sleep(POLL_SECONDS)
+
+    def _failure_key(self) -> str:
+        """What a failing rank sets, for those that wait for another key: the next exchange tells."""
+        return f"failed/{self._failures}"
+
+    def _wait_for(self, key: str, rank: int) -> None:
+        """Wait until ``rank`` has set a key, or any rank has failed. Raises PeerError for a rank that
+        gives no sign of life."""
+        while not self._is_set(key) and not self._is_set(self._failure_key()):
+            with self._explained(key):
+                self.pulse.expect(rank)
+            time.sleep(POLL_SECONDS)
 
     def _is_set(self, key: str) -> bool:
         with self._explained(key):
@@ -291,6 +338,44 @@ def _open_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
     return dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])[0]
 
 
+class Pulse:
+    """Signs of life of this rank, from a thread of its own, and of the others: a number in the store
+    that grows. ``timeout``: seconds after which one that has not grown means that a rank is gone.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+        self.timeout, self.store = timeout, store
+        self._keys = [f"pulse/{number}" for number in range(size)]
+        # {rank: (its number, when it was first seen)}
+        self._seen = dict[int, tuple[int, float]]()
+        self._ended = threading.Event()
+        # a store serves one thread; a copy has a connection of its own
+        arguments = (store.clone(), self._keys[rank], min(PULSE_SECONDS, timeout / 4))
+        self._thread = threading.Thread(target=self._beat, args=arguments, daemon=True)
+        self._thread.start()
+
+    def _beat(self, store: Any, key: str, seconds: float) -> None:
+        # a store that has gone says the same to whoever waits for it
+        with contextlib.suppress(RuntimeError):
+            while not self._ended.is_set():
+                store.add(key, 1)
+                self._ended.wait(seconds)
+
+    def expect(self, rank: int) -> None:
+        """Raise RuntimeError where a rank has given no sign of life for ``timeout`` seconds."""
+        number, now = self.store.add(self._keys[rank], 0), time.monotonic()
+        last, since = self._seen.get(rank, (-1, now))
+        if number != last:
+            self._seen[rank] = (number, now)
+        elif now - since > self.timeout:
+            raise RuntimeError(f"no sign of life of rank {rank} for {self.timeout:g} seconds")
+
+    def end(self) -> None:
+        """No more signs: this process ends."""
+        self._ended.set()
+        self._thread.join()
+
+
 def is_shared(error: BaseException) -> bool:
     """Whether every rank has this error: then rank 0 alone tells of it."""
     return bool(getattr(error, "shared", False))
@@ -344,22 +429,47 @@ def open_communicator(backend: Any) -> Communicator:
         return ONE_PROCESS
     mesh = mesh_of(backend, launched)
     # once in the life of a process, however many runs it makes, and once for each mesh
-    if not _joined:
-        _joined.append(_join(launched, backend.timeout))
+    if not _communicators:
+        # where another rank failed on its way here, all hear of it before they make more groups
+        _join(launched, backend.timeout).exchange("joined")
     if mesh not in _communicators:
         import torch.distributed as dist
 
+        world = next(iter(_communicators.values()))
         name = f"{mesh.replicas}x{mesh.shards}x{mesh.tensor_size}"
-        _communicators[mesh] = TorchCommunicator(dist.PrefixStore(name, _joined[0]), mesh)
+        store = dist.PrefixStore(name, world.store)
+        _communicators[mesh] = TorchCommunicator(store, mesh, world.pulse)
     return _communicators[mesh]
 
 
-_joined = list[Any]()  # the store that the processes found each other by
-_communicators = dict[Mesh, TorchCommunicator]()
+_communicators = dict[Mesh, TorchCommunicator]()  # the first: of one axis, as the processes joined
 
 
-def _join(launched: LaunchedProcess, seconds: float) -> Any:
-    """Join the other processes; torch's store of theirs. Raises ConfigError."""
+@contextlib.contextmanager
+def join_processes(backend: Any) -> Iterator[Communicator]:
+    """The processes of a command, which leave together: what one raises in the block, also what rank 0
+    does there alone, all raise. Raises what `open_communicator` raises."""
+    communicator = open_communicator(backend)
+    with communicator.sharing_failures():
+        yield communicator
+        communicator.await_all("the end of the command")
+
+
+def share_early_failure(error: LorryError) -> None:
+    """Tell the other processes of an error before `open_communicator`, once: they would wait for this
+    one. Where they cannot be reached within `EARLY_SECONDS`, it stays this process's own.
+    """
+    launched = launched_process()
+    if launched is None or launched.world_size == 1 or _communicators:
+        return
+    with contextlib.suppress(LorryError):
+        world = _join(launched, EARLY_SECONDS)
+        with world.sharing_failures():
+            raise error
+
+
+def _join(launched: LaunchedProcess, seconds: float) -> TorchCommunicator:
+    """Join the other processes, as one axis of all of them. Raises ConfigError."""
     # imported here: it is a second of every single-process run
     import torch.distributed as dist
 
@@ -369,11 +479,9 @@ def _join(launched: LaunchedProcess, seconds: float) -> Any:
             dist.rendezvous("env://", launched.rank, launched.world_size, timeout=timeout)
         )
         store = dist.PrefixStore("lorry", store)
-        on_gpu = (
-            torch.cuda.is_available() and torch.cuda.device_count() >= launched.local_world_size
-        )
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            # NCCL joins when the first tensor on a GPU is added up
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=store,
             rank=rank,
             world_size=size,
@@ -386,18 +494,21 @@ def _join(launched: LaunchedProcess, seconds: float) -> Any:
             f"rank {launched.rank} could not join the other {launched.world_size - 1} processes at "
             f"{where}: {str(error).splitlines()[0][:200]}"
         ) from error
+    pulse = Pulse(store, rank, size, seconds)
+    mesh = Mesh(rank, replicas=size)
+    _communicators[mesh] = TorchCommunicator(dist.PrefixStore("world", store), mesh, pulse)
     atexit.register(_leave)
-    return store
+    return _communicators[mesh]
 
 
 def _leave() -> None:
     """At this process's end. The others wait for rank 0: a launcher that sees one of them fail ends
     the rest, and rank 0 may be writing how the run ended."""
     communicators = list(_communicators.values())
+    communicators[0].pulse.end()
     with contextlib.suppress(RuntimeError):
-        for communicator in communicators:
-            if communicator.rank == 0:
-                communicator.store.set("main/ended", "")
-        if communicators and communicators[0].rank and not any(c.lost for c in communicators):
-            communicators[-1].wait_for_main()
+        if communicators[0].rank == 0:
+            communicators[0].store.set("main/ended", "")
+        elif not any(communicator.lost for communicator in communicators):
+            communicators[0].wait_for_main()
         torch.distributed.destroy_process_group()

@@ -17,10 +17,13 @@ from torch import Tensor
 from lorry.adapters.mix import Mix
 from lorry.backends.distributed.communicator import Communicator
 from lorry.backends.distributed.deal import deal_batches
+from lorry.backends.distributed.generation import Adapters, generate_together
 from lorry.backends.local import LocalBackend
 from lorry.backends.protocol import ScoringBackend, Task
 from lorry.data.batch import Batch, BatchExtra
 from lorry.errors import ContractError
+from lorry.generation.request import Completion
+from lorry.generation.sampling import SamplingParams
 from lorry.models.scoring.score import Want
 
 # the extra that remembers where a dealt token stood; no name of a task's
@@ -89,6 +92,19 @@ class DataParallelBackend(LocalBackend):
     ) -> list[dict[str, Tensor]]:
         """As one device: see `score_together`."""
         return score_together(self.communicator, super().score, batches, wants, mix)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapters: Adapters = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """As one device: see `generate_together`."""
+        return generate_together(
+            self.communicator, super().generate, prompts, params, adapters=adapters, rows=rows
+        )
 
 
 class SharedScorer:

@@ -14,6 +14,8 @@ from typing import Any
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
+from lorry.backends.registry import open_scorer
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.evaluate.benchmarks.questions import Benchmark, BenchmarkQuestion
 from lorry.evaluate.benchmarks.rank import (
@@ -51,9 +53,10 @@ class BenchmarkResult:
 
 def evaluate_benchmark(
     model: CausalLM, encoder: ExampleEncoder, benchmark: Benchmark, mix: Mix, *, max_new_tokens: int | None = None, batch_rows: int = 8,
-    seed: int = 0, **sampling: Any,
+    seed: int = 0, communicator: Communicator = ONE_PROCESS, **sampling: Any,
 ) -> BenchmarkResult:  # fmt: skip
-    """Ask a model every question of a benchmark under a mix. ``sampling``: temperature, top_p, top_k.
+    """Ask a model every question of a benchmark under a mix. ``sampling``: temperature, top_p, top_k;
+    ``communicator``: the processes that do so together.
 
     Raises ModelError for a prompt that cannot be cut to the context, ConfigError or DataError for a
     metric not to be had.
@@ -61,12 +64,11 @@ def evaluate_benchmark(
     # `Mix.none()` needs a bank, also of a base without adapters
     get_bank(model, create=True)
     # answers of one question, and worked examples before many, are run once
-    scorer = ModelScorer(model, share_prefixes=True)
+    scorer = open_scorer(model, communicator, share_prefixes=True)
     if benchmark.is_choice:
         return _evaluate_ranked(scorer, encoder, benchmark, mix, seed)
     new_tokens = max_new_tokens or benchmark.named_set.max_new_tokens
     return _evaluate_generated(
-        model,
         scorer,
         encoder,
         benchmark,
@@ -124,7 +126,6 @@ def _evaluate_ranked(
 
 
 def _evaluate_generated(
-    model: CausalLM,
     scorer: ModelScorer,
     encoder: ExampleEncoder,
     benchmark: Benchmark,
@@ -134,7 +135,7 @@ def _evaluate_generated(
     batch_rows: int,
 ) -> BenchmarkResult:
     questions = benchmark.questions
-    references, concepts = benchmark.references, benchmark.concepts
+    references, concepts, model = benchmark.references, benchmark.concepts, scorer.model
     # the answer needs its place in the context, too
     room = None if model.context is None else model.context - params.max_new_tokens
     # some answer has to stand there for the template to render a turn; it is cut off again
@@ -146,6 +147,7 @@ def _evaluate_generated(
         params,
         adapters=mix,
         batch_rows=batch_rows,
+        generate=scorer.generate,
     )
     answers = [
         _strip_answer(text, question, encoder)

@@ -24,6 +24,7 @@ from lorry.adapters.attach import attach, detach
 from lorry.adapters.merge import merge
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import LossTerms, ScoringBackend, StepStats
 from lorry.backends.registry import BACKENDS
@@ -170,23 +171,29 @@ def relearn(
     measure: SuiteSet,
     settings: RelearnSettings,
     tell: Callable[[str], None] = lambda text: None,
+    communicator: Communicator = ONE_PROCESS,
 ) -> list[dict[str, float]]:
     """[{step, loss of the step before (nats; absent at 0), and `measure_knowledge` of the other
     rows}]. ``model`` has nothing but frozen weights (what it has learnt and unlearned is part of its
-    base); the new adapter is gone afterwards. Raises DataError, NonFiniteError.
+    base); the new adapter is gone afterwards. ``communicator``: the processes that do so together.
+    Raises DataError, NonFiniteError.
     """
     examples = [_example(encoder, row, key) for key, row in enumerate(train.rows)]
     attach(model, LoraSpec(r=settings.r), RELEARN_ADAPTER, seed=settings.seed)
     # no weight decay: it would pull the new adapter back to the model that forgot
-    backend = BACKENDS[settings.backend](model, [RELEARN_ADAPTER], OptimSettings())
+    backend = BACKENDS[settings.backend](
+        model, [RELEARN_ADAPTER], OptimSettings(), communicator=communicator
+    )
     task, loss = RelearnTask(examples, settings), dict[str, float]()
     curve = list[dict[str, float]]()
     try:
         for step in range(max(settings.steps) + 1):
             if step in settings.steps:
                 tell(f"relearning: step {step}")
-                mix = Mix.one(RELEARN_ADAPTER)
-                known = measure_knowledge(SuiteModel(model, encoder, {"forget": measure}, mix))
+                mix, sets = Mix.one(RELEARN_ADAPTER), {"forget": measure}
+                known = measure_knowledge(
+                    SuiteModel(model, encoder, sets, mix, communicator=communicator)
+                )
                 curve.append({"step": step, **loss, **known})
             if step < max(settings.steps):
                 stats = backend.forward_backward(task.step_batches(step, {}), task, step)
@@ -219,9 +226,10 @@ def quantize(
     rows: SuiteSet,
     adapter: str | None,
     tell: Callable[[str], None] = lambda text: None,
+    communicator: Communicator = ONE_PROCESS,
 ) -> dict[str, dict[str, float]]:
     """{none, int8, nf4: `measure_knowledge`} of the model with its adapter folded in; ``model`` is of
-    no use afterwards. Raises ConfigError, ModelError as `merge` does.
+    no use afterwards. ``communicator``: the processes that do so together. Raises ConfigError, ModelError as `merge` does.
     """
     if adapter is not None:
         merge(model, {adapter: 1.0})
@@ -232,7 +240,9 @@ def quantize(
         if rounding is not None:
             # always of the merged weights, never of what the last one made of them
             round_linears(model, rounding, weights)
-        by_dtype[name] = measure_knowledge(SuiteModel(model, encoder, {"forget": rows}, Mix.none()))
+        by_dtype[name] = measure_knowledge(
+            SuiteModel(model, encoder, {"forget": rows}, Mix.none(), communicator=communicator)
+        )
     return by_dtype
 
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorry.adapters.mix import Mix
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.config.suite import SuiteConfig
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.evaluate.unlearning.measures import check_retain_logs
-from lorry.evaluate.unlearning.results import SuiteResults, digest_of
+from lorry.evaluate.unlearning.results import SharedResults, SuiteResults, digest_of
 from lorry.evaluate.unlearning.retain_logs import RetainLogs
 from lorry.evaluate.unlearning.rows import SuiteSet
 from lorry.evaluate.unlearning.scores import SuiteModel
@@ -98,9 +100,10 @@ class SuiteEvaluation:
         start: Mix | None = None,
         batch_rows: int = 8,
         system: str | None = None,
+        communicator: Communicator = ONE_PROCESS,
     ) -> SuiteModel:
-        """The model under a mix, as it is now: one that trains on is asked anew. ``start``: as in
-        `SuiteModel`; ``system``: message for questions, which bring none.
+        """The model under a mix, as it is now: one that trains on is asked anew. ``start``,
+        ``communicator``: as in `SuiteModel`; ``system``: message for questions, which bring none.
         """
         model = opened.model
         encoder = ExampleEncoder(
@@ -122,12 +125,15 @@ class SuiteEvaluation:
             batch_rows=batch_rows,
             # two statistics more of every token, paid for by all scores or by none
             moments=any(self.suite.metrics[name].moments for name in self.names),
+            communicator=communicator,
         )
 
     def open_results(
         self, suite_model: SuiteModel, folder: Path, before_write: Callable[[], None] = lambda: None
-    ) -> SuiteResults:
-        """The two files of a folder, for records of this model. Raises DataError for damaged ones."""
+    ) -> SuiteResults | SharedResults:
+        """The two files of a folder, for records of this model; of several processes rank 0's.
+        Raises DataError for damaged ones.
+        """
         model = suite_model.digest()
         rows = {
             name: {role: self.sets[role].digest for role in self.suite.roles_of(name)}
@@ -139,7 +145,11 @@ class SuiteEvaluation:
             )
             for name in self.names
         }
-        return SuiteResults(folder, self.suite.title, digests, model, rows, before_write)
+        title = self.suite.title
+        open_store = partial(SuiteResults, folder, title, digests, model, rows, before_write)
+        if suite_model.communicator.size == 1:
+            return open_store()
+        return SharedResults(suite_model.communicator, open_store)
 
     def _settings_of(self, name: str) -> dict[str, Any]:
         """What a metric's value hangs on besides model and rows; what it does not look at is left
@@ -158,7 +168,7 @@ class SuiteEvaluation:
     def measure(
         self,
         suite_model: SuiteModel,
-        results: SuiteResults,
+        results: SuiteResults | SharedResults,
         tell: Callable[[str], None] = lambda name: None,
     ) -> dict[str, MetricRecord]:
         """{metric: its record}; those that ``results`` has are not measured again, the others are

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorry.backends.distributed.communicator import Communicator
 from lorry.disk import documents, durable
 from lorry.errors import DataError, NonFiniteError
 from lorry.evaluate.unlearning.suite import MetricRecord
@@ -91,6 +92,11 @@ class SuiteResults:
         record = self.records.get(name)
         return record if record is not None and record.get("digest") == self.digests[name] else None
 
+    def saved_records(self) -> dict[str, MetricRecord]:
+        """{metric: `saved_record`} of those that have one."""
+        found = {name: self.saved_record(name) for name in self.digests}
+        return {name: record for name, record in found.items() if record is not None}
+
     def add(self, name: str, record: MetricRecord) -> None:
         """Write a metric's record. Those of other things (another model, other rows) leave with the
         first that is added, so that one file never speaks of two models. Raises DiskError,
@@ -155,6 +161,37 @@ class SuiteResults:
             and isinstance(theirs, dict)
             and all(ours.get(role, rows) == rows for role, rows in theirs.items())
         )
+
+
+class SharedResults:
+    """`SuiteResults` of several processes: rank 0's folder, which it alone reads and writes, so that
+    what is saved there is measured again by all of them or by none. ``open_store``: called on rank 0.
+    Raises what that raises, on every rank at the next exchange.
+    """
+
+    def __init__(self, communicator: Communicator, open_store: Callable[[], SuiteResults]) -> None:
+        self.communicator = communicator
+        self.store = open_store() if communicator.rank == 0 else None
+        self._share()
+
+    def _share(self) -> None:
+        mine = {} if self.store is None else self.store.saved_records()
+        self.saved: dict[str, MetricRecord] = self.communicator.exchange("records", mine)[0]
+
+    def saved_record(self, name: str) -> MetricRecord | None:
+        """As `SuiteResults.saved_record` of rank 0."""
+        return self.saved.get(name)
+
+    def add(self, name: str, record: MetricRecord) -> None:
+        """As `SuiteResults.add`, by rank 0."""
+        if self.store is not None:
+            self.store.add(name, record)
+
+    def adopt(self, folder: Path) -> None:
+        """As `SuiteResults.adopt`, by rank 0."""
+        if self.store is not None:
+            self.store.adopt(folder)
+        self._share()
 
 
 def _as_json(value: Any) -> bytes:

@@ -19,6 +19,8 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.trainable import base_parameter_set
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
+from lorry.backends.registry import open_scorer
 from lorry.data.batch import BASE, TokenizedExample, collate
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
@@ -28,7 +30,7 @@ from lorry.evaluate.benchmarks.likelihood import loglikelihoods
 from lorry.evaluate.benchmarks.until import cut_at_stops
 from lorry.evaluate.metrics.memorization import mean_loss
 from lorry.evaluate.unlearning.rows import CHOICES, SuiteRow, SuiteSet
-from lorry.generation.engine import evaluation_mode, generate_completions
+from lorry.generation.engine import evaluation_mode
 from lorry.generation.sampling import SamplingParams
 from lorry.generation.scorer import ModelScorer
 from lorry.generation.text import IncrementalDetokenizer
@@ -82,7 +84,8 @@ class SuiteModel:
 
     ``start``: the mix of what unlearning began from, for its perplexity of answers; None where
     there is no other. ``limit``: rows that are answered by generation; scores are always of all.
-    ``max_new_tokens`` of an answer; None: as the suite has it.
+    ``max_new_tokens`` of an answer; None: as the suite has it; ``communicator``: the processes that
+    ask it together.
     """
 
     def __init__(
@@ -97,8 +100,11 @@ class SuiteModel:
         limit: int | None = None,
         batch_rows: int = 8,
         moments: bool = False,
+        communicator: Communicator = ONE_PROCESS,
     ) -> None:
         get_bank(model, create=True)
+        self.communicator = communicator
+        self.scorer = open_scorer(model, communicator, share_prefixes=True)
         self.model, self.encoder, self.sets, self.mix, self.start = model, encoder, sets, mix, start
         self.max_new_tokens, self.limit, self.batch_rows = max_new_tokens, limit, batch_rows
         self.moments = moments
@@ -184,9 +190,8 @@ class SuiteModel:
         fit the context, NonFiniteError.
         """
         with evaluation_mode(self.model):
-            scorer = ModelScorer(self.model, share_prefixes=True)
             return score_answer_tokens(
-                scorer, self.encoder, pairs, mix, moments=moments, answer_tokens=answer_tokens
+                self.scorer, self.encoder, pairs, mix, moments=moments, answer_tokens=answer_tokens
             )
 
     def gradient_norms(self, role: str, field: str) -> list[list[float]]:
@@ -213,8 +218,10 @@ class SuiteModel:
 
     def _norms_of(self, masters: Sequence[Tensor], role: str, field: str) -> list[list[float]]:
         """`gradient_norms` of these masters, which want gradients."""
-        closings, call, norms = closing_sequences(self.encoder), AdapterContext(self.mix), []
-        for row in self.sets[role].rows:
+        closings, call = closing_sequences(self.encoder), AdapterContext(self.mix)
+        rows, norms = self.sets[role].rows, dict[int, list[float]]()
+        for number in self.scorer.deal(len(rows)):
+            row = rows[number]
             tokens, weights = lay_out_answer(self.encoder, row, row.answers[field][0])
             # one row at a time: the norm of a sum of rows says nothing of one of them
             length = len(tokens) - _closing_length(tokens, closings)
@@ -225,8 +232,8 @@ class SuiteModel:
                 loss = -got["log_prob"].sum() / batch.weights.sum()
                 # not backward(): it would add to the flat buffer that an optimizer steps from
                 gradients = torch.autograd.grad(loss, masters, allow_unused=True)
-            norms.append([0.0 if g is None else float(g.double().norm()) for g in gradients])
-        return norms
+            norms[number] = [0.0 if g is None else float(g.double().norm()) for g in gradients]
+        return self.scorer.collect("gradient norms", norms)
 
     def generated(self, role: str) -> list[GeneratedAnswer]:
         """Greedy answers to a role's questions, of the first ``limit`` rows. Raises ModelError for a
@@ -252,8 +259,7 @@ class SuiteModel:
                 for row_set, _ in rows
             ]
             completions = iter(
-                generate_completions(
-                    self.model,
+                self.scorer.generate(
                     [_prompt(self.encoder, row) for _, row in rows],
                     params,
                     adapters=self.mix,
@@ -280,9 +286,13 @@ class SuiteModel:
         tokens as in lm-eval, letters read off one pass. Raises DataError, NonFiniteError.
         """
         rows = self.sets[role].rows
-        pairs = [(row.question, f" {text}") for row in rows for text in row.answers[CHOICES]]
-        likelihoods = iter(loglikelihoods(self.model, self.encoder.tokenizer, pairs, self.mix))
-        return [[next(likelihoods).total for _ in row.answers[CHOICES]] for row in rows]
+        own = self.scorer.deal(len(rows))
+        pairs = [(rows[n].question, f" {text}") for n in own for text in rows[n].answers[CHOICES]]
+        found = loglikelihoods(self.model, self.encoder.tokenizer, pairs, self.mix) if pairs else []
+        totals = iter(likelihood.total for likelihood in found)
+        return self.scorer.collect(
+            "choices", {n: [next(totals) for _ in rows[n].answers[CHOICES]] for n in own}
+        )
 
     def start_perplexities(self, role: str) -> list[float | None]:
         """The start's perplexity of each generated answer; None where there is no other start, or

@@ -52,6 +52,9 @@ def training_figures(run: RunRecord) -> dict[str, str]:
             "tokens read": f"{sums['tokens']:,}",
             "of which supervised": f"{sums['supervised_tokens']:,}",
         }
+    backend = run.settings_group("backend")
+    if isinstance(count := backend.get("processes"), int) and count > 1:
+        figures["processes"] = f"{count} (backend={backend.get('name')})"
     known = {name: (run.receipt or {}).get(f"{name}_parameters") for name in ("trainable", "total")}
     return figures | {
         f"{name} parameters": f"{count:,}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorry.adapters.trainable import parameter_set
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.config import RunConfig, runs_by_adapter
 from lorry.data.catalog import open_catalog
 from lorry.data.encoding.encode import ExampleEncoder
@@ -52,10 +53,17 @@ def main_metric(exam: Benchmark) -> str:
 
 class BenchmarkEvaluator:
     """Asks every exam of an adapter (or of the base, where that is what trains): {eval_SET_METRIC:
-    value}.
+    value}. ``communicator``: the processes of the run.
     """
 
-    def __init__(self, run: RunConfig, opened: OpenedModel, exams: list[Benchmark]) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        opened: OpenedModel,
+        exams: list[Benchmark],
+        communicator: Communicator = ONE_PROCESS,
+    ) -> None:
+        self.communicator = communicator
         self.run, self.opened, self.exams = run, opened, exams
         # a model that says no context takes any length: 2^20 tokens stand for no limit
         context = opened.model.context
@@ -75,6 +83,7 @@ class BenchmarkEvaluator:
                 exam,
                 mix,
                 batch_rows=self.run.train.per_device_eval_batch_size,
+                communicator=self.communicator,
             )
             values |= {
                 f"eval_{exam.named_set.name}_{metric}": estimate.value

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorry.adapters.mix import Mix
 from lorry.adapters.trainable import parameter_set
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.config import RunConfig
 from lorry.errors import ConfigError
 from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
@@ -68,15 +69,22 @@ def main_suite_metric(suite: SuiteEvaluation, run: RunConfig) -> str:
 
 class RunSuite:
     """Asks a suite of an adapter; ``home``: the run directory, looked at before anything is written,
-    so that one that was moved is not made anew under its old name.
+    so that one that was moved is not made anew under its old name; ``communicator``: the processes of
+    the run.
     """
 
     # the number that is reported has to be of the adapter that stays
     at_end = True
 
     def __init__(
-        self, run: RunConfig, opened: OpenedModel, suite: SuiteEvaluation, home: RunDirectoryHandle
+        self,
+        run: RunConfig,
+        opened: OpenedModel,
+        suite: SuiteEvaluation,
+        home: RunDirectoryHandle,
+        communicator: Communicator = ONE_PROCESS,
     ) -> None:
+        self.communicator = communicator
         self.opened, self.suite, self.home = opened, suite, home
         self.several = len(run.jobs) > 1
         self.batch_rows = run.train.per_device_eval_batch_size
@@ -107,6 +115,7 @@ class RunSuite:
             start=Mix.none() if mix.terms else None,
             batch_rows=self.batch_rows,
             system=self.system,
+            communicator=self.communicator,
         )
 
     def _folder(self, folder: Path, adapter: str) -> Path:
