@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorry import cli
-from lorry.backends.distributed import launch
+from lorry.backends.distributed import communicator, launch
 from lorry.errors import ConfigError
 from lorry.ranks import (
     LaunchedProcess,
@@ -91,13 +91,20 @@ def test_settings_and_launcher_have_to_agree(launcher: object) -> None:
     [
         (["merge", "/nowhere"], "lorry merge runs in one process"),
         (["compare", "data=/nowhere.jsonl"], "lorry compare runs in one process"),
+        (["compare", "/nowhere"], "start it alone, with backend.processes=N"),
         (["sft", "data=/nowhere.jsonl", "backend=ddp", "background=true"], "background=true"),
     ],
 )
 def test_what_copies_would_spoil_is_refused(
-    launcher: object, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+    launcher: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: list[str],
+    told: str,
 ) -> None:
     """Under torchrun each process would write the same directory, or leave a run alone in it."""
+    # nobody else is there to hear of it
+    monkeypatch.setattr(communicator, "EARLY_SECONDS", 0.1)
     launcher(RANK="0", WORLD_SIZE="2", **WHERE)  # type: ignore[operator]
     assert cli.main(words) == 2
     assert told in capfd.readouterr().err

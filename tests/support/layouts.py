@@ -194,7 +194,7 @@ class OneMoreMicroBatch(DataParallelBackend):
 
 
 def _but(communicator: Communicator, **changes: Any) -> Any:
-    names = ("rank", "size", "exchange", "on_main", "add_up", "gather")
+    names = ("rank", "size", "mesh", "exchange", "on_main", "await_all", "add_up", "gather")
     return SimpleNamespace(**{n: getattr(communicator, n) for n in names} | changes)
 
 

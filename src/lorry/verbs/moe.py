@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 
 def main(run: MoeRunConfig) -> int:
     """Train what is to be trained. The last line of standard output is the mixture's directory."""
+    from lorry.backends.distributed.communicator import join_processes
+
     if not run.jobs:
         raise ConfigError("experts is missing: give experts=[{name: a, data: a.jsonl}, ...]")
     if run.background:
@@ -95,14 +97,39 @@ def main(run: MoeRunConfig) -> int:
     check_rows(run)
     there = {n: [str(path)] for n, path in folders.items()} if run.skip_experts else None
     trained = [r for r in (router, moe_router) if r is not None and r.router.is_trained_by_run]
-    if not run.whole_experts:
-        check_experts(run, _open_base(run), there or brought_adapters(run), trained)
-    log = run.output_dir / LOG if run.layout == "workspace" else None
-    stages = Stages(run.output_dir, run.model, log)
+    with join_processes(run.backend) as communicator:
+        if not run.whole_experts:
+            communicator.on_main(
+                "the experts' base",
+                lambda: check_experts(
+                    run, _open_base(run), there or brought_adapters(run), trained
+                ),
+            )
+        log = run.output_dir / LOG if run.layout == "workspace" else None
+        make_stages(
+            run,
+            Stages(run.output_dir, run.model, log, communicator),
+            folders,
+            router,
+            moe_router,
+        )
+    return 0
+
+
+def make_stages(
+    run: MoeRunConfig,
+    stages: Stages,
+    folders: dict[str, Path],
+    router: RouterRunConfig | None,
+    moe_router: RouterRunConfig | None,
+) -> None:
+    """All that is to be made, in its order; ``router``: None where the experts are whole models.
+    Raises LorryError."""
     if not run.skip_experts:
         make_experts(run, stages)
     if router is None:
-        return finish_whole_experts(run, stages)
+        finish_whole_experts(run, stages)
+        return
     experts = adapter_inputs(folders)
     if run.merge_experts:
         merge_experts(run, stages, folders)
@@ -114,7 +141,7 @@ def main(run: MoeRunConfig) -> int:
         )
     outputs = [run.folders.mixture, *write_outputs(run, stages)]
     if run.layout == "workspace":
-        write_workspace_report(run)
+        stages.on_main(lambda: write_workspace_report(run))
     for path in outputs[1:]:
         stages.tell(f"wrote   {path}")
     page = (run.output_dir if run.layout == "workspace" else outputs[0]) / REPORT
@@ -122,10 +149,9 @@ def main(run: MoeRunConfig) -> int:
         print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {outputs[0]}", file=sys.stderr)
     print(outputs[0])
-    return 0
 
 
-def finish_whole_experts(run: MoeRunConfig, stages: Stages) -> int:
+def finish_whole_experts(run: MoeRunConfig, stages: Stages) -> None:
     """What is made of experts that are whole models: no mixture of adapters, but their stock class. The
     last line of standard output is the last model that was made, else the experts' folder."""
     stages.tell(
@@ -134,11 +160,10 @@ def finish_whole_experts(run: MoeRunConfig, stages: Stages) -> int:
     )
     outputs = [run.folders.experts, *write_outputs(run, stages)]
     if run.layout == "workspace":
-        write_workspace_report(run)
+        stages.on_main(lambda: write_workspace_report(run))
     for path in outputs[1:]:
         stages.tell(f"wrote   {path}")
     print(outputs[-1])
-    return 0
 
 
 def export_router_run(run: MoeRunConfig, folders: dict[str, Path]) -> RouterRunConfig | None:
@@ -161,7 +186,7 @@ def make_mixture(
     LorryError."""
     output = run.folders.mixture
     if run.router.is_trained_by_run:
-        clear_undescribed_mixture(output)
+        stages.on_main(lambda: clear_undescribed_mixture(output))
         stages.train("router", router, (expert.data for expert in router.experts), experts)
         return
     needs_rows = ROUTER_KINDS[run.router.kind].needs_rows

@@ -30,6 +30,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -147,7 +148,7 @@ class TorchCommunicator:
         self.pulse = pulse
         self._calls = 0  # of `on_main` and `await_all`, which every rank counts alike
         self._failures = 0  # of ranks, told to all of them
-        self._told: BaseException | None = None  # this rank's error that the others have heard last
+        self.told: BaseException | None = None  # this rank's error that the others have heard last
         self.lost = False  # whether another rank could not be reached
         self._groups: dict[Axis, ProcessGroup | None] = {
             axis: _open_group(self._ranks_by_group(axis)) for axis in get_args(Axis)
@@ -240,9 +241,9 @@ class TorchCommunicator:
             yield
         except BaseException as error:
             # blocks may lie in each other: an error is told once
-            known = is_shared(error) or error is self._told
+            known = is_shared(error) or error is self.told
             if not known and not isinstance(error, PeerError):
-                self._told = error
+                self.told = error
                 # a rank that cannot be told any more ends by itself, and this one has its own error
                 with contextlib.suppress(PeerError):
                     with self._explained("a failure"):
@@ -431,7 +432,13 @@ def open_communicator(backend: Any) -> Communicator:
     # once in the life of a process, however many runs it makes, and once for each mesh
     if not _communicators:
         # where another rank failed on its way here, all hear of it before they make more groups
-        _join(launched, backend.timeout).exchange("joined")
+        meshes = _join(launched, backend.timeout).exchange("joined", asdict(replace(mesh, rank=0)))
+        if odd := [rank for rank, other in enumerate(meshes) if other != meshes[0]]:
+            raise _mark_shared(
+                ConfigError(
+                    f"rank {odd[0]} has another backend than rank 0: give all one description"
+                )
+            )
     if mesh not in _communicators:
         import torch.distributed as dist
 
@@ -456,14 +463,16 @@ def join_processes(backend: Any) -> Iterator[Communicator]:
 
 
 def share_early_failure(error: LorryError) -> None:
-    """Tell the other processes of an error before `open_communicator`, once: they would wait for this
-    one. Where they cannot be reached within `EARLY_SECONDS`, it stays this process's own.
+    """Tell the other processes of an error outside of `sharing_failures`, before `open_communicator`:
+    they would wait for this one. Where they cannot be reached within `EARLY_SECONDS`, it stays this
+    process's own.
     """
     launched = launched_process()
-    if launched is None or launched.world_size == 1 or _communicators:
+    known = any(error is communicator.told for communicator in _communicators.values())
+    if launched is None or launched.world_size == 1 or known:
         return
     with contextlib.suppress(LorryError):
-        world = _join(launched, EARLY_SECONDS)
+        world = next(iter(_communicators.values()), None) or _join(launched, EARLY_SECONDS)
         with world.sharing_failures():
             raise error
 

@@ -41,7 +41,8 @@ def generate_together(
         raise ConfigError(f"there are {count} prompts; give params, adapters and rows for each")
     # what a prompt may take: its own tokens and those of the longest answer
     sizes = [len(p) + one.max_new_tokens for p, one in zip(prompts, each, strict=True)]
-    own = deal_requests(sizes, communicator.size)[communicator.rank]
+    mesh = communicator.mesh
+    own = deal_requests(sizes, mesh.data_size)[mesh.data_rank]
     answers = generate(
         [prompts[n] for n in own],
         [each[n] for n in own],

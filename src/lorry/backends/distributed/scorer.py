@@ -41,8 +41,9 @@ class SharedModelScorer(ModelScorer):
         self.communicator = communicator
 
     def deal(self, count: int) -> list[int]:
-        """Its part, one after the other to each rank."""
-        return list(range(self.communicator.rank, count, self.communicator.size))
+        """Its part, one after the other to each data rank."""
+        mesh = self.communicator.mesh
+        return list(range(mesh.data_rank, count, mesh.data_size))
 
     def collect(self, what: str, values: Mapping[int, Any]) -> list[Any]:
         """The values of all ranks, each of whom has done its own however long that took."""

@@ -287,8 +287,10 @@ def convert(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
     )
     (file,) = folders.gguf.glob("*.gguf")
     if stage.path is not None:
-        place_copy(file, Path(stage.path), list(earlier.glob(f"*/{folders.gguf.name}/*.gguf")))
-        return Path(stage.path)
+        path = Path(stage.path)
+        before = list(earlier.glob(f"*/{folders.gguf.name}/*.gguf"))
+        stages.on_main(lambda: place_copy(file, path, before))
+        return path
     return file
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -34,20 +34,31 @@ from lorry.verbs.open_model import print_note
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
+    from lorry.backends.distributed.communicator import Communicator
     from lorry.train.monitoring.events import TrainingListener
 
+ANEW, RESUME = "anew", "resume"  # how a stage's run begins
 # what of a model's directory is read; a report or a card beside it may change
 MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
+
+
+def _one_process() -> Communicator:
+    # imported here: torch
+    from lorry.backends.distributed.communicator import ONE_PROCESS
+
+    return ONE_PROCESS
 
 
 @dataclass(frozen=True)
 class Stages:
     """The stages below ``folder``, of one base. ``log``: a file to which all that is told of them is
-    added."""
+    added; ``communicator``: the processes that train together; what is to be done rank 0 decides, and
+    alone writes what is no run."""
 
     folder: Path
     model: ModelConfig
     log: Path | None = None
+    communicator: Communicator = field(default_factory=_one_process)
 
     @cached_property
     def record(self) -> StageRecord:
@@ -84,22 +95,36 @@ class Stages:
     ) -> None:
         """A stage that is a run, which reads ``data``. ``inputs``: digests of what else it is made
         of. Raises LorryError."""
-        from lorry.report import write_report
-        from lorry.train.monitoring.events import PlainListener, terminal_listener
         from lorry.train.session import train_run
+
+        whole = dict[str, str]()
+
+        def begin() -> str | None:
+            whole.update({"its settings": _settings_digest(run), **self.shared_inputs})
+            whole.update({**row_inputs(data), **(inputs or {})})
+            return self._begin_training(stage, run, whole)
+
+        how = self.communicator.on_main(stage, begin)
+        if how is None:
+            return
+        if how == RESUME:
+            train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
+            run = run.model_copy(update={"train": train})
+        if self.communicator.rank:
+            train_run(run)
+        else:
+            self._train_and_report(stage, run, whole)
+
+    def _begin_training(self, stage: str, run: RunConfig, inputs: Mapping[str, str]) -> str | None:
+        """Make room for a stage's run and say so: `RESUME` where it goes on, `ANEW`, or None where it
+        has finished. Raises LorryError."""
         from lorry.train.start import archive_previous_run, claim_output_dir
 
-        folder = run.output_dir
-        inputs = {
-            "its settings": _settings_digest(run),
-            **self.shared_inputs,
-            **row_inputs(data),
-            **(inputs or {}),
-        }
+        folder, how = run.output_dir, ANEW
         ended = receipt.read(folder / RECEIPT) is not None
         routed = isinstance(run, RouterRunConfig)
         if self._is_finished(stage, inputs, folder, there=ended, routed=routed):
-            return
+            return None
         stopped = not ended and (folder / CHECKPOINTS).is_dir()
         changed = self.record.changes(stage, inputs)
         if stopped and changed:
@@ -109,12 +134,18 @@ class Stages:
             self.tell(
                 f"{stage}: {folder} is unfinished; training resumes from its newest checkpoint"
             )
-            train = run.train.model_copy(update={"resume_from_checkpoint": "auto"})
-            run = run.model_copy(update={"train": train})
+            how = RESUME
         claim_output_dir(folder, run.job_names)  # before a file of ours is there
         self.record.begin(stage, inputs)
         self.tell(f"{stage}: training in {folder}")  # else the lines of two runs look like one
-        every = run.train.logging_steps
+        return how
+
+    def _train_and_report(self, stage: str, run: RunConfig, inputs: Mapping[str, str]) -> None:
+        from lorry.report import write_report
+        from lorry.train.monitoring.events import PlainListener, terminal_listener
+        from lorry.train.session import train_run
+
+        folder, every = run.output_dir, run.train.logging_steps
         with self._open_log() as log:
             listeners: list[TrainingListener] = [terminal_listener(every)]
             if log is not None:
@@ -128,8 +159,14 @@ class Stages:
         write_report([folder])
         self.record.finish(stage, inputs)
 
+    def on_main(self, work: Callable[[], None]) -> None:
+        """What rank 0 does alone, and the others wait for. Raises what it raises."""
+        self.communicator.on_main("a part of a stage", work)
+
     def tell(self, text: str) -> None:
         """A line for a person, and in the log."""
+        if self.communicator.rank:
+            return
         print_note(text)
         # a log that is full is no reason to lose a run
         with self._open_log() as log, contextlib.suppress(OSError):
@@ -157,6 +194,18 @@ class Stages:
         """A stage that only writes: ``outputs``, all of them beside each other; what an earlier one
         left there moves to previous/N, of a mixture all that tells of it. ``settings``: what it is
         told. Raises LorryError, ConfigError for a place that is somebody else's."""
+        self.communicator.on_main(
+            stage, lambda: self._write(stage, outputs, inputs, write, settings)
+        )
+
+    def _write(
+        self,
+        stage: str,
+        outputs: list[Path],
+        inputs: Mapping[str, str],
+        write: Callable[[], None],
+        settings: str,
+    ) -> None:
         inputs = {"its settings": text_digest(settings), **self.shared_inputs, **inputs}
         place = outputs[0].parent
         # a mixture is its folder with all in it, any other stage the one folder that it makes
@@ -188,6 +237,13 @@ class Stages:
         """Make room in the folder of the experts where they were trained another way before: a run
         of them together in it, or one of each ``names`` below it, of an adapter or (``whole``) of a
         whole model. Raises DiskError."""
+        self.communicator.on_main(
+            "room for the experts", lambda: self._clear_other_experts(folder, names, in_turn, whole)
+        )
+
+    def _clear_other_experts(
+        self, folder: Path, names: Sequence[str], in_turn: bool, whole: bool
+    ) -> None:
         from lorry.train.start import archive_previous_run
 
         aside = None
