@@ -333,6 +333,7 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
         usage = f"lorry {verb.name} [CONFIG.yaml]{words} [key=value ...]"
         print(format_help(schema, usage, verb.line))
         return 0
+    _refuse_backend(verb, args)
     # a switch of every verb, so it is no field of their schemas
     dump_only = "--dump-config" in args
     notes: list[str] = []
@@ -378,6 +379,29 @@ def _workers_of(verb: CliVerb, settings: Any) -> int:
     return 0
 
 
+def _refuse_backend(verb: CliVerb, args: Sequence[str]) -> None:
+    """Raise ConfigError for a word that asks a verb of one process for several."""
+    if verb.name in PARALLEL_VERBS | STARTING_VERBS or verb.name == "plan":
+        return
+    from lorry.config.schema import BackendConfig, TrainBackendConfig
+
+    several = TrainBackendConfig.model_fields.keys() - BackendConfig.model_fields.keys()
+    for word in args:
+        name, _, value = word.partition("=")
+        group, _, field = name.partition(".")
+        another = name in ("backend", "backend.name") and value != "single"
+        if another or (group == "backend" and field in several):
+            raise ConfigError(f"{word}: {_one_process(verb)}: leave it out ({_several_are_for()})")
+
+
+def _one_process(verb: CliVerb) -> str:
+    return f"lorry {verb.name} runs in one process"
+
+
+def _several_are_for() -> str:
+    return f"several are for {', '.join(sorted(PARALLEL_VERBS))}"
+
+
 def _refuse_several(verb: CliVerb, backend: str) -> None:
     """Raise ConfigError where a verb of one process was started in several, or is to start them."""
     launched = launched_process()
@@ -389,8 +413,7 @@ def _refuse_several(verb: CliVerb, backend: str) -> None:
         what = f"leave out backend={backend}"
     else:
         return
-    shared = ", ".join(sorted(PARALLEL_VERBS))
-    raise ConfigError(f"lorry {verb.name} runs in one process: {what} (several are for {shared})")
+    raise ConfigError(f"{_one_process(verb)}: {what} ({_several_are_for()})")
 
 
 def _print_stderr(text: str, **style: Any) -> None:

@@ -5,27 +5,107 @@ after the other.
     ended.codes["eval"]  # [0, 0]: of each rank
     ended.printed["eval"][0]  # (standard output, standard error) of rank 0
 
-A fault of one rank is a function of `FAULTS`, named by the words ``FAULT=NAME`` before the verb.
+A first word ``FAULT=NAME`` is no part of the command: it names a fault of `FAULTS`, which one rank has
+while the command runs.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
 
 from lorry import cli
 from lorry.backends.distributed.launch import open_store, worker_environments
+from lorry.disk.durable import DiskError
+from lorry.train import engine, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK, FAULT = "=== ", "FAULT="
-# {name: (the rank that has it, what changes there while the command runs)}
-FAULTS: dict[str, tuple[int, Callable[[ExitStack], None]]] = {}
+
+
+def another_version(patch: pytest.MonkeyPatch) -> None:
+    """It has another torch."""
+    real = processes.version
+    patch.setattr(processes, "version", lambda name: "9.9" if name == "torch" else real(name))
+
+
+def another_machine(patch: pytest.MonkeyPatch) -> None:
+    """It is on another machine, with the same files."""
+    patch.setattr(processes.platform, "node", lambda: "elsewhere")
+
+
+def other_rows(patch: pytest.MonkeyPatch) -> None:
+    """It is on another machine, where the file of rows is another."""
+    another_machine(patch)
+    patch.setattr(processes, "data_digests", lambda data: {str(data.path): "0" * 64})
+
+
+def other_base(patch: pytest.MonkeyPatch) -> None:
+    """It is on another machine, where the base is another."""
+    another_machine(patch)
+    patch.setattr(processes, "sampled_digest", lambda folder: "0" * 64)
+
+
+def no_shared_directory(patch: pytest.MonkeyPatch) -> None:
+    """It is on another machine, which does not see what rank 0 writes."""
+    another_machine(patch)
+    patch.setattr(processes, "PROCESS", "not-there.json")
+    patch.setattr(processes, "SHARED_WAIT_SECONDS", 0.0)
+
+
+def asked_to_save(patch: pytest.MonkeyPatch) -> None:
+    """It hears SIGUSR1 while it makes the third step."""
+    real = engine.TrainingEngine._one_step
+
+    def one_step(self: Any, metrics: Any) -> None:
+        real(self, metrics)
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    patch.setattr(engine.TrainingEngine, "_one_step", one_step)
+
+
+def growing_losses(patch: pytest.MonkeyPatch) -> None:
+    """Its held-out losses grow, whatever the others'."""
+    real, seen = engine.evaluate_task, list[float]()
+
+    def evaluate(*given: Any) -> dict[str, float]:
+        measured = real(*given)  # its part of what all measure
+        seen.append(1.0 + len(seen))
+        return {**measured, "eval_loss": seen[-1]}
+
+    patch.setattr(engine, "evaluate_task", evaluate)
+
+
+def no_report(patch: pytest.MonkeyPatch) -> None:
+    """Its disk is full when the report is written, behind the training."""
+    from lorry import report
+
+    def write_report(*given: Any) -> Path:
+        raise DiskError(28, "No space left on device", "report.html")
+
+    patch.setattr(report, "write_report", write_report)
+
+
+# {name: (the rank that has it, what is patched there)}
+FAULTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
+    "another version": (1, another_version),
+    "another machine": (1, another_machine),
+    "other rows": (1, other_rows),
+    "other base": (1, other_base),
+    "no shared directory": (1, no_shared_directory),
+    "asked to save": (1, asked_to_save),
+    "growing losses": (1, growing_losses),
+    "no report": (0, no_report),
+}
 
 
 class Ended(NamedTuple):
@@ -35,17 +115,15 @@ class Ended(NamedTuple):
     printed: dict[str, list[tuple[str, str]]]
 
 
-def run_ranked(
-    folder: Path, commands: Mapping[str, Sequence[object]], ranks: int = 2, module: str = __name__
-) -> Ended:
-    """Run the commands in ``ranks`` processes. ``module``: whose `run_rank` they call."""
+def run_ranked(folder: Path, commands: Mapping[str, Sequence[object]], ranks: int = 2) -> Ended:
+    """Run the commands in ``ranks`` processes."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {name: list(map(str, command)) for name, command in commands.items()}
     (folder / "commands.json").write_text(json.dumps(words))
     store = open_store()
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(folder)],
+            [sys.executable, "-m", __name__, str(folder)],
             env={**os.environ, "COLUMNS": "200", **environment},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -81,9 +159,9 @@ def run_rank(folder: Path) -> None:
         for stream in (sys.stdout, sys.stderr):
             print(f"{MARK}{name}", file=stream, flush=True)
         fault = words.pop(0).removeprefix(FAULT) if words[0].startswith(FAULT) else ""
-        with ExitStack() as changes:
+        with pytest.MonkeyPatch.context() as patch:
             if fault and FAULTS[fault][0] == rank:
-                FAULTS[fault][1](changes)
+                FAULTS[fault][1](patch)
             codes[name] = cli.main(words)
     (folder / f"rank-{rank}.json").write_text(json.dumps(codes))
 

@@ -88,9 +88,15 @@ def _training_ways(settings: CompareSettings) -> list[str]:
     """
     has_data = settings.data.path is not None or bool(settings.data.mix)
     if settings.runs:
+        if settings.backend.name != "single":
+            raise ConfigError(
+                f"backend={settings.backend.name}: finished runs are compared by their files, in one "
+                "process; leave it out, or give data=FILE to train each way on"
+            )
         if has_data:
             raise ConfigError(
-                "runs and data are both given: name finished runs, or give data to train each way on; keep one"
+                "runs and data are both given: name finished runs, or give data to train each way on; "
+                "keep one"
             )
         return []
     if not has_data:

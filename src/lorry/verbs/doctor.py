@@ -10,21 +10,31 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.table import Table
 
 from lorry.config.moe import ROUTER_KINDS
+from lorry.config.schema import TrainBackendConfig
 from lorry.config.settings import DoctorSettings
 from lorry.console import VisibleConsole
 from lorry.disk import receipt
 from lorry.disk.integrity import file_digest
-from lorry.errors import ContractError, ModelError
-from lorry.ranks import launched_process
+from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.formatting import format_count
+from lorry.ranks import LaunchedProcess, Mesh, launched_process, mesh_of
 from lorry.report import table
 from lorry.runs import status
-from lorry.runs.layout import ADAPTER_WEIGHTS, ROUTER, ROUTER_FILE, list_adapter_subfolders
+from lorry.runs.layout import (
+    ADAPTER_WEIGHTS,
+    ROUTER,
+    ROUTER_FILE,
+    RUN_FILE,
+    list_adapter_subfolders,
+)
 from lorry.runs.read import RUN_FILES, RunRecord
 from lorry.runs.read import read_run as load_run
 
+JOIN_SECONDS = 60.0  # for the processes of a job to find each other
 # those whose version decides numbers, tokens or what can be read
 REPORTED_PACKAGES = (
     "torch",
@@ -42,7 +52,11 @@ def main(settings: DoctorSettings) -> int:
     """Print the machine's table, or the run's; exit code 5 when a contract of the run failed."""
     console = VisibleConsole()
     if settings.run is None:
+        # of all ranks before rank 0 prints: none may be missing
+        ranks = describe_ranks()
         console.print(_key_value_table("this machine", describe_machine()))
+        if ranks:
+            console.print(_key_value_table("the processes of this job", ranks))
         return 0
     return _diagnose_run(Path(settings.run), console)
 
@@ -82,15 +96,52 @@ def describe_machine() -> dict[str, str]:
 
 
 def _describe_processes() -> str:
-    """Which process of a launched job this is, and over what they would speak."""
-    import torch
-
+    """Which process of a launched job this is."""
     launched = launched_process()
     if launched is None:
         return "1; backend=ddp backend.processes=N starts N"
-    several_gpus = torch.cuda.device_count() >= launched.local_world_size
-    over = "NCCL" if torch.cuda.is_available() and several_gpus else "gloo"
-    return f"rank {launched.rank} of {launched.world_size}, over {over} (WORLD_SIZE is set)"
+    return f"rank {launched.rank} of {launched.world_size} (WORLD_SIZE is set)"
+
+
+def describe_ranks() -> dict[str, str]:
+    """What a launcher has started, rank by rank: machine, device, threads, versions; none where it has
+    started no more than this. Raises ConfigError where they do not find each other."""
+    launched = launched_process()
+    if launched is None or launched.world_size == 1:
+        return {}
+    from lorry.backends.distributed.communicator import join_processes
+    from lorry.config.schema import SharedBackendConfig
+    from lorry.train.processes import choose_device, share_cores
+
+    backend = SharedBackendConfig(name="ddp", timeout=JOIN_SECONDS)
+    with join_processes(backend) as communicator:
+        device, mesh = choose_device("auto", communicator), communicator.mesh
+        threads = format_count(share_cores(communicator), "thread")
+        own = [platform.node(), device, threads, f"torch {version('torch')}"]
+        rows = communicator.exchange("who is there", own)
+    over = "NCCL" if device.startswith("cuda") else "gloo"
+    ranks = {f"rank {rank}": ", ".join(row) for rank, row in enumerate(rows)}
+    return {"mesh": describe_mesh(mesh), "over": over, **ranks}
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The axes of a mesh in words."""
+    sharded = f" ({mesh.replicas} replicas of {mesh.shards} shards)" if mesh.shards > 1 else ""
+    return f"{mesh.data_size} data{sharded} x {mesh.tensor_size} tensor"
+
+
+def describe_backend(run: RunRecord) -> str:
+    """What a run was, or is being, made with, by its run.yaml and receipt."""
+    device = receipt.part(run.receipt, "base").get("device", "a device that no receipt names")
+    try:
+        backend = TrainBackendConfig.model_validate(run.settings_group("backend"))
+        count = backend.processes or 1
+        mesh = mesh_of(backend, LaunchedProcess(0, count, 0, count))
+    except (ValidationError, ConfigError):
+        return f"unknown: {RUN_FILE} has backend settings that no run can have"
+    if count == 1:
+        return f"{backend.name}, 1 process, {device}"
+    return f"{backend.name}, {count} processes, mesh {describe_mesh(mesh)}, {device}"
 
 
 def _package_version(package: str) -> str:
@@ -117,7 +168,11 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     run = load_run(path)
     # from files and the table of processes: nothing of the model is opened
     state = status.run_state_of(run)
-    facts = {"state": state.sentence() or state.state, "decoder": describe_decoder(run)}
+    facts = {
+        "state": state.sentence() or state.state,
+        "backend": describe_backend(run),
+        "decoder": describe_decoder(run),
+    }
     if router.is_file():
         # its experts by router.json, which knows that those of some kinds come and go
         facts |= verify_mixture(path)

@@ -14,12 +14,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    SubprocessContext,
+    start_processes,
+)
 
 from lorry.plan.machine import available_threads
 from lorry.visible import make_visible
@@ -45,14 +49,20 @@ def run_workers(words: Sequence[str], processes: int) -> int:
             # their output is this command's
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
+        assert isinstance(context, SubprocessContext)  # of an executable, not of a function
         workers.begin(list(context.pids().values()))
+        first = dict[int, int]()
         try:
-            # on the first failure it ends the others, and waits 30 seconds for them to do so
-            while (result := context.wait(timeout=0)) is None:
+            while True:
+                # asked before `wait`, which on a failure ends the others, and waits 30 seconds for them
+                first = first or _failed_workers(context)
+                if (result := context.wait(timeout=0)) is not None:
+                    break
                 time.sleep(POLL_SECONDS)
         finally:
             context.close(signal.SIGTERM)
-    return _exit_code({rank: failure.exitcode for rank, failure in result.failures.items()})
+    failures = {rank: failure.exitcode for rank, failure in result.failures.items()}
+    return _exit_code(first, failures)
 
 
 def open_store() -> TCPStore:
@@ -117,11 +127,22 @@ def _handing_on() -> Iterator[_Workers]:
             os.environ[name] = handled_before
 
 
-def _exit_code(failures: dict[int, int]) -> int:
-    """One exit code of those that were not 0, by rank; a worker that a signal ended is named."""
-    by_signal = {rank: code for rank, code in failures.items() if code < 0}
-    cause = {rank: code for rank, code in by_signal.items() if code not in ENDED_BY_LAUNCHER}
-    for rank, code in (cause or by_signal).items():
-        name = signal.Signals(-code).name
-        print(f"rank {rank} was ended by {make_visible(name)}", file=sys.stderr)
-    return next((code for _, code in sorted(failures.items()) if code > 0), 1 if failures else 0)
+def _failed_workers(context: SubprocessContext) -> dict[int, int]:
+    """{rank: exit code} of those that have ended with another than 0."""
+    codes = {rank: worker.proc.poll() for rank, worker in context.subprocess_handlers.items()}
+    return {rank: code for rank, code in codes.items() if code}
+
+
+def _exit_code(first: Mapping[int, int], failures: Mapping[int, int]) -> int:
+    """One exit code of those that were not 0, by rank; a worker that a signal ended is named, unless
+    another explains the end. ``first``: those that had failed when that was noticed; later ones the
+    launcher may have ended.
+    """
+    own = {rank: code for rank, code in failures.items() if code not in ENDED_BY_LAUNCHER}
+    causes = first or own or failures
+    for rank, code in sorted(causes.items()):
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(f"rank {rank} was ended by {make_visible(name)}", file=sys.stderr)
+    codes = [code for each in (causes, failures) for _, code in sorted(each.items()) if code > 0]
+    return codes[0] if codes else int(bool(failures))

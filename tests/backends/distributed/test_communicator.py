@@ -1,0 +1,91 @@
+"""Signs of life, the port of the rendezvous, and a rank that gives none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed import HashStore
+
+from lorry.backends.distributed.communicator import Pulse, open_communicator
+from lorry.backends.distributed.launch import open_store, worker_environments
+from lorry.errors import ConfigError
+from tests.support import tinyrun
+from tests.support.processes import started, wait_until
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def wait_for_ever(pulse: Pulse, rank: int) -> None:
+    while True:
+        pulse.expect(rank)
+
+
+def test_a_rank_without_a_pulse_is_given_up() -> None:
+    """A living one never is, however long one waits for it; one that ended is, and one that was never
+    there."""
+    store = HashStore()
+    mine, other = Pulse(store, 0, 3, 0.2), Pulse(store, 1, 3, 0.2)
+    seen = set[int]()
+    while len(seen) < 8:  # longer than the timeout
+        mine.expect(1)
+        seen.add(store.add("pulse/1", 0))
+    other.end()
+    for rank in (1, 2):
+        with pytest.raises(RuntimeError, match=f"no sign of life of rank {rank} for 0.2 seconds"):
+            wait_for_ever(mine, rank)
+    mine.end()
+
+
+def test_a_port_in_use_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another program, where rank 0 was to wait for the others."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**said, "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        backend = SimpleNamespace(name="ddp", processes=None, tensor_parallel=1, timeout=5.0)
+        with pytest.raises(ConfigError, match=f"rank 0 could not join .* at 127.0.0.1:{port}"):
+            open_communicator(backend)
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_stands_still_ends_the_job(tmp_path: Path) -> None:
+    """Its connections stay open and no launcher looks after it: rank 0 gives it up after
+    `backend.timeout`, with the last checkpoint whole."""
+    model = tinyrun.model_directory(tmp_path / "model")
+    rows = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(16))
+    run = tmp_path / "run"
+    words = [f"{name}={value}" for name, value in tinyrun.DEFAULTS.items()]
+    words += [f"model={model}", f"data={rows}", f"output_dir={run}", "max_steps=100000"]
+    words += ["save_steps=1", "save_total_limit=3", "backend=ddp", "backend.timeout=4"]
+    command, store = [sys.executable, "-m", "lorry", "sft", *words], open_store()
+    first, second = (
+        started(
+            command,
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in worker_environments(2, store.port).values()
+    )
+    with first as main, second as other:
+        metrics = run / "metrics.jsonl"
+        wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 2, main)
+        other.send_signal(signal.SIGSTOP)
+        messages = main.communicate()[1]
+        assert main.returncode == 1
+        assert "lost another process of the run at" in messages
+        assert "resume_from_checkpoint=auto goes on" in messages
+    assert tinyrun.saved(run)
