@@ -160,8 +160,9 @@ def test_gradients_are_those_of_autograd(
                 assert not grads[tensor].any()
                 continue
             error = float((grads[tensor].double() - wanted).norm() / wanted.norm())
-            # as without a router: the worst tensor of a layer, of float32 against float64
-            assert error < 2e-5, (name, tensor)
+            # as without a router: the worst tensor of a layer, of float32 against float64; how it
+            # rounds is the machine's (2.06e-5 with AVX-512, below 2e-5 with AVX2)
+            assert error < 3e-5, (name, tensor)
 
 
 @pytest.mark.parametrize("alphas", [(4, 8, 6), (3, 8, 1)], ids=["one-scale", "scales-differ"])
@@ -251,10 +252,15 @@ def test_an_expert_outside_the_gated_half_is_refused(tmp_path: Path) -> None:
     model = tiny.decoder(tiny.fresh("llama"), tmp_path)
     for name in ("a", "b"):
         attach(model, LoraSpec(r=2, target_modules="all-linear"), name)
+    for name in ("c", "d"):
+        attach(model, LoraSpec(r=2, target_modules=[*MLP, "lm_head"]), name)
     with pytest.raises(
-        ConfigError, match=r"expert 'a' has an adapter at .*q_proj.*router.input=mlp"
+        ConfigError,
+        match=r"expert 'a' has an adapter at .*q_proj.*router.input=mlp.*, or give router.input=both",
     ):
         attach_router(model, ["a", "b"], RoutingRule())
+    with pytest.raises(ConfigError, match=r"expert 'c' has an adapter at lm_head.*up_proj\]$"):
+        attach_router(model, ["c", "d"], RoutingRule())  # no input gates the head
     g = model.geometry
     router = TokenRouter(["a", "b"], RoutingRule(), layers=g.layers, width=g.width)
     with pytest.raises(ContractError, match="attn half"):
@@ -345,6 +351,24 @@ def tiny_foreign(name: str) -> torch.nn.Module:
     config = CONFIG_MAPPING[name.partition(" ")[0]].from_dict(own.get(name, sizes))
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_a_copy_of_a_routed_model_of_transformers_runs_its_own_halves(tmp_path: Path) -> None:
+    """float32. With other weights in the copy's halves the copy alone changes, to what transformers
+    makes of these weights (in float64)."""
+    model, source, router = model_with_experts(tmp_path, RoutingRule("both", 2), native=False)
+    before = our_loss(model, router)  # from here on every half is called with its gates
+    again = deepcopy(model)
+    changed = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    with torch.no_grad():
+        for theirs in (again, source):
+            for name, weight in theirs.named_parameters():
+                if name.endswith(changed):
+                    weight.mul_(-2)
+    expected = float(Twin(source, model, router).loss().detach())
+    assert float(our_loss(again, router).detach()) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(our_loss(model, router), before, rtol=0, atol=0)
+    assert abs(expected - float(before.detach())) > 1e-2
 
 
 def test_whole_mlps_are_those_of_the_own_decoder(tmp_path: Path) -> None:

@@ -40,11 +40,10 @@ def bytes_of(path: Path) -> int:
     return sum(tensor.nbytes for tensor in load_file(path).values())
 
 
-@pytest.mark.parametrize(("level", "most"), [("delta", 1.05), ("expert", 1.35)])
-def test_an_opened_mixture_holds_its_experts_once(level: str, most: float, tmp_path: Path) -> None:
-    """In float32 so many times their files' bytes, and the router's, after a pass that has read them
-    all (whole MLPs: and a copy of the A's of two linears with one input); saved again, each expert
-    is the tensors of its file bit for bit."""
+@pytest.mark.parametrize("level", ["delta", "expert"])
+def test_an_opened_mixture_holds_its_experts_once(level: str, tmp_path: Path) -> None:
+    """In float32 at most 1.05 times their files' bytes, and the router's, after a pass that has read
+    them all; saved again, each expert is the tensors of its file bit for bit."""
     base = model_directory(tmp_path / "base")
     run = mixture_run(tmp_path / "mix", base, top_k=2, level=level)
     alone, model = held_bytes(base)
@@ -52,7 +51,7 @@ def test_an_opened_mixture_holds_its_experts_once(level: str, most: float, tmp_p
     held, model = held_bytes(run)
     experts = sum(bytes_of(run / name / "adapter_model.safetensors") for name in NAMES)
     router = bytes_of(run / "router" / "router.safetensors")
-    assert experts + router <= held - alone <= most * experts + router
+    assert experts + router <= held - alone <= 1.05 * experts + router
     for name in NAMES:
         again = load(adapter_files(model, name)["adapter_model.safetensors"])
         theirs = load_file(run / name / "adapter_model.safetensors")

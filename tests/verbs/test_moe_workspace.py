@@ -4,6 +4,7 @@ what is skipped; and what is told before anything trains."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,18 @@ def test_a_stage_that_is_skipped_takes_what_is_there(
     assert run_lorry("moe", workspace / "experts.yaml", *words) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "skip_experts: expert 'one' is not in" in told
+    # no mixture is there: none is told of, and a router of another program's is not passed over
+    shutil.copytree(workspace / "work" / "experts", tmp_path / "new" / "experts")
+    words = (f"output_dir={tmp_path / 'new'}", "merge_experts=false")
+    assert run_lorry("moe", workspace / "experts.yaml", *words, *skips) == 0
+    told = capsys.readouterr()
+    assert told.out == f"{tmp_path / 'new' / 'experts'}\n"
+    assert "lorry chat" not in told.err
+    pickled = tmp_path / "new" / "gating_network" / "best_model.pt"
+    pickled.parent.mkdir()
+    pickled.write_bytes(b"\x80\x04")
+    assert run_lorry("moe", workspace / "experts.yaml", *words, *skips) == 2
+    assert f"skip_gating: {pickled} is a pickle" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_formats_that_are_written_straight_from_the_mixture(

@@ -211,6 +211,23 @@ def test_experts_without_adapters_are_whole_models(
     assert run_lorry("moe", file) == 0
     told = capsys.readouterr()
     assert told.err.count("has finished, and nothing it was made of has changed") == 4
+    # the workspace stands for the runs of its stages
+    assert run_lorry("doctor", work) == 0
+    told = capsys.readouterr()
+    merged = [f"experts/{name}/merged" for name in ("people", "rivers")]
+    assert [line for line in told.out.splitlines() if line in merged] == merged
+    assert told.out.count("1 intact (SHA-256 as in receipt.json)") == 2
+    page = (work / "report.html").read_text()
+    (work / "report.html").unlink()
+    assert run_lorry("report", work) == 0
+    assert capsys.readouterr().out.strip() == str(work / "report.html")
+    assert (work / "report.html").read_text() == page
+    changed = work / merged[1] / "model.safetensors"
+    whole = changed.read_bytes()
+    changed.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run_lorry("doctor", work) == 4
+    assert f"{merged[1]}/model.safetensors is not the file" in capsys.readouterr().err
+    changed.write_bytes(whole)
     # with adapters again they make room: in their folder, merged/ would be taken for an adapter's
     stages = Stages(work, ModelConfig(name=str(tmp_path / "base")))
     stages.clear_other_experts(work / "experts", ["people", "rivers"], in_turn=False, whole=False)

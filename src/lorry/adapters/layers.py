@@ -22,6 +22,7 @@ from lorry.adapters.mix import AdapterContext, LinearRouter, MixTerm
 from lorry.adapters.product import (
     AdapterShare,
     CastLinear,
+    ComputeCopies,
     DenseLinear,
     FrozenLinear,
     Linears,
@@ -38,19 +39,7 @@ from lorry.errors import ContractError
 AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)
 
 
-@dataclass(frozen=True, slots=True)
-class ComputeCopies:
-    """The copies of masters that products read, and the other fields of a `StackedAdapters` that
-    hang on nothing but the adapters."""
-
-    lora_A: Tensor
-    parts: Sequence[AdapterShare]
-    slots: Sequence[SlotShare] | None = None
-    columns: Tensor | None = None
-    rank_scales: Tensor | None = None
-
-
-# what they were made from, and they
+# what compute copies were made from, and they
 StackEntry = tuple[tuple[object, ...], ComputeCopies]
 
 
@@ -394,7 +383,6 @@ class LinearGroup:
             columns = [i * step + (group[k].route or 0) for i, k, _ in slots]
         elif gates:
             columns = [k for _, k, _ in slots]
-        copies = self._compute_copies(slots, dtype, constants, columns)
         rate = slots[0][2].dropout if call.noise is not None else 0.0
         dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
         tokens, term_rows = slice(None) if first.rows is None else first.rows, None
@@ -402,8 +390,8 @@ class LinearGroup:
             # gates are [rows] of the term, which widened rows would no longer match
             columns is None
             and first.rows is not None
-            and copies.lora_A.dtype == torch.bfloat16
-            and copies.lora_A.device.type == "cpu"
+            and dtype == torch.bfloat16
+            and slots[0][2].A.device.type == "cpu"
         ):
             # only oneDNN's bf16 products are compiled per shape; elsewhere wider rows would be
             # waste
@@ -412,14 +400,11 @@ class LinearGroup:
         stacks.append(
             StackedAdapters(
                 tokens,
-                copies.lora_A,
-                copies.parts,
+                len(slots),
+                partial(self._compute_copies, slots, dtype, constants, columns),
                 dropout,
                 partial(_touch_slots, masters),
                 term_rows,
-                copies.slots,
-                copies.columns,
-                copies.rank_scales,
                 routed,
             )
         )

@@ -112,6 +112,16 @@ class LinearRouter(Protocol):
 AnyRouter = LayerRouter | LinearRouter
 
 
+def mixes_mlps(router: AnyRouter | None) -> bool:
+    """Whether whole MLPs are mixed under this router, and not the terms of their linears."""
+    return (
+        router is not None
+        and not isinstance(router, LinearRouter)
+        and router.level == "expert"
+        and "mlp" in router.halves
+    )
+
+
 class SequenceRouter(Protocol):
     """Gates of a whole sequence, made of its prompt's hidden state in the base: the same in every
     layer and for every token, those of the answer too.

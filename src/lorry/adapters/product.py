@@ -56,39 +56,74 @@ class SlotShare:
     scale: float
 
 
-@dataclass(slots=True)
-class StackedAdapters:
-    """One term of the mix at linears that read the same input; or several for the same tokens, as
-    one (``slots``: whose masters are where; None for one ungated adapter, whose parts are that).
+@dataclass(frozen=True, slots=True)
+class ComputeCopies:
+    """The copies of masters that products read, and what of a stack hangs on nothing but the adapters.
 
-    ``tokens``: which rows of x; ``term_rows``: which of those the term is for, where a few more are
-    taken along; lora_A [S,I]: the stacked compute copies; ``columns`` [S] int64: the column of the
-    gates [tokens, C] that multiplies each of its ranks, None where nothing does; ``rank_scales`` [S]:
-    the scale of each rank, None where the parts have it in theirs or in lora_B; ``routed``: whether
-    these gates are the router's. ``mark_stale`` is called when gradients for the masters are made:
-    they are about to change.
+    lora_A [S,I]: the stacked copies; ``slots``: whose masters are where (None for one ungated adapter,
+    whose ``parts`` are that); ``columns`` [S] int64: the column of the gates [tokens, C] that
+    multiplies each of its ranks, None where nothing does; ``rank_scales`` [S]: the scale of each rank,
+    None where the parts have it in theirs or in lora_B.
     """
 
-    tokens: slice
     lora_A: Tensor
     parts: Sequence[AdapterShare]
-    dropout: SeededDropout | None
-    mark_stale: Callable[[], None]
-    term_rows: slice | None = None
     slots: Sequence[SlotShare] | None = None
     columns: Tensor | None = None
     rank_scales: Tensor | None = None
+
+
+@dataclass(slots=True)
+class StackedAdapters:
+    """One term of the mix at linears that read the same input; or several for the same tokens, as
+    one. ``num_slots``: how many pairs of masters it stands for.
+
+    ``tokens``: which rows of x; ``term_rows``: which of those the term is for, where a few more are
+    taken along; ``routed``: whether its gates are the router's. ``mark_stale`` is called when
+    gradients for the masters are made: they are about to change. ``make_copies`` is called when a
+    product first asks for them: where whole MLPs run in place of a product, none does.
+    """
+
+    tokens: slice
+    num_slots: int
+    make_copies: Callable[[], ComputeCopies]
+    dropout: SeededDropout | None
+    mark_stale: Callable[[], None]
+    term_rows: slice | None = None
     routed: bool = False
+    made_copies: ComputeCopies | None = field(default=None, init=False, repr=False)
 
     @property
-    def num_slots(self) -> int:
-        """How many pairs of masters it stands for."""
-        return len(self.parts if self.slots is None else self.slots)
+    def copies(self) -> ComputeCopies:
+        """What products read."""
+        if self.made_copies is None:
+            self.made_copies = self.make_copies()
+        return self.made_copies
+
+    @property
+    def lora_A(self) -> Tensor:
+        """[S,I], as `ComputeCopies` has it; and so have the others."""
+        return self.copies.lora_A
+
+    @property
+    def parts(self) -> Sequence[AdapterShare]:
+        """Each linear's share."""
+        return self.copies.parts
+
+    @property
+    def columns(self) -> Tensor | None:
+        """[S] int64: the gates' column of each rank."""
+        return self.copies.columns
+
+    @property
+    def rank_scales(self) -> Tensor | None:
+        """[S]: the scale of each rank."""
+        return self.copies.rank_scales
 
     def slot_shares(self) -> Sequence[SlotShare]:
         """Where the masters' gradients lie in those of the stacked copies, pair by pair."""
-        if self.slots is not None:
-            return self.slots
+        if self.copies.slots is not None:
+            return self.copies.slots
         return [SlotShare(i, p.rows, slice(None), p.scale) for i, p in enumerate(self.parts)]
 
     def weigh(self, low: Tensor, gates: Tensor | None) -> Tensor:

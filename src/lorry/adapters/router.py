@@ -348,8 +348,10 @@ def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRul
             "router.level=expert computes whole MLPs in Lorry's own decoder, and this model runs through transformers: "
             "give router.level=delta"
         )
-    sites = [(layer, half) for layer in range(layers) for half in HALVES[rule.input]]
-    within = {path for site in sites for path in site_modules(model, site)}
+    within, in_layers = (
+        {path for n in range(layers) for half in halves for path in site_modules(model, (n, half))}
+        for halves in (HALVES[rule.input], HALVES["both"])
+    )
     gated = {path.rpartition(".")[2] for path in within}
     for name in experts:
         odd = [path for path in get_bank(model)[name].slots if path not in within]
@@ -357,7 +359,7 @@ def refuse_other_half(model: nn.Module, experts: Sequence[str], rule: RoutingRul
             raise ConfigError(
                 f"expert {name!r} has an adapter at {odd[0]} ({len(odd)} such modules), which router.input={rule.input} "
                 f"does not gate; train it with target_modules=[{','.join(sorted(gated))}]"
-                + ("" if rule.input == "both" else ", or give router.input=both")
+                + (", or give router.input=both" if in_layers.issuperset(odd) else "")
             )
 
 

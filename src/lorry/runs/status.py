@@ -32,10 +32,11 @@ from lorry.runs.layout import (
     PROCESS,
     RECEIPT,
     RUN_FILE,
+    STAGES,
     STEP,
 )
 from lorry.runs.process import RunProcess
-from lorry.runs.read import RunRecord, read_run
+from lorry.runs.read import RUN_FILES, RunRecord, read_run
 from lorry.runs.series import MetricsLog, is_number
 from lorry.runs.summary import describe_run_subject, flatten_config
 from lorry.streams import is_left_alone
@@ -114,6 +115,15 @@ def find_runs(folder: Path, depth: int = DEEPEST_FOLDER) -> Iterator[Path]:
             and not entry.name.startswith(".")
         ):
             yield from find_runs(Path(entry.path), depth - 1)
+
+
+def list_runs_of(path: Path) -> list[Path]:
+    """The run that a directory is; of one where only stages of `lorry moe` lie (a workspace, or
+    experts that are whole models) the runs of its stages."""
+    is_run = any((path / name).exists() for name in RUN_FILES)
+    if is_run or not (path / STAGES).is_file():
+        return [path]
+    return list(find_runs(path)) or [path]
 
 
 def _relative_name(path: Path, folder: Path) -> str:

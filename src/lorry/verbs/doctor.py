@@ -49,7 +49,8 @@ REPORTED_PACKAGES = (
 
 
 def main(settings: DoctorSettings) -> int:
-    """Print the machine's table, or the run's; exit code 5 when a contract of the run failed."""
+    """Print the machine's table, or the run's (of a directory of `lorry moe`'s stages, those of each of
+    their runs); exit code 5 when a contract of a run failed."""
     console = VisibleConsole()
     if settings.run is None:
         # of all ranks before rank 0 prints: none may be missing
@@ -58,7 +59,14 @@ def main(settings: DoctorSettings) -> int:
         if ranks:
             console.print(_key_value_table("the processes of this job", ranks))
         return 0
-    return _diagnose_run(Path(settings.run), console)
+    path = Path(settings.run)
+    runs, codes = status.list_runs_of(path), list[int]()
+    for run in runs:
+        if run != path:
+            # of several stages
+            console.print(str(run.relative_to(path)), style="bold", markup=False, highlight=False)
+        codes.append(_diagnose_run(run, console))
+    return max(codes)
 
 
 def describe_machine() -> dict[str, str]:

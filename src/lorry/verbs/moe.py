@@ -66,7 +66,8 @@ if TYPE_CHECKING:
 
 
 def main(run: MoeRunConfig) -> int:
-    """Train what is to be trained. The last line of standard output is the mixture's directory."""
+    """Train what is to be trained. The last line of standard output is the mixture's directory; where
+    skip_gating finds none, the experts'."""
     from lorry.backends.distributed.communicator import join_processes
 
     if not run.jobs:
@@ -86,6 +87,8 @@ def main(run: MoeRunConfig) -> int:
         )
     refuse_missing_rows(run)
     refuse_undescribed_experts(run)
+    if run.skip_gating:
+        refuse_pickled_router(run.folders.mixture)
     refuse_own_experts(run.folders.mixture, remade_folders(run), brought_adapters(run))
     folders = expert_folders(run)
     if run.skip_experts:
@@ -139,15 +142,17 @@ def make_stages(
         stages.train(
             "router of the export", moe_router, (e.data for e in moe_router.experts), experts
         )
-    outputs = [run.folders.mixture, *write_outputs(run, stages)]
+    routed = (run.folders.mixture / ROUTER / ROUTER_FILE).is_file()
+    outputs = [run.folders.mixture if routed else run.folders.experts, *write_outputs(run, stages)]
     if run.layout == "workspace":
-        stages.on_main(lambda: write_workspace_report(run))
+        stages.on_main(lambda: write_stages_report(run))
     for path in outputs[1:]:
         stages.tell(f"wrote   {path}")
     page = (run.output_dir if run.layout == "workspace" else outputs[0]) / REPORT
     if page.is_file():  # none where skip_gating has left the mixture out
         print(f"report  {page}", file=sys.stderr)
-    print(f"chat    lorry chat {outputs[0]}", file=sys.stderr)
+    if routed:
+        print(f"chat    lorry chat {outputs[0]}", file=sys.stderr)
     print(outputs[0])
 
 
@@ -159,8 +164,8 @@ def finish_whole_experts(run: MoeRunConfig, stages: Stages) -> None:
         "of prompts"
     )
     outputs = [run.folders.experts, *write_outputs(run, stages)]
-    if run.layout == "workspace":
-        stages.on_main(lambda: write_workspace_report(run))
+    # in either layout no run is the output directory itself
+    stages.on_main(lambda: write_stages_report(run))
     for path in outputs[1:]:
         stages.tell(f"wrote   {path}")
     print(outputs[-1])
@@ -218,16 +223,12 @@ def write_outputs(run: MoeRunConfig, stages: Stages) -> list[Path]:
     return written
 
 
-def write_workspace_report(run: MoeRunConfig) -> None:
-    """One page for all runs of the workspace."""
+def write_stages_report(run: MoeRunConfig) -> None:
+    """One page for the runs of all stages."""
     from lorry.report import write_report
+    from lorry.runs.status import find_runs
 
-    own = [run.folders.experts]
-    if in_turn(run):
-        own = list(expert_folders(run).values())
-    runs = [*own, run.folders.mixture, run.folders.moe_router, run.folders.finetuned]
-    there = [folder for folder in runs if (folder / RUN_FILE).is_file()]
-    if there:
+    if there := list(find_runs(run.output_dir)):
         write_report(there, run.output_dir / REPORT)
 
 
@@ -238,6 +239,18 @@ def refuse_untrained_experts(folders: Mapping[str, Path], file: str) -> None:
             raise ConfigError(
                 f"skip_experts: expert {name!r} is not in {folder}; leave skip_experts out to train it"
             )
+
+
+def refuse_pickled_router(folder: Path) -> None:
+    """Raise ConfigError where skip_gating would pass over a router of another program's: a pickle,
+    which nothing here reads."""
+    if (folder / ROUTER / ROUTER_FILE).is_file():
+        return
+    if pickled := sorted(folder.glob("*.pt")):
+        raise ConfigError(
+            f"skip_gating: {pickled[0]} is a pickle, which is never read; leave skip_gating out to make a router of the "
+            "experts' rows"
+        )
 
 
 def brought_adapters(run: MoeRunConfig) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from lorry.console import VisibleConsole
 from lorry.errors import DataError
 from lorry.report import table, write_report
 from lorry.runs.read import read_readable_runs
+from lorry.runs.status import list_runs_of
 
 
 def main(settings: ReportSettings) -> int:
@@ -19,9 +20,13 @@ def main(settings: ReportSettings) -> int:
     Returns the exit code of a DataError where one of several runs is damaged: the others are shown,
     and it is named.
     """
-    paths = [Path(run) for run in settings.runs]
+    asked = [Path(run) for run in settings.runs]
+    paths = [run for path in asked for run in list_runs_of(path)]
+    output = settings.output_dir
+    if output is None and len(asked) == 1 and paths != asked:
+        output = asked[0]  # one page for all stages, where they lie
     # first: where no run can be read, nothing is shown
-    page = write_report(paths, settings.output_dir)
+    page = write_report(paths, output)
     runs, damaged = read_readable_runs(paths)
     VisibleConsole(stderr=True).print(table.render_runs(runs, damaged=damaged))
     print(page)

@@ -5,9 +5,10 @@ computes with are views of it, and hold nothing of their own.
 
 A group of linears with one input reads every expert's A as one matrix [S, I], and each linear's B's
 as one [O, S] (`layers.LinearGroup`). Adapters have a buffer each, so that an optimizer steps one
-tensor; frozen ones need none, and are moved to where the group reads them. In another dtype the
-group has copies, which are of that dtype; and so has, of A, a linear that an expert is asked at
-alone (`level: expert`, or its name).
+tensor; frozen ones need none, and are moved to where the group reads them. At `level: expert` a
+layer's MLP is asked for each expert by itself, whose A's lie below each other then. In another dtype
+the group has copies, which are of that dtype; and so has, of A, a linear that is read the other way
+(an expert alone at `level: delta`, by its name).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import Adapter
 from lorry.adapters.layers import AdapterSlot, BankLinear, LinearGroup
-from lorry.adapters.mix import Mix
+from lorry.adapters.mix import Mix, mixes_mlps
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
     size, device = sum(buffer.numel() for buffer in buffers), buffers[0].device
     memory = torch.empty(size, dtype=torch.float32, device=device)
     rest = memory
-    for dim, masters in _stacks(model, adapters):
+    for dim, masters in _stacks(model, adapters, whole_mlps=mixes_mlps(mix.router)):
         joined = torch.cat([master.data for master in masters], dim)
         taken, rest = rest[: joined.numel()].view(joined.shape), rest[joined.numel() :]
         taken.copy_(joined)
@@ -53,22 +54,26 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
 
 
 def _stacks(
-    model: nn.Module, adapters: Sequence[Adapter]
+    model: nn.Module, adapters: Sequence[Adapter], *, whole_mlps: bool
 ) -> Iterator[tuple[int, list[nn.Parameter]]]:
     """(0, A's that lie below each other) and (1, B's that lie beside each other), each once."""
     blocks: Sequence[Any] = getattr(model, "blocks", ())
     groups: list[LinearGroup] = [group for block in blocks for group in block.linears]
+    mlps = [group for block in blocks for group in (block.linears.mlp_in, block.linears.mlp_out)]
     in_group = {linear.path for group in groups for linear in group.linears}
     modules = get_bank(model).modules
     alone = {path: module for path, module in modules.items() if path not in in_group}
     groups += [module.group for module in alone.values() if isinstance(module, BankLinear)]
     for group in groups:
-        by_linear = [_slots_at(linear.path, adapters) for linear in group.linears]
-        # `LinearGroup` reads A linear by linear, in each expert by expert
-        if together := [slot.A for slots in by_linear for slot in slots]:
-            yield 0, together
-        for slots in filter(None, by_linear):
-            yield 1, [slot.B for slot in slots]
+        # of whole MLPs each expert is a reader of its own
+        by_itself = whole_mlps and any(group is mlp for mlp in mlps)
+        for readers in [[one] for one in adapters] if by_itself else [adapters]:
+            by_linear = [_slots_at(linear.path, readers) for linear in group.linears]
+            # `LinearGroup` reads A linear by linear, in each expert by expert
+            if together := [slot.A for slots in by_linear for slot in slots]:
+                yield 0, together
+            for slots in filter(None, by_linear):
+                yield 1, [slot.B for slot in slots]
     for path, module in alone.items():
         if not isinstance(module, BankLinear):  # an embedding, which reads each by itself
             for slot in _slots_at(path, adapters):

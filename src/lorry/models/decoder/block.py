@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import BankLinear, LinearGroup
-from lorry.adapters.mix import AdapterContext, Half, LinearRouter
+from lorry.adapters.mix import AdapterContext, Half, LinearRouter, mixes_mlps
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.errors import ContractError
 from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, RotaryConfig
 from lorry.models.decoder import attention
 from lorry.models.decoder.attention import AttentionStats, PackedSegments
 from lorry.models.decoder.cache import KVCache
-from lorry.models.decoder.experts import ExpertMlps, mixes_mlps
+from lorry.models.decoder.experts import ExpertMlps
 from lorry.models.decoder.pointwise import ACTIVATIONS, DecoderNorm, apply_rotary
 from lorry.models.decoder.pointwise import gated_activation as apply_gate
 

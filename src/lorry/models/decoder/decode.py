@@ -9,6 +9,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,15 @@ class SmallBatchProducts(LinearProducts):
     def __init__(self, layers: Sequence[DenseLinear], stacks: Sequence[StackedAdapters]) -> None:
         super().__init__(layers, stacks, [None] * len(stacks))
         self.dense = layers
-        # per term: whether the kernel multiplies it too (not ranks or widths that it has no tiles
-        # for); the others go through torch, in the same sum
-        self.direct = [
+
+    @cached_property
+    def direct(self) -> list[bool]:
+        """Per term: whether the kernel multiplies it too (not ranks or widths that it has no tiles
+        for); the others go through torch, in the same sum."""
+        return [
             kernel.supports_product(stack.lora_A)
             and all(kernel.supports_product(p.lora_B) for p in stack.parts)
-            for stack in stacks
+            for stack in self.stacks
         ]
 
     @staticmethod

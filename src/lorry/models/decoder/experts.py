@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.adapters.mix import AdapterContext, AnyRouter, LinearRouter, Mix, MixTerm
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.errors import ContractError
 from lorry.families import SITES
 from lorry.models.decoder.pointwise import (
@@ -31,16 +31,6 @@ if TYPE_CHECKING:
     from lorry.models.decoder.block import DecoderBlock
 
 ROW_STEP = 64  # rows of a bfloat16 product on a CPU: as `adapters.layers.align_rows`
-
-
-def mixes_mlps(router: AnyRouter | None) -> bool:
-    """Whether whole MLPs are mixed under this router, and not the terms of their linears."""
-    return (
-        router is not None
-        and not isinstance(router, LinearRouter)
-        and router.level == "expert"
-        and "mlp" in router.halves
-    )
 
 
 @dataclass(frozen=True)

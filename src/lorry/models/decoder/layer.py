@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.adapters.mix import AnyRouter, Half, LinearRouter
+from lorry.adapters.mix import AnyRouter, Half, LinearRouter, mixes_mlps
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.families import LayerLinears
 from lorry.models.decoder import attention
@@ -26,7 +26,7 @@ from lorry.models.decoder.block import (
     LinearRole,
     SavedActivations,
 )
-from lorry.models.decoder.experts import ExpertMlps, mixes_mlps
+from lorry.models.decoder.experts import ExpertMlps
 from lorry.models.decoder.pointwise import (
     DecoderNorm,
     apply_rotary,

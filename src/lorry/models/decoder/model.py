@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import BankEmbedding, BankLinear
-from lorry.adapters.mix import AdapterContext
+from lorry.adapters.mix import AdapterContext, mixes_mlps
 from lorry.adapters.product import LinearProducts
 from lorry.families import LayerLinears, ModelFamily, ModelGeometry
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.decoder.attention import PackedSegments
 from lorry.models.decoder.block import DecoderBlock, ForwardContext, compute_inv_freq
 from lorry.models.decoder.cache import KVCache
-from lorry.models.decoder.experts import mixes_mlps
 from lorry.models.decoder.layer import apply_layer
 from lorry.models.decoder.pointwise import DecoderNorm
 

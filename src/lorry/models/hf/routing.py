@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,17 +79,28 @@ def gate_half(
     use_call: Callable[[AdapterContext], AbstractContextManager[None]],
 ) -> Callable[..., Any]:
     """A half's forward under the gates that the call's router makes of its input; the forward itself
-    without a router. ``use_call``: what lets the linears inside see a call."""
+    without a router. ``use_call``: what lets the linears inside see a call.
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = AMBIENT_CONTEXT.get()
-        router = None if call is None else call.router
-        if call is None or not isinstance(router, FramedRouter) or half not in router.halves:
-            return forward(*args, **kwargs)
-        with use_call(router.gated_call(call, layer, half, half_input(args, kwargs))):
-            return forward(*args, **kwargs)
+    A `partial` of the bound method, and no closure: `copy.deepcopy` of the model copies what a
+    partial holds, so that a copy's half is that copy's, and not the original's.
+    """
+    return partial(_run_gated, forward, layer, half, use_call)
 
-    return run
+
+def _run_gated(
+    forward: Callable[..., Any],
+    layer: int,
+    half: Half,
+    use_call: Callable[[AdapterContext], AbstractContextManager[None]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    call = AMBIENT_CONTEXT.get()
+    router = None if call is None else call.router
+    if call is None or not isinstance(router, FramedRouter) or half not in router.halves:
+        return forward(*args, **kwargs)
+    with use_call(router.gated_call(call, layer, half, half_input(args, kwargs))):
+        return forward(*args, **kwargs)
 
 
 def half_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

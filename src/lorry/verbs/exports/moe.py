@@ -5,6 +5,7 @@ and compared with the mixture said plainly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,6 @@ def export_moe(
     """
     import torch
 
-    from lorry.adapters.merge import fold_tensor
     from lorry.disk import durable
     from lorry.models.loading.reopen import (
         compare_logits,
@@ -199,52 +199,19 @@ def export_moe(
         reopen_model,
     )
     from lorry.models.moe.checkpoint import describe_moe, moe_tensors, save_moe
-    from lorry.models.moe.plain import plain_mixture
 
     model = expect_decoder(opened)
     twin = describe_moe(model.config, experts=len(experts), top_k=top_k, normalize=normalize)
-    shared = shared_mix(opened, experts, attention)
-    moved = shared_changes(model, experts, attention)
-    sources = list(experts.values())
-
-    def dense_weight(name: str) -> Tensor:
-        tensor = fold_tensor(model, name, shared)
-        if name not in moved:
-            return tensor
-        base = fold_tensor(model, name, {})
-        return tensor + sum(w.tensor(name) - base for w in moved[name]) / len(experts)
-
-    def expert_weight(expert: int, path: str) -> Tensor:
-        source = sources[expert]
-        if isinstance(source, Mapping):
-            return fold_tensor(model, f"{path}.weight", source)
-        return source.tensor(f"{path}.weight")
-
+    weights = MixtureWeights.of(opened, experts, attention)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     rows, rows_words = probe.probe_rows(opened)
-
-    def rounded(tensor: Tensor) -> Tensor:
-        return tensor.to(torch_dtype).float()
-
-    plain = reopen_model(Path(opened.source["path"]), torch.float32)
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            if ".mlp." not in name:
-                parameter.copy_(rounded(dense_weight(name)))
-    plain_mixture(
-        plain,
-        [rounded(router) for router in routers],
-        lambda expert, path: rounded(expert_weight(expert, path)),
-        top_k=top_k,
-    )
-    expected = compute_fp32_logits(plain, rows)
-    del plain
+    expected = plain_logits(opened, weights, routers, rows, top_k=top_k, dtype=torch_dtype)
     with durable.build_directory(output) as folder:
         save_moe(
             model,
             folder,
             twin,
-            moe_tensors(model, twin, dense_weight, expert_weight, routers),
+            moe_tensors(model, twin, weights.shared, weights.expert, routers),
             dtype=torch_dtype,
             tokenizer=opened.tokenizer,
             generation_config=opened.source["generation_config"] or None,
@@ -275,6 +242,84 @@ def export_moe(
     )
     for line in lines:
         print_note(line)
+
+
+@dataclass(frozen=True)
+class MixtureWeights:
+    """The weights of a mixture of ``experts`` over the base ``model``, each made when it is asked
+    for. ``mix``: {adapter: g} folded into what all experts share; ``changes``: {name: the whole models
+    whose mean change of it is added there}."""
+
+    model: Decoder
+    experts: Sequence[Mapping[str, float] | WholeExpert]
+    mix: Mapping[str, float]
+    changes: Mapping[str, Sequence[WholeExpert]]
+
+    @classmethod
+    def of(
+        cls,
+        opened: OpenedModel,
+        experts: Mapping[str, Mapping[str, float] | WholeExpert],
+        attention: str,
+    ) -> MixtureWeights:
+        """Those of an opened base and its experts. Raises what `shared_mix` and `shared_changes`
+        raise."""
+        model, mix = expect_decoder(opened), shared_mix(opened, experts, attention)
+        changes = shared_changes(model, experts, attention)
+        return cls(model, list(experts.values()), mix, changes)
+
+    def shared(self, name: str) -> Tensor:
+        """A tensor that all experts share, by its name in the state dict."""
+        from lorry.adapters.merge import fold_tensor
+
+        tensor = fold_tensor(self.model, name, self.mix)
+        if name not in self.changes:
+            return tensor
+        base = fold_tensor(self.model, name, {})
+        moved = sum(whole.tensor(name) - base for whole in self.changes[name])
+        return tensor + moved / len(self.experts)
+
+    def expert(self, number: int, path: str) -> Tensor:
+        """The weight of an expert's linear at a module path of the dense model."""
+        from lorry.adapters.merge import fold_tensor
+
+        source = self.experts[number]
+        if isinstance(source, Mapping):
+            return fold_tensor(self.model, f"{path}.weight", source)
+        return source.tensor(f"{path}.weight")
+
+
+def plain_logits(
+    opened: OpenedModel,
+    weights: MixtureWeights,
+    routers: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    *,
+    top_k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[T, V], the fp32 logits of ``rows`` in transformers' dense model with the mixture said plainly in place
+    of its MLPs, of weights rounded to ``dtype`` as they are stored."""
+    import torch
+
+    from lorry.models.loading.reopen import compute_fp32_logits, reopen_model
+    from lorry.models.moe.plain import plain_mixture
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).float()
+
+    plain = reopen_model(Path(opened.source["path"]), torch.float32)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if ".mlp." not in name:
+                parameter.copy_(rounded(weights.shared(name)))
+    plain_mixture(
+        plain,
+        [rounded(router) for router in routers],
+        lambda number, path: rounded(weights.expert(number, path)),
+        top_k=top_k,
+    )
+    return compute_fp32_logits(plain, rows)
 
 
 def chosen_experts(model: Any, rows: Sequence[Tensor], top_k: int) -> Tensor:
