@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
@@ -125,24 +125,34 @@ def _files_of(
         isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots
     )
     config = to_peft_config(
-        adapter.spec, target_names(model, adapter), transposed=transposed, base_name=base_name
+        adapter.spec,
+        target_names(model, adapter.slots),
+        transposed=transposed,
+        base_name=base_name,
     )
     first = modules[next(iter(adapter.slots))]
     dtype = first.dtype if isinstance(first, BankLinear) else first.weight.dtype
     facts = {
         **(extra or {}),
         "dtype": str(dtype).removeprefix("torch."),
-        "lorry_version": _package_version(),
         "adapter": name,
         "base_digest": get_bank(model).base_digest or base_digest(model),
     }
     if start is not None:
         facts["start"] = {"path": start.path, "sha256": start.sha256}
         config = over_adapter_config(config)
+    return encode_adapter(tensors, config, facts)
+
+
+def encode_adapter(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The three files of an adapter from its tensors (by PEFT's names), PEFT's settings and what only
+    Lorry knows."""
     return {
-        ADAPTER_WEIGHTS: save(tensors, {"format": "pt"}),
+        ADAPTER_WEIGHTS: save(dict(tensors), {"format": "pt"}),
         ADAPTER_CONFIG: _encode_json(config),
-        ADAPTER_FACTS: _encode_json(facts),
+        ADAPTER_FACTS: _encode_json({**facts, "lorry_version": _package_version()}),
     }
 
 
@@ -412,14 +422,14 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
     raise ModelError(f"{root} holds no {ADAPTER_CONFIG}{choice}")
 
 
-def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
-    """What to write as target_modules: last parts of names where they select exactly the adapter's
-    modules, else full paths.
+def target_names(model: nn.Module, paths: Collection[str]) -> list[str]:
+    """What to write as target_modules: last parts of names where they select exactly an adapter's
+    modules (``paths``), else full paths.
     """
-    leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in adapter.slots))
+    leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in paths))
     selected = {p for p, _ in model.named_modules() if p.rpartition(".")[2] in leaves}
     # short names only where they select exactly these: PEFT would otherwise create more layers
-    return leaves if selected == set(adapter.slots) else list(adapter.slots)
+    return leaves if selected == set(paths) else list(paths)
 
 
 def base_digest(model: nn.Module) -> str:
@@ -430,22 +440,31 @@ def base_digest(model: nn.Module) -> str:
     device and in any of the classes that can hold it; another quantisation or fine-tuning of it is
     not.
     """
-    digest = hashlib.sha256()
-    for path, module in sorted(find_linears(model).items()):
+    samples = {}
+    for path, module in find_linears(model).items():
         weight = (
             module.get_parameter("weight")
             if (unmerged := getattr(module, "unmerged_weight", None)) is None
             else unmerged
         )
         flat = weight.detach().reshape(-1)
-        count = min(DIGEST_SAMPLES, flat.numel())
-        # evenly spread, first and last value included
-        positions = (
-            torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        )
-        digest.update(f"{path}{tuple(weight.shape)}".encode())
+        samples[path] = (tuple(weight.shape), flat[sample_positions(flat.numel()).to(flat.device)])
+    return digest_samples(samples)
+
+
+def sample_positions(numel: int) -> Tensor:
+    """The values of a tensor that `base_digest` looks at: evenly spread, first and last included."""
+    count = min(DIGEST_SAMPLES, numel)
+    return torch.arange(count) * (numel - 1) // max(count - 1, 1)
+
+
+def digest_samples(samples: Mapping[str, tuple[tuple[int, ...], Tensor]]) -> str:
+    """The digest of {module: (shape of its weight, the values at its `sample_positions`)}."""
+    digest = hashlib.sha256()
+    for path, (shape, values) in sorted(samples.items()):
+        digest.update(f"{path}{shape}".encode())
         # view as int16: numpy has no bf16
-        digest.update(flat[positions].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        digest.update(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
