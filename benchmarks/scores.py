@@ -96,18 +96,20 @@ def main() -> None:
     hidden = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16).normal_().requires_grad_()
     rows = VocabRows(torch.randint(0, VOCAB, (ROWS,)), {})
 
+    frozen = tiles.OutputHead(head)
+
     def graded(*fns: tiles.VocabStatistic) -> None:
-        torch.autograd.grad(tiles.compute_statistics(hidden, head, fns, rows).sum(), hidden)
+        torch.autograd.grad(tiles.compute_statistics(hidden, frozen, fns, rows).sum(), hidden)
 
     runs: dict[str, Callable[[], object]] = {
         "log_prob, by tiles": lambda: graded(log_prob),
         "log_prob, no gradient": lambda: tiles.compute_statistics(
-            hidden.detach(), head, [log_prob], rows
+            hidden.detach(), frozen, [log_prob], rows
         ),
         "log_prob + entropy, by tiles": lambda: graded(log_prob, entropy),
         "log_prob + entropy + min_k, by tiles": lambda: graded(log_prob, entropy, min_k),
         "log_prob, autograd on chunks of 256 rows": lambda: score.FullLogitsFunction.apply(
-            hidden, head, [lambda x, r: log_prob(x, r)], rows
+            hidden, frozen, [lambda x, r: log_prob(x, r)], rows
         ),
         "cross_entropy on all logits": lambda: plain(hidden, head, rows),
         "two products, 256 rows x vocabulary": lambda: products(hidden, head, 256, VOCAB),

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ EVALUATED: dict[str, Any] = {
     "eval_steps": 2,
     "save_steps": 2,
 }
+# of a model that two ranks share
+SHARED = {**EVALUATED, "max_steps": 2, "load_best_model_at_end": True}
 # longer than it takes to see the third step and kill a process, on any machine
 LONG = {**EVALUATED, "max_steps": 150, "save_steps": 1, "eval_strategy": "no"}
 del LONG["eval_steps"]
@@ -96,6 +99,12 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
         "refused": words("sft", "refused", adapter="/nowhere"),
         "jobs": words("sft", "jobs", jobs="[{name: a, r: 3}, {name: b, learning_rate: 0.02}]"),
         "distill": words("distill", "distill", teacher=folder / "model"),
+        "tensor": [
+            "sft",
+            *words_of(folder, out / "tensor", **SHARED, model=folder / "shared"),
+            "tensor_parallel=2",
+        ],
+        "tensor refused": [*words("sft", "tensor-refused"), "tensor_parallel=2"],
         "unlearn": [
             *forget,
             f"forget={folder / 'data.jsonl'}",
@@ -108,6 +117,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("layouts")
     tinyrun.model_directory(folder / "model")
+    tinyrun.model_directory(folder / "shared", num_key_value_heads=2)
     tinyrun.write_rows(folder / "data.jsonl", tinyrun.rows(16))
     tinyrun.write_rows(folder / "retain.jsonl", tinyrun.rows(16, start=16))
     store = open_store()
@@ -292,7 +302,8 @@ def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
     run = pair.folder / "run"
     assert str(run) in out.splitlines()
     assert "2 processes: 4 rows in a micro-batch of all of them, 4 in a step" in messages
-    assert messages.count("error:") == 1
+    # of the two that are refused
+    assert messages.count("error:") == 2
     assert silent == ("", "")
     one = train_run(described(pair.folder, tmp_path / "one", **EVALUATED), [])
     for two, single in zip(tinyrun.lines(run), tinyrun.lines(one.path), strict=True):
@@ -305,6 +316,36 @@ def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
     }
     contracts = json.loads((run / "contracts.json").read_text())
     assert [contract["status"] for contract in contracts] == ["held"] * 8
+
+
+def test_a_run_whose_ranks_share_the_model_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
+    """With dropout, evaluations, checkpoints and samples; one device goes on from its checkpoint, and
+    sizes that do not divide are refused by rank 0 alone, with those that do."""
+    assert [ended["tensor"] for ended in pair.faults] == [0, 0]
+    assert [ended["tensor refused"] for ended in pair.faults] == [2, 2]
+    refusal = "tensor_parallel=2 does not divide 1 KV heads; no size above 1 does"
+    assert refusal in pair.printed[0][1]
+    run = pair.folder / "tensor"
+    described_here = partial(tinyrun.described, pair.folder / "shared", pair.folder / "data.jsonl")
+    one = train_run(described_here(tmp_path / "one", **SHARED), [])
+    for two, single in zip(tinyrun.lines(run), tinyrun.lines(one.path), strict=True):
+        for name in single.keys() - {"seconds", "peak_memory_bytes"}:
+            assert two[name] == pytest.approx(single[name], rel=1e-4, abs=1e-6), name
+    weights = [load_file(path / "adapter_model.safetensors") for path in (run, one.path)]
+    assert max(relative(weights[0][name], weights[1][name]) for name in weights[1]) < 1e-3
+    facts = [json.loads((path / "receipt.json").read_text()) for path in (run, one.path)]
+    for name in ("trainable_parameters", "total_parameters", "base"):
+        assert facts[0][name] == facts[1][name], name
+    contracts = json.loads((run / "contracts.json").read_text())
+    assert [contract["status"] for contract in contracts] == ["held"] * 8
+    newest = str(run / "checkpoints" / "step-00000002")
+    heard = tinyrun.Heard()
+    going_on = described_here(tmp_path / "on", **SHARED, resume_from_checkpoint=newest)
+    again = train_run(going_on, listeners=[heard])
+    assert any(note.startswith("not bitwise: backend.tensor_parallel") for note in heard.notes)
+    resumed = load_file(again.path / "adapter_model.safetensors")
+    # the state of both steps was read: nothing is left to train
+    assert all(torch.equal(resumed[name], weights[0][name]) for name in resumed)
 
 
 def test_a_run_that_goes_on_in_its_directory_is_read_by_every_rank(pair: Pair) -> None:

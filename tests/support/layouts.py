@@ -203,10 +203,10 @@ class FullDisk(durable.DiskCalls):
         raise OSError(28, "No space left on device", str(path))
 
 
-def open_late(run: Any, add_note: Any) -> Any:
+def open_late(run: Any, add_note: Any, ranks: Any) -> Any:
     """`open_base` of a slow machine."""
     time.sleep(1.0)
-    return open_base(run, add_note)
+    return open_base(run, add_note, ranks)
 
 
 class NoSync(durable.DiskCalls):

@@ -24,6 +24,8 @@ from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, Ba
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.tensor_parallel.slices import SIDES, DimensionSlice, Side
 from lorry.errors import ConfigError, ContractError, OutOfMemoryError
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
@@ -103,8 +105,10 @@ class Adapter:
         return None
 
     def num_parameters(self) -> int:
-        """How many numbers train."""
-        return sum(param.numel() for param in self.masters().values())
+        """How many numbers train, on all ranks that share its modules."""
+        return sum(
+            math.prod(slot.whole_shape(side)) for slot in self.slots.values() for side in SIDES
+        )
 
     def ranges(self) -> list[tuple[slice, bool, bool]]:
         """Every A, then every B, which may have a rate of its own (LoRA+); both decay."""
@@ -137,24 +141,82 @@ class Adapter:
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
+        if self.ranks is not None:
+            return math.sqrt(self.dot(self.grads, self.grads))
         # one sum in fp32: an adapter has few enough values (`BaseWeights.norm` says when that
         # fails)
         return float(torch.linalg.vector_norm(self.grads))
 
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """The inner product of two [P] tensors, in float64: both are sums over millions of products."""
+        if self.ranks is None:
+            return float(torch.dot(a.double(), b.double()))
+        # a side that every rank has counts once
+        own = [
+            torch.dot(x.flatten().double(), y.flatten().double())
+            for (name, x), y in zip(
+                self.split_like(a).items(), self.split_like(b).values(), strict=True
+            )
+            if self.ranks.rank == 0 or self._slice_of(name) is not None
+        ]
+        return float(self.ranks.add_up(torch.stack(own).sum().reshape(1)))
+
     def zero_grad_names(self) -> list[str]:
         """The modules whose A and B both have an exactly zero gradient."""
         grads = self.split_like(self.grads)
-        return [
-            m
-            for m in self.slots
-            if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()
-        ]
+        seen = [bool(grads[f"{m}.lora_A"].any() or grads[f"{m}.lora_B"].any()) for m in self.slots]
+        if self.ranks is not None:
+            # a slice of a matrix may be zero on one rank alone
+            counts = torch.tensor(seen, dtype=torch.int32, device=self.grads.device)
+            seen = self.ranks.add_up(counts).bool().tolist()
+        return [m for m, one in zip(self.slots, seen, strict=True) if not one]
+
+    # --- of one whose modules ranks share (tensor parallel)
+
+    @property
+    def ranks(self) -> TensorRanks | None:
+        """Those that share its modules, each with a part of the masters; None of one device."""
+        slices = next((slot.slices for slot in self.slots.values()), None)
+        return None if slices is None else slices.ranks
+
+    def partial_sums(self) -> list[str]:
+        """The tensors whose gradient has a part from every rank: those that each has whole."""
+        if self.ranks is None:
+            return []
+        return [name for name in self._names() if self._slice_of(name) is None]
+
+    def whole_tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        """`split_like` as one device has it: where ranks share the modules, their parts joined, and
+        what each has whole as this one has it."""
+        own = self.split_like(flat)
+        if self.ranks is None:
+            return own
+        parts = [self.split_like(part) for part in self.ranks.gather(flat.detach())]
+        return {
+            name: view if cut is None else cut[1].join([part[name] for part in parts], cut[0])
+            for name, view, cut in ((n, v, self._slice_of(n)) for n, v in own.items())
+        }
+
+    def whole_masters(self) -> dict[str, Tensor]:
+        """`tensors` as one device has them; all ranks that share the modules call this together."""
+        return self.tensors() if self.ranks is None else self.whole_tensors(self.values)
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """Of a whole tensor by its canonical name what this rank has of it."""
+        cut = self._slice_of(name)
+        return whole if cut is None else cut[1].cut(whole, cut[0])
+
+    def _slice_of(self, name: str) -> tuple[int, DimensionSlice] | None:
+        """Along which dimension a tensor is cut, and how."""
+        module, _, side = name.rpartition(".lora_")
+        slices = self.slots[module].slices
+        return None if slices is None else slices.of("A" if side == "A" else "B")
 
     def bind_grads(self) -> None:
         """Point every master's .grad into the flat gradient buffer, so that autograd accumulates
         there. A frozen adapter has no buffer, and nothing to point to.
         """
-        if self.grads.numel() < self.num_parameters():
+        if self.grads.numel() < sum(param.numel() for param in self._params()):
             return
         for param, view in self._views(self.grads):
             # autograd adds in place to a .grad that exists, so the flat buffer is always the
@@ -284,7 +346,9 @@ class AdapterBank:
         for (path, module), a, b in zip(
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
         ):
-            slot = AdapterSlot(path, a, b, spec.scale(path), spec.lora_dropout)
+            slot = AdapterSlot(
+                path, a, b, spec.scale(path), spec.lora_dropout, slices=module.slices
+            )
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module
             init_adapter(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
@@ -384,30 +448,29 @@ def refuse_too_large(name: str, rank: int, values: int, device: torch.device) ->
 @torch.no_grad()
 def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: bool) -> None:
     """Fill A and B from a generator seeded by (seed, module path), on the CPU, so device, order and
-    neighbours do not matter.
+    neighbours do not matter; nor do ranks that share the module: each draws the whole and cuts.
     """
     generator = torch.Generator().manual_seed(derive_seed("lora", seed, slot.module))
     # an embedding's A is looked up, so there B is the random side (as in PEFT)
-    random_side, zero_side = (slot.B, slot.A) if embedding else (slot.A, slot.B)
+    random_side: Side = "B" if embedding else "A"
+    zero_side: Side = "A" if embedding else "B"
+    shape = slot.whole_shape(random_side)
     kind = spec.init_lora_weights
     if kind == "gaussian":
         # std 1/r, PEFT's "gaussian"
-        random_side.copy_(torch.randn(random_side.shape, generator=generator) / slot.A.shape[0])
+        drawn = torch.randn(shape, generator=generator) / slot.A.shape[0]
     elif embedding:
-        random_side.copy_(torch.randn(random_side.shape, generator=generator))
+        drawn = torch.randn(shape, generator=generator)
     else:
         # Kaiming-uniform with a = sqrt(5), as nn.Linear and the LoRA reference code:
         # U(-1/sqrt(in), 1/sqrt(in))
-        random_side.copy_(
-            torch.rand(random_side.shape, generator=generator)
-            .mul_(2)
-            .sub_(1)
-            .div_(math.sqrt(random_side.shape[1]))
-        )
+        drawn = torch.rand(shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(shape[1]))
+    slot.copy_whole(random_side, drawn)
     if kind is False:
         # False: both random, PEFT's setting for debugging; the first step has gradients on both
         # sides
-        zero_side.copy_(torch.randn(zero_side.shape, generator=generator) * 0.02)
+        drawn = torch.randn(slot.whole_shape(zero_side), generator=generator) * 0.02
+        slot.copy_whole(zero_side, drawn)
 
 
 def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:

@@ -27,6 +27,7 @@ from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.whole import WholeOnEachRank
 from lorry.errors import ConfigError
 from lorry.families import ModelFamily
 
@@ -47,7 +48,7 @@ HALF_PATTERNS = {
 
 
 @dataclass
-class BaseWeights:
+class BaseWeights(WholeOnEachRank):
     """The base weights that a run trains. values, grads: [P] fp32; ``split``: where norms and
     biases start; ``params``: {name in the model: its parameter}, in the buffer's order;
     ``start_digest``: the base's digest before training.

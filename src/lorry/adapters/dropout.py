@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.seeds import derive_seed
+from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.kernels import call_kernel, load_library
 
 # real keys are at least 0
@@ -37,11 +38,13 @@ class DropoutNoise:
     starts: tuple[int, ...]
     rows: Tensor | None = None
 
-    def at(self, site: str, p: float) -> SeededDropout | None:
-        """The dropout of one input."""
+    def at(
+        self, site: str, p: float, columns: DimensionSlice | None = None
+    ) -> SeededDropout | None:
+        """The dropout of one input; ``columns``: of which this rank has these alone."""
         seeds = [derive_seed("dropout", self.seed, self.step, key, site) for key in self.keys]
         return SeededDropout(
-            torch.tensor(seeds, dtype=torch.int64), torch.tensor(self.starts), p, self.rows
+            torch.tensor(seeds, dtype=torch.int64), torch.tensor(self.starts), p, self.rows, columns
         )
 
     def padded(self, total: int) -> DropoutNoise:
@@ -66,23 +69,27 @@ class GeneratorNoise(DropoutNoise):
     starts: tuple[int, ...] = (0,)
     model: nn.Module
 
-    def at(self, site: str, p: float) -> SeededDropout | None:
+    def at(
+        self, site: str, p: float, columns: DimensionSlice | None = None
+    ) -> SeededDropout | None:
         """The dropout of one call; None in evaluation mode."""
         if not self.model.training:
             return None
-        return _OneCallDropout(torch.randint(2**62, (1,)), torch.tensor(self.starts), p)
+        seeds, starts = torch.randint(2**62, (1,)), torch.tensor(self.starts)
+        return _OneCallDropout(seeds, starts, p, columns=columns)
 
 
 @dataclass(frozen=True)
 class SeededDropout:
     """Inverted dropout at one input: kept elements are multiplied by 1/(1-p). seeds [S], starts
-    [S+1] int64.
+    [S+1] int64; ``columns``: of an input that is cut over ranks, which part this one has.
     """
 
     seeds: Tensor
     starts: Tensor
     p: float
     rows: Tensor | None = field(default=None, repr=False)
+    columns: DimensionSlice | None = None
 
     @property
     def threshold(self) -> int:
@@ -110,6 +117,7 @@ class SeededDropout:
                 y,
                 *self._kernel_arguments(tokens),
                 *x.shape,
+                *self._place(x.shape[1]),
                 self.threshold,
                 keep_scale,
             )
@@ -134,10 +142,15 @@ class SeededDropout:
                 *self._kernel_arguments(tokens),
                 last - first,
                 width,
+                *self._place(width),
                 self.threshold,
             )
             return mask
         return self._hash_mask(width, torch.arange(first, last)).to(device)
+
+    def _place(self, width: int) -> tuple[int, int]:
+        """(the width of a whole row, where in it the ``width`` columns here begin)."""
+        return (width, 0) if self.columns is None else (self.columns.whole, self.columns.offset)
 
     def _kernel_arguments(self, tokens: slice) -> Sequence[Tensor | int]:
         return self.seeds, self.starts, len(self.seeds), tokens.start or 0
@@ -147,7 +160,8 @@ class SeededDropout:
         # the place inside the sequence counts, not in the batch: packing does not change the mask
         sequence = torch.searchsorted(self.starts, row, right=True) - 1
         low, high = (self.seeds & WORD_MASK)[sequence, None], (self.seeds >> 32)[sequence, None]
-        n = (row - self.starts[sequence])[:, None] * width + torch.arange(width)
+        whole, offset = self._place(width)
+        n = (row - self.starts[sequence])[:, None] * whole + offset + torch.arange(width)
         # one 32-bit hash (xxHash32's primes and a murmur3 finaliser) serves two elements, 16 bits
         # each
         x = (((n >> 1) & WORD_MASK) * 0x9E3779B1 + low) & WORD_MASK

@@ -32,7 +32,9 @@ from lorry.adapters.product import (
     StackedAdapters,
     TermParams,
 )
-from lorry.errors import ContractError
+from lorry.adapters.tensor_parallel.ranks import CopyToRanks, ReduceFromRanks
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices, Side
+from lorry.errors import ConfigError, ContractError
 
 # Other people's models cannot pass an AdapterContext down; `models/hf/model.py` sets it around their forward.
 # It is read in forward only.
@@ -46,7 +48,8 @@ StackEntry = tuple[tuple[object, ...], ComputeCopies]
 @dataclass
 class AdapterSlot:
     """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat
-    buffer), scale and dropout.
+    buffer), scale and dropout; ``slices``: how the module, and with it one of the two, is cut over
+    ranks.
 
     `LinearGroup` makes the compute copies from them.
     """
@@ -56,6 +59,7 @@ class AdapterSlot:
     B: nn.Parameter
     scale: float
     dropout: float
+    slices: LayerSlices | None = None
     # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
     # no two slots of a process share one
@@ -71,6 +75,17 @@ class AdapterSlot:
     def touch(self) -> None:
         """Say that a master has changed, or is about to."""
         self.write_count += 1
+
+    def whole_shape(self, side: Side) -> list[int]:
+        """Of a master as one device has it."""
+        shape = (self.A if side == "A" else self.B).shape
+        return list(shape) if self.slices is None else self.slices.whole_shape(side, shape)
+
+    @torch.no_grad()
+    def copy_whole(self, side: Side, values: Tensor) -> None:
+        """Give a master these values, or, where ranks share the module, its part of them."""
+        master = self.A if side == "A" else self.B
+        master.copy_(values if self.slices is None else self.slices.cut(side, values))
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -98,6 +113,8 @@ class AdaptableLayer(nn.Module):
         # adapters that belong to the frozen base (`AdapterBank.move_to_base`): under every mix
         self.base_terms: tuple[MixTerm, ...] = ()
         self.unmerged_weight: nn.Parameter | None = None
+        # of a layer whose matrix is cut over ranks (tensor parallel)
+        self.slices: LayerSlices | None = None
         # the foreign layer this one stands in for, so that `detach` puts the very object back;
         # a tuple, so that it is no submodule
         self.replaced: tuple[nn.Module, ...] = ()
@@ -109,6 +126,15 @@ class AdaptableLayer(nn.Module):
     @property
     def out_features(self) -> int:
         raise AssertionError("every bank layer defines its own width")
+
+    def whole_features(self) -> tuple[int, int]:
+        """(out, in) features on one device, of which this rank may have a part."""
+        local, cut = (self.out_features, self.in_features), self.slices
+        if cut is None:
+            return local
+        parts = zip((cut.rows, cut.columns), local, strict=True)
+        out, into = (size if part is None else part.whole for part, size in parts)
+        return out, into
 
     def use_merged_weight(self, merged: nn.Parameter) -> None:
         """Compute with a merged weight and keep the unmerged one, where no state dict, optimizer or FSDP
@@ -203,11 +229,15 @@ class BankLinear(AdaptableLayer):
 
     def base_product(self) -> FrozenLinear:
         """The base product, as it is now (a merge or a device may have changed it)."""
-        return (
-            DenseLinear(self.weight, self.bias, self.transposed)
-            if self.product is None
-            else self.product
-        )
+        if self.product is not None:
+            return self.product
+        return DenseLinear(self.weight, self._added_bias(), self.transposed)
+
+    def _added_bias(self) -> Tensor | None:
+        """The bias that this process adds: of a sum over ranks one of them alone."""
+        cut = self.slices
+        is_sum = cut is not None and cut.columns is not None
+        return None if is_sum and cut is not None and cut.ranks.rank else self.bias
 
     def trainable_base_tensors(self) -> list[Tensor]:
         """What of the base product trains, in the order of `FrozenLinear.parameter_gradients`."""
@@ -235,7 +265,7 @@ class BankLinear(AdaptableLayer):
         """
         call = self.resolve(call)
         # without a term plain torch, which also fuses the bias and serves double backward
-        if self.product is None and not self.terms(call):
+        if self.product is None and self.slices is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         rows, dtype = x.reshape(-1, x.shape[-1]), None
         if torch.is_autocast_enabled(x.device.type) and self.dtype != torch.float64:
@@ -262,6 +292,20 @@ class BankLinear(AdaptableLayer):
         return product.t() if self.transposed else product
 
 
+def stored_slice(layer: nn.Module) -> tuple[int, DimensionSlice]:
+    """Along which dimension the weight of a layer that ranks share is cut as it lies in memory, and
+    how."""
+    slices = layer.slices
+    assert isinstance(slices, LayerSlices)
+    if isinstance(layer, BankEmbedding):
+        assert slices.columns is not None
+        return 0, slices.columns  # [V, D]: what its ids choose from
+    assert isinstance(layer, BankLinear)
+    dim, part = (0, slices.rows) if slices.rows is not None else (1, slices.columns)
+    assert part is not None
+    return (1 - dim if layer.transposed else dim), part
+
+
 class LinearGroup:
     """Linears that read the same input, and the stacked compute copies of their adapters in the
     base's dtype.
@@ -286,13 +330,19 @@ class LinearGroup:
             return products
         return [p if p.dtype == dtype else CastLinear(p, dtype) for p in products]
 
+    @property
+    def slices(self) -> LayerSlices | None:
+        """How they are cut over ranks: as alike as their input is."""
+        return self.linears[0].slices
+
     def forward(
         self, x: Tensor, call: AdapterContext, site: str, dtype: torch.dtype | None = None
     ) -> list[Tensor]:
         """x [T,I] -> y [T,O] of each linear, one node of autograd. ``dtype``: of x and y, where that
         is not the base's own (autocast)."""
         stacks, terms = self.stacks(call, site, dtype=dtype)
-        linears, base = Linears(self.base_products(dtype), stacks), self.trainable_base_tensors()
+        linears = Linears(self.base_products(dtype), stacks, self.slices)
+        base = self.trainable_base_tensors()
         return list(LowRankFunction.apply(x, linears, *TermParams.flat(terms), *base))
 
     def stacks(
@@ -368,6 +418,11 @@ class LinearGroup:
             if term.adapter in linear.slots
         ]
         first = group[0]
+        if first.route is not None and self.slices and isinstance(call.router, LinearRouter):
+            raise ConfigError(
+                f"{self.linears[0].path}: a router of single linears reads whole inputs, of which "
+                "tensor-parallel processes have parts; leave backend.tensor_parallel out"
+            )
         routed, gates = (
             first.route is not None,
             [t.gate for t in group if isinstance(t.gate, Tensor)],
@@ -384,7 +439,10 @@ class LinearGroup:
         elif gates:
             columns = [k for _, k, _ in slots]
         rate = slots[0][2].dropout if call.noise is not None else 0.0
-        dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
+        columns_here = None if self.slices is None else self.slices.columns
+        dropout = (
+            call.noise.at(site, rate, columns_here) if call.noise is not None and rate else None
+        )
         tokens, term_rows = slice(None) if first.rows is None else first.rows, None
         if (
             # gates are [rows] of the term, which widened rows would no longer match
@@ -579,9 +637,9 @@ class BankEmbedding(AdaptableLayer):
         """ids [...] int64 -> [..., D]. Dropout does not apply to an embedding's input."""
         # the lookup of a frozen base comes first: without terms it is all there is
         terms = self.terms(self.resolve(call))
-        y = F.embedding(ids, self.weight)
+        y = self._look_up(ids, self.weight)
         if not terms:
-            return y
+            return self._sum_over_ranks(y)
         call = self.resolve(call)
         if any(t.adapter in self.slots and t.route is not None for t in call.mix.terms):
             raise ContractError(
@@ -592,12 +650,32 @@ class BankEmbedding(AdaptableLayer):
             tokens = slice(None) if rows is None else rows
             # A's columns are looked up, never multiplied with a one-hot [T, V]; masters in fp32, no
             # copies
-            low = F.embedding(flat_ids[tokens], slot.A.t()) @ slot.B.t() * slot.scale
-            low = low * (gate[:, None] if isinstance(gate, Tensor) else gate)
+            low = self._look_up(flat_ids[tokens], slot.A.t()) @ slot.B.t() * slot.scale
+            if isinstance(gate, Tensor):
+                # the gate is every rank's, and its gradient has a part from each
+                cut = self.slices
+                gate = gate if cut is None else CopyToRanks.apply(gate, cut.ranks)
+                gate = gate[:, None]
+            low = low * gate
             # padded with zeros and added out of place, so that autograd follows it
             before, after = (0, 0) if rows is None else (rows.start, flat.shape[0] - rows.stop)
             flat = flat + F.pad(low, (0, 0, before, after))
-        return flat.to(y.dtype).view_as(y)
+        return self._sum_over_ranks(flat).to(y.dtype).view_as(y)
+
+    def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
+        """The rows of a table [V, ...] at ids; where other ranks have some of them, zeros for theirs."""
+        part = None if self.slices is None else self.slices.columns
+        if part is None:
+            return F.embedding(ids, table)
+        at = ids - part.offset
+        elsewhere = (at < 0) | (at >= part.size)
+        return F.embedding(at.masked_fill(elsewhere, 0), table).masked_fill(elsewhere[..., None], 0)
+
+    def _sum_over_ranks(self, y: Tensor) -> Tensor:
+        if self.slices is None:
+            return y
+        total: Tensor = ReduceFromRanks.apply(y, self.slices.ranks)
+        return total
 
     def delta(self, slot: AdapterSlot) -> Tensor:
         """(s B A)^T in fp32, [V, D] like the weight."""

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorry.adapters.dropout import SeededDropout
+from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.errors import ContractError
 
 # Whatever stands for a parameter: the tensor itself, a bool (wants a gradient), or a gradient.
@@ -367,13 +368,16 @@ class LinearProducts:
     """The work of linears with one input in one pass. ``gates``: per stack [tokens, C] or None.
 
     Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``down_outputs`` (per stack
-    [tokens, S], what A made of x) is what forward leaves for backward, besides x itself.
+    [tokens, S], what A made of x) is what forward leaves for backward, besides x itself. ``slices``: how
+    the linears, all of them alike, are cut over ranks: then a sum over ranks ends `forward` (rows of x
+    are cut) or `input_gradient` (rows of the ys are), and the terms' shares of both ride in it.
     """
 
     layers: Sequence[FrozenLinear]
     stacks: Sequence[StackedAdapters]
     gates: Sequence[Tensor | None]
     down_outputs: list[Tensor] = field(default_factory=list)
+    slices: LayerSlices | None = None
     up_grads: list[Tensor] = field(default_factory=list)
     raw_up_grads: list[Tensor] = field(default_factory=list)
 
@@ -393,6 +397,13 @@ class LinearProducts:
                 stack.add_product(
                     ys[part.layer], weighted[:, part.rows], part.lora_B.t(), part.scale
                 )
+        return self._sum_outputs(ys)
+
+    def _sum_outputs(self, ys: list[Tensor]) -> list[Tensor]:
+        """Every y [T,O], where a rank has made its columns' part of it alone: the sum over ranks."""
+        if self.slices is not None and self.slices.columns is not None:
+            for y in ys:
+                self.slices.ranks.add_up(y)
         return ys
 
     def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
@@ -425,6 +436,8 @@ class LinearProducts:
                     stack.dropout.apply(torch.mm(self.up_grads[-1], stack.lora_A), stack.tokens)
                 )
                 dx[stack.tokens] += more
+        if dx is not None and self.slices is not None and self.slices.rows is not None:
+            self.slices.ranks.add_up(dx)
         return dx
 
     def master_gradients(
@@ -476,6 +489,9 @@ class LinearProducts:
                     )
                 )
             dgate = stack.gate_gradient(h, raw, gate) if gate is not None and need.gate else None
+            # of a cut linear: a sum over its rows, or with a partial sum of A x, either way a part
+            if dgate is not None and self.slices is not None:
+                self.slices.ranks.add_up(dgate)
             out.append(TermParams(tuple(parts), dgate))
         return out
 
@@ -488,6 +504,7 @@ class Linears:
 
     layers: Sequence[FrozenLinear]
     stacks: Sequence[StackedAdapters]
+    slices: LayerSlices | None = None
 
 
 class LowRankFunction(torch.autograd.Function):
@@ -500,7 +517,8 @@ class LowRankFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, linears: Linears, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         terms = TermParams.unflat(linears.stacks, iter(tensors))
-        work = LinearProducts(linears.layers, linears.stacks, [term.gate for term in terms])
+        gates = [term.gate for term in terms]
+        work = LinearProducts(linears.layers, linears.stacks, gates, slices=linears.slices)
         ys = work.forward(x)
         ctx.linears = linears
         # the ys are not saved: no gradient of a linear needs its output
@@ -510,7 +528,8 @@ class LowRankFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layers, stacks = ctx.linears.layers, ctx.linears.stacks
+        linears: Linears = ctx.linears
+        layers, stacks = linears.layers, linears.stacks
         # in `apply`'s order: x, linears (no tensor), the terms' tensors, the base's
         needs_x, _, *needs_tensors = ctx.needs_input_grad
         needs = iter(needs_tensors)
@@ -519,7 +538,7 @@ class LowRankFunction(torch.autograd.Function):
         terms, needs_base = TermParams.unflat(stacks, needs), any(needs)
         saved = iter(ctx.saved_tensors)
         x, down_outputs = next(saved), [next(saved) for _ in stacks]
-        work = LinearProducts(layers, stacks, list(saved), down_outputs)
+        work = LinearProducts(layers, stacks, list(saved), down_outputs, linears.slices)
         dx = work.input_gradient(grads, needs_x)
         masters = TermParams.flat(work.master_gradients(x, grads, terms))
         base = (

@@ -11,7 +11,7 @@ layer's width), K experts.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +25,7 @@ from lorry.adapters.attach import find_linears, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import Half, Level, Mix
 from lorry.adapters.seeds import derive_seed
+from lorry.adapters.tensor_parallel.whole import WholeOnEachRank
 from lorry.errors import ConfigError
 from lorry.families import ModelFamily
 
@@ -94,7 +95,7 @@ class RoutingRule:
         return torch.zeros_like(p).scatter(-1, chosen, largest)
 
 
-class RouterParameters(ABC):
+class RouterParameters(WholeOnEachRank):
     """What of a router trains, a `ParameterSet`: ``shapes`` of its tensors by name, matrices first;
     values, grads [P] fp32; ``params``, the same memory as values, by name.
     """

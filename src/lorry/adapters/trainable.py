@@ -1,5 +1,5 @@
 """Whatever trains: a set of parameters in one flat fp32 buffer, with gradients in another of the
-same shape.
+same shape. Where ranks share the model, the buffer has this rank's part of the set.
 
 An adapter is one (`bank.Adapter`), the base's own weights are one (`base_weights.BaseWeights`).
 So is what of a router trains (`router.RouterParameters`).
@@ -98,6 +98,20 @@ class ParameterSet(Protocol):
 
     def norm(self) -> float:
         """Euclidean norm of the gradient; inf or nan if any entry is."""
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """The inner product of two [P] tensors, in float64."""
+
+    def partial_sums(self) -> Sequence[str]:
+        """The tensors whose gradient each of the ranks that share the model (tensor parallel) has a
+        part of, to be added up once per step; none of one device."""
+
+    def whole_tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        """`split_like` as one device has it, whatever part of the set this process holds. Where ranks
+        share it, all of them call this together."""
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """`whole_tensors` backwards: of one tensor what this process has."""
 
     def zero_grad_names(self) -> list[str]:
         """The ``targets`` whose gradient is exactly zero."""

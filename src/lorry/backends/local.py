@@ -282,14 +282,15 @@ class LocalBackend:
         adam_count/NAME, what a gradient rule keeps, and rng/cpu: everything a resumed run needs.
 
         On a CPU these are the tensors in use, not copies (K adapters with their moments would be
-        held twice): who wants to keep them beyond the next step clones them.
+        held twice): who wants to keep them beyond the next step clones them. Where ranks share a
+        model every rank calls this, and gets whole tensors.
         """
         state = {"rng/cpu": torch.get_rng_state()}
         for name, owner in self.owners.items():
             for kind, flat in self._flat_tensors(name):
                 state |= {
-                    f"{kind}/{name}/{tensor}": view.detach().cpu()
-                    for tensor, view in owner.split_like(flat).items()
+                    f"{kind}/{name}/{tensor}": values.detach().cpu()
+                    for tensor, values in owner.whole_tensors(flat).items()
                 }
             state[f"adam_count/{name}"] = self.optimizers[name].moments()[2].cpu()
         return state
@@ -323,7 +324,7 @@ class LocalBackend:
         for name, owner in self.owners.items():
             for kind, flat in self._flat_tensors(name):
                 for tensor, view in owner.split_like(flat).items():
-                    view.copy_(state[f"{kind}/{name}/{tensor}"])
+                    view.copy_(owner.own_part(tensor, state[f"{kind}/{name}/{tensor}"]))
             # compute copies are remade from the masters before the next forward
             owner.touch()
             self.optimizers[name].set_step(state[f"adam_count/{name}"])

@@ -11,7 +11,7 @@ own implementation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 # Values are a stranger's: any JSON type may stand where a number is expected.
@@ -101,6 +101,17 @@ class ModelGeometry:
     biased: frozenset[str]
     # attention and MLP both read the layer's input, and both are added to it
     parallel_residual: bool = False
+
+    def of_each(self, ranks: int) -> ModelGeometry:
+        """What one of ``ranks`` that share every matrix computes (tensor parallel): its heads, its
+        columns of the MLP and its rows of the vocabulary; whoever asks has seen that they divide."""
+        return replace(
+            self,
+            heads=self.heads // ranks,
+            kv_heads=self.kv_heads // ranks,
+            mlp_width=self.mlp_width // ranks,
+            vocab=self.vocab // ranks,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,17 +10,18 @@ static inline uint32_t hashed(uint32_t n, uint32_t low, uint32_t high) {
     return x ^ (x >> 15);
 }
 
-// Where row r of the batch lies: its sequence's seed, and the number of its first element.
+// Where row r of the batch lies: its sequence's seed, and the number of its first element here. Of rows of `whole` elements
+// this process may have those from `offset` on alone (tensor parallel).
 struct Place {
     uint32_t low, high;
     uint64_t n;
-    Place(const int64_t* seeds, const int64_t* starts, long sequences, long r, long width) {
+    Place(const int64_t* seeds, const int64_t* starts, long sequences, long r, long whole, long offset) {
         long first = 0, last = sequences;
         while (last - first > 1) {
             long middle = (first + last) / 2;
             (starts[middle] <= r ? first : last) = middle;
         }
-        low = (uint32_t)seeds[first], high = (uint32_t)(seeds[first] >> 32), n = (uint64_t)(r - starts[first]) * width;
+        low = (uint32_t)seeds[first], high = (uint32_t)(seeds[first] >> 32), n = (uint64_t)(r - starts[first]) * whole + offset;
     }
     bool keeps(long i, uint32_t threshold) const {
         uint32_t h = hashed((uint32_t)((n + i) >> 1), low, high);
@@ -36,13 +37,13 @@ static inline float from_bits(uint32_t bits) {
 
 // y = x * keep where kept, else 0, for rows first .. first + rows of the batch.
 LORRY void dropout_rows(const bf16* x, bf16* y, const int64_t* seeds, const int64_t* starts, long sequences, long first, long rows,
-                        long width, long threshold, float keep) {
+                        long width, long whole, long offset, long threshold, float keep) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
     for (long r = 0; r < rows; r++) {
-        const Place at(seeds, starts, sequences, first + r, width);
+        const Place at(seeds, starts, sequences, first + r, whole, offset);
         const bf16* xr = x + r * width;
         bf16* yr = y + r * width;
-        if (width % 2) {
+        if (width % 2 || at.n % 2) {  // pairs that share a hash do not lie in one word
             for (long i = 0; i < width; i++) yr[i] = at.keeps(i, threshold) ? narrow(widen(xr[i]) * keep) : (bf16)0;
             continue;
         }
@@ -60,10 +61,10 @@ LORRY void dropout_rows(const bf16* x, bf16* y, const int64_t* seeds, const int6
 
 // The mask itself, for other number formats.
 LORRY void dropout_mask(uint8_t* kept, const int64_t* seeds, const int64_t* starts, long sequences, long first, long rows, long width,
-                        long threshold) {
+                        long whole, long offset, long threshold) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
     for (long r = 0; r < rows; r++) {
-        const Place at(seeds, starts, sequences, first + r, width);
+        const Place at(seeds, starts, sequences, first + r, whole, offset);
         for (long i = 0; i < width; i++) kept[r * width + i] = at.keeps(i, (uint32_t)threshold);
     }
 }

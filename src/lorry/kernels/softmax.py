@@ -7,6 +7,7 @@ same maths in plain torch. t rows, w columns of a tile, V vocabulary. z = l - pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,31 @@ class SoftmaxSums:
     def first_rows(self, rows: int) -> SoftmaxSums:
         """The first rows alone."""
         return SoftmaxSums(self.state[:rows], self.top[:rows], self.moments, self.columns)
+
+    @staticmethod
+    def merge(parts: Sequence[SoftmaxSums]) -> SoftmaxSums:
+        """The sums of rows whose columns several have seen, side by side in this order."""
+        states = torch.stack([part.state for part in parts])
+        peaks = states[..., 0]
+        peak = peaks.amax(0)
+        # as in `_fold`: a part that has seen nothing finite counts for nothing
+        empty = peaks == -torch.inf
+        down = torch.where(empty, 0.0, peaks - peak)
+        scale = torch.where(empty, 0.0, down.exp())
+        _, total, first, second, plain = states.unbind(2)
+        columns = [part.columns for part in parts]
+        count = torch.tensor(columns, dtype=down.dtype, device=down.device)[:, None]
+        merged = torch.zeros_like(states[0])
+        merged[:, 0], merged[:, 1] = peak, (scale * total).sum(0)
+        if parts[0].moments:
+            merged[:, 2] = (scale * (first + down * total)).sum(0)
+            merged[:, 3] = (scale * (second + 2 * down * first + down * down * total)).sum(0)
+            merged[:, 4] = (plain + down * count).sum(0)
+        # of equal peaks the first part's, as argmax has it
+        starts = torch.tensor([0, *columns[:-1]], device=down.device).cumsum(0)
+        tops = torch.stack([part.top for part in parts]) + starts[:, None]
+        top = tops.gather(0, peaks.argmax(0)[None])[0]
+        return SoftmaxSums(merged, top, parts[0].moments, sum(columns))
 
     def fold(self, tile: Tensor, *, write: bool = False) -> Tensor:
         """Take in the next columns [t, w]. Returns [t] what sums relative to the former peak are to

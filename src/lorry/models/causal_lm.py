@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from lorry.adapters.attach import default_context
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm, SequenceRouter
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.errors import ContractError
 
 # prompt tokens in one pass of the base, unless a single prompt is longer: products at full speed,
@@ -95,8 +97,14 @@ class CausalLM(nn.Module, ABC):
 
     config: dict[str, Any]
     gradient_checkpointing: Any
+    # the processes that share its matrices (tensor parallel); None: it is whole
+    ranks: TensorRanks | None = None
     # whether `hidden` takes sequences that share prefixes (`PackedInput.places`)
     shares_prefixes = False
+
+    def cut_tensors(self) -> dict[str, tuple[int, DimensionSlice]]:
+        """{name: (dimension, part)} of the tensors of which this rank has a part; none of a whole model."""
+        return {}
 
     @property
     @abstractmethod
@@ -189,8 +197,12 @@ class CausalLM(nn.Module, ABC):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers a model holds, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """How many numbers a model holds, tied ones once; of one that ranks share all of theirs."""
+    cut = model.cut_tensors() if isinstance(model, CausalLM) else {}
+    return sum(
+        p.numel() * (cut[name][1].ranks if name in cut else 1)
+        for name, p in model.named_parameters()
+    )
 
 
 @torch.no_grad()

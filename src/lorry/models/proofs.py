@@ -386,16 +386,16 @@ def _build_native_twin(family: ModelFamily, hf_model: Any) -> Decoder | str:
     return native.requires_grad_(False).eval()
 
 
-def shrink_config(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with few layers, heads and tokens. Everything else stays, head width and rotary
-    settings included.
+def shrink_config(family: ModelFamily, config: Mapping[str, Any], ranks: int = 1) -> dict[str, Any]:
+    """The config with few layers, heads and tokens, which so many ranks can share. Everything else
+    stays, head width and rotary settings included.
 
     Raises ModelError for heads too wide to be true.
     """
     g = family.geometry(config)
     if g.head_dim > WIDEST_HEAD:
         raise ModelError(f"head_dim={g.head_dim}")
-    groups = min(g.kv_heads, 2)
+    groups = ranks * min(max(g.kv_heads // ranks, 1), 2)
     heads = groups * min(max(g.heads // g.kv_heads, 1), 2)
     sizes = {
         ("hidden_size", "n_embd"): heads * g.head_dim,
@@ -403,7 +403,7 @@ def shrink_config(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, A
         ("num_key_value_heads",): groups,
         ("num_hidden_layers", "n_layer"): min(g.layers, TWIN_LAYERS),
         ("intermediate_size", "n_inner"): 3 * heads * g.head_dim // 2,
-        ("vocab_size",): TWIN_VOCABULARY,
+        ("vocab_size",): -(-TWIN_VOCABULARY // ranks) * ranks,
     }
     small = dict(config)
     for names, value in sizes.items():

@@ -387,9 +387,12 @@ class TrainingEngine:
         # metrics first: no checkpoint may be durable whose steps have no lines on the disk
         durable.sync_file(self.run_dir / METRICS)
 
+        # on every rank: each may hold a part of it
+        state = self.backend.state()
+
         def write() -> str:
             written = checkpoint.save_checkpoint(
-                self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept()
+                self.run_dir, self.progress.step, state, meta, **self._kept()
             )
             return str(written.absolute())
 

@@ -85,7 +85,7 @@ def place_run(
     # as rank 0 has it: what was measured before may have come out otherwise on another machine
     shared = communicator.exchange("settings", json.loads(run.model_dump_json()))[0]
     run = type(run).model_validate({**shared, "output_dir": run.output_dir})
-    run = scale_batches(run, communicator.size)
+    run = scale_batches(run, communicator.mesh.data_size)
     machines = refuse_other_versions(communicator)
     if len(set(machines)) > 1:
         refuse_other_files(run, communicator)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,14 @@ from lorry.adapters.attach import attach, get_bank, list_skipped_modules
 from lorry.adapters.bank import Adapter
 from lorry.adapters.peft.files import base_digest, start_files
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.backends.distributed.communicator import (
     ONE_PROCESS,
     Communicator,
     open_communicator,
 )
 from lorry.backends.distributed.ddp import SharedScorer
+from lorry.backends.distributed.tensor_ranks import tensor_ranks
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
@@ -156,7 +158,7 @@ def _train_run(
         )
         notebook.listeners = [*listeners, times, *trackers]
         _set_up_torch(run)
-        opened = open_base(run, notebook.add)
+        opened = open_base(run, notebook.add, tensor_ranks(communicator))
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
         evaluations: list[RunEvaluation] = [
             Measure(BenchmarkEvaluator(run, opened, exams, communicator))
@@ -226,11 +228,18 @@ def _set_up_torch(run: RunConfig) -> None:
     torch.manual_seed(run.train.seed)
 
 
-def open_base(run: RunConfig, add_note: NoteCallback) -> OpenedModel:
-    """The model that the run begins with. Raises ConfigError where it cannot be this run's, and
-    what `open_model` raises.
+def open_base(
+    run: RunConfig, add_note: NoteCallback, ranks: TensorRanks | None = None
+) -> OpenedModel:
+    """The model that the run begins with. ``ranks``: those that share it. Raises ConfigError where it
+    cannot be this run's, and what `open_model` raises.
     """
-    opened = open_model(run.model, add_note, as_start=TASKS[run.task].over_start)
+    if ranks is not None and run.lora is None:
+        raise ConfigError(
+            f"lora=null with backend.tensor_parallel={ranks.size}: base weights train where each "
+            "process has whole ones; leave tensor_parallel out, or train an adapter"
+        )
+    opened = open_model(run.model, add_note, as_start=TASKS[run.task].over_start, ranks=ranks)
     if opened.tokenizer is None:
         raise ConfigError(
             f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights"
@@ -347,9 +356,9 @@ def _train_and_finish(
         checks.equal_on_all_ranks(backend, 5, "at the end of training")
         home.check()
         beside = trained_names(jobs)[len(jobs) :]
-        # rank 0's are the run's; the others wait, and learn whether they hold
-        digests = backend.communicator.on_main(
-            "the trained weights",
+        digests = _write_and_check(
+            backend.communicator,
+            opened.model,
             lambda: finish.write_and_check_adapters(
                 run.output_dir, opened, checks, prepared, beside
             ),
@@ -397,6 +406,18 @@ def _train_and_finish(
     # last of all: it is made from the files above, as `lorry push` would make it again
     artifacts.write_text(run.output_dir, CARD, render_run_card(run.output_dir))
     return finished
+
+
+def _write_and_check(
+    communicator: Communicator, model: CausalLM, write: Callable[[], dict[str, str]]
+) -> dict[str, str]:
+    """The digests that ``write`` gives. Raises what it raises."""
+    if model.ranks is None:
+        # rank 0's are the run's; the others wait, and learn whether they hold
+        digests: dict[str, str] = communicator.on_main("the trained weights", write)
+        return digests
+    # no rank can run the model alone: each writes the files, rank 0 the run's, and reads them back
+    return communicator.exchange("the trained weights", write())[0]
 
 
 def _is_readable_evaluation(run_dir: Path) -> bool:

@@ -49,6 +49,11 @@ def main(settings: AttackSettings) -> int:
     """Read the rows, attack the run (and the oracle), print, write."""
     from lorry.train.processes import share_command
 
+    if settings.backend.tensor_parallel > 1:
+        raise ConfigError(
+            f"backend.tensor_parallel={settings.backend.tensor_parallel}: attacks merge and round whole "
+            "weights; leave it out"
+        )
     with share_command(settings) as (placed, communicator):
         attack(placed, communicator)
     return 0

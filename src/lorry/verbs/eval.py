@@ -69,7 +69,7 @@ def evaluate_file(settings: EvalSettings, communicator: Communicator) -> None:
     """The rows of a file."""
     # before the model, which takes longer: a wrong path is told at once
     source = open_eval_source(settings)
-    opened = open_with_adapters(settings.model)
+    opened = open_with_adapters(settings.model, communicator=communicator)
     note_other_dtype(opened)
     rows = encode_eval_rows(settings, opened, source)
     for line in rows.tokens.report.lines():
@@ -119,7 +119,7 @@ def refuse_foreign_results(settings: EvalSettings) -> None:
 def evaluate_named_sets(settings: EvalSettings, communicator: Communicator) -> None:
     """The same on named sets."""
     loaded = benchmarks.load_benchmarks(settings)
-    opened = open_with_adapters(settings.model)
+    opened = open_with_adapters(settings.model, communicator=communicator)
     note_other_dtype(opened)
     warn_trained_rows(settings, opened, loaded)
     results = benchmarks.evaluate_benchmarks(

@@ -13,6 +13,7 @@ from lorry.errors import ConfigError, ModelError
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
+    from lorry.backends.distributed.communicator import Communicator
     from lorry.models.loading.open import OpenedModel
 
 MIXTURE_SIDE = "mixture"  # all experts, as the router has them
@@ -24,15 +25,22 @@ def print_note(text: str) -> None:
 
 
 def open_with_adapters(
-    config: ModelConfig, *, adapters: Sequence[str] = (), as_start: bool = False
+    config: ModelConfig,
+    *,
+    adapters: Sequence[str] = (),
+    as_start: bool = False,
+    communicator: Communicator | None = None,
 ) -> OpenedModel:
     """The model with its adapters (``as_start``: its one as a part of the frozen base) and its
-    tokenizer. Raises ModelError when there is none.
+    tokenizer. ``communicator``: the processes that open it together, and may share it. Raises
+    ModelError when there is none.
     """
+    from lorry.backends.distributed.tensor_ranks import tensor_ranks
     from lorry.models.loading.open import open_model
 
     notes: list[str] = []
-    opened = open_model(config, notes.append, adapters=adapters, as_start=as_start)
+    ranks = None if communicator is None else tensor_ranks(communicator)
+    opened = open_model(config, notes.append, adapters=adapters, as_start=as_start, ranks=ranks)
     for note in notes:
         print_note(f"note: {note}")
     # `lorry.load` gives such a model to Python; every verb reads or writes text

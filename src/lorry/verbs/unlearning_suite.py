@@ -53,7 +53,7 @@ def evaluate_suite(settings: EvalSettings, communicator: Communicator) -> None:
     )
     for note in evaluation.notes:
         print_note(note)
-    opened = open_with_adapters(settings.model)
+    opened = open_with_adapters(settings.model, communicator=communicator)
     sides = suite_mixes(opened, settings.weight)
     # which adapters there are is known only now, and theirs are files that may be somebody's, too
     places = [folder if len(sides) == 1 else folder / name for name in sides]

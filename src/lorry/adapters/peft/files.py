@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
-from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.layers import BankEmbedding, BankLinear, stored_slice
 from lorry.adapters.merge import concatenate
 from lorry.adapters.peft.config import (
     INFORMATION_KEYS,
@@ -48,6 +49,7 @@ from lorry.adapters.peft.tensors import (
     read_lora_values,
     sort_lora_tensors,
 )
+from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content
 from lorry.errors import ConfigError, ModelError
@@ -62,6 +64,7 @@ from lorry.runs.layout import (
 
 _ORIGIN = ("path", "sha256")
 DIGEST_SAMPLES = 4096  # values of each base tensor that the digest looks at
+_KNOWN_DIGEST = "lorry_base_digest"
 
 
 def adapter_files(
@@ -72,7 +75,7 @@ def adapter_files(
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """The files of one adapter, {file name: content}, for another writer; values are the fp32
-    masters, exactly.
+    masters, exactly. Of a model that ranks share all of them call it, and each gets whole files.
 
     ``base_name``: what PEFT should load as the base (a directory or hub id); ``extra``: more facts
     for lorry_adapter.json. Raises ConfigError for an unknown or unusable name, ModelError if a
@@ -102,12 +105,13 @@ def _files_of(
     extra: Mapping[str, Any] | None,
 ) -> dict[str, bytes]:
     name, modules = adapter.name, get_bank(model).modules
-    tensors = {}
+    tensors, whole = {}, adapter.whole_masters()
     for path, slot in adapter.slots.items():
         tensor_name = (
             "lora_embedding_{}" if isinstance(modules[path], BankEmbedding) else "lora_{}.weight"
         )
-        for side, param in (("A", slot.A), ("B", slot.B)):
+        for side in SIDES:
+            param = whole[f"{path}.lora_{side}"]
             # before any byte is written: a broken adapter must not replace a good one
             if not bool(torch.isfinite(param).all()):
                 raise ModelError(
@@ -281,7 +285,7 @@ def load_adapter(
     adapter = attach(model, spec, name, modules=[p for p in layers if p in parts])
     with torch.no_grad():
         for key, view in adapter.tensors().items():
-            view.copy_(values[key])
+            view.copy_(adapter.own_part(key, values[key]))
     # copies were written under the masters, which no compute copy can know
     adapter.touch()
     if not trainable:
@@ -438,18 +442,48 @@ def base_digest(model: nn.Module) -> str:
 
     Values count as rounded to bf16, so a base opened in bf16 and in fp32 is the same base, on any
     device and in any of the classes that can hold it; another quantisation or fine-tuning of it is
-    not.
+    not. Of a base that ranks share it is that of the whole one, taken once, when all of them have it
+    (`remember_base_digest`).
     """
-    samples = {}
+    known: str | None = model.__dict__.get(_KNOWN_DIGEST)
+    return digest_samples(_sampled_weights(model)) if known is None else known
+
+
+def remember_base_digest(model: nn.Module) -> None:
+    """Take the digest of a base that ranks share, which is frozen; all of them call this together."""
+    model.__dict__[_KNOWN_DIGEST] = base_digest(model)
+
+
+def _sampled_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """{path: (shape, the values at its `sample_positions`)} of what `base_digest` looks at, as one
+    device has it; in bfloat16 where ranks share the model."""
+    samples, ranks = dict[str, tuple[tuple[int, ...], Tensor]](), None
     for path, module in find_linears(model).items():
         weight = (
             module.get_parameter("weight")
             if (unmerged := getattr(module, "unmerged_weight", None)) is None
             else unmerged
-        )
-        flat = weight.detach().reshape(-1)
-        samples[path] = (tuple(weight.shape), flat[sample_positions(flat.numel()).to(flat.device)])
-    return digest_samples(samples)
+        ).detach()
+        slices: LayerSlices | None = getattr(module, "slices", None)
+        if slices is None:
+            flat = weight.reshape(-1)
+            positions = sample_positions(flat.numel()).to(flat.device)
+            samples[path] = (tuple(weight.shape), flat[positions])
+            continue
+        ranks, (dim, part), shape = slices.ranks, stored_slice(module), list(weight.shape)
+        shape[dim] = part.whole
+        positions = sample_positions(math.prod(shape)).to(weight.device)
+        place = [positions // shape[1], positions % shape[1]]
+        place[dim], here = part.local(place[dim])
+        # bits: the others add zeros to them
+        bits = weight[place[0], place[1]].to(torch.bfloat16).view(torch.int16).int()
+        samples[path] = (tuple(shape), bits * here)
+    if ranks is None:
+        return samples
+    cut = {path: bits for path, (_, bits) in samples.items() if bits.dtype == torch.int32}
+    joined = ranks.add_up(torch.cat(list(cut.values()))).to(torch.int16).view(torch.bfloat16)
+    values = zip(cut, joined.split([len(bits) for bits in cut.values()]), strict=True)
+    return samples | {path: (samples[path][0], part) for path, part in values}
 
 
 def sample_positions(numel: int) -> Tensor:

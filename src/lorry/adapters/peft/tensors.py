@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, head_and_embedding
 from lorry.adapters.bank import wrap_module
-from lorry.adapters.layers import AdaptableLayer, BankEmbedding
+from lorry.adapters.layers import AdaptableLayer, BankEmbedding, stored_slice
 from lorry.adapters.peft.config import match_peft_targets
 from lorry.adapters.spec import LoraSpec
 from lorry.disk.safetensors_names import check_names
@@ -105,15 +105,22 @@ def _check_base_tensor(
         if leaf == "weight" and layer.unmerged_weight is not None
         else getattr(layer, leaf, None)
     )
+    cut = None if layer is None or layer.slices is None else stored_slice(layer)
     shape = list(file.get_slice(key).get_shape())
-    if base is None or shape != list(base.shape):
-        has = "no tensor of that name" if base is None else str(list(base.shape))
+    if cut is not None and leaf != "weight":
+        raise ModelError(f"{where}: {key} cannot be compared with a base that ranks share")
+    has_shape = None if base is None else list(base.shape)
+    if has_shape is not None and cut is not None:
+        has_shape[cut[0]] = cut[1].whole
+    if base is None or shape != has_shape:
+        has = "no tensor of that name" if base is None else str(has_shape)
         raise ModelError(
             f"{where}: {key} is {shape}, the base model has {has}; the adapter "
             "belongs to another base model or a resized vocabulary"
         )
     # equal in either precision: PEFT saves the base in its dtype, which may be wider or narrower
     stored, expected = file.get_tensor(key), base.detach().cpu()
+    stored = stored if cut is None else cut[1].cut(stored, cut[0])
     if not (
         torch.equal(stored.to(expected.dtype), expected)
         or torch.equal(stored, expected.to(stored.dtype))
@@ -162,8 +169,8 @@ def read_lora_values(
     """
     values = {}
     for module, sides in parts.items():
-        layer, rank = layers[module], spec.rank(module)
-        for side, wanted in (("A", [rank, layer.in_features]), ("B", [layer.out_features, rank])):
+        (out, into), rank = layers[module].whole_features(), spec.rank(module)
+        for side, wanted in (("A", [rank, into]), ("B", [out, rank])):
             # from the header: a wrong file may claim more bytes than there is memory
             shape = list(file.get_slice(sides[side]).get_shape())
             if shape != wanted:

@@ -97,6 +97,10 @@ class Communicator(Protocol):
     def group(self, axis: Axis) -> ProcessGroup | None:
         """torch's group of this rank's neighbours on an axis; None where it is alone."""
 
+    def explained(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, an error of torch.distributed's is a PeerError: another rank cannot be
+        reached."""
+
     def sharing_failures(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, what one rank raises is raised on every rank at its next exchange: the
         others name it (``rank 1: ...``), and their error is of the same class."""
@@ -128,6 +132,10 @@ class OneProcess:
     def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Its own tensors, on the CPU."""
         return [{name: tensor.cpu() for name, tensor in tensors.items()}]
+
+    def explained(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """There is nobody to reach."""
+        return contextlib.nullcontext()
 
     def sharing_failures(self) -> contextlib.AbstractContextManager[None]:
         """There is nobody to share them with."""
@@ -194,7 +202,7 @@ class TorchCommunicator:
         """See `Communicator.await_all`."""
         self._calls += 1
         keys = [f"here/{self._calls}/{rank}" for rank in range(self.size)]
-        with self._explained(what):
+        with self.explained(what):
             self.store.set(keys[self.rank], what)
         for rank, key in enumerate(keys):
             self._wait_for(key, rank)
@@ -213,7 +221,7 @@ class TorchCommunicator:
                     )
                 )
         if (group := self.group(axis)) is not None:
-            with self._explained(what):
+            with self.explained(what):
                 torch.distributed.all_reduce(tensor, group=group)
 
     def group(self, axis: Axis) -> ProcessGroup | None:
@@ -246,7 +254,7 @@ class TorchCommunicator:
                 self.told = error
                 # a rank that cannot be told any more ends by itself, and this one has its own error
                 with contextlib.suppress(PeerError):
-                    with self._explained("a failure"):
+                    with self.explained("a failure"):
                         self.store.set(self._failure_key(), "")
                     self._frames({"failed": _describe(error)})
                     self._failures += 1
@@ -271,12 +279,12 @@ class TorchCommunicator:
         """Wait until ``rank`` has set a key, or any rank has failed. Raises PeerError for a rank that
         gives no sign of life."""
         while not self._is_set(key) and not self._is_set(self._failure_key()):
-            with self._explained(key):
+            with self.explained(key):
                 self.pulse.expect(rank)
             time.sleep(POLL_SECONDS)
 
     def _is_set(self, key: str) -> bool:
-        with self._explained(key):
+        with self.explained(key):
             return bool(self.store.check([key]))
 
     def _frames(self, frame: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -310,12 +318,13 @@ class TorchCommunicator:
 
     def _all_gather(self, what: str, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._explained(what):
+        with self.explained(what):
             torch.distributed.all_gather(parts, tensor)
         return parts
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def explained(self, what: str) -> Iterator[None]:
+        """See `Communicator.explained`."""
         try:
             yield
         # DistError, DistBackendError, DistStoreError are RuntimeErrors; gloo's own is a plain one

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.mix import Mix
+from lorry.adapters.trainable import ParameterSet
 from lorry.backends.distributed.communicator import Communicator
 from lorry.backends.distributed.deal import deal_batches
 from lorry.backends.distributed.generation import Adapters, generate_together
@@ -78,6 +79,7 @@ class DataParallelBackend(LocalBackend):
                     "every rank has to divide by the totals of the whole step"
                 )
         for name, owner in self.owners.items():
+            self._add_up_partial_sums(name, owner)
             self.communicator.add_up(f"gradients of {name}", owner.grads)
         for name, earlier in before.items():
             self.owners[name].grads.add_(earlier)
@@ -86,6 +88,17 @@ class DataParallelBackend(LocalBackend):
             # of tensor ranks, which have the same rows, the first
             for frame in frames[:: mesh.tensor_size]
         ]
+
+    def _add_up_partial_sums(self, name: str, owner: ParameterSet) -> None:
+        """Over the ranks that share the model: the gradients of which each has a part."""
+        views = owner.split_like(owner.grads)
+        parts = [views[tensor] for tensor in owner.partial_sums()]
+        if not parts:
+            return
+        flat = torch.cat([part.flatten() for part in parts])
+        self.communicator.add_up(f"sides of {name} that every rank has", flat, "tensor")
+        for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+            part.copy_(total.view(part.shape))
 
     def score(
         self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None

@@ -162,7 +162,9 @@ class DecoderBlock:
         parts = zip(self.linears, lora_terms.stacks, strict=True)
         return LayerLinears(
             *(
-                LinearProducts(group.base_products(), stacks, [next(rest) for _ in stacks])
+                LinearProducts(
+                    group.base_products(), stacks, [next(rest) for _ in stacks], slices=group.slices
+                )
                 for group, stacks in parts
             )
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorry.adapters.layers import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
+from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
 from lorry.models.causal_lm import PackedInput
@@ -29,8 +30,13 @@ class SmallBatchProducts(LinearProducts):
     and never rearranged.
     """
 
-    def __init__(self, layers: Sequence[DenseLinear], stacks: Sequence[StackedAdapters]) -> None:
-        super().__init__(layers, stacks, [None] * len(stacks))
+    def __init__(
+        self,
+        layers: Sequence[DenseLinear],
+        stacks: Sequence[StackedAdapters],
+        slices: LayerSlices | None,
+    ) -> None:
+        super().__init__(layers, stacks, [None] * len(stacks), slices=slices)
         self.dense = layers
 
     @cached_property
@@ -54,8 +60,8 @@ class SmallBatchProducts(LinearProducts):
         if len(dense) == len(layers) and all(
             kernel.supports_product(layer.weight) for layer in dense
         ):
-            return SmallBatchProducts(dense, stacks)
-        return LinearProducts(layers, stacks, [None] * len(stacks))
+            return SmallBatchProducts(dense, stacks, group.slices)
+        return LinearProducts(layers, stacks, [None] * len(stacks), slices=group.slices)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """As `LinearProducts.forward`, without what backward would need."""
@@ -80,7 +86,7 @@ class SmallBatchProducts(LinearProducts):
                     )
                 else:
                     stack.add_product(ys[part.layer], h[:, part.rows], part.lora_B.t(), part.scale)
-        return ys
+        return self._sum_outputs(ys)
 
 
 def _own_tokens(stack: StackedAdapters) -> slice:
@@ -114,7 +120,8 @@ class DecodeRunner:
     def new_cache(self, rows: int, room: int) -> RowKVCache:
         """As `Decoder.new_cache`."""
         g = self.model.geometry
-        return RowKVCache(g.layers, rows, g.kv_heads, room, g.head_dim, self.model.dtype)
+        heads = self.model.local_geometry.kv_heads
+        return RowKVCache(g.layers, rows, heads, room, g.head_dim, self.model.dtype)
 
     @torch.no_grad()
     def forward_cached(
@@ -140,7 +147,7 @@ class DecodeRunner:
         (values,) = SmallBatchProducts.of(
             head.group, head.group.stacks(call, head.path)[0]
         ).forward(hidden)
-        return values
+        return self.model.gather_vocabulary(values)
 
     def _work(self, call: AdapterContext, *, anew: bool) -> list[LayerLinears[LinearProducts]]:
         """The products of every layer, adapters included; ``anew``: whatever was looked up."""

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.layers import AdaptableLayer, BankEmbedding, BankLinear, stored_slice
 from lorry.adapters.mix import AdapterContext, mixes_mlps
 from lorry.adapters.product import LinearProducts
+from lorry.adapters.tensor_parallel.ranks import GatherFromRanks, TensorRanks
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
 from lorry.families import LayerLinears, ModelFamily, ModelGeometry
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.decoder.attention import PackedSegments
@@ -29,21 +31,27 @@ from lorry.models.decoder.pointwise import DecoderNorm
 
 class Decoder(CausalLM):
     """A causal language model of any described family. ``config`` is the Hugging Face config as a
-    dict, kept for saving.
+    dict, kept for saving; ``ranks``: the processes that share its matrices, each with some heads,
+    some columns of the MLP and some rows of the vocabulary (tensor parallel), whose sizes these
+    divide (`plan.parallel.split.check_tensor_parallel`).
 
     Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
     """
 
     shares_prefixes = True
 
-    def __init__(self, family: ModelFamily, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, family: ModelFamily, config: Mapping[str, Any], ranks: TensorRanks | None = None
+    ) -> None:
         super().__init__()
-        self.family = family
+        self.family, self.ranks = family, ranks
         self.geometry: ModelGeometry = family.geometry(config)
+        # what this process has of it
+        self.local_geometry = self.geometry if ranks is None else self.geometry.of_each(ranks.size)
         # a copy: saving edits it
         self.config = dict(config)
         self.gradient_checkpointing = False
-        g = self.geometry
+        g = self.local_geometry
         self._add_at(
             family.embed,
             BankEmbedding(nn.Parameter(torch.empty(g.vocab, g.width)), path=family.embed),
@@ -72,6 +80,43 @@ class Decoder(CausalLM):
         layers = (self.get_submodule(family.layer.format(i=i)) for i in range(g.layers))
         # a plain list: blocks are views of modules that are registered under HF names already
         self.blocks = [DecoderBlock(i, layer, family, g) for i, layer in enumerate(layers)]
+        if ranks is not None:
+            self._describe_slices(ranks)
+
+    def _describe_slices(self, ranks: TensorRanks) -> None:
+        """Tell every cut layer its part, as the family's roles have it: what reads the residual stream
+        is cut by rows, what writes to it by columns, the vocabulary by rows."""
+        family, whole = self.family, self.geometry
+
+        def part(size: int, blocks: int = 1) -> DimensionSlice:
+            return DimensionSlice(size, ranks.size, ranks.rank, blocks)
+
+        # q, k and v of one matrix: a rank has its heads of each, which lie together head by head
+        blocks = 3 if family.qkv == "thirds" else 1
+        for i in range(whole.layers):
+            for role, sizes in family.sizes(whole)._asdict().items():
+                for target, (out, into) in sizes.items():
+                    linear = self.get_submodule(family.path(target, i))
+                    assert isinstance(linear, BankLinear)
+                    linear.slices = (
+                        LayerSlices(ranks, columns=part(into))
+                        if role in ("attn_out", "mlp_out")
+                        else LayerSlices(ranks, rows=part(out, blocks if role == "qkv" else 1))
+                    )
+        self.embed.slices = LayerSlices(ranks, columns=part(whole.vocab))
+        self.head.slices = LayerSlices(ranks, rows=part(whole.vocab))
+
+    def cut_tensors(self) -> dict[str, tuple[int, DimensionSlice]]:
+        """See `CausalLM.cut_tensors`."""
+        cut = dict[str, tuple[int, DimensionSlice]]()
+        for path, module in self.named_modules():
+            if not isinstance(module, AdaptableLayer) or module.slices is None:
+                continue
+            cut[f"{path}.weight"] = stored_slice(module)
+            # a bias is of the rows of the product; of a sum over ranks each has all of it
+            if module.slices.rows is not None and getattr(module, "bias", None) is not None:
+                cut[f"{path}.bias"] = (0, module.slices.rows)
+        return cut
 
     def tie(self) -> None:
         """Let the head share the embedding's parameter (one tensor, two names, as transformers has
@@ -151,7 +196,14 @@ class Decoder(CausalLM):
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         """[t,D] -> [t,V] in the base's dtype."""
         assert hidden is not None
-        return self.head(hidden, call)
+        return self.gather_vocabulary(self.head(hidden, call))
+
+    def gather_vocabulary(self, logits: Tensor) -> Tensor:
+        """[t,V] from what this rank's rows of the head gave."""
+        if self.ranks is None:
+            return logits
+        whole: Tensor = GatherFromRanks.apply(logits, self.ranks)
+        return whole
 
     def forward_cached(
         self,
@@ -202,7 +254,7 @@ class Decoder(CausalLM):
 
     def new_cache(self, rows: int, room: int) -> KVCache:
         """An empty cache for ``rows`` sequences of at most ``room`` tokens."""
-        g = self.geometry
+        g = self.local_geometry
         return KVCache(g.layers, rows, g.kv_heads, room, g.head_dim, self.dtype, self.device)
 
     # --- the computation

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lorry.adapters.peft.files import remember_base_digest
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.hf.model import HfModel
@@ -35,8 +37,10 @@ from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.loading.weights import load_decoder, read_tensor_entries
 from lorry.models.proofs import find_native_mismatch, prove_hf_model
+from lorry.models.tensor_parallel_proof import prove_tensor_parallel
 from lorry.notes import NoteCallback
 from lorry.plan.machine import dtype_of_auto
+from lorry.plan.parallel.split import check_tensor_parallel
 from lorry.runs.layout import ADAPTER_FACTS
 
 __all__ = ["LoadedModel", "load_model", "sample_digest"]
@@ -75,11 +79,13 @@ def load_model(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     native: bool = True,
+    ranks: TensorRanks | None = None,
     add_note: NoteCallback,
 ) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
-    implementation. ``add_note`` hears what a person should know. Raises ModelError when anything
-    does not fit, ConfigError for an unknown dtype or device.
+    implementation; ``ranks``: those that share it, all of which call this together and get a part
+    each. ``add_note`` hears what a person should know. Raises ModelError when anything does not fit,
+    ConfigError for an unknown dtype or device, and where ranks cannot share the model.
     """
     location = resolve_model(
         str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, add_note=add_note
@@ -95,17 +101,32 @@ def load_model(
     description = describe_model(
         location.directory, trust_remote_code=trust_remote_code, native=native, add_note=add_note
     )
+    if ranks is not None:
+        _refuse_unshareable(description, ranks.size)
     if description.family is not None and (
         why := find_native_mismatch(
             description.family, description.config, torch_dtype, torch_device, add_note
         )
     ):
         description = replace(description, family=None, why=why)
+        if ranks is not None:
+            _refuse_unshareable(description, ranks.size)
+    if ranks is not None and description.family is not None:
+        prove_tensor_parallel(
+            description.family, description.config, torch_dtype, torch_device, ranks, add_note
+        )
     model: CausalLM
     if description.family is not None:
         model = load_decoder(
-            location.directory, description.family, description.config, torch_dtype, torch_device
+            location.directory,
+            description.family,
+            description.config,
+            torch_dtype,
+            torch_device,
+            ranks,
         )
+        if ranks is not None:
+            remember_base_digest(model)
         # PEFT's field for the base: adapters saved later name it
         model.config["_name_or_path"] = str(location.directory)
     else:
@@ -145,6 +166,16 @@ def load_model(
     if location.adapter is not None:
         source["adapter"] = str(location.adapter)
     return LoadedModel(model, tokenizer, source)
+
+
+def _refuse_unshareable(description: ModelDescription, size: int) -> None:
+    """Raises ConfigError for a model that so many tensor-parallel ranks cannot share."""
+    if description.family is None:
+        raise ConfigError(
+            f"backend.tensor_parallel={size}: {description.why}, and only Lorry's own decoder is cut "
+            "over processes; leave tensor_parallel out"
+        )
+    check_tensor_parallel(description.family.geometry(description.config), size)
 
 
 def trained_dtype(adapter: Path) -> str:

@@ -16,6 +16,7 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, load_start
 from lorry.adapters.router_files import load_router
 from lorry.adapters.routing.stacking import stack_masters
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
@@ -54,12 +55,13 @@ def open_model(
     *,
     adapters: Sequence[str] = (),
     as_start: bool = False,
+    ranks: TensorRanks | None = None,
 ) -> OpenedModel:
     """Load the base and every adapter named: that of `config.name` if it is a run,
     `config.adapter`, and ``adapters``.
 
     ``as_start``: they become a part of the frozen base, under every mix (`AdapterBank.move_to_base`);
-    there may be one.
+    there may be one. ``ranks``: those that share the model, all of which call this together.
 
     A run's own tokenizer and chat template go before those of its base. Raises ModelError if
     anything is missing, damaged or belongs to another base, ConfigError for a chat template file
@@ -78,6 +80,7 @@ def open_model(
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         native=config.native,
+        ranks=ranks,
         add_note=add_note,
     )
     paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []

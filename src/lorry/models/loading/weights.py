@@ -18,12 +18,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError
 from lorry.families import ModelFamily
@@ -144,20 +147,25 @@ def load_decoder(
     config: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
+    ranks: TensorRanks | None = None,
 ) -> Decoder:
-    """The native decoder with a directory's weights. Raises ModelError for any missing, unknown,
-    misshapen, packed or not finite tensor."""
+    """The native decoder with a directory's weights; of ``ranks`` that share it each reads its own
+    slices, on its own. Raises ModelError for any missing, unknown, misshapen, packed or not finite
+    tensor."""
     entries = read_tensor_entries(directory)
     # no memory yet: the file's tensors become the parameters
     with torch.device("meta"):
-        model = Decoder(family, config)
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        model = Decoder(family, config, ranks)
+    cut = model.cut_tensors()
+    expected = {
+        name: _whole_shape(tensor, cut.get(name)) for name, tensor in model.state_dict().items()
+    }
     refuse_damaged_buffers(entries)
     file_names = match_tensor_names(
         entries, family, expected, tied=model.geometry.tied, where=directory
     )
     state = read_tensors(
-        {name: entries[file_name] for name, file_name in file_names.items()}, dtype, device
+        {name: entries[file_name] for name, file_name in file_names.items()}, dtype, device, cut
     )
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
     if model.geometry.tied:
@@ -232,11 +240,22 @@ def _possible_names(file_name: str, prefix: str, family: ModelFamily) -> list[st
     return [file_name, *renamed, f"{prefix}.{file_name}"]
 
 
+def _whole_shape(tensor: Tensor, cut: tuple[int, DimensionSlice] | None) -> tuple[int, ...]:
+    """The shape on one device of a tensor of which this rank may have a part."""
+    shape = list(tensor.shape)
+    if cut is not None:
+        shape[cut[0]] = cut[1].whole
+    return tuple(shape)
+
+
 def read_tensors(
-    wanted: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device
+    wanted: Mapping[str, TensorEntry],
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: Mapping[str, tuple[int, DimensionSlice]] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """The tensors, in ``dtype`` on ``device``, file by file. Raises ModelError where a value is not
-    finite.
+    """The tensors, in ``dtype`` on ``device``, file by file; of those in ``cut`` nothing but a part
+    along a dimension is read. Raises ModelError where a value is not finite.
     """
     by_file: dict[Path, list[str]] = {}
     for name, entry in wanted.items():
@@ -246,7 +265,11 @@ def read_tensors(
         # one open a shard: its header is parsed once
         with safe_open(file, framework="pt", device=str(device)) as f:
             for name in names:
-                stored = f.get_tensor(wanted[name].name)
+                stored = (
+                    _read_part(f.get_slice(wanted[name].name), *cut[name])
+                    if name in cut
+                    else f.get_tensor(wanted[name].name)
+                )
                 # one tensor at a time: file and model never exist twice
                 state[name] = stored.to(dtype)
                 if not is_finite(state[name]):
@@ -254,6 +277,13 @@ def read_tensors(
                         f"{file}: {wanted[name].name} {_explain_not_finite(stored, dtype)}"
                     )
     return state
+
+
+def _read_part(stored: Any, dim: int, part: DimensionSlice) -> Tensor:
+    """A part of a tensor of a safetensors file, which reads as much as it is asked for."""
+    whole = slice(None)
+    pieces = [stored[(whole,) * dim + (range_,)] for range_ in part.ranges()]
+    return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].contiguous()
 
 
 def refuse_damaged_buffers(entries: Mapping[str, TensorEntry]) -> None:

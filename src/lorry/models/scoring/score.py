@@ -22,11 +22,17 @@ from torch.utils.checkpoint import checkpoint
 
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext
+from lorry.adapters.tensor_parallel.ranks import CopyToRanks
 from lorry.data.batch import Batch
 from lorry.errors import ContractError, DataError
 from lorry.kernels.softmax import accumulator_dtype
 from lorry.models.causal_lm import CausalLM, PackedInput, pooled_states, with_prompt_gates
-from lorry.models.scoring.tiles import LogitsStatistics, StatisticsRequest, compute_statistics
+from lorry.models.scoring.tiles import (
+    LogitsStatistics,
+    OutputHead,
+    StatisticsRequest,
+    compute_statistics,
+)
 from lorry.models.scoring.vocab import (
     DenseScore,
     ScoreFn,
@@ -225,6 +231,10 @@ def score_supervised_tokens(
     sources = at - 1
     picked, divisor = scale_by_temperature(model, hidden.index_select(0, sources), temperature)
     head = frozen_head(model, call)
+    # each rank's rows of the head give a part of the gradient, which is added up once
+    shared = picked
+    if head is not None and head.ranks is not None:
+        shared = CopyToRanks.apply(picked, head.ranks)
     tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, VocabStatistic)]
     whole = [j for j in range(len(fns)) if j not in tiled]
     # by place in ``fns``: the two ways of scoring fill it in any order
@@ -232,12 +242,12 @@ def score_supervised_tokens(
     if head is not None and tiled:
         statistics = [fn for fn in fns if isinstance(fn, VocabStatistic)]
         columns |= zip(
-            tiled, compute_statistics(picked, head, statistics, rows).unbind(1), strict=True
+            tiled, compute_statistics(shared, head, statistics, rows).unbind(1), strict=True
         )
     if whole:
         others = [fns[j] for j in whole]
         if head is not None and (len(others) <= ONE_PASS_SCORES or not picked.requires_grad):
-            table = FullLogitsFunction.apply(picked, head, others, rows)
+            table = FullLogitsFunction.apply(shared, head, others, rows)
         else:
             table = _score_by_chunks(model, picked, sources, rows, others, call, divisor)
         columns |= zip(whole, table.unbind(1), strict=True)
@@ -324,10 +334,8 @@ def _chunk_scores(
     return torch.stack([columns[id(fn)] for fn in fns], 1)
 
 
-def frozen_head(model: CausalLM, call: AdapterContext) -> Tensor | None:
-    """The head's weight [V, D] when nothing in this call adapts or trains it and it is a plain
-    product; else None.
-    """
+def frozen_head(model: CausalLM, call: AdapterContext) -> OutputHead | None:
+    """The head when nothing in this call adapts or trains it and it is a plain product; else None."""
     head = getattr(model, "head", None)
     if isinstance(head, BankLinear):
         plain = head.product is None and not head.terms(head.resolve(call)) and not head.transposed
@@ -340,7 +348,8 @@ def frozen_head(model: CausalLM, call: AdapterContext) -> Tensor | None:
         or (head.weight.requires_grad and torch.is_grad_enabled())
     ):
         return None
-    return head.weight
+    slices = getattr(head, "slices", None)
+    return OutputHead(head.weight, None if slices is None else slices.ranks)
 
 
 class DenseScoreFunction(torch.autograd.Function):
@@ -365,27 +374,32 @@ class DenseScoreFunction(torch.autograd.Function):
 
 
 class FullLogitsFunction(torch.autograd.Function):
-    """`apply(hidden [t,D], head [V,D], fns, rows) -> [t,n]`: any functions of a chunk's logits,
-    with d score / d hidden formed in the forward pass."""
+    """`apply(hidden [t,D], head, fns, rows) -> [t,n]`: any functions of a chunk's logits, with
+    d score / d hidden formed in the forward pass (of a head that ranks share, this rank's part)."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, fns: Sequence[ScoreFn], rows: VocabRows
+        ctx: Any, hidden: Tensor, head: OutputHead, fns: Sequence[ScoreFn], rows: VocabRows
     ) -> Tensor:
+        weight, here = head.weight, slice(head.first, head.first + len(head.weight))
         needs_slope = ctx.needs_input_grad[0]
         t = len(hidden)
         out = hidden.new_zeros(t, len(fns), dtype=accumulator_dtype(hidden))
         slopes = [torch.zeros_like(hidden) for _ in fns] if needs_slope else []
-        workspace = hidden.new_empty(min(t, CHUNK_TOKENS), len(head))
+        workspace = hidden.new_empty(min(t, CHUNK_TOKENS), len(weight))
         for start in range(0, t, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, t)
-            logits = torch.mm(hidden[start:stop], head.t(), out=workspace[: stop - start])
+            logits = torch.mm(hidden[start:stop], weight.t(), out=workspace[: stop - start])
+            if head.ranks is not None:
+                # the functions see whole rows
+                logits = torch.cat(head.ranks.gather(logits), 1)
             for j, fn in enumerate(fns):
                 value, slope = _value_and_slope(fn, logits, rows.cut(start, stop), needs_slope)
                 out[start:stop, j] = value
                 if slope is not None:
                     # d score / d hidden now, while the logits exist; backward only scales it
-                    torch.mm(slope.to(hidden.dtype), head, out=slopes[j][start:stop])
+                    own = slope[:, here].to(hidden.dtype)
+                    torch.mm(own, weight, out=slopes[j][start:stop])
         ctx.save_for_backward(*slopes)
         return out
 

@@ -5,8 +5,10 @@ A frozen head is read a tile of the vocabulary at a time, as blocked attention r
 logits [t, w] stay in cache while they are formed, folded into running sums, and multiplied back. If
 one score of one chosen token carries the gradient, one pass and two products give value and slope;
 otherwise backward forms the tiles once more (three products for any number of scores). An adapted
-head gives whole rows, a chunk at a time, and `LogitsStatistics` takes those. t rows, n scores, k
-chosen tokens, d width, V vocabulary.
+head gives whole rows, a chunk at a time, and `LogitsStatistics` takes those. Where ranks share the
+vocabulary (tensor parallel), each reads its own rows of the head, the sums are merged, and a slope
+with respect to the hidden state is this rank's part of it. t rows, n scores, k chosen tokens, d
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.kernels.softmax import SoftmaxSums, accumulator_dtype, add_scaled, write_slope
 from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
 
@@ -157,13 +160,53 @@ def finish_softmax(sums: SoftmaxSums, logits: Tensor, vocab: int) -> SoftmaxSumm
 # --- a frozen head, by tiles
 
 
+@dataclass(frozen=True)
+class OutputHead:
+    """A frozen head, weight [V,d]; or of one whose rows ``ranks`` share, in order, this rank's."""
+
+    weight: Tensor
+    ranks: TensorRanks | None = None
+
+    @property
+    def vocab(self) -> int:
+        """V, of all ranks."""
+        return len(self.weight) * (1 if self.ranks is None else self.ranks.size)
+
+    @property
+    def first(self) -> int:
+        """The token of the first row here."""
+        return 0 if self.ranks is None else len(self.weight) * self.ranks.rank
+
+    def holds(self, ids: Tensor) -> Tensor:
+        """Whether the row of each token is here."""
+        return (ids >= self.first) & (ids < self.first + len(self.weight))
+
+    def merge(self, sums: SoftmaxSums, chosen: Tensor) -> tuple[SoftmaxSums, Tensor]:
+        """Over all ranks, the sums of each and the chosen tokens' logits [t,k], 0 where the token is
+        another rank's."""
+        if self.ranks is None:
+            return sums, chosen
+        # one message; tokens are exact in fp32 up to 2^24
+        packed = torch.cat([sums.state, sums.top[:, None].to(chosen.dtype), chosen], 1)
+        parts = self.ranks.gather(packed)
+        width = sums.state.shape[1]
+        merged = SoftmaxSums.merge(
+            [
+                SoftmaxSums(p[:, :width], p[:, width].long(), sums.moments, sums.columns)
+                for p in parts
+            ]
+        )
+        return merged, torch.stack([part[:, width + 1 :] for part in parts]).sum(0)
+
+
 class HeadPass:
     """A pass over the head for a group of rows: their hidden states, padded, and a workspace for
-    the tiles.
+    the tiles. Sums and chosen logits are those of the rows here (`OutputHead.merge`).
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor) -> None:
-        self.rows, self.head = len(hidden), head
+    def __init__(self, hidden: Tensor, output_head: OutputHead, ids: Tensor) -> None:
+        self.rows, self.head = len(hidden), output_head.weight
+        head, self.first = self.head, output_head.first
         self.hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % ROUND_ROWS))
         rows = len(self.hidden)
         # whole multiples of 64 columns, at least one
@@ -176,7 +219,7 @@ class HeadPass:
         # sorted by token, so the pairs of a tile are one slice, found by binary search
         self.token, self.pair = ids.flatten().sort()
         self.cuts = torch.searchsorted(
-            self.token, torch.tensor(self.edges, device=ids.device)
+            self.token, torch.tensor(self.edges, device=ids.device) + self.first
         ).tolist()
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
@@ -189,7 +232,7 @@ class HeadPass:
             weight = self.head[start:stop]
             tile = self.space[: len(self.hidden) * (stop - start)].view(-1, stop - start)
             pair = self.pair[first:last]
-            where = (pair // self.k, self.token[first:last] - start)
+            where = (pair // self.k, self.token[first:last] - self.first - start)
             yield torch.mm(self.hidden, weight.t(), out=tile), weight, pair, where
 
     def read(self, sums: SoftmaxSums) -> Tensor:
@@ -237,7 +280,7 @@ class HeadPass:
 
 
 def compute_statistics(
-    hidden: Tensor, head: Tensor, wanted: Sequence[VocabStatistic], rows: VocabRows
+    hidden: Tensor, head: OutputHead, wanted: Sequence[VocabStatistic], rows: VocabRows
 ) -> Tensor:
     """[t,n] at least fp32: statistics of softmax(hidden [t,d] @ head [V,d]^T), differentiable in
     ``hidden``.
@@ -260,23 +303,29 @@ def compute_statistics(
 
 
 class OnePassStatistics(torch.autograd.Function):
-    """`apply(hidden [t,d], head [V,d], request) -> [t,n]` where `StatisticsRequest.one_pass` holds;
+    """`apply(hidden [t,d], head, request) -> [t,n]` where `StatisticsRequest.one_pass` holds;
     keeps d score / d hidden [t,d]: u ((1 - p) head[token] - sum over the others of p_v head[v])."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, request: StatisticsRequest) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: OutputHead, request: StatisticsRequest) -> Tensor:
         head_pass = HeadPass(hidden, head, request.ids)
-        sums = head_pass.sums(moments=False)
+        own = head_pass.sums(moments=False)
         if not ctx.needs_input_grad[0]:
-            logits = head_pass.read(sums)
-            return request.values(finish_softmax(sums.first_rows(len(hidden)), logits, len(head)))
-        logits, others = head_pass.read_with_weighted_sum(sums)
-        sums = sums.first_rows(len(hidden))
-        softmax = finish_softmax(sums, logits, len(head))
+            logits = head_pass.read(own)
+            sums, logits = head.merge(own.first_rows(len(hidden)), logits)
+            return request.values(finish_softmax(sums, logits, head.vocab))
+        logits, others = head_pass.read_with_weighted_sum(own)
+        own = own.first_rows(len(hidden))
+        sums, logits = head.merge(own, logits)
+        if sums is not own:
+            # relative to this rank's peak so far
+            others.mul_((own.state[:, :1] - sums.state[:, :1]).exp())
+        softmax = finish_softmax(sums, logits, head.vocab)
         values = request.values(softmax)
         token_grad = request.summary_gradients(softmax, torch.ones_like(values))[0]
         # -expm1(log p) = 1 - p without cancellation where p is near 1
-        target_part = head[request.ids[:, 0]].to(others.dtype).mul_(-torch.expm1(softmax.chosen))
+        target_part = _target_rows(head, request.ids[:, 0]).to(others.dtype)
+        target_part.mul_(-torch.expm1(softmax.chosen))
         ctx.save_for_backward(
             target_part.sub_(others.div_(sums.state[:, 1:2])).mul_(token_grad).to(hidden.dtype)
         )
@@ -290,30 +339,40 @@ class OnePassStatistics(torch.autograd.Function):
         return (dhidden * grads[0][:, ctx.column, None]).to(dhidden.dtype), None, None
 
 
+def _target_rows(head: OutputHead, ids: Tensor) -> Tensor:
+    """[t,d]: the head's row of each token; zeros where it is another rank's."""
+    if head.ranks is None:
+        return head.weight[ids]
+    here = head.holds(ids)
+    return head.weight[torch.where(here, ids - head.first, 0)].mul_(here[:, None])
+
+
 class TwoPassStatistics(torch.autograd.Function):
-    """`apply(hidden [t,d], head [V,d], request) -> [t,n]` for any statistics; backward forms the
-    tiles once more.
+    """`apply(hidden [t,d], head, request) -> [t,n]` for any statistics; backward forms the tiles
+    once more.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, request: StatisticsRequest) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: OutputHead, request: StatisticsRequest) -> Tensor:
         head_pass = HeadPass(hidden, head, request.ids)
-        sums = head_pass.sums(moments=request.moments)
-        logits = head_pass.read(sums)
-        sums = sums.first_rows(len(hidden))
-        ctx.save_for_backward(hidden, head, logits)
-        ctx.request, ctx.sums = request, sums
-        return request.values(finish_softmax(sums, logits, len(head)))
+        own = head_pass.sums(moments=request.moments)
+        logits = head_pass.read(own)
+        sums, logits = head.merge(own.first_rows(len(hidden)), logits)
+        # the weight through autograd's hands, which see a write to it before backward
+        ctx.save_for_backward(hidden, head.weight, logits)
+        ctx.request, ctx.sums, ctx.ranks = request, sums, head.ranks
+        return request.values(finish_softmax(sums, logits, head.vocab))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, logits = ctx.saved_tensors
+        hidden, weight, logits = ctx.saved_tensors
         request: StatisticsRequest = ctx.request
         if not request.gradient:
             return torch.zeros_like(hidden), None, None
+        head = OutputHead(weight, ctx.ranks)
         terms, entries = request.slopes(
-            ctx.sums, finish_softmax(ctx.sums, logits, len(head)), len(head), grads[0]
+            ctx.sums, finish_softmax(ctx.sums, logits, head.vocab), head.vocab, grads[0]
         )
         return (
             HeadPass(hidden, head, request.ids)

@@ -97,9 +97,7 @@ class GradientRectified:
         add(forget)
         for name, owner in self.params.items():
             mean = self.momentum[name]
-            # in float64: both are sums over millions of products
-            along = float(torch.dot(owner.grads.double(), mean.double()))
-            size = float(mean.double().square().sum())
+            along, size = owner.dot(owner.grads, mean), owner.dot(mean, mean)
             if along < 0 < size:
                 owner.grads.sub_(mean, alpha=along / size)
 
