@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import lorry
 from lorry import cli
 from lorry.backends.distributed import communicator, launch
 from lorry.errors import ConfigError
@@ -108,6 +111,65 @@ def test_what_copies_would_spoil_is_refused(
     launcher(RANK="0", WORLD_SIZE="2", **WHERE)  # type: ignore[operator]
     assert cli.main(words) == 2
     assert told in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["chat", "/x", "backend=ddp"],
+        ["merge", "/x", "backend.processes=2"],
+        ["unmerge", "/x", "backend=ddp"],
+        ["export", "/x", "to=hf", "backend.timeout=5"],
+        ["push", "/x", "backend=ddp"],
+        ["report", "/x", "backend.keep_total=true"],
+        ["runs", "backend=ddp"],
+        ["doctor", "backend.tensor_parallel=2"],
+        ["demo", "backend=ddp"],
+        ["unlearn-alternates", "/x", "backend.name=ddp"],
+    ],
+)
+def test_a_verb_of_one_process_says_so_by_name(
+    launcher: object, capfd: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert cli.main(words) == 2
+    told = capfd.readouterr().err
+    assert told.startswith(
+        f"error: {words[-1]}: lorry {words[0]} runs in one process: leave it out"
+    )
+    assert told.count("error:") == 1
+
+
+def test_finished_runs_are_compared_in_one_process(
+    launcher: object, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", "/x", "backend=ddp", "processes=2"]) == 2
+    assert "finished runs are compared by their files" in capfd.readouterr().err
+
+
+def test_one_place_makes_backends_and_scorers_of_several_processes() -> None:
+    """Whatever trains or asks a model takes them from the registry, so that a backend is opened by all
+    verbs that can be asked for it."""
+    made = ("LocalBackend(", "DataParallelBackend(", "SharedModelScorer(")
+    source = Path(lorry.__file__).parent
+    places = {
+        (path.relative_to(source).as_posix(), name)
+        for path in sorted(source.rglob("*.py"))
+        for name in made
+        if name in _code_of(path).replace(f"class {name}", "")
+    }
+    assert places == {("backends/registry.py", "SharedModelScorer(")}
+    # evaluations: theirs are those of all processes
+    scorers = [p.name for p in (source / "evaluate").rglob("*.py") if "ModelScorer(" in _code_of(p)]
+    assert scorers == []
+
+
+def _code_of(path: Path) -> str:
+    """A module's source without its docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return ast.unparse(tree)
 
 
 def test_a_command_that_starts_workers_leaves_the_notes_to_them(

@@ -5,7 +5,7 @@ after the other.
     ended.codes["eval"]  # [0, 0]: of each rank
     ended.printed["eval"][0]  # (standard output, standard error) of rank 0
 
-A first word ``FAULT=NAME`` is no part of the command: it names a fault of `FAULTS`, which one rank has
+A first word ``FAULT=NAME`` is no part of the command: it names a fault (`fault_named`) that one rank has
 while the command runs.
 """
 
@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from lorry import cli
+from lorry.backends.distributed.communicator import TorchCommunicator
 from lorry.backends.distributed.launch import open_store, worker_environments
-from lorry.disk.durable import DiskError
+from lorry.backends.local import LocalBackend
+from lorry.disk.durable import DiskCalls, DiskError
 from lorry.train import engine, processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +97,38 @@ def no_report(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(report, "write_report", write_report)
 
 
+def kill_at(owner: Any, name: str, number: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """It is killed where it calls a method for the ``number``-th time."""
+
+    def fault(patch: pytest.MonkeyPatch) -> None:
+        real, left = getattr(owner, name), [number]
+
+        def call(*given: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **named)
+
+        patch.setattr(owner, name, call)
+
+    return fault
+
+
+def fault_named(name: str) -> tuple[int, Callable[[pytest.MonkeyPatch], None]]:
+    """Of `FAULTS`; or ``kill RANK WHERE NUMBER``, where a rank calls a function of `KILLED_AT`."""
+    if not name.startswith("kill "):
+        return FAULTS[name]
+    _, rank, where, number = name.split()
+    return int(rank), kill_at(*KILLED_AT[where], int(number))
+
+
+# what a rank may be killed at: agreeing with the others, its disk, a pass, an update
+KILLED_AT: dict[str, tuple[Any, str]] = {
+    "exchange": (TorchCommunicator, "exchange"),
+    "disk": (DiskCalls, "rename"),
+    "pass": (LocalBackend, "_micro_batch"),
+    "update": (LocalBackend, "step"),
+}
 # {name: (the rank that has it, what is patched there)}
 FAULTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
     "another version": (1, another_version),
@@ -116,7 +150,21 @@ class Ended(NamedTuple):
 
 
 def run_ranked(folder: Path, commands: Mapping[str, Sequence[object]], ranks: int = 2) -> Ended:
-    """Run the commands in ``ranks`` processes."""
+    """Run the commands in ``ranks`` processes, none of which dies."""
+    children = run_processes(folder, commands, ranks)
+    assert [code for code, _, _ in children] == [0] * ranks, children
+    codes = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    parts = [(_parts(out), _parts(err)) for _, out, err in children]
+    return Ended(
+        {name: [code[name] for code in codes] for name in commands},
+        {name: [(out[name], err[name]) for out, err in parts] for name in commands},
+    )
+
+
+def run_processes(
+    folder: Path, commands: Mapping[str, Sequence[object]], ranks: int = 2
+) -> list[tuple[int, str, str]]:
+    """The same; (exit code, standard output, standard error) of each process, whatever became of it."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {name: list(map(str, command)) for name, command in commands.items()}
     (folder / "commands.json").write_text(json.dumps(words))
@@ -137,13 +185,7 @@ def run_ranked(folder: Path, commands: Mapping[str, Sequence[object]], ranks: in
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0] * ranks, printed
-    codes = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    parts = [[_parts(text) for text in pair] for pair in printed]
-    return Ended(
-        {name: [code[name] for code in codes] for name in words},
-        {name: [(out[name], err[name]) for out, err in parts] for name in words},
-    )
+    return [(child.returncode, *texts) for child, texts in zip(children, printed, strict=True)]
 
 
 def _parts(text: str) -> dict[str, str]:
@@ -160,8 +202,8 @@ def run_rank(folder: Path) -> None:
             print(f"{MARK}{name}", file=stream, flush=True)
         fault = words.pop(0).removeprefix(FAULT) if words[0].startswith(FAULT) else ""
         with pytest.MonkeyPatch.context() as patch:
-            if fault and FAULTS[fault][0] == rank:
-                FAULTS[fault][1](patch)
+            if fault and fault_named(fault)[0] == rank:
+                fault_named(fault)[1](patch)
             codes[name] = cli.main(words)
     (folder / f"rank-{rank}.json").write_text(json.dumps(codes))
 

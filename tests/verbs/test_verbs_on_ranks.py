@@ -6,6 +6,8 @@ What one process says is compared with transformers, PEFT and plain loops by the
 from __future__ import annotations
 
 import json
+import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ def pair(world: World, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     # what is there is not measured, or trained, again
     made |= {"suite again": made["suite"], "moe again": made["moe"]}
     made["nothing"] = ["eval", world.run, "data=/nowhere.jsonl", "backend=ddp"]
+    made["doctor"] = ["doctor"]
     return run_ranked(folder, made), folder
 
 
@@ -205,9 +208,30 @@ def test_what_is_there_is_not_measured_again(pair: tuple[Ended, Path]) -> None:
     assert "metrics were measured before" in ended.printed["suite again"][0][1]
 
 
-def test_how_many_made_a_run_is_written_down(pair: tuple[Ended, Path]) -> None:
+def test_doctor_names_every_rank(pair: tuple[Ended, Path]) -> None:
+    """Of a job under a launcher; rank 0 tells."""
+    ended, _ = pair
+    assert ended.codes["doctor"] == [0, 0]
+    (shown, _), silent = ended.printed["doctor"]
+    told = {
+        name.strip(): value.strip() for name, value in re.findall(r"│ ([^│]*)│ ([^│]*)│", shown)
+    }
+    assert told["mesh"] == "2 data x 1 tensor"
+    here = f"{platform.node()}, cpu, "
+    assert told["rank 0"].startswith(here)
+    assert told["rank 1"].startswith(here)
+    assert told["over"] == "gloo"
+    assert silent == ("", "")
+
+
+def test_how_many_made_a_run_is_written_down(
+    pair: tuple[Ended, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     _, folder = pair
     run = folder / "asked"
+    capsys.readouterr()
+    assert lorry("doctor", run) == 0
+    assert "ddp, 2 processes, mesh 2 data x 1 tensor, cpu" in capsys.readouterr().out
     assert read_json(run / "receipt.json")["environment"]["processes"] == 2
     assert "processes: 2" in (run / "run.yaml").read_text()
     assert "2 (backend=ddp)" in (run / "README.md").read_text()
