@@ -226,8 +226,8 @@ for _verb in VERBS:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2
-    on a wrong command. Of several processes rank 0 alone prints; another one says why it failed, where
-    rank 0 does not."""
+    on a wrong command. Of several processes rank 0 alone prints; another one says why it failed,
+    where rank 0 does not."""
     if is_main_process():
         return _run_command_line(argv)
     with silence_streams() as messages:
@@ -360,9 +360,9 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
 
 
 def _workers_of(verb: CliVerb, settings: Any) -> int:
-    """How many processes this command has to start: those of `backend.processes`, unless a launcher has
-    started this one, or another process will make the run (`background`). Raises ConfigError for a
-    verb that runs in one process."""
+    """How many processes this command has to start: those of `backend.processes`, unless a launcher
+    has started this one, or another process will make the run (`background`). Raises ConfigError
+    for a verb that runs in one process."""
     backend = getattr(settings, "backend", None)
     if verb.name in LOOKING_VERBS:
         return 0
@@ -373,8 +373,9 @@ def _workers_of(verb: CliVerb, settings: Any) -> int:
         return workers_to_start(backend)
     if (launched := launched_process()) is not None and launched.world_size > 1:
         raise ConfigError(
-            "background=true leaves a process alone, but these were started by a launcher (WORLD_SIZE), "
-            "which ends when they do; leave it out and put the launcher in the background"
+            "background=true leaves a process alone, but these were started by a launcher "
+            "(WORLD_SIZE), which ends when they do; leave it out and put the launcher in the "
+            "background"
         )
     return 0
 

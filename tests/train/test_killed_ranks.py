@@ -49,6 +49,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
         "save_steps": 2,
         "load_best_model_at_end": "true",
         "backend": "ddp",
+        # for a rank that waits for rank 0's word: no launcher ends it here
+        "backend.timeout": 20,
     }
 
     def made(run: Path, *more: str, fault: str = "") -> list[str]:

@@ -124,8 +124,8 @@ class JobOverrides:
     origins: dict[str, str] = field(default_factory=dict)
 
     def apply_to(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the run with this job's in their place. Raises ConfigError for settings of an
-        adapter where the run has none.
+        """The settings of the run with this job's in their place. Raises ConfigError for settings
+        of an adapter where the run has none.
         """
         if "lora" in self.tree and "lora" in tree and tree["lora"] is None:
             raise ConfigError(NO_ADAPTERS_FOR_JOBS)
@@ -418,7 +418,8 @@ def job_differences(run: RunConfig, job_run: RunConfig) -> dict[str, dict[str, A
 
 def runs_by_adapter(run: RunConfig) -> dict[str, RunConfig]:
     """{adapter: the run it would be alone}: of a run without `jobs`, itself; without an adapter
-    {BASE_JOB: itself}, since its base weights train; of experts that are whole models one for each."""
+    {BASE_JOB: itself}, since its base weights train; of experts that are whole models one for each.
+    """
     if not run.jobs:
         return {BASE_JOB if run.lora is None else run.lora.adapter_name: run}
     groups = [group for group in run.job_groups if group != "lora" or run.lora is not None]

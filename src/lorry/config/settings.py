@@ -100,7 +100,8 @@ class PlanBackend(TrainBackendConfig):
     gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = (
         config_field(
             None,
-            "which GPU, for its memory and speed; null: h100 with several processes unless device=cpu, else this machine",
+            "which GPU, for its memory and speed; null: h100 with several processes unless "
+            "device=cpu, else this machine",
         )
     )
 
@@ -285,7 +286,8 @@ class ExpertSource(SettingsGroup):
     """An expert of a mixture, in mergekit-moe's words."""
 
     source_model: PathText = Field(
-        description="adapter or run directory, base+adapter, a whole model of the base's shape, or the base itself"
+        description="adapter or run directory, base+adapter, a whole model of the base's shape, or "
+        "the base itself"
     )
     positive_prompts: list[str] = config_field(
         [], "texts that are typical of this expert; none: of 16 training rows, where it is a run"

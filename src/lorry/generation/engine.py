@@ -314,9 +314,9 @@ def generate_completions(
     """Answer every prompt (token lists of any lengths, not padded), in their order.
 
     ``params``: for all prompts, or one for each; ``rows``: each one's number, which with the seed
-    names its draws; left out, it is its place in the list. ``adapters``: for all prompts a name, a `Mix` of constants, or
-    None for the model's active mix; or for each prompt a name, a mix or None (the base).
-    ``batch_rows``: requests that run at once (64); the others wait. Raises what
+    names its draws; left out, it is its place in the list. ``adapters``: for all prompts a name, a
+    `Mix` of constants, or None for the model's active mix; or for each prompt a name, a mix or None
+    (the base). ``batch_rows``: requests that run at once (64); the others wait. Raises what
     `GenerationEngine.add_request` raises and ConfigError for a bad setting, all before anything
     runs, and NonFiniteError.
     """
@@ -334,8 +334,8 @@ def generate_completions(
         mixes = list(adapters)
     if len(mixes) != len(prompts):
         raise ConfigError(
-            f"adapters has {len(mixes)} entries for {len(prompts)} prompts; give one name (or None) "
-            "per prompt"
+            f"adapters has {len(mixes)} entries for {len(prompts)} prompts; give one name (or "
+            "None) per prompt"
         )
     numbers = range(len(prompts)) if rows is None else rows
     for prompt, request_params, mix, row in zip(prompts, each, mixes, numbers, strict=True):

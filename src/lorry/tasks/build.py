@@ -24,8 +24,8 @@ from lorry.notes import NoteCallback
 class PreparedJob:
     """One adapter's part of a run before it trains. ``run``: the run it would be alone; ``data``:
     the rows its epochs are counted in; ``row_sets``: others that its task reads, by role;
-    ``stream``: its micro-batches; ``beside``: other parameter sets that its sequences train, by name,
-    with the settings of each.
+    ``stream``: its micro-batches; ``beside``: other parameter sets that its sequences train, by
+    name, with the settings of each.
     """
 
     run: RunConfig
@@ -42,8 +42,8 @@ PreparedJobs = Mapping[str, PreparedJob]  # by adapter
 
 
 def trained_names(jobs: PreparedJobs) -> list[str]:
-    """The parameter sets that a run trains: those of its jobs, whose places in a batch they have, then
-    what trains beside them."""
+    """The parameter sets that a run trains: those of its jobs, whose places in a batch they have,
+    then what trains beside them."""
     return [*jobs, *(name for job in jobs.values() for name in job.beside)]
 
 

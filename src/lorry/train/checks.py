@@ -63,8 +63,8 @@ class ContractResult:
 @dataclass(frozen=True)
 class ContractState:
     """What a checkpoint keeps of the checks. ``silent``: per adapter, modules without a gradient so
-    far; ``unreached``: those that no gradient could have reached so far, as no supervised token went
-    through them.
+    far; ``unreached``: those that no gradient could have reached so far, as no supervised token
+    went through them.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -110,7 +110,8 @@ class ContractChecks:
         return error
 
     def note_failure(self, error: ContractError) -> None:
-        """Record a contract that another rank found broken; one of this rank's is recorded already."""
+        """Record a contract that another rank found broken; one of this rank's is
+        recorded already."""
         number = error.contract
         if number is not None and error.shared and number in CONTRACT_NAMES:
             self.results[number] = ContractResult(
@@ -211,8 +212,8 @@ class ContractChecks:
         leak_tolerance: float = 0.0,
     ) -> None:
         """Contract 4 on the first batches, across adapters, too. ``ends``: per adapter, token ids
-        of which one must be supervised in each of its sequences (empty: any); ``tolerance`` of the mean
-        loss packed and alone, ``leak_tolerance`` of one token's score, both in nats."""
+        of which one must be supervised in each of its sequences (empty: any); ``tolerance`` of the
+        mean loss packed and alone, ``leak_tolerance`` of one token's score, both in nats."""
         for batch in batches:
             for s, (start, stop) in enumerate(batch.segments):
                 # [tokens of s], bool; the weight of token t is that of t as target
@@ -347,7 +348,8 @@ class ContractChecks:
             unproven = f"; {asleep} modules got no supervised token in them" if asleep else ""
             self.held(
                 3,
-                f"{self._describe_moved()} changed within {steps} steps; each had a gradient{unproven}",
+                f"{self._describe_moved()} changed within {steps} steps; each had a "
+                f"gradient{unproven}",
             )
 
     def _describe_moved(self) -> str:
@@ -394,9 +396,9 @@ class ContractChecks:
         return f"lora.exclude_modules=[{','.join(distinct[:MAX_NAMED_MODULES])}]{more}"
 
     def _moving(self, name: str) -> list[str]:
-        """The tensors that must move: of a base or a router all that train, but of low-rank matrices,
-        an adapter's or a router's own, those that began at zero (lora_B; an embedding's lora_A), or
-        else lora_B; none of a module that no supervised token went through."""
+        """The tensors that must move: of a base or a router all that train, but of low-rank
+        matrices, an adapter's or a router's own, those that began at zero (lora_B; an embedding's
+        lora_A), or else lora_B; none of a module that no supervised token went through."""
         asleep = self._unreached.get(name, set())
         mine = [
             t
@@ -438,8 +440,8 @@ class ContractChecks:
     def same_run_on_all_ranks(
         self, communicator: Communicator, identity: Mapping[str, Any]
     ) -> None:
-        """Every rank has to have rank 0's data, base and code, and the same torch: raises ConfigError
-        naming what differs. Settings are rank 0's anyway."""
+        """Every rank has to have rank 0's data, base and code, and the same torch: raises
+        ConfigError naming what differs. Settings are rank 0's anyway."""
         environment = identity.get("environment", {})
         mine = {
             **identity.get("digests", {}),
@@ -457,8 +459,8 @@ class ContractChecks:
                 )
 
     def equal_on_all_ranks(self, backend: Backend, number: int, when: str) -> None:
-        """Part of contract ``number``: what trains is the same to the last bit on every rank. Raises
-        ContractError naming the first tensor that is not."""
+        """Part of contract ``number``: what trains is the same to the last bit on every rank.
+        Raises ContractError naming the first tensor that is not."""
         communicator = backend.communicator
         if communicator.size == 1:
             return
@@ -469,7 +471,8 @@ class ContractChecks:
                 raise self.fail(
                     number,
                     f"{when} rank {rank} holds another {differing[0]} than rank 0 "
-                    f"({len(differing)} of {len(first)} tensors): the ranks train different adapters",
+                    f"({len(differing)} of {len(first)} tensors): the ranks train different "
+                    "adapters",
                 )
 
     # --- at the end

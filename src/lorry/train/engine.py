@@ -52,10 +52,10 @@ class TrainingEngine:
     checkpoints and compared on resume; ``jobs``: one per adapter of the task, in its order; left
     out, all are alike: ``train``'s settings, the task's steps, ``epoch_of(step)``, the epoch a step
     belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance`` and ``leak_tolerance``);
-    ``models``: frozen ones the task scores with besides the backend; ``evaluations``: what is asked of an adapter besides
-    the loss of held-out rows; ``record(step)``: what the task adds to the line of a step;
-    ``conclude``: what it does with the values that the run ends with; ``unreached()``: which targets
-    no gradient of a step could reach (`tasks.build.BuiltTask`).
+    ``models``: frozen ones the task scores with besides the backend; ``evaluations``: what is asked
+    of an adapter besides the loss of held-out rows; ``record(step)``: what the task adds to the
+    line of a step; ``conclude``: what it does with the values that the run ends with;
+    ``unreached()``: which targets no gradient of a step could reach (`tasks.build.BuiltTask`).
     """
 
     def __init__(
@@ -191,7 +191,8 @@ class TrainingEngine:
         self.task.after_step(stats)
         self.checks.after_step(self.backend, norms, rates, self.unreached())
         self.progress.step += 1
-        # what is not added up over ranks drifts apart from the first step on; later, each checkpoint
+        # what is not added up over ranks drifts apart from the first step on; later, each
+        # checkpoint
         if step < EQUALITY_STEPS:
             self.checks.equal_on_all_ranks(self.backend, 3, f"after step {self.progress.step}")
         for job in active:
@@ -306,8 +307,8 @@ class TrainingEngine:
             )
 
     def _agreed_signals(self, stop: StopRequest, take_save: bool = True) -> tuple[str, bool]:
-        """(the signal that asked to stop, or nothing; whether a checkpoint was asked for), as heard by
-        any rank: one may have been told alone, or a step sooner than the others."""
+        """(the signal that asked to stop, or nothing; whether a checkpoint was asked for), as heard
+        by any rank: one may have been told alone, or a step sooner than the others."""
         heard = [stop.requested, take_save and stop.take_save()]
         signals = self.communicator.exchange("signals", heard)
         return next((name for name, _ in signals if name), ""), any(save for _, save in signals)
@@ -373,8 +374,8 @@ class TrainingEngine:
 
     def save(self) -> Path:
         """Write a checkpoint of this step; the best one is never pruned. Raises NonFiniteError,
-        with nothing written or pruned, where the state is not finite; ContractError where ranks hold
-        other values."""
+        with nothing written or pruned, where the state is not finite; ContractError where ranks
+        hold other values."""
         self._check_home()
         self.checks.finite(self.backend, self.progress.step)
         self.checks.equal_on_all_ranks(self.backend, 6, f"after step {self.progress.step}")

@@ -58,9 +58,9 @@ def describe_untrained_mixture(
     adapters: Mapping[str, str],
     rows: Mapping[str, Any],
 ) -> None:
-    """run.yaml and, last, receipt.json of a mixture that no training made, so that it is read like any
-    run. adapters: {expert: SHA-256 of its weights file}; rows: of what its router was made, by expert.
-    Raises DiskError."""
+    """run.yaml and, last, receipt.json of a mixture that no training made, so that it is read like
+    any run. adapters: {expert: SHA-256 of its weights file}; rows: of what its router was made, by
+    expert. Raises DiskError."""
     folder = run.output_dir
     artifacts.write_text(folder, RUN_FILE, dump_settings(run))
     saved = router_digests(folder)

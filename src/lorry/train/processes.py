@@ -1,6 +1,6 @@
 """One process's part of a run or of a command: its device, its cores, the rows of a step of all
-processes, the checkpoint that all of them go on from; and what has to be the same on their machines,
-told before a model is loaded.
+processes, the checkpoint that all of them go on from; and what has to be the same on their
+machines, told before a model is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from lorry.train.checkpoint import code_digest
 from lorry.train.start import find_resume_checkpoint
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")  # whose versions make numbers
-# of a weights file: so many pieces of so many bytes, spread over it, tell another base from this one
+# of a weights file: so many pieces of so many bytes, spread over it, tell another base from this
+# one
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 1 << 16
 SHARED_WAIT_SECONDS = 10.0  # for a network file system to show what another machine has written
 POLL_SECONDS = 0.2
@@ -76,8 +77,8 @@ def record_processes(run: RunConfig, communicator: Communicator) -> RunConfig:
 def place_run(
     run: RunConfig, communicator: Communicator, add_note: NoteCallback, output_dir: Path
 ) -> RunConfig:
-    """The run as this process makes it: on its device, with its cores, and with the rows of a step of
-    all processes, so that everything that is counted from them is that of one device.
+    """The run as this process makes it: on its device, with its cores, and with the rows of a step
+    of all processes, so that everything that is counted from them is that of one device.
     ``output_dir``: of the whole run. Raises ConfigError, also where the machines differ.
     """
     if communicator.size == 1:
@@ -92,9 +93,9 @@ def place_run(
         refuse_unshared(output_dir, communicator, machines)
     train = run.train
     add_note(
-        f"{communicator.size} processes: {train.per_device_train_batch_size} rows in a micro-batch of "
-        f"all of them, {train.per_device_train_batch_size * train.gradient_accumulation_steps} in a "
-        "step"
+        f"{communicator.size} processes: {train.per_device_train_batch_size} rows in a micro-batch "
+        f"of all of them, {train.per_device_train_batch_size * train.gradient_accumulation_steps} "
+        "in a step"
     )
     return place_settings(run, communicator)
 
@@ -121,8 +122,8 @@ def choose_device(asked: str, communicator: Communicator) -> str:
     index = _own_gpu(asked, launched, count)
     if index is None and asked.startswith("cuda"):
         raise ConfigError(
-            f"model.device={asked} for {launched.local_world_size} processes on this machine, which "
-            f"has {count} GPUs: every process needs one of its own; leave model.device out"
+            f"model.device={asked} for {launched.local_world_size} processes on this machine, "
+            f"which has {count} GPUs: every process needs one of its own; leave model.device out"
         )
     names = communicator.exchange("devices", None if index is None else gpu_identity(index))
     owners = {name: names.index(name) for name in names if name is not None}
@@ -131,9 +132,9 @@ def choose_device(asked: str, communicator: Communicator) -> str:
             (owners[name], rank) for rank, name in enumerate(names) if owners[name] != rank
         )
         raise ConfigError(
-            f"model.device={asked}: ranks {first} and {second} ask for the same GPU ({names[second]}); "
-            "every process needs one of its own: leave model.device out, or start as many processes "
-            "as there are GPUs"
+            f"model.device={asked}: ranks {first} and {second} ask for the same GPU "
+            f"({names[second]}); every process needs one of its own: leave model.device out, or "
+            "start as many processes as there are GPUs"
         )
     if index is None or len(owners) < len(names):
         return "cpu"
@@ -221,8 +222,8 @@ def _refuse_difference(facts: Sequence[Mapping[str, str]], advice: str) -> None:
 
 
 def refuse_unshared(output_dir: Path, communicator: Communicator, machines: Sequence[str]) -> None:
-    """Raise ConfigError where a machine does not see what rank 0 has written in the run's directory:
-    its checkpoints are read by all."""
+    """Raise ConfigError where a machine does not see what rank 0 has written in the run's
+    directory: its checkpoints are read by all."""
     is_main = communicator.rank == 0
     mine = [str(output_dir.absolute()), (output_dir / PROCESS).read_text()] if is_main else None
     folder, text = communicator.exchange("output_dir", mine)[0]
@@ -244,9 +245,9 @@ def refuse_unshared(output_dir: Path, communicator: Communicator, machines: Sequ
 
 
 def scale_batches(run: RunConfig, processes: int) -> RunConfig:
-    """A run whose `per_device_train_batch_size` is that of all processes together, jobs' own too: with
-    `backend.keep_total` it is already. Raises ConfigError where a step has fewer rows than there are
-    processes."""
+    """A run whose `per_device_train_batch_size` is that of all processes together, jobs' own too:
+    with `backend.keep_total` it is already. Raises ConfigError where a step has fewer rows than
+    there are processes."""
     train = run.train
     name, rows = "per_device_train_batch_size", train.per_device_train_batch_size
     if run.backend.keep_total:

@@ -87,8 +87,9 @@ from lorry.train.start import (
 
 # how far the loss packed and alone may differ (contract 4); of half precision 1e-2
 SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
-# Times that: how far one token's score may move with its neighbours' tokens, where these change shapes
-# (`CausalLM.shapes_follow_tokens`): the worst token of 30 layers was seen at 0.93 in float32. Elsewhere 0.
+# Times that: how far one token's score may move with its neighbours' tokens, where these change
+# shapes (`CausalLM.shapes_follow_tokens`): the worst token of 30 layers was seen at 0.93 in
+# float32. Elsewhere 0.
 LEAK_FACTOR = 10
 
 
@@ -119,7 +120,8 @@ def train_run(
     contracts.json is written even then, once the run has begun.
 
     Of several processes each runs the whole of this. Rank 0's is the run directory; the others have
-    one of their own for what little they write, which goes with them, and nobody listens to them."""
+    one of their own for what little they write, which goes with them, and nobody listens to them.
+    """
     communicator = open_communicator(run.backend)
     with communicator.sharing_failures():
         run = record_processes(run, communicator)
@@ -231,8 +233,8 @@ def _set_up_torch(run: RunConfig) -> None:
 def open_base(
     run: RunConfig, add_note: NoteCallback, ranks: TensorRanks | None = None
 ) -> OpenedModel:
-    """The model that the run begins with. ``ranks``: those that share it. Raises ConfigError where it
-    cannot be this run's, and what `open_model` raises.
+    """The model that the run begins with. ``ranks``: those that share it. Raises ConfigError where
+    it cannot be this run's, and what `open_model` raises.
     """
     if ranks is not None and run.lora is None:
         raise ConfigError(

@@ -51,8 +51,8 @@ def main(settings: AttackSettings) -> int:
 
     if settings.backend.tensor_parallel > 1:
         raise ConfigError(
-            f"backend.tensor_parallel={settings.backend.tensor_parallel}: attacks merge and round whole "
-            "weights; leave it out"
+            f"backend.tensor_parallel={settings.backend.tensor_parallel}: attacks merge and round "
+            "whole weights; leave it out"
         )
     with share_command(settings) as (placed, communicator):
         attack(placed, communicator)
@@ -141,9 +141,9 @@ def choose_adapter(model: ModelConfig, setting: str = "adapter") -> ModelConfig:
 
 
 def choose_forget_set(settings: AttackSettings) -> AttackSettings:
-    """The settings with the run's own split of TOFU where no forget set is named: of rows that it was
-    never asked to forget the numbers would say nothing. Raises ConfigError for a run of other rows,
-    DiskError.
+    """The settings with the run's own split of TOFU where no forget set is named: of rows that it
+    was never asked to forget the numbers would say nothing. Raises ConfigError for a run of other
+    rows, DiskError.
     """
     from lorry.data.reading.suite_splits import FORGET_ROWS, TOFU
 
@@ -158,8 +158,9 @@ def choose_forget_set(settings: AttackSettings) -> AttackSettings:
         return settings.model_copy(update={"forget_split": split})
     shown = own if isinstance(own, str) else ", ".join(own)
     raise ConfigError(
-        f"{settings.model.name} was to forget {shown}, which is no split of TOFU; give forget=FILE with its rows "
-        "(question, answer, paraphrased_answer, perturbed_answer), or the forget_split to attack"
+        f"{settings.model.name} was to forget {shown}, which is no split of TOFU; give forget=FILE "
+        "with its rows (question, answer, paraphrased_answer, perturbed_answer), or the "
+        "forget_split to attack"
     )
 
 

@@ -49,8 +49,8 @@ REPORTED_PACKAGES = (
 
 
 def main(settings: DoctorSettings) -> int:
-    """Print the machine's table, or the run's (of a directory of `lorry moe`'s stages, those of each of
-    their runs); exit code 5 when a contract of a run failed."""
+    """Print the machine's table, or the run's (of a directory of `lorry moe`'s stages, those of
+    each of their runs); exit code 5 when a contract of a run failed."""
     console = VisibleConsole()
     if settings.run is None:
         # of all ranks before rank 0 prints: none may be missing
@@ -112,8 +112,8 @@ def _describe_processes() -> str:
 
 
 def describe_ranks() -> dict[str, str]:
-    """What a launcher has started, rank by rank: machine, device, threads, versions; none where it has
-    started no more than this. Raises ConfigError where they do not find each other."""
+    """What a launcher has started, rank by rank: machine, device, threads, versions; none where it
+    has started no more than this. Raises ConfigError where they do not find each other."""
     launched = launched_process()
     if launched is None or launched.world_size == 1:
         return {}

@@ -1,9 +1,9 @@
 """`lorry moe CONFIG`: experts over one base, a router over them, and what is made of both.
 
-Its stages (mixture/stages.py): OUTPUT/experts, a run of one job for each expert that is not brought along,
-or a run for each; OUTPUT (of a workspace OUTPUT/gating_network), the router's run, which holds a copy
-of every expert and is the mixture; then what is asked for: the mixture in a stock class, that one
-finetuned, a GGUF file (mixture/outputs.py).
+Its stages (mixture/stages.py): OUTPUT/experts, a run of one job for each expert that is not brought
+along, or a run for each; OUTPUT (of a workspace OUTPUT/gating_network), the router's run, which
+holds a copy of every expert and is the mixture; then what is asked for: the mixture in a stock
+class, that one finetuned, a GGUF file (mixture/outputs.py).
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ if TYPE_CHECKING:
 
 
 def main(run: MoeRunConfig) -> int:
-    """Train what is to be trained. The last line of standard output is the mixture's directory; where
-    skip_gating finds none, the experts'."""
+    """Train what is to be trained. The last line of standard output is the mixture's directory;
+    where skip_gating finds none, the experts'."""
     from lorry.backends.distributed.communicator import join_processes
 
     if not run.jobs:
         raise ConfigError("experts is missing: give experts=[{name: a, data: a.jsonl}, ...]")
     if run.backend.tensor_parallel > 1:
         raise ConfigError(
-            f"backend.tensor_parallel={run.backend.tensor_parallel}: `lorry moe` opens whole models "
-            "between its stages; leave it out"
+            f"backend.tensor_parallel={run.backend.tensor_parallel}: `lorry moe` opens whole "
+            "models between its stages; leave it out"
         )
     if run.background:
         raise ConfigError("background: `lorry moe` runs in the terminal; leave it out")
@@ -162,11 +162,11 @@ def make_stages(
 
 
 def finish_whole_experts(run: MoeRunConfig, stages: Stages) -> None:
-    """What is made of experts that are whole models: no mixture of adapters, but their stock class. The
-    last line of standard output is the last model that was made, else the experts' folder."""
+    """What is made of experts that are whole models: no mixture of adapters, but their stock class.
+    The last line of standard output is the last model that was made, else the experts' folder."""
     stages.tell(
-        "router: left out: it gates adapters over one base, and these experts are whole models; a stock class has gates "
-        "of prompts"
+        "router: left out: it gates adapters over one base, and these experts are whole models; a "
+        "stock class has gates of prompts"
     )
     outputs = [run.folders.experts, *write_outputs(run, stages)]
     # in either layout no run is the output directory itself
@@ -238,7 +238,8 @@ def write_stages_report(run: MoeRunConfig) -> None:
 
 
 def refuse_untrained_experts(folders: Mapping[str, Path], file: str) -> None:
-    """Raise ConfigError where skip_experts counts on one that is not there: ``file`` says that it is."""
+    """Raise ConfigError where skip_experts counts on one that is not there: ``file`` says that it
+    is."""
     for name, folder in folders.items():
         if not (folder / file).is_file():
             raise ConfigError(
@@ -253,8 +254,8 @@ def refuse_pickled_router(folder: Path) -> None:
         return
     if pickled := sorted(folder.glob("*.pt")):
         raise ConfigError(
-            f"skip_gating: {pickled[0]} is a pickle, which is never read; leave skip_gating out to make a router of the "
-            "experts' rows"
+            f"skip_gating: {pickled[0]} is a pickle, which is never read; leave skip_gating out to "
+            "make a router of the experts' rows"
         )
 
 
@@ -269,7 +270,8 @@ def brought_adapters(run: MoeRunConfig) -> dict[str, list[str]]:
 
 
 def remade_folders(run: MoeRunConfig) -> list[Path]:
-    """Where this call writes adapters or a mixture, and moves away what an earlier one left there."""
+    """Where this call writes adapters or a mixture, and moves away what an earlier one
+    left there."""
     remade, brought, folder = list[Path](), brought_adapters(run), run.folders.experts
     if not run.skip_experts:
         # of its own, or a sum; together or in turn: each way makes room where it was the other
@@ -317,16 +319,16 @@ def refuse_undescribed_experts(run: MoeRunConfig) -> None:
         return
     if in_turn(run) or brought_adapters(run):
         raise ConfigError(
-            f"export: gate_mode={moe.gate_mode} takes experts and prompts from one run, and here none has all experts "
-            "and their rows; give data=FILE to each expert, gate_mode=router, or export "
-            f"afterwards: lorry export {mixture} to=hf-moe gate_mode={moe.gate_mode} "
+            f"export: gate_mode={moe.gate_mode} takes experts and prompts from one run, and here "
+            "none has all experts and their rows; give data=FILE to each expert, gate_mode=router, "
+            f"or export afterwards: lorry export {mixture} to=hf-moe gate_mode={moe.gate_mode} "
             "prompts={EXPERT: [TEXT, ...]}"
         )
 
 
 def expert_folders(run: MoeRunConfig) -> dict[str, Path]:
-    """{expert: where its adapter, or whole model, lies}, in their order; of those that are made, where
-    it will."""
+    """{expert: where its adapter, or whole model, lies}, in their order; of those that are made,
+    where it will."""
     if run.whole_experts:
         return whole_folders(run)
     brought, folder = brought_adapters(run), run.folders.experts

@@ -1,5 +1,6 @@
-"""`lorry eval RUN suite=tofu|muse|wmdp`: a suite of unlearning, asked of a run's adapters (of a base without
-one; of a mixture each expert, and all as its router has them), into open-unlearning's two files.
+"""`lorry eval RUN suite=tofu|muse|wmdp`: a suite of unlearning, asked of a run's adapters (of a
+base without one; of a mixture each expert, and all as its router has them), into open-unlearning's
+two files.
 
 Everything that can be wrong with settings, rows and the oracle's logs is told before a model is
 loaded, and nothing is written then.
@@ -105,8 +106,8 @@ def suite_folder(settings: EvalSettings) -> Path:
 
 
 def suite_mixes(opened: OpenedModel, weight: float) -> dict[str, Mix]:
-    """{name: what is asked}: each adapter times ``weight``, and a mixture's experts as its router has
-    them; of a model without adapters itself, under no name."""
+    """{name: what is asked}: each adapter times ``weight``, and a mixture's experts as its router
+    has them; of a model without adapters itself, under no name."""
     from lorry.adapters.mix import Mix
 
     if not opened.adapters:

@@ -1,5 +1,5 @@
-"""Prompts answered by the ranks of a run, each its own: what an answer says hangs on its prompt and its
-number alone, never on who shared the batch.
+"""Prompts answered by the ranks of a run, each its own: what an answer says hangs on its prompt and
+its number alone, never on who shared the batch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def generate_together(
     rows: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Completion]:
-    """Answers to all prompts on every rank, each having answered its own, however long one takes for
-    them. A prompt keeps its number, so that it draws as on one device. Raises ConfigError for lists
-    of unequal length, and what ``generate`` raises.
+    """Answers to all prompts on every rank, each having answered its own, however long one takes
+    for them. A prompt keeps its number, so that it draws as on one device. Raises ConfigError for
+    lists of unequal length, and what ``generate`` raises.
     """
     count = len(prompts)
     numbers = list(range(count)) if rows is None else list(rows)
@@ -58,8 +58,8 @@ def generate_together(
 
 
 def deal_requests(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """[ranks][...]: the number of each request, the largest first to the rank with the least so far;
-    in their order on each.
+    """[ranks][...]: the number of each request, the largest first to the rank with the least so
+    far; in their order on each.
     """
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     held = [0] * ranks

@@ -1,6 +1,6 @@
-"""The workers of a command on this machine: `lorry sft CONFIG backend=ddp backend.processes=2` is this
-process, which trains nothing, and two of torch's elastic launcher, which run the same command with
-RANK, WORLD_SIZE and MASTER_ADDR set.
+"""The workers of a command on this machine: `lorry sft CONFIG backend=ddp backend.processes=2` is
+this process, which trains nothing, and two of torch's elastic launcher, which run the same command
+with RANK, WORLD_SIZE and MASTER_ADDR set.
 
 This process keeps the store by which they find each other (its port is the system's choice, so none
 can be in use, and it outlives rank 0), hands on the signals that it gets, and when one worker fails
@@ -37,8 +37,8 @@ ENDED_BY_LAUNCHER = (-signal.SIGTERM, -signal.SIGKILL)
 
 
 def run_workers(words: Sequence[str], processes: int) -> int:
-    """Run ``lorry WORDS`` in so many processes; their exit code: 0 where all succeeded, else that of
-    rank 0 unless another one was ended by a signal."""
+    """Run ``lorry WORDS`` in so many processes; their exit code: 0 where all succeeded, else that
+    of rank 0 unless another one was ended by a signal."""
     store = open_store()
     with _handing_on() as workers:
         context = start_processes(
@@ -54,7 +54,8 @@ def run_workers(words: Sequence[str], processes: int) -> int:
         first = dict[int, int]()
         try:
             while True:
-                # asked before `wait`, which on a failure ends the others, and waits 30 seconds for them
+                # asked before `wait`, which on a failure ends the others, and waits 30 seconds for
+                # them
                 first = first or _failed_workers(context)
                 if (result := context.wait(timeout=0)) is not None:
                     break
@@ -71,7 +72,8 @@ def open_store() -> TCPStore:
 
 
 def worker_environments(processes: int, port: int) -> dict[int, dict[str, str]]:
-    """By rank, what each worker's environment says besides this process's. ``port``: of the store."""
+    """By rank, what each worker's environment says besides this process's. ``port``: of
+    the store."""
     threads = str(max(1, available_threads() // processes))
     shared = {
         "WORLD_SIZE": str(processes),
@@ -134,9 +136,9 @@ def _failed_workers(context: SubprocessContext) -> dict[int, int]:
 
 
 def _exit_code(first: Mapping[int, int], failures: Mapping[int, int]) -> int:
-    """One exit code of those that were not 0, by rank; a worker that a signal ended is named, unless
-    another explains the end. ``first``: those that had failed when that was noticed; later ones the
-    launcher may have ended.
+    """One exit code of those that were not 0, by rank; a worker that a signal ended is named,
+    unless another explains the end. ``first``: those that had failed when that was noticed; later
+    ones the launcher may have ended.
     """
     own = {rank: code for rank, code in failures.items() if code not in ENDED_BY_LAUNCHER}
     causes = first or own or failures

@@ -1,8 +1,8 @@
-"""A model that every rank holds and that is only asked: each rank scores and answers its part, and all
-have everything.
+"""A model that every rank holds and that is only asked: each rank scores and answers its part, and
+all have everything.
 
-Evaluations, named sets, suites and attacks ask it as they ask one device, on every rank alike: the same
-questions in the same order (`backends.registry.open_scorer` makes one).
+Evaluations, named sets, suites and attacks ask it as they ask one device, on every rank alike: the
+same questions in the same order (`backends.registry.open_scorer` makes one).
 """
 
 from __future__ import annotations

@@ -164,9 +164,9 @@ class SuiteResults:
 
 
 class SharedResults:
-    """`SuiteResults` of several processes: rank 0's folder, which it alone reads and writes, so that
-    what is saved there is measured again by all of them or by none. ``open_store``: called on rank 0.
-    Raises what that raises, on every rank at the next exchange.
+    """`SuiteResults` of several processes: rank 0's folder, which it alone reads and writes, so
+    that what is saved there is measured again by all of them or by none. ``open_store``: called on
+    rank 0. Raises what that raises, on every rank at the next exchange.
     """
 
     def __init__(self, communicator: Communicator, open_store: Callable[[], SuiteResults]) -> None:

@@ -178,8 +178,8 @@ def experts_of(run: RunRecord) -> dict[str, Mapping[str, Any]]:
 
 
 def row_sets_of(run: RunRecord, job: str | None) -> list[CardRowSet]:
-    """Every set of rows that one adapter was made of, in the order they are described in; of a mixture
-    those of each expert."""
+    """Every set of rows that one adapter was made of, in the order they are described in; of a
+    mixture those of each expert."""
     data = receipt.part(run.receipt, "data")
     facts = data if job is None else receipt.part(data, job)
     if experts := experts_of(run):
@@ -312,8 +312,8 @@ def start_of(run: RunRecord) -> dict[str, str]:
 
 
 def library_of(run: RunRecord) -> str:
-    """Who opens what the run wrote. PEFT knows no adapter over another (`lorry export` makes one), and
-    no router over several."""
+    """Who opens what the run wrote. PEFT knows no adapter over another (`lorry export` makes one),
+    and no router over several."""
     if experts_of(run):
         return "lorry"
     if not run.config.get("lora"):

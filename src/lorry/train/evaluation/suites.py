@@ -69,8 +69,8 @@ def main_suite_metric(suite: SuiteEvaluation, run: RunConfig) -> str:
 
 class RunSuite:
     """Asks a suite of an adapter; ``home``: the run directory, looked at before anything is written,
-    so that one that was moved is not made anew under its old name; ``communicator``: the processes of
-    the run.
+    so that one that was moved is not made anew under its old name; ``communicator``: the processes
+    of the run.
     """
 
     # the number that is reported has to be of the adapter that stays

@@ -1,5 +1,5 @@
-"""What an export of a mixture costs where it computes something else: the loss on a few rows of every
-expert's domain, of the run and of what was written.
+"""What an export of a mixture costs where it computes something else: the loss on a few rows of
+every expert's domain, of the run and of what was written.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class DomainLoss:
             # a loss of 0 has no share, and NaN is none
             share = f" ({exported / run - 1:+.2%})" if run > 0 else ""
             lines.append(
-                f"loss of {name} on {len(batches)} {self.what}: the run {run:.4f}, exported {exported:.4f}{share}, "
-                f"base {base:.4f}"
+                f"loss of {name} on {len(batches)} {self.what}: the run {run:.4f}, exported "
+                f"{exported:.4f}{share}, base {base:.4f}"
             )
         return lines
 
@@ -90,8 +90,8 @@ def read_domain_rows(
     opened: OpenedModel, folder: Path, *, training: bool = False
 ) -> tuple[dict[str, list[Batch]], bool]:
     """({expert: a few rows of its data, one a batch}, whether they were held out): as run.yaml
-    describes them; ``training``: training rows in any case. Raises ConfigError where there is no such
-    description, DataError where its files are gone.
+    describes them; ``training``: training rows in any case. Raises ConfigError where there is no
+    such description, DataError where its files are gone.
     """
     import numpy as np
 
@@ -138,17 +138,17 @@ def row_prompts(
 
 
 def batch_prompt(batch: Batch) -> list[int]:
-    """The token ids before the first one that is learnt, of a batch of one row; of plain text, where
-    the second is learnt, all of them."""
+    """The token ids before the first one that is learnt, of a batch of one row; of plain text,
+    where the second is learnt, all of them."""
     ids: list[int] = batch.tokens.tolist()
     start = int(batch.rows[0])
     return ids[:start] if start > 1 else ids
 
 
 def expert_data_settings(folder: Path) -> dict[str, tuple[DataConfig, TrainConfig]]:
-    """{expert: its data, and the training whose seed drew what is held out}: of a mixture, or of the
-    run that trained the experts, by its own run.yaml alone (a run beside it may be of other experts).
-    Raises ConfigError where that is missing or an expert has no rows.
+    """{expert: its data, and the training whose seed drew what is held out}: of a mixture, or of
+    the run that trained the experts, by its own run.yaml alone (a run beside it may be of other
+    experts). Raises ConfigError where that is missing or an expert has no rows.
     """
     file = folder / RUN_FILE
     if not file.is_file():

@@ -38,7 +38,8 @@ class LogitsBeforeMerge:
 
     @staticmethod
     def of(opened: OpenedModel, weights: Mapping[str, float]) -> LogitsBeforeMerge:
-        """As the opened model computes them with ``weights`` {adapter: g}, in its own number format."""
+        """As the opened model computes them with ``weights`` {adapter: g}, in its own number
+        format."""
         from lorry.adapters.attach import get_bank
         from lorry.adapters.mix import Mix
         from lorry.models.loading.reopen import compute_fp32_logits
@@ -54,9 +55,9 @@ class LogitsBeforeMerge:
     def rounded(
         self, opened: OpenedModel, weights: dict[str, float], torch_dtype: torch.dtype
     ) -> Tensor:
-        """Logits of the model in memory, merged and with every value rounded to ``torch_dtype``: what
-        the files must give. The exact ones will not do, since rounding may lose nearly all of a small
-        delta, and a lost module no more. ``opened`` is changed."""
+        """Logits of the model in memory, merged and with every value rounded to ``torch_dtype``:
+        what the files must give. The exact ones will not do, since rounding may lose nearly all of
+        a small delta, and a lost module no more. ``opened`` is changed."""
         import torch
 
         from lorry.adapters.merge import merge
@@ -92,7 +93,8 @@ class LogitsBeforeMerge:
         # where the adapter moves nothing, nothing of it can be lost
         lost_share = drift / adapter_effect if adapter_effect else 0.0
         lines = [
-            f"reloaded by {library}: largest logit difference {difference:.1e} (bound {bound:.1e}, stored in {stored})",
+            f"reloaded by {library}: largest logit difference {difference:.1e} (bound {bound:.1e}, "
+            f"stored in {stored})",
             (
                 f"against the adapter on the {self.side}: largest logit difference "
                 f"{drift:.1e}, while the adapter changes logits by "

@@ -41,8 +41,8 @@ def export_gguf(
     measure: Callable[[Any], list[str]] | None = None,
 ) -> Path:
     """A GGUF file of base + ``weights`` {adapter: g} times the adapters (none: of the model as it
-    is) in the folder ``output``, named by ``title``; returns its path. ``measure``: what else to tell
-    of the model opened again by transformers. ``opened`` is of no use afterwards.
+    is) in the folder ``output``, named by ``title``; returns its path. ``measure``: what else to
+    tell of the model opened again by transformers. ``opened`` is of no use afterwards.
 
     Raises ConfigError for a place that is taken, ModelError for a model or tokenizer that llama.cpp
     does not have, ContractError if what was written is another model when it is read again.
@@ -146,8 +146,8 @@ def export_gguf_mixture(directory: Path, output: Path, outtype: str, *, title: s
 
 
 def _describe_opened(opened: OpenedModel) -> GgufArchitecture:
-    """llama.cpp's architecture of the model. Raises ModelError for one that Lorry's own decoder does
-    not compute: a field that it does not know llama.cpp may well ignore.
+    """llama.cpp's architecture of the model. Raises ModelError for one that Lorry's own decoder
+    does not compute: a field that it does not know llama.cpp may well ignore.
     """
     from lorry.models.decoder.model import Decoder
     from lorry.models.gguf.architecture import MIXTURES, describe_architecture
@@ -157,8 +157,8 @@ def _describe_opened(opened: OpenedModel) -> GgufArchitecture:
     architecture = describe_architecture(opened.model.config)
     if opened.model.config.get("model_type") in MIXTURES:
         raise ModelError(
-            "a GGUF file of a mixture of experts with an adapter beside it cannot be written; fold the adapter into it "
-            "(lorry merge) and export what that writes"
+            "a GGUF file of a mixture of experts with an adapter beside it cannot be written; fold "
+            "the adapter into it (lorry merge) and export what that writes"
         )
     if not isinstance(opened.model, Decoder):
         why = describe_model(Path(opened.source["path"]), add_note=ignore_note).why
@@ -191,7 +191,8 @@ def _add_model_keys(
 def _stream(
     opened: OpenedModel, weights: dict[str, float], head: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the model with ``weights`` folded in, in fp32, without the tied ``head``."""
+    """(name, tensor) of the model with ``weights`` folded in, in fp32, without the tied
+    ``head``."""
     import torch
 
     from lorry.adapters.merge import merged_tensors
@@ -212,8 +213,9 @@ def _compare_reopened(
     plan: list[PlannedTensor],
     measure: Callable[[Any], list[str]] | None = None,
 ) -> list[str]:
-    """What to tell of ``file`` opened by transformers, with what ``measure`` tells. Raises ContractError unless its logits are
-    those of our decoder with the same stored weights. ``opened`` is of no use afterwards.
+    """What to tell of ``file`` opened by transformers, with what ``measure`` tells. Raises
+    ContractError unless its logits are those of our decoder with the same stored weights.
+    ``opened`` is of no use afterwards.
     """
     import torch
 

@@ -7,8 +7,9 @@ programs.
     to=peft     a PEFT folder for each expert, and routing.json: which of them a request gets
 
 What of a run's routing a format cannot hold is refused by name. Where a format computes something
-else than the run (a `delta` mixture adds adapters inside each MLP, a stock class adds MLPs; constant
-gates are no router) the loss on every expert's domain is measured before and after, and told.
+else than the run (a `delta` mixture adds adapters inside each MLP, a stock class adds MLPs;
+constant gates are no router) the loss on every expert's domain is measured before and after, and
+told.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def export_mixture(settings: ExportSettings) -> Path:
     opened = open_with_adapters(ModelConfig.model_validate({"name": settings.run, "dtype": dtype}))
     if len(opened.adapters) < 2:
         raise ConfigError(
-            f"{settings.run} is no run of several experts; to={settings.to} takes that of `lorry moe`, or one of several "
-            "adapters. Of one adapter to=hf makes a model"
+            f"{settings.run} is no run of several experts; to={settings.to} takes that of `lorry "
+            "moe`, or one of several adapters. Of one adapter to=hf makes a model"
         )
     if settings.to == "hf-moe":
         _export_hf_moe(settings, opened, folder, record, stored)
@@ -124,8 +125,9 @@ def _refuse_other_routers(settings: ExportSettings, record: RouterRecord | None)
     if record is None:
         if mode is None or mode == "router":
             raise ConfigError(
-                f"{run} has no router ({ROUTER}/{ROUTER_FILE}); to=hf-moe takes base_model and experts as in a "
-                f"mergekit-moe file, a run of `lorry moe`, or a run of several adapters with {prompts}"
+                f"{run} has no router ({ROUTER}/{ROUTER_FILE}); to=hf-moe takes base_model and "
+                "experts as in a mergekit-moe file, a run of `lorry moe`, or a run of several "
+                f"adapters with {prompts}"
             )
         return
     if mode is not None and mode != "router":
@@ -136,30 +138,34 @@ def _refuse_other_routers(settings: ExportSettings, record: RouterRecord | None)
         )
     if record.kind in ("uniform", "fixed"):
         raise ConfigError(
-            f"{run}: a router of kind {record.kind} {NO_MATRIX}; to=dense is the same model without one, and "
-            f"{prompts} makes one"
+            f"{run}: a router of kind {record.kind} {NO_MATRIX}; to=dense is the same model "
+            f"without one, and {prompts} makes one"
         )
     if record.kind != "token":
         raise ConfigError(
-            f"{run}: a router of kind {record.kind} {NO_MATRIX}; nearest are {prompts}, router.kind=token, and to=peft "
-            "for servers that choose an adapter for each request"
+            f"{run}: a router of kind {record.kind} {NO_MATRIX}; nearest are {prompts}, "
+            "router.kind=token, and to=peft for servers that choose an adapter for each request"
         )
     if record.hidden:
         raise ConfigError(
-            f"{run}: a router with hidden layers {NO_MATRIX}; train it with router.hidden=[], or give {prompts}"
+            f"{run}: a router with hidden layers {NO_MATRIX}; train it with router.hidden=[], or "
+            f"give {prompts}"
         )
     if record.input == "attn":
         raise ConfigError(
-            f"{run}: its router gates attention, and these classes route MLPs alone; nearest are router.input=mlp and to=dense"
+            f"{run}: its router gates attention, and these classes route MLPs alone; nearest are "
+            "router.input=mlp and to=dense"
         )
     if record.input == "both" and settings.attention == "refuse":
         raise ConfigError(
-            f"{run}: its router gates attention too, and these classes route MLPs alone; attention=average puts the mean of "
-            "the experts' attention into the shared weights, attention=drop leaves it out"
+            f"{run}: its router gates attention too, and these classes route MLPs alone; "
+            "attention=average puts the mean of the experts' attention into the shared weights, "
+            "attention=drop leaves it out"
         )
     if settings.experts_per_token not in (None, record.top_k):
         raise ConfigError(
-            f"experts_per_token={settings.experts_per_token}: the run's router was trained with top_k={record.top_k}; leave it out"
+            f"experts_per_token={settings.experts_per_token}: the run's router was trained with "
+            f"top_k={record.top_k}; leave it out"
         )
 
 
@@ -217,8 +223,8 @@ def _export_hf_moe(
         print_note(untrained_note(str(settings.gate_mode)))
     elif record is not None and record.level == "delta":
         print_note(
-            "note: level=delta: the run adds its experts' adapters inside each MLP, and the class adds whole MLPs, which "
-            "is another model; the losses above say what it comes to"
+            "note: level=delta: the run adds its experts' adapters inside each MLP, and the class "
+            "adds whole MLPs, which is another model; the losses above say what it comes to"
         )
 
 
@@ -236,8 +242,8 @@ def _expert_prompts(
     if settings.prompts:
         if odd := sorted(set(settings.prompts) ^ set(names)):
             raise ConfigError(
-                f"prompts has {'no texts for' if odd[0] in names else 'an unknown expert,'} {odd[0]!r}; give some for each "
-                f"of {', '.join(names)}, or leave it out"
+                f"prompts has {'no texts for' if odd[0] in names else 'an unknown expert,'} "
+                f"{odd[0]!r}; give some for each of {', '.join(names)}, or leave it out"
             )
         return [ExpertPrompts(settings.prompts[name]) for name in names]
     try:
@@ -254,7 +260,8 @@ def _expect_own_logits(
 ) -> Callable[[Any], list[str]]:
     """``measure``, and before it the run's own logits on a few rows, to which those of the model
     opened again must be equal: at `level: expert` both compute one thing. It raises ContractError.
-    In fewer bits than float32 the difference is told alone: rounded routers choose other experts."""
+    In fewer bits than float32 the difference is told alone: rounded routers choose other experts.
+    """
     from lorry.models.loading.reopen import compare_logits, compute_fp32_logits
 
     rows, rows_words = probe.probe_rows(opened)

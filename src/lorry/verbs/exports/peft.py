@@ -1,6 +1,6 @@
-"""`lorry export RUN to=peft`: adapter directories as PEFT has them, opened again by PEFT where it is
-installed. Of a mixture one for each expert, and routing.json beside them for servers that take one
-adapter per request (vLLM, LoRAX): whose prompts a request is nearest to.
+"""`lorry export RUN to=peft`: adapter directories as PEFT has them, opened again by PEFT where it
+is installed. Of a mixture one for each expert, and routing.json beside them for servers that take
+one adapter per request (vLLM, LoRAX): whose prompts a request is nearest to.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ def write_peft(opened: OpenedModel, name: str, folder: Path, weight: float = 1.0
 def export_peft_experts(
     opened: OpenedModel, folder: Path, record: RouterRecord | None, output: Path
 ) -> None:
-    """A PEFT folder for each expert and `ROUTING_FILE`. ``record``: of the run in ``folder``, if it is
-    a mixture. ``opened`` is of no use afterwards.
+    """A PEFT folder for each expert and `ROUTING_FILE`. ``record``: of the run in ``folder``, if it
+    is a mixture. ``opened`` is of no use afterwards.
 
     Raises ConfigError for a place that is taken and where the prompts that make prototypes are not
-    described, DataError where they are gone, ContractError if an adapter opened again is another one.
+    described, DataError where they are gone, ContractError if an adapter opened again is another
+    one.
     """
     from lorry.disk import durable
     from lorry.models.loading.reopen import free_model_memory
@@ -76,8 +77,8 @@ def export_peft_experts(
             else record.kind
         )
         lines.append(
-            f"note: the run's own routing ({own}) is more than one adapter per request can be; {ROUTING_FILE} gives "
-            "a request the expert whose prompts are nearest"
+            f"note: the run's own routing ({own}) is more than one adapter per request can be; "
+            f"{ROUTING_FILE} gives a request the expert whose prompts are nearest"
         )
     lines += routing_lines(opened, folder, routing)
     before = {name: LogitsBeforeMerge.of(opened, {name: 1.0}) for name in names}
@@ -136,7 +137,8 @@ def describe_routing(
         "base_model": opened.source["name"],
         "rule": {
             "kind": "prototype",
-            "input": "the request's prompt, with the chat template and up to where the answer begins",
+            "input": "the request's prompt, with the chat template and up to where the answer "
+            "begins",
             "state": "after the final norm" if layer is None else f"output of layer {layer}",
             "layer": layer,
             "pooling": pooling,

@@ -1,8 +1,8 @@
-"""What can be wrong with a mixture's experts and their rows, asked before anything trains: hours later
-it would be as wrong.
+"""What can be wrong with a mixture's experts and their rows, asked before anything trains: hours
+later it would be as wrong.
 
-The experts are put on the opened base as they will lie there, those that are still to be trained with
-rank 1, and the routers and the export over them say by their own checks what they do not take.
+The experts are put on the opened base as they will lie there, those that are still to be trained
+with rank 1, and the routers and the export over them say by their own checks what they do not take.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def refuse_own_experts(
     mixture: Path, remade: Sequence[Path], adapters: Mapping[str, Sequence[str]]
 ) -> None:
     """Raise ConfigError for one of the ``adapters`` that lies in what is to be made anew, the
-    ``mixture`` or the run of other experts: it would be moved away with it before it is read, and be
-    missing where training is to go on. ``remade``: the folders of what is made, each with what an
-    earlier call left there. Raises ModelError for a router.json that is none."""
+    ``mixture`` or the run of other experts: it would be moved away with it before it is read, and
+    be missing where training is to go on. ``remade``: the folders of what is made, each with what
+    an earlier call left there. Raises ModelError for a router.json that is none."""
     from lorry.adapters.router_files import read_router_record
     from lorry.train.start import recorded_adapter_folders
 
@@ -65,8 +65,8 @@ def check_experts(
     adapters: Mapping[str, Sequence[str]],
     routers: Sequence[RouterRunConfig],
 ) -> None:
-    """Raise ConfigError or ModelError for experts that this base, the ``routers`` that a run trains or
-    the export do not take. ``adapters``: {expert: its PEFT directories} of those that are there.
+    """Raise ConfigError or ModelError for experts that this base, the ``routers`` that a run trains
+    or the export do not take. ``adapters``: {expert: its PEFT directories} of those that are there.
     ``opened`` is of no use afterwards.
     """
     from lorry.adapters.attach import attach, detach, get_bank
@@ -109,11 +109,12 @@ def refuse_other_tokenizer(expert: str, adapter: Path, tokenizer: Any) -> None:
         return
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"expert {expert!r}: {adapter} was trained with another tokenizer than the mixture's base has; "
-            "train it with that one"
+            f"expert {expert!r}: {adapter} was trained with another tokenizer than the mixture's "
+            "base has; train it with that one"
         )
     if own.chat_template != tokenizer.chat_template:
         raise ConfigError(
-            f"expert {expert!r}: {adapter} was trained with another chat template than the mixture has; "
-            "give model.chat_template_path=FILE with the one that all experts have, or train it with the base's"
+            f"expert {expert!r}: {adapter} was trained with another chat template than the mixture "
+            "has; give model.chat_template_path=FILE with the one that all experts have, or train "
+            "it with the base's"
         )

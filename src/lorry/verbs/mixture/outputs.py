@@ -1,5 +1,5 @@
-"""What `lorry moe` writes of a finished mixture: experts merged into their base, the mixture in a stock
-class (`lorry export to=hf-moe`), that one finetuned (`lorry sft lora=null`), and a GGUF file.
+"""What `lorry moe` writes of a finished mixture: experts merged into their base, the mixture in a
+stock class (`lorry export to=hf-moe`), that one finetuned (`lorry sft lora=null`), and a GGUF file.
 
 Each is a stage (stages.py), of what the one before it has written.
 """
@@ -60,8 +60,8 @@ def check_outputs(run: MoeRunConfig) -> None:
     twin = describe_moe(config, experts=count, top_k=top_k, normalize=run.router.normalize)
     if moe.architecture not in ("auto", twin.names.model_type):
         raise ConfigError(
-            f"export: architecture={moe.architecture}: a {config.get('model_type')} becomes a {twin.names.model_type}; "
-            "leave it out, or take another base"
+            f"export: architecture={moe.architecture}: a {config.get('model_type')} becomes a "
+            f"{twin.names.model_type}; leave it out, or take another base"
         )
     moe_settings(run, moe, run.folders.mixture)
     if run.export_of("gguf") is None or run.skip_convert or run.conversion_mode == "average":
@@ -70,8 +70,8 @@ def check_outputs(run: MoeRunConfig) -> None:
         describe_architecture(twin.config)
     except ModelError as error:
         raise ModelError(
-            f"the GGUF file of this mixture: {error}. Else conversion_mode=average makes one dense model, and "
-            "skip_convert=true none"
+            f"the GGUF file of this mixture: {error}. Else conversion_mode=average makes one dense "
+            "model, and skip_convert=true none"
         ) from None
 
 
@@ -118,7 +118,8 @@ def write_moe(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> None:
 
 
 def write_export(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
-    """The mixture as one dense model, or as its adapters; returns where it is. Raises LorryError."""
+    """The mixture as one dense model, or as its adapters; returns where it is. Raises
+    LorryError."""
     source, output = run.folders.mixture, run.folders.export(stage.to)
     dtype = {"dtype": stage.dtype} if stage.to == "dense" else {}
     settings = _export_settings(
@@ -153,7 +154,8 @@ def moe_settings(run: MoeRunConfig, stage: ExportStage, source: Path) -> ExportS
 
 def export_source(run: MoeRunConfig, stage: ExportStage) -> Path:
     """The directory that the stock class is made of: a mixture with a token router, or, where gates
-    come from prompts, one that says which rows are whose. Raises ConfigError for one that is missing."""
+    come from prompts, one that says which rows are whose. Raises ConfigError for one that is
+    missing."""
     folders = run.folders
     if stage.gate_mode == "random" and (folders.mixture / ROUTER / ROUTER_FILE).is_file():
         return folders.mixture  # with every expert, also one that no run has trained
@@ -163,8 +165,8 @@ def export_source(run: MoeRunConfig, stage: ExportStage) -> Path:
     source = folders.mixture if run.router.kind == "token" else folders.moe_router
     if not (source / ROUTER / ROUTER_FILE).is_file():
         raise ConfigError(
-            f"skip_gating: {source} holds no mixture yet, and the export's gates are its router's; leave "
-            "skip_gating out, or give gate_mode: hidden"
+            f"skip_gating: {source} holds no mixture yet, and the export's gates are its router's; "
+            "leave skip_gating out, or give gate_mode: hidden"
         )
     return source
 
@@ -240,8 +242,8 @@ def finetune_data(run: MoeRunConfig) -> dict[str, Any]:
 
 def _read_apart(run: MoeRunConfig, what: str) -> ConfigError:
     return ConfigError(
-        f"finetune: the experts' rows are read in several ways ({what}), which no single run does; finetune the "
-        f"export by itself: lorry sft lora=null model={run.folders.moe} data=..."
+        f"finetune: the experts' rows are read in several ways ({what}), which no single run does; "
+        f"finetune the export by itself: lorry sft lora=null model={run.folders.moe} data=..."
     )
 
 
@@ -256,8 +258,8 @@ def finetune(run: MoeRunConfig, stages: Stages) -> None:
 
 
 def convert(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
-    """A GGUF file of the finetuned model, else of the hf-moe, else of the experts' mean; returns its
-    path. Raises LorryError."""
+    """A GGUF file of the finetuned model, else of the hf-moe, else of the experts' mean; returns
+    its path. Raises LorryError."""
     folders = run.folders
     average = run.conversion_mode == "average"
     source = folders.mixture if average else folders.moe
@@ -295,8 +297,8 @@ def convert(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> Path:
 
 
 def place_copy(file: Path, target: Path, earlier: Sequence[Path]) -> None:
-    """Copy a file to ``target``, where there may be a copy of an ``earlier`` one. Raises ConfigError
-    for a name that holds anything else, DiskError."""
+    """Copy a file to ``target``, where there may be a copy of an ``earlier`` one. Raises
+    ConfigError for a name that holds anything else, DiskError."""
     if target.exists():
         there = path_digest(target)
         if there == path_digest(file):
@@ -318,6 +320,7 @@ def _export_settings(values: Mapping[str, Any]) -> ExportSettings:
 
 
 def call_verb(verb: Any, settings: Any) -> None:
-    """Another verb's work, its last line beside the results: on standard output is the mixture's."""
+    """Another verb's work, its last line beside the results: on standard output is the
+    mixture's."""
     with contextlib.redirect_stdout(sys.stderr):
         verb(settings)

@@ -1,5 +1,6 @@
-"""The stages of `lorry moe`: each is left out where it has finished and all that it was made of is as
-it was, goes on where it was stopped, and is done again, which is said, where anything has changed.
+"""The stages of `lorry moe`: each is left out where it has finished and all that it was made of is
+as it was, goes on where it was stopped, and is done again, which is said, where anything has
+changed.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def _one_process() -> Communicator:
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages below ``folder``, of one base. ``log``: a file to which all that is told of them is
-    added; ``communicator``: the processes that train together; what is to be done rank 0 decides, and
-    alone writes what is no run."""
+    """The stages below ``folder``, of one base. ``log``: a file to which all that is told of them
+    is added; ``communicator``: the processes that train together; what is to be done rank 0
+    decides, and alone writes what is no run."""
 
     folder: Path
     model: ModelConfig
@@ -116,8 +117,8 @@ class Stages:
             self._train_and_report(stage, run, whole)
 
     def _begin_training(self, stage: str, run: RunConfig, inputs: Mapping[str, str]) -> str | None:
-        """Make room for a stage's run and say so: `RESUME` where it goes on, `ANEW`, or None where it
-        has finished. Raises LorryError."""
+        """Make room for a stage's run and say so: `RESUME` where it goes on, `ANEW`, or None where
+        it has finished. Raises LorryError."""
         from lorry.train.start import archive_previous_run, claim_output_dir
 
         folder, how = run.output_dir, ANEW
@@ -278,8 +279,8 @@ class Stages:
     def _is_finished(
         self, stage: str, inputs: Mapping[str, str], place: Path, *, there: bool, routed: bool
     ) -> bool:
-        """Whether a stage need not be done, and say why it is, or is not. ``routed``: what it made is
-        a mixture, which has to be whole."""
+        """Whether a stage need not be done, and say why it is, or is not. ``routed``: what it made
+        is a mixture, which has to be whole."""
         changed = self.record.changes(stage, inputs)
         if there and changed == [] and self.record.is_finished(stage):
             if routed and (damage := mixture_damage(place)):
@@ -314,7 +315,8 @@ def mixture_damage(folder: Path) -> str | None:
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 of a model's files, whatever reports lie beside them. Raises ModelError, DiskError."""
+    """SHA-256 of a model's files, whatever reports lie beside them. Raises ModelError,
+    DiskError."""
     files = sorted({file for pattern in MODEL_PATTERNS for file in folder.glob(pattern)})
     return text_digest("\n".join(f"{file.name} {path_digest(file)}" for file in files))
 
@@ -340,8 +342,8 @@ def row_inputs(data: Iterable[DataConfig]) -> dict[str, str]:
 
 def clear_undescribed_mixture(folder: Path) -> None:
     """Move a mixture without a run.yaml (earlier versions wrote none where nothing trained) to
-    FOLDER/previous/N: a run would not know its files. Raises DiskError, ModelError for a router.json
-    that is none."""
+    FOLDER/previous/N: a run would not know its files. Raises DiskError, ModelError for a
+    router.json that is none."""
     from lorry.adapters.router_files import read_router_record
 
     if not (folder / ROUTER / ROUTER_FILE).is_file() or (folder / RUN_FILE).exists():
