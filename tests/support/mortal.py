@@ -102,19 +102,22 @@ class Mortal(RunDisk):
 
     The clone dies before the call, or when half of a write has got through. This process then goes
     on; after a write, with the other half, as if it had been a short one. The first call of every
-    kind at every place is never left out.
+    kind is never left out; with ``everywhere``, at every place.
     """
 
-    def __init__(self, left: Callable[[int, str], None], every: int) -> None:
+    def __init__(
+        self, left: Callable[[int, str], None], every: int, everywhere: bool = True
+    ) -> None:
         super().__init__()
-        self.left, self.every = left, every
+        self.left, self.every, self.everywhere = left, every, everywhere
         self.halved = False
         self.places: set[tuple[str, str]] = set()
         self.killed: Counter[str] = Counter()
 
     def tick(self, kind: str, *args: Any) -> Any:
         self.calls += 1
-        place = kind, re.sub(r"\d+", "N", plain_name(Path(self.path_of(kind, args)).name))
+        name = plain_name(Path(self.path_of(kind, args)).name) if self.everywhere else ""
+        place = kind, re.sub(r"\d+", "N", name)
         if self.calls % self.every and place in self.places:
             self.halved = False
             return self.make(kind, *args)
@@ -237,14 +240,18 @@ def whole(
 
 
 def killed_everywhere(
-    world: World, root: Path, shape: str, every: int
+    world: World, root: Path, shape: str, every: int, everywhere: bool = True
 ) -> tuple[Counter[str], list[Path]]:
     """`killed_while` of a run of a shape."""
-    return killed_while(lambda live: train_run(world.run(live, **SHAPES[shape]), []), root, every)
+
+    def work(live: Path) -> None:
+        train_run(world.run(live, **SHAPES[shape]), [])
+
+    return killed_while(work, root, every, everywhere)
 
 
 def killed_while(
-    work: Callable[[Path], object], root: Path, every: int
+    work: Callable[[Path], object], root: Path, every: int, everywhere: bool = True
 ) -> tuple[Counter[str], list[Path]]:
     """Kill ``work(root / "live")`` at every call: (how often at each kind, a folder for each
     different state that was left).
@@ -258,7 +265,7 @@ def killed_while(
             states[digest] = root / f"{number:04d}-{kind.replace(' ', '-')}"
             shutil.copytree(live, states[digest])
 
-    before, disk = durable.disk, Mortal(left, every)
+    before, disk = durable.disk, Mortal(left, every, everywhere)
     durable.disk = disk
     try:
         work(live)

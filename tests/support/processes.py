@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,4 +95,6 @@ def _run_in_clone(
     # not those of pytest, which keep what is written
     sys.stdout, sys.stderr = (os.fdopen(at, "w", closefd=False) for at in (1, 2))
     os.environ.update(env or {})
+    # tests that run in the background inherit an ignored one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(cli.main(list(words)))

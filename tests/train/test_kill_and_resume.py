@@ -14,15 +14,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorry import cli
 from lorry.errors import RunInterruptedError
 from lorry.runs.metrics import MetricsWriter
 from lorry.train import checkpoint
@@ -41,27 +38,31 @@ from tests.support.mortal import (
     mark_moments,
     same,
 )
+from tests.support.processes import LorryClone
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 
-# at every call takes minutes (`make test-slow`); each kind of call is hit at every place either way
+# At every call takes minutes (`make test-slow`). Each kind of call is hit at every place either way,
+# in the packed run: the others write the same files, and differ in which rows they go on with.
 @pytest.mark.parametrize(
-    ("shape", "every"),
+    ("shape", "every", "everywhere"),
     [
-        pytest.param("packed", 1, marks=pytest.mark.slow),
-        ("packed", 10),
-        ("not packed", 20),
-        ("streamed", 25),
+        pytest.param("packed", 1, True, marks=pytest.mark.slow),
+        pytest.param("not packed", 20, True, marks=pytest.mark.slow),
+        pytest.param("streamed", 25, True, marks=pytest.mark.slow),
+        ("packed", 10, True),
+        ("not packed", 20, False),
+        ("streamed", 25, False),
     ],
 )
 def test_killed_at_every_call_and_moment(
-    world: World, whole: Whole, shape: str, every: int, tmp_path: Path,
+    world: World, whole: Whole, shape: str, every: int, everywhere: bool, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     expected = whole(shape)
     with monkeypatch.context() as patch:
         mark_moments(patch)
-        killed, states = killed_everywhere(world, tmp_path, shape, every)
+        killed, states = killed_everywhere(world, tmp_path, shape, every, everywhere)
     same(finished(tmp_path / "live"), expected, "writes cut short")
     assert killed.keys() >= {
         "mkdir",
@@ -80,9 +81,8 @@ def test_killed_at_every_call_and_moment(
         same(finished(folder), expected, f"killed at {folder.name}")
         shutil.rmtree(folder)
     with capsys.disabled():
-        share = (
-            "every call" if every == 1 else f"every kind of call at every place and every {every}th"
-        )
+        kinds = f"every kind of call{' at every place' if everywhere else ''}"
+        share = "every call" if every == 1 else f"{kinds} and every {every}th"
         print(
             f"\n{shape}: {killed.total()} SIGKILLs ({share}), {len(states)} different states left; all resumed bitwise"
         )
@@ -132,18 +132,6 @@ def test_always_killed_young(world: World, whole: Whole, tmp_path: Path) -> None
 
 
 STOP_AT = 5
-CHILD = f"""
-import os, signal, sys
-from lorry.runs.metrics import MetricsWriter
-write = MetricsWriter.write
-def then_signal(self, record):
-    write(self, record)
-    if record["step"] == {STOP_AT}:
-        os.kill(os.getpid(), signal.SIGTERM)
-MetricsWriter.write = then_signal
-from lorry.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def command_line(world: World, folder: Path) -> list[str]:
@@ -170,40 +158,30 @@ def check_stopped(folder: Path) -> None:
     assert {c["status"] for c in contracts} == {"held", "not_checked"}
 
 
-def test_sigterm_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *command_line(world, tmp_path)],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    assert done.returncode == RunInterruptedError.exit_code == 75, done.stderr
-    assert "SIGTERM arrived; step 5 of 11 is saved" in done.stderr
-    assert "resume_from_checkpoint=auto" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75(
+    number: signal.Signals,
+    world: World,
+    whole: Whole,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = MetricsWriter.write
+
+    def then_signal(self: MetricsWriter, record: dict[str, Any]) -> None:
+        write(self, record)
+        if record["step"] == STOP_AT:
+            os.kill(os.getpid(), number)
+
+    command = [sys.executable, "-m", "lorry", *command_line(world, tmp_path)]
+    with monkeypatch.context() as patch, (tmp_path / "said").open("w") as file:
+        patch.setattr(MetricsWriter, "write", then_signal)
+        clone = LorryClone(command, stderr=file)
+        assert clone.returncode == RunInterruptedError.exit_code == 75
+    said = (tmp_path / "said").read_text()
+    assert f"{number.name} arrived; step 5 of 11 is saved" in said
+    assert "resume_from_checkpoint=auto" in said
+    assert "Traceback" not in said
     check_stopped(tmp_path)
     train_run(world.run(tmp_path, **SHAPES["packed"]), [])
-    same(finished(tmp_path), whole("packed"), "after SIGTERM")
-
-
-def test_sigint_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) -> None:
-    def interrupted(folder: Path, say: Callable[[int], object]) -> None:
-        # a test run in the background inherits an ignored one
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        write = MetricsWriter.write
-
-        def then_signal(self: MetricsWriter, record: dict[str, Any]) -> None:
-            write(self, record)
-            if record["step"] == STOP_AT:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        MetricsWriter.write = then_signal  # type: ignore[method-assign, assignment]
-        say(cli.main(command_line(world, folder)))
-
-    outcome = run_forked(interrupted, RunDisk(), tmp_path)
-    assert not outcome.error, outcome.error
-    assert list(outcome.said) == [75]
-    check_stopped(tmp_path)
-    train_run(world.run(tmp_path, **SHAPES["packed"]), [])
-    same(finished(tmp_path), whole("packed"), "after SIGINT")
+    same(finished(tmp_path), whole("packed"), f"after {number.name}")
