@@ -105,7 +105,7 @@ class RouterConfig(SettingsGroup):
     )
     init: Literal["hidden", "zero"] = config_field(
         "hidden",
-        ("initial router: hidden: means of the layers' inputs over each expert's rows; or zero"),
+        "initial router: hidden: a linear discriminant of the layers' inputs over rows of each expert; or zero",
     )
     label_loss: float = config_field(
         0.1, "weight of the cross-entropy between the gates and the row's expert", ge=0

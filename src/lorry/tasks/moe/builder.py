@@ -6,16 +6,14 @@ every domain in each micro-batch, the router's first values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import AdapterContext, Half, Level, Mix
 from lorry.adapters.peft.files import find_adapter, load_adapter
 from lorry.adapters.router import (
     ROUTER_NAME,
@@ -35,7 +33,6 @@ from lorry.data.prepare import PreparedData
 from lorry.data.stream.dataset import BatchStream, TrainStream
 from lorry.data.stream.roles import RoleStream
 from lorry.errors import ConfigError
-from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.loading.open import OpenedModel
 from lorry.notes import NoteCallback
 from lorry.tasks.build import BuiltTask, PreparedJob, TaskDefinition, TaskInputs
@@ -44,12 +41,10 @@ from lorry.tasks.moe.classifier import (
     build_prompt_classifier,
     prompt_stream,
 )
+from lorry.tasks.moe.first_values import split_rows_for_scale, start_at_discriminants
 from lorry.tasks.moe.task import DomainTask, MoeTask
 
-MEAN_ROWS = 16  # rows of each expert whose hidden states make the router's first values
-# by how much the first logits put the right expert ahead, nats on the mean: clearly, and still soft
-FIRST_MARGIN = 2.0
-FIRST_SPREAD = 1.0  # standard deviation of the first logits over tokens, at most
+FIRST_ROWS = 16  # rows of each expert that make the router's first values
 
 
 def _settings_of(run: RunConfig) -> RouterRunConfig:
@@ -145,77 +140,16 @@ def with_role(batch: Batch, role: str) -> Batch:
     return replace(batch, role=(role,) * len(batch))
 
 
-class InputRecorder:
-    """A `LayerRouter` that gates nothing and adds up what ``read(layer, half, x)`` makes of the
-    layers' normed inputs x [T,D]. ``tokens``: how many of a pass are real; a decoder may pad it.
-    """
-
-    adapters: Sequence[str] = ()
-    level: Level = "delta"
-
-    def __init__(self, halves: Sequence[Half], read: Callable[[int, Half, Tensor], Tensor]) -> None:
-        self.halves, self.read, self.tokens, self.count = halves, read, 0, 0
-        self.sums: dict[tuple[int, Half], Tensor] = {}
-
-    def parameters(self, layer: int) -> list[Tensor]:
-        """None."""
-        return []
-
-    def logits(self, layer: int, half: Half, x: Tensor) -> Tensor:
-        """[T, 0], and x is read."""
-        seen = self.read(layer, half, x[: self.tokens]).double()
-        before = self.sums.get((layer, half))
-        self.sums[layer, half] = seen if before is None else before + seen
-        return x.new_zeros(x.shape[0], 0)
-
-    def gates(self, logits: Tensor) -> Tensor:
-        """Nothing to gate."""
-        return logits
-
-    def run(self, model: CausalLM, batches: Sequence[Batch]) -> dict[tuple[int, Half], Tensor]:
-        """The means over the batches' tokens of what is read in the base, by layer and half."""
-        for batch in batches:
-            packed = PackedInput(batch.tokens, batch.positions, batch.segments)
-            self.tokens = batch.tokens.numel()
-            self.count += self.tokens
-            model.hidden(packed, AdapterContext(Mix((), self)))
-        return {site: total / self.count for site, total in self.sums.items()}
-
-
-@torch.no_grad()
-def start_at_class_means(
-    model: CausalLM, router: TokenRouter, domains: Mapping[str, Sequence[Batch]]
-) -> None:
-    """Set each matrix's rows to the mean normed input of the base over an expert's rows (with hidden
-    layers: of what they make of it), less the mean over experts. They are scaled so that a domain's tokens put their expert `FIRST_MARGIN`
-    ahead on the mean; less where logits would then vary by more than `FIRST_SPREAD` from token to
-    token, as those of domains of nearly equal means do.
-    """
-
-    def features(layer: int, half: Half, x: Tensor) -> Tensor:
-        return router.features(layer, half, x).double().sum(0)
-
-    means = {
-        name: InputRecorder(router.halves, features).run(model, domains[name])
-        for name in router.adapters
-    }
-    for site, weight in router.weights.items():
-        centred = torch.stack([means[name][site] for name in router.adapters])
-        centred = centred - centred.mean(0)
-        size = centred.square().sum(1).mean()
-        # rows of one domain under two names have equal means: nothing tells them apart
-        scale = FIRST_MARGIN * router.rule.temperature / size if size > 0 else size
-        weight.copy_(centred * scale)
-
-    def moments(layer: int, half: Half, x: Tensor) -> Tensor:
-        z = router.logits(layer, half, x).double()
-        return torch.stack([z.sum(0), z.square().sum(0)])
-
-    every = [batch for batches in domains.values() for batch in batches]
-    for site, (mean, square) in InputRecorder(router.halves, moments).run(model, every).items():
-        spread = float((square - mean.square()).clamp(min=0).mean().sqrt())
-        if spread > FIRST_SPREAD:
-            router.weights[site].mul_(FIRST_SPREAD / spread)
+def first_rows(
+    tokens: TokenSet, rows: int, device: torch.device
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches of ``rows`` of an expert's first `FIRST_ROWS` rows: those that its router's first values
+    are fitted to, and those that choose their scale."""
+    fitted, held = (
+        [batch.to(device) for batch in tokens.select(np.array(numbers)).eval_batches(rows)]
+        for numbers in split_rows_for_scale(min(FIRST_ROWS, len(tokens)))
+    )
+    return fitted, held
 
 
 def build_moe(inputs: TaskInputs) -> BuiltTask:
@@ -224,26 +158,27 @@ def build_moe(inputs: TaskInputs) -> BuiltTask:
     model = inputs.opened.model
     router = get_bank(model).routers[ROUTER_NAME]
     domains = _domains(job)
-    held = [with_role(batch, name) for name, data in domains.items() for batch in data.evaluation]
+    evaluation = [
+        with_role(batch, name) for name, data in domains.items() for batch in data.evaluation
+    ]
     digests = {f"rows of {name}": data.digest for name, data in job.row_sets.items()}
     if run.router.lora is not None:
         sets = {name: _tokens(data) for name, data in domains.items()}
         return build_prompt_classifier(run, inputs, sets, digests)
-    common = (inputs.stream, held, inputs.total, list(inputs.jobs))
+    common = (inputs.stream, evaluation, inputs.total, list(inputs.jobs))
     if not isinstance(router, TokenRouter):
         return BuiltTask(DomainTask(*common, experts=router.adapters), digests=digests)
     rows = run.train.per_device_eval_batch_size
     if run.router.init == "hidden":
         first = {
-            name: [
-                batch.to(model.device)
-                for batch in _tokens(data)
-                .select(np.arange(min(MEAN_ROWS, len(_tokens(data)))))
-                .eval_batches(rows)
-            ]
-            for name, data in domains.items()
+            name: first_rows(_tokens(data), rows, model.device) for name, data in domains.items()
         }
-        start_at_class_means(model, router, first)
+        start_at_discriminants(
+            model,
+            router,
+            {name: fitted for name, (fitted, _) in first.items()},
+            {name: held for name, (_, held) in first.items()},
+        )
     task = MoeTask(*common, router=router, settings=run.router, tell=inputs.tell)
 
     def unreached() -> dict[str, list[str]]:
