@@ -188,6 +188,19 @@ def test_a_merge_keeps_the_logits_and_comes_out_again(pair: Pair, name: str) -> 
     assert torch.equal(tensors[f"{name}/unmerged"], logits)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_sent_once_a_step_and_not_where_ddp_sends_them(pair: Pair, name: str) -> None:
+    """However many passes a step has; each call sends every gradient once, and each step has two."""
+    values = sum(v.numel() for k, v in pair.tensors[0].items() if k.startswith(f"{name}/value/"))
+    calls = 2 * STEPS
+    if name.startswith("ddp"):
+        calls = 0
+    elif name == "parameters, no wrapper":
+        calls = STEPS  # the second call finds them equal
+    for tensors in pair.tensors:
+        assert tensors[f"{name}/sums"].tolist() == [values] * calls
+
+
 def test_a_rank_without_a_gradient_counts_as_zeros(
     pair: Pair, alone: dict[str, dict[str, Tensor]]
 ) -> None:
@@ -212,7 +225,9 @@ FAULTS = {
     "another alpha": ("ContractError", "rank 1 has other adapters than rank 0"),
     "another rank": ("ContractError", "rank 1 has other adapters than rank 0"),
     "frozen parameters": ("ContractError", "get_lora_parameters(model)"),
-    "adapters cut up": ("ContractError", "before FSDP call apply_lora_to_fsdp_model"),
+    "no parameters": ("ContractError", "get_lora_parameters(model)"),
+    "cut up by fully_shard": ("ContractError", "before FSDP call apply_lora_to_fsdp_model"),
+    "cut up by FSDP1": ("ContractError", "before FSDP call apply_lora_to_fsdp_model"),
     "attached after fully_shard": ("ConfigError", "fully_shard has this model already"),
     "applied after fully_shard": ("ConfigError", "attach the adapter before it"),
     "attached after FSDP1": ("ConfigError", "FullyShardedDataParallel has this model already"),

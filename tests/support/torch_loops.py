@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -122,6 +124,22 @@ def flat(model: nn.Module, **settings: Any) -> nn.Module:
     )
 
 
+def accelerated(model: nn.Module) -> nn.Module:
+    """By accelerate's FSDP plugin of version 2, which it does not choose by itself on a CPU."""
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    chosen = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    accelerator.state._shared_state.update(chosen)
+    # it wants an optimizer whose parameters it can exchange; that of the adapters is another one
+    wrapped, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    return wrapped
+
+
 FSDP = trainers.apply_lora_to_fsdp_model
 PARAMETERS = trainers.apply_lora_to_model
 Apply = Callable[[nn.Module, Any], nn.Module]
@@ -130,6 +148,7 @@ CASES: dict[str, tuple[str, Apply, Callable[[nn.Module], nn.Module], int]] = {
     "fsdp2": ("llama", FSDP, sharded, 1),
     "fsdp2 accumulating": ("llama", FSDP, partial(sharded, reshard_after_forward=False), 2),
     "fsdp2 gpt2": ("gpt2", FSDP, sharded, 1),
+    "fsdp2 by accelerate": ("llama", FSDP, accelerated, 1),
     "fsdp1": ("llama", FSDP, flat, 1),
     "fsdp1 parameters": ("llama", FSDP, partial(flat, use_orig_params=True), 2),
     "ddp": ("llama", PARAMETERS, DistributedDataParallel, 1),
@@ -139,12 +158,30 @@ CASES: dict[str, tuple[str, Apply, Callable[[nn.Module], nn.Module], int]] = {
 }
 
 
+@contextmanager
+def counted_sums() -> Iterator[list[int]]:
+    """How many values each of our sums over ranks had; DDP's own are none of these."""
+    sums, plain = list[int](), distributed.all_reduce
+
+    def counted(tensor: Tensor, **settings: Any) -> Any:
+        sums.append(tensor.numel())
+        return plain(tensor, **settings)
+
+    distributed.all_reduce = counted
+    try:
+        yield sums
+    finally:
+        distributed.all_reduce = plain
+
+
 def case(name: str, rank: int, out: Path) -> dict[str, Tensor]:
     """Train, save, merge, and take the merge out again."""
     family, apply, wrap, accumulate = CASES[name]
     model = apply(base(family), spec(family))
     wrapped = wrap(model)
-    result = trained(model, wrapped, rank, RANKS, accumulate)
+    with counted_sums() as sums:
+        result = trained(model, wrapped, rank, RANKS, accumulate)
+    result["sums"] = torch.tensor(sums)
     trainers.save_lora(wrapped, out / name)
     with torch.no_grad():
         ids = rows(99)
@@ -200,9 +237,8 @@ def faults(rank: int, out: Path) -> dict[str, list[str]]:
                 model.get_submodule("model.layers.1.mlp.down_proj").weight[0] = torch.inf
         trainers.merge_lora_weights(model)
 
-    def sharded_parameters() -> None:
-        model = sharded(PARAMETERS(base(), spec()))
-        loss_of(model, rows(0))
+    def cut_up(wrap: Callable[[nn.Module], nn.Module]) -> None:
+        loss_of(wrap(PARAMETERS(base(), spec())), rows(0))
 
     made: dict[str, Callable[[], Any]] = {
         "no synchronise": lambda: steps(sharded(hidden()), rank, synchronise=False),
@@ -215,7 +251,9 @@ def faults(rank: int, out: Path) -> dict[str, list[str]]:
         "another alpha": lambda: steps(hidden(lora_alpha=6 + rank), rank),
         "another rank": lambda: steps(hidden(r=3 + rank), rank),
         "frozen parameters": lambda: steps_over_base(sharded(hidden()), rank),
-        "adapters cut up": sharded_parameters,
+        "no parameters": lambda: steps(hidden(), rank, parameters=[{"params": []}]),
+        "cut up by fully_shard": lambda: cut_up(sharded),
+        "cut up by FSDP1": lambda: cut_up(partial(flat, use_orig_params=True)),
         "attached after fully_shard": lambda: attach(sharded(base()), spec()),
         "applied after fully_shard": lambda: FSDP(sharded(base()), spec()),
         "attached after FSDP1": lambda: attach(flat(base()), spec()),
@@ -262,13 +300,13 @@ def half(rank: int) -> dict[str, Tensor]:
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     results = {name: case(name, rank, out) for name in CASES} | {"half": half(rank)}
     flat_results = {f"{name}/{key}": v for name, each in results.items() for key, v in each.items()}
     save_file(flat_results, out / f"rank-{rank}.safetensors")
     (out / f"rank-{rank}.json").write_text(json.dumps(faults(rank, out)))
-    torch.distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -230,7 +230,8 @@ def _check_registered(bank: AdapterBank) -> None:
     for adapter in bank.adapters.values():
         for path, slot in adapter.slots.items():
             found = dict(bank.modules[path].named_parameters())
-            if found.get(f"lora_A.{adapter.name}") is not slot.A:
+            # FSDP2 puts another object there, FSDP1 a flat piece of memory into this one
+            if found.get(f"lora_A.{adapter.name}") is not slot.A or slot.A.dim() != 2:
                 raise ContractError(
                     f"{path}: its adapter has been cut up with the model's parameters, and nobody "
                     "would train it; before FSDP call apply_lora_to_fsdp_model"
