@@ -219,6 +219,8 @@ APART = "their gradients were not averaged: call lorry.integrations.trainers.syn
 FAULTS = {
     "no synchronise": ("ContractError", APART),
     "no synchronise, plain attach": ("ContractError", "after optimizer step 1"),
+    "plain attach and FSDP2": ("ConfigError", "apply_lora_to_fsdp_model(model, None)"),
+    "plain attach and FSDP1": ("ConfigError", "apply_lora_to_fsdp_model(model, None)"),
     "no wrapper": ("ContractError", APART),
     "warm-up": ("ContractError", "after optimizer step 3"),
     "another seed": ("ContractError", "before the first step"),

@@ -245,6 +245,8 @@ def faults(rank: int, out: Path) -> dict[str, list[str]]:
         "no synchronise, plain attach": lambda: steps(
             FSDP(plainly_attached(), None), rank, synchronise=False
         ),
+        "plain attach and FSDP2": lambda: steps(sharded(plainly_attached()), rank),
+        "plain attach and FSDP1": lambda: steps(flat(plainly_attached()), rank),
         "no wrapper": lambda: steps(PARAMETERS(base(), spec()), rank, synchronise=False),
         "warm-up": lambda: steps(hidden(), rank, synchronise=False, rates=(0.0, 0.0, RATE)),
         "another seed": lambda: steps(FSDP(base(), Namespace(use_lora=True, lora_seed=rank)), rank),

@@ -296,9 +296,6 @@ class AdapterBank:
         self.active = Mix()
         # of a plain `model(x)`; None: it drops nothing
         self.noise: DropoutNoise | None = None
-        # of a base that has been sharded since, whose weights cannot be read any more; None: it
-        # can be made of them
-        self.base_digest: str | None = None
         # what was active when `merge` folded it in; None while nothing is merged
         self.before_merge: Mix | None = None
 

@@ -31,12 +31,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, get_bank, lora_parameters
+from lorry.adapters.attach import (
+    FSDP2,
+    attach,
+    find_wrapper,
+    get_bank,
+    lora_parameters,
+)
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import GeneratorNoise
 from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.merge import MergeReport, merge, unmerge
-from lorry.adapters.peft.files import base_digest, save_adapter
+from lorry.adapters.peft.files import remember_base_digest, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError, LorryError
 from lorry.integrations.agreement import AdapterAgreement, Group, find_agreement, watch
@@ -52,6 +58,9 @@ __all__ = [
     "synchronise",
     "unmerge_lora_weights",
 ]
+
+
+FSDP = (FSDP2, "FullyShardedDataParallel")
 
 
 def apply_lora_to_fsdp_model(model: nn.Module, args: Any, group: Group = None) -> nn.Module:
@@ -190,7 +199,7 @@ def _attach(model: nn.Module, args: Any) -> AdapterBank:
     bank.activate(bank.active)
     # now, while the weights are whole; on ranks that load none they are not there yet
     if not any(p.is_meta for p in model.parameters()):
-        bank.base_digest = base_digest(model)
+        remember_base_digest(model)
     return bank
 
 
@@ -201,10 +210,19 @@ def _banked_module(model: nn.Module) -> nn.Module:
 
 def _agreement(model: nn.Module) -> AdapterAgreement:
     """What watches the model's adapters; from now on where it was `lorry.attach` alone. Raises
-    ConfigError where the model has none.
+    ConfigError where the model has none, or FSDP has it with such.
     """
     bank = get_bank(_banked_module(model))
-    return find_agreement(bank) or watch(bank, None, registered=False)
+    if (agreement := find_agreement(bank)) is not None:
+        return agreement
+    if find_wrapper(model, FSDP):
+        # said now, and not when a trained adapter cannot be saved: of which base it is cannot be
+        # read from shares
+        raise ConfigError(
+            "FSDP has this model, whose adapters were attached by themselves; before FSDP call "
+            "lorry.integrations.trainers.apply_lora_to_fsdp_model(model, None), too"
+        )
+    return watch(bank, None, registered=False)
 
 
 def _register(bank: AdapterBank) -> None:

@@ -140,7 +140,7 @@ def _files_of(
         **(extra or {}),
         "dtype": str(dtype).removeprefix("torch."),
         "adapter": name,
-        "base_digest": get_bank(model).base_digest or base_digest(model),
+        "base_digest": base_digest(model),
     }
     if start is not None:
         facts["start"] = {"path": start.path, "sha256": start.sha256}
