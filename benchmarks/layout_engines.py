@@ -62,9 +62,10 @@ class RankWatch(Watch):
 
 
 def local_bytes(parameter: Tensor) -> int:
-    """Bytes of a tensor that lie in this process."""
+    """Bytes of the part of a tensor that lies in this process: of a DTensor its local values."""
     part = getattr(parameter, "_local_tensor", parameter)
-    return int(part.untyped_storage().nbytes())
+    # not of its storage: what is read from a safetensors file is a window on the mapped file
+    return int(part.numel() * part.element_size())
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def lorry(name: str, tensor: int = 1) -> Run:
     """Lorry's backend of this name, on the processes that were started."""
     from lorry.adapters.peft.files import load_adapter
     from lorry.backends.distributed.communicator import open_communicator
+    from lorry.backends.distributed.tensor_ranks import tensor_ranks
     from lorry.backends.optim import OptimSettings
     from lorry.backends.registry import BACKENDS
     from lorry.config.schema import TrainBackendConfig
@@ -147,7 +149,12 @@ def lorry(name: str, tensor: int = 1) -> Run:
         tune_allocator()
         settings = TrainBackendConfig(name=name, tensor_parallel=tensor)  # type: ignore[arg-type]
         communicator = open_communicator(settings)
-        model = load_model(str(folder / "base"), dtype="bfloat16", add_note=ignore_note).model
+        model = load_model(
+            str(folder / "base"),
+            dtype="bfloat16",
+            ranks=tensor_ranks(communicator),
+            add_note=ignore_note,
+        ).model
         adapter = load_adapter(model, folder / "init", "default")
         backend = BACKENDS[name](model, ["default"], OptimSettings(), communicator=communicator)
         task = SftTask(Rows(rows, case.rows_per_step), [], case.all_steps, ["default"])
@@ -160,7 +167,7 @@ def lorry(name: str, tensor: int = 1) -> Run:
             )
             stats = backend.forward_backward(batches, task, step)
             watch.gradients(
-                lambda: {n: g.clone() for n, g in adapter.split_like(adapter.grads).items()}
+                lambda: {n: g.clone() for n, g in adapter.whole_tensors(adapter.grads).items()}
             )
             backend.step({"default": case.learning_rate})
             watch.step(stats.loss["default"], stats.tokens, stats.supervised)
@@ -239,6 +246,15 @@ LAYOUTS = {
     "lorry": Layout(lambda: lorry("single"), "Lorry, one process", 1, True),
     "lorry-ddp": Layout(
         lambda: lorry("ddp"), "Lorry, ddp", 2, True, alone="lorry", plan=("ddp", 1)
+    ),
+    "lorry-tp": Layout(
+        lambda: lorry("ddp", 3),
+        "Lorry, tensor_parallel=3",
+        3,
+        True,
+        shards=3,
+        alone="lorry",
+        plan=("ddp", 3),
     ),
     "accelerate": Layout(lambda: accelerate("ddp"), "accelerate + PEFT, one process", 1, False),
     "accelerate-ddp": Layout(

@@ -5,6 +5,7 @@ enough to run in a second.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,36 @@ from lorry.models.loading.load import load_model
 LENGTH = 48
 
 
+WriteCase = Callable[[Path, LlamaConfig, Case], None]
+
+
 @pytest.fixture(scope="session")
-def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_case() -> WriteCase:
+    """Writes a case: a random Llama of this shape in bfloat16, an adapter whose B is not zero, and
+    rows of noise for its steps.
+    """
+
+    def write(folder: Path, config: LlamaConfig, case: Case) -> None:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+        model = load_model(str(folder / "base"), dtype="bfloat16", add_note=print).model
+        attach(model, LoraSpec(r=case.rank, lora_alpha=case.alpha, init_lora_weights=False))
+        save_adapter(model, folder / "init")
+        ids = torch.randint(
+            config.vocab_size, (case.rows_per_step * case.all_steps, case.length)
+        ).tolist()
+        write_rows(folder, [(row, [IGNORED, *row[1:]]) for row in ids])
+        case.save(folder)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory, write_case: WriteCase) -> Path:
     """A random Llama of two layers that is sure of itself (large weights), its adapter, and two
     rows of noise.
     """
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -40,11 +64,6 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=128,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
-    model = load_model(str(folder / "base"), dtype="bfloat16", add_note=print).model
-    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))
-    save_adapter(model, folder / "init")
-    ids = torch.randint(64, (2, LENGTH)).tolist()
-    write_rows(folder, [(row, [IGNORED, *row[1:]]) for row in ids])
-    Case(length=LENGTH, rank=4, alpha=8, warmup=1, steps=1).save(folder)
+    case = Case(length=LENGTH, rank=4, alpha=8, warmup=1, steps=1)
+    write_case(folder, config, case)
     return folder

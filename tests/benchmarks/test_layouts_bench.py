@@ -4,7 +4,13 @@ and that a layout which does not shard is found out. bfloat16, as the benchmark.
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +20,10 @@ import pytest
 import wire
 from case import Case, read_rows
 from layout_engines import LAYOUTS, RankWatch, local_bytes
+from transformers import LlamaConfig
 
 from lorry import kernels
+from tests.support.processes import started
 
 
 def test_bytes_on_the_wire_are_those_that_were_sent() -> None:
@@ -92,3 +100,70 @@ def test_a_part_of_a_tensor_counts_as_what_lies_here() -> None:
     whole = torch.zeros(8, dtype=torch.bfloat16)
     whole._local_tensor = torch.zeros(3, dtype=torch.bfloat16)  # type: ignore[attr-defined]
     assert local_bytes(whole) == 6
+
+
+SEVERAL = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import layout_turns
+from layout_engines import LAYOUTS, Layout, lorry
+LAYOUTS["lorry-tp"] = Layout(lambda: lorry("ddp", 2), "", 2, True, shards=2, plan=("ddp", 2))
+print(json.dumps([layout_turns.work(engine, Path(sys.argv[2])) for engine in sys.argv[3:]]))
+"""
+WIRE_CASE = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 640,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.timeout(240)
+def test_what_two_processes_send_is_what_was_planned(
+    tmp_path: Path, write_case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel's count, within 2%: each layout's collectives and the few KiB that ranks tell each
+    other. And what each holds of the base.
+    """
+    if not kernels.kernel_status().active:
+        pytest.skip("the compiled kernels are off here, and the benchmark refuses to measure that")
+    # two processes, where the benchmark's model divides by three alone
+    two = replace(LAYOUTS["lorry-tp"], processes=2, shards=2, plan=("ddp", 2))
+    monkeypatch.setitem(LAYOUTS, "lorry-tp", two)
+    engines = ["lorry-ddp", "lorry-tp"]
+    case = Case(length=32, rank=32, alpha=64, rows_per_step=8, warmup=1, steps=2)
+    write_case(tmp_path, LlamaConfig(**WIRE_CASE), case)
+    told = run_ranks(engines, tmp_path)
+    whole = layout_turns.whole_base_bytes(tmp_path)
+    for number, engine in enumerate(engines):
+        turn = layout_turns.Turn(engine, [rank[number] for rank in told])
+        assert layout_turns.unsharded(turn, whole) == ""
+        plan = layout_turns.planned(engine, tmp_path, case)
+        assert plan is not None
+        for rank in turn.ranks:
+            assert rank["sent_per_step"] == pytest.approx(plan["sent_per_step"], rel=0.02)
+        assert turn.ranks[0]["losses"] == pytest.approx(told[0][0]["losses"], rel=1e-3)
+
+
+def run_ranks(engines: list[str], folder: Path) -> list[list[dict[str, Any]]]:
+    """[rank][engine]: what each process tells of these layouts, one after the other."""
+    script = [sys.executable, "-c", SEVERAL, str(Path(layout_turns.__file__).parent), str(folder)]
+    environments = LAYOUTS[engines[0]].environments(2)
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                started(
+                    [*script, *engines],
+                    env={**os.environ, **environment},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for environment in environments
+        ]
+        said = [rank.communicate()[0] for rank in ranks]
+    return [json.loads(out.splitlines()[-1]) for out in said]

@@ -32,6 +32,5 @@ def run_pair(module: str, *arguments: str | Path) -> list[tuple[str, str]]:
     finally:
         for child in children:
             child.kill()
-    codes = [child.returncode for child in children]
-    assert codes == [0, 0], "\n".join(errors for _, errors in printed)
+    assert [child.returncode for child in children] == [0, 0], printed
     return printed

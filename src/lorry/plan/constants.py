@@ -62,12 +62,12 @@ SCORE_CHUNK, CHUNK_COPIES = 256, 3
 MIN_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 # NCCL: rings, channels and the user buffers they register, per GPU; an estimate that no machine
-# here can check. gloo: torch.distributed itself, its threads and the pieces in which it sends.
-COMMUNICATION_BYTES = {"cpu": 30 * MIB, "cuda": 500 * MIB}
+# here can check. gloo: its threads and the pieces in which it sends.
+COMMUNICATION_BYTES = {"cpu": 10 * MIB, "cuda": 500 * MIB}
 
-# Statistics of a token's scores that ranks with a part of the vocabulary each exchange, fp32: the
-# peak, the total and the chosen token's logit.
-SCORE_STATISTICS = 12
+# What a rank with a part of the vocabulary tells of a token's scores, fp32: the five sums of a
+# softmax, its highest token and the chosen one's logit (models/scoring/tiles.py).
+SCORE_STATISTICS = 28
 
 # FSDP2: the layer at work and the one that is being fetched.
 GATHERED_LAYERS = 2

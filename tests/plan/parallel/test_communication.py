@@ -51,22 +51,41 @@ def test_replicas_send_each_other_nothing_of_the_base() -> None:
     assert hybrid[gradients] * 7 * 64 == one[gradients] * 63 * 8
 
 
-def test_fsdp_gathers_with_every_micro_batch_and_sums_once() -> None:
+def test_fsdp_gathers_layers_with_every_micro_batch_and_the_rest_once() -> None:
     one, four = sent(backend="fsdp", processes=8), sent(4, backend="fsdp", processes=8)
     for what, size in one.items():
-        assert four[what] == (size if "gradients" in what else 4 * size)
+        assert four[what] == (4 * size if "layer" in what else size)
     start = {"reads": StepReads(asks_start="scores", live=True)}
     asked = sent(4, start, backend="fsdp", processes=8)
     assert asked["a layer's weights, forward"] == 2 * four["a layer's weights, forward"]
     assert asked["a layer's weights, backward"] == four["a layer's weights, backward"]
+    rest = "embedding, final norm and head"
+    assert asked[rest] == 2 * four[rest]
 
 
-def test_tensor_parallel_sends_four_sums_a_layer_and_micro_batch() -> None:
-    """[T, d] in bfloat16 each; the whole sides once a step."""
+def test_a_backward_pass_gathers_the_layers_from_the_lowest_adapter_up() -> None:
+    upper = plan_adapter(SHAPE, LoraConfig(r=16, layers_to_transform=list(range(24, 32))), 16)
+    split = ParallelSplit(backend="fsdp", processes=8)
+    how = MemorySetup(tokens=TOKENS, length=TOKENS, device="cuda")
+    calls = {c.what: c.calls for c in step_collectives(SHAPE, upper, how, split, 2)}
+    assert calls["a layer's weights, forward"] == 2 * 32
+    assert calls["a layer's weights, backward"] == 2 * 8
+
+
+def test_layers_that_stay_gathered_are_asked_for_once_a_micro_batch() -> None:
+    kept, let_go = (
+        sent(4, backend="fsdp", processes=8, reshard_after_forward=r) for r in (False, True)
+    )
+    assert "a layer's weights, backward" not in kept
+    assert kept["a layer's weights, forward"] == let_go["a layer's weights, forward"]
+
+
+def test_tensor_parallel_sends_four_sums_for_each_layer_of_a_micro_batch() -> None:
+    """[T, d] in bfloat16 each, but for the lowest layer's input; the whole sides once a step."""
     found = sent(2, backend="ddp", processes=8, tensor=8)
     hidden = 2 * TOKENS * WIDTH * 2 * 7 // 8
     assert found["outputs of attention and MLP"] == 2 * 2 * LAYERS * hidden
-    assert found["gradients of their inputs"] == 2 * 2 * LAYERS * hidden
+    assert found["gradients of their inputs"] == 2 * (2 * LAYERS - 1) * hidden
     d = WIDTH
     whole = 32 * 16 * (3 * d + d + 2 * d + d)  # A of q k v, B of o, A of gate and up, B of down
     assert found["gradients of whole sides"] == 2 * 4 * whole * 7 // 8

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lorry.plan.adapters import PlannedAdapter
+from lorry.plan.adapters import PlannedAdapter, is_embedding
 from lorry.plan.constants import SCORE_STATISTICS
 from lorry.plan.memory import VALUE_BYTES, MemorySetup, layers_run
 from lorry.plan.parallel.per_rank import (
@@ -108,22 +108,32 @@ def _gathers(
     forwards: int,
     backwards: int,
 ) -> Iterator[Collective]:
-    """Of the base: every layer that runs, in forward, and again for its backward where it was let
-    go; embedding, final norm and head once a pass.
+    """Of the base, as `backends.distributed.sharded` walks: forward every layer, also those above an
+    early stop; backward those from the lowest adapter up. Embedding, final norm and head stay
+    gathered for all the micro-batches of a step; they are asked once more for a start's answers.
     """
     local, n = local_shape(shape, split.tensor), split.shards
     values = (
         sharded_rows(rows, n) * each * size for rows, each, size in layer_tensors(local, setup)
     )
     layer = int(n * sum(values))
-    root = n * sum(sharded_rows(rows, n) * each for rows, each in root_tensors(local))
-    run, group = layers_run(shape, setup), (n, n * split.tensor)
-    # the layer below the lowest adapter too: FSDP2 fetches one ahead, whether or not it is needed
-    again = min(max(run - adapter.lowest, 0) + 1, run) if split.reshard_after_forward else 0
-    yield Collective("a layer's weights, forward", "all-gather", *group, layer, forwards * run)
-    yield Collective("a layer's weights, backward", "all-gather", *group, layer, backwards * again)
+    rest = n * sum(sharded_rows(rows, n) * each for rows, each in root_tensors(local))
+    layers, group = shape.geometry.layers, (n, n * split.tensor)
+    reached = max(layers - adapter.lowest, 0)
+    if split.reshard_after_forward:
+        forward, backward = forwards * layers, backwards * reached
+    else:
+        # a backward pass lets go of what it has reached; a start's answers are a step of their own
+        asked = (forwards - backwards) and layers
+        forward, backward = asked + layers + (backwards - 1) * reached, 0
+    yield Collective("a layer's weights, forward", "all-gather", *group, layer, forward)
+    yield Collective("a layer's weights, backward", "all-gather", *group, layer, backward)
     yield Collective(
-        "embedding, final norm and head", "all-gather", *group, root * setup.element, forwards
+        "embedding, final norm and head",
+        "all-gather",
+        *group,
+        rest * setup.element,
+        1 if forwards == backwards else 2,
     )
 
 
@@ -143,17 +153,19 @@ def _activations(
     below = max(run - adapter.lowest, 0)
     recomputed = backwards * below if setup.recompute == "full" else 0
     outputs = 2 * (forwards * run + recomputed)
+    # nothing below the lowest adapter wants a gradient, so the input of its layer gets none
+    halves = 2 if shape.geometry.parallel_residual else 1
+    unasked = 0 if any(map(is_embedding, adapter.matrices)) else min(below, 1) * halves
     yield Collective("outputs of attention and MLP", "all-reduce", *group, hidden, outputs)
-    yield Collective(
-        "gradients of their inputs", "all-reduce", *group, hidden, 2 * backwards * below
-    )
+    inputs = backwards * (2 * below - unasked)
+    yield Collective("gradients of their inputs", "all-reduce", *group, hidden, inputs)
     yield Collective("rows of the embedding", "all-reduce", *group, hidden, forwards)
     if setup.reads.highest_layer is None:
-        statistics = setup.tokens * SCORE_STATISTICS
+        statistics = split.tensor * setup.tokens * SCORE_STATISTICS
         yield Collective(
             "gradient of the last hidden states", "all-reduce", *group, hidden, backwards
         )
-        yield Collective("statistics of the scores", "all-reduce", *group, statistics, forwards)
+        yield Collective("statistics of the scores", "all-gather", *group, statistics, forwards)
 
 
 def _gradients(adapter: PlannedAdapter, split: ParallelSplit) -> Iterator[Collective]:
