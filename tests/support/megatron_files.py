@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lorry.adapters.spec import LoraSpec
@@ -32,10 +33,12 @@ from tests.support.megatron_gradients import (
     loaded,
     parallel,
     read_config,
-    step,
+    run_schedule,
+    wrap,
 )
 
 from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
 from megatron.core.tensor_parallel import mappings  # isort: skip
 from lorry.integrations.megatron import (  # isort: skip
     attach_lora,
@@ -43,6 +46,7 @@ from lorry.integrations.megatron import (  # isort: skip
     load_distributed,
     load_hf_weights,
     load_lora,
+    merged_named_parameters,
     save_lora,
     set_dropout_step,
 )
@@ -54,6 +58,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
 }
 RANK = 3
+RATE, STEPS = 1e-2, 3
 SPEC = LoraSpec(r=3, lora_alpha=6, rank_pattern={"linear_fc1": 2})
 
 
@@ -80,6 +85,20 @@ def round_trips(folder: Path) -> None:
             with parallel(case):
                 save_lora(loaded(case), folder / f"{kind}-{layout}")
             before = f"{kind}-{layout}"
+
+
+def merged(folder: Path) -> None:
+    """Each rank's part of the merged weights, in both precisions, into MERGED-RANK.safetensors."""
+    for kind in ("canonical", "fused"):
+        for dtype in ("float32", "bfloat16"):
+            case = case_of(folder, kind, "tp2", dtype=dtype)
+            with parallel(case):
+                (chunk,) = loaded(case)
+                before = {n: p.detach().clone() for n, p in chunk.named_parameters()}
+                parts = {n: p.clone() for n, p in merged_named_parameters(chunk)}
+                assert all(torch.equal(p, before[n]) for n, p in chunk.named_parameters())
+                name = f"merged-{kind}-{dtype}-{torch.distributed.get_rank()}.safetensors"
+                save_file(parts, folder / name)
 
 
 def initial(folder: Path) -> None:
@@ -198,11 +217,38 @@ def masked(folder: Path) -> dict[str, float]:
             attach_lora(chunks, replace(ADAPTER_SPECS["canonical"], lora_dropout=0.4), seed=3)
             load_lora(chunks, case.adapter)
             set_dropout_step(chunks, at)
-            step([chunk.double().train() for chunk in chunks], case, heard := list[float]())
+            losses = run_schedule(wrap([chunk.double().train() for chunk in chunks]), case)
             # of the last stage
-            total = torch.tensor([sum(heard)], dtype=torch.float64)
+            total = torch.tensor([sum(losses)], dtype=torch.float64)
             torch.distributed.all_reduce(total, torch.distributed.ReduceOp.MAX)
             found[f"{layout} {at}"] = float(total)
+    return found
+
+
+def trained(folder: Path) -> dict[str, bool]:
+    """Steps of Megatron's own optimizer; whether the base is as it was to the last bit."""
+    found = {}
+    for layout in ("tp2", "pp2"):
+        case = case_of(folder, "canonical", layout)
+        with parallel(case):
+            chunks = loaded(case)
+            before = {n: p.detach().clone() for n, p in chunks[0].named_parameters()}
+            wrapped = list(wrap(chunks))
+            settings = OptimizerConfig(
+                optimizer="adam", lr=RATE, weight_decay=0.0, clip_grad=0.0, bf16=False
+            )
+            optimizer = get_megatron_optimizer(settings, wrapped)
+            for _ in range(STEPS):
+                for chunk in wrapped:
+                    chunk.zero_grad_buffer()
+                optimizer.zero_grad()
+                run_schedule(wrapped, case)
+                optimizer.step()
+            save_lora(wrapped, folder / f"trained-{layout}")
+            found[layout] = all(
+                torch.equal(p, before[n]) == (".lora_" not in n)
+                for n, p in chunks[0].named_parameters()
+            )
     return found
 
 
@@ -263,10 +309,12 @@ def main(folder: Path) -> None:
     with cuda_on_cpu():
         round_trips(folder)
         initial(folder)
+        merged(folder)
         found = {
             **faults(folder),
             "dropout": masked(folder),
             "traffic": traffic(folder),
+            "trained": trained(folder),
             **checkpoints(folder),
         }
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))

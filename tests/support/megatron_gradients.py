@@ -4,7 +4,7 @@ Megatron model of a Hugging Face config is built. megatron-core has to be instal
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m tests.support.megatron_gradients FOLDER
 
 reads FOLDER/cases.json, and for each case writes FOLDER/CASE-RANK.safetensors: the gradients of every
-adapter's parameters as this rank has them after Megatron's own schedule, DistributedDataParallel and
+adapter's parameters, and the norm of all, as this rank has them after Megatron's own schedule, DistributedDataParallel and
 `finalize_model_grads`.
 """
 
@@ -40,6 +40,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel.layers import (  # noqa: E402
     ColumnParallelLinear,
     RowParallelLinear,
+    param_is_not_tensor_parallel_duplicate,
 )
 from megatron.core.tensor_parallel.mappings import (  # noqa: E402
     gather_from_tensor_model_parallel_region,
@@ -58,6 +59,7 @@ from lorry.integrations.megatron.layout import RowOrder  # noqa: E402
 from tests.support.cuda_shim import cuda_on_cpu  # noqa: E402
 
 ROWS, LENGTH = 4, 8
+NORM = "norm"
 
 
 @dataclass(frozen=True)
@@ -241,24 +243,25 @@ def forward_step(
     return output, loss
 
 
-def step(
-    chunks: Sequence[nn.Module], case: Case, heard: list[float] | None = None
-) -> Sequence[nn.Module]:
-    """One optimizer step's gradients by Megatron's schedule: wrapped chunks, gradients in
-    `main_grad`. A micro-batch for each row. ``heard`` collects their losses."""
+def wrap(chunks: Sequence[nn.Module]) -> Sequence[Any]:
+    """The chunks in Megatron's DistributedDataParallel."""
     config: Any = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=False, overlap_grad_reduce=False, use_distributed_optimizer=False
     )
-    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    return [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+
+
+def run_schedule(wrapped: Sequence[Any], case: Case) -> list[float]:
+    """Gradients of one optimizer step by Megatron's schedule, into `main_grad`; a micro-batch for each
+    row. The micro-batches' losses, on the last stage."""
     replicas = parallel_state.get_data_parallel_world_size()
     vocab = read_config(case.model)["vocab_size"]
     own = batch(vocab)[parallel_state.get_data_parallel_rank() :: replicas].split(1)
     schedule = get_forward_backward_func()
-    forward = partial(forward_step, vocab=vocab, mean=case.fault == "divided twice")
     losses = schedule(
-        forward_step_func=forward,
+        forward_step_func=partial(forward_step, vocab=vocab, mean=case.fault == "divided twice"),
         data_iterator=[iter(own) for _ in wrapped] if case.vp else iter(own),
         model=wrapped if case.vp else wrapped[0],
         num_microbatches=len(own),
@@ -266,9 +269,7 @@ def step(
         micro_batch_size=1,
         forward_only=False,
     )
-    if heard is not None:
-        heard += [float(each["loss"]) for each in losses]
-    return wrapped
+    return [float(each["loss"]) for each in losses]
 
 
 def gradients(wrapped: Sequence[Any]) -> dict[str, Tensor]:
@@ -279,6 +280,20 @@ def gradients(wrapped: Sequence[Any]) -> dict[str, Tensor]:
         for (layer, place), linear in attaching.get_adapter(chunk.module).linears.items()
         for name, parameter in linear.lora_parameters()
     }
+
+
+def norm(wrapped: Sequence[Any]) -> Tensor:
+    """The norm of the whole gradient by Megatron's rule for what counts on which rank."""
+    squares = [
+        parameter.main_grad.double().square().sum()
+        for chunk in wrapped
+        for parameter in chunk.parameters()
+        if parameter.requires_grad and param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    # a stage may have no adapter
+    total = torch.stack([torch.zeros((), dtype=torch.float64), *squares]).sum()
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return total.sqrt()
 
 
 # --- what is left out on purpose
@@ -299,9 +314,9 @@ class UpBeforeGate(RowOrder):
         return super().fuse(parts[::-1], dim)
 
 
-def unmarked(mark: Callable[..., None], *given: Any) -> None:
+def unmarked(name: str, mark: Callable[..., None], *given: Any) -> None:
     mark(*given)
-    given[0].sequence_parallel = False
+    setattr(given[0], name, False)
 
 
 def before_norm(own: Callable[..., Tensor], linear: Any, normed: Tensor) -> Tensor:
@@ -339,7 +354,10 @@ def left_out(fault: str) -> Any:
             terms, "reduce_from_tensor_model_parallel_region", same
         ),
         "sequence parallel mark": lambda: mock.patch.object(
-            terms, "_mark", partial(unmarked, terms._mark)
+            terms, "_mark", partial(unmarked, "sequence_parallel", terms._mark)
+        ),
+        "tensor parallel mark": lambda: mock.patch.object(
+            terms, "_mark", partial(unmarked, "tensor_model_parallel", terms._mark)
         ),
         "input before its norm": lambda: mock.patch.object(
             adapted, "lora_output", partialmethod(partial(before_norm, adapted.lora_output))
@@ -368,7 +386,9 @@ def parallel(case: Case) -> Iterator[None]:
 
 def run(case: Case) -> dict[str, Tensor]:
     with parallel(case), left_out(case.fault):
-        return gradients(step(loaded(case), case))
+        wrapped = wrap(loaded(case))
+        run_schedule(wrapped, case)
+        return gradients(wrapped) | {NORM: norm(wrapped)}
 
 
 def main(folder: Path) -> None:

@@ -32,5 +32,6 @@ def run_pair(module: str, *arguments: str | Path) -> list[tuple[str, str]]:
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0, 0], printed
+    codes = [child.returncode for child in children]
+    assert codes == [0, 0], "\n".join(errors for _, errors in printed)
     return printed

@@ -132,7 +132,7 @@ class SeededDropout:
         """
         total = int(self.starts[-1])
         if self.rows is not None:
-            return self._hash_mask(width, self.rows.cpu()[tokens]).to(device)
+            return self._hash_mask(width, self.rows.to(device)[tokens])
         first, last, _ = tokens.indices(total)
         if device.type == "cpu" and load_library() is not None:
             mask = torch.empty(last - first, width, dtype=torch.bool)
@@ -146,7 +146,7 @@ class SeededDropout:
                 self.threshold,
             )
             return mask
-        return self._hash_mask(width, torch.arange(first, last)).to(device)
+        return self._hash_mask(width, torch.arange(first, last, device=device))
 
     def _place(self, width: int) -> tuple[int, int]:
         """(the width of a whole row, where in it the ``width`` columns here begin)."""
@@ -156,12 +156,14 @@ class SeededDropout:
         return self.seeds, self.starts, len(self.seeds), tokens.start or 0
 
     def _hash_mask(self, width: int, row: Tensor) -> Tensor:
-        """The same as the kernel's for any rows of the batch, in 64-bit integers."""
+        """The same as the kernel's for any rows of the batch, in 64-bit integers, where ``row`` is."""
+        seeds, starts = self.seeds.to(row.device), self.starts.to(row.device)
         # the place inside the sequence counts, not in the batch: packing does not change the mask
-        sequence = torch.searchsorted(self.starts, row, right=True) - 1
-        low, high = (self.seeds & WORD_MASK)[sequence, None], (self.seeds >> 32)[sequence, None]
+        sequence = torch.searchsorted(starts, row, right=True) - 1
+        low, high = (seeds & WORD_MASK)[sequence, None], (seeds >> 32)[sequence, None]
         whole, offset = self._place(width)
-        n = (row - self.starts[sequence])[:, None] * whole + offset + torch.arange(width)
+        column = torch.arange(width, device=row.device)
+        n = (row - starts[sequence])[:, None] * whole + offset + column
         # one 32-bit hash (xxHash32's primes and a murmur3 finaliser) serves two elements, 16 bits
         # each
         x = (((n >> 1) & WORD_MASK) * 0x9E3779B1 + low) & WORD_MASK

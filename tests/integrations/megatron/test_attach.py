@@ -171,6 +171,14 @@ def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
 
 
+class TorchFullyShardedDataParallel(nn.Module):
+    """Of Megatron's name: it leaves no mark on parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
 def ddp_inside(model: nn.Module) -> nn.Module:
     return ddp(model).get_submodule("module")
 
@@ -181,7 +189,12 @@ def adapted(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("wrap", "words"),
-    [(ddp, "would never train"), (ddp_inside, "would never train"), (adapted, "already")],
+    [
+        (ddp, "would never train"),
+        (ddp_inside, "would never train"),
+        (TorchFullyShardedDataParallel, "wrapped by TorchFullyShardedDataParallel"),
+        (adapted, "already"),
+    ],
 )
 def test_too_late_is_refused(
     models: Path, wrap: Callable[[nn.Module], nn.Module], words: str
@@ -198,6 +211,12 @@ def test_an_optimizer_that_has_the_model_is_found(models: Path) -> None:
         attach_lora(model, LoraSpec())
     del optimizer
     attach_lora(model, LoraSpec())
+
+
+def test_another_version_is_said(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.__version__", "0.19.2")
+    with pytest.warns(UserWarning, match=r"megatron-core 0\.19\.2 was never run .* 0\.16"):
+        attach_lora(model_of(models), LoraSpec())
 
 
 def test_masters_stay_fp32_in_a_model_of_half_precision(models: Path) -> None:

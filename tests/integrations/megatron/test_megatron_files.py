@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip(
@@ -27,7 +28,7 @@ from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.errors import ModelError
 from lorry.models.loading.load import load_model
 from lorry.notes import ignore_note
-from tests.support.megatron_files import LAYOUTS, RANK, SPEC
+from tests.support.megatron_files import LAYOUTS, RANK, RATE, SPEC, STEPS
 from tests.support.megatron_gradients import LENGTH, ROWS, batch
 from tests.support.megatron_models import make_model
 from tests.support.pairs import run_pair
@@ -154,6 +155,71 @@ def test_peft_does_not_take_half_of_a_matrix(found: Found) -> None:
         PeftModel.from_pretrained(base, found.folder / "one-of-two")
     with pytest.raises(ModelError, match="needs"):
         load_adapter(open_base(found), found.folder / "one-of-two")
+
+
+@pytest.mark.parametrize("kind", ["canonical", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_pefts_and_rounded_once(
+    found: Found, kind: str, dtype: torch.dtype
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(found.folder / "model", dtype=dtype).double()
+    model = PeftModel.from_pretrained(base, found.folder / kind).double()
+    true = {n: p.to(dtype) for n, p in model.merge_and_unload().named_parameters()}
+    word = str(dtype).removeprefix("torch.")
+    ranks = [
+        load_file(found.folder / f"merged-{kind}-{word}-{rank}.safetensors") for rank in (0, 1)
+    ]
+
+    def joined(name: str, dim: int) -> Tensor:
+        return torch.cat([rank[name] for rank in ranks], dim)
+
+    got = {}
+    for layer in (0, 1):
+        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        # a rank has one KV group: its two queries, its key, its value, of 8 rows each
+        qkv = [rank[f"{ours}.self_attention.linear_qkv.weight"].split([16, 8, 8]) for rank in ranks]
+        for target, parts in zip("qkv", zip(*qkv, strict=True), strict=True):
+            got[f"{theirs}.self_attn.{target}_proj.weight"] = torch.cat(parts)
+        fc1 = [rank[f"{ours}.mlp.linear_fc1.weight"].chunk(2) for rank in ranks]
+        for target, parts in zip(("gate", "up"), zip(*fc1, strict=True), strict=True):
+            got[f"{theirs}.mlp.{target}_proj.weight"] = torch.cat(parts)
+        got[f"{theirs}.self_attn.o_proj.weight"] = joined(
+            f"{ours}.self_attention.linear_proj.weight", 1
+        )
+        got[f"{theirs}.mlp.down_proj.weight"] = joined(f"{ours}.mlp.linear_fc2.weight", 1)
+    got["model.embed_tokens.weight"] = joined("embedding.word_embeddings.weight", 0)[:27]
+    assert not any("lora" in name for name in ranks[0])
+    for name, value in got.items():
+        error = (value.double() - true[name].double()).abs().max() / true[name].double().abs().max()
+        # rounded once: a value between two of bf16 may fall to either where fp32 is 1e-7 off
+        assert float(error) < (1e-6 if dtype == torch.float32 else 2**-8)
+        same = float((value == true[name]).float().mean())
+        assert dtype == torch.float32 or same > 0.999, name
+    changed = set(got) - {"model.embed_tokens.weight"}
+    plain = dict(AutoModelForCausalLM.from_pretrained(found.folder / "model").named_parameters())
+    assert all(not torch.equal(got[n].float(), plain[n].to(dtype).float()) for n in changed)
+
+
+def test_steps_of_megatrons_optimizer_are_adams_on_peft(found: Found) -> None:
+    base = AutoModelForCausalLM.from_pretrained(found.folder / "model", dtype=torch.float64)
+    model = PeftModel.from_pretrained(base, found.folder / "canonical", is_trainable=True).double()
+    adapter = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in adapter.items()}
+    optimizer = torch.optim.Adam(adapter.values(), lr=RATE)
+    tokens = batch(27)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        logits = model(input_ids=tokens).logits[:, :-1]
+        functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+    for layout in ("tp2", "pp2"):
+        got = tensors(found.folder / f"trained-{layout}")
+        for name, true in adapter.items():
+            moved = got[name.replace(".default", "")].double() - start[name]
+            error = (moved - (true.detach() - start[name])).norm() / moved.norm()
+            assert float(error) < 1e-3, name
+    for rank in found.ranks:
+        assert rank["trained"] == {"tp2": True, "pp2": True}
 
 
 def test_dropout_draws_the_same_masks_at_every_layout(found: Found) -> None:

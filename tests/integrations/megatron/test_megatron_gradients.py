@@ -28,7 +28,7 @@ pytest.importorskip(
     "megatron.core", reason="megatron-core is an extra: pip install 'lorry[megatron]'"
 )
 
-from tests.support.megatron_gradients import Case, batch
+from tests.support.megatron_gradients import NORM, Case, batch
 from tests.support.megatron_models import MODELS, TIED_INPUTS, make_model
 from tests.support.pairs import run_pair
 
@@ -39,6 +39,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "column collective": {"tp": 2},
     "row collective": {"tp": 2},
     "sequence parallel mark": {"tp": 2, "sp": True},
+    "tensor parallel mark": {"tp": 2},
     "input before its norm": {"tp": 2, "te": True},
     "thirds": {},  # each replica has both KV groups
     "up before gate": {"tp": 2},
@@ -177,11 +178,13 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def worst(case: Case, ranks: list[dict[str, Tensor]]) -> float:
-    """The largest relative error of any parameter's gradient."""
+    """The largest relative error of any parameter's gradient, and of the norm that ranks have."""
     true = expected(case, torch.float64)
-    got = whole(case, ranks)
+    norm = torch.stack([gradient.square().sum() for gradient in true.values()]).sum().sqrt()
+    got = whole(case, [{n: t for n, t in rank.items() if n != NORM} for rank in ranks])
     assert got.keys() == true.keys()
-    return max(float((got[n].double() - true[n]).norm() / true[n].norm()) for n in true)
+    errors = [float((got[n].double() - true[n]).norm() / true[n].norm()) for n in true]
+    return max(*errors, *(float((rank[NORM] - norm).abs() / norm) for rank in ranks))
 
 
 def names(faults: bool, dtype: str = "float64") -> list[str]:

@@ -30,6 +30,7 @@ from lorry.integrations.megatron.attach import (
 )
 from lorry.integrations.megatron.files import load_distributed, load_lora, save_lora
 from lorry.integrations.megatron.hf_weights import load_hf_weights
+from lorry.integrations.megatron.merge import merged_named_parameters
 from lorry.integrations.megatron.optimizer import loraplus_overrides
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load_hf_weights",
     "load_lora",
     "loraplus_overrides",
+    "merged_named_parameters",
     "save_lora",
     "set_dropout_step",
 ]

@@ -5,11 +5,13 @@ by name, what would not train or would be computed wrongly.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
+import megatron.core
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,7 @@ Mode = Literal["canonical", "fused"]
 MODES: tuple[Mode, ...] = ("canonical", "fused")
 Model = TypeVar("Model", bound="nn.Module | Sequence[nn.Module]")
 
+TESTED_VERSION = "0.16.1"
 # by name, as their packages may be absent
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "TorchFullyShardedDataParallel")
 HALF = "Float16Module"
@@ -110,9 +113,10 @@ def attach_lora(model: Model, spec: LoraSpec, *, mode: Mode = "canonical", seed:
     Hugging Face's names; or fused, one A for a fused matrix. Raises ConfigError."""
     if mode not in MODES:
         raise ConfigError(f"lora_mode is {mode!r}; it is one of {', '.join(MODES)}")
+    _warn_of_version()
+    for wrapped in [model] if isinstance(model, nn.Module) else model:
+        _refuse_late(wrapped)
     chunks = list_chunks(model)
-    for chunk in chunks:
-        _refuse_late(chunk)
     refuse_optimizers(chunks)
     for chunk in chunks:
         _check_config(chunk, spec)
@@ -125,6 +129,7 @@ def attach_lora(model: Model, spec: LoraSpec, *, mode: Mode = "canonical", seed:
     for chunk in chunks:
         for layer, place, linear, _ in _targets(chunk, paths):
             check_linear(linear, place, f"layer {layer}'s {place.path}")
+            row_order(config, place, tensor_group(linear).size())
     # nothing is changed before everything was checked
     for chunk in chunks:
         _attach_chunk(chunk, MegatronAdapter(spec, mode, seed, paths, DropoutClock(seed)))
@@ -199,13 +204,25 @@ def _unwrap(chunk: nn.Module) -> nn.Module:
     return chunk
 
 
-def _refuse_late(chunk: nn.Module) -> None:
-    if "lorry_adapter" in chunk.__dict__:
+def _warn_of_version() -> None:
+    found = megatron.core.__version__
+    if found.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
+        warnings.warn(
+            f"megatron-core {found} was never run with these adapters; {TESTED_VERSION} was",
+            stacklevel=3,
+        )
+
+
+def _refuse_late(wrapped: nn.Module) -> None:
+    """Raises ConfigError for a model in which adapters would get no gradient buffer, or that has some."""
+    if "lorry_adapter" in _unwrap(wrapped).__dict__:
         raise ConfigError("this model has adapters already; a Megatron model has one")
-    # what DDP gives every parameter of its gradient buffers
-    if any(hasattr(parameter, "main_grad") for parameter in chunk.parameters()):
+    kinds = [type(module).__name__ for module in wrapped.modules()]
+    wrapper = next((kind for kind in kinds if kind in WRAPPERS), None)
+    # what DistributedDataParallel leaves on the parameters of its buffers, seen from inside it
+    if wrapper is not None or any(hasattr(p, "main_grad") for p in wrapped.parameters()):
         raise ConfigError(
-            "this model is wrapped by DistributedDataParallel, whose gradient buffers are made: "
+            f"this model is wrapped by {wrapper or WRAPPERS[0]}, whose gradient buffers are made: "
             "adapters would never train. Apply LoRA in the model provider, before get_model wraps it"
         )
 

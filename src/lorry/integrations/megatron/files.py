@@ -82,7 +82,7 @@ T = TypeVar("T")
 
 
 def save_lora(model: Model, path: str | Path, *, base_name: str | None = None) -> None:
-    """Write the adapter into the directory ``path`` (made if absent), where PEFT, vLLM and Lorry read
+    """Write the adapter into the directory ``path`` (made if absent), where PEFT and Lorry read
     it. ``base_name``: the base for PEFT, by default what `load_hf_weights` loaded. Raises ModelError
     where a value is not finite, ContractError where ranks have drifted apart, DiskError."""
     chunks = list_chunks(model)

@@ -37,7 +37,8 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.nn.functional import linear as matrix_product
 
-from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.dropout import DropoutNoise, SeededDropout
+from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.errors import ConfigError, ContractError
 from lorry.integrations.megatron.layout import (
     MegatronLinear,
@@ -161,8 +162,9 @@ class LoraParallelLinear(nn.Module):
         lora = self.lora
         if not (lora.dropout and self.training):
             return x
-        mask = _dropout_mask(lora, x.shape)
-        return x * (mask.to(x.device) / (1 - lora.dropout)).to(x.dtype)
+        rows = x.transpose(0, 1)
+        dropped = _dropout(lora, x.shape).apply(rows.flatten(0, 1), slice(None))
+        return dropped.view(rows.shape).transpose(0, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves the terms with the model, but keeps them fp32: what Megatron's Float16Module does to a
@@ -308,6 +310,8 @@ def _mark(parameter: nn.Parameter, lora: LoraTerms, side: Side) -> None:
 
 def _across_ranks(hidden: Tensor, lora: LoraTerms) -> Tensor:
     """A x as every B has to see it: of all tokens and of the whole input."""
+    # Megatron's all-reduce sums a copy of what is not contiguous, and returns what it was given
+    hidden = hidden.contiguous()
     if lora.place.parallel == "column":
         if lora.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, group=lora.group)
@@ -328,19 +332,16 @@ def _unpack_normed(returned: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     return first, bias, normed
 
 
-def _dropout_mask(lora: LoraTerms, shape: torch.Size) -> Tensor:
-    """Bool [sequence, batch, in], True = kept, of this rank's part of the input, named by (seed, step,
-    micro-batch, sequence, place) alone: so tensor and pipeline parallel sizes do not matter."""
+def _dropout(lora: LoraTerms, shape: torch.Size) -> SeededDropout:
+    """The dropout of this rank's part of an input [sequence, batch, in], rows taken sequence by sequence.
+    Masks are named by (seed, step, micro-batch, sequence, place) alone: so tensor and pipeline
+    parallel sizes do not matter."""
     tokens, batch, width = shape
     size, rank = lora.group.size(), lora.group.rank()
-    # sequence parallel cuts the input of a column-parallel linear by tokens, that of a row-parallel
-    # one is cut by columns either way
-    by_tokens = lora.sequence_parallel and lora.place.parallel != "row"
-    columns = (
-        slice(rank * width, (rank + 1) * width) if lora.place.parallel == "row" else slice(None)
-    )
+    by_columns = lora.place.parallel == "row"
+    # sequence parallel cuts the input of a column-parallel linear by tokens
+    by_tokens = lora.sequence_parallel and not by_columns
     length, first = (tokens * size, rank * tokens) if by_tokens else (tokens, 0)
-    whole_width = width * size if lora.place.parallel == "row" else width
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     keys = tuple(
         (replica << 40) + (lora.clock.micro_batch << 16) + sequence for sequence in range(batch)
@@ -349,7 +350,7 @@ def _dropout_mask(lora: LoraTerms, shape: torch.Size) -> Tensor:
     rows = torch.arange(first, first + tokens).repeat(batch)
     rows += torch.arange(batch).repeat_interleave(tokens) * length
     noise = DropoutNoise(lora.clock.seed, lora.clock.step, keys, starts, rows)
-    dropout = noise.at(lora.site, lora.dropout)
-    assert dropout is not None
-    mask = dropout.mask(whole_width, torch.device("cpu"))[:, columns]
-    return mask.unflatten(0, (batch, tokens)).transpose(0, 1)
+    columns = DimensionSlice(width * size, size, rank) if by_columns and size > 1 else None
+    dropout = noise.at(lora.site, lora.dropout, columns)
+    assert dropout is not None  # DropoutNoise always has one
+    return dropout
