@@ -16,10 +16,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from lorry import LoraSpec, attach
 from lorry.adapters.attach import get_bank
+from lorry.integrations import trainers
 from tests.support import tinyrun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,3 +117,34 @@ def test_two_processes_give_the_adapter_of_one(
     for name, true in alone.items():
         assert float((saved[name] - true).norm() / true.norm()) < 1e-5, name
         assert bool(true.any()), name
+
+
+def test_a_checkpoint_of_the_trainer_goes_on_as_if_nothing_had_been(folder: Path) -> None:
+    """It holds the adapter as a part of the model; with dropout, whose generator it saves."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (8, 6), generator=generator).tolist()
+
+    def run(resume: str | None) -> dict[str, Tensor]:
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        model = trainers.apply_lora_to_model(base, LoraSpec(r=4, lora_dropout=0.2))
+        settings = TrainingArguments(
+            output_dir=str(folder / "resumed"),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = Trainer(model=model, args=settings, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return {n: t.clone() for n, t in get_bank(model)["default"].tensors().items()}
+
+    whole = run(None)
+    resumed = run(str(folder / "resumed" / "checkpoint-2"))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    start = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    first = attach(start, LoraSpec(r=4)).tensors()
+    assert any(not torch.equal(first[name], value) for name, value in whole.items())
