@@ -47,6 +47,7 @@ from lorry.integrations.megatron import (  # isort: skip
     load_hf_weights,
     load_lora,
     merged_named_parameters,
+    save_hf_weights,
     save_lora,
     set_dropout_step,
 )
@@ -99,6 +100,21 @@ def merged(folder: Path) -> None:
                 assert all(torch.equal(p, before[n]) for n, p in chunk.named_parameters())
                 name = f"merged-{kind}-{dtype}-{torch.distributed.get_rank()}.safetensors"
                 save_file(parts, folder / name)
+
+
+def exports(folder: Path) -> dict[str, list[str]]:
+    """Whole models as Hugging Face directories: the base, and merged; and one where another one is."""
+    for layout in ("tp2-sp-te", "pp2"):
+        for kind in ("canonical", "fused"):
+            case = case_of(folder, kind, layout)
+            with parallel(case):
+                chunks = loaded(case)
+                save_hf_weights(chunks, folder / f"merged-{kind}-{layout}")
+                if kind == "canonical":
+                    save_hf_weights(chunks, folder / f"base-{layout}", merged=False)
+    taken = folder / "model"
+    with parallel(case):
+        return {"taken": error_of(lambda: save_hf_weights(chunks, taken))}
 
 
 def initial(folder: Path) -> None:
@@ -312,6 +328,7 @@ def main(folder: Path) -> None:
         merged(folder)
         found = {
             **faults(folder),
+            **exports(folder),
             "dropout": masked(folder),
             "traffic": traffic(folder),
             "trained": trained(folder),

@@ -200,6 +200,40 @@ def test_merged_weights_are_pefts_and_rounded_once(
     assert all(not torch.equal(got[n].float(), plain[n].to(dtype).float()) for n in changed)
 
 
+@pytest.mark.parametrize("layout", ["tp2-sp-te", "pp2"])
+def test_the_base_comes_out_as_it_went_in(found: Found, layout: str) -> None:
+    got = load_file(found.folder / f"base-{layout}" / "model.safetensors")
+    true = load_file(found.folder / "model" / "model.safetensors")
+    assert got.keys() == true.keys()
+    assert all(torch.equal(got[name], true[name]) for name in true)
+
+
+@pytest.mark.parametrize("kind", ["canonical", "fused"])
+@pytest.mark.parametrize("layout", ["tp2-sp-te", "pp2"])
+def test_transformers_computes_with_a_merged_model_what_peft_does(
+    found: Found, kind: str, layout: str
+) -> None:
+    merged = AutoModelForCausalLM.from_pretrained(found.folder / f"merged-{kind}-{layout}")
+    base = AutoModelForCausalLM.from_pretrained(found.folder / "model")
+    adapted = PeftModel.from_pretrained(base, found.folder / kind)
+    weights = dict(adapted.merge_and_unload().named_parameters())
+    for name, value in merged.named_parameters():
+        error = (value - weights[name]).detach().abs().max() / weights[name].detach().abs().max()
+        assert float(error) < 1e-6, name
+    base = AutoModelForCausalLM.from_pretrained(found.folder / "model")
+    true = PeftModel.from_pretrained(base, found.folder / kind)
+    with torch.no_grad():
+        tokens = batch(27)
+        got, expected = merged(input_ids=tokens).logits, true(input_ids=tokens).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_is_not_written_over_another(found: Found) -> None:
+    for rank in found.ranks:
+        assert rank["taken"][0] in ("ConfigError", "ModelError")
+        assert str(found.folder / "model") in rank["taken"][1]
+
+
 def test_steps_of_megatrons_optimizer_are_adams_on_peft(found: Found) -> None:
     base = AutoModelForCausalLM.from_pretrained(found.folder / "model", dtype=torch.float64)
     model = PeftModel.from_pretrained(base, found.folder / "canonical", is_trainable=True).double()

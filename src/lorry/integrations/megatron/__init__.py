@@ -28,6 +28,7 @@ from lorry.integrations.megatron.attach import (
     get_lora_parameters,
     set_dropout_step,
 )
+from lorry.integrations.megatron.export import save_hf_weights
 from lorry.integrations.megatron.files import load_distributed, load_lora, save_lora
 from lorry.integrations.megatron.hf_weights import load_hf_weights
 from lorry.integrations.megatron.merge import merged_named_parameters
@@ -44,6 +45,7 @@ __all__ = [
     "load_lora",
     "loraplus_overrides",
     "merged_named_parameters",
+    "save_hf_weights",
     "save_lora",
     "set_dropout_step",
 ]

@@ -95,7 +95,7 @@ def save_lora(model: Model, path: str | Path, *, base_name: str | None = None) -
         chunks,
         lambda: (
             _write(Path(path), chunks[0], adapter, tensors, digest, base_name or origin)
-            if _is_writer()
+            if is_writer()
             else None
         ),
     )
@@ -283,7 +283,8 @@ def on_every_rank(model: Model, function: Callable[[], T]) -> T:
     return result
 
 
-def _is_writer() -> bool:
+def is_writer() -> bool:
+    """Whether this is the one rank that writes files."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_pipeline_model_parallel_rank() == 0

@@ -86,7 +86,7 @@ def load_hf_weights(model: nn.Module | Sequence[nn.Module], directory: str | Pat
     for chunk in chunks:
         _check_model(chunk, geometry, folder)
     entries = _entries(folder, description, family, geometry)
-    plans = [dict(_sources(chunk, family, geometry)) for chunk in chunks]
+    plans = [dict(list_sources(chunk, family, geometry)) for chunk in chunks]
     for chunk, plan in zip(chunks, plans, strict=True):
         _check_parameters(chunk, plan, entries, folder)
     for chunk, plan in zip(chunks, plans, strict=True):
@@ -167,7 +167,7 @@ def _check_model(chunk: nn.Module, geometry: ModelGeometry, folder: Path) -> Non
         )
 
 
-def _sources(
+def list_sources(
     chunk: nn.Module, family: ModelFamily, geometry: ModelGeometry
 ) -> Iterator[tuple[str, WeightSource]]:
     """(parameter, where it comes from) of a chunk."""

@@ -22,12 +22,19 @@ def merged_named_parameters(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     model while the caller has not asked for the next.
     """
     (chunk,) = list_chunks(chunk)
-    adapted = {id(linear.weight): linear for linear in get_adapter(chunk).linears.values()}
-    for name, parameter in chunk.named_parameters():
-        if ".lora_" in name:
-            continue
-        linear = adapted.get(id(parameter))
-        yield name, parameter.detach() if linear is None else merged_weight(linear)
+    get_adapter(chunk)  # refuses a chunk without adapters
+    for name, _ in chunk.named_parameters():
+        if ".lora_" not in name:
+            yield name, merged_parameter(chunk, name)
+
+
+def merged_parameter(chunk: nn.Module, name: str) -> Tensor:
+    """One base parameter with its adapter in it, if there is one on it."""
+    path, _, leaf = name.rpartition(".")
+    module = chunk.get_submodule(path)
+    if isinstance(module, LoraParallelLinear) and leaf == "weight":
+        return merged_weight(module)
+    return chunk.get_parameter(name).detach()
 
 
 @torch.no_grad()
