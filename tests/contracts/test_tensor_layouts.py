@@ -367,7 +367,7 @@ def test_smollm2_on_three_ranks_is_that_of_peft() -> None:
 
     def work(communicator: ThreadCommunicator, ranks: ThreadRanks | None) -> tuple[Any, float]:
         backend = backend_of(folder, PLAIN, torch.float32, communicator, ranks)
-        held = sum(p.nbytes for p in backend.model.parameters())
+        held = sum(p.untyped_storage().nbytes() for p in backend.model.parameters())
         return three_steps(backend, rows), held / whole
 
     for losses, share in on_mesh(1, 3, work):

@@ -265,11 +265,12 @@ def read_tensors(
         # one open a shard: its header is parsed once
         with safe_open(file, framework="pt", device=str(device)) as f:
             for name in names:
-                stored = (
-                    _read_part(f.get_slice(wanted[name].name), *cut[name])
-                    if name in cut
-                    else f.get_tensor(wanted[name].name)
-                )
+                if name in cut:
+                    stored = _read_part(f.get_slice(wanted[name].name), *cut[name])
+                else:
+                    stored = f.get_tensor(wanted[name].name)
+                    # a view of the file's memory would keep all of it that was read
+                    stored = stored.clone() if cut else stored
                 # one tensor at a time: file and model never exist twice
                 state[name] = stored.to(dtype)
                 if not is_finite(state[name]):
@@ -283,7 +284,8 @@ def _read_part(stored: Any, dim: int, part: DimensionSlice) -> Tensor:
     """A part of a tensor of a safetensors file, which reads as much as it is asked for."""
     whole = slice(None)
     pieces = [stored[(whole,) * dim + (range_,)] for range_ in part.ranges()]
-    return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].contiguous()
+    # a copy, also of one piece, which is a view of the whole tensor in memory
+    return torch.cat(pieces, dim)
 
 
 def refuse_damaged_buffers(entries: Mapping[str, TensorEntry]) -> None:
