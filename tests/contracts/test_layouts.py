@@ -103,6 +103,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
             "sft",
             *words_of(folder, out / "tensor", **SHARED, model=folder / "shared"),
             "tensor_parallel=2",
+            "sequence_parallel=true",
         ],
         "tensor refused": [*words("sft", "tensor-refused"), "tensor_parallel=2"],
         "unlearn": [

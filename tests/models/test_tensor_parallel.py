@@ -236,6 +236,41 @@ def test_a_router_of_the_layers_trains_alike(level: str) -> None:
         assert max(relative(step.grads[k], g) for k, g in one[1].grads.items()) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "recompute"), [("llama", False), ("llama", True), ("gpt2", False)]
+)
+def test_ranks_divide_what_layers_keep(name: str, recompute: bool) -> None:
+    """With `sequence_parallel` every number is the same to the bit, and each rank keeps its tokens' part
+    of a layer's input and of the stream before the MLP: [T,D] each, of 45 tokens 23."""
+
+    def work(ranks: ThreadRanks, divide: bool) -> tuple[Step, int, int]:
+        model = decoder_of(model_of(name), ranks, torch.float32)
+        model.gradient_checkpointing, model.sequence_parallel = recompute, divide
+        attach(model, TWO["a"])
+        kept = list[Tensor]()
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            made = step_of(model, Mix.one("default"))
+        streams = [t for t in kept if t.dim() == 2 and t.shape[1] == 32]
+        rows_kept = sum(t.untyped_storage().nbytes() // (4 * 32) for t in streams)
+        gathered = [g for g in ranks.gathers if g.shape == (-(-tokens // 2), 32)]
+        return made, rows_kept, len(gathered)
+
+    tokens = rows().tokens.numel()
+    whole, divided = (on_ranks(2, lambda r, d=d: work(r, d)) for d in (False, True))
+    for (plain, rows_plain, none), (made, rows_made, gathers) in zip(whole, divided, strict=True):
+        assert torch.equal(made.scores, plain.scores)
+        assert all(torch.equal(made.grads[key], g) for key, g in plain.grads.items())
+        # two layers: of each its input, and the stream before the MLP where it does not run again
+        kept = 2 if recompute else 4
+        assert rows_plain - rows_made == kept * (tokens - -(-tokens // 2))
+        assert (none, gathers) == (0, kept)
+
+
 def test_a_sum_of_a_rank_is_made_four_times_a_layer() -> None:
     """[T,D] each: behind attention and the MLP forward, before the norms backward; none of the lowest
     layer's input, where nothing below trains. One for the embedding, one for d hidden."""

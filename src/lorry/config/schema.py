@@ -337,11 +337,21 @@ class SharedBackendConfig(BackendConfig):
 class TrainBackendConfig(SharedBackendConfig):
     """where a training run happens, on one process or on several"""
 
+    sequence_parallel: bool = config_field(
+        False,
+        "with tensor_parallel: its processes also divide, by tokens, what a layer keeps for backward",
+    )
     keep_total: bool = config_field(
         False,
         "divide per_device_train_batch_size among the processes, so that a step has the same rows on "
         "any number of them",
     )
+
+    @model_validator(mode="after")
+    def _sequence_of_tensor_ranks(self) -> Self:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel=true needs tensor_parallel above 1")
+        return self
 
 
 class JobConfig(SettingsGroup):

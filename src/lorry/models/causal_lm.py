@@ -99,6 +99,8 @@ class CausalLM(nn.Module, ABC):
     gradient_checkpointing: Any
     # the processes that share its matrices (tensor parallel); None: it is whole
     ranks: TensorRanks | None = None
+    # whether they also divide, by tokens, what layers keep for backward
+    sequence_parallel = False
     # whether `hidden` takes sequences that share prefixes (`PackedInput.places`)
     shares_prefixes = False
 

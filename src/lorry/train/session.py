@@ -557,6 +557,7 @@ def build_engine(
     besides the task's own; ``communicator``: its processes.
     """
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
+    opened.model.sequence_parallel = run.backend.sequence_parallel
     # dropout's seed is part of the sequences' keys, job by job
     settings = {name: job.run.train for name, job in jobs.items()} | {
         name: train for job in jobs.values() for name, train in job.beside.items()

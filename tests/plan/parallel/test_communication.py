@@ -107,3 +107,13 @@ def test_files_of_an_adapter_do_not_hang_on_the_layout() -> None:
     sizes = adapter_sizes(ADAPTER, MemorySetup(tokens=8, length=8, device="cuda"))
     values = ADAPTER.parameters
     assert (sizes.file, sizes.checkpoint, sizes.sync) == (4 * values, 12 * values, 2 * values)
+
+
+def test_what_layers_kept_in_parts_is_gathered_before_their_backward() -> None:
+    """Two streams a layer, one where layers run again; nothing without `sequence_parallel`."""
+    how: dict[str, Any] = {"backend": "ddp", "processes": 2, "tensor": 2}
+    what, hidden = "the stream that layers kept", TOKENS * WIDTH * 2
+    assert sent(3, **how, sequence=True)[what] == 3 * 2 * LAYERS * hidden // 2
+    again = sent(3, {"recompute": "full"}, **how, sequence=True)
+    assert again[what] == 3 * LAYERS * hidden // 2
+    assert what not in sent(3, **how)

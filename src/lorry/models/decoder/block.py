@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorry.adapters.layers import BankLinear, LinearGroup
 from lorry.adapters.mix import AdapterContext, Half, LinearRouter, mixes_mlps
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.errors import ContractError
 from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, RotaryConfig
 from lorry.models.decoder import attention
@@ -38,7 +39,8 @@ class ForwardContext:
     """One forward pass: the adapters' context, rotary tables [T, dim/2], the segments, and a cache
     when generating.
 
-    ``recompute``: layers keep their input only and run again in backward; ``router_logits``: what
+    ``recompute``: layers keep their input only and run again in backward; ``keepers``: the ranks that
+    divide by tokens what a layer keeps of the residual stream, which all of them have; ``router_logits``: what
     the router made in the layers so far, layer by layer and half by half, [T, adapters] each.
     """
 
@@ -53,6 +55,8 @@ class ForwardContext:
     # one new token a row: attention reads the cache instead of the segments
     decoding: bool = False
     recompute: bool = False
+    # which ranks divide what a layer keeps of the residual stream (sequence parallel)
+    keepers: TensorRanks | None = None
     router_logits: list[Tensor] = field(default_factory=list)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lorry.adapters.mix import AnyRouter, Half, LinearRouter, mixes_mlps
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.families import LayerLinears
 from lorry.models.decoder import attention
 from lorry.models.decoder.block import (
@@ -65,6 +67,22 @@ def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor
     return y
 
 
+def own_rows(stream: Tensor, keepers: TensorRanks | None) -> Tensor:
+    """This rank's tokens of the residual stream [T,D], which every rank has; all of them where nobody
+    divides it. As `--distribute-saved-activations` of Megatron-LM has it."""
+    if keepers is None:
+        return stream
+    rows = -(-stream.shape[0] // keepers.size)
+    # a copy: a view would keep the whole; the last ranks may have fewer tokens, or none
+    own = stream[keepers.rank * rows : (keepers.rank + 1) * rows]
+    return F.pad(own, (0, 0, 0, rows - own.shape[0])).clone()
+
+
+def all_rows(own: Tensor, keepers: TensorRanks | None, tokens: int) -> Tensor:
+    """`own_rows` backwards: [tokens, D], the same bits."""
+    return own if keepers is None else torch.cat(keepers.gather(own))[:tokens]
+
+
 def router_parameters(router: AnyRouter, layer: int) -> list[Tensor]:
     """Those of the router's parameters that want gradients."""
     return [p for p in router.parameters(layer) if p.requires_grad]
@@ -99,8 +117,11 @@ class LayerFunction(torch.autograd.Function):
         y, saved, logits = block.forward(x, state, products, save=not state.recompute)
         gates = [gate for p in products for gate in p.gates]  # a router's too
         if saved is None:
-            ctx.save_for_backward(x, *gates)
+            ctx.save_for_backward(own_rows(x, state.keepers), *gates)
             return y, *logits
+        saved.x = own_rows(saved.x, state.keepers)
+        if saved.residual is not None:
+            saved.residual = own_rows(saved.residual, state.keepers)
         # the attention's own graph is no tensor that save_for_backward could take
         ctx.work, ctx.graph, ctx.experts = call.work, saved.stats.graph, saved.experts
         # none where whole MLPs ran in place of a product
@@ -116,7 +137,8 @@ class LayerFunction(torch.autograd.Function):
         block, state, tensors = ctx.block, ctx.state, iter(ctx.saved_tensors)
         needs_x, _, *needs_tensors = ctx.needs_input_grad
         if state.recompute:
-            work, x = block.lora_terms(state.call), next(tensors)
+            work = block.lora_terms(state.call)
+            x = all_rows(next(tensors), state.keepers, state.positions.numel())
             products = block.products(work, tensors)
             _, saved, _ = block.forward(x, state, products, save=True)
             assert saved is not None
@@ -125,6 +147,9 @@ class LayerFunction(torch.autograd.Function):
             # dropped from ctx at once, so that it is freed as soon as attention's backward is
             # through
             saved = SavedActivations.of(tensors, ctx.graph, ctx.experts)
+            saved.x = all_rows(saved.x, state.keepers, state.positions.numel())
+            if saved.residual is not None:
+                saved.residual = all_rows(saved.residual, state.keepers, state.positions.numel())
             ctx.graph, ctx.experts = (), None
             down_outputs_by_product = [[next(tensors) for _ in part] for part in work.stacks]
             products = block.products(work, tensors)

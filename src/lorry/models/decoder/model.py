@@ -173,6 +173,7 @@ class Decoder(CausalLM):
             call, *self._rotary_tables(packed.positions), segments, packed.positions
         )
         state.recompute = self.gradient_checkpointing
+        state.keepers = self.ranks if self.sequence_parallel else None
         states = self._run(packed.tokens, state, output_layers, stop)
         if total == tokens:
             return states

@@ -159,6 +159,13 @@ def _activations(
     yield Collective("outputs of attention and MLP", "all-reduce", *group, hidden, outputs)
     inputs = backwards * (2 * below - unasked)
     yield Collective("gradients of their inputs", "all-reduce", *group, hidden, inputs)
+    if split.sequence:
+        # of the residual stream what a layer kept: its input, and, where it does not run again, the
+        # stream before the MLP if that reads another one
+        kept = 1 if setup.recompute == "full" or shape.geometry.parallel_residual else 2
+        yield Collective(
+            "the stream that layers kept", "all-gather", *group, hidden, kept * backwards * below
+        )
     yield Collective("rows of the embedding", "all-reduce", *group, hidden, forwards)
     if setup.reads.highest_layer is None:
         statistics = split.tensor * setup.tokens * SCORE_STATISTICS
