@@ -234,7 +234,7 @@ TEXTS = WORDS.map(" ".join).filter(lambda text: text.strip())
 @pytest.mark.parametrize(
     "family", ["chatml", "default_system", "llama3", "gemma", "llama2", "qwen3", None]
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)  # of each of seven templates
 @given(
     turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), system=st.none() | TEXTS, max_length=st.integers(8, 120),
     plain=st.booleans(),

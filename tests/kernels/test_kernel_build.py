@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -51,7 +52,11 @@ def test_a_compiler_that_fails_leaves_nothing(
 
 
 @pytest.mark.skipif(build.shutil.which("g++") is None, reason="no g++ on this machine")
-def test_built_once_by_the_command(tmp_path: Path) -> None:
+def test_built_once_by_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Twice here, without optimisation: every other test with kernels has those of a real build."""
+    flags = (*build.EXTRA_FLAGS, "-O0")
+    monkeypatch.setattr(build, "EXTRA_FLAGS", flags)
+    monkeypatch.setenv("LORRY_KERNELS_FLAGS", shlex.join(flags))
     line = subprocess.run(
         [sys.executable, "-m", "lorry.kernels"], capture_output=True, text=True, check=True
     ).stdout
