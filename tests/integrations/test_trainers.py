@@ -201,8 +201,8 @@ def test_gradients_are_sent_once_a_step_and_not_where_ddp_sends_them(pair: Pair,
         assert tensors[f"{name}/sums"].tolist() == [values] * calls
 
 
-def test_a_rank_without_a_gradient_counts_as_zeros(
-    pair: Pair, alone: dict[str, dict[str, Tensor]]
+def test_the_mean_is_over_the_group_and_a_rank_without_a_gradient_counts_as_zeros(
+    pair: Pair,
 ) -> None:
     twin = peft_twin("llama")
     loss_of(twin, rows(0)).backward()
@@ -211,6 +211,8 @@ def test_a_rank_without_a_gradient_counts_as_zeros(
             ours = name.removeprefix("base_model.model.").removesuffix(".default.weight")
             for tensors in pair.tensors:
                 assert relative(tensors[f"half/gradient/{ours}"] * 2, parameter.grad) < 1e-6
+            assert relative(pair.tensors[0][f"half/own/{ours}"], parameter.grad) < 1e-6
+            assert not pair.tensors[1][f"half/own/{ours}"].any()
 
 
 # --- faults

@@ -289,15 +289,20 @@ def steps_over_base(wrapped: nn.Module, rank: int) -> None:
 
 
 def half(rank: int) -> dict[str, Tensor]:
-    """Gradients where rank 1 has had no pass at all."""
+    """Gradients where rank 1 has had no pass at all, averaged over a group of rank 0 and over one of
+    both.
+    """
+    alone, both = distributed.new_group([0]), distributed.new_group([0, 1])
     model = FSDP(base(), spec())
     if not rank:
         loss_of(model, rows(0)).backward()
+        trainers.synchronise(model, alone)
     else:
         for parameter in trainers.get_lora_parameters(model):
             parameter.grad = None
-    trainers.synchronise(model)
-    return named(gradients(model), "gradient")
+    own = named(gradients(model), "own")
+    trainers.synchronise(model, both)
+    return own | named(gradients(model), "gradient")
 
 
 def main(out: Path) -> None:
