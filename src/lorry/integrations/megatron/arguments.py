@@ -19,10 +19,4 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="canonical: an A for q, k, v, gate and up each, as PEFT; fused: one A for linear_qkv, one "
         "for linear_fc1",
     )
-    group.add_argument(
-        "--loraplus-lr-ratio",
-        type=float,
-        default=1.0,
-        help="learning rate of every B over that of every A (loraplus_overrides)",
-    )
     return parser
