@@ -119,6 +119,7 @@ def lorry(name: str, tensor: int = 1) -> Run:
     """Lorry's backend of this name, on the processes that were started."""
     from lorry.adapters.peft.files import load_adapter
     from lorry.backends.distributed.communicator import open_communicator
+    from lorry.backends.distributed.fsdp import sharder_of
     from lorry.backends.distributed.tensor_ranks import tensor_ranks
     from lorry.backends.optim import OptimSettings
     from lorry.backends.registry import BACKENDS
@@ -153,6 +154,7 @@ def lorry(name: str, tensor: int = 1) -> Run:
             str(folder / "base"),
             dtype="bfloat16",
             ranks=tensor_ranks(communicator),
+            shard=sharder_of(settings, communicator, "cpu"),
             add_note=ignore_note,
         ).model
         adapter = load_adapter(model, folder / "init", "default")
@@ -255,6 +257,9 @@ LAYOUTS = {
         shards=3,
         alone="lorry",
         plan=("ddp", 3),
+    ),
+    "lorry-fsdp": Layout(
+        lambda: lorry("fsdp"), "Lorry, fsdp", 2, True, shards=2, alone="lorry", plan=("fsdp", 1)
     ),
     "accelerate": Layout(lambda: accelerate("ddp"), "accelerate + PEFT, one process", 1, False),
     "accelerate-ddp": Layout(

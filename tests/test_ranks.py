@@ -41,7 +41,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def settings(name: str = "ddp", processes: int | None = None) -> SimpleNamespace:
-    return SimpleNamespace(name=name, processes=processes, tensor_parallel=1)
+    return SimpleNamespace(name=name, processes=processes, tensor_parallel=1, replicas=1)
 
 
 def test_without_a_launcher_there_is_one_process(launcher: object) -> None:
@@ -196,9 +196,16 @@ def test_a_mesh_is_every_rank_once() -> None:
 def test_the_mesh_of_a_launcher() -> None:
     two_machines = LaunchedProcess(3, 4, 1, 2)
     assert mesh_of(settings(), two_machines) == Mesh(3, replicas=4)
-    wide = SimpleNamespace(name="ddp", processes=None, tensor_parallel=2)
+    wide = SimpleNamespace(name="ddp", processes=None, tensor_parallel=2, replicas=1)
     assert mesh_of(wide, two_machines) == Mesh(3, replicas=2, tensor_size=2)
     with pytest.raises(ConfigError, match="tensor_parallel=2 does not divide 3 processes"):
         mesh_of(wide, LaunchedProcess(0, 3, 0, 3))
     with pytest.raises(ConfigError, match="stays inside one"):
         mesh_of(wide, LaunchedProcess(0, 4, 0, 1))
+
+
+def test_the_base_is_cut_over_the_ranks_of_a_replica() -> None:
+    fsdp = SimpleNamespace(name="fsdp", processes=None, tensor_parallel=2, replicas=2)
+    assert mesh_of(fsdp, LaunchedProcess(5, 8, 1, 4)) == Mesh(5, 2, 2, 2)
+    with pytest.raises(ConfigError, match="replicas=2 does not divide 3 data ranks"):
+        mesh_of(fsdp, LaunchedProcess(0, 6, 0, 6))

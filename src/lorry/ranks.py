@@ -27,6 +27,8 @@ class ProcessSettings(Protocol):
     def processes(self) -> int | None: ...
     @property
     def tensor_parallel(self) -> int: ...
+    @property
+    def replicas(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ def mesh_of(backend: ProcessSettings, launched: LaunchedProcess) -> Mesh:
             f"backend.tensor_parallel={tensor} does not divide the {launched.local_world_size} "
             "processes of a machine, and tensor parallel stays inside one"
         )
-    return Mesh(launched.rank, world // tensor, 1, tensor)
+    data = world // tensor
+    if backend.name != "fsdp":
+        return Mesh(launched.rank, data, 1, tensor)
+    if data % backend.replicas:
+        raise ConfigError(f"backend.replicas={backend.replicas} does not divide {data} data ranks")
+    return Mesh(launched.rank, backend.replicas, data // backend.replicas, tensor)
 
 
 def launched_process() -> LaunchedProcess | None:
@@ -146,7 +153,7 @@ def workers_to_start(backend: ProcessSettings) -> int:
     if backend.name == "single" and launched.world_size > 1:
         raise ConfigError(
             f"{launched.world_size} processes were started (WORLD_SIZE), and each would make the same "
-            "run; add backend=ddp, or start one process"
+            "run; add backend=ddp or backend=fsdp, or start one process"
         )
     if backend.processes not in (None, launched.world_size):
         raise ConfigError(

@@ -1,8 +1,8 @@
 """One run on several processes is the run on one, or it stops.
 
 A pair of processes is started once and makes every training and every fault of
-`tests/support/layouts.py`; one process makes the same trainings here, and PEFT one of them, which
-knows nothing of Lorry.
+`tests/support/layouts.py`, four make some of the trainings; one process makes the same trainings here,
+and PEFT one of them, which knows nothing of Lorry.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from lorry.adapters.attach import get_bank
 from lorry.backends.distributed.communicator import ONE_PROCESS
 from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.config import DistillRunConfig, RunConfig, UnlearnRunConfig, parse_settings
+from lorry.models.loading.sources import resolve_model
 from lorry.train.session import train_run
 from tests.support import layouts, tinyrun
 from tests.support.layouts import ALPHA, ONE, RATE, STEPS, TARGETS, backend_for, uneven
@@ -65,6 +66,9 @@ LONG = {**EVALUATED, "max_steps": 150, "save_steps": 1, "eval_strategy": "no"}
 del LONG["eval_steps"]
 
 
+JOBS = "[{name: a, r: 3}, {name: b, learning_rate: 0.02}]"
+
+
 def described(folder: Path, out: Path, **settings: Any) -> RunConfig:
     return tinyrun.described(folder / "model", folder / "data.jsonl", out, **settings)
 
@@ -97,7 +101,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
             if not word.startswith("r=")  # that of its adapter
         ],
         "refused": words("sft", "refused", adapter="/nowhere"),
-        "jobs": words("sft", "jobs", jobs="[{name: a, r: 3}, {name: b, learning_rate: 0.02}]"),
+        "jobs": words("sft", "jobs", jobs=JOBS),
         "distill": words("distill", "distill", teacher=folder / "model"),
         "tensor": [
             "sft",
@@ -106,6 +110,17 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
             "sequence_parallel=true",
         ],
         "tensor refused": [*words("sft", "tensor-refused"), "tensor_parallel=2"],
+        # every process trains the whole base
+        "whole": [w for w in words("sft", "whole", lora="null") if not w.startswith("r=")],
+        "fsdp run": ["sft", *words_of(folder, out / "fsdp-run", **EVALUATED)],
+        "fsdp jobs": words("sft", "fsdp-jobs", jobs=JOBS),
+        # of a model of its own
+        "fsdp distill": words("distill", "fsdp-distill", teacher=folder / "teacher"),
+        "fsdp unlearn": [
+            *[w for w in words("unlearn", "fsdp-unlearn", method="NPO") if w[:5] != "data="],
+            f"forget={folder / 'data.jsonl'}",
+            f"retain={folder / 'retain.jsonl'}",
+        ],
         "unlearn": [
             *forget,
             f"forget={folder / 'data.jsonl'}",
@@ -121,8 +136,35 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     tinyrun.model_directory(folder / "shared", num_key_value_heads=2)
     tinyrun.write_rows(folder / "data.jsonl", tinyrun.rows(16))
     tinyrun.write_rows(folder / "retain.jsonl", tinyrun.rows(16, start=16))
-    store = open_store()
+    tinyrun.model_directory(folder / "teacher", num_hidden_layers=2)
+    layouts.write_models(folder, real if (real := stories_folder()).is_dir() else None)
     (folder / "commands.json").write_text(json.dumps(commands(folder, folder)))
+    printed = run_processes(folder, 2)
+    return Pair(
+        [load_file(folder / f"2-rank-{rank}.safetensors") for rank in (0, 1)],
+        [json.loads((folder / f"2-rank-{rank}.json").read_text()) for rank in (0, 1)],
+        printed,
+        folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """What four processes came to, by rank."""
+    folder = tmp_path_factory.mktemp("four")
+    layouts.write_models(folder)
+    run_processes(folder, 4)
+    return [load_file(folder / f"4-rank-{rank}.safetensors") for rank in range(4)]
+
+
+def stories_folder() -> Path:
+    """Where stories260K lies, if it does."""
+    return Path(os.environ.get("LORRY_DATA", "nowhere")) / "models" / "stories260K" / "hf"
+
+
+def run_processes(folder: Path, count: int) -> list[tuple[str, str]]:
+    """`layouts.main` in so many processes; what each printed."""
+    store = open_store()
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.support.layouts", str(folder)],
@@ -132,25 +174,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for environment in worker_environments(2, store.port).values()
+        for environment in worker_environments(count, store.port).values()
     ]
     try:
         printed = [child.communicate() for child in children]
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0, 0], printed
-    return Pair(
-        [load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1)],
-        [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)],
-        printed,
-        folder,
-    )
+    assert [child.returncode for child in children] == [0] * count, printed
+    return printed
 
 
 @pytest.fixture(scope="module")
-def alone(quick: None) -> Mapping[str, Tensor]:  # noqa: F811 - the fixture
-    return layouts.trainings(ONE_PROCESS)
+def alone(pair: Pair, quick: None) -> Mapping[str, Tensor]:  # noqa: F811 - the fixture
+    start = partial(layouts.read_backend_for, ONE_PROCESS, None, pair.folder)
+    return layouts.trainings(start) | layouts.family_trainings(pair.folder, start)
 
 
 def relative(got: Tensor, true: Tensor) -> float:
@@ -160,45 +198,140 @@ def relative(got: Tensor, true: Tensor) -> float:
 # --- equality
 
 
-@pytest.mark.parametrize(
-    ("training", "loss", "values"),
-    [
-        ("float32", 1e-5, 1e-3),
-        # masters are fp32: no tighter bound of an adapter is true
-        ("float64", 1e-9, 1e-6),
-        ("mixed", 1e-5, 1e-3),
-        ("unsupervised", 1e-5, 1e-3),
-        ("few", 1e-5, 1e-3),
-        ("npo", 1e-5, 1e-3),
-        ("gradient rule", 1e-5, 1e-3),
-    ],
-)
-def test_two_processes_are_one(
-    pair: Pair, alone: Mapping[str, Tensor], training: str, loss: float, values: float
+# by training, how far the first loss and the values may differ, relatively
+BOUNDS = {
+    "float32": (1e-5, 1e-3),
+    # masters are fp32: no tighter bound of an adapter is true
+    "float64": (1e-9, 1e-6),
+    "mixed": (1e-5, 1e-3),
+    "unsupervised": (1e-5, 1e-3),
+    "few": (1e-5, 1e-3),
+    "npo": (1e-5, 1e-3),
+    "router": (1e-5, 1e-3),
+    "gradient rule": (1e-5, 1e-3),
+}
+FAMILY_BOUNDS = {
+    f"{family} {dtype}": BOUNDS[str(dtype).removeprefix("torch.")]
+    for family in layouts.MODELS[1:]
+    for dtype in (torch.float32, torch.float64)
+}
+
+
+def compare_training(
+    ranks: Sequence[Mapping[str, Tensor]],
+    alone: Mapping[str, Tensor],
+    layout: str,
+    training: str,
+    bounds: tuple[float, float],
 ) -> None:
-    """Uneven micro-batches, adapters of other rank and depth with dropout, rows of the base alone, rows
-    that teach nothing, a step with one row, a reference model, a gradient rule."""
+    """Each rank's training is that of one process, and the ranks hold the same bits."""
     names = [name for name in alone if name.startswith(f"{training}/")]
-    for mine in pair.tensors:
-        first = (mine[f"{training}/losses"][0], alone[f"{training}/losses"][0])
-        torch.testing.assert_close(*first, rtol=loss, atol=loss)
-        assert relative(mine[f"{training}/norms"], alone[f"{training}/norms"]) < max(1e-6, loss)
+    for mine in ranks:
+        first = (mine[f"{layout}/{training}/losses"][0], alone[f"{training}/losses"][0])
+        torch.testing.assert_close(*first, rtol=bounds[0], atol=bounds[0])
+        norms = (mine[f"{layout}/{training}/norms"], alone[f"{training}/norms"])
+        assert relative(*norms) < max(1e-6, bounds[0])
         for name in names:
             if "/values/" in name:
-                assert relative(mine[name], alone[name]) < values, name
-    # the ranks hold the same bits
-    assert all(torch.equal(pair.tensors[0][name], pair.tensors[1][name]) for name in names)
+                assert relative(mine[f"{layout}/{name}"], alone[name]) < bounds[1], name
+    for mine in ranks:
+        keys = [f"{layout}/{name}" for name in names]
+        assert all(torch.equal(mine[key], ranks[0][key]) for key in keys)
 
 
-def test_scores_are_those_of_one_process(pair: Pair, alone: Mapping[str, Tensor]) -> None:
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("training", BOUNDS)
+def test_two_processes_are_one(
+    pair: Pair, alone: Mapping[str, Tensor], layout: str, training: str
+) -> None:
+    """Uneven micro-batches, adapters of other rank and depth with dropout, rows of the base alone, rows
+    that teach nothing, a step with one row, a reference model, a gradient rule, a router of experts."""
+    compare_training(pair.tensors, alone, layout, training, BOUNDS[training])
+
+
+@pytest.mark.parametrize("training", FAMILY_BOUNDS)
+def test_every_family_is_cut_over_two_processes(
+    pair: Pair, alone: Mapping[str, Tensor], training: str
+) -> None:
+    compare_training(pair.tensors, alone, "fsdp", training, FAMILY_BOUNDS[training])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_real_model_is_cut_over_two_processes(
+    pair: Pair,
+    alone: Mapping[str, Tensor],
+    dtype: str,
+    stories: Path,  # skips without it
+) -> None:
+    """stories260K, five layers whose heads share keys and values."""
+    compare_training(pair.tensors, alone, "fsdp", f"stories260K torch.{dtype}", BOUNDS[dtype])
+
+
+def test_a_rank_holds_its_share_of_the_base(pair: Pair, alone: Mapping[str, Tensor]) -> None:
+    """Half of it, a little more where a dimension is odd; behind passes as before them."""
+    whole = float(alone["share/bytes"])
+    for mine in pair.tensors:
+        assert float(mine["ddp/share/bytes"]) == whole
+        assert 0.48 * whole < float(mine["fsdp/share/bytes"]) < 0.52 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_smollm2_is_cut_over_two_processes(tmp_path: Path) -> None:
+    """Thirty layers of a real model, in float32 and float64; read share by share from what a GGUF file
+    was converted to."""
+    directory = resolve_model("smollm2-135m-instruct", add_note=print).directory
+    (tmp_path / layouts.SMOLLM2).symlink_to(directory)
+    run_processes(tmp_path, 2)
+    ranks = [load_file(tmp_path / f"2-rank-{rank}.safetensors") for rank in (0, 1)]
+    start = partial(layouts.read_backend_for, ONE_PROCESS, None, tmp_path)
+    alone = layouts.family_trainings(tmp_path, start)
+    for dtype in ("float32", "float64"):
+        training = f"{layouts.SMOLLM2} torch.{dtype}"
+        compare_training(ranks, alone, "fsdp", training, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("training", ["float32", "float64", "mixed", *FAMILY_BOUNDS])
+def test_four_processes_are_one(
+    four: list[dict[str, Tensor]], alone: Mapping[str, Tensor], layout: str, training: str
+) -> None:
+    """The base cut over four, and over two twice with its layers kept between forward and backward."""
+    compare_training(four, alone, layout, training, {**BOUNDS, **FAMILY_BOUNDS}[training])
+
+
+@pytest.mark.parametrize("training", FAMILY_BOUNDS)
+def test_a_base_that_ranks_share_is_cut_over_the_others(
+    four: list[dict[str, Tensor]], alone: Mapping[str, Tensor], training: str
+) -> None:
+    """Two tensor ranks, each with a half of its part of the base."""
+    compare_training(four, alone, "fsdp x tensor", training, FAMILY_BOUNDS[training])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_scores_are_those_of_one_process(
+    pair: Pair, alone: Mapping[str, Tensor], layout: str
+) -> None:
     names = [name for name in alone if name.startswith("scores")]
     assert len(names) == 12
     for name in names:
         for mine in pair.tensors:
-            torch.testing.assert_close(mine[name], alone[name], rtol=1e-5, atol=1e-5)
+            got = mine[f"{layout}/{name}"]
+            torch.testing.assert_close(got, alone[name], rtol=1e-5, atol=1e-5)
 
 
-def test_two_processes_are_peft_in_one(pair: Pair) -> None:
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_answers_are_those_of_one_process(
+    pair: Pair, alone: Mapping[str, Tensor], layout: str
+) -> None:
+    names = [name for name in alone if name.startswith("answers/")]
+    assert [alone[name].numel() for name in names] == [3, 6, 1]
+    for mine in pair.tensors:
+        assert all(torch.equal(mine[f"{layout}/{name}"], alone[name]) for name in names)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_two_processes_are_peft_in_one(pair: Pair, layout: str) -> None:
     """The float64 training by transformers, PEFT and torch.optim, each row by itself."""
     settings = {k: v for k, v in CONFIG.items() if k != "model_type"}
     model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="eager")).double()
@@ -233,10 +366,10 @@ def test_two_processes_are_peft_in_one(pair: Pair) -> None:
         adamw.zero_grad()
     mine = pair.tensors[0]
     # transformers' norms and rotary angles are fp32 in any dtype, hence not 1e-9
-    assert abs(float(mine["float64/losses"][0, 0]) - losses[0]) < 1e-7 * losses[0]
-    assert relative(mine["float64/norms"][:1, 0], torch.tensor(norms[:1])) < 1e-6
-    assert relative(mine["float64/losses"][:, 0], torch.tensor(losses).double()) < 1e-6
-    views = ours.split_like(mine["float64/values/default"])
+    assert abs(float(mine[f"{layout}/float64/losses"][0, 0]) - losses[0]) < 1e-7 * losses[0]
+    assert relative(mine[f"{layout}/float64/norms"][:1, 0], torch.tensor(norms[:1])) < 1e-6
+    assert relative(mine[f"{layout}/float64/losses"][:, 0], torch.tensor(losses).double()) < 1e-6
+    views = ours.split_like(mine[f"{layout}/float64/values/default"])
     got = torch.cat([views[name].flatten().double() for name in theirs])
     true = torch.cat([p.detach().flatten() for p in theirs.values()])
     # Adam divides by the root of its second moment, which doubles rounding where that is small
@@ -262,6 +395,9 @@ def test_two_processes_are_peft_in_one(pair: Pair) -> None:
         ("full disk", "DiskError", ["No space left on device"]),
         ("log not synced", "DiskError", ["Input/output error"]),
         ("signal", "RunInterruptedError", ["SIGTERM arrived; step 2 of 4"]),
+        ("fsdp one more pass", "ContractError", ["come apart", "a pass through sharded weights"]),
+        ("fsdp own backward", "ContractError", ["outside a pass"]),
+        ("fsdp other share", "ContractError", ["contract 2", "a weight of the base model"]),
     ],
 )
 def test_a_fault_of_one_rank_ends_every_rank(
@@ -276,10 +412,11 @@ def test_a_fault_of_one_rank_ends_every_rank(
 
 def test_an_error_of_ours_is_told_where_it_is(pair: Pair) -> None:
     """A bug is no message for people: the rank that has it keeps its traceback, the others name it."""
-    assert pair.faults[1]["bug"][0] == "TypeError"
-    assert pair.faults[1]["bug"][2] == "False"
-    assert pair.faults[0]["bug"][0] == "LorryError"
-    assert pair.faults[0]["bug"][1].startswith("rank 1: TypeError")
+    for fault in ("bug", "fsdp broken layer"):  # the second in the middle of a pass
+        assert pair.faults[1][fault][0] == "TypeError"
+        assert pair.faults[1][fault][2] == "False"
+        assert pair.faults[0][fault][0] == "LorryError"
+        assert pair.faults[0][fault][1].startswith("rank 1: TypeError")
 
 
 def test_ranks_go_on_after_a_fault(pair: Pair) -> None:
@@ -294,13 +431,14 @@ def test_ranks_go_on_after_a_fault(pair: Pair) -> None:
 # --- a whole run
 
 
-def test_a_run_of_two_is_the_run_of_one(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["run", "fsdp run"])
+def test_a_run_of_two_is_the_run_of_one(pair: Pair, name: str, tmp_path: Path) -> None:
     """The command in two processes, as torchrun starts it: the files of one device; rank 1 says
     nothing, also where both are refused."""
-    assert [ended["run"] for ended in pair.faults] == [0, 0]
+    assert [ended[name] for ended in pair.faults] == [0, 0]
     assert [ended["refused"] for ended in pair.faults] == [4, 4]
     (out, messages), silent = pair.printed
-    run = pair.folder / "run"
+    run = pair.folder / name.replace(" ", "-")
     assert str(run) in out.splitlines()
     assert "2 processes: 4 rows in a micro-batch of all of them, 4 in a step" in messages
     # of the two that are refused
@@ -368,26 +506,34 @@ def test_a_task_knows_nothing_of_ranks() -> None:
     assert [(p.name, w) for p in sources for w in words if w in p.read_text()] == []
 
 
-@pytest.mark.parametrize("name", ["jobs", "distill", "unlearn"])
+@pytest.mark.parametrize(
+    "name", ["jobs", "distill", "unlearn", "whole", "fsdp jobs", "fsdp distill", "fsdp unlearn"]
+)
 def test_other_tasks_are_those_of_one(pair: Pair, name: str, tmp_path: Path) -> None:
     """A task knows nothing of ranks: several jobs, a teacher, a method with a reference."""
     assert [ended[name] for ended in pair.faults] == [0, 0]
     verb, *words = commands(pair.folder, tmp_path)[name]
     schema = {"sft": RunConfig, "distill": DistillRunConfig, "unlearn": UnlearnRunConfig}[verb]
     one = train_run(parse_settings(schema, words, print))
-    runs = [tinyrun.lines(pair.folder / name), tinyrun.lines(one.path)]
+    runs = [
+        tinyrun.lines(pair.folder / name.replace(" ", "-")),
+        tinyrun.lines(one.path),
+    ]
     assert len(runs[1]) >= 2
     for two, single in zip(*runs, strict=True):
         for key in single.keys() & {"loss", "grad_norm", "tokens", "loss_distill", "loss_forget"}:
             assert two[key] == pytest.approx(single[key], rel=1e-4), key
 
 
-def test_a_killed_rank_ends_the_job_and_one_device_goes_on(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_job_and_one_device_goes_on(
+    pair: Pair, backend: str, tmp_path: Path
+) -> None:
     """Two workers that the command starts; rank 1 is killed. The other and the command end, the last
     checkpoint is whole, and one process finishes what two began."""
     out = tmp_path / "killed"
     words = words_of(pair.folder, out, **LONG)
-    command = [sys.executable, "-m", "lorry", "sft", *words, "backend=ddp", "processes=2"]
+    command = [sys.executable, "-m", "lorry", "sft", *words, f"backend={backend}", "processes=2"]
     with started(
         [*command, "keep_total=true"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as child:

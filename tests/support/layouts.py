@@ -3,8 +3,9 @@ and faults made on purpose on one rank.
 
     RANK=0 WORLD_SIZE=2 ... python -m tests.support.layouts OUT
 
-writes OUT/rank-0.safetensors (what each training came to) and OUT/rank-0.json (how each fault ended, and
-each command line of OUT/commands.json, with its exit code).
+writes OUT/2-rank-0.safetensors (what each training came to) and OUT/2-rank-0.json (how each fault ended,
+and each command line of OUT/commands.json, with its exit code). OUT holds the models of `write_models`.
+Of four processes the trainings alone, cut over four and over two twice.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lorry import cli
 from lorry.adapters.attach import attach
-from lorry.adapters.mix import Mix
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.distributed.communicator import (
     Communicator,
@@ -35,17 +38,27 @@ from lorry.backends.distributed.communicator import (
     open_communicator,
 )
 from lorry.backends.distributed.ddp import DataParallelBackend
+from lorry.backends.distributed.fsdp import FullyShardedBackend, sharder_of
+from lorry.backends.distributed.tensor_ranks import tensor_ranks
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import GradientRule, Task, term_totals
+from lorry.config.schema import TrainBackendConfig
 from lorry.data.batch import BASE, Batch, TokenizedExample
 from lorry.disk import durable
 from lorry.errors import LorryError
-from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
+from lorry.generation.sampling import SamplingParams
+from lorry.models.causal_lm import CausalLM, PackedInput
+from lorry.models.layer_weights import Sharder
+from lorry.models.loading.load import load_model
+from lorry.models.loading.store import save_model
+from lorry.models.scoring.score import FinalHidden, TokenScore, evaluate_wants, log_prob
+from lorry.notes import ignore_note
 from lorry.tasks.unlearn.gradients import GradientRectified
 from lorry.train import session
 from lorry.train.finish import contract_targets
 from lorry.train.session import open_base
+from tests.support import tinyrun
 from tests.support.seam import Fixed, Npo, examples, tiny_llama
 from tests.support.tinyrun import engine_for
 
@@ -94,12 +107,65 @@ def backend_for(
     dtype: torch.dtype = torch.float32,
     gradient: GradientRule | None = None,
     kind: type[DataParallelBackend] = DataParallelBackend,
+    routed: bool = False,
 ) -> LocalBackend:
+    """``routed``: a router over the adapters trains, which are random and stay as they are."""
     model = tiny_llama().to(dtype)
-    for name, spec in specs.items():
-        attach(model, spec, name)
+    names = attach_all(model, specs, routed)
     make = LocalBackend if communicator.size == 1 else kind
-    return make(model, list(specs), OptimSettings(), gradient=gradient, communicator=communicator)
+    return make(model, names, OptimSettings(), gradient=gradient, communicator=communicator)
+
+
+def attach_all(model: CausalLM, specs: Mapping[str, LoraSpec], routed: bool) -> list[str]:
+    """Attach these adapters; the names of what trains."""
+    adapters = [attach(model, spec, name) for name, spec in specs.items()]
+    if not routed:
+        return list(specs)
+    draw = torch.Generator().manual_seed(7)
+    for adapter in adapters:
+        adapter.values.copy_(torch.randn(adapter.values.shape, generator=draw) * 0.2)
+        adapter.freeze()
+    attach_router(model, list(specs), RoutingRule(top_k=1, straight_through=True))
+    return [ROUTER_NAME]
+
+
+SMOLLM2 = "smollm2"
+MODELS = ("llama", "gpt2", "gpt_neox")  # by family; the first is `tiny_llama`
+
+
+def write_models(folder: Path, stories: Path | None = None) -> None:
+    """Directories of two layers each, for trainings whose base is read; and a real model, if given."""
+    if stories is not None:
+        (folder / "stories260K").symlink_to(stories)
+    save_model(tiny_llama(), folder / "llama")
+    ends = {"bos_token_id": 0, "eos_token_id": 0}  # its own are beyond a small vocabulary
+    tinyrun.model_directory(folder / "gpt2", "gpt2", n_layer=2, **ends)
+    tinyrun.model_directory(folder / "gpt_neox", "gpt_neox", num_hidden_layers=2)
+
+
+def read_backend_for(
+    communicator: Communicator,
+    shard: Sharder | None,
+    folder: Path,
+    specs: Mapping[str, LoraSpec],
+    dtype: torch.dtype = torch.float32,
+    gradient: GradientRule | None = None,
+    family: str = "llama",
+    routed: bool = False,
+) -> LocalBackend:
+    """`backend_for` with a model that is read: ``shard`` cuts it over the ranks."""
+    opened = load_model(
+        folder / family,
+        dtype=dtype,
+        device="cpu",
+        ranks=tensor_ranks(communicator),
+        shard=shard,
+        add_note=ignore_note,
+    )
+    names = attach_all(opened.model, specs, routed)
+    make = LocalBackend if communicator.size == 1 else FullyShardedBackend
+    settings = OptimSettings()
+    return make(opened.model, names, settings, gradient=gradient, communicator=communicator)
 
 
 def trained(backend: LocalBackend, task: Task) -> dict[str, Tensor]:
@@ -110,7 +176,12 @@ def trained(backend: LocalBackend, task: Task) -> dict[str, Tensor]:
         seen = backend.step(dict.fromkeys(backend.trained, RATE)).norms
         losses.append([stats.loss[name] for name in backend.trained])
         norms.append([seen.get(name, 0.0) for name in backend.trained])
-    values = {f"values/{name}": backend.owners[name].values.clone() for name in backend.trained}
+    values = {}
+    for name in backend.trained:
+        owner = backend.owners[name]
+        # of ranks that share the model: the whole of it, in the buffer's order
+        whole = owner.whole_tensors(owner.values).values()
+        values[f"values/{name}"] = torch.cat([tensor.detach().flatten() for tensor in whole])
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "norms": torch.tensor(norms, dtype=torch.float64),
@@ -126,22 +197,44 @@ TWO = {
 }
 
 
+EXPERTS = {name: LoraSpec(r=2, target_modules=["gate_proj", "down_proj"]) for name in "ab"}
+
+
 def steps_of(rows: Callable[[int], Rows]) -> list[Rows]:
     return [rows(step) for step in range(STEPS)]
 
 
-def trainings(communicator: Communicator) -> dict[str, Tensor]:
-    """Every training by name, as one process or this rank has it."""
-    start = partial(backend_for, communicator)
+WIDE = {"default": LoraSpec(r=3, lora_alpha=ALPHA, target_modules="all-linear")}
+
+
+def family_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
+    """`trainings` of the other models that are there."""
+    plain = Fixed(steps_of(uneven))
+    return {
+        f"{family} {dtype}/{key}": value
+        for family in (*MODELS[1:], "stories260K", SMOLLM2)
+        if (folder / family).exists()
+        for dtype in (torch.float32, torch.float64)
+        for key, value in trained(start(WIDE, dtype, family=family), plain).items()
+    }
+
+
+def trainings(start: Callable[..., LocalBackend], few_only: bool = False) -> dict[str, Tensor]:
+    """Every training by name, as one process or this rank has it; ``few_only``: the first three."""
     plain, both = Fixed(steps_of(uneven)), Fixed(steps_of(mixed), list(TWO))
     forgetting = Npo(steps_of(forget_and_retain))
     results = {
         "float32": trained(start(ONE), plain),
         "float64": trained(start(ONE, torch.float64), plain),
         "mixed": trained(start(TWO), both),
+    }
+    if few_only:
+        return _flat(results)
+    results |= {
         "unsupervised": trained(start(ONE), Fixed(steps_of(unsupervised))),
         "few": trained(start(ONE), Fixed(steps_of(few))),
         "npo": trained(start(ONE), forgetting),
+        "router": trained(start(EXPERTS, routed=True), Fixed(steps_of(uneven), [ROUTER_NAME])),
         "gradient rule": trained(start(ONE, gradient=GradientRectified()), forgetting),
     }
     backend = start(ONE)
@@ -152,6 +245,25 @@ def trainings(communicator: Communicator) -> dict[str, Tensor]:
         results[f"scores {mix is None}"] = {
             f"{i}/{name}": value for i, each in enumerate(scores) for name, value in each.items()
         }
+    # of answers of different length, which end one after the other
+    prompts, params = (
+        [[5, 9, 2], [7], [11, 3]],
+        [SamplingParams(max_new_tokens=n) for n in (3, 6, 1)],
+    )
+    shares = [local_bytes(p) for p in backend.model.parameters()]
+    results["share"] = {"bytes": torch.tensor(sum(shares))}
+    answers = backend.generate(prompts, params, adapters="default")
+    results["answers"] = {str(i): torch.tensor(each.tokens) for i, each in enumerate(answers)}
+    return _flat(results)
+
+
+def local_bytes(parameter: Tensor) -> int:
+    """Bytes of a parameter that lie in this process."""
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return here.untyped_storage().nbytes()
+
+
+def _flat(results: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{name}/{key}": v for name, each in results.items() for key, v in each.items()}
 
 
@@ -194,7 +306,9 @@ class OneMoreMicroBatch(DataParallelBackend):
 
 
 def _but(communicator: Communicator, **changes: Any) -> Any:
-    names = ("rank", "size", "mesh", "exchange", "on_main", "await_all", "add_up", "gather")
+    names = (
+        "rank", "size", "mesh", "exchange", "on_main", "await_all", "add_up", "gather", "together"
+    )  # fmt: skip
     return SimpleNamespace(**{n: getattr(communicator, n) for n in names} | changes)
 
 
@@ -203,10 +317,10 @@ class FullDisk(durable.DiskCalls):
         raise OSError(28, "No space left on device", str(path))
 
 
-def open_late(run: Any, add_note: Any, ranks: Any) -> Any:
+def open_late(*given: Any) -> Any:
     """`open_base` of a slow machine."""
     time.sleep(1.0)
-    return open_base(run, add_note, ranks)
+    return open_base(*given)
 
 
 class NoSync(durable.DiskCalls):
@@ -219,17 +333,18 @@ def run_engine(
     folder: Path,
     *,
     kind: type[DataParallelBackend] = DataParallelBackend,
+    backend: LocalBackend | None = None,
     change: Callable[[Any], None] = lambda engine: None,
     identity: Mapping[str, Any] | None = None,
     steps: int = 3,
 ) -> Any:
     """The engine over `uneven` rows, changed before it runs."""
     here = folder if communicator.rank == 0 else folder.with_name(f"{folder.name}-of-rank-1")
-    make = partial(LocalBackend if communicator.size == 1 else kind, communicator=communicator)
+    make: Any = partial(LocalBackend if communicator.size == 1 else kind, communicator=communicator)
     engine = engine_for(
         Fixed([uneven(step) for step in range(steps)]),
         here,
-        make_backend=make,
+        make_backend=make if backend is None else lambda *given: backend,
         learning_rate=RATE,
         warmup_ratio=0,
         save_steps=1,
@@ -280,21 +395,80 @@ def faults(communicator: Communicator, out: Path) -> dict[str, list[str]]:
             engine.task.loss = None
 
     run = partial(run_engine, communicator)
-    made: dict[str, Callable[[Path], Any]] = {
-        "a gradient not added up": lambda d: run(d, kind=ForgetsToAddUp),
-        "totals of one rank": lambda d: run(d, kind=TotalsPerRank),
-        "one more micro-batch": lambda d: run(d, kind=OneMoreMicroBatch),
-        "another adapter": lambda d: run(d, change=other_adapter),
-        "another base": lambda d: run(
-            d, identity={"digests": {"base": f"{communicator.rank}" * 64}}
-        ),
-        "not finite": lambda d: run(d, change=poison),
-        "full disk": lambda d: run(d, change=full_disk),
-        "log not synced": lambda d: run(d, change=no_sync),
-        "signal": lambda d: run(d, change=stop_signal, steps=4),
-        "bug": lambda d: run(d, change=bug),
-        "nothing": lambda d: run(d),
-    }
+    return _endings(
+        communicator,
+        out,
+        {
+            "a gradient not added up": lambda d: run(d, kind=ForgetsToAddUp),
+            "totals of one rank": lambda d: run(d, kind=TotalsPerRank),
+            "one more micro-batch": lambda d: run(d, kind=OneMoreMicroBatch),
+            "another adapter": lambda d: run(d, change=other_adapter),
+            "another base": lambda d: run(
+                d, identity={"digests": {"base": f"{communicator.rank}" * 64}}
+            ),
+            "not finite": lambda d: run(d, change=poison),
+            "full disk": lambda d: run(d, change=full_disk),
+            "log not synced": lambda d: run(d, change=no_sync),
+            "signal": lambda d: run(d, change=stop_signal, steps=4),
+            "bug": lambda d: run(d, change=bug),
+            "nothing": lambda d: run(d),
+        },
+    )
+
+
+def sharded_faults(out: Path) -> dict[str, list[str]]:
+    """`faults` of passes through sharded weights."""
+    communicator, start = sharded(out)
+    second = communicator.rank == 1
+    plain = Fixed(steps_of(uneven))
+
+    def run(folder: Path, change: Callable[[Any], None]) -> None:
+        engine = run_engine(communicator, folder, backend=start(ONE), change=change)
+        engine.checks.end(engine.backend, engine.task)
+
+    def one_more_pass(engine: Any) -> None:
+        if second:
+            engine.backend.score([], {})
+            engine.backend.model.hidden(PackedInput.of([[1, 2]]), AdapterContext(Mix.none()))
+
+    def broken_layer(engine: Any) -> None:
+        if second:
+            engine.backend.model.blocks[0].apply_positions = None
+            engine.checks.held(4, "skipped")
+        else:
+            engine.checks.held(4, "skipped")
+
+    def own_backward(folder: Path) -> None:
+        backend = start(ONE)
+        batch = plain.step_batches(0, {})[0]
+        with communicator.together():
+            scores = evaluate_wants(
+                backend.model, batch, plain.wants(batch), AdapterContext(Mix.one("default"))
+            )
+            scores["logprob"].sum().backward()
+
+    def other_share(engine: Any) -> None:
+        if second:
+            weight = engine.backend.model.get_parameter("model.layers.1.mlp.up_proj.weight")
+            with torch.no_grad():
+                weight.to_local()[-1] += 1
+
+    return _endings(
+        communicator,
+        out,
+        {
+            "fsdp one more pass": lambda d: run(d, one_more_pass),
+            "fsdp broken layer": lambda d: run(d, broken_layer),
+            "fsdp own backward": own_backward,
+            "fsdp other share": lambda d: run(d, other_share),
+        },
+    )
+
+
+def _endings(
+    communicator: Communicator, out: Path, made: Mapping[str, Callable[[Path], Any]]
+) -> dict[str, list[str]]:
+    """How each of these ends on this rank."""
     ended = dict[str, list[str]]()
     for name, make in made.items():
         calls = durable.disk
@@ -309,22 +483,50 @@ def faults(communicator: Communicator, out: Path) -> dict[str, list[str]]:
     return ended
 
 
+def sharded(out: Path, **settings: Any) -> tuple[Communicator, Callable[..., LocalBackend]]:
+    """The processes under `backend=fsdp`, and `read_backend_for` on them."""
+    backend = TrainBackendConfig(name="fsdp", timeout=300.0, **settings)
+    communicator = open_communicator(backend)
+    shard = sharder_of(backend, communicator, "cpu")
+    return communicator, partial(read_backend_for, communicator, shard, out)
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    communicator = open_communicator(
-        SimpleNamespace(name="ddp", processes=None, tensor_parallel=1, timeout=300.0)
-    )
-    save_file(trainings(communicator), out / f"rank-{communicator.rank}.safetensors")
-    ended: dict[str, Any] = faults(communicator, out)
+    communicator = open_communicator(TrainBackendConfig(name="ddp", timeout=300.0))
+    results = dict[str, Tensor]()
+    if (out / SMOLLM2).exists():  # alone: it takes as long as all the others
+        made = family_trainings(out, sharded(out)[1])
+        results = {f"fsdp/{name}": value for name, value in made.items()}
+        save_file(results, out / f"{communicator.size}-rank-{communicator.rank}.safetensors")
+        return
+    layouts: dict[str, dict[str, Any]] = {"fsdp": {}}
+    if communicator.size == 4:
+        layouts["hsdp"] = {"replicas": 2, "reshard_after_forward": False}
+        layouts["fsdp x tensor"] = {"tensor_parallel": 2}
+    else:
+        made = trainings(partial(backend_for, communicator))
+        results |= {f"ddp/{name}": value for name, value in made.items()}
+    for layout, settings in layouts.items():
+        _, start = sharded(out, **settings)
+        made = family_trainings(out, start)
+        if "tensor_parallel" not in settings:  # whose vocabulary is odd
+            made |= trainings(start, few_only=communicator.size == 4)
+        results |= {f"{layout}/{name}": value for name, value in made.items()}
+    save_file(results, out / f"{communicator.size}-rank-{communicator.rank}.safetensors")
+    if communicator.size == 4:
+        return
+    ended: dict[str, Any] = faults(communicator, out) | sharded_faults(out)
     for name, words in json.loads((out / "commands.json").read_text()).items():
         if name == "continued":  # in its own directory, by a rank 1 that reads it late
             if communicator.rank == 0:
                 shutil.copytree(out / "run", out / name)
             else:
                 session.open_base = open_late
-        ended[name] = cli.main([*words, "backend=ddp", "keep_total=true"])
+        kind = "fsdp" if name.startswith("fsdp") else "ddp"
+        ended[name] = cli.main([*words, f"backend={kind}", "keep_total=true"])
         session.open_base = open_base
-    (out / f"rank-{communicator.rank}.json").write_text(json.dumps(ended))
+    (out / f"2-rank-{communicator.rank}.json").write_text(json.dumps(ended))
 
 
 if __name__ == "__main__":

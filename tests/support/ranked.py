@@ -119,10 +119,15 @@ def fault_named(name: str) -> tuple[int, Callable[[pytest.MonkeyPatch], None]]:
     if not name.startswith("kill "):
         return FAULTS[name]
     _, rank, where, number = name.split()
+    if where == "gather":  # imported here: it is a second of every process
+        from lorry.backends.distributed.sharded import ShardedWeights
+
+        return int(rank), kill_at(ShardedWeights, "_advance", int(number))
     return int(rank), kill_at(*KILLED_AT[where], int(number))
 
 
-# what a rank may be killed at: agreeing with the others, its disk, a pass, an update
+# what a rank may be killed at: agreeing with the others, its disk, a pass, an update (``gather``: a
+# layer's weights)
 KILLED_AT: dict[str, tuple[Any, str]] = {
     "exchange": (TorchCommunicator, "exchange"),
     "disk": (DiskCalls, "rename"),

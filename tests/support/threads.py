@@ -108,6 +108,9 @@ class ThreadCommunicator:
     def group(self, axis: str) -> None:
         return None
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def explained(self, what: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ pytestmark = pytest.mark.timeout(600)
 POINTS = 20
 # as often a run of `words` does so at the least; files are renamed by rank 0
 CALLS = {"exchange": 60, "disk": 20, "pass": 6, "update": 6}
+# with the base cut over the ranks they also meet before each pass, and gather each layer
+CUT_CALLS = {**CALLS, "exchange": 90, "gather": 40}
 
 
-def draw_points(count: int) -> list[str]:
+def draw_points(count: int, calls: Mapping[str, int]) -> list[str]:
     """As `fault_named` reads them."""
     draw, points = random.Random(12), list[str]()
     while len(points) < count:
-        where = draw.choice(list(CALLS))
+        where = draw.choice(list(calls))
         rank = 0 if where == "disk" else draw.randrange(2)
-        point = f"kill {rank} {where} {draw.randint(1, CALLS[where])}"
+        point = f"kill {rank} {where} {draw.randint(1, calls[where])}"
         points += [point] if point not in points else []
     return points
 
@@ -72,17 +74,21 @@ def finished(run: Path) -> tuple[bytes, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    "point",
+    ("backend", "point"),
     [
-        "kill 0 disk 9",  # where it writes the first checkpoint
-        *(pytest.param(point, marks=pytest.mark.slow) for point in draw_points(POINTS)),
+        ("ddp", "kill 0 disk 9"),  # where it writes the first checkpoint
+        *(
+            pytest.param(backend, point, marks=pytest.mark.slow)
+            for backend, calls in (("ddp", CALLS), ("fsdp", CUT_CALLS))
+            for point in draw_points(POINTS, calls)
+        ),
     ],
 )
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(
-    words: Words, tmp_path: Path, point: str
+    words: Words, tmp_path: Path, backend: str, point: str
 ) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    killed = run_processes(tmp_path / "killed", {"killed": words(run, fault=point)})
+    run, whole, on = tmp_path / "run", tmp_path / "whole", f"backend={backend}"
+    killed = run_processes(tmp_path / "killed", {"killed": words(run, on, fault=point)})
     victim = int(point.split()[1])
     assert [code for code, _, _ in killed][victim] == -9, killed
     # the other one's command ended, with another exit code than 0
@@ -91,7 +97,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(
     assert "lost another process of the run" in killed[1 - victim][2]
     ended = run_ranked(
         tmp_path / "resumed",
-        {"resumed": words(run, "resume_from_checkpoint=auto"), "whole": words(whole)},
+        {"resumed": words(run, on, "resume_from_checkpoint=auto"), "whole": words(whole, on)},
     )
     assert ended.codes == {"resumed": [0, 0], "whole": [0, 0]}, ended.printed
     assert finished(run) == finished(whole)

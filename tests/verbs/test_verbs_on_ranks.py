@@ -85,6 +85,12 @@ def pair(world: World, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         name: [*words, *(several if words[0] in ("sweep", "moe", "sft") else several[:1])]
         for name, words in commands(world, data, folder).items()
     }
+    # the base cut over the two
+    made |= {
+        f"fsdp {name}": [*words, "backend=fsdp", *(several[1:] if name == "moe" else ())]
+        for name, words in commands(world, data, folder / "fsdp").items()
+        if name in ("file", "sets", "suite", "moe", "quantize")
+    }
     # what is there is not measured, or trained, again
     made |= {"suite again": made["suite"], "moe again": made["moe"]}
     made["nothing"] = ["eval", world.run, "data=/nowhere.jsonl", "backend=ddp"]
@@ -116,6 +122,9 @@ def same(got: Any, true: Any, where: str = "") -> None:
         ("suite", "suite/TOFU_EVAL.json"),
         ("wmdp", "wmdp/LMEval_EVAL.json"),
         ("quantize", "quantize/attacks.json"),
+        ("fsdp file", "file.json"),
+        ("fsdp sets", "sets.json"),
+        ("fsdp suite", "suite/TOFU_EVAL.json"),
     ],
 )
 def test_two_processes_ask_as_one_does(
@@ -123,8 +132,9 @@ def test_two_processes_ask_as_one_does(
 ) -> None:
     ended, folder = pair
     assert ended.codes[name] == [0, 0]
-    assert lorry(*commands(world, data, tmp_path)[name]) == 0
-    same(read_json(folder / file), read_json(tmp_path / file))
+    assert lorry(*commands(world, data, tmp_path)[name.removeprefix("fsdp ")]) == 0
+    made = folder / "fsdp" if name.startswith("fsdp") else folder
+    same(read_json(made / file), read_json(tmp_path / file))
     (shown, _), silent = ended.printed[name]
     assert shown
     assert silent == ("", "")
@@ -164,16 +174,18 @@ def test_a_sweep_of_two_is_that_of_one(
 def test_a_mixture_of_two_is_that_of_one(
     pair: tuple[Ended, Path], world: World, data: Path, tmp_path: Path
 ) -> None:
-    """Experts, router and their files; a second time nothing is left to do."""
+    """Experts, router and their files, the base whole and cut; a second time nothing is left to do."""
     ended, folder = pair
-    assert ended.codes["moe"] == [0, 0]
+    assert ended.codes["moe"] == ended.codes["fsdp moe"] == [0, 0]
     assert lorry(*commands(world, data, tmp_path)["moe"]) == 0
     for file in ("one/adapter_model.safetensors", "router/router.safetensors"):
-        mine, alone = (load_file(path / "moe" / file) for path in (folder, tmp_path))
-        assert mine.keys() == alone.keys()
-        for tensor, value in alone.items():
-            error = (mine[tensor] - value).norm() / value.norm().clamp(min=1e-6)
-            assert float(error) < 1e-3, (file, tensor)
+        alone = load_file(tmp_path / "moe" / file)
+        for made in (folder, folder / "fsdp"):
+            mine = load_file(made / "moe" / file)
+            assert mine.keys() == alone.keys()
+            for tensor, value in alone.items():
+                error = (mine[tensor] - value).norm() / value.norm().clamp(min=1e-6)
+                assert float(error) < 1e-3, (made, file, tensor)
     assert ended.codes["moe again"] == [0, 0]
     told = " ".join(ended.printed["moe again"][0][1].split())
     assert told.count("has finished, and nothing it was made of has changed") == 2
@@ -239,7 +251,11 @@ def test_how_many_made_a_run_is_written_down(
 
 @pytest.mark.parametrize(
     ("name", "code", "told"),
-    [("nothing", 3, "/nowhere.jsonl"), ("wrong word", 2, "unknown setting 'dat'")],
+    [
+        ("nothing", 3, "/nowhere.jsonl"),
+        ("wrong word", 2, "unknown setting 'dat'"),
+        ("fsdp quantize", 2, "attacks change base weights"),
+    ],
 )
 def test_an_error_of_all_is_told_once(
     pair: tuple[Ended, Path], name: str, code: int, told: str

@@ -108,6 +108,13 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
+def wrap_layers(model: nn.Module) -> None:
+    """Put a bank layer in the place of every linear and embedding of a foreign model, for good:
+    adapters come and go, the modules stay."""
+    for path, module in find_linears(model).items():
+        _ensure_bank_layer(model, path, module).replaced = ()
+
+
 def detach(model: nn.Module, name: str = "default") -> None:
     """Remove an adapter; with the last one gone, foreign models get their own layers back.
 

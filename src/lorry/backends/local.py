@@ -159,7 +159,8 @@ class LocalBackend:
             )
         # a batch without a sequence of what trains has nothing to differentiate
         if total.requires_grad:
-            total.backward()
+            with self.model.layer_weights.backward_pass():
+                total.backward()
         return seen
 
     def _finite(self, values: Tensor, batch: Batch, term: str, step: int) -> None:

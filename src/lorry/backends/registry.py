@@ -9,6 +9,7 @@ from collections.abc import Callable
 from lorry.adapters.mix import Mix
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.distributed.ddp import DataParallelBackend
+from lorry.backends.distributed.fsdp import FullyShardedBackend
 from lorry.backends.distributed.scorer import SharedModelScorer
 from lorry.backends.local import LocalBackend
 from lorry.backends.protocol import Backend
@@ -16,7 +17,11 @@ from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM
 
 # (model, names that train, {name: OptimSettings}) -> the backend
-BACKENDS: dict[str, Callable[..., Backend]] = {"single": LocalBackend, "ddp": DataParallelBackend}
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    "single": LocalBackend,
+    "ddp": DataParallelBackend,
+    "fsdp": FullyShardedBackend,
+}
 
 
 def open_scorer(

@@ -83,6 +83,15 @@ class AttackSettings(SettingsGroup):
         "folder for attacks.json; each attack adds its results to that file",
     )
 
+    @field_validator("backend")
+    @classmethod
+    def _base_is_whole(cls, value: SharedBackendConfig) -> SharedBackendConfig:
+        if value.name == "fsdp":
+            raise ValueError(
+                "attacks change base weights, which backend=fsdp cuts; give backend=ddp"
+            )
+        return value
+
     @field_validator("relearn_steps")
     @classmethod
     def _from_the_start(cls, value: list[int]) -> list[int]:

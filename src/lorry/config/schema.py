@@ -304,11 +304,17 @@ class BackendConfig(SettingsGroup):
     )
 
 
+def _default(group: SettingsGroup, setting: str) -> Any:
+    return type(group).model_fields[setting].default
+
+
 class SharedBackendConfig(BackendConfig):
     """where it runs, on one process or on several"""
 
-    name: Literal["single", "ddp"] = config_field(  # type: ignore[assignment]  # wider
-        "single", "single: one process, one device; ddp: several, the base whole on each"
+    name: Literal["single", "ddp", "fsdp"] = config_field(  # type: ignore[assignment]  # wider
+        "single",
+        "single: one process, one device; ddp: several, the base whole on each; fsdp: several, the "
+        "base cut over them",
     )
     processes: PositiveInt | None = config_field(
         None,
@@ -320,6 +326,14 @@ class SharedBackendConfig(BackendConfig):
         "processes that share every matrix, inside a machine: each has a part of the heads, the MLP "
         "and the vocabulary",
     )
+    replicas: PositiveInt = config_field(
+        1, "how many times the base lies on the processes, cut over those of each copy (fsdp)"
+    )
+    reshard_after_forward: bool = config_field(
+        True,
+        "let a layer's weights go behind its forward pass and gather them again for the backward "
+        "(fsdp)",
+    )
     # as long as nothing is heard of a process; half an hour is torch's own default
     timeout: float = config_field(
         600.0, "seconds after which a process that does not answer is given up", gt=0, le=86400
@@ -328,9 +342,13 @@ class SharedBackendConfig(BackendConfig):
     @model_validator(mode="after")
     def _several_need_ddp(self) -> Self:
         if self.name == "single" and (self.processes or 1) > 1:
-            raise ValueError(f"processes={self.processes} needs backend=ddp")
+            raise ValueError(f"processes={self.processes} needs backend=ddp or fsdp")
         if self.name == "single" and self.tensor_parallel > 1:
-            raise ValueError(f"tensor_parallel={self.tensor_parallel} needs backend=ddp")
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} needs backend=ddp or fsdp")
+        for setting in ("replicas", "reshard_after_forward"):
+            # by value: a description that was written whole has them all
+            if self.name != "fsdp" and getattr(self, setting) != _default(self, setting):
+                raise ValueError(f"{setting} needs backend=fsdp")
         return self
 
 
@@ -560,6 +578,15 @@ class RunConfig(SettingsGroup):
             raise ValueError(
                 "trainable chooses which base weights train; give lora=null with "
                 "it, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cut_base_is_frozen(self) -> RunConfig:
+        trains = self.lora is None and type(self.backend) is TrainBackendConfig
+        if trains and self.backend.name == "fsdp":
+            raise ValueError(
+                "lora=null trains the base, which backend=fsdp cuts and keeps frozen; give backend=ddp"
             )
         return self
 

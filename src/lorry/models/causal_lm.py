@@ -20,6 +20,7 @@ from lorry.adapters.mix import AdapterContext, Mix, MixTerm, SequenceRouter
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.errors import ContractError
+from lorry.models.layer_weights import WHOLE_WEIGHTS, LayerWeights
 
 # prompt tokens in one pass of the base, unless a single prompt is longer: products at full speed,
 # and activations far below what the weights take
@@ -101,6 +102,8 @@ class CausalLM(nn.Module, ABC):
     ranks: TensorRanks | None = None
     # whether they also divide, by tokens, what layers keep for backward
     sequence_parallel = False
+    # where the weights of the layers are; `loading.load` puts another in its place
+    layer_weights: LayerWeights = WHOLE_WEIGHTS
     # whether `hidden` takes sequences that share prefixes (`PackedInput.places`)
     shares_prefixes = False
 

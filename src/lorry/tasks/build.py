@@ -10,13 +10,13 @@ from typing import Any
 
 from lorry.backends.protocol import Backend, GradientRule, ScoringBackend, Task
 from lorry.config import RunConfig
-from lorry.config.schema import DataConfig, TrainConfig
+from lorry.config.schema import DataConfig, ModelConfig, TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.prepare import PreparedData
 from lorry.data.stream.dataset import BatchStream
 from lorry.data.stream.joint import JointStream
-from lorry.models.loading.open import OpenedModel
+from lorry.models.loading.open import OpenedModel, open_model
 from lorry.notes import NoteCallback
 
 
@@ -78,8 +78,8 @@ def held_out_rows(job: PreparedJob) -> dict[str, Batch]:
 @dataclass(frozen=True)
 class TaskInputs:
     """The run, the opened model, its jobs, their rows as one stream, the held-out batches, the
-    steps of the longest job, the backend (for scores before training), and ``tell``, who hears what
-    a person should know while it trains."""
+    steps of the longest job, the backend (for scores before training), ``tell``, who hears what
+    a person should know while it trains, and ``open_model``, by which other models are opened."""
 
     run: RunConfig
     opened: OpenedModel
@@ -89,6 +89,7 @@ class TaskInputs:
     total: int
     backend: Backend
     tell: Callable[[str], None] = lambda text: None
+    open_model: Callable[[ModelConfig, NoteCallback], OpenedModel] = open_model
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from lorry.backends.distributed.communicator import (
     open_communicator,
 )
 from lorry.backends.distributed.ddp import SharedScorer
+from lorry.backends.distributed.fsdp import sharder_of
 from lorry.backends.distributed.tensor_ranks import tensor_ranks
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
@@ -42,6 +43,7 @@ from lorry.evaluate.benchmarks.questions import Benchmark
 from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
 from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
+from lorry.models.layer_weights import Sharder
 from lorry.models.loading.open import OpenedModel, open_model, refuse_mixture
 from lorry.notes import NoteCallback
 from lorry.plan.constants import MIN_BATCH_TOKENS
@@ -160,14 +162,15 @@ def _train_run(
         )
         notebook.listeners = [*listeners, times, *trackers]
         _set_up_torch(run)
-        opened = open_base(run, notebook.add, tensor_ranks(communicator))
+        shard = sharder_of(run.backend, communicator, run.model.device)
+        opened = open_base(run, notebook.add, tensor_ranks(communicator), shard)
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
         evaluations: list[RunEvaluation] = [
             Measure(BenchmarkEvaluator(run, opened, exams, communicator))
         ]
         if suite is not None:
             evaluations.append(RunSuite(run, opened, suite, process.home, communicator))
-        engine = build_engine(run, opened, jobs, notebook, evaluations, communicator)
+        engine = build_engine(run, opened, jobs, notebook, evaluations, communicator, shard)
         # read before an earlier run moves, which may be what this one begins with
         over = start_files(opened.model)
         # the same of every rank: rank 0 moves it for all of them
@@ -231,17 +234,22 @@ def _set_up_torch(run: RunConfig) -> None:
 
 
 def open_base(
-    run: RunConfig, add_note: NoteCallback, ranks: TensorRanks | None = None
+    run: RunConfig,
+    add_note: NoteCallback,
+    ranks: TensorRanks | None = None,
+    shard: Sharder | None = None,
 ) -> OpenedModel:
-    """The model that the run begins with. ``ranks``: those that share it. Raises ConfigError where
-    it cannot be this run's, and what `open_model` raises.
+    """The model that the run begins with. ``ranks``: those that share it; ``shard``: as in
+    `load_model`. Raises ConfigError where it cannot be this run's, and what `open_model` raises.
     """
     if ranks is not None and run.lora is None:
         raise ConfigError(
             f"lora=null with backend.tensor_parallel={ranks.size}: base weights train where each "
             "process has whole ones; leave tensor_parallel out, or train an adapter"
         )
-    opened = open_model(run.model, add_note, as_start=TASKS[run.task].over_start, ranks=ranks)
+    opened = open_model(
+        run.model, add_note, as_start=TASKS[run.task].over_start, ranks=ranks, shard=shard
+    )
     if opened.tokenizer is None:
         raise ConfigError(
             f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights"
@@ -552,9 +560,11 @@ def build_engine(
     notebook: Notebook,
     evaluations: Sequence[RunEvaluation] = (),
     communicator: Communicator = ONE_PROCESS,
+    shard: Sharder | None = None,
 ) -> TrainingEngine:
     """The backend, the task and the loop of this run. ``evaluations``: what it asks of an adapter
-    besides the task's own; ``communicator``: its processes.
+    besides the task's own; ``communicator``: its processes; ``shard``: cuts other models of it over
+    them.
     """
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
     opened.model.sequence_parallel = run.backend.sequence_parallel
@@ -573,7 +583,8 @@ def build_engine(
     training = [_training_job(name, job, ends(job)) for name, job in jobs.items()]
     inputs = _task_inputs(run, opened, jobs, training, backend)
     # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
-    built = TASKS[run.task].build(replace(inputs, tell=notebook.repeat))
+    inputs = replace(inputs, tell=notebook.repeat, open_model=partial(open_model, shard=shard))
+    built = TASKS[run.task].build(inputs)
     notebook.tell(*built.notes, *(job.warmup_note() for job in training))
     run_evaluations: list[RunEvaluation] = [
         Measure(built.measure, digests=built.digests),

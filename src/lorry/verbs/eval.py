@@ -27,7 +27,7 @@ from lorry.runs import ownership
 from lorry.runs.layout import EVALUATION, RECEIPT
 from lorry.runs.read import read_run
 from lorry.verbs import benchmarks
-from lorry.verbs.open_model import MIXTURE_SIDE, base_side, open_with_adapters, print_note
+from lorry.verbs.open_model import MIXTURE_SIDE, base_side, open_on_ranks, print_note
 from lorry.verbs.unlearning_suite import evaluate_suite
 from lorry.visible import make_visible
 
@@ -69,7 +69,7 @@ def evaluate_file(settings: EvalSettings, communicator: Communicator) -> None:
     """The rows of a file."""
     # before the model, which takes longer: a wrong path is told at once
     source = open_eval_source(settings)
-    opened = open_with_adapters(settings.model, communicator=communicator)
+    opened = open_on_ranks(settings, communicator)
     note_other_dtype(opened)
     rows = encode_eval_rows(settings, opened, source)
     for line in rows.tokens.report.lines():
@@ -119,7 +119,7 @@ def refuse_foreign_results(settings: EvalSettings) -> None:
 def evaluate_named_sets(settings: EvalSettings, communicator: Communicator) -> None:
     """The same on named sets."""
     loaded = benchmarks.load_benchmarks(settings)
-    opened = open_with_adapters(settings.model, communicator=communicator)
+    opened = open_on_ranks(settings, communicator)
     note_other_dtype(opened)
     warn_trained_rows(settings, opened, loaded)
     results = benchmarks.evaluate_benchmarks(

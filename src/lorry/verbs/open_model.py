@@ -14,7 +14,9 @@ from lorry.visible import make_visible
 
 if TYPE_CHECKING:
     from lorry.backends.distributed.communicator import Communicator
+    from lorry.models.layer_weights import Sharder
     from lorry.models.loading.open import OpenedModel
+    from lorry.train.processes import PlacedSettings
 
 MIXTURE_SIDE = "mixture"  # all experts, as the router has them
 
@@ -30,17 +32,20 @@ def open_with_adapters(
     adapters: Sequence[str] = (),
     as_start: bool = False,
     communicator: Communicator | None = None,
+    shard: Sharder | None = None,
 ) -> OpenedModel:
     """The model with its adapters (``as_start``: its one as a part of the frozen base) and its
-    tokenizer. ``communicator``: the processes that open it together, and may share it. Raises
-    ModelError when there is none.
+    tokenizer. ``communicator``: the processes that open it together, and may share it; ``shard``: as
+    in `load_model`. Raises ModelError when there is none.
     """
     from lorry.backends.distributed.tensor_ranks import tensor_ranks
     from lorry.models.loading.open import open_model
 
     notes: list[str] = []
     ranks = None if communicator is None else tensor_ranks(communicator)
-    opened = open_model(config, notes.append, adapters=adapters, as_start=as_start, ranks=ranks)
+    opened = open_model(
+        config, notes.append, adapters=adapters, as_start=as_start, ranks=ranks, shard=shard
+    )
     for note in notes:
         print_note(f"note: {note}")
     # `lorry.load` gives such a model to Python; every verb reads or writes text
@@ -49,6 +54,15 @@ def open_with_adapters(
             f"{config.name} has no tokenizer; put its tokenizer.json beside the weights"
         )
     return opened
+
+
+def open_on_ranks(settings: PlacedSettings, communicator: Communicator) -> OpenedModel:
+    """The model of a command with its adapters, on every rank of it as its backend has it. Raises what
+    `open_with_adapters` raises."""
+    from lorry.backends.distributed.fsdp import sharder_of
+
+    shard = sharder_of(settings.backend, communicator, settings.model.device)
+    return open_with_adapters(settings.model, communicator=communicator, shard=shard)
 
 
 def base_side(opened: OpenedModel) -> str:

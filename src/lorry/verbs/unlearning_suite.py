@@ -23,7 +23,7 @@ from lorry.errors import ConfigError
 from lorry.formatting import format_number
 from lorry.runs import ownership
 from lorry.runs.layout import ADAPTER_CONFIG, SUITES
-from lorry.verbs.open_model import MIXTURE_SIDE, open_with_adapters, print_note
+from lorry.verbs.open_model import MIXTURE_SIDE, open_on_ranks, print_note
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def evaluate_suite(settings: EvalSettings, communicator: Communicator) -> None:
     )
     for note in evaluation.notes:
         print_note(note)
-    opened = open_with_adapters(settings.model, communicator=communicator)
+    opened = open_on_ranks(settings, communicator)
     sides = suite_mixes(opened, settings.weight)
     # which adapters there are is known only now, and theirs are files that may be somebody's, too
     places = [folder if len(sides) == 1 else folder / name for name in sides]

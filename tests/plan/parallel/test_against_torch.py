@@ -6,7 +6,7 @@ float32 and bfloat16 bases; a process group that computes nothing stands in for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lorry.adapters.attach import attach
 from lorry.adapters.peft.files import save_adapter
 from lorry.adapters.spec import LoraSpec
+from lorry.backends.distributed.passes import PassSchedule
+from lorry.backends.distributed.sharded import ShardedWeights
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.config.schema import LoraConfig
@@ -150,6 +153,54 @@ def test_bytes_of_a_gather_are_those_that_fully_shard_asks_for(
     split = ParallelSplit(backend="fsdp", processes=shards)
     found = step_collectives(shape, adapter, SETUPS["float32"], split, 1)
     assert {c.bytes for c in found if c.kind == "all-gather"} == gathered
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("lowest", [0, 1, 2, 3])
+def test_bytes_of_gathers_are_those_that_passes_ask_for(
+    lowest: int, reshard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches over a base in float32 with something that trains from layer ``lowest`` on (3:
+    behind the last), counted where torch sends them.
+    """
+    shards, sent = 3, list[int]()
+    gather = dist.all_gather_single
+
+    def counted(output: torch.Tensor, given: torch.Tensor, *more: Any, **rest: Any) -> Any:
+        sent.append(output.nbytes * (shards - 1) // shards)
+        return gather(output, given, *more, **rest)
+
+    monkeypatch.setattr(dist, "all_gather_single", counted)
+    with ranks(shards):
+        schedule = PassSchedule(lambda what, value: [value])
+        model = model_of("llama", "float32").requires_grad_(False)
+        weights = ShardedWeights(
+            model,
+            list(layers_of(model)),
+            init_device_mesh("cpu", (shards,), mesh_dim_names=("shard",)),
+            schedule,
+            lambda what: nullcontext(),
+            reshard_after_forward=reshard,
+        )
+        weights.lowest_trained = lowest
+        with schedule.together():
+            for _ in range(2):
+                weights.walk_along("forward")
+                weights.walk_along("backward")
+    shape = read_model_shape(LLAMA)
+    lora = (
+        LoraConfig(r=2, target_modules=["lm_head"])
+        if lowest == 3
+        else LoraConfig(r=2, layers_to_transform=list(range(lowest, 3)))
+    )
+    adapter = plan_adapter(shape, lora, 2)
+    split = ParallelSplit(backend="fsdp", processes=shards, reshard_after_forward=reshard)
+    planned = [
+        c.sent
+        for c in step_collectives(shape, adapter, SETUPS["float32"], split, 2)
+        if c.kind == "all-gather"
+    ]
+    assert sum(planned) == sum(sent)
 
 
 # Which dimension tensor parallel cuts, by the end of Hugging Face's names; written out, not derived.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -442,21 +442,32 @@ def base_digest(model: nn.Module) -> str:
 
     Values count as rounded to bf16, so a base opened in bf16 and in fp32 is the same base, on any
     device and in any of the classes that can hold it; another quantisation or fine-tuning of it is
-    not. Of a base that ranks share it is that of the whole one, taken once, when all of them have it
-    (`remember_base_digest`).
+    not. Of a base that ranks share, or that is cut over them, it is that of the whole one, taken once,
+    when all of them have it (`remember_base_digest`).
     """
     known: str | None = model.__dict__.get(_KNOWN_DIGEST)
     return digest_samples(_sampled_weights(model)) if known is None else known
 
 
-def remember_base_digest(model: nn.Module) -> None:
-    """Take the digest of a base that ranks share, which is frozen; all of them call this together."""
-    model.__dict__[_KNOWN_DIGEST] = base_digest(model)
+def values_at_positions(weight: Tensor, positions: Tensor) -> Tensor:
+    """The values [n] of a weight at flat positions [n]."""
+    return weight.reshape(-1)[positions.to(weight.device)]
 
 
-def _sampled_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+def remember_base_digest(
+    model: nn.Module, values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions
+) -> None:
+    """Take the digest of a frozen base that no rank has whole; all of them call this together.
+    ``values_at(weight, positions)``: the values of a weight that is cut over ranks at flat positions
+    [n]."""
+    model.__dict__[_KNOWN_DIGEST] = digest_samples(_sampled_weights(model, values_at))
+
+
+def _sampled_weights(
+    model: nn.Module, values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions
+) -> dict[str, tuple[tuple[int, ...], Tensor]]:
     """{path: (shape, the values at its `sample_positions`)} of what `base_digest` looks at, as one
-    device has it; in bfloat16 where ranks share the model."""
+    device has it; in bfloat16 where ranks share the model. ``values_at``: as above."""
     samples, ranks = dict[str, tuple[tuple[int, ...], Tensor]](), None
     for path, module in find_linears(model).items():
         weight = (
@@ -466,24 +477,26 @@ def _sampled_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Tenso
         ).detach()
         slices: LayerSlices | None = getattr(module, "slices", None)
         if slices is None:
-            flat = weight.reshape(-1)
-            positions = sample_positions(flat.numel()).to(flat.device)
-            samples[path] = (tuple(weight.shape), flat[positions])
+            samples[path] = (
+                tuple(weight.shape),
+                values_at(weight, sample_positions(weight.numel())),
+            )
             continue
         ranks, (dim, part), shape = slices.ranks, stored_slice(module), list(weight.shape)
         shape[dim] = part.whole
-        positions = sample_positions(math.prod(shape)).to(weight.device)
+        positions = sample_positions(math.prod(shape))
         place = [positions // shape[1], positions % shape[1]]
         place[dim], here = part.local(place[dim])
         # bits: the others add zeros to them
-        bits = weight[place[0], place[1]].to(torch.bfloat16).view(torch.int16).int()
-        samples[path] = (tuple(shape), bits * here)
+        values = values_at(weight, place[0] * weight.shape[1] + place[1])
+        bits = values.to(torch.bfloat16).view(torch.int16).int()
+        samples[path] = (tuple(shape), bits * here.to(bits.device))
     if ranks is None:
         return samples
     cut = {path: bits for path, (_, bits) in samples.items() if bits.dtype == torch.int32}
     joined = ranks.add_up(torch.cat(list(cut.values()))).to(torch.int16).view(torch.bfloat16)
-    values = zip(cut, joined.split([len(bits) for bits in cut.values()]), strict=True)
-    return samples | {path: (samples[path][0], part) for path, part in values}
+    parts = zip(cut, joined.split([len(bits) for bits in cut.values()]), strict=True)
+    return samples | {path: (samples[path][0], part) for path, part in parts}
 
 
 def sample_positions(numel: int) -> Tensor:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import threading
@@ -39,11 +40,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lorry.backends.distributed.passes import PassSchedule
 from lorry.errors import ConfigError, ContractError, LorryError
 from lorry.ranks import LaunchedProcess, Mesh, launched_process, mesh_of, workers_to_start
 
 if TYPE_CHECKING:  # imported where it is used: it is a second of every single-process run
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Axis = Literal["data", "tensor"]  # of the mesh
 
@@ -101,6 +104,10 @@ class Communicator(Protocol):
         """While the block runs, an error of torch.distributed's is a PeerError: another rank cannot be
         reached."""
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, ranks may make different numbers of passes through models whose
+        weights are cut over them (`PassSchedule.together`); every rank enters it."""
+
     def sharing_failures(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, what one rank raises is raised on every rank at its next exchange: the
         others name it (``rank 1: ...``), and their error is of the same class."""
@@ -129,6 +136,10 @@ class OneProcess:
     def group(self, axis: Axis) -> None:
         """It is alone."""
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """There is nobody to wait for."""
+        return contextlib.nullcontext()
+
     def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Its own tensors, on the CPU."""
         return [{name: tensor.cpu() for name, tensor in tensors.items()}]
@@ -153,13 +164,15 @@ class TorchCommunicator:
 
     def __init__(self, store: Any, mesh: Mesh, pulse: Pulse) -> None:
         self.store, self.mesh, self.rank, self.size = store, mesh, mesh.rank, mesh.size
-        self.pulse = pulse
+        self.pulse, self.passes = pulse, PassSchedule(self.exchange)
+        self._device_meshes: dict[str, DeviceMesh] = {}
         self._calls = 0  # of `on_main` and `await_all`, which every rank counts alike
         self._failures = 0  # of ranks, told to all of them
         self.told: BaseException | None = None  # this rank's error that the others have heard last
+        timeout = timedelta(seconds=pulse.timeout)
         self.lost = False  # whether another rank could not be reached
         self._groups: dict[Axis, ProcessGroup | None] = {
-            axis: _open_group(self._ranks_by_group(axis)) for axis in get_args(Axis)
+            axis: _open_group(self._ranks_by_group(axis), timeout) for axis in get_args(Axis)
         }
 
     def exchange(self, what: str, value: Any = None) -> list[Any]:
@@ -189,17 +202,27 @@ class TorchCommunicator:
         self._calls += 1
         key = f"main/{self._calls}"
         if self.rank == 0:
+            numbers = itertools.count(1)
+
+            def announce() -> None:
+                self.store.set(f"{key}/pass/{next(numbers)}", what)
+
             try:
-                result = function()
+                with self.passes.announced(announce):
+                    result = function()
             finally:
                 # the others wait for the key and not in a collective, which has a timeout
                 self.store.set(key, what)
             return self.exchange(what, result)[0]
-        self._wait_for(key, 0)
+        # rank 0's passes through sharded weights are walked by all: it says before each that it comes
+        with self.passes.announced(None):
+            self._wait_for(key, 0, self.passes.follow)
         return self.exchange(what)[0]
 
     def await_all(self, what: str, value: Any = None) -> list[Any]:
         """See `Communicator.await_all`."""
+        with self.passes.together():  # who is through walks along with who is not
+            pass
         self._calls += 1
         keys = [f"here/{self._calls}/{rank}" for rank in range(self.size)]
         with self.explained(what):
@@ -227,6 +250,18 @@ class TorchCommunicator:
     def group(self, axis: Axis) -> ProcessGroup | None:
         """See `Communicator.group`."""
         return self._groups[axis]
+
+    def device_mesh(self, kind: str) -> DeviceMesh:
+        """torch's mesh of this rank's data ranks: shard, or replica x shard, for tensors on a kind of
+        device (cpu, cuda). Every rank calls it."""
+        if kind not in self._device_meshes:
+            timeout = timedelta(seconds=self.pulse.timeout)
+            self._device_meshes[kind] = _open_device_mesh(self.mesh, kind, timeout)
+        return self._device_meshes[kind]
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """See `Communicator.together`."""
+        return self.passes.together()
 
     def _ranks_by_group(self, axis: Axis) -> list[list[int]]:
         mesh = self.mesh
@@ -275,10 +310,16 @@ class TorchCommunicator:
         """What a failing rank sets, for those that wait for another key: the next exchange tells."""
         return f"failed/{self._failures}"
 
-    def _wait_for(self, key: str, rank: int) -> None:
-        """Wait until ``rank`` has set a key, or any rank has failed. Raises PeerError for a rank that
-        gives no sign of life."""
+    def _wait_for(self, key: str, rank: int, follow: Callable[[], None] = lambda: None) -> None:
+        """Wait until ``rank`` has set a key, or any rank has failed; ``follow``: what is done for each
+        KEY/pass/1, KEY/pass/2 ... that it sets before. Raises PeerError for a rank that gives no sign
+        of life."""
+        passes = 0
         while not self._is_set(key) and not self._is_set(self._failure_key()):
+            if self._is_set(f"{key}/pass/{passes + 1}"):
+                passes += 1
+                follow()
+                continue
             with self.explained(key):
                 self.pulse.expect(rank)
             time.sleep(POLL_SECONDS)
@@ -337,7 +378,7 @@ class TorchCommunicator:
             ) from error
 
 
-def _open_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
+def _open_group(groups: Sequence[Sequence[int]], timeout: timedelta) -> ProcessGroup | None:
     """torch's group of this process among these, which are those of the whole mesh; None of one alone."""
     import torch.distributed as dist
 
@@ -345,7 +386,32 @@ def _open_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
         return dist.group.WORLD
     if len(groups[0]) == 1:
         return None
-    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])[0]
+    ranks = [list(group) for group in groups]
+    return dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
+
+
+def _open_device_mesh(mesh: Mesh, kind: str, timeout: timedelta) -> DeviceMesh:
+    """See `TorchCommunicator.device_mesh`: groups of its own, so that weights on their way and what
+    ranks say to each other never meet."""
+    from torch.distributed import new_subgroups_by_enumeration
+    from torch.distributed.device_mesh import DeviceMesh
+
+    data = torch.tensor([mesh.data_group(t) for t in range(mesh.tensor_size)])
+    data = data.view(mesh.tensor_size, mesh.replicas, mesh.shards)
+    rows = {"shard": data.flatten(0, 1), "replica": data.transpose(1, 2).flatten(0, 1)}
+    groups = {
+        axis: new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
+        for axis, ranks in rows.items()
+        if axis == "shard" or mesh.replicas > 1
+    }
+    if mesh.replicas == 1:
+        return DeviceMesh.from_group(groups["shard"], kind, mesh_dim_names=("shard",))
+    return DeviceMesh.from_group(
+        [groups["replica"], groups["shard"]],
+        kind,
+        mesh=data[mesh.tensor_rank],
+        mesh_dim_names=("replica", "shard"),
+    )
 
 
 class Pulse:

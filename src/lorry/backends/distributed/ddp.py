@@ -9,7 +9,7 @@ the same bits, and what it holds stays equal; `ContractChecks.equal_on_all_ranks
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,9 +60,10 @@ class DataParallelBackend(LocalBackend):
             self.owners[name].grads.zero_()
         mesh = self.communicator.mesh
         own = deal_batches(batches, mesh.data_size, step)[mesh.data_rank]
-        seen = super().run_micro_batches(
-            [batch for batch in own if batch is not None], task, step, totals
-        )
+        with self.communicator.together():
+            seen = super().run_micro_batches(
+                [batch for batch in own if batch is not None], task, step, totals
+            )
         divisors = {term: total.tolist() for term, total in totals.items()}
         sums = {
             term: sum((values[term] for values in seen), torch.zeros_like(total)).tolist()
@@ -127,7 +128,11 @@ class SharedScorer:
 
     def __init__(self, scorer: ScoringBackend, communicator: Communicator) -> None:
         self.scorer, self.communicator = scorer, communicator
-        self.generate = scorer.generate
+
+    def generate(self, *given: Any, **named: Any) -> list[Completion]:
+        """See `ScoringBackend.generate`."""
+        with self.communicator.together():
+            return self.scorer.generate(*given, **named)
 
     def score(
         self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None
@@ -149,7 +154,8 @@ def score_together(
     if mix is not None and any(
         term.rows is not None or isinstance(term.gate, Tensor) for term in mix.terms
     ):
-        return score(batches, wants, mix)
+        with communicator.together():
+            return score(batches, wants, mix)
     results = list[dict[str, Tensor]]()
     for batch in batches:
         tokens = batch.tokens.numel()
@@ -157,8 +163,9 @@ def score_together(
         mesh = communicator.mesh
         part = deal_batches([numbered], mesh.data_size, 0)[mesh.data_rank][0]
         mine = dict[str, Tensor]()
-        if part is not None:
-            mine = {PLACE: part.extra[PLACE].values, **score([part], wants, mix)[0]}
+        with communicator.together():
+            if part is not None:
+                mine = {PLACE: part.extra[PLACE].values, **score([part], wants, mix)[0]}
         if mesh.tensor_rank:  # the same as the first tensor rank's
             mine = {}
         parts = [each for each in communicator.gather("scores", mine) if each]

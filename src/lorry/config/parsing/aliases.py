@@ -379,6 +379,8 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
             "quantization_bit",
             "quantize",
             "pipeline_parallel",
+            "offload",
+            "shard_optimizer",
             "fsdp",
             "fsdp_config",
             "deepspeed",
@@ -485,7 +487,7 @@ OTHER_VERB_SETTINGS: dict[str, str] = {
 }
 
 UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
-    "backend.name": ("fsdp", "megatron"),
+    "backend.name": ("megatron",),
     "lora.bias": ("all", "lora_only"),
     "lora.init_lora_weights": ("pissa", "olora", "eva", "corda", "loftq", "orthogonal"),
 }

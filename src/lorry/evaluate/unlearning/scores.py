@@ -231,7 +231,8 @@ class SuiteModel:
                 got = evaluate_wants(self.model, batch, {"log_prob": TokenScore(log_prob)}, call)
                 loss = -got["log_prob"].sum() / batch.weights.sum()
                 # not backward(): it would add to the flat buffer that an optimizer steps from
-                gradients = torch.autograd.grad(loss, masters, allow_unused=True)
+                with self.model.layer_weights.backward_pass():
+                    gradients = torch.autograd.grad(loss, masters, allow_unused=True)
             norms[number] = [0.0 if g is None else float(g.double().norm()) for g in gradients]
         return self.scorer.collect("gradient norms", norms)
 

@@ -32,6 +32,7 @@ from lorry.models.decoder.cache import KVCache
 from lorry.models.decoder.experts import ExpertMlps
 from lorry.models.decoder.pointwise import ACTIVATIONS, DecoderNorm, apply_rotary
 from lorry.models.decoder.pointwise import gated_activation as apply_gate
+from lorry.models.layer_weights import WHOLE_WEIGHTS, LayerWeights
 
 
 @dataclass
@@ -40,8 +41,9 @@ class ForwardContext:
     when generating.
 
     ``recompute``: layers keep their input only and run again in backward; ``keepers``: the ranks that
-    divide by tokens what a layer keeps of the residual stream, which all of them have; ``router_logits``: what
-    the router made in the layers so far, layer by layer and half by half, [T, adapters] each.
+    divide by tokens what a layer keeps of the residual stream, which all of them have;
+    ``router_logits``: what the router made in the layers so far, layer by layer and half by half,
+    [T, adapters] each; ``weights``: where those of the layers are.
     """
 
     call: AdapterContext
@@ -58,6 +60,7 @@ class ForwardContext:
     # which ranks divide what a layer keeps of the residual stream (sequence parallel)
     keepers: TensorRanks | None = None
     router_logits: list[Tensor] = field(default_factory=list)
+    weights: LayerWeights = WHOLE_WEIGHTS
 
 
 LinearRole = Literal["qkv", "attn_out", "mlp_in", "mlp_out"]  # the fields of `LayerLinears`

@@ -114,8 +114,13 @@ class DecodeRunner:
 
     @staticmethod
     def takes(model: nn.Module) -> bool:
-        """Whether this is a decoder that the kernels serve."""
-        return isinstance(model, Decoder) and kernel.supports_decode(model.dtype, model.device)
+        """Whether this is a decoder that the kernels serve; they read weights by address, which have to
+        stay where they are."""
+        return (
+            isinstance(model, Decoder)
+            and not model.layer_weights.sharded
+            and kernel.supports_decode(model.dtype, model.device)
+        )
 
     def new_cache(self, rows: int, room: int) -> RowKVCache:
         """As `Decoder.new_cache`."""

@@ -136,6 +136,7 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         block, state, tensors = ctx.block, ctx.state, iter(ctx.saved_tensors)
         needs_x, _, *needs_tensors = ctx.needs_input_grad
+        state.weights.reach(block.index)
         if state.recompute:
             work = block.lora_terms(state.call)
             x = all_rows(next(tensors), state.keepers, state.positions.numel())

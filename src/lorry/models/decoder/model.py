@@ -170,7 +170,11 @@ class Decoder(CausalLM):
             packed, call = packed.padded(total), call.padded(tokens, total)
         segments = PackedSegments(packed.segments, packed.tokens.device, packed.places)
         state = ForwardContext(
-            call, *self._rotary_tables(packed.positions), segments, packed.positions
+            call,
+            *self._rotary_tables(packed.positions),
+            segments,
+            packed.positions,
+            weights=self.layer_weights,
         )
         state.recompute = self.gradient_checkpointing
         state.keepers = self.ranks if self.sequence_parallel else None
@@ -233,6 +237,7 @@ class Decoder(CausalLM):
             cache,
             rows,
             decoding,
+            weights=self.layer_weights,
         )
         if decoding:
             # before the layers run: they attend up to and with the new token
@@ -268,22 +273,24 @@ class Decoder(CausalLM):
         stop: int | None,
         products: Sequence[LayerLinears[LinearProducts]] | None = None,
     ) -> HiddenStates:
-        x = self.embed(tokens, state.call)
-        if self.family.positions:
-            x = x + self.get_submodule(self.family.positions)(state.positions)
-        layer_outputs = {}
-        for i, block in enumerate(self.blocks):
-            x = (
-                apply_layer(block, x, state)
-                if products is None
-                else block.forward(x, state, products[i])[0]
-            )
-            if i in output_layers:
-                layer_outputs[i] = x
-            # without the final norm: it belongs to the head
-            if i == stop:
-                return HiddenStates(None, layer_outputs, state.router_logits)
-        last = self.get_submodule(self.family.final_norm)(x)
+        with state.weights.forward_pass():
+            x = self.embed(tokens, state.call)
+            if self.family.positions:
+                x = x + self.get_submodule(self.family.positions)(state.positions)
+            layer_outputs = {}
+            for i, block in enumerate(self.blocks):
+                state.weights.reach(i)
+                x = (
+                    apply_layer(block, x, state)
+                    if products is None
+                    else block.forward(x, state, products[i])[0]
+                )
+                if i in output_layers:
+                    layer_outputs[i] = x
+                # without the final norm: it belongs to the head
+                if i == stop:
+                    return HiddenStates(None, layer_outputs, state.router_logits)
+            last = self.get_submodule(self.family.final_norm)(x)
         return HiddenStates(last, layer_outputs, state.router_logits)
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import Half
 
 PROBE = (2, 6)  # sequences and tokens of the proof
@@ -148,7 +149,9 @@ def find_body(inner: Any) -> tuple[str | None, bool]:
                 _equal_to_rounding(logits_from_hidden(inner, body, hidden[rows]), expected[rows])
                 for rows in (slice(None), some)
             )
-            plain = isinstance(head, nn.Linear) and _equal_to_rounding(head(hidden), expected)
+            plain = isinstance(head, (nn.Linear, BankLinear)) and _equal_to_rounding(
+                head(hidden), expected
+            )
         except (AttributeError, TypeError, ValueError, RuntimeError, KeyError):
             continue  # this part cannot be called apart from the whole
         if exact:

@@ -310,10 +310,11 @@ class HfModel(CausalLM):
                 AdapterContext(),
             )
             if logits.requires_grad:
-                logits.float().backward(
-                    # not ones: where all logits shift alike, an even gradient cancels
-                    torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-                )
+                with self.layer_weights.backward_pass():
+                    logits.float().backward(
+                        # not ones: where all logits shift alike, an even gradient cancels
+                        torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+                    )
         trained = {
             kind
             for kind, probe in probes.items()

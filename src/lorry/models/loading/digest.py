@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import AdaptableLayer
+from lorry.models.layer_weights import WHOLE_WEIGHTS, LayerWeights
 
 # Two runs of a tensor: an optimizer that touched it moved nearly all of its values.
 PIECE_COUNT = 2
@@ -36,14 +37,16 @@ def sample_digest(
     """
     # by address: the caller has tensors, not the names they have here
     total, moving, seen = hashlib.sha256(), {t.data_ptr() for t in trained}, False
+    weights: LayerWeights = getattr(model, "layer_weights", WHOLE_WEIGHTS)
     for name, tensor in (*base_tensors(model), *frozen.items()):
-        if tensor.data_ptr() in moving:
+        if not weights.sharded and tensor.data_ptr() in moving:
             continue
         seen = True
         # separators: neither name nor values can be mistaken for the other
         total.update(f"\n{name} {tensor.dtype}\n".encode())
-        for piece in [tensor.reshape(-1)] if whole else sample_pieces(tensor):
-            total.update(_as_bytes(piece))
+        runs = [(0, tensor.numel())] if whole else sample_runs(tensor.numel())
+        for start, stop in runs:
+            total.update(_as_bytes(weights.values_from(tensor, start, stop)))
     return total.hexdigest() if seen else ""
 
 
@@ -51,7 +54,8 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the base in order of name, a tied one once, merged
     layers by their unmerged weight.
     """
-    tensors: dict[str, Tensor] = {}
+    weights: LayerWeights = getattr(model, "layer_weights", WHOLE_WEIGHTS)
+    sharded, tensors = weights.sharded, dict[str, tuple[Tensor, Tensor]]()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, prefix=path):
             unmerged = (
@@ -59,30 +63,28 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 if isinstance(module, AdaptableLayer) and name.endswith(".weight")
                 else None
             )
-            tensors[name] = parameter.detach() if unmerged is None else unmerged.detach()
+            owner = parameter if unmerged is None else unmerged
+            tensors[name] = (owner.detach(), owner)
     seen: set[tuple[int, torch.Size]] = set()
     for name in sorted(tensors):
-        tensor = tensors[name]
-        # address and shape: an empty tensor shares address 0 with others
-        memory = (tensor.data_ptr(), tensor.shape)
+        tensor, owner = tensors[name]
+        # address and shape: an empty tensor shares address 0 with others, as an empty share does
+        memory = (id(owner) if sharded else tensor.data_ptr(), tensor.shape)
         if memory in seen:
             continue
         seen.add(memory)
         yield name, tensor
 
 
-def sample_pieces(tensor: Tensor) -> list[Tensor]:
-    """PIECE_COUNT evenly spaced runs of PIECE_VALUES values, the first and the last among
-    them; all of it when it is short.
+def sample_runs(size: int) -> list[tuple[int, int]]:
+    """(start, stop) of PIECE_COUNT evenly spaced runs of PIECE_VALUES among ``size`` values, the first
+    and the last among them; all of them when they are few.
     """
-    flat = tensor.reshape(-1)
-    last = flat.numel() - PIECE_VALUES
-    if flat.numel() <= PIECE_VALUES * PIECE_COUNT:
-        return [flat]
-    return [
-        flat[s : s + PIECE_VALUES]
-        for s in (round(i * last / (PIECE_COUNT - 1)) for i in range(PIECE_COUNT))
-    ]
+    last = size - PIECE_VALUES
+    if size <= PIECE_VALUES * PIECE_COUNT:
+        return [(0, size)]
+    starts = (round(i * last / (PIECE_COUNT - 1)) for i in range(PIECE_COUNT))
+    return [(start, start + PIECE_VALUES) for start in starts]
 
 
 def _as_bytes(values: Tensor) -> memoryview:

@@ -23,6 +23,7 @@ from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.hf.model import HfModel
+from lorry.models.layer_weights import Sharder
 from lorry.models.loading.accounting import refuse_unfit_tensors
 from lorry.models.loading.describe import (
     ModelDescription,
@@ -80,12 +81,14 @@ def load_model(
     trust_remote_code: bool = False,
     native: bool = True,
     ranks: TensorRanks | None = None,
+    shard: Sharder | None = None,
     add_note: NoteCallback,
 ) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
     implementation; ``ranks``: those that share it, all of which call this together and get a part
-    each. ``add_note`` hears what a person should know. Raises ModelError when anything does not fit,
-    ConfigError for an unknown dtype or device, and where ranks cannot share the model.
+    each; ``shard``: cuts its weights over the ranks of a run, which all load it then. ``add_note``
+    hears what a person should know. Raises ModelError when anything does not fit, ConfigError for an
+    unknown dtype or device, and where ranks cannot share the model.
     """
     location = resolve_model(
         str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, add_note=add_note
@@ -124,8 +127,9 @@ def load_model(
             torch_dtype,
             torch_device,
             ranks,
+            shard,
         )
-        if ranks is not None:
+        if ranks is not None and shard is None:  # else it is taken already
             remember_base_digest(model)
         # PEFT's field for the base: adapters saved later name it
         model.config["_name_or_path"] = str(location.directory)
@@ -136,6 +140,7 @@ def load_model(
             description,
             torch_dtype,
             torch_device,
+            shard,
             trust_remote_code=trust_remote_code,
             add_note=add_note,
         )
@@ -195,13 +200,31 @@ def load_hf(
     description: ModelDescription,
     dtype: torch.dtype,
     device: torch.device,
+    shard: Sharder | None = None,
     *,
     trust_remote_code: bool,
     add_note: NoteCallback,
 ) -> HfModel:
-    """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises
-    ModelError otherwise.
+    """transformers' own implementation, with every tensor of the checkpoint accounted for; with
+    ``shard`` this rank's share of it. Raises ModelError otherwise.
     """
+    if shard is not None:
+        # imported here: transformers' conversions are a tenth of a second of every run
+        from lorry.models.hf.shares import read_shares
+
+        inner, weights = read_shares(
+            directory,
+            description.hf,
+            dtype,
+            device,
+            shard,
+            trust_remote_code=trust_remote_code,
+        )
+        sharded = HfModel(inner, add_note)
+        sharded.layer_weights = weights
+        remember_base_digest(sharded, weights.values_at)
+        prove_hf_model(sharded, add_note, str(directory))
+        return sharded
     # refuses pickles, broken shards and paths that lead elsewhere
     entries = read_tensor_entries(directory)
     warnings: list[str] = []

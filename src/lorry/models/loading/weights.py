@@ -25,12 +25,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorry.adapters.peft.files import remember_base_digest
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError
 from lorry.families import ModelFamily
 from lorry.models.decoder.model import Decoder
+from lorry.models.layer_weights import Sharder
 from lorry.models.loading.describe import read_model_json
 
 # Constants that older checkpoints stored beside the weights: the causal mask and the rotary table.
@@ -148,9 +150,11 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     ranks: TensorRanks | None = None,
+    shard: Sharder | None = None,
 ) -> Decoder:
     """The native decoder with a directory's weights; of ``ranks`` that share it each reads its own
-    slices, on its own. Raises ModelError for any missing, unknown, misshapen, packed or not finite
+    slices, on its own; with ``shard`` this rank's share of the rows, and no more is ever kept. Raises
+    ModelError for any missing, unknown, misshapen, packed or not finite
     tensor."""
     entries = read_tensor_entries(directory)
     # no memory yet: the file's tensors become the parameters
@@ -164,8 +168,19 @@ def load_decoder(
     file_names = match_tensor_names(
         entries, family, expected, tied=model.geometry.tied, where=directory
     )
+    shards, rows = None, dict[str, slice]()
+    if shard is not None:
+        model.layer_weights = shards = shard(
+            model.to(dtype),
+            [model.get_submodule(family.layer.format(i=i)) for i in range(model.geometry.layers)],
+        )
+        rows = {name: shards.local_rows(p) for name, p in model.state_dict().items()}
     state = read_tensors(
-        {name: entries[file_name] for name, file_name in file_names.items()}, dtype, device, cut
+        {name: entries[file_name] for name, file_name in file_names.items()},
+        dtype,
+        device,
+        cut,
+        rows,
     )
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
     if model.geometry.tied:
@@ -179,10 +194,17 @@ def load_decoder(
             )
         # load_state_dict(strict) wants both names
         state[head] = state[embed]
+    if shards is not None:
+        shards.agree(f"reading {directory.name}")
+        empty = model.state_dict()
+        state = {name: shards.parameter(empty[name], share) for name, share in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     if model.geometry.tied:
         model.tie()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if shards is not None:
+        remember_base_digest(model, shards.values_at)
+    return model
 
 
 def match_tensor_names(
@@ -253,9 +275,11 @@ def read_tensors(
     dtype: torch.dtype,
     device: torch.device,
     cut: Mapping[str, tuple[int, DimensionSlice]] = MappingProxyType({}),
+    rows: Mapping[str, slice] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """The tensors, in ``dtype`` on ``device``, file by file; of those in ``cut`` nothing but a part
-    along a dimension is read. Raises ModelError where a value is not finite.
+    along a dimension is read, of those in ``rows`` these alone (of dimension 0). Raises ModelError
+    where a value is not finite.
     """
     by_file: dict[Path, list[str]] = {}
     for name, entry in wanted.items():
@@ -265,14 +289,18 @@ def read_tensors(
         # one open a shard: its header is parsed once
         with safe_open(file, framework="pt", device=str(device)) as f:
             for name in names:
+                there = wanted[name].name
                 if name in cut:
-                    stored = _read_part(f.get_slice(wanted[name].name), *cut[name])
+                    stored = _read_part(f.get_slice(there), *cut[name])
+                    stored = stored[rows[name]] if name in rows else stored
+                elif name in rows:
+                    stored = f.get_slice(there)[rows[name]]
                 else:
-                    stored = f.get_tensor(wanted[name].name)
-                    # a view of the file's memory would keep all of it that was read
-                    stored = stored.clone() if cut else stored
-                # one tensor at a time: file and model never exist twice
-                state[name] = stored.to(dtype)
+                    stored = f.get_tensor(there)
+                # one tensor at a time: file and model never exist twice; a copy where others have
+                # the rest, since a view of the file's memory would keep all of it that was read
+                own = name in rows or (bool(cut) and name not in cut)
+                state[name] = stored.to(dtype, copy=own)
                 if not is_finite(state[name]):
                     raise ModelError(
                         f"{file}: {wanted[name].name} {_explain_not_finite(stored, dtype)}"

@@ -88,7 +88,8 @@ def _prompt_states(
             ids = prompt
         if not ids:
             raise ConfigError(f"the prompt {prompt!r} has no tokens")
-        embedded = model.embed.weight[torch.tensor(ids, device=model.device)].float()
+        with model.layer_weights.forward_pass():
+            embedded = model.embed.weight[torch.tensor(ids, device=model.device)].float()
         if mode == "cheap_embed":
             states.append(embedded.sum(dim=0).expand(model.geometry.layers, -1))
             continue

@@ -102,7 +102,9 @@ def build_distill(inputs: TaskInputs) -> BuiltTask:
     digest = place.digest(run.distill, dtype)
     models: dict[str, ScoringBackend] = {}
     if run.distill.cache is None:
-        scorer = models["teacher"] = open_teacher(place, run.distill, inputs.opened, notes.append)
+        scorer = models["teacher"] = open_teacher(
+            place, run.distill, inputs.opened, notes.append, inputs.open_model
+        )
         reader, columns = (
             _teacher_reader(prepared, scorer),
             _teacher_columns(run.distill, inputs.opened),
@@ -200,7 +202,7 @@ def _open_cached_teacher(
     folder = cache.teacher_cache_folder(Path(config.cache), facts)
     # the name has the digests of data and teacher in it: there, it is the same answers
     if not folder.exists():
-        scorer = open_teacher(place, config, inputs.opened, add_note)
+        scorer = open_teacher(place, config, inputs.opened, add_note, inputs.open_model)
         # at temperature 1: what is stored serves any temperature
         head = scorer.head(1.0, columns)
         cache.write_teacher_cache(

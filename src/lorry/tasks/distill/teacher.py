@@ -140,6 +140,8 @@ class TeacherScorer(ModelScorer):
         """What turns its final hidden states [t,d] into logits [t,V] / temperature, of the first
         ``columns`` tokens only.
         """
+        # it is asked in the middle of the student's passes, where none of the teacher's begins
+        self.model.layer_weights.keep_rest()
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
@@ -156,10 +158,14 @@ class TeacherScorer(ModelScorer):
 
 
 def open_teacher(
-    place: TeacherLocation, config: DistillConfig, opened: OpenedModel, add_note: NoteCallback
+    place: TeacherLocation,
+    config: DistillConfig,
+    opened: OpenedModel,
+    add_note: NoteCallback,
+    open_other: Callable[[ModelConfig, NoteCallback], OpenedModel] = open_model,
 ) -> TeacherScorer:
     """The teacher ready to score: another adapter (or none) on the student's own base, or a model
-    of its own.
+    of its own, which ``open_other`` opens.
 
     Raises ConfigError, ModelError.
     """
@@ -187,7 +193,7 @@ def open_teacher(
             Mix.none(),
         )
     adapter = None if place.adapter is None else str(place.adapter)
-    opened_teacher = open_model(
+    opened_teacher = open_other(
         ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), add_note
     )
     return TeacherScorer(

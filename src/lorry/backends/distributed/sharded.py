@@ -1,0 +1,232 @@
+"""A model's weights cut over ranks by FSDP2: one group for each layer, one for all the rest
+(embedding, final norm, head), and who holds what when.
+
+A layer's weights are gathered before it runs, forward or backward, and let go behind it. No hook of
+FSDP's decides that: a pass walks through the layers in one order on every rank, fetches the next one
+while a layer computes, and skips what it does not compute with. So the collectives of a pass are the
+same on every rank, whatever its rows need: adapters of another depth, no adapter, an early stop, an
+error in the middle. Which pass comes next the ranks agree on first (`passes.py`).
+
+The base is frozen: there is nothing to reduce but the adapters' own buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lorry.backends.distributed.passes import PassKind, PassSchedule
+from lorry.errors import ContractError
+from lorry.models.layer_weights import WHOLE_WEIGHTS
+
+SHARD = "shard"  # the axis of the device mesh along which weights are cut
+# integers as wide as a value, whose sum with zeros keeps every bit
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Holder(nn.Module):
+    """Holds what becomes one group of FSDP2's. Nobody calls it, so FSDP2's own hooks never fire, which
+    would gather what other ranks do not."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+
+def _group(
+    held: nn.Module, mesh: DeviceMesh, others: Collection[nn.Parameter] = frozenset()
+) -> FSDPModule:
+    """A module's parameters but those of ``others``, as one group."""
+    return fully_shard(_Holder(held), mesh=mesh, ignored_params=set(others))
+
+
+class ShardedWeights:
+    """The weights of ``model``, whose layers are ``layers`` in the order they run, cut over the ranks
+    of ``mesh`` (shard, or replica x shard).
+
+    ``explained``: what torch raises inside becomes a PeerError;
+    ``reshard_after_forward``: whether layers are let go behind their forward pass, and fetched again
+    for the backward.
+    """
+
+    sharded = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        schedule: PassSchedule,
+        explained: Callable[[str], AbstractContextManager[None]],
+        *,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        self.mesh, self.schedule, self.explained = mesh, schedule, explained
+        self.reshard_after_forward = reshard_after_forward
+        self.layers = [_group(layer, mesh) for layer in layers]
+        self.rest = _group(model, mesh, {p for layer in layers for p in layer.parameters()})
+        self.number = schedule.join(self)
+        self.lowest_trained = 0  # the lowest layer that a backward pass has to reach
+        self._order: range | None = None  # of the pass being walked
+        self._kind: PassKind = "forward"
+        self._place = -1  # in that order, of the layer that is whole
+        self._next: UnshardHandle | None = None  # of the layer behind it
+        self._keeps_rest = False
+
+    # --- passes
+
+    def forward_pass(self) -> AbstractContextManager[None]:
+        """See `LayerWeights.forward_pass`; all ranks walk it."""
+        return self._begin("forward")
+
+    def backward_pass(self) -> AbstractContextManager[None]:
+        """See `LayerWeights.backward_pass`; all ranks walk it."""
+        return self._begin("backward")
+
+    @contextmanager
+    def _begin(self, kind: PassKind) -> Iterator[None]:
+        self.schedule.begin(self.number, kind)
+        with self._walk(kind):
+            yield
+
+    def walk_along(self, kind: PassKind) -> None:
+        """Take part in a pass of other ranks: everything is gathered, nothing computed."""
+        with self._walk(kind):
+            pass
+
+    @contextmanager
+    def _walk(self, kind: PassKind) -> Iterator[None]:
+        if self._order is not None:
+            raise ContractError("a pass through sharded weights began inside another one")
+        try:
+            self._enter(kind)
+            try:
+                yield
+            finally:
+                self._walk_to_the_end()
+        finally:
+            self._order = self._next = None
+
+    def _enter(self, kind: PassKind) -> None:
+        forward, count = kind == "forward", len(self.layers)
+        self._order = range(count) if forward else range(count - 1, self.lowest_trained - 1, -1)
+        self._kind, self._place = kind, -1
+        with self.explained("weights of a pass"):
+            self.rest.unshard()
+        self._fetch(0)
+
+    def _walk_to_the_end(self) -> None:
+        """Also behind an early stop or an error: other ranks are walking the same pass."""
+        while self._order is not None and self._place < len(self._order):
+            self._advance()
+
+    def reach(self, layer: int) -> None:
+        """See `LayerWeights.reach`. Raises ContractError outside a pass, or against its order."""
+        if self._order is None or layer not in self._order:
+            raise ContractError(
+                f"layer {layer} of a model whose weights are cut over ranks runs outside a pass; "
+                "let the backend make the step"
+            )
+        place = self._order.index(layer)
+        if place < self._place:
+            if self._kind == "forward":
+                raise ContractError(
+                    f"layer {layer} does not come next in a pass through the layers"
+                )
+            # several forward passes in one graph (frames of a model of transformers): down once more
+            self._walk_to_the_end()
+            self._order = None  # others may have a pass of their own first
+            self.schedule.begin(self.number, "backward")
+            self._enter("backward")
+        while self._place < place:
+            self._advance()
+
+    def _advance(self) -> None:
+        """One layer on: let the last one go, have the next one whole, fetch the one behind it."""
+        assert self._order is not None
+        if self._place >= 0 and (self.reshard_after_forward or self._kind == "backward"):
+            self.layers[self._order[self._place]].reshard()
+        self._place += 1
+        if self._next is not None:
+            with self.explained(f"weights of layer {self._order[self._place]}"):
+                self._next.wait()
+        self._fetch(self._place + 1)
+
+    def _fetch(self, place: int) -> None:
+        assert self._order is not None
+        self._next = None
+        if place < len(self._order):
+            with self.explained(f"weights of layer {self._order[place]}"):
+                self._next = self.layers[self._order[place]].unshard(async_op=True)
+
+    def release(self) -> None:
+        """Hold this rank's share alone: to be called where no graph is left."""
+        for group in self.layers if self._keeps_rest else (*self.layers, self.rest):
+            group.reshard()
+
+    def keep_rest(self) -> None:
+        """See `LayerWeights.keep_rest`."""
+        self.agree("a model's head")
+        self._keeps_rest = True
+        with self.explained("a model's head"):
+            self.rest.unshard()
+
+    # --- this rank's share
+
+    def agree(self, what: str) -> None:
+        """See `WeightShards.agree`."""
+        self.schedule.exchange(what, None)
+
+    def local_rows(self, weight: Tensor) -> slice:
+        """See `WeightShards.local_rows`: FSDP2 cuts as `torch.chunk` does."""
+        rows, ranks = weight.shape[0], self.mesh.size(self.mesh.ndim - 1)
+        share = -(-rows // ranks)
+        start = min(share * self.mesh.get_local_rank(SHARD), rows)
+        return slice(start, min(start + share, rows))
+
+    def parameter(self, weight: Tensor, share: Tensor) -> nn.Parameter:
+        """See `WeightShards.parameter`."""
+        assert isinstance(weight, DTensor)
+        if weight.to_local().shape != share.shape:
+            raise AssertionError(
+                f"FSDP2 gives this rank {tuple(weight.to_local().shape)} of {tuple(weight.shape)}, "
+                f"and {tuple(share.shape)} were read"
+            )
+        whole = DTensor.from_local(
+            share,
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
+        return nn.Parameter(whole, requires_grad=False)
+
+    def values_from(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """See `LayerWeights.values_from`."""
+        if not isinstance(weight, DTensor):  # an adapter's, or one that a pass has gathered
+            # a copy: memory that numpy has seen cannot be let go any more
+            return WHOLE_WEIGHTS.values_from(weight, start, stop).clone()
+        return self.values_at(weight, torch.arange(start, stop))
+
+    @torch.no_grad()
+    def values_at(self, weight: Tensor, positions: Tensor) -> Tensor:
+        """See `WeightShards.values_at`: one sum of bits over the shards."""
+        if not isinstance(weight, DTensor):  # one that a pass has gathered, on every rank
+            return weight.detach().reshape(-1)[positions.to(weight.device)]
+        rows, local = self.local_rows(weight), weight.to_local().reshape(-1)
+        width = weight[0].numel() if weight.dim() > 1 else 1
+        at = positions.to(local.device) - rows.start * width
+        mine = (at >= 0) & (at < local.numel())
+        values = local.new_zeros(len(at))
+        values[mine] = local[at[mine]]
+        bits = values.view(BITS[values.element_size()]).to(torch.int64)
+        with self.explained("values of the base"):
+            torch.distributed.all_reduce(bits, group=self.mesh.get_group(SHARD))
+        return bits.to(BITS[values.element_size()]).view(values.dtype)
