@@ -57,6 +57,27 @@ def test_gradients_gather_in_the_flat_buffer(tiny: Any, ids: Tensor, shake: Any)
     assert slot.A.grad.data_ptr() == adapter.split_like(adapter.grads)[f"{Q0}.lora_A"].data_ptr()
 
 
+def test_a_frozen_adapter_never_has_memory_for_gradients(
+    tiny: Any, ids: Tensor, logits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32. Not for a moment either (the buffer of one that trains is made by zeros_like); its
+    values are those of the same seed."""
+    model, other = tiny("llama"), tiny("llama")
+    spec = LoraSpec(r=2, target_modules=("q_proj", "down_proj"), init_lora_weights=False)
+    trained = attach(other, spec, seed=3)
+
+    def refuse(*args: Any) -> Tensor:
+        raise AssertionError("memory for gradients")
+
+    monkeypatch.setattr(torch, "zeros_like", refuse)
+    adapter = attach(model, spec, seed=3, trainable=False)
+    monkeypatch.undo()
+    assert not adapter.grads.numel()
+    assert not adapter.wanting_gradients()
+    assert torch.equal(adapter.values, trained.values)
+    torch.testing.assert_close(logits(model, ids), logits(other, ids), rtol=0, atol=0)
+
+
 def test_writing_the_buffer_reaches_the_layers(tiny: Any, ids: Tensor, logits: Any) -> None:
     model = tiny("llama").bfloat16()
     adapter = attach(model, LoraSpec(r=2, target_modules=("q_proj",)))

@@ -55,9 +55,11 @@ def attach(
     *,
     seed: int = 0,
     modules: Iterable[str] | None = None,
+    trainable: bool = True,
 ) -> Adapter:
     """Give the model one more adapter and freeze everything else. ``modules`` (full paths)
-    overrides the spec's targets.
+    overrides the spec's targets; ``trainable=False``: it is frozen too, and never has memory for
+    gradients.
 
     A plain ``model(x)`` then uses it (g = 1). Raises ConfigError if a target matches nothing
     (naming what exists), if the name is taken, if the model is merged, or if something that shards
@@ -79,7 +81,7 @@ def attach(
     bank.refuse_name(name)
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
-    return bank.add(name, spec, targets, seed=seed)
+    return bank.add(name, spec, targets, seed=seed, trainable=trainable)
 
 
 def find_wrapper(model: nn.Module, names: Collection[str]) -> str | None:

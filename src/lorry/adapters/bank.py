@@ -319,9 +319,16 @@ class AdapterBank:
             )
 
     def add(
-        self, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer], *, seed: int
+        self,
+        name: str,
+        spec: LoraSpec,
+        targets: Mapping[str, AdaptableLayer],
+        *,
+        seed: int,
+        trainable: bool = True,
     ) -> Adapter:
-        """Create an adapter at the given modules. A's values depend on (seed, module path) alone.
+        """Create an adapter at the given modules, frozen unless it is ``trainable``. A's values depend
+        on (seed, module path) alone.
 
         Raises ConfigError if the name is taken.
         """
@@ -337,7 +344,8 @@ class AdapterBank:
         # before torch.zeros, which succeeds on Linux whatever is free
         refuse_too_large(name, max(ranks.values()), sum(sizes), device)
         values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        adapter = Adapter(name, spec, values, torch.zeros_like(values), sum(sizes[: len(targets)]))
+        grads = torch.zeros_like(values) if trainable else values.new_empty(0)
+        adapter = Adapter(name, spec, values, grads, sum(sizes[: len(targets)]))
         # Parameters over views of `values`: a step on the flat buffer is a step on each of them
         params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
         for (path, module), a, b in zip(
@@ -349,7 +357,10 @@ class AdapterBank:
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module
             init_adapter(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
-        adapter.bind_grads()
+        if trainable:
+            adapter.bind_grads()
+        else:
+            adapter.freeze()
         self.adapters[name] = adapter
         # a plain model(x) then applies all attached adapters, as their sum
         terms = (*self.active.terms, *Mix.one(name).terms)

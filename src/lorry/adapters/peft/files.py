@@ -282,14 +282,14 @@ def load_adapter(
         values = read_lora_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
     if start is not None and get_bank(model, create=True).start is None:
         load_start(model, start[0], other_base=other_base)
-    adapter = attach(model, spec, name, modules=[p for p in layers if p in parts])
+    where_it_sits = [p for p in layers if p in parts]
+    adapter = attach(model, spec, name, modules=where_it_sits, trainable=trainable)
     with torch.no_grad():
         for key, view in adapter.tensors().items():
-            view.copy_(adapter.own_part(key, values[key]))
+            # popped: what was read is as large as the adapter
+            view.copy_(adapter.own_part(key, values.pop(key)))
     # copies were written under the masters, which no compute copy can know
     adapter.touch()
-    if not trainable:
-        adapter.freeze()
     return adapter
 
 
