@@ -249,6 +249,9 @@ LAYOUTS = {
     "lorry-ddp": Layout(
         lambda: lorry("ddp"), "Lorry, ddp", 2, True, alone="lorry", plan=("ddp", 1)
     ),
+    "lorry-fsdp": Layout(
+        lambda: lorry("fsdp"), "Lorry, fsdp", 2, True, shards=2, alone="lorry", plan=("fsdp", 1)
+    ),
     "lorry-tp": Layout(
         lambda: lorry("ddp", 3),
         "Lorry, tensor_parallel=3",
@@ -257,9 +260,6 @@ LAYOUTS = {
         shards=3,
         alone="lorry",
         plan=("ddp", 3),
-    ),
-    "lorry-fsdp": Layout(
-        lambda: lorry("fsdp"), "Lorry, fsdp", 2, True, shards=2, alone="lorry", plan=("fsdp", 1)
     ),
     "accelerate": Layout(lambda: accelerate("ddp"), "accelerate + PEFT, one process", 1, False),
     "accelerate-ddp": Layout(

@@ -95,6 +95,7 @@ def layouts(model: str, gpus: int) -> Iterator[Layout | str]:
     words += [f"backend=fsdp replicas={gpus // shards}" for shards in SHARDS if shards < gpus]
     words += [f"backend=ddp tensor_parallel={MACHINE}"]
     words += [f"backend=fsdp tensor_parallel={MACHINE}"] * (gpus > MACHINE)
+    words.append(f"{words[-1]} sequence_parallel=true")
     for each in words:
         try:
             yield Layout(each, plan_of(model, gpus, each))

@@ -134,7 +134,7 @@ def test_what_two_processes_send_is_what_was_planned(
     # two processes, where the benchmark's model divides by three alone
     two = replace(LAYOUTS["lorry-tp"], processes=2, shards=2, plan=("ddp", 2))
     monkeypatch.setitem(LAYOUTS, "lorry-tp", two)
-    engines = ["lorry-ddp", "lorry-tp"]
+    engines = ["lorry-ddp", "lorry-fsdp", "lorry-tp"]
     case = Case(length=32, rank=32, alpha=64, rows_per_step=8, warmup=1, steps=2)
     write_case(tmp_path, LlamaConfig(**WIRE_CASE), case)
     told = run_ranks(engines, tmp_path)

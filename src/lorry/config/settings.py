@@ -80,15 +80,6 @@ class PlanBackend(TrainBackendConfig):
     )
     processes: PositiveInt = config_field(1, "processes in all, a GPU each")
     tensor_parallel: PositiveInt = config_field(1, "processes that share every matrix")
-    replicas: PositiveInt = config_field(
-        1, "copies of the base, each sharded over its part of the processes (fsdp: HSDP)"
-    )
-    sequence_parallel: bool = config_field(
-        False, "tensor-parallel processes also divide what a layer keeps of its tokens"
-    )
-    reshard_after_forward: bool = config_field(
-        True, "let a layer's weights go after its forward pass and gather them again (fsdp)"
-    )
     offload: Literal["cpu"] | None = config_field(
         None, "where the shards of the base lie while they are not needed (fsdp)"
     )

@@ -8,6 +8,7 @@ import pytest
 
 from lorry.config.schema import LoraConfig
 from lorry.plan.adapters import plan_adapter
+from lorry.plan.constants import GATHER_HOLES
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import (
     MASTER_BYTES,
@@ -111,6 +112,17 @@ def test_what_stays_gathered_between_passes() -> None:
     )
     base = part(whole, "base weights") + part(whole, "vocabulary")
     assert part(kept, "gathered") == base
+
+
+def test_gathered_layers_leave_holes_in_the_heap_of_a_cpu() -> None:
+    ddp, fsdp, kept = (
+        per_gpu("llama-3-8b", "ddp", 8, device="cpu"),
+        per_gpu("llama-3-8b", "fsdp", 8, device="cpu"),
+        per_gpu("llama-3-8b", "fsdp", 8, device="cpu", reshard_after_forward=False),
+    )
+    layers = part(ddp, "base weights") - 2 * 4096  # without the final norm
+    assert part(fsdp, "allocator") - part(ddp, "allocator") == GATHER_HOLES["cpu"] * layers
+    assert part(kept, "allocator") == part(ddp, "allocator")
 
 
 def test_offloaded_shards_are_in_the_memory_of_the_cpu() -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from lorry.config.parsing.sizes import size_in_words
 from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter, is_embedding
-from lorry.plan.constants import COMMUNICATION_BYTES, GATHERED_LAYERS
+from lorry.plan.constants import COMMUNICATION_BYTES, GATHER_HOLES, GATHERED_LAYERS
 from lorry.plan.memory import (
     MARGIN,
     MOMENT_BYTES,
@@ -101,7 +101,11 @@ def _shard_base(
     """
     share = sharded_base_bytes(local, setup, split.shards)
     layers = local.geometry.layers if not split.reshard_after_forward else GATHERED_LAYERS
-    gathered = int(layers * layer_weights(local, setup.precision)) + root_bytes(local, setup)
+    layer = layer_weights(local, setup.precision)
+    gathered = int(layers * layer) + root_bytes(local, setup)
+    # what stays gathered leaves no holes
+    passing = local.geometry.layers if split.reshard_after_forward else 0
+    holes = int(GATHER_HOLES[setup.device] * passing * layer)
     words = f"1/{split.shards} of the base in {setup.precision}"
     # on the CPU the shard lies in its memory anyway
     offloaded = split.offload and setup.device == "cuda"
@@ -114,6 +118,7 @@ def _shard_base(
             gathered,
             f"{'all' if not split.reshard_after_forward else layers} whole layers, embedding and head",
         ),
+        "allocator": replace(components["allocator"], bytes=components["allocator"].bytes + holes),
     }
     return {replaced.get(name, c).name: replaced.get(name, c) for name, c in components.items()}
 
