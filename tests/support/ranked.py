@@ -22,15 +22,25 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lorry import cli
+from lorry import cli, config
 from lorry.backends.distributed.communicator import TorchCommunicator
 from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.backends.local import LocalBackend
 from lorry.disk.durable import DiskCalls, DiskError
+from lorry.errors import ConfigError
 from lorry.train import engine, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK, FAULT = "=== ", "FAULT="
+
+
+def unreadable_words(patch: pytest.MonkeyPatch) -> None:
+    """It cannot read its settings, as where a CONFIG.yaml is missing on one machine."""
+
+    def parse_settings(*given: Any) -> Any:
+        raise ConfigError("run.yaml: no such file")
+
+    patch.setattr(config, "parse_settings", parse_settings)
 
 
 def another_version(patch: pytest.MonkeyPatch) -> None:
@@ -136,6 +146,7 @@ KILLED_AT: dict[str, tuple[Any, str]] = {
 }
 # {name: (the rank that has it, what is patched there)}
 FAULTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
+    "unreadable words": (1, unreadable_words),
     "another version": (1, another_version),
     "another machine": (1, another_machine),
     "other rows": (1, other_rows),

@@ -141,6 +141,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
     return run_ranked(
         folder,
         {
+            # first of all: the processes do not know each other yet
+            "unreadable words": words("unreadable words"),
             "few rows": words("few rows", "per_device_train_batch_size=1", fault=False),
             "push": words("push", "push_to_hub=me/people", fault=False),
             **{
@@ -167,6 +169,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("unreadable words", ["error: rank 1: run.yaml: no such file"]),
         ("few rows", ["a step of 1 x 1 rows", "too few for 2 processes"]),
         ("push", ["hf auth login"]),
         ("another version", ["rank 1 has another torch than rank 0 (9.9"]),

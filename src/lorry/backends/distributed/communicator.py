@@ -449,7 +449,8 @@ class Pulse:
     def end(self) -> None:
         """No more signs: this process ends."""
         self._ended.set()
-        self._thread.join()
+        # not for ever: a store that cannot be reached keeps the thread
+        self._thread.join(PULSE_SECONDS)
 
 
 def is_shared(error: BaseException) -> bool:
