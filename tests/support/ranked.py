@@ -21,14 +21,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from lorry import cli, config
+from lorry.adapters.attach import get_bank
 from lorry.backends.distributed.communicator import TorchCommunicator
 from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.backends.local import LocalBackend
 from lorry.disk.durable import DiskCalls, DiskError
 from lorry.errors import ConfigError
+from lorry.models.loading import open as loading
 from lorry.train import engine, processes
+from lorry.verbs import eval as eval_verb
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK, FAULT = "=== ", "FAULT="
@@ -83,6 +87,30 @@ def asked_to_save(patch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     patch.setattr(engine.TrainingEngine, "_one_step", one_step)
+
+
+def fewer_rows_to_ask(patch: pytest.MonkeyPatch) -> None:
+    """Its copy of the file that is asked has two rows."""
+    real = eval_verb.open_eval_source
+    patch.setattr(
+        eval_verb,
+        "open_eval_source",
+        lambda settings: real(settings.model_copy(update={"limit": 2})),
+    )
+
+
+def another_adapter(patch: pytest.MonkeyPatch) -> None:
+    """Its copy of the adapter has another value."""
+    real = loading.open_model
+
+    def opened(*given: Any, **named: Any) -> Any:
+        found = real(*given, **named)
+        adapter = next(iter(get_bank(found.model).adapters.values()))
+        with torch.no_grad():
+            next(iter(adapter.tensors().values())).view(-1)[0] += 1e-3
+        return found
+
+    patch.setattr(loading, "open_model", opened)
 
 
 def growing_losses(patch: pytest.MonkeyPatch) -> None:
@@ -153,6 +181,8 @@ FAULTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
     "other base": (1, other_base),
     "no shared directory": (1, no_shared_directory),
     "asked to save": (1, asked_to_save),
+    "fewer rows to ask": (1, fewer_rows_to_ask),
+    "another adapter": (1, another_adapter),
     "growing losses": (1, growing_losses),
     "no report": (0, no_report),
 }

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.ranked import Ended, run_ranked
+from tests.support.ranked import FAULT, Ended, run_ranked
 from tests.support.tofuworld import read_json, write_tofu
 from tests.support.verbworld import PEOPLE, World, lorry, write_rows
 from tests.verbs.test_attack_verb import learnt_rows
@@ -94,6 +94,8 @@ def pair(world: World, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     # what is there is not measured, or trained, again
     made |= {"suite again": made["suite"], "moe again": made["moe"]}
     made["nothing"] = ["eval", world.run, "data=/nowhere.jsonl", "backend=ddp"]
+    for fault in ("fewer rows to ask", "another adapter"):
+        made[fault] = [f"{FAULT}{fault}", *made["file"]]
     made["doctor"] = ["doctor"]
     return run_ranked(folder, made), folder
 
@@ -255,6 +257,8 @@ def test_how_many_made_a_run_is_written_down(
         ("nothing", 3, "/nowhere.jsonl"),
         ("wrong word", 2, "unknown setting 'dat'"),
         ("fsdp quantize", 2, "attacks change base weights"),
+        ("fewer rows to ask", 2, "rank 1 has another set of rows to ask than rank 0"),
+        ("another adapter", 2, "rank 1 has another adapter than rank 0"),
     ],
 )
 def test_an_error_of_all_is_told_once(

@@ -17,11 +17,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from lorry.adapters.attach import get_bank
+from lorry.adapters.peft.files import base_digest
 from lorry.backends.distributed.communicator import Communicator, join_processes
 from lorry.config import RunConfig, runs_by_adapter
 from lorry.config.schema import ModelConfig, SharedBackendConfig
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
+from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.sources import resolve_model
 from lorry.notes import NoteCallback, ignore_note
 from lorry.plan.machine import available_cores
@@ -189,6 +192,25 @@ def refuse_other_files(run: RunConfig, communicator: Communicator) -> None:
     files[f"base ({run.model.name})"] = sampled_digest(place.directory)
     frames = communicator.exchange("files", files)
     _refuse_difference(frames, "copy the same files to every machine, or name a shared place")
+
+
+def refuse_other_questions(communicator: Communicator, model: CausalLM, asked: str) -> None:
+    """Raise ConfigError where ranks would ask another model, or other questions. ``asked``: digest of
+    theirs."""
+    if communicator.size == 1:
+        return
+    own = hashlib.sha256()
+    for name, adapter in sorted(get_bank(model, create=True).adapters.items()):
+        for tensor, values in sorted(adapter.tensors().items()):
+            own.update(f"{name} {tensor} {tuple(values.shape)}\n".encode())
+            own.update(values.detach().float().cpu().numpy().tobytes())
+    facts = {"set of rows to ask": asked, "base": base_digest(model), "adapter": own.hexdigest()}
+    frames, width = communicator.exchange("questions", facts), communicator.mesh.tensor_size
+    # tensor ranks have other parts of an adapter each: compared with those of the first data rank
+    for number in range(width):
+        _refuse_difference(
+            frames[number::width], "copy the same files to every machine, or name a shared place"
+        )
 
 
 def sampled_digest(folder: Path) -> str:

@@ -195,6 +195,7 @@ def attack_relearn(
     from lorry.adapters.mix import Mix
     from lorry.evaluate.unlearning import attacks
     from lorry.evaluate.unlearning.scores import SuiteModel
+    from lorry.train.processes import refuse_other_questions
 
     wanted = attacks.RelearnSettings(
         settings.relearn_steps,
@@ -215,6 +216,7 @@ def attack_relearn(
     for side, model in sides_of(settings).items():
         # its adapter is a part of the frozen base: a new one is trained over it
         opened = open_with_adapters(model, as_start=True)
+        refuse_other_questions(communicator, opened.model, whole.digest)
         encoder = encoder_of(opened)
         if side == RUN_SIDE:
             digest = SuiteModel(opened.model, encoder, {}, Mix.none()).digest()
@@ -253,11 +255,13 @@ def attack_quantize(
     from lorry.adapters.mix import Mix
     from lorry.evaluate.unlearning import attacks
     from lorry.evaluate.unlearning.scores import SuiteModel
+    from lorry.train.processes import refuse_other_questions
 
     whole = attacks.knowledge_set(name, rows)
     values, digest = {}, ""
     for side, model in sides_of(settings).items():
         opened = open_with_adapters(model)
+        refuse_other_questions(communicator, opened.model, whole.digest)
         encoder, adapter = encoder_of(opened), only_adapter(opened, model)
         mix = Mix.none() if adapter is None else Mix.one(adapter)
         if side == RUN_SIDE:
@@ -292,11 +296,13 @@ def attack_rephrase(
     from lorry.adapters.mix import Mix
     from lorry.evaluate.unlearning import attacks
     from lorry.evaluate.unlearning.scores import SuiteModel
+    from lorry.train.processes import refuse_other_questions
 
     whole, sets = attacks.knowledge_set(name, rows), attacks.rephrased_sets(name, rows)
     values, digest = {}, ""
     for side, model in sides_of(settings).items():
         opened = open_with_adapters(model)
+        refuse_other_questions(communicator, opened.model, whole.digest)
         encoder, adapter = encoder_of(opened), only_adapter(opened, model)
         mixes = {side: Mix.none() if adapter is None else Mix.one(adapter)}
         if side == RUN_SIDE and adapter is not None:

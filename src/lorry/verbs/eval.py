@@ -67,6 +67,8 @@ def main(settings: EvalSettings) -> int:
 
 def evaluate_file(settings: EvalSettings, communicator: Communicator) -> None:
     """The rows of a file."""
+    from lorry.train.processes import refuse_other_questions
+
     # before the model, which takes longer: a wrong path is told at once
     source = open_eval_source(settings)
     opened = open_on_ranks(settings, communicator)
@@ -74,6 +76,7 @@ def evaluate_file(settings: EvalSettings, communicator: Communicator) -> None:
     rows = encode_eval_rows(settings, opened, source)
     for line in rows.tokens.report.lines():
         print_note(line)
+    refuse_other_questions(communicator, opened.model, rows.tokens.digest)
     sides = evaluate_sides(settings, opened, rows, communicator)
     if communicator.rank:  # rank 0 shows and writes
         return
@@ -118,10 +121,14 @@ def refuse_foreign_results(settings: EvalSettings) -> None:
 
 def evaluate_named_sets(settings: EvalSettings, communicator: Communicator) -> None:
     """The same on named sets."""
+    from lorry.train.processes import refuse_other_questions
+
     loaded = benchmarks.load_benchmarks(settings)
     opened = open_on_ranks(settings, communicator)
     note_other_dtype(opened)
     warn_trained_rows(settings, opened, loaded)
+    asked = " ".join(benchmark.digest for benchmark in loaded)
+    refuse_other_questions(communicator, opened.model, asked)
     results = benchmarks.evaluate_benchmarks(
         settings, opened, loaded, evaluation_mixes(opened, settings.weight), communicator
     )

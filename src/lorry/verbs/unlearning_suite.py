@@ -39,6 +39,7 @@ def evaluate_suite(settings: EvalSettings, communicator: Communicator) -> None:
     from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
     from lorry.evaluate.unlearning.results import eval_file, refuse_foreign_suite
     from lorry.evaluate.unlearning.suites import SUITES as BY_NAME
+    from lorry.train.processes import refuse_other_questions
 
     assert settings.suite.name is not None
     # whose the files there are, before rows are read and a model is loaded
@@ -61,6 +62,7 @@ def evaluate_suite(settings: EvalSettings, communicator: Communicator) -> None:
     for place in places:
         refuse_foreign_suite(place, title)
     communicator.exchange("the places of the sides")
+    refuse_other_questions(communicator, opened.model, evaluation.digest)
     for (name, mix), place in zip(sides.items(), places, strict=True):
         records = measure_side(settings, evaluation, opened, mix, place, communicator)
         share = (

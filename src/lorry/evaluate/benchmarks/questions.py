@@ -7,6 +7,7 @@ benchmark.questions[0].conversation()      # as it is asked
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -56,6 +57,12 @@ class Benchmark:
     def references(self) -> list[list[str]]:
         """Every right answer of each question."""
         return [list(question.item.references) for question in self.questions]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is asked, wherever it was read."""
+        asked = [(question.item, question.shots) for question in self.questions]
+        return hashlib.sha256(repr(asked).encode()).hexdigest()
 
     @property
     def concepts(self) -> list[tuple[str, ...]]:
