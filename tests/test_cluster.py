@@ -94,6 +94,8 @@ def run(command: Sequence[str | Path], environment: dict[str, str]) -> None:
 
 
 def assert_same_adapter(got: Path, true: dict[str, Tensor]) -> None:
+    described = yaml.safe_load((got / "run.yaml").read_text())
+    assert described["backend"]["name"] == "fsdp"
     tensors = load_file(got / "adapter_model.safetensors")
     assert set(tensors) == set(true)
     moved = 0.0
@@ -154,7 +156,7 @@ def torchrun(words: Sequence[str], nodes: int | None, processes: int | None) -> 
     known = [str(ROOT / "examples" / "sft.yaml") if w.endswith("run.yaml") else w for w in settings]
     assert known != settings
     config = parse_settings(RunConfig, known, print)
-    assert config.backend.name != "single"
+    assert config.backend.name == "fsdp"
     assert str(config.output_dir).startswith("/shared/")
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--storage", help="Where Ray keeps its own records")
     parser.add_argument("words", nargs="+", help="What follows `lorry sft`")
     args = parser.parse_args()
-    words = ["backend=ddp", "resume_from_checkpoint=auto", *args.words]
+    words = ["backend=fsdp", "resume_from_checkpoint=auto", *args.words]
     trainer = TorchTrainer(
         work,
         train_loop_config={"words": words},

@@ -23,4 +23,4 @@ srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
     exec python -m lorry sft "$@"
-' lorry backend=ddp "$@"
+' lorry backend=fsdp "$@"
