@@ -12,11 +12,13 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -26,9 +28,9 @@ from lorry.backends.distributed.ddp import DataParallelBackend
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import GradientRule, Task
-from lorry.config.schema import ModelConfig
+from lorry.config.schema import ModelConfig, TrainBackendConfig
 from lorry.data.batch import TokenizedExample
-from lorry.errors import ContractError
+from lorry.errors import ConfigError, ContractError
 from lorry.models.loading.load import load_model
 from lorry.models.loading.open import open_model
 from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
@@ -36,7 +38,9 @@ from lorry.notes import ignore_note
 from lorry.tasks.unlearn.gradients import GradientRectified, SharpnessAware
 from lorry.train.checks import ContractChecks
 from lorry.train.finish import contract_targets
-from tests.support import tiny
+from lorry.train.session import open_base
+from lorry.verbs import attack, moe
+from tests.support import tiny, tinyrun
 from tests.support.layouts import (
     ALPHA,
     ONE,
@@ -50,7 +54,7 @@ from tests.support.layouts import (
     uneven,
 )
 from tests.support.seam import Fixed, Npo
-from tests.support.threads import ThreadCommunicator, ThreadRanks, on_mesh
+from tests.support.threads import Meeting, ThreadCommunicator, ThreadRanks, on_mesh
 from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 DATA = Path(os.environ.get("LORRY_DATA", "../shared/data"))
@@ -237,6 +241,35 @@ def test_a_checkpoint_is_that_of_one_process(root: Path) -> None:
     for name, value in whole.items():
         if value.is_floating_point():
             assert relative(state[name], value) < 1e-5, name
+
+
+# --- what cannot be shared
+
+
+def test_base_weights_do_not_train_on_ranks_that_share_them(tmp_path: Path) -> None:
+    """Told before the model is read."""
+    run = tinyrun.described(tmp_path / "nowhere", tmp_path / "rows", tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"lora=null with backend\.tensor_parallel=2"):
+        open_base(run.model_copy(update={"lora": None}), print, ThreadRanks(0, 2, Meeting(2)))
+
+
+@pytest.mark.parametrize("main", [attack.main, moe.main])
+def test_verbs_that_need_whole_weights_say_so(main: Any) -> None:
+    shared = SimpleNamespace(jobs=["one"], backend=SimpleNamespace(tensor_parallel=2))
+    with pytest.raises(ConfigError, match=r"backend\.tensor_parallel=2: .*leave it out"):
+        main(shared)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "ddp", "sequence_parallel": True}, "needs tensor_parallel above 1"),
+        ({"name": "single", "tensor_parallel": 2}, "tensor_parallel=2 needs backend=ddp"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TrainBackendConfig.model_validate(settings)
 
 
 # --- what goes wrong on one rank

@@ -19,6 +19,7 @@ from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import base_digest, load_adapter, save_adapter
 from lorry.adapters.router import RoutingRule, TokenRouter
+from lorry.adapters.routing.linear_router import ArrowRouter
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import GatherFromRanks, TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
@@ -269,6 +270,20 @@ def test_ranks_divide_what_layers_keep(name: str, recompute: bool) -> None:
         kept = 2 if recompute else 4
         assert rows_plain - rows_made == kept * (tokens - -(-tokens // 2))
         assert (none, gathers) == (0, kept)
+
+
+def test_a_router_of_single_linears_is_refused() -> None:
+    """Its rows would be compared with a part of what they read."""
+    inner = model_of("llama")
+
+    def work(ranks: ThreadRanks) -> None:
+        model = decoder_of(inner, ranks, torch.float32)
+        for seed, name in enumerate(("x", "y")):
+            attach(model, LoraSpec(r=R, target_modules="all-linear"), name, seed=seed)
+        step_of(model, Mix.layer_routed(ArrowRouter(get_bank(model), ("x", "y"))), drop=False)
+
+    with pytest.raises(ConfigError, match=r"router of single linears.*backend\.tensor_parallel"):
+        on_ranks(2, work)
 
 
 def test_a_sum_of_a_rank_is_made_four_times_a_layer() -> None:
