@@ -65,7 +65,7 @@ def taken(stream: StreamingTrainStream, first: int, last: int) -> list[Any]:
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     stops=st.lists(st.integers(0, 45), max_size=3),
     window=st.sampled_from([1, 3, 8, 100]),
