@@ -376,6 +376,17 @@ def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -
     assert abs(len(suggested.rpartition(".")[2]) - len(slip)) <= 3
 
 
+def test_a_slip_at_the_first_letter_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting.*l2_regularization"):
+        run("2_regularization=1")
+    file = tmp_path / "8=r.yaml"
+    file.write_text("lora: {r: 8}\n")
+    with contextlib.chdir(tmp_path):
+        described = run(file.name)
+    assert described.lora is not None
+    assert described.lora.r == 8
+
+
 @settings(max_examples=300)
 @given(
     st.sampled_from(

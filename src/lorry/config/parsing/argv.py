@@ -23,6 +23,8 @@ from lorry.errors import ConfigError
 # DOTALL: a value may have several lines, as a system message has
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
 SUFFIXES = (".yaml", ".yml", ".json")
+# a name whose first letter was left out (2_regularization=1); a file may be called so too
+SLIP = re.compile(r"(\d[\w.-]*)=(.*)(?<!\.yaml)(?<!\.yml)(?<!\.json)", re.DOTALL)
 SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0", "null"}
 
 
@@ -48,6 +50,10 @@ def read_argv(
             )
         elif word.startswith("-") and len(word) > 1:
             raise ConfigError(f"{word}: not an option; settings are key=value or --key value")
+        elif not _positional_name(schema) and (match := SLIP.fullmatch(word)):
+            # of a verb without words of its own it can be nothing else, and is told as any unknown
+            # setting is
+            settings_given.append(GivenSetting(match[1], match[2], word, typed=True))
         else:
             bare_words.append(word)
     files = [setting.value for setting in settings_given if setting.key == "config"]
