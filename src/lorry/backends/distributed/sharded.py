@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lorry.backends.distributed.communicator import PeerError
 from lorry.backends.distributed.passes import PassKind, PassSchedule
 from lorry.errors import ContractError
 from lorry.models.layer_weights import WHOLE_WEIGHTS
@@ -108,8 +109,12 @@ class ShardedWeights:
             self._enter(kind)
             try:
                 yield
-            finally:
+            except PeerError:
+                raise  # who is left would wait for each layer anew
+            except BaseException:
                 self._walk_to_the_end()
+                raise
+            self._walk_to_the_end()
         finally:
             self._order = self._next = None
 
@@ -153,9 +158,10 @@ class ShardedWeights:
         if self._place >= 0 and (self.reshard_after_forward or self._kind == "backward"):
             self.layers[self._order[self._place]].reshard()
         self._place += 1
-        if self._next is not None:
+        fetched, self._next = self._next, None
+        if fetched is not None:
             with self.explained(f"weights of layer {self._order[self._place]}"):
-                self._next.wait()
+                fetched.wait()
         self._fetch(self._place + 1)
 
     def _fetch(self, place: int) -> None:
