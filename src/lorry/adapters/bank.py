@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -196,6 +196,27 @@ class Adapter:
             name: view if cut is None else cut[1].join([part[name] for part in parts], cut[0])
             for name, view, cut in ((n, v, self._slice_of(n)) for n, v in own.items())
         }
+
+    def master_norms(self, gradients: Sequence[Tensor | None]) -> list[float]:
+        """L2 norm, in float64, of each master's gradient, both in the order of `masters`: as autograd
+        gives them to this process, 0 of None. All ranks that share the modules call this together."""
+        if self.ranks is None:
+            return [0.0 if g is None else float(g.double().norm()) for g in gradients]
+        masters = self.masters()
+        own = [
+            (torch.zeros_like(master) if g is None else g).double()
+            for master, g in zip(masters.values(), gradients, strict=True)
+        ]
+        is_sum = [self._slice_of(name) is None for name in masters]
+        if parts := [g for g, partial in zip(own, is_sum, strict=True) if partial]:
+            sums = self.ranks.add_up(torch.cat([part.flatten() for part in parts]))
+            for part, total in zip(parts, sums.split([p.numel() for p in parts]), strict=True):
+                part.copy_(total.view(part.shape))
+        squares = torch.stack([g.square().sum() for g in own])
+        if self.ranks.rank:  # a side that every rank has counts once
+            squares.masked_fill_(torch.tensor(is_sum, device=squares.device), 0)
+        norms: list[float] = self.ranks.add_up(squares).sqrt().tolist()
+        return norms
 
     def whole_masters(self) -> dict[str, Tensor]:
         """`tensors` as one device has them; all ranks that share the modules call this together."""

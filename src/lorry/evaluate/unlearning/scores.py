@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
+from lorry.adapters.bank import Adapter
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.peft.files import base_digest
+from lorry.adapters.tensor_parallel.slices import SIDES
 from lorry.adapters.trainable import base_parameter_set
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.registry import open_scorer
@@ -126,11 +128,13 @@ class SuiteModel:
             own = self.mix.sequence_router.state_mix.terms
             terms += [(bank[term.adapter], float(term.gate)) for term in own]
         for adapter, gate in terms:
+            whole = adapter.whole_masters()
             # by module, not by the settings that chose them: read back from PEFT's files, "auto" is a
             # list of names, and an adapter that trains is to be known again when it is finished
             for path, slot in sorted(adapter.slots.items()):
                 parts.append(f"{gate} {path} {slot.scale}")
-                for matrix in (slot.A, slot.B):
+                for side in SIDES:
+                    matrix = whole[f"{path}.lora_{side}"]
                     total.update(matrix.detach().cpu().contiguous().numpy().tobytes())
         router = self.mix.router or self.mix.sequence_router
         if router is not None:
@@ -200,7 +204,8 @@ class SuiteModel:
         ConfigError for a mix without an adapter, otherwise as `score`.
         """
         bank = get_bank(self.model)
-        masters = [m for term in self.mix.terms for m in bank[term.adapter].masters().values()]
+        adapters = [bank[term.adapter] for term in self.mix.terms]
+        masters = [master for adapter in adapters for master in adapter.masters().values()]
         if not masters:
             raise ConfigError(
                 "mia_gradnorm needs an adapter's gradients; evaluate a run with an "
@@ -211,13 +216,15 @@ class SuiteModel:
         for master in frozen:
             master.requires_grad_(True)
         try:
-            return self._norms_of(masters, role, field)
+            return self._norms_of(adapters, role, field)
         finally:
             for master in frozen:
                 master.requires_grad_(False)
 
-    def _norms_of(self, masters: Sequence[Tensor], role: str, field: str) -> list[list[float]]:
-        """`gradient_norms` of these masters, which want gradients."""
+    def _norms_of(self, adapters: Sequence[Adapter], role: str, field: str) -> list[list[float]]:
+        """`gradient_norms` at these adapters, whose masters want gradients."""
+        by_adapter = [list(adapter.masters().values()) for adapter in adapters]
+        masters = [master for own in by_adapter for master in own]
         closings, call = closing_sequences(self.encoder), AdapterContext(self.mix)
         rows, norms = self.sets[role].rows, dict[int, list[float]]()
         for number in self.scorer.deal(len(rows)):
@@ -233,7 +240,12 @@ class SuiteModel:
                 # not backward(): it would add to the flat buffer that an optimizer steps from
                 with self.model.layer_weights.backward_pass():
                     gradients = torch.autograd.grad(loss, masters, allow_unused=True)
-            norms[number] = [0.0 if g is None else float(g.double().norm()) for g in gradients]
+            rest = iter(gradients)
+            norms[number] = [
+                norm
+                for adapter, own in zip(adapters, by_adapter, strict=True)
+                for norm in adapter.master_norms([next(rest) for _ in own])
+            ]
         return self.scorer.collect("gradient norms", norms)
 
     def generated(self, role: str) -> list[GeneratedAnswer]:
