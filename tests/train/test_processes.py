@@ -11,13 +11,24 @@ from typing import Any
 
 import pytest
 
+from lorry.adapters.attach import attach
+from lorry.adapters.spec import LoraSpec
 from lorry.config import RunConfig
 from lorry.errors import ConfigError
+from lorry.models.loading.load import load_model
+from lorry.notes import ignore_note
 from lorry.ranks import Mesh
 from lorry.train import processes
-from lorry.train.processes import choose_device, sampled_digest, scale_batches, share_cores
+from lorry.train.processes import (
+    choose_device,
+    refuse_other_questions,
+    sampled_digest,
+    scale_batches,
+    share_cores,
+)
 from tests.support import tinyrun
 from tests.support.ranked import FAULT, Ended, run_ranked
+from tests.support.threads import on_mesh
 
 # of the pair with all its commands: far above what it takes
 pytestmark = pytest.mark.timeout(600)
@@ -119,6 +130,26 @@ def test_another_base_has_another_digest(tmp_path: Path) -> None:
     assert sampled_digest(first) == sampled_digest(second)
     tinyrun.model_directory(tmp_path / "b", spread=0.3)
     assert sampled_digest(first) != sampled_digest(second)
+
+
+@pytest.mark.parametrize(("data", "odd"), [(2, 3), (1, 1)])
+def test_a_rank_with_another_adapter_is_named(
+    data: int, odd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that share a model; also where no others have the same part as it has."""
+    monkeypatch.setenv("LORRY_PROOFS", "0")
+    folder = tinyrun.model_directory(tmp_path, num_key_value_heads=2)
+
+    def ask(communicator: Any, ranks: Any) -> None:
+        options: Any = {"dtype": "float32", "device": "cpu", "ranks": ranks}
+        model: Any = load_model(folder, add_note=ignore_note, **options).model
+        adapter = attach(model, LoraSpec(r=2, target_modules=["q_proj"]))
+        if communicator.rank == odd:
+            adapter.values[0] += 1  # of lora_A, which every rank has whole
+        refuse_other_questions(communicator, model, "questions")
+
+    with pytest.raises(ConfigError, match=f"rank {odd} has another adapter than rank 0"):
+        on_mesh(data, 2, ask)
 
 
 # --- two processes

@@ -38,6 +38,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")  # whose versi
 # of a weights file: so many pieces of so many bytes, spread over it, tell another base from this
 # one
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 1 << 16
+SAME_FILES = "copy the same files to every machine, or name a shared place"
 SHARED_WAIT_SECONDS = 10.0  # for a network file system to show what another machine has written
 POLL_SECONDS = 0.2
 
@@ -191,7 +192,7 @@ def refuse_other_files(run: RunConfig, communicator: Communicator) -> None:
     place = resolve_model(run.model.name, revision=run.model.revision, add_note=ignore_note)
     files[f"base ({run.model.name})"] = sampled_digest(place.directory)
     frames = communicator.exchange("files", files)
-    _refuse_difference(frames, "copy the same files to every machine, or name a shared place")
+    _refuse_difference(frames, SAME_FILES)
 
 
 def refuse_other_questions(communicator: Communicator, model: CausalLM, asked: str) -> None:
@@ -201,16 +202,12 @@ def refuse_other_questions(communicator: Communicator, model: CausalLM, asked: s
         return
     own = hashlib.sha256()
     for name, adapter in sorted(get_bank(model, create=True).adapters.items()):
-        for tensor, values in sorted(adapter.tensors().items()):
+        for tensor, values in sorted(adapter.whole_masters().items()):
             own.update(f"{name} {tensor} {tuple(values.shape)}\n".encode())
             own.update(values.detach().float().cpu().numpy().tobytes())
     facts = {"set of rows to ask": asked, "base": base_digest(model), "adapter": own.hexdigest()}
-    frames, width = communicator.exchange("questions", facts), communicator.mesh.tensor_size
-    # tensor ranks have other parts of an adapter each: compared with those of the first data rank
-    for number in range(width):
-        _refuse_difference(
-            frames[number::width], "copy the same files to every machine, or name a shared place"
-        )
+    frames = communicator.exchange("questions", facts)
+    _refuse_difference(frames, SAME_FILES)
 
 
 def sampled_digest(folder: Path) -> str:
