@@ -1,6 +1,6 @@
 """Lorry's adapter under TRL's SFTTrainer, on as many processes as accelerate starts.
 
-    accelerate launch --num_processes 2 examples/trainers/trl_sft.py \
+    accelerate launch --multi_gpu --num_processes 2 examples/trainers/trl_sft.py \
         --model HuggingFaceTB/SmolLM2-135M-Instruct --data people.jsonl --output-dir adapter \
         --use-lora --lora-r 16 --lora-target-modules q_proj v_proj
 

@@ -61,3 +61,14 @@ def test_a_word_is_never_a_list_of_letters() -> None:
 def test_what_cannot_be_is_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         spec_from_arguments(SimpleNamespace(**{"use_lora": True, **given}))
+
+
+def test_a_mapping_is_not_taken_for_flags_that_are_off() -> None:
+    with pytest.raises(ConfigError, match=r"Namespace\(\*\*args\)"):
+        spec_from_arguments({"use_lora": True})
+
+
+def test_a_pattern_that_is_no_json_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--use-lora", "--lora-rank-pattern", "{down_proj: 2}")
+    assert "'{down_proj: 2}' is not JSON" in capsys.readouterr().err

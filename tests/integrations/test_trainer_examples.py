@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -97,11 +98,14 @@ def alone(folder: Path) -> dict[str, Tensor]:
 def test_two_processes_give_the_adapter_of_one(
     folder: Path, alone: dict[str, Tensor], example: str
 ) -> None:
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    source = ROOT / "examples" / "trainers" / f"{example}.py"
+    shown = re.search(r"accelerate launch (.*) examples/", source.read_text())
+    assert shown is not None
+    launch = f"{shown[1]} --num_machines 1 --mixed_precision no"
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
         *("--dynamo_backend", "no", "--main_process_port", "0"),
-        *(str(ROOT / "examples" / "trainers" / f"{example}.py"), "--model", "model"),
+        *(str(source), "--model", "model"),
         *("--data", "data.jsonl", "--output-dir", example, "--batch-size", "2", *WORDS.split()),
     ]
     ran = subprocess.run(

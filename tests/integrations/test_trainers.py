@@ -424,3 +424,21 @@ def test_an_optimizer_over_frozen_parameters_is_told_on_one_process_too() -> Non
     model = trainers.apply_lora_to_fsdp_model(base(), spec())
     with pytest.raises(ContractError, match="get_lora_parameters"):
         steps(model, 0, parameters=model.parameters())
+
+
+def test_an_optimizer_of_another_model_is_not_meant() -> None:
+    """It steps without a gradient, while the adapters have some."""
+    model, other = trainers.apply_lora_to_model(base(), spec()), nn.Linear(2, 2)
+    loss_of(model, rows(0)).backward()
+    torch.optim.SGD(other.parameters(), lr=RATE).step()
+    steps(model, 0)
+
+
+def test_adapters_that_were_cast_with_the_model_do_not_train() -> None:
+    """Where FSDP does not see them they are not cast."""
+    model = trainers.apply_lora_to_model(base(), spec()).to(torch.bfloat16)
+    with pytest.raises(ContractError, match=r"cast to torch\.bfloat16 with the model"):
+        steps(model, 0)
+    hidden = trainers.apply_lora_to_fsdp_model(base(), spec()).to(torch.bfloat16)
+    steps(hidden, 0)
+    assert {p.dtype for p in trainers.get_lora_parameters(hidden)} == {torch.float32}

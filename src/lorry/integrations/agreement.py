@@ -145,6 +145,7 @@ class AdapterAgreement:
 
     def before_step(self) -> None:
         """Called before an optimizer steps these adapters."""
+        self._refuse_half_precision()
         self.steps += 1
         self._note_reached()
         if self.steps == 1:
@@ -165,6 +166,14 @@ class AdapterAgreement:
         # a rate of 0 (the first step of a warm-up) changes nothing and so shows nothing
         self.changed += digest != self.values
         self.values = digest
+
+    def _refuse_half_precision(self) -> None:
+        """Parameters of a model are cast with it. DeepSpeed may do so: it steps copies in fp32."""
+        if cast := [p.dtype for p in self.masters() if p.dtype.itemsize < 4]:
+            raise ContractError(
+                f"the adapters were cast to {cast[0]} with the model, where small updates round "
+                "away; cast the model before the adapters are attached, they stay fp32"
+            )
 
     def _note_reached(self) -> None:
         """Warn once of targets that no gradient has reached."""
@@ -254,9 +263,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = _stepped_by(optimizer)
     for agreement in stepped:
         agreement.after_step()
-    if stepped or any(p.grad is not None for p in _parameters(optimizer)):
+    if stepped or any(p.requires_grad for p in _parameters(optimizer)):
         return
-    # it stepped nothing at all: an optimizer over the frozen parameters of a model
+    # it can step nothing at all: an optimizer over the frozen parameters of a model
     for agreement in list(_AGREEMENTS.values()):
         if not agreement.steps and any(p.grad is not None for p in agreement.masters()):
             raise ContractError(

@@ -52,10 +52,22 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     # always on, as the requirement has it: written for scripts that name it
     add("--lora-only-trainable", "train nothing but the adapters", action="store_true")
     add("--lora-use-rslora", "scale by alpha/sqrt(r)", action="store_true")
-    add("--lora-rank-pattern", 'ranks of single layers, as JSON: {"down_proj": 4}', type=json.loads)
-    add("--lora-alpha-pattern", "alphas of single layers, as JSON", type=json.loads)
+    add(
+        "--lora-rank-pattern", 'ranks of single layers, as JSON: {"down_proj": 4}', type=read_pattern
+    )
+    add("--lora-alpha-pattern", "alphas of single layers, as JSON", type=read_pattern)
     add("--lora-seed", "seed of the initial values and of dropout", type=int)
     return parser
+
+
+def read_pattern(text: str) -> Any:
+    """The value of a flag that is JSON. Raises ArgumentTypeError, which argparse tells."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not JSON ({e}); it looks like {{"down_proj": 4}}'
+        ) from e
 
 
 def argument(args: Any, name: str) -> Any:
@@ -67,6 +79,9 @@ def argument(args: Any, name: str) -> Any:
 def spec_from_arguments(args: Any) -> LoraSpec:
     """The adapter that ``args`` (a namespace) describes. Raises ConfigError where LoRA is off or a
     value cannot be."""
+    if isinstance(args, Mapping):
+        # it has keys and no attributes: every flag would be its default
+        raise ConfigError("args is a mapping; pass argparse.Namespace(**args), or a LoraSpec")
     if not argument(args, "use_lora"):
         raise ConfigError("use_lora is off; pass --use-lora to train adapters")
     if not argument(args, "lora_only_trainable"):
