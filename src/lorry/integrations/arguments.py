@@ -53,7 +53,9 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--lora-only-trainable", "train nothing but the adapters", action="store_true")
     add("--lora-use-rslora", "scale by alpha/sqrt(r)", action="store_true")
     add(
-        "--lora-rank-pattern", 'ranks of single layers, as JSON: {"down_proj": 4}', type=read_pattern
+        "--lora-rank-pattern",
+        'ranks of single layers, as JSON: {"down_proj": 4}',
+        type=read_pattern,
     )
     add("--lora-alpha-pattern", "alphas of single layers, as JSON", type=read_pattern)
     add("--lora-seed", "seed of the initial values and of dropout", type=int)
@@ -77,8 +79,10 @@ def argument(args: Any, name: str) -> Any:
 
 
 def spec_from_arguments(args: Any) -> LoraSpec:
-    """The adapter that ``args`` (a namespace) describes. Raises ConfigError where LoRA is off or a
-    value cannot be."""
+    """The adapter that ``args`` (a namespace) describes; a LoraSpec is one already. Raises
+    ConfigError where LoRA is off or a value cannot be."""
+    if isinstance(args, LoraSpec):
+        return args
     if isinstance(args, Mapping):
         # it has keys and no attributes: every flag would be its default
         raise ConfigError("args is a mapping; pass argparse.Namespace(**args), or a LoraSpec")

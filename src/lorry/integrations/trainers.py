@@ -43,7 +43,6 @@ from lorry.adapters.dropout import GeneratorNoise
 from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.merge import MergeReport, merge, unmerge
 from lorry.adapters.peft.files import remember_base_digest, save_adapter
-from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError, LorryError
 from lorry.integrations.agreement import AdapterAgreement, Group, find_agreement, watch
 from lorry.integrations.arguments import add_lora_arguments, argument, spec_from_arguments
@@ -188,9 +187,7 @@ def _attach(model: nn.Module, args: Any) -> AdapterBank:
             f"{type(model).__name__} is Lorry's own decoder, which other trainers cannot run; load "
             "the model with transformers, or train it by `lorry sft backend=fsdp` or ddp"
         )
-    if isinstance(args, LoraSpec):
-        attach(model, args)
-    elif args is not None:
+    if args is not None:
         attach(model, spec_from_arguments(args), seed=argument(args, "lora_seed"))
     bank = get_bank(model)
     if not bank.adapters:

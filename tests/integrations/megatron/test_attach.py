@@ -84,6 +84,19 @@ def test_canonical_parameters_are_those_of_each_projection(models: Path) -> None
     assert len(get_lora_parameters(model)) == len(trained) == 2 * len(names)
 
 
+def test_a_spec_does_as_the_flags_do(models: Path) -> None:
+    named = apply_lora_to_megatron_model(model_of(models), args_of("--lora-r", "4"))
+    given = apply_lora_to_megatron_model(model_of(models), LoraSpec(r=4, lora_alpha=16))
+    both = zip(get_lora_parameters(named), get_lora_parameters(given), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
+    assert lora_names(named) == lora_names(given)
+
+
+def test_what_is_no_megatron_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Linear is no Megatron-core GPTModel"):
+        attach_lora(nn.Linear(2, 2), LoraSpec())
+
+
 def test_fused_parameters_are_those_of_each_matrix(models: Path) -> None:
     model = apply_lora_to_megatron_model(model_of(models), args_of("--lora-mode", "fused"))
     assert lora_names(model) == {f"{place}.lora_{s}" for s in "AB" for place in PLACES}
@@ -262,6 +275,9 @@ def test_a_reference_is_the_base_and_never_trains(models: Path) -> None:
     with torch.no_grad():
         assert not torch.equal(logits(model), base)
         with disable_lora(model):
+            assert torch.equal(logits(model), base)
+            with disable_lora(model):
+                pass
             assert torch.equal(logits(model), base)
         assert not torch.equal(logits(model), base)
     with disable_lora(model), pytest.raises(ContractError, match="no_grad"):

@@ -98,9 +98,9 @@ def apply_lora_to_megatron_model(model: Model, args: Any) -> Model:
     """Add adapters to a Megatron-core GPTModel as `args` say, and freeze everything else. ``model``: a
     chunk, or the list of a pipeline rank's chunks; it is changed in place and returned.
 
-    ``args``: a namespace with the flags of `add_lora_arguments`. Call it where the model is built:
-    before DistributedDataParallel and the optimizer, which take the parameters they find. Raises
-    ConfigError.
+    ``args``: a namespace with the flags of `add_lora_arguments`, or a LoraSpec. Call it where the
+    model is built: before DistributedDataParallel and the optimizer, which take the parameters they
+    find. Raises ConfigError.
     """
     mode: Mode = getattr(args, "lora_mode", MODES[0])
     return attach_lora(
@@ -151,13 +151,15 @@ def disable_lora(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
     """The base model alone while the block runs, the reference of a policy; under torch.no_grad()
     only."""
     linears = [m for chunk in list_chunks(model) for m in get_adapter(chunk).linears.values()]
+    # as they were: the end of an inner block is not that of an outer one
+    before = [linear.lora.enabled for linear in linears]
     for linear in linears:
         linear.lora.enabled = False
     try:
         yield
     finally:
-        for linear in linears:
-            linear.lora.enabled = True
+        for linear, enabled in zip(linears, before, strict=True):
+            linear.lora.enabled = enabled
 
 
 def set_dropout_step(model: nn.Module | Sequence[nn.Module], step: int) -> None:
@@ -230,7 +232,9 @@ def _refuse_late(wrapped: nn.Module) -> None:
 def _check_config(chunk: nn.Module, spec: LoraSpec) -> None:
     config: Any = getattr(chunk, "config", None)
     if config is None or not hasattr(config, "num_query_groups"):
-        raise ConfigError(f"{type(chunk).__name__} is no Megatron-core GPTModel: it has no config")
+        raise ConfigError(
+            f"{type(chunk).__name__} is no Megatron-core GPTModel: it has no TransformerConfig"
+        )
     for name, allowed, why in CONFIG_LIMITS:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
