@@ -13,7 +13,12 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import HashStore
 
-from lorry.backends.distributed.communicator import Pulse, open_communicator
+from lorry.backends.distributed import communicator
+from lorry.backends.distributed.communicator import (
+    Pulse,
+    open_communicator,
+    share_early_failure,
+)
 from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.errors import ConfigError
 from tests.support import tinyrun
@@ -54,8 +59,11 @@ def test_a_port_in_use_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         backend = SimpleNamespace(name="ddp", processes=None, tensor_parallel=1, timeout=5.0)
-        with pytest.raises(ConfigError, match=f"rank 0 could not join .* at 127.0.0.1:{port}"):
+        with pytest.raises(ConfigError, match=f"rank 0 could not join .* at 127.0.0.1:{port}") as e:
             open_communicator(backend)
+        # there is nobody to tell: not tried a second time, a minute long
+        monkeypatch.setattr(communicator, "_join", lambda *given: pytest.fail("joins again"))
+        share_early_failure(e.value)
 
 
 @pytest.mark.timeout(300)

@@ -68,6 +68,10 @@ class PeerError(LorryError):
     """Another process of the run cannot be reached any more."""
 
 
+class JoinError(ConfigError):
+    """The processes have not found each other: there is nobody to tell of it."""
+
+
 class Communicator(Protocol):
     """The processes of a run as one of them sees them: ``rank`` of ``size``, and where that is
     (``mesh``)."""
@@ -171,9 +175,10 @@ class TorchCommunicator:
         self.told: BaseException | None = None  # this rank's error that the others have heard last
         timeout = timedelta(seconds=pulse.timeout)
         self.lost = False  # whether another rank could not be reached
-        self._groups: dict[Axis, ProcessGroup | None] = {
-            axis: _open_group(self._ranks_by_group(axis), timeout) for axis in get_args(Axis)
-        }
+        with self.explained("groups of ranks"):
+            self._groups: dict[Axis, ProcessGroup | None] = {
+                axis: _open_group(self._ranks_by_group(axis), timeout) for axis in get_args(Axis)
+            }
 
     def exchange(self, what: str, value: Any = None) -> list[Any]:
         """See `Communicator.exchange`."""
@@ -256,7 +261,9 @@ class TorchCommunicator:
         device (cpu, cuda). Every rank calls it."""
         if kind not in self._device_meshes:
             timeout = timedelta(seconds=self.pulse.timeout)
-            self._device_meshes[kind] = _open_device_mesh(self.mesh, kind, timeout)
+            self.exchange("groups of ranks")
+            with self.explained("groups of ranks"):
+                self._device_meshes[kind] = _open_device_mesh(self.mesh, kind, timeout)
         return self._device_meshes[kind]
 
     def together(self) -> contextlib.AbstractContextManager[None]:
@@ -545,7 +552,7 @@ def share_early_failure(error: LorryError) -> None:
     """
     launched = launched_process()
     known = any(error is communicator.told for communicator in _communicators.values())
-    if launched is None or launched.world_size == 1 or known:
+    if launched is None or launched.world_size == 1 or known or isinstance(error, JoinError):
         return
     with contextlib.suppress(LorryError):
         world = next(iter(_communicators.values()), None) or _join(launched, EARLY_SECONDS)
@@ -554,7 +561,7 @@ def share_early_failure(error: LorryError) -> None:
 
 
 def _join(launched: LaunchedProcess, seconds: float) -> TorchCommunicator:
-    """Join the other processes, as one axis of all of them. Raises ConfigError."""
+    """Join the other processes, as one axis of all of them. Raises JoinError."""
     # imported here: it is a second of every single-process run
     import torch.distributed as dist
 
@@ -575,7 +582,7 @@ def _join(launched: LaunchedProcess, seconds: float) -> TorchCommunicator:
     # what a rendezvous raises is a RuntimeError of torch's (also for a port in use), or ValueError
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise ConfigError(
+        raise JoinError(
             f"rank {launched.rank} could not join the other {launched.world_size - 1} processes at "
             f"{where}: {str(error).splitlines()[0][:200]}"
         ) from error

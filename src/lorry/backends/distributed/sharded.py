@@ -227,12 +227,15 @@ class ShardedWeights:
         if not isinstance(weight, DTensor):  # one that a pass has gathered, on every rank
             return weight.detach().reshape(-1)[positions.to(weight.device)]
         rows, local = self.local_rows(weight), weight.to_local().reshape(-1)
-        width = weight[0].numel() if weight.dim() > 1 else 1
+        # not weight[0].numel(): to index a DTensor is to gather all of it
+        width = weight.shape[1:].numel()
         at = positions.to(local.device) - rows.start * width
         mine = (at >= 0) & (at < local.numel())
         values = local.new_zeros(len(at))
         values[mine] = local[at[mine]]
         bits = values.view(BITS[values.element_size()]).to(torch.int64)
+        # a rank that fails or is stopped on its way here would be waited for
+        self.agree("values of the base")
         with self.explained("values of the base"):
             torch.distributed.all_reduce(bits, group=self.mesh.get_group(SHARD))
         return bits.to(BITS[values.element_size()]).view(values.dtype)
