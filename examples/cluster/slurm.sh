@@ -14,8 +14,8 @@
 set -euo pipefail
 
 # srun starts a process for each GPU and says which one it is, in words of its own
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${HOSTS%%$'\n'*}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 # shellcheck disable=SC2016 # the variables are those of each process

@@ -93,7 +93,9 @@ def _run_in_clone(
         if stream is not None:
             os.dup2(stream if isinstance(stream, int) else stream.fileno(), number)
     # not those of pytest, which keep what is written
-    sys.stdout, sys.stderr = (os.fdopen(at, "w", closefd=False) for at in (1, 2))
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    # by lines, as Python's own is, wherever it goes
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(env or {})
     # tests that run in the background inherit an ignored one
     signal.signal(signal.SIGINT, signal.default_int_handler)
