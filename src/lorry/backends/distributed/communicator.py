@@ -55,13 +55,11 @@ Axis = Literal["data", "tensor"]  # of the mesh
 FRAME_BYTES = 4096
 LENGTH_BYTES = 8  # of a frame's length, before it
 END_WAIT_SECONDS = 30.0  # for rank 0 to write how a run ended, before this rank ends as well
-EARLY_SECONDS = (
-    60.0  # for the others to hear of an error before they were joined: they are starting
-)
+# for the others to hear of an error before they were joined: they are starting
+EARLY_SECONDS = 60.0
 POLL_SECONDS = 0.05
-PULSE_SECONDS = (
-    5.0  # between two of a rank; with a timeout of less than four of them a quarter of it
-)
+# between two of a rank; with a timeout of less than four of them a quarter of it
+PULSE_SECONDS = 5.0
 
 
 class PeerError(LorryError):

@@ -41,7 +41,8 @@ class ForwardContext:
     when generating.
 
     ``recompute``: layers keep their input only and run again in backward; ``keepers``: the ranks that
-    divide by tokens what a layer keeps of the residual stream, which all of them have;
+    divide by tokens what a layer keeps of the residual stream, which all of them have (sequence
+    parallel);
     ``router_logits``: what the router made in the layers so far, layer by layer and half by half,
     [T, adapters] each; ``weights``: where those of the layers are.
     """
@@ -57,7 +58,6 @@ class ForwardContext:
     # one new token a row: attention reads the cache instead of the segments
     decoding: bool = False
     recompute: bool = False
-    # which ranks divide what a layer keeps of the residual stream (sequence parallel)
     keepers: TensorRanks | None = None
     router_logits: list[Tensor] = field(default_factory=list)
     weights: LayerWeights = WHOLE_WEIGHTS

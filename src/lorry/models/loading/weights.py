@@ -154,8 +154,7 @@ def load_decoder(
 ) -> Decoder:
     """The native decoder with a directory's weights; of ``ranks`` that share it each reads its own
     slices, on its own; with ``shard`` this rank's share of the rows, and no more is ever kept. Raises
-    ModelError for any missing, unknown, misshapen, packed or not finite
-    tensor."""
+    ModelError for any missing, unknown, misshapen, packed or not finite tensor."""
     entries = read_tensor_entries(directory)
     # no memory yet: the file's tensors become the parameters
     with torch.device("meta"):
