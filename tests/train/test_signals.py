@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.tensor import _dispatch
 
 from lorry.errors import RunInterruptedError
 from lorry.train.monitoring import signals
@@ -156,6 +157,20 @@ def test_what_arrives_while_an_object_is_deleted_is_raised_behind_it(
         Last()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert capsys.readouterr().err == ""
+
+
+def test_what_arrives_in_an_operation_of_a_dtensor_is_raised_behind_it() -> None:
+    """torch makes a RuntimeError of what is raised inside: a traceback, and another exit code."""
+    source = """
+try:
+    signal.raise_signal(signal.SIGTERM)
+except Exception as e:
+    raise RuntimeError(f"{e}: Sharding propagation failed") from e
+"""
+    operation = compile(source, _dispatch.__file__, "exec")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(RunInterruptedError, match="SIGTERM"), raise_on_signals():
+        exec(operation, {"signal": signal})
 
 
 def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:

@@ -15,9 +15,11 @@ and after the loop `raise_on_signals` turns the first two into RunInterruptedErr
 schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save
 is saved.
 
-**Nothing is raised while a module is being imported** or an object is being deleted. Import machinery (numpy's, torch's,
-accelerate's C code among it) swallows such an exception, turns it into another one or is left half done, and what `__del__`
-raises Python prints and forgets. There a signal is only remembered, and sent again until it finds another place.
+**Nothing is raised while a module is being imported**, an object is being deleted or torch works out
+what an operation of a DTensor is. Import machinery (numpy's, torch's, accelerate's C code among it)
+swallows such an exception, turns it into another one or is left half done; what `__del__` raises
+Python prints and forgets; torch makes a RuntimeError of it. There a signal is only remembered, and
+sent again until it finds another place.
 """
 
 from __future__ import annotations
@@ -109,6 +111,8 @@ OUTSIDE_THE_STEPS = (
 RESEND_SECONDS, LONGEST_RESEND_SECONDS = 0.02, 1.0
 # the file of CPython's import machinery, in every frame of it
 IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"
+# the end of the name of DTensor's
+DTENSOR_FRAME_FILE = os.path.join("torch", "distributed", "tensor", "_dispatch.py")
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,12 @@ class _RaiseHandler:
 
 
 def _count_unsafe_frames(frame: FrameType | None) -> int:
-    """How many frames of imports and of ``__del__`` are on the stack."""
+    """How many frames of imports, of ``__del__`` and of DTensor's operations are on the stack."""
     count = 0
     while frame is not None:
-        count += frame.f_code.co_filename == IMPORT_FRAME_FILE or frame.f_code.co_name == "__del__"
+        code = frame.f_code
+        count += code.co_filename == IMPORT_FRAME_FILE or code.co_name == "__del__"
+        count += code.co_filename.endswith(DTENSOR_FRAME_FILE)
         frame = frame.f_back
     return count
 
