@@ -207,5 +207,10 @@ def test_the_mesh_of_a_launcher() -> None:
 def test_the_base_is_cut_over_the_ranks_of_a_replica() -> None:
     fsdp = SimpleNamespace(name="fsdp", processes=None, tensor_parallel=2, replicas=2)
     assert mesh_of(fsdp, LaunchedProcess(5, 8, 1, 4)) == Mesh(5, 2, 2, 2)
-    with pytest.raises(ConfigError, match="replicas=2 does not divide 3 data ranks"):
+    with pytest.raises(
+        ConfigError, match="replicas=2 does not divide 6 processes / tensor_parallel=2"
+    ):
         mesh_of(fsdp, LaunchedProcess(0, 6, 0, 6))
+    fsdp.tensor_parallel = 1
+    with pytest.raises(ConfigError, match=r"replicas=2 does not divide 3 processes$"):
+        mesh_of(fsdp, LaunchedProcess(0, 3, 0, 3))

@@ -103,7 +103,10 @@ def mesh_of(backend: ProcessSettings, launched: LaunchedProcess) -> Mesh:
     if backend.name != "fsdp":
         return Mesh(launched.rank, data, 1, tensor)
     if data % backend.replicas:
-        raise ConfigError(f"backend.replicas={backend.replicas} does not divide {data} data ranks")
+        parts = f" / tensor_parallel={tensor}" if tensor > 1 else ""
+        raise ConfigError(
+            f"backend.replicas={backend.replicas} does not divide {world} processes{parts}"
+        )
     return Mesh(launched.rank, backend.replicas, data // backend.replicas, tensor)
 
 

@@ -83,6 +83,16 @@ def test_the_error_says_what_may_change_and_how_to_train_on(field: str, longer: 
     assert ("adapter=THIS_RUN output_dir=ANOTHER" in str(caught.value)) == longer
 
 
+@pytest.mark.parametrize("processes", [None, 1, 2])
+def test_rows_of_a_step_are_those_of_all_processes(processes: int | None) -> None:
+    """Not the number that was typed: the error says so where there are several."""
+    now = changed("config.train.per_device_train_batch_size", 8)
+    now["config"]["backend"]["processes"] = processes
+    with pytest.raises(ConfigError, match="per_device_train_batch_size absent -> 8") as caught:
+        refuse_other_run(CURRENT, now)
+    assert ("rows of all processes together" in str(caught.value)) == (processes == 2)
+
+
 def test_the_page_lists_what_may_change() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "running.md").read_text()
     may, with_a_note = (

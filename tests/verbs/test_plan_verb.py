@@ -242,6 +242,10 @@ def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixtu
     assert made["memory"]["base weights"] / 46.4e9 == pytest.approx(0.516, rel=0.01)
     assert any("cannot be trained yet" in note for note in made["notes"])
     assert any("adapters are on attention only" in note for note in made["notes"])
+    refused = "a run with backend=fsdp refuses such a model"
+    assert not any(refused in note for note in made["notes"])
+    cut = plan("mixtral-8x7b", "backend=fsdp", "processes=8", "max_length=512", capsys=capsys)
+    assert any(refused in note for note in cut["notes"])
 
 
 def test_the_description_of_a_run_can_be_planned(

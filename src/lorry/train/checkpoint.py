@@ -92,6 +92,11 @@ CHANGEABLE_SETTINGS_MESSAGE = (
     "only settings of where and how often a run writes may change (docs/running.md "
     "lists them), and, with a note, the device"
 )
+BATCH_SETTING = "per_device_train_batch_size"
+ALL_ROWS_MESSAGE = (
+    f"{BATCH_SETTING} is shown as the rows of all processes together; give that number with "
+    "keep_total=true"
+)
 LENGTH_SETTINGS = frozenset({"max_steps", "num_train_epochs"})
 LONGER_RUN_MESSAGE = (
     "A run's length is part of what it computes: the learning rate of every step "
@@ -287,14 +292,15 @@ def refuse_other_run(meta: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     ]
     if refused:
         listing = "".join(f"\n  {line}" for line in refused)
+        names = {line.partition(" ")[0].rpartition(".")[2] for line in refused}
+        several = any(
+            (run["config"].get("backend") or {}).get("processes") not in (None, 1)
+            for run in (meta, current)
+        )
         raise ConfigError(
             f"cannot resume, the checkpoint belongs to another run:{listing}\nrestore these or use a new output_dir; {CHANGEABLE_SETTINGS_MESSAGE}"
-            + (
-                f". {LONGER_RUN_MESSAGE}"
-                # "train.max_steps 10 -> 20": the setting's own name
-                if LENGTH_SETTINGS & {line.partition(" ")[0].rpartition(".")[2] for line in refused}
-                else ""
-            )
+            + (f". {ALL_ROWS_MESSAGE}" if several and BATCH_SETTING in names else "")
+            + (f". {LONGER_RUN_MESSAGE}" if LENGTH_SETTINGS & names else "")
         )
     return [f"not bitwise: {note}" for note in notes]
 

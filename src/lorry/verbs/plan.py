@@ -619,6 +619,12 @@ def _plan_notes(
         notes.append("the architecture is assumed to be like Llama's")
     if shape.experts is not None:
         notes.append("the model's experts count as base weights; adapters are on attention only")
+        if settings.backend.name == "fsdp":
+            notes.append(
+                "transformers stacks the experts of Mixtral, Qwen3-MoE and most others, which no "
+                "file holds so: a run with backend=fsdp refuses such a model, and this plan is of "
+                "what it would need"
+            )
     if settings.model.quantize is not None:
         notes.append(f"model.quantize={settings.model.quantize} cannot be trained yet")
     if unbuilt := _unbuilt_backend(settings.backend):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from lorry.backends.distributed import launch
-from lorry.backends.distributed.launch import worker_environments
+from lorry.backends.distributed.launch import run_workers, worker_environments
 
 TERM, KILL, SEGV = -15, -9, -11
 
@@ -50,3 +50,10 @@ def test_cores_of_this_process_are_divided(monkeypatch: pytest.MonkeyPatch) -> N
     assert worker_environments(8, 1234)[7]["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert worker_environments(2, 1234)[1]["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_launcher_adds_nothing_to_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Two workers, as torch's launcher starts them, end with an error of the command line; which
+    worker failed it would log, and each that it ends."""
+    assert run_workers(["no-such-verb"], 2) == 2
+    assert caplog.messages == []

@@ -10,6 +10,7 @@ ends the others.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -34,6 +35,9 @@ POLL_SECONDS = 0.1
 HANDED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 # the ends that have another cause than the worker itself
 ENDED_BY_LAUNCHER = (-signal.SIGTERM, -signal.SIGKILL)
+# torch's launcher logs there each worker that it ends: behind an error of eight, eight lines that
+# say no more than the error did
+logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)
 
 
 def run_workers(words: Sequence[str], processes: int) -> int:

@@ -68,7 +68,7 @@ def check_split(split: ParallelSplit, shape: ModelShape) -> None:
         elif not shape.native:
             raise ConfigError(
                 f"backend.tensor_parallel={split.tensor} is of Lorry's own decoder, and "
-                f"{shape.why}; leave it out (backend=fsdp shards any model)"
+                f"{shape.why}; leave it out"
             )
         else:
             check_tensor_parallel(shape.geometry, split.tensor)
