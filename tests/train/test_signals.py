@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed.tensor import _dispatch
 
 from lorry.errors import RunInterruptedError
@@ -171,6 +173,26 @@ except Exception as e:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with pytest.raises(RunInterruptedError, match="SIGTERM"), raise_on_signals():
         exec(operation, {"signal": signal})
+
+
+class StoppedWhenCopied(torch.Tensor):
+    """A tensor during whose copy SIGTERM arrives."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            signal.raise_signal(signal.SIGTERM)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_what_arrives_while_a_module_takes_its_tensors_is_raised_behind_it() -> None:
+    """In float32. torch makes a RuntimeError of what is raised inside."""
+    linear, state = torch.nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    state["weight"] = state["weight"].as_subclass(StoppedWhenCopied)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(RunInterruptedError, match="SIGTERM"), raise_on_signals():
+        linear.load_state_dict(state)
+    assert linear.weight.tolist() == [[1.0, 1.0]]
 
 
 def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:

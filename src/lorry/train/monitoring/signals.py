@@ -15,8 +15,8 @@ and after the loop `raise_on_signals` turns the first two into RunInterruptedErr
 schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save
 is saved.
 
-**Nothing is raised while a module is being imported**, an object is being deleted or torch works out
-what an operation of a DTensor is. Import machinery (numpy's, torch's, accelerate's C code among it)
+**Nothing is raised while a module is being imported**, an object is being deleted, a module of torch's
+takes its tensors or torch works out what an operation of a DTensor is. Import machinery (numpy's, torch's, accelerate's C code among it)
 swallows such an exception, turns it into another one or is left half done; what `__del__` raises
 Python prints and forgets; torch makes a RuntimeError of it. There a signal is only remembered, and
 sent again until it finds another place.
@@ -111,6 +111,8 @@ OUTSIDE_THE_STEPS = (
 RESEND_SECONDS, LONGEST_RESEND_SECONDS = 0.02, 1.0
 # the file of CPython's import machinery, in every frame of it
 IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"
+# functions that never let an exception out as it is: Python's, and of torch.nn.Module
+SWALLOWING_FUNCTIONS = ("__del__", "_load_from_state_dict")
 # the end of the name of DTensor's
 DTENSOR_FRAME_FILE = os.path.join("torch", "distributed", "tensor", "_dispatch.py")
 
@@ -181,11 +183,11 @@ class _RaiseHandler:
 
 
 def _count_unsafe_frames(frame: FrameType | None) -> int:
-    """How many frames of imports, of ``__del__`` and of DTensor's operations are on the stack."""
+    """How many frames are on the stack in which nothing is raised: see this file's beginning."""
     count = 0
     while frame is not None:
         code = frame.f_code
-        count += code.co_filename == IMPORT_FRAME_FILE or code.co_name == "__del__"
+        count += code.co_filename == IMPORT_FRAME_FILE or code.co_name in SWALLOWING_FUNCTIONS
         count += code.co_filename.endswith(DTENSOR_FRAME_FILE)
         frame = frame.f_back
     return count
