@@ -5,6 +5,7 @@ train what one process does is `tests/contracts/test_layouts.py`'s.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from lorry.backends.distributed.communicator import PeerError, TorchCommunicator
 from lorry.backends.distributed.passes import PassSchedule
 from lorry.errors import RunInterruptedError
 from lorry.ranks import Mesh
+from lorry.train.monitoring.signals import raise_on_signals
 
 
 @pytest.fixture
@@ -43,17 +45,21 @@ def explained(what: str) -> Iterator[None]:
 
 
 class Group:
-    """A layer's group, as `fully_shard` makes it; ``lost``: another rank goes while it is gathered."""
+    """A layer's group, as `fully_shard` makes it; ``lost``: another rank goes while it is
+    gathered; ``stopped``: SIGTERM arrives."""
 
-    def __init__(self, lost: bool) -> None:
-        self.lost = lost
+    def __init__(self, lost: bool, stopped: bool = False) -> None:
+        self.lost, self.stopped, self.gathered = lost, stopped, 0
 
     def unshard(self, async_op: bool = False) -> Any:
+        self.gathered += 1
         return SimpleNamespace(wait=self.wait)
 
     def wait(self) -> None:
         if self.lost:
             raise RuntimeError("Connection closed by peer")
+        if self.stopped:
+            signal.raise_signal(signal.SIGTERM)
 
     def reshard(self) -> None:
         """Nothing was gathered."""
@@ -72,6 +78,30 @@ def test_a_rank_lost_in_a_pass_is_named_at_any_layer(
     )  # fmt: skip
     with pytest.raises(PeerError, match=f"weights of layer {lost_at}"), weights.forward_pass():
         weights.reach(2)
+
+
+def test_a_rank_that_is_stopped_in_a_pass_gathers_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No values, so no dtype. The others gather every layer, and would wait for this one."""
+    made = [Group(False, stopped=layer == 0) for layer in range(4)]
+    groups = iter(made)
+    monkeypatch.setattr(sharded, "_group", lambda *given: next(groups))
+    layers = [nn.Identity() for _ in range(3)]
+    weights = sharded.ShardedWeights(
+        nn.Module(), layers, None, PassSchedule(lambda what, value: [value]), explained  # type: ignore[arg-type]
+    )  # fmt: skip
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with (
+            pytest.raises(RunInterruptedError, match="SIGTERM"),
+            raise_on_signals(),
+            weights.forward_pass(),
+        ):
+            weights.reach(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [group.gathered for group in made] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

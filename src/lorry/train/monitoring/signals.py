@@ -18,7 +18,8 @@ is saved.
 **Nothing is raised while a module is being imported**, an object is being deleted, a module of torch's
 takes its tensors or torch works out what an operation of a DTensor is. Import machinery (numpy's, torch's, accelerate's C code among it)
 swallows such an exception, turns it into another one or is left half done; what `__del__` raises
-Python prints and forgets; torch makes a RuntimeError of it. There a signal is only remembered, and
+Python prints and forgets; torch makes a RuntimeError of it. Nor while
+weights that ranks share are gathered: the others would wait for what is left out. There a signal is only remembered, and
 sent again until it finds another place.
 """
 
@@ -113,8 +114,11 @@ RESEND_SECONDS, LONGEST_RESEND_SECONDS = 0.02, 1.0
 IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"
 # functions that never let an exception out as it is: Python's, and of torch.nn.Module
 SWALLOWING_FUNCTIONS = ("__del__", "_load_from_state_dict")
-# the end of the name of DTensor's
-DTENSOR_FRAME_FILE = os.path.join("torch", "distributed", "tensor", "_dispatch.py")
+# the ends of the names of DTensor's, and of ours that gathers weights in an order that ranks share
+UNSAFE_FILES = (
+    os.path.join("torch", "distributed", "tensor", "_dispatch.py"),
+    os.path.join("lorry", "backends", "distributed", "sharded.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _count_unsafe_frames(frame: FrameType | None) -> int:
     while frame is not None:
         code = frame.f_code
         count += code.co_filename == IMPORT_FRAME_FILE or code.co_name in SWALLOWING_FUNCTIONS
-        count += code.co_filename.endswith(DTENSOR_FRAME_FILE)
+        count += code.co_filename.endswith(UNSAFE_FILES)
         frame = frame.f_back
     return count
 
