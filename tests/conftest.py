@@ -101,16 +101,6 @@ def pytest_report_header() -> str:
     return f"dtype=auto is {pick_dtype('auto', torch.device('cpu'))}; kernels: {kernel_status().line()}"
 
 
-def find_shared_data() -> Path | None:
-    """LORRY_DATA, or ../shared/data beside the checkout, or None on a stranger's machine."""
-    candidates = (
-        [Path(os.environ["LORRY_DATA"])]
-        if "LORRY_DATA" in os.environ
-        else [ROOT.parent / "shared" / "data"]
-    )
-    return next((c for c in candidates if c.is_dir()), None)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def without_fsync() -> Iterator[None]:
     """Nothing that a test writes outlives its machine, and a run waits for some thirty of them.
@@ -127,6 +117,8 @@ def without_fsync() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of shared data sets; the test is skipped, visibly, where it is absent."""
+    from tests.support.shared_data import find_shared_data
+
     path = find_shared_data()
     if path is None:
         pytest.skip("shared data not found (set LORRY_DATA to its folder)")

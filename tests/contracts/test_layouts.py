@@ -8,7 +8,6 @@ and PEFT one of them, which knows nothing of Lorry.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,14 +25,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorry.adapters.attach import get_bank
 from lorry.backends.distributed.communicator import ONE_PROCESS
-from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.config import DistillRunConfig, RunConfig, UnlearnRunConfig, parse_settings
 from lorry.models.loading.sources import resolve_model
 from lorry.train.session import train_run
 from tests.support import layouts, tinyrun
 from tests.support.layouts import ALPHA, ONE, RATE, STEPS, TARGETS, backend_for, uneven
 from tests.support.processes import started, wait_until
+from tests.support.ranks import run_ranks
 from tests.support.seam import CONFIG, tiny_llama
+from tests.support.shared_data import find_stories
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,9 +137,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     tinyrun.write_rows(folder / "data.jsonl", tinyrun.rows(16))
     tinyrun.write_rows(folder / "retain.jsonl", tinyrun.rows(16, start=16))
     tinyrun.model_directory(folder / "teacher", num_hidden_layers=2)
-    layouts.write_models(folder, real if (real := stories_folder()).is_dir() else None)
+    layouts.write_models(folder, find_stories())
     (folder / "commands.json").write_text(json.dumps(commands(folder, folder)))
-    printed = run_processes(folder, 2)
+    printed = run_ranks("tests.support.layouts", folder)
     return Pair(
         [load_file(folder / f"2-rank-{rank}.safetensors") for rank in (0, 1)],
         [json.loads((folder / f"2-rank-{rank}.json").read_text()) for rank in (0, 1)],
@@ -153,36 +153,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """What four processes came to, by rank."""
     folder = tmp_path_factory.mktemp("four")
     layouts.write_models(folder)
-    run_processes(folder, 4)
+    run_ranks("tests.support.layouts", folder, ranks=4)
     return [load_file(folder / f"4-rank-{rank}.safetensors") for rank in range(4)]
-
-
-def stories_folder() -> Path:
-    """Where stories260K lies, if it does."""
-    return Path(os.environ.get("LORRY_DATA", "nowhere")) / "models" / "stories260K" / "hf"
-
-
-def run_processes(folder: Path, count: int) -> list[tuple[str, str]]:
-    """`layouts.main` in so many processes; what each printed."""
-    store = open_store()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.layouts", str(folder)],
-            env={**os.environ, **environment},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in worker_environments(count, store.port).values()
-    ]
-    try:
-        printed = [child.communicate() for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * count, printed
-    return printed
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +254,7 @@ def test_smollm2_is_cut_over_two_processes(tmp_path: Path) -> None:
     was converted to."""
     directory = resolve_model("smollm2-135m-instruct", add_note=print).directory
     (tmp_path / layouts.SMOLLM2).symlink_to(directory)
-    run_processes(tmp_path, 2)
+    run_ranks("tests.support.layouts", tmp_path)
     ranks = [load_file(tmp_path / f"2-rank-{rank}.safetensors") for rank in (0, 1)]
     start = partial(layouts.read_backend_for, ONE_PROCESS, None, tmp_path)
     alone = layouts.family_trainings(tmp_path, start)

@@ -8,7 +8,6 @@ in processes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -54,11 +53,11 @@ from tests.support.layouts import (
     uneven,
 )
 from tests.support.seam import Fixed, Npo
+from tests.support.shared_data import find_stories
 from tests.support.threads import Meeting, ThreadCommunicator, ThreadRanks, on_mesh
 from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
-DATA = Path(os.environ.get("LORRY_DATA", "../shared/data"))
-STORIES = DATA / "models" / "stories260K" / "hf"
+STORIES = find_stories()
 ALL = {"default": LoraSpec(r=3, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.1)}
 
 
@@ -369,10 +368,11 @@ def three_steps(backend: LocalBackend, rows: list[TokenizedExample]) -> list[flo
     return losses
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="../shared/data is not here")
+@pytest.mark.skipif(STORIES is None, reason="shared data not found (set LORRY_DATA)")
 @pytest.mark.parametrize("size", [2, 4])
 def test_stories_on_ranks_are_those_of_peft(size: int) -> None:
     """stories260K (8 heads, 4 KV heads, an MLP of 172, 512 tokens), three steps."""
+    assert STORIES is not None
     rows = stories(4, 512)
     truth = peft_training(STORIES, backend_of(STORIES, PLAIN, torch.float32), rows)
     several = on_mesh(

@@ -5,7 +5,6 @@ on the CPU give what one gives without it. Float32.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.integrations import trainers
+from tests.support.ranks import run_ranks
 from tests.support.torch_loops import base, rows, spec, trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,25 +29,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("deepspeed")
-    store = open_store()
-    told = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.deepspeed_loops", str(made)],
-            env={**os.environ, **environment, **told},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for environment in worker_environments(2, store.port).values()
-    ]
-    try:
-        printed = [child.communicate()[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(printed)
+    run_ranks(
+        "tests.support.deepspeed_loops",
+        made,
+        DS_ACCELERATOR="cpu",
+        LOCAL_SIZE="2",
+        PYTHONPATH=os.pathsep.join(sys.path),
+    )
     return made
 
 

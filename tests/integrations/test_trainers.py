@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -30,10 +27,10 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.errors import ConfigError, ContractError
 from lorry.integrations import trainers
 from lorry.integrations.agreement import fingerprint
+from tests.support.ranks import run_ranks
 from tests.support.seam import tiny_llama
 from tests.support.torch_loops import (
     CASES,
@@ -65,24 +62,7 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("trainers")
-    store = open_store()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.torch_loops", str(folder)],
-            env={**os.environ, **environment},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for environment in worker_environments(2, store.port).values()
-    ]
-    try:
-        printed = [child.communicate()[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(printed)
+    run_ranks("tests.support.torch_loops", folder)
     return Pair(
         [load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1)],
         [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)],

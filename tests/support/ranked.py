@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,13 +25,13 @@ import torch
 from lorry import cli, config
 from lorry.adapters.attach import get_bank
 from lorry.backends.distributed.communicator import TorchCommunicator
-from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.backends.local import LocalBackend
 from lorry.disk.durable import DiskCalls, DiskError
 from lorry.errors import ConfigError
 from lorry.models.loading import open as loading
 from lorry.train import engine, processes
 from lorry.verbs import eval as eval_verb
+from tests.support.ranks import await_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK, FAULT = "=== ", "FAULT="
@@ -214,24 +213,7 @@ def run_processes(
     folder.mkdir(parents=True, exist_ok=True)
     words = {name: list(map(str, command)) for name, command in commands.items()}
     (folder / "commands.json").write_text(json.dumps(words))
-    store = open_store()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder)],
-            env={**os.environ, "COLUMNS": "200", **environment},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in worker_environments(ranks, store.port).values()
-    ]
-    try:
-        printed = [child.communicate() for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [(child.returncode, *texts) for child, texts in zip(children, printed, strict=True)]
+    return await_ranks(__name__, folder, ranks=ranks, COLUMNS="200")
 
 
 def _parts(text: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ from lorry.notes import ignore_note
 from tests.support.megatron_files import LAYOUTS, RANK, RATE, SPEC, STEPS
 from tests.support.megatron_gradients import LENGTH, ROWS, batch
 from tests.support.megatron_models import make_model
-from tests.support.pairs import run_pair
+from tests.support.ranks import run_ranks
 
 # of a pair of processes: far above what it takes, far below the suite's limit
 pytestmark = pytest.mark.timeout(600)
@@ -51,7 +51,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     (folder / "qwen2").rename(folder / "model")
     for kind in ("canonical", "fused"):
         (folder / f"qwen2-{kind}").rename(folder / kind)
-    run_pair("tests.support.megatron_files", folder)
+    run_ranks("tests.support.megatron_files", folder)
     return Found(folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)])
 
 

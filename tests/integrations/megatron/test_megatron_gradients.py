@@ -30,7 +30,7 @@ pytest.importorskip(
 
 from tests.support.megatron_gradients import NORM, Case, batch
 from tests.support.megatron_models import MODELS, TIED_INPUTS, make_model
-from tests.support.pairs import run_pair
+from tests.support.ranks import run_ranks
 
 # of a pair of processes: far above what it takes, far below the suite's limit
 pytestmark = pytest.mark.timeout(600)
@@ -92,7 +92,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         make_model(name, folder)
     cases = make_cases(folder)
     (folder / "cases.json").write_text(json.dumps({n: asdict(c) for n, c in cases.items()}))
-    run_pair("tests.support.megatron_gradients", folder)
+    run_ranks("tests.support.megatron_gradients", folder)
     return Pair(cases, folder)
 
 
