@@ -162,6 +162,14 @@ def disable_lora(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
             linear.lora.enabled = enabled
 
 
+def set_lora_enabled(model: nn.Module | Sequence[nn.Module], enabled: bool) -> None:
+    """Run the model with its adapters, or as its base alone, until told otherwise; for a training whose
+    passes are not blocks of ours. `disable_lora` is the block."""
+    for chunk in list_chunks(model):
+        for linear in get_adapter(chunk).linears.values():
+            linear.lora.enabled = enabled
+
+
 def set_dropout_step(model: nn.Module | Sequence[nn.Module], step: int) -> None:
     """Say which optimizer step begins: masks are named by it, so that a run that is continued draws
     those it would have drawn."""
