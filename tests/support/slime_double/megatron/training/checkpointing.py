@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_args
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -32,10 +33,17 @@ def load_checkpoint(ddp_model: Sequence[Any], *given: Any, **options: Any) -> tu
     iteration = int((root / TRACKER).read_text())
     place = root / f"iter_{iteration:07d}"
     loaded = dist_checkpointing.load(_entries(ddp_model), str(place))
-    for number, chunk in enumerate(ddp_model):
-        chunk.load_state_dict(loaded[f"model{number}"])
+    for name, chunk in _named(ddp_model):
+        chunk.load_state_dict(loaded[name])
     return (0 if get_args().finetune else iteration), 0
 
 
 def _entries(model: Sequence[Any]) -> dict[str, Any]:
-    return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(model)}
+    return {name: chunk.sharded_state_dict() for name, chunk in _named(model)}
+
+
+def _named(model: Sequence[Any]) -> list[tuple[str, Any]]:
+    """The chunks without what wraps them, by Megatron's names for them."""
+    chunks = unwrap_model(list(model))
+    names = ["model"] if len(chunks) == 1 else [f"model{n}" for n in range(len(chunks))]
+    return list(zip(names, chunks, strict=True))

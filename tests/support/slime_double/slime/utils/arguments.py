@@ -70,6 +70,9 @@ SWITCHES = (
     "keep-old-actor",
     "offload-train",
     "debug-train-only",
+    "finetune",
+    "no-load-optim",
+    "no-load-rng",
     "update-weight-disk-keep-files",
 )
 TEXTS: dict[str, Any] = {
@@ -132,6 +135,7 @@ def _validate(args: argparse.Namespace) -> argparse.Namespace:
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
     args.use_critic = args.advantage_estimator == "ppo"
+    _resolve_load(args)
     if args.custom_config_path:
         given = yaml.safe_load(Path(args.custom_config_path).read_text()) or {}
         for name, value in given.items():
@@ -139,3 +143,14 @@ def _validate(args: argparse.Namespace) -> argparse.Namespace:
     if args.only_train_params_name_list and args.freeze_params_name_list:
         raise ValueError("only one of --only-train-params-name-list and --freeze-params-name-list")
     return args
+
+
+def _resolve_load(args: argparse.Namespace) -> None:
+    """Where there is no checkpoint of Megatron's to go on from, weights alone are loaded: from a Hugging
+    Face directory, or else from the reference."""
+    load = Path(args.load) if args.load else None
+    if load is not None and (load / "latest_checkpointed_iteration.txt").exists():
+        return
+    args.finetune = args.no_load_optim = args.no_load_rng = True
+    if load is None or not (load / "config.json").exists():
+        args.load = args.ref_load

@@ -118,7 +118,7 @@ class MegatronTrainRayActor:
 
     def load_other_checkpoint(self, model_tag: str, path: str) -> None:
         """Load another checkpoint over the model, and keep it under its tag. What it lacks stays."""
-        before = self.args.load, getattr(self.args, "finetune", False)
+        before = self.args.load, self.args.finetune
         self.args.load, self.args.finetune = path, True
         load_checkpoint(self.model, None, None, checkpointing_context={})
         self.args.load, self.args.finetune = before
