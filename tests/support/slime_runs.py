@@ -129,8 +129,15 @@ def training_process() -> Iterator[None]:
     finally:
         set_gloo_group(None)
         parallel_state.destroy_model_parallel()
+        forget_slime()
         if started:
             dist.destroy_process_group()
+
+
+def forget_slime() -> None:
+    """Its modules are imported anew by who asks next: what a plugin has bound in them is gone."""
+    for name in [n for n in sys.modules if n == "slime" or n.startswith("slime.")]:
+        del sys.modules[name]
 
 
 def start_actor(args: Namespace, role: str = "actor", **options: Any) -> Any:
