@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from lorry.errors import ConfigError
-from lorry.integrations.slime.arguments import HOOKS, check_arguments, complete_arguments
+from lorry.integrations.slime.arguments import (
+    HOOKS,
+    check_arguments,
+    check_words,
+    complete_arguments,
+)
 
 
 def arguments(**changes: Any) -> SimpleNamespace:
@@ -113,6 +118,13 @@ def test_hooks_of_a_reference_are_not_asked_for_where_there_is_none() -> None:
 def test_what_cannot_be_is_one_clear_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_arguments(arguments(**changes))
+
+
+def test_a_misspelt_flag_that_slime_would_drop_is_told() -> None:
+    check_words(["--use-lora", "--lora-r=4", "--lora-target-modules", "q_proj", "--load", "x"])
+    for words in (["--lora-rank", "4"], ["--lora-rank=4"], ["--lora-ran", "4"]):
+        with pytest.raises(ConfigError, match=r"--lora-ran.? is no flag of Lorry's"):
+            check_words(words)
 
 
 def test_it_is_imported_without_slime_and_megatron_and_says_what_is_missing() -> None:

@@ -10,7 +10,8 @@ from slime.utils.arguments import RAN, parse_args
 def train(args: Namespace) -> None:
     """In slime: placement groups, actors, and the loop generate, train, save, update weights."""
     RAN.append(args)
-    print("trained with", {name: value for name, value in vars(args).items() if "lora" in name})
+    told = ("lora", "only_train")
+    print("trained with", {n: v for n, v in vars(args).items() if any(t in n for t in told)})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ which registers them, or, with slime's own train.py, as keys of the YAML file of
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorry.errors import ConfigError
@@ -83,12 +83,7 @@ def check_arguments(args: Any) -> None:
     flag that is missing or in the way."""
     if not argument(args, "use_lora"):
         raise ConfigError(_no_lora(args))
-    unknown = sorted(n for n in vars(args) if n.startswith("lora_") and n not in DEFAULTS)
-    if unknown:
-        raise ConfigError(
-            f"{_flag(unknown[0])} is no flag of Lorry's; there are: "
-            f"{', '.join(sorted(map(_flag, DEFAULTS)))}"
-        )
+    _check_known(vars(args))
     spec = spec_from_arguments(args)
     for name, reason in _needed_hooks(args, spec.lora_dropout):
         _check_hook(args, name, reason)
@@ -96,6 +91,22 @@ def check_arguments(args: Any) -> None:
     _check_model(args)
     _check_reference(args)
     _check_values(args)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raises ConfigError for a word of a command line that looks like one of our flags and is none: slime
+    would drop it."""
+    names = (word.partition("=")[0] for word in words if word.startswith("--lora"))
+    _check_known(name.removeprefix("--").replace("-", "_") for name in names)
+
+
+def _check_known(names: Iterable[str]) -> None:
+    for name in sorted(names):
+        if name.startswith("lora") and name not in DEFAULTS:
+            raise ConfigError(
+                f"{_flag(name)} is no flag of Lorry's; there are: "
+                f"{', '.join(sorted(map(_flag, DEFAULTS)))}"
+            )
 
 
 def _no_lora(args: Any) -> str:

@@ -13,6 +13,7 @@ from lorry.errors import LorryError
 from lorry.integrations.slime.arguments import (
     add_lora_arguments,
     check_arguments,
+    check_words,
     complete_arguments,
 )
 from lorry.integrations.slime.provider import import_part
@@ -20,6 +21,7 @@ from lorry.integrations.slime.provider import import_part
 
 def main() -> None:
     """Parse the command line as slime does, check it, and train."""
+    check_words(sys.argv[1:])
     args = import_part("slime.utils.arguments").parse_args(add_custom_arguments=add_lora_arguments)
     check_arguments(args)
     complete_arguments(args)
