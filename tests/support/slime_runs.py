@@ -14,13 +14,15 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+from tests.support.slime_checkout import mock_absent_packages, slime_on_cpu
 
 DOUBLE = Path(__file__).parent / "slime_double"
 REAL = {name: os.environ.get(name) for name in ("LORRY_SLIME", "LORRY_MEGATRON")}
@@ -45,6 +47,8 @@ def slime_paths() -> list[str]:
 
 def add_paths() -> None:
     """Make `slime`, `train` and `megatron.training` importable in this process."""
+    if IS_REAL:
+        mock_absent_packages()
     sys.path[:0] = [place for place in slime_paths() if place not in sys.path]
 
 
@@ -114,7 +118,7 @@ def training_process() -> Iterator[None]:
     """A process of slime's: Megatron on the CPU, and groups that are gone afterwards. The only rank, or
     the one that RANK and WORLD_SIZE say."""
     from megatron.core import parallel_state
-    from slime.utils.distributed_utils import set_gloo_group
+    from slime.utils.distributed_utils import init_gloo_group, set_gloo_group
 
     from tests.support.cuda_shim import cuda_on_cpu
 
@@ -124,7 +128,8 @@ def training_process() -> Iterator[None]:
         dist.init_process_group("gloo", **store, **({"world_size": 1} if store else {}))
     torch.set_num_threads(1)
     try:
-        with cuda_on_cpu():
+        with cuda_on_cpu(), slime_on_cpu() if IS_REAL else nullcontext():
+            init_gloo_group()
             yield
     finally:
         set_gloo_group(None)
