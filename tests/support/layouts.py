@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from lorry import cli
 from lorry.adapters.attach import attach
+from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec
@@ -66,8 +67,12 @@ STEPS = 5
 RATE = 1e-2
 # of trained weights, which at RATE are thrown so far that every rounding counts
 REAL_RATE = 1e-4
+BASE_RATE = 1e-3
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 Rows = Sequence[Sequence[TokenizedExample]]
+# adapters, or which base weights train
+Specs = Mapping[str, LoraSpec] | str | list[str]
 
 
 def uneven(step: int) -> Rows:
@@ -105,7 +110,7 @@ def forget_and_retain(step: int) -> Rows:
 
 def backend_for(
     communicator: Communicator,
-    specs: Mapping[str, LoraSpec],
+    specs: Specs,
     dtype: torch.dtype = torch.float32,
     gradient: GradientRule | None = None,
     kind: type[DataParallelBackend] = DataParallelBackend,
@@ -118,8 +123,11 @@ def backend_for(
     return make(model, names, OptimSettings(), gradient=gradient, communicator=communicator)
 
 
-def attach_all(model: CausalLM, specs: Mapping[str, LoraSpec], routed: bool) -> list[str]:
-    """Attach these adapters; the names of what trains."""
+def attach_all(model: CausalLM, specs: Specs, routed: bool) -> list[str]:
+    """Attach these adapters, or let base weights train; the names of what trains."""
+    if not isinstance(specs, Mapping):
+        make_weights_trainable(model, specs)
+        return ["base"]
     adapters = [attach(model, spec, name) for name, spec in specs.items()]
     if not routed:
         return list(specs)
@@ -149,7 +157,7 @@ def read_backend_for(
     communicator: Communicator,
     shard: Sharder | None,
     folder: Path,
-    specs: Mapping[str, LoraSpec],
+    specs: Specs,
     dtype: torch.dtype = torch.float32,
     gradient: GradientRule | None = None,
     family: str = "llama",
@@ -221,6 +229,26 @@ def family_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[s
             start(WIDE, dtype, family=family), plain, REAL_RATE if family == SMOLLM2 else RATE
         ).items()
     }
+
+
+def base_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
+    """Of base weights: all of each family, and a part; ``share``: the bytes that train here."""
+    plain, results = Fixed(steps_of(uneven), ["base"]), dict[str, dict[str, Tensor]]()
+    chosen = [(family, dtype, "all") for family in MODELS for dtype in FLOATS]
+    for family, dtype, specs in (*chosen, ("llama", torch.float32, ["lm_head", "mlp.up_proj"])):
+        backend = start(specs, dtype, family=family)
+        name = f"{family} {dtype} {'all' if specs == 'all' else 'part'}"
+        results[name] = trained(backend, plain, BASE_RATE)
+        buffers = (backend.owners["base"].values, *backend.optimizers["base"].moments()[:2])
+        results[f"share {name}"] = {
+            "model": torch.tensor(sum(map(local_bytes, backend.model.parameters()))),
+            "training": torch.tensor(
+                sum(b.nbytes for b in (*buffers, backend.owners["base"].grads))
+            ),
+        }
+    few_rows = Fixed(steps_of(few), ["base"])
+    results["few"] = trained(start("all"), few_rows, BASE_RATE)
+    return {f"base {name}/{key}": v for name, each in results.items() for key, v in each.items()}
 
 
 def trainings(start: Callable[..., LocalBackend], few_only: bool = False) -> dict[str, Tensor]:

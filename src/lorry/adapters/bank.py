@@ -179,6 +179,11 @@ class Adapter:
         slices = next((slot.slices for slot in self.slots.values()), None)
         return None if slices is None else slices.ranks
 
+    @property
+    def shard(self) -> None:
+        """An adapter is never cut over data ranks."""
+        return None
+
     def partial_sums(self) -> list[str]:
         """The tensors whose gradient has a part from every rank: those that each has whole."""
         if self.ranks is None:

@@ -9,15 +9,19 @@ keeps away from those, is one range. Every tensor begins at a multiple of 64 byt
 the parameters are views of the buffer, without a copy; in a bf16 base they are the masters rounded,
 made again after every step, and a gradient is added to the fp32 one as soon as backward has made
 it, and freed. A tensor with two names (a tied head) is there once and gets the gradients of both.
+
+Of a model whose weights are cut over the ranks of a run the buffer has this rank's share of each
+(`ShardedBaseWeights`); what makes the passes adds up the gradients.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +37,8 @@ from lorry.families import ModelFamily
 
 # 64 bytes: a cache line and the widest vector register
 ALIGN_VALUES = 16  # fp32 values in 64 bytes
+# wide enough for a gradient; of float64 the masters are the rounded values
+TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 BLOCK = 4096  # values whose squares one fp32 sum can take without losing late ones
 WEIGHTS_ATTRIBUTE = "lorry_weights"
 ALL_BUT_ROUTER = "all-but-router"
@@ -47,11 +53,36 @@ HALF_PATTERNS = {
 }
 
 
+class WeightShares(Protocol):
+    """A model's weights as the ranks of a run hold them, each its rows of every one
+    (`backends.distributed.sharded.ShardedWeights`). Every rank makes the same calls in one order."""
+
+    @property
+    def shard(self) -> int:
+        """The number of this rank's share; ranks that hold a copy have the same."""
+
+    def local_rows(self, weight: Tensor) -> slice:
+        """The rows (of dimension 0) that this rank holds."""
+
+    def add_gradients_to(self, grads: Mapping[nn.Parameter, Tensor]) -> None:
+        """From now on let each backward pass add the gradients of these weights, summed over all data
+        ranks, to this rank's rows of them, fp32."""
+
+    def add_up(self, what: str, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over the shares; returns it."""
+
+    def whole_tensors(
+        self, shares: Mapping[str, tuple[nn.Parameter, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """{name: a tensor of a weight's shape}, of which ``shares`` has this rank's rows. Each is made
+        when it is read: by all ranks, or by rank 0 alone while the others follow (`on_main`)."""
+
+
 @dataclass
 class BaseWeights(WholeOnEachRank):
     """The base weights that a run trains. values, grads: [P] fp32; ``split``: where norms and
     biases start; ``params``: {name in the model: its parameter}, in the buffer's order;
-    ``start_digest``: the base's digest before training.
+    ``shapes``: what the buffer has of each; ``start_digest``: the base's digest before training.
     """
 
     name: str
@@ -61,6 +92,7 @@ class BaseWeights(WholeOnEachRank):
     grads: Tensor = field(repr=False)
     split: int = field(repr=False)
     starts: list[int] = field(repr=False)
+    shapes: list[torch.Size] = field(repr=False)
     start_digest: str = field(repr=False)
 
     def num_parameters(self) -> int:
@@ -70,8 +102,8 @@ class BaseWeights(WholeOnEachRank):
     def split_like(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut any [P] tensor (values, moments) into views by the parameters' names."""
         # by starts, not by sizes: gaps of alignment lie between the tensors and stay zero
-        parts = zip(self.params.items(), self.starts, strict=True)
-        return {name: flat[at : at + p.numel()].view(p.shape) for (name, p), at in parts}
+        parts = zip(self.params, self.starts, self.shapes, strict=True)
+        return {name: flat[at : at + shape.numel()].view(shape) for name, at, shape in parts}
 
     def parameter_views(self, flat: Tensor) -> list[tuple[tuple[str, nn.Parameter], Tensor]]:
         """((name, parameter), its view of a [P] tensor)."""
@@ -162,6 +194,67 @@ class BaseWeights(WholeOnEachRank):
         )
 
 
+@dataclass
+class ShardedBaseWeights(BaseWeights):
+    """Base weights of which each rank has some rows: masters, gradients and moments are of those. The
+    compute share is the masters rounded, made again after every step."""
+
+    shares: WeightShares = field(repr=False, kw_only=True)
+
+    @property
+    def shard(self) -> int:
+        """See `ParameterSet.shard`."""
+        return self.shares.shard
+
+    def masters(self) -> dict[str, Tensor]:
+        """The views of ``values``."""
+        return self.split_like(self.values)
+
+    def bind_grads(self) -> None:
+        """A pass adds to ``grads`` by itself (`WeightShares.add_gradients_to`)."""
+
+    @torch.no_grad()
+    def touch(self) -> None:
+        """Make the compute share again."""
+        for (_, param), view in self.parameter_views(self.values):
+            local_share(param).copy_(view)
+
+    def zero_grad_names(self) -> list[str]:
+        """The tensors whose gradient is exactly zero in every share."""
+        views = self.split_like(self.grads).values()
+        moved = torch.tensor([_any_nonzero(view.reshape(-1)) for view in views])
+        counts = self.shares.add_up("gradients that are zero", moved.to(self.grads.device).float())
+        return [name for name, count in zip(self.params, counts.tolist(), strict=True) if not count]
+
+    def norm(self) -> float:
+        """Of the gradient of all shares."""
+        return math.sqrt(self._sum("norm of the gradient", super().norm() ** 2))
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """Of all shares."""
+        return self._sum("inner product", super().dot(a, b))
+
+    def _sum(self, what: str, value: float) -> float:
+        own = torch.tensor([value], dtype=torch.float64, device=self.values.device)
+        return float(self.shares.add_up(what, own))
+
+    def whole_tensors(self, flat: Tensor) -> Mapping[str, Tensor]:
+        """Made one by one, when they are read (`WeightShares.whole_tensors`)."""
+        views = self.parameter_views(flat)
+        return self.shares.whole_tensors({name: (param, view) for (name, param), view in views})
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's rows."""
+        return whole[self.shares.local_rows(self.params[name])]
+
+
+@torch.no_grad()
+def local_share(param: Tensor) -> Tensor:
+    """What this process has of a parameter: all of it, or its rows of a DTensor, which are its memory."""
+    share: Tensor = param.to_local() if hasattr(param, "to_local") else param.detach()
+    return share
+
+
 def _any_nonzero(flat: Tensor) -> bool:
     # nearly every gradient is nonzero early: the whole tensor is read only where its start is zero
     return bool(flat[:BLOCK].any()) or bool(flat.any())
@@ -204,9 +297,7 @@ def make_weights_trainable(
             "not read this weight"
         )
     # fp16 overflows in gradients, and quantised bytes have none
-    if untrainable := [
-        n for n in names if parameters[n].dtype not in (torch.float32, torch.bfloat16)
-    ]:
+    if untrainable := [n for n in names if parameters[n].dtype not in TRAINABLE_DTYPES]:
         dtype = str(parameters[untrainable[0]].dtype).removeprefix("torch.")
         raise ConfigError(
             f"{untrainable[0]} is {dtype}, a dtype in which base weights cannot "
@@ -221,22 +312,31 @@ def make_weights_trainable(
             *(n for n in names if parameters[n].dim() < 2),
         )
     }
-    starts, end = list[int](), 0
+    starts, shapes, end = list[int](), list[torch.Size](), 0
     for p in params.values():
         starts.append(end)
+        shapes.append(local_share(p).shape)
         # rounded up to the next multiple
-        end += -(-p.numel() // ALIGN_VALUES) * ALIGN_VALUES
+        end += -(-shapes[-1].numel() // ALIGN_VALUES) * ALIGN_VALUES
     # where the first vector starts; without any, the end
     split = next((at for at, p in zip(starts, params.values(), strict=True) if p.dim() < 2), end)
-    values = torch.zeros(end, dtype=torch.float32, device=next(iter(params.values())).device)
-    base_weights = BaseWeights(
-        name, params, values, torch.zeros_like(values), split, starts, base_digest(model)
+    # a rank may have no row of any; the optimizer wants a range
+    room = max(end, ALIGN_VALUES)
+    values = torch.zeros(room, dtype=torch.float32, device=next(iter(params.values())).device)
+    weights = getattr(model, "layer_weights", None)
+    shares: WeightShares | None = weights if weights is not None and weights.sharded else None
+    facts = (name, params, values, torch.zeros_like(values), split, starts, shapes)
+    base_weights = (
+        BaseWeights(*facts, base_digest(model))
+        if shares is None
+        else ShardedBaseWeights(*facts, base_digest(model), shares=shares)
     )
     grads = base_weights.split_like(base_weights.grads)
     for (path, param), view in base_weights.parameter_views(values):
-        with torch.no_grad():
-            view.copy_(param)
+        view.copy_(local_share(param))
         param.requires_grad_(True)
+        if shares is not None:
+            continue  # its gradients come with the passes
         if param.dtype == torch.float32:
             # fp32: the parameter moves into the buffer, no second copy of the model exists
             param.data = view
@@ -244,7 +344,11 @@ def make_weights_trainable(
             # bf16: emptied as soon as it is complete, so at most one bf16 gradient is alive at a
             # time
             param.register_post_accumulate_grad_hook(partial(_collect_gradient, grads[path]))
+    if shares is not None:
+        shares.add_gradients_to({params[path]: view for path, view in grads.items()})
     base_weights.bind_grads()
+    # a base in float64 computes with what the masters hold
+    base_weights.touch()
     model.__dict__[WEIGHTS_ATTRIBUTE] = base_weights
     return base_weights
 

@@ -106,9 +106,15 @@ class ParameterSet(Protocol):
         """The tensors whose gradient each of the ranks that share the model (tensor parallel) has a
         part of, to be added up once per step; none of one device."""
 
-    def whole_tensors(self, flat: Tensor) -> dict[str, Tensor]:
+    @property
+    def shard(self) -> int | None:
+        """The number of this rank's share where the set is cut over the data ranks, whose passes add
+        its gradients up; None where each of them has the set as one device has it, or the same part."""
+
+    def whole_tensors(self, flat: Tensor) -> Mapping[str, Tensor]:
         """`split_like` as one device has it, whatever part of the set this process holds. Where ranks
-        share it, all of them call this together."""
+        share it, all of them call this together; where it is cut over them, a tensor is made when it
+        is read."""
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """`whole_tensors` backwards: of one tensor what this process has."""

@@ -4,7 +4,7 @@ base weights that train.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from lorry.backends.protocol import (
     ParameterInspection,
     StepStats,
     Task,
+    TensorsWhenRead,
+    like_stored,
     term_totals,
 )
 from lorry.data.batch import BASE, Batch
@@ -167,7 +169,7 @@ class LocalBackend:
         bad = torch.nonzero(~torch.isfinite(values.detach()))[:, 0].tolist()
         if bad:
             keys = [int(batch.key[s]) for s in bad[:8]]
-            self.discard()
+            self._forget()
             raise NonFiniteError(
                 f"step {step + 1}: the loss term {term!r} is not finite for "
                 f"{len(bad)} of {len(batch)} sequences of a micro-batch (rows "
@@ -211,12 +213,8 @@ class LocalBackend:
             # not `>=`: written this way NaN is caught as well
             if not norm < float("inf"):
                 owner = self.owners[name]
-                where = [
-                    t
-                    for t, g in owner.split_like(owner.grads).items()
-                    if not torch.isfinite(g).all()
-                ]
-                self.discard()
+                where = self._not_finite(owner)
+                self._forget()
                 raise NonFiniteError(
                     f"step {self.at + 1}: the gradient of "
                     f"{where[0] if where else name} ({owner.label}) is not finite "
@@ -231,9 +229,20 @@ class LocalBackend:
     def discard(self) -> GradientNorms:
         """Forget the gradients of this step."""
         norms = self._norms()
+        self._forget()
+        return norms
+
+    def _forget(self) -> None:
+        """`discard` without norms, which ranks would have to take together."""
         for owner in self.owners.values():
             owner.grads.zero_()
-        return norms
+
+    def _not_finite(self, owner: ParameterSet) -> list[str]:
+        """The tensors whose gradient is not finite on some rank; all of them call it."""
+        views = owner.split_like(owner.grads).items()
+        found = [tensor for tensor, grad in views if not torch.isfinite(grad).all()]
+        frames = self.communicator.exchange("gradients that are not finite", found)
+        return list(dict.fromkeys(tensor for frame in frames for tensor in frame))
 
     def _norms(self) -> GradientNorms:
         stepping = [n for n in self.trained if n in self.present]
@@ -278,23 +287,49 @@ class LocalBackend:
 
     # --- state
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """adapter/NAME/MODULE.lora_A (of base weights weights/NAME/TENSOR), adam_m/..., adam_v/...,
         adam_count/NAME, what a gradient rule keeps, and rng/cpu: everything a resumed run needs.
 
         On a CPU these are the tensors in use, not copies (K adapters with their moments would be
         held twice): who wants to keep them beyond the next step clones them. Where ranks share a
-        model every rank calls this, and gets whole tensors.
+        model, or weights that train are cut over them, every rank calls this; in the latter case a
+        tensor is made whole when it is read (`TensorsWhenRead`).
         """
-        state = {"rng/cpu": torch.get_rng_state()}
+        state, parts = {"rng/cpu": torch.get_rng_state()}, dict[str, TensorsWhenRead]()
         for name, owner in self.owners.items():
             for kind, flat in self._flat_tensors(name):
-                state |= {
-                    f"{kind}/{name}/{tensor}": values.detach().cpu()
-                    for tensor, values in owner.whole_tensors(flat).items()
-                }
+                whole = owner.whole_tensors(flat)
+                if isinstance(whole, TensorsWhenRead):
+                    parts[f"{kind}/{name}/"] = whole
+                else:
+                    state |= {f"{kind}/{name}/{t}": v.detach().cpu() for t, v in whole.items()}
             state[f"adam_count/{name}"] = self.optimizers[name].moments()[2].cpu()
-        return state
+        return _StateInParts(state, parts) if parts else state
+
+    def held(self) -> Mapping[str, Tensor]:
+        """See `Backend.held`: of a set that is cut over ranks, this rank's rows under a name that says
+        which; else whole tensors, which ranks that share a model make together."""
+        held = dict[str, Tensor]()
+        for name, owner in self.owners.items():
+            own, part = owner.whole_tensors(owner.values), ""
+            if owner.shard is not None:
+                own, part = owner.split_like(owner.values), f" (share {owner.shard})"
+            held |= {f"{owner.kind}/{name}/{t}{part}": v.detach().cpu() for t, v in own.items()}
+        return held
+
+    def nonfinite(self) -> tuple[list[str], int]:
+        """See `Backend.nonfinite`."""
+        own = {
+            f"{kind}/{name}/{tensor}": values
+            for name, owner in self.owners.items()
+            for kind, flat in self._flat_tensors(name)
+            for tensor, values in owner.split_like(flat).items()
+        }
+        own |= {f"adam_count/{n}": optim.moments()[2] for n, optim in self.optimizers.items()}
+        found = [name for name, values in own.items() if not is_finite(values)]
+        frames = self.communicator.exchange("values that are not finite", found)
+        return list(dict.fromkeys(name for frame in frames for name in frame)), len(own)
 
     def _flat_tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
@@ -312,8 +347,9 @@ class LocalBackend:
             raise ModelError(
                 f"the checkpoint and this run differ in {odd[0]!r} ({len(odd)} tensors in all)"
             )
-        for tensor, value in mine.items():
-            here, there = ((t.dtype, tuple(t.shape)) for t in (value, state[tensor]))
+        for tensor in mine:
+            facts = (like_stored(mine, tensor), like_stored(state, tensor))
+            here, there = ((t.dtype, tuple(t.shape)) for t in facts)
             if here != there:
                 raise ModelError(
                     f"{tensor} is {there[0]} {there[1]} in the checkpoint and {here[0]} {here[1]} here"
@@ -364,6 +400,38 @@ class LocalBackend:
             frozenset(saved),
             sample_digest(self.model, trained=moving, frozen=frozen),
         )
+
+
+class _StateInParts(TensorsWhenRead):
+    """``ready`` tensors, and those of ``parts`` by a prefix of their names."""
+
+    def __init__(self, ready: Mapping[str, Tensor], parts: Mapping[str, TensorsWhenRead]) -> None:
+        self.ready = dict(ready)
+        self.parts = {
+            f"{prefix}{name}": (tensors, name)
+            for prefix, tensors in parts.items()
+            for name in tensors
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.ready:
+            return self.ready[name]
+        tensors, own = self.parts[name]
+        return tensors[own].cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.ready
+        yield from self.parts
+
+    def __len__(self) -> int:
+        return len(self.ready) + len(self.parts)
+
+    def like(self, name: str) -> Tensor:
+        """See `TensorsWhenRead.like`."""
+        if name in self.ready:
+            return self.ready[name]
+        tensors, own = self.parts[name]
+        return tensors.like(own)
 
 
 def _covers_memory(whole: Tensor, part: Tensor) -> bool:

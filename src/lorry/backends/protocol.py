@@ -9,6 +9,7 @@ packed or accumulated, and K jobs in one batch are K separate runs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -122,10 +123,26 @@ class GradientRule(Protocol):
     def buffers(self, name: str) -> Mapping[str, Tensor]: ...
 
 
+class TensorsWhenRead(Mapping[str, Tensor]):
+    """Tensors by name of which each is made when it is read: several processes have it in parts."""
+
+    @abstractmethod
+    def like(self, name: str) -> Tensor:
+        """A tensor without memory of the same shape and dtype; nothing is made."""
+
+
+def like_stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor, or one without memory of its shape and dtype where it would have to be made."""
+    return tensors.like(name) if isinstance(tensors, TensorsWhenRead) else tensors[name]
+
+
 class Backend(ScoringBackend, Protocol):
     """Where a run happens. ``mix_of``: what the sequences of a trained name run under.
     ``state`` holds adapters, moments, counts and random state under canonical names,
-    whole tensors. ``communicator``: the processes of the run; on each of them the same methods are
+    whole tensors (where weights are cut over processes, `TensorsWhenRead`); ``held``: of what trains
+    the tensors of this process, those of the same name the same in every process that has them;
+    ``nonfinite``: the names in ``state`` whose values are not finite, of how many, as all processes
+    find them. ``communicator``: the processes of the run; on each of them the same methods are
     called with the same batches, those of the whole step, and return the same.
     """
 
@@ -137,7 +154,9 @@ class Backend(ScoringBackend, Protocol):
     def step(self, lr: Mapping[str, float]) -> GradientNorms: ...
     def discard(self) -> GradientNorms: ...
     def mix_of(self, name: str) -> Mix: ...
-    def state(self) -> dict[str, Tensor]: ...
+    def state(self) -> Mapping[str, Tensor]: ...
+    def held(self) -> Mapping[str, Tensor]: ...
+    def nonfinite(self) -> tuple[list[str], int]: ...
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
     def inspect(self) -> ParameterInspection: ...
 

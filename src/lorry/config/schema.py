@@ -582,15 +582,6 @@ class RunConfig(SettingsGroup):
         return self
 
     @model_validator(mode="after")
-    def _cut_base_is_frozen(self) -> RunConfig:
-        trains = self.lora is None and type(self.backend) is TrainBackendConfig
-        if trains and self.backend.name == "fsdp":
-            raise ValueError(
-                "lora=null trains the base, which backend=fsdp cuts and keeps frozen; give backend=ddp"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _jobs_have_adapters(self) -> RunConfig:
         if self.lora is None and self.jobs and self.jobs_need_adapters:
             raise ValueError(NO_ADAPTERS_FOR_JOBS)

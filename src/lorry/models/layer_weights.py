@@ -15,6 +15,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from lorry.adapters.base_weights import WeightShares
+
 
 class LayerWeights(Protocol):
     """The weights of a model's layers, in the order they run, and of all the rest (embedding, final
@@ -69,11 +71,8 @@ _NOTHING = nullcontext()
 WHOLE_WEIGHTS = WholeWeights()
 
 
-class WeightShards(LayerWeights, Protocol):
-    """The weights of a model that is being read, rank by rank its own share of each."""
-
-    def local_rows(self, weight: Tensor) -> slice:
-        """The rows (of dimension 0) that this rank holds."""
+class WeightShards(LayerWeights, WeightShares, Protocol):
+    """The weights of a model of which each rank has read its own share."""
 
     def parameter(self, weight: Tensor, share: Tensor) -> nn.Parameter:
         """What takes the place of ``weight``, a parameter without memory: this rank's rows of it."""

@@ -40,6 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorry.backends.protocol import TensorsWhenRead, like_stored
 from lorry.disk import documents, durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.runs.layout import CHECKPOINTS, STEP
@@ -419,21 +420,22 @@ def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
     is aligned (https://github.com/huggingface/safetensors#format). What cannot be stored is refused
     here, not while writing.
     """
-    for name, t in tensors.items():
+    facts = {name: like_stored(tensors, name) for name in tensors}
+    for name, t in facts.items():
         if (
             t.dtype not in _SAFETENSORS_DTYPES
             or t.layout is not torch.strided
-            or t.is_meta
+            or (t.is_meta and not isinstance(tensors, TensorsWhenRead))
             or name == "__metadata__"
         ):
             raise ContractError(
                 f"tensor {name!r} ({t.dtype}, {t.layout}, {t.device}) cannot be stored in a checkpoint"
             )
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(facts, key=lambda name: (-facts[name].element_size(), name))
     header: dict[str, Any] = {}
     offset = 0
     for name in names:
-        t, start = tensors[name], offset
+        t, start = facts[name], offset
         offset += t.numel() * t.element_size()
         header[name] = {
             "dtype": _SAFETENSORS_DTYPES[t.dtype],

@@ -25,7 +25,6 @@ from lorry.data.batch import Batch
 from lorry.data.stream.joint import interleave_adapters
 from lorry.errors import ConfigError, ContractError, ModelError, NonFiniteError
 from lorry.evaluate.loss import packed_loss_difference, packing_leak
-from lorry.models.loading.weights import is_finite
 from lorry.train.jobs import StepCount, validate_strict
 
 # numbers and order are those of docs/architecture.md, and stand in every contracts.json
@@ -422,13 +421,11 @@ class ContractChecks:
 
         Raises NonFiniteError naming the tensors.
         """
-        # masters, moments and counts; the random state is bytes
-        floats = {name: t for name, t in backend.state().items() if t.is_floating_point()}
-        nonfinite = [name for name, t in floats.items() if not is_finite(t)]
+        nonfinite, count = backend.nonfinite()
         if nonfinite:
             message = (
                 f"step {step}: the update made {nonfinite[0]} infinite or NaN "
-                f"({len(nonfinite)} of {len(floats)} tensors that are saved); they "
+                f"({len(nonfinite)} of {count} tensors that are saved); they "
                 "are not saved, and the last checkpoint is unchanged. Lower "
                 "learning_rate"
             )
@@ -464,15 +461,20 @@ class ContractChecks:
         communicator = backend.communicator
         if communicator.size == 1:
             return
-        fingerprints = _parameter_fingerprints(backend)
-        first, *others = communicator.exchange(f"weights {when}", fingerprints)
-        for rank, other in enumerate(others, 1):
-            if differing := [name for name in first if other.get(name) != first[name]]:
+        fingerprints = {name: tensor_fingerprint(t) for name, t in backend.held().items()}
+        frames = communicator.exchange(f"weights {when}", fingerprints)
+        # {tensor: the first rank that has it}: ranks have others where weights are cut over them
+        first = dict[str, int]()
+        for rank, frame in enumerate(frames):
+            holders = {name: first.setdefault(name, rank) for name in frame}
+            differing = [n for n, holder in holders.items() if frame[n] != frames[holder][n]]
+            if differing or len(frame) != len(frames[0]):
+                what = differing[0] if differing else "number of tensors"
                 raise self.fail(
                     number,
-                    f"{when} rank {rank} holds another {differing[0]} than rank 0 "
-                    f"({len(differing)} of {len(first)} tensors): the ranks train different "
-                    "adapters",
+                    f"{when} rank {rank} holds another {what} than rank "
+                    f"{holders.get(what, 0)} ({len(differing)} of {len(frame)} tensors): the ranks "
+                    "train different values",
                 )
 
     # --- at the end
@@ -504,9 +506,9 @@ def _parameter_fingerprints(backend: Backend) -> dict[str, str]:
     """The fingerprint of every tensor that trains: digests, since copies of all of them would stay
     for the whole run.
     """
-    return {
-        n: tensor_fingerprint(t) for n, t in backend.state().items() if n.startswith(STATE_PREFIXES)
-    }
+    state = backend.state()
+    # by name: of what is cut over ranks no moment need be made whole
+    return {n: tensor_fingerprint(state[n]) for n in state if n.startswith(STATE_PREFIXES)}
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:

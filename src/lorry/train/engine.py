@@ -18,6 +18,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lorry.backends.protocol import Backend, GradientNorms, ScoringBackend, StepStats, Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
@@ -447,7 +449,7 @@ class TrainingEngine:
 
     def _load_best(self, steps: Mapping[str, int]) -> None:
         """Put each job's adapter, with its moments, back to the step that was its best."""
-        state = self.backend.state()
+        mine, chosen = self.backend.state(), dict[str, Tensor]()
         # the checkpoints of the run are rank 0's
         run_dir = Path(self.communicator.exchange("run", str(self.run_dir.absolute()))[0])
         # jobs that share a best step share the reading of its checkpoint
@@ -458,7 +460,7 @@ class TrainingEngine:
                 path = self.origin.with_name(path.name)
             names = [name for name, best in steps.items() if best == step]
             trained = {part for name in names for part in self.jobs[name].trained_names}
-            state |= {
+            chosen |= {
                 key: t
                 for key, t in checkpoint.load_checkpoint(path)[0].items()
                 # KIND/NAME/TENSOR and adam_count/NAME: the second part is the parameter set's
@@ -467,7 +469,8 @@ class TrainingEngine:
             whose = f", of {', '.join(names)}" if len(self.jobs) > 1 else ""
             self._tell("note", f"loaded the best adapter{whose}, of step {step}")
         if steps:
-            self.backend.load_state(state)
+            others = {name: mine[name] for name in mine if name not in chosen}
+            self.backend.load_state(others | chosen)
 
     def _tell(self, what: str, *words: Any) -> None:
         for listener in self.listeners:

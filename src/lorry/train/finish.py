@@ -15,6 +15,7 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.adapters.router import ROUTER_NAME
 from lorry.adapters.trainable import base_parameter_set, parameter_set
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.protocol import Backend
 from lorry.data.batch import Batch
 from lorry.data.prepare import PreparedData
@@ -23,6 +24,7 @@ from lorry.disk import receipt
 from lorry.errors import DataError, ModelError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM, parameter_count
+from lorry.models.layer_weights import Sharder
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs import ownership
@@ -60,12 +62,15 @@ def write_and_check_adapters(
     checks: ContractChecks,
     prepared: Mapping[str, PreparedData],
     beside: Sequence[str] = (),
+    communicator: Communicator = ONE_PROCESS,
+    shard: Sharder | None = None,
 ) -> dict[str, str]:
     """Write every adapter, and read it back (contract 5). ``beside``: the experts that trained with
-    their router. Returns {adapter: SHA-256 of its weights file}; where the base's own weights were
-    trained, the whole model's, by file."""
+    their router; ``communicator``, ``shard``: as in `full.write_and_check_model`. Returns {adapter:
+    SHA-256 of its weights file}; where the base's own weights were trained, the whole model's, by
+    file."""
     if base_parameter_set(opened.model) is not None:
-        return full.write_and_check_model(run_dir, opened, checks, prepared)
+        return full.write_and_check_model(run_dir, opened, checks, prepared, communicator, shard)
     if get_bank(opened.model).routers:
         digests = mixture.write_and_check_mixture(
             run_dir, opened, checks, prepared, base_model_name(opened)

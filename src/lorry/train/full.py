@@ -6,20 +6,23 @@ plain Hugging Face model.
 
 The model is written beside its place, read back and compared (contract 5), and only then moved file
 by file into the run's directory, config.json last: a directory that looks like a model holds a
-verified one.
+verified one. Where the weights are cut over ranks, rank 0 writes tensors that all of them make whole one
+by one, and each rank reads back its own share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.base_weights import make_weights_trainable
+from lorry.adapters.base_weights import local_share, make_weights_trainable
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.config.jobs import BASE_JOB
 from lorry.config.schema import TrainConfig
 from lorry.data.prepare import PreparedData
@@ -29,6 +32,7 @@ from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
+from lorry.models.layer_weights import Sharder, WeightShards
 from lorry.models.loading.load import load_model
 from lorry.models.loading.open import OpenedModel
 from lorry.models.loading.store import save_model
@@ -63,6 +67,11 @@ def enable_base_training(
             "base weights would not contain; merge it first (lorry merge), and "
             "give the merged model"
         )
+    if opened.model.layer_weights.sharded and _has_own_code(opened.model):
+        raise ConfigError(
+            f"{opened.source['name']} runs code of its own, which lora=null with backend=fsdp does not "
+            "write beside the trained weights; give backend=ddp"
+        )
     # a run of this kind moves its own earlier model aside; another's would be displaced unasked
     if (run_dir / "config.json").exists() and not is_full_finetune_dir(run_dir):
         raise ConfigError(
@@ -90,31 +99,59 @@ def refuse_adapter_settings(train: TrainConfig, memory_budget: str | None) -> No
 
 
 def write_and_check_model(
-    run_dir: Path, opened: OpenedModel, checks: ContractChecks, prepared: Mapping[str, PreparedData]
+    run_dir: Path,
+    opened: OpenedModel,
+    checks: ContractChecks,
+    prepared: Mapping[str, PreparedData],
+    communicator: Communicator = ONE_PROCESS,
+    shard: Sharder | None = None,
 ) -> dict[str, str]:
     """Write the model, read it back (contract 5), put it in its place. Returns {weights file: its
-    SHA-256}.
+    SHA-256}. Of a model that ``shard`` cuts over the ranks of ``communicator`` all of them call this;
+    the place is rank 0's.
     """
-    staged = run_dir / STAGED
-    if staged.is_dir():  # left by a run that was killed here
-        durable.remove_directory(staged)
-    try:
-        save_model(opened.model, staged, tokenizer=opened.tokenizer)
-        scored = check_model_reload(checks, opened.model, staged, next(iter(prepared.values())))
+    model, data = opened.model, next(iter(prepared.values()))
+    place = Path(communicator.exchange("run directory", str(run_dir.absolute()))[0])
+    staged = place / STAGED
+    tensors = _whole_weights(model)
+
+    def write() -> None:
+        if staged.is_dir():  # left by a run that was killed here
+            durable.remove_directory(staged)
+        save_model(model, staged, tensors=tensors, tokenizer=opened.tokenizer)
+
+    def publish() -> dict[str, str]:
         # of the bytes on disk after they were read back, which the receipt then vouches for
         digests = {file.name: file_digest(file) for file in sorted(staged.glob("*.safetensors"))}
+        publish_model_files(staged, place)
+        return digests
+
+    try:
+        communicator.on_main("the trained weights", write)
+        scored = check_model_reload(checks, model, staged, data, communicator, shard)
+        digests: dict[str, str] = communicator.on_main("the model's place", publish)
     # also on Ctrl-C: what was not verified must not lie there as if it were a model
     except BaseException:
-        if staged.is_dir():
+        if communicator.rank == 0 and staged.is_dir():
             durable.remove_directory(staged)
         raise
-    publish_model_files(staged, run_dir)
     batch = " and the scores of a batch" if scored else ""
     checks.held(
         5,
-        f"{parameter_count(opened.model)} values of the whole model{batch} equal bit for bit after reading back",
+        f"{parameter_count(model)} values of the whole model{batch} equal bit for bit after reading back",
     )
     return digests
+
+
+def _whole_weights(model: CausalLM) -> Iterable[tuple[str, Tensor]] | None:
+    """(name, tensor) of every weight of a model that is cut over ranks, each made whole when it is
+    read; None: the model has them."""
+    if not model.layer_weights.sharded:
+        return None
+    weights = cast(WeightShards, model.layer_weights)
+    shares = {name: (param, local_share(param)) for name, param in model.named_parameters()}
+    whole = weights.whole_tensors(shares)
+    return ((name, whole[name]) for name in whole)
 
 
 def publish_model_files(staged: Path, run_dir: Path) -> None:
@@ -135,22 +172,32 @@ def publish_model_files(staged: Path, run_dir: Path) -> None:
     durable.disk.rmdir(staged)
 
 
-def check_model_reload(
-    checks: ContractChecks, model: CausalLM, folder: Path, prepared: PreparedData
-) -> bool:
-    """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits.
-    Returns whether there was a batch to score."""
-    # code of a model that the person has trusted when the run began; reading back asks no more
-    has_own_code = isinstance(model, HfModel) and type(model.inner).__module__.startswith(
+def _has_own_code(model: CausalLM) -> bool:
+    return isinstance(model, HfModel) and type(model.inner).__module__.startswith(
         "transformers_modules"
     )
+
+
+def check_model_reload(
+    checks: ContractChecks,
+    model: CausalLM,
+    folder: Path,
+    prepared: PreparedData,
+    communicator: Communicator = ONE_PROCESS,
+    shard: Sharder | None = None,
+) -> bool:
+    """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits;
+    of one that ``shard`` cuts over ranks on each of them what it holds. Returns whether there was a
+    batch to score."""
     try:
         reloaded = load_model(
             folder,
             dtype=model.dtype,
             device=model.device,
             native=isinstance(model, Decoder),
-            trust_remote_code=has_own_code,
+            # the person has trusted it when the run began; reading back asks no more
+            trust_remote_code=_has_own_code(model),
+            shard=shard,
             add_note=ignore_note,
         ).model
     except ModelError as error:
@@ -163,7 +210,8 @@ def check_model_reload(
     differing = sorted(trained_tensors.keys() ^ read_tensors.keys()) + [
         n
         for n in trained_tensors
-        if n in read_tensors and not torch.equal(trained_tensors[n], read_tensors[n])
+        if n in read_tensors
+        and not torch.equal(local_share(trained_tensors[n]), local_share(read_tensors[n]))
     ]
     if differing:
         raise checks.fail(
@@ -175,9 +223,10 @@ def check_model_reload(
     )
     if batch is None:
         return False
-    with torch.no_grad():
-        for name, param in read_tensors.items():
-            # bit for bit only where both products take the same kernel, see there
+    with torch.no_grad(), communicator.together():
+        for name, param in read_tensors.items() if shard is None else ():
+            # bit for bit only where both products take the same kernel, see there; what a pass
+            # gathers begins at a multiple of 64 bytes
             param.data = align_like(param.data, trained_tensors[name])
         want = {"s": TokenScore(log_prob)}
         scores = [

@@ -23,6 +23,7 @@ from lorry.adapters.bank import Adapter
 from lorry.adapters.peft.files import base_digest, start_files
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.trainable import base_parameter_set
 from lorry.backends.distributed.communicator import (
     ONE_PROCESS,
     Communicator,
@@ -180,7 +181,7 @@ def _train_run(
         process.begin(engine.progress.step, engine.total)
         artifacts.write_start(run.output_dir, over, list(jobs))
         # the run's own files are all written in there; the rate below is of this machine
-        result = _train_and_finish(given, opened, jobs, engine, process.home)
+        result = _train_and_finish(given, opened, jobs, engine, process.home, shard)
         if (counted := planned_run_of(run, opened)) is not None:
             notebook.tell(record_step_rate(times, counted, opened.model, run.backend.threads))
         return result
@@ -340,9 +341,10 @@ def _train_and_finish(
     jobs: PreparedJobs,
     engine: TrainingEngine,
     home: RunDirectoryHandle,
+    shard: Sharder | None,
 ) -> TrainResult:
     """Run the engine between the first and the last contracts; write every file of the run, as long
-    as ``home`` is there.
+    as ``home`` is there. ``shard``: as in `build_engine`.
     """
     checks, backend, prepared = (
         engine.checks,
@@ -369,9 +371,10 @@ def _train_and_finish(
         digests = _write_and_check(
             backend.communicator,
             opened.model,
-            lambda: finish.write_and_check_adapters(
-                run.output_dir, opened, checks, prepared, beside
+            lambda *ranks: finish.write_and_check_adapters(
+                run.output_dir, opened, checks, prepared, beside, *ranks
             ),
+            shard,
         )
         finish.displace_measurements(run.output_dir, digests)
         engine.conclude_evaluations()
@@ -419,9 +422,15 @@ def _train_and_finish(
 
 
 def _write_and_check(
-    communicator: Communicator, model: CausalLM, write: Callable[[], dict[str, str]]
+    communicator: Communicator,
+    model: CausalLM,
+    write: Callable[..., dict[str, str]],
+    shard: Sharder | None,
 ) -> dict[str, str]:
-    """The digests that ``write`` gives. Raises what it raises."""
+    """The digests that ``write`` gives, which takes ranks that write together. Raises what it raises."""
+    if shard is not None and base_parameter_set(model) is not None:
+        # no rank has the weights: all of them make each whole for rank 0, and read their own back
+        return write(communicator, shard)
     if model.ranks is None:
         # rank 0's are the run's; the others wait, and learn whether they hold
         digests: dict[str, str] = communicator.on_main("the trained weights", write)

@@ -5,6 +5,7 @@ too: a router, which reads and makes what all ranks have, or the only process's 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ class WholeOnEachRank(ABC):
     @abstractmethod
     def split_like(self, flat: Tensor) -> dict[str, Tensor]: ...
 
+    @property
+    def shard(self) -> int | None:
+        """None: it is no share."""
+        return None
+
     def dot(self, a: Tensor, b: Tensor) -> float:
         """The inner product of two [P] tensors, in float64: both are sums over millions of products."""
         return float(torch.dot(a.double(), b.double()))
@@ -24,7 +30,7 @@ class WholeOnEachRank(ABC):
         """None: a gradient is the whole one."""
         return []
 
-    def whole_tensors(self, flat: Tensor) -> dict[str, Tensor]:
+    def whole_tensors(self, flat: Tensor) -> Mapping[str, Tensor]:
         """Its views by name."""
         return self.split_like(flat)
 

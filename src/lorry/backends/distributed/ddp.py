@@ -80,6 +80,8 @@ class DataParallelBackend(LocalBackend):
                     "every rank has to divide by the totals of the whole step"
                 )
         for name, owner in self.owners.items():
+            if owner.shard is not None:
+                continue  # added up by the passes
             self._add_up_partial_sums(name, owner)
             self.communicator.add_up(f"gradients of {name}", owner.grads)
         for name, earlier in before.items():

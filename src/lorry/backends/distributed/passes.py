@@ -1,4 +1,5 @@
-"""Passes that all ranks walk: a model whose weights are cut over ranks runs on none of them alone.
+"""Passes that all ranks walk: a model whose weights are cut over ranks runs on none of them alone, and
+a tensor that is cut over them is made whole by none alone.
 
 Ranks have as many passes to make as their rows need: micro-batches, prompts of a router, tokens of
 answers. Before each they say which they are at, and the earliest kind is next: ranks that have
@@ -19,43 +20,44 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 from weakref import WeakValueDictionary
 
-PassKind = Literal["forward", "backward"]
+# a pass through a model's layers, or the gathering of one tensor
+PassKind = Literal["forward", "backward", "gather"]
 # forward first: who has a graph keeps it while others make theirs, and nobody waits for ever
-KINDS: tuple[PassKind, ...] = ("forward", "backward")
+KINDS: tuple[PassKind, ...] = ("forward", "backward", "gather")
 WHAT = "a pass through sharded weights"
 
 
 class Walker(Protocol):
-    """A model's weights (`backends.distributed.sharded.ShardedWeights`)."""
+    """A model's weights (`backends.distributed.sharded.ShardedWeights`), or tensors that are gathered
+    one by one (`backends.distributed.shares.GatheredTensors`)."""
 
-    def walk_along(self, kind: PassKind) -> None:
-        """Take part in a pass of other ranks."""
+    def walk_along(self, kind: PassKind, number: int) -> None:
+        """Take part in a pass of other ranks; ``number``: of the tensor that is gathered."""
 
     def release(self) -> None:
         """Let go of what passes have gathered."""
 
 
 class PassSchedule:
-    """Over ``exchange`` (`Communicator.exchange`). Models join in the same order on every rank."""
+    """Over ``exchange`` (`Communicator.exchange`). Walkers join in the same order on every rank."""
 
     def __init__(self, exchange: Callable[[str, Any], list[Any]]) -> None:
         self.exchange = exchange
         # by the number that each has on every rank; no longer than they are in use
-        self.models: WeakValueDictionary[int, Walker] = WeakValueDictionary()
+        self.walkers: WeakValueDictionary[int, Walker] = WeakValueDictionary()
         self._joined = 0
         self._inside = 0  # blocks of `together`
         self._announce: Callable[[], None] | None = None
 
-    def join(self, weights: Walker) -> int:
-        """Let a model's passes be agreed on; the number it has in `begin`."""
+    def join(self, walker: Walker) -> int:
+        """Let a walker's passes be agreed on; the number it has in `begin`."""
         self._joined += 1
-        self.models[self._joined] = weights
+        self.walkers[self._joined] = walker
         return self._joined
 
-    def begin(self, model: int, kind: PassKind) -> None:
-        """Return when every rank walks a pass of this kind through a model's weights. Raises what
-        `exchange` raises."""
-        mine = [KINDS.index(kind), model]
+    def begin(self, walker: int, kind: PassKind, number: int = 0) -> None:
+        """Return when every rank walks this pass. Raises what `exchange` raises."""
+        mine = [KINDS.index(kind), walker, number]
         while (chosen := self._chosen(mine)) != mine:
             self._along(chosen)
 
@@ -95,8 +97,8 @@ class PassSchedule:
         self._along(self._chosen(None))
 
     def _release(self) -> None:
-        for model in self.models.values():
-            model.release()
+        for walker in self.walkers.values():
+            walker.release()
 
     def _chosen(self, mine: list[int] | None) -> list[int] | None:
         """The pass that comes next; None where no rank has one."""
@@ -107,5 +109,5 @@ class PassSchedule:
 
     def _along(self, chosen: list[int] | None) -> None:
         assert chosen is not None
-        kind, model = chosen
-        self.models[model].walk_along(KINDS[kind])
+        kind, walker, number = chosen
+        self.walkers[walker].walk_along(KINDS[kind], number)

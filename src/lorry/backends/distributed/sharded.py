@@ -7,13 +7,17 @@ while a layer computes, and skips what it does not compute with. So the collecti
 same on every rank, whatever its rows need: adapters of another depth, no adapter, an early stop, an
 error in the middle. Which pass comes next the ranks agree on first (`passes.py`).
 
-The base is frozen: there is nothing to reduce but the adapters' own buffers.
+A frozen base has nothing to reduce but the adapters' own buffers. Of weights that train, a layer's
+gradients are added up over the data ranks when a backward pass leaves it, in fp32, each rank getting
+its rows; on ranks that walk along they are zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +27,12 @@ from torch.distributed.tensor import DTensor
 
 from lorry.backends.distributed.communicator import PeerError
 from lorry.backends.distributed.passes import PassKind, PassSchedule
+from lorry.backends.distributed.shares import GatheredTensors
 from lorry.errors import ContractError
 from lorry.models.layer_weights import WHOLE_WEIGHTS
 
-SHARD = "shard"  # the axis of the device mesh along which weights are cut
+# the axes of the device mesh along which weights are cut, and copied
+SHARD, REPLICA = "shard", "replica"
 # integers as wide as a value, whose sum with zeros keeps every bit
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,6 +44,32 @@ class _Holder(nn.Module):
     def __init__(self, held: nn.Module) -> None:
         super().__init__()
         self.held = held
+
+
+@dataclass
+class _TrainedWeight:
+    """A weight that trains: where it is in the model, as this rank's share or, while its group is
+    gathered, ``whole``; how many values a share of it has; and this rank's gradient, fp32."""
+
+    module: nn.Module
+    name: str
+    size: int
+    grad: Tensor
+    whole: nn.Parameter | None = None  # the last that was gathered
+
+    def pop_gradient(self, parts: Tensor) -> None:
+        """Move the whole gradient of this rank's pass, if there was one, into ``parts`` [shares, values
+        of a share], zeros before."""
+        self.whole = whole = self.module.get_parameter(self.name)
+        if whole.grad is None:
+            return
+        flat = whole.grad.reshape(-1)
+        whole.grad = None
+        # the last shares may have fewer rows, or none
+        full, rest = divmod(flat.numel(), self.size)
+        parts[:full] = flat[: full * self.size].view(full, self.size)
+        if rest:
+            parts[full, :rest] = flat[-rest:]
 
 
 def _group(
@@ -79,6 +111,8 @@ class ShardedWeights:
         self._place = -1  # in that order, of the layer that is whole
         self._next: UnshardHandle | None = None  # of the layer behind it
         self._keeps_rest = False
+        # what trains, by its group
+        self._trained: dict[FSDPModule, list[_TrainedWeight]] = {}
 
     # --- passes
 
@@ -96,7 +130,7 @@ class ShardedWeights:
         with self._walk(kind):
             yield
 
-    def walk_along(self, kind: PassKind) -> None:
+    def walk_along(self, kind: PassKind, number: int = 0) -> None:
         """Take part in a pass of other ranks: everything is gathered, nothing computed."""
         with self._walk(kind):
             pass
@@ -115,6 +149,7 @@ class ShardedWeights:
                 self._walk_to_the_end()
                 raise
             self._walk_to_the_end()
+            self._refuse_late_gradients()
         finally:
             self._order = self._next = None
 
@@ -128,8 +163,12 @@ class ShardedWeights:
 
     def _walk_to_the_end(self) -> None:
         """Also behind an early stop or an error: other ranks are walking the same pass."""
-        while self._order is not None and self._place < len(self._order):
+        if self._order is None:
+            return
+        while self._place < len(self._order):
             self._advance()
+        if self._kind == "backward":
+            self._reduce(self.rest)
 
     def reach(self, layer: int) -> None:
         """See `LayerWeights.reach`. Raises ContractError outside a pass, or against its order."""
@@ -155,8 +194,12 @@ class ShardedWeights:
     def _advance(self) -> None:
         """One layer on: let the last one go, have the next one whole, fetch the one behind it."""
         assert self._order is not None
-        if self._place >= 0 and (self.reshard_after_forward or self._kind == "backward"):
-            self.layers[self._order[self._place]].reshard()
+        if self._place >= 0:
+            left = self.layers[self._order[self._place]]
+            if self._kind == "backward":
+                self._reduce(left)
+            if self.reshard_after_forward or self._kind == "backward":
+                left.reshard()
         self._place += 1
         fetched, self._next = self._next, None
         if fetched is not None:
@@ -183,6 +226,78 @@ class ShardedWeights:
         with self.explained("a model's head"):
             self.rest.unshard()
 
+    # --- weights that train
+
+    def add_gradients_to(self, grads: Mapping[nn.Parameter, Tensor]) -> None:
+        """See `adapters.base_weights.WeightShares.add_gradients_to`."""
+        wanted = {id(weight): grad for weight, grad in grads.items()}
+        for group in (*self.layers, self.rest):
+            found = list[_TrainedWeight]()
+            for module in cast(nn.Module, group).modules():
+                for name, weight in module.named_parameters(recurse=False):
+                    # popped: a weight may have two names, and the model has its layers' too
+                    if (grad := wanted.pop(id(weight), None)) is not None:
+                        rows = -(-weight.shape[0] // self._shares)
+                        size = rows * weight.shape[1:].numel()
+                        found.append(_TrainedWeight(module, name, size, grad))
+            self._trained[group] = found
+
+    def _reduce(self, group: FSDPModule) -> None:
+        """Add the gradients of a group that is whole, summed over the data ranks, to this rank's."""
+        trained = self._trained.get(group)
+        if not trained:
+            return
+        sizes = [each.size for each in trained]
+        shares = trained[0].grad.new_zeros(self._shares, sum(sizes))
+        for each, parts in zip(trained, shares.split(sizes, 1), strict=True):
+            each.pop_gradient(parts)
+        own = shares.new_empty(sum(sizes))
+        with self.explained("gradients of trained weights"):
+            torch.distributed.reduce_scatter_tensor(
+                own, shares.view(-1), group=self.mesh.get_group(SHARD)
+            )
+            if self.mesh.ndim > 1:
+                torch.distributed.all_reduce(own, group=self.mesh.get_group(REPLICA))
+        for each, part in zip(trained, own.split(sizes), strict=True):
+            each.grad.add_(part[: each.grad.numel()].view(each.grad.shape))
+
+    def _refuse_late_gradients(self) -> None:
+        """Raise ContractError for a gradient that came when its layer had been left."""
+        for trained in self._trained.values():
+            for each in trained:
+                if each.whole is not None and each.whole.grad is not None:
+                    raise ContractError(
+                        f"the gradient of a weight ({each.name}) came behind the backward pass of its "
+                        "layer, where it is not added up"
+                    )
+
+    @property
+    def shard(self) -> int:
+        """See `adapters.base_weights.WeightShares.shard`."""
+        return self.mesh.get_local_rank(SHARD)
+
+    @property
+    def _shares(self) -> int:
+        return self.mesh.size(self.mesh.ndim - 1)
+
+    def add_up(self, what: str, tensor: Tensor) -> Tensor:
+        """See `adapters.base_weights.WeightShares.add_up`."""
+        self.agree(what)
+        with self.explained(what):
+            torch.distributed.all_reduce(tensor, group=self.mesh.get_group(SHARD))
+        return tensor
+
+    def whole_tensors(
+        self, shares: Mapping[str, tuple[nn.Parameter, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """See `adapters.base_weights.WeightShares.whole_tensors`."""
+        return GatheredTensors(
+            {name: (weight.shape, share) for name, (weight, share) in shares.items()},
+            self.mesh.get_group(SHARD),
+            self.schedule,
+            self.explained,
+        )
+
     # --- this rank's share
 
     def agree(self, what: str) -> None:
@@ -191,9 +306,8 @@ class ShardedWeights:
 
     def local_rows(self, weight: Tensor) -> slice:
         """See `WeightShards.local_rows`: FSDP2 cuts as `torch.chunk` does."""
-        rows, ranks = weight.shape[0], self.mesh.size(self.mesh.ndim - 1)
-        share = -(-rows // ranks)
-        start = min(share * self.mesh.get_local_rank(SHARD), rows)
+        rows, share = weight.shape[0], -(-weight.shape[0] // self._shares)
+        start = min(share * self.shard, rows)
         return slice(start, min(start + share, rows))
 
     def parameter(self, weight: Tensor, share: Tensor) -> nn.Parameter:

@@ -153,7 +153,8 @@ class SuiteModel:
                 total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         # the base's digest is of a sample, rounded, which a few small steps leave as it is
         if (trained := base_parameter_set(self.model)) is not None:
-            total.update(trained.values.detach().cpu().numpy().tobytes())
+            for values in trained.whole_tensors(trained.values).values():
+                total.update(values.detach().cpu().contiguous().numpy().tobytes())
         total.update("\n".join(parts).encode())
         return total.hexdigest()
 

@@ -328,13 +328,24 @@ class HfModel(CausalLM):
         """Write the directory as transformers does, with its own on-disk names; ``config`` replaces
         fields of the model's.
         """
+        shell = self._shell(config)
+        shell.save_pretrained(path, state_dict=dict(state), max_shard_size=shard_bytes)
+
+    def save_config(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Write config.json of `save_inner` alone."""
+        shell = self._shell(config)
+        shell.config.architectures = [type(self.inner).__name__]
+        shell.config.save_pretrained(path)
+
+    def _shell(self, config: Mapping[str, Any]) -> Any:
+        """The model beside a config of its own."""
         shell = copy.copy(self.inner)
         shell.config = copy.deepcopy(self.inner.config)
         for key, value in config.items():
             if key in self.config and self.config[key] != value:
                 # only what differs: setting a field can trigger a class's own checks
                 setattr(shell.config, key, value)
-        shell.save_pretrained(path, state_dict=dict(state), max_shard_size=shard_bytes)
+        return shell
 
     # --- inside
 

@@ -35,12 +35,14 @@ def sample_digest(
     ``trained``: parameters that are meant to move; ``frozen``: what else is not, {name: tensor}.
     Compare only digests of one process and dtype; no change can hide from ``whole``.
     """
-    # by address: the caller has tensors, not the names they have here
-    total, moving, seen = hashlib.sha256(), {t.data_ptr() for t in trained}, False
+    total, seen = hashlib.sha256(), False
     weights: LayerWeights = getattr(model, "layer_weights", WHOLE_WEIGHTS)
-    for name, tensor in (*base_tensors(model), *frozen.items()):
-        if not weights.sharded and tensor.data_ptr() in moving:
-            continue
+    # the caller has tensors, not the names they have here
+    moving = {_memory(tensor, weights) for tensor in trained}
+    base = (
+        (n, tensor) for n, tensor, owner in _owners(model) if _memory(owner, weights) not in moving
+    )
+    for name, tensor in (*base, *frozen.items()):
         seen = True
         # separators: neither name nor values can be mistaken for the other
         total.update(f"\n{name} {tensor.dtype}\n".encode())
@@ -54,8 +56,13 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the base in order of name, a tied one once, merged
     layers by their unmerged weight.
     """
+    yield from ((name, tensor) for name, tensor, _ in _owners(model))
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """`base_tensors`, and the parameter or unmerged weight that each is."""
     weights: LayerWeights = getattr(model, "layer_weights", WHOLE_WEIGHTS)
-    sharded, tensors = weights.sharded, dict[str, tuple[Tensor, Tensor]]()
+    tensors = dict[str, tuple[Tensor, Tensor]]()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, prefix=path):
             unmerged = (
@@ -69,11 +76,16 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(tensors):
         tensor, owner = tensors[name]
         # address and shape: an empty tensor shares address 0 with others, as an empty share does
-        memory = (id(owner) if sharded else tensor.data_ptr(), tensor.shape)
+        memory = (_memory(owner, weights), tensor.shape)
         if memory in seen:
             continue
         seen.add(memory)
-        yield name, tensor
+        yield name, tensor, owner
+
+
+def _memory(tensor: Tensor, weights: LayerWeights) -> int:
+    """What tells a tensor from others: its address, or of a share, which may be empty, the object."""
+    return id(tensor) if weights.sharded else tensor.data_ptr()
 
 
 def sample_runs(size: int) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ def save_model(
 
     ``tensors``: (name as in the model's state dict, tensor), instead of the model's own; a tied
     head may be left out. The native decoder takes them one shard at a time, a model of transformers
-    all at once. ``config_overrides``: such as {"tie_word_embeddings": False} with a separate head.
+    all at once, unless its weights are cut over ranks. ``config_overrides``: such as {"tie_word_embeddings": False} with a separate head.
     ``generation_config``: None writes what the model was loaded with. ``dtype``: None keeps each
     tensor's. Raises ConfigError if the path is taken, ModelError if the names do not fit the model,
     DiskError; then nothing is written.
@@ -73,9 +73,14 @@ def save_model(
             )
             return
         assert isinstance(model, HfModel)
-        state = dict(stream)
-        dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
-        model.save_inner(work, state, config, max_shard_bytes)
+        if model.layer_weights.sharded:
+            # its files hold the tensors of the class as they are, or it could not have been read
+            model.save_config(work, config)
+            dtypes = _write_shards(stream, work, max_shard_bytes)
+        else:
+            state = dict(stream)
+            dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+            model.save_inner(work, state, config, max_shard_bytes)
         _write_beside(
             work,
             dtypes,
@@ -124,8 +129,11 @@ def _check_complete(
     missing.
     """
     state = model.state_dict()
+    # by the parameter: a state dict has other objects, and a share of a tensor no address
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    memory = {n: id(owners[n]) if n in owners else t.data_ptr() for n, t in state.items()}
     # reversed, so that the first name of a tied tensor wins
-    first = {t.data_ptr(): n for n, t in reversed(state.items())}
+    first = {memory[n]: n for n in reversed(state)}
     unseen = dict.fromkeys(state)
     for name, tensor in state.items() if tensors is None else tensors:
         if name not in unseen:
@@ -133,7 +141,7 @@ def _check_complete(
             raise ModelError(f"{name!r} {problem}; nothing was saved")
         del unseen[name]
         yield name, tensor
-    if missing := [n for n in unseen if not (tied and first[state[n].data_ptr()] != n)]:
+    if missing := [n for n in unseen if not (tied and first[memory[n]] != n)]:
         raise ModelError(
             f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved"
         )

@@ -118,6 +118,7 @@ SWALLOWING_FUNCTIONS = ("__del__", "_load_from_state_dict")
 UNSAFE_FILES = (
     os.path.join("torch", "distributed", "tensor", "_dispatch.py"),
     os.path.join("lorry", "backends", "distributed", "sharded.py"),
+    os.path.join("lorry", "backends", "distributed", "shares.py"),
 )
 
 
