@@ -214,7 +214,6 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             {"backend": "megatron"},
             "backend.name: 'megatron' is not built yet; give one of single, ddp, fsdp",
         ),
-        ({"backend": "fsdp", "lora": None}, "lora=null trains the base, which backend=fsdp cuts"),
         ({"backend": "ddp", "replicas": 2}, "replicas needs backend=fsdp"),
         ({"backend": "ddp", "reshard_after_forward": False}, "reshard_after_forward needs"),
         ({"backend": "sngle"}, "did you mean 'single'?"),

@@ -20,8 +20,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lorry.adapters.attach import get_bank
 from lorry.backends.distributed.communicator import ONE_PROCESS
@@ -80,6 +80,34 @@ def words_of(folder: Path, out: Path, **settings: Any) -> list[str]:
     return [f"{name}={value}" for name, value in given.items()]
 
 
+# of base weights that train
+BASE_RUN: dict[str, Any] = {
+    **EVALUATED,
+    "lora": "null",
+    "learning_rate": 1e-3,
+    "load_best_model_at_end": True,
+}
+del BASE_RUN["lora_dropout"]
+
+
+def base_runs(out: Path) -> dict[str, dict[str, Any]]:
+    """The whole run, one that goes on from its checkpoint, and one from a checkpoint of one process;
+    through transformers' own code; a part of the weights."""
+    step = "checkpoints/step-00000002"
+    return {
+        "": BASE_RUN,
+        " resumed": {**BASE_RUN, "resume_from_checkpoint": out / "fsdp-base" / step},
+        " from one": {**BASE_RUN, "resume_from_checkpoint": out / "one-base" / step},
+        " foreign": {**BASE_RUN, "model": out / "foreign"},
+        " part": {**BASE_RUN, "trainable": "mlp", "dtype": "bfloat16"},
+    }
+
+
+def base_words(folder: Path, out: Path, **settings: Any) -> list[str]:
+    """`words_of`, without an adapter's."""
+    return [word for word in words_of(folder, out, **settings) if not word.startswith("r=")]
+
+
 def commands(folder: Path, out: Path) -> dict[str, list[str]]:
     """Command lines of every verb that several processes can run, and one that is refused."""
     short = {
@@ -112,6 +140,11 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
         "tensor refused": [*words("sft", "tensor-refused"), "tensor_parallel=2"],
         # every process trains the whole base
         "whole": [w for w in words("sft", "whole", lora="null") if not w.startswith("r=")],
+        **{
+            f"fsdp base{name}": ["sft", *base_words(folder, out / place, **settings)]
+            for name, settings in base_runs(out).items()
+            for place in [f"fsdp-base{name}".replace(" ", "-")]
+        },
         "fsdp run": ["sft", *words_of(folder, out / "fsdp-run", **EVALUATED)],
         "fsdp jobs": words("sft", "fsdp-jobs", jobs=JOBS),
         # of a model of its own
@@ -138,6 +171,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     tinyrun.write_rows(folder / "retain.jsonl", tinyrun.rows(16, start=16))
     tinyrun.model_directory(folder / "teacher", num_hidden_layers=2)
     layouts.write_models(folder, find_stories())
+    # no family of ours
+    tinyrun.model_directory(folder / "foreign", "olmo", num_hidden_layers=2)
+    train_run(base_described(folder, folder / "one-base"), [])
     (folder / "commands.json").write_text(json.dumps(commands(folder, folder)))
     printed = run_ranks("tests.support.layouts", folder)
     return Pair(
@@ -160,11 +196,20 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def alone(pair: Pair, quick: None) -> Mapping[str, Tensor]:  # noqa: F811 - the fixture
     start = partial(layouts.read_backend_for, ONE_PROCESS, None, pair.folder)
-    return layouts.trainings(start) | layouts.family_trainings(pair.folder, start)
+    return (
+        layouts.trainings(start)
+        | layouts.family_trainings(pair.folder, start)
+        | layouts.base_trainings(pair.folder, start)
+    )
 
 
 def relative(got: Tensor, true: Tensor) -> float:
     return float((got.double() - true.double()).norm() / true.double().norm().clamp(min=1e-30))
+
+
+def base_described(folder: Path, out: Path, **settings: Any) -> RunConfig:
+    """`BASE_RUN` of one process."""
+    return parse_settings(RunConfig, base_words(folder, out, **{**BASE_RUN, **settings}), print)
 
 
 # --- equality
@@ -182,6 +227,18 @@ BOUNDS = {
     "router": (1e-5, 1e-3),
     "gradient rule": (1e-5, 1e-3),
 }
+# of weights that are the base's own, masters in fp32, cut over the ranks
+BASE_BOUNDS = {
+    f"base {family} {dtype} all": bounds
+    for family in layouts.MODELS
+    for dtype, bounds in {
+        torch.float32: BOUNDS["float32"],
+        torch.float64: BOUNDS["float64"],
+        # a rounding of the sum in another place is one of 2^-8
+        torch.bfloat16: (5e-3, 2e-3),
+    }.items()
+}
+BASE_BOUNDS |= {f"base {name}": BOUNDS["float32"] for name in ("few", "llama torch.float32 part")}
 FAMILY_BOUNDS = {
     f"{family} {dtype}": BOUNDS[str(dtype).removeprefix("torch.")]
     for family in layouts.MODELS[1:]
@@ -239,6 +296,30 @@ def test_a_real_model_is_cut_over_two_processes(
     compare_training(pair.tensors, alone, "fsdp", f"stories260K torch.{dtype}", BOUNDS[dtype])
 
 
+@pytest.mark.parametrize("training", BASE_BOUNDS)
+def test_base_weights_that_train_are_cut_over_two_processes(
+    pair: Pair, alone: Mapping[str, Tensor], training: str
+) -> None:
+    compare_training(pair.tensors, alone, "fsdp", training, BASE_BOUNDS[training])
+
+
+def test_a_rank_holds_its_share_of_what_trains(
+    pair: Pair, four: list[dict[str, Tensor]], alone: Mapping[str, Tensor]
+) -> None:
+    """Sixteen bytes for each of its values (master, gradient, two moments) beside the weights."""
+    for ranks, count in ((pair.tensors, 2), (four, 4)):
+        for training in (name for name in BASE_BOUNDS if "torch" in name):
+            values = alone[f"{training}/values/base"].numel()
+            for mine in ranks:
+                held = float(mine[f"fsdp/base share/{training}/training"])
+                # every tensor begins at a multiple of 64 bytes and has a row more where it is odd
+                assert held < 16 * values / count + 8192, training
+    whole = float(alone["base share/base llama torch.float64 all/model"])
+    assert (
+        float(pair.tensors[0]["fsdp/base share/base llama torch.float64 all/model"]) < 0.52 * whole
+    )
+
+
 def test_a_rank_holds_its_share_of_the_base(pair: Pair, alone: Mapping[str, Tensor]) -> None:
     """Half of it, a little more where a dimension is odd; behind passes as before them."""
     whole = float(alone["share/bytes"])
@@ -264,12 +345,13 @@ def test_smollm2_is_cut_over_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
-@pytest.mark.parametrize("training", ["float32", "float64", "mixed", *FAMILY_BOUNDS])
+@pytest.mark.parametrize("training", ["float32", "float64", "mixed", *FAMILY_BOUNDS, *BASE_BOUNDS])
 def test_four_processes_are_one(
     four: list[dict[str, Tensor]], alone: Mapping[str, Tensor], layout: str, training: str
 ) -> None:
     """The base cut over four, and over two twice with its layers kept between forward and backward."""
-    compare_training(four, alone, layout, training, {**BOUNDS, **FAMILY_BOUNDS}[training])
+    bounds = {**BOUNDS, **FAMILY_BOUNDS, **BASE_BOUNDS}
+    compare_training(four, alone, layout, training, bounds[training])
 
 
 @pytest.mark.parametrize("training", FAMILY_BOUNDS)
@@ -302,6 +384,28 @@ def test_answers_are_those_of_one_process(
         assert all(torch.equal(mine[f"{layout}/{name}"], alone[name]) for name in names)
 
 
+def plain_loop(
+    model: nn.Module, params: Sequence[Tensor], rate: float
+) -> tuple[list[float], list[float]]:
+    """Losses and norms of `uneven` rows by a model of transformers and torch.optim, each row by itself."""
+    adamw = torch.optim.AdamW(params, lr=rate, weight_decay=0.0)
+    losses, norms = list[float](), list[float]()
+    for step in range(STEPS):
+        rows = [row for batch in uneven(step) for row in batch]
+        total, weight = torch.zeros((), dtype=torch.float64), sum(sum(r.weights) for r in rows)
+        for row in rows:
+            tokens = torch.tensor(row.tokens)
+            logp = model(tokens[None]).logits[0].log_softmax(-1)
+            picked = logp[:-1].gather(1, tokens[1:, None])[:, 0]
+            total = total - (picked * torch.tensor(row.weights[1:])).sum() / weight
+        total.backward()
+        losses.append(total.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(params, 1.0)))
+        adamw.step()
+        adamw.zero_grad()
+    return losses, norms
+
+
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_two_processes_are_peft_in_one(pair: Pair, layout: str) -> None:
     """The float64 training by transformers, PEFT and torch.optim, each row by itself."""
@@ -321,21 +425,7 @@ def test_two_processes_are_peft_in_one(pair: Pair, layout: str) -> None:
     assert theirs.keys() == ours.tensors().keys()
     for name, value in ours.tensors().items():
         theirs[name].data.copy_(value)
-    adamw = torch.optim.AdamW(theirs.values(), lr=RATE, weight_decay=0.0)
-    losses, norms = list[float](), list[float]()
-    for step in range(STEPS):
-        rows = [row for batch in uneven(step) for row in batch]
-        total, weight = torch.zeros((), dtype=torch.float64), sum(sum(r.weights) for r in rows)
-        for row in rows:
-            tokens = torch.tensor(row.tokens)
-            logp = wrapped(tokens[None]).logits[0].log_softmax(-1)
-            picked = logp[:-1].gather(1, tokens[1:, None])[:, 0]
-            total = total - (picked * torch.tensor(row.weights[1:])).sum() / weight
-        total.backward()
-        losses.append(total.item())
-        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)))
-        adamw.step()
-        adamw.zero_grad()
+    losses, norms = plain_loop(wrapped, list(theirs.values()), RATE)
     mine = pair.tensors[0]
     # transformers' norms and rotary angles are fp32 in any dtype, hence not 1e-9
     assert abs(float(mine[f"{layout}/float64/losses"][0, 0]) - losses[0]) < 1e-7 * losses[0]
@@ -346,6 +436,30 @@ def test_two_processes_are_peft_in_one(pair: Pair, layout: str) -> None:
     true = torch.cat([p.detach().flatten() for p in theirs.values()])
     # Adam divides by the root of its second moment, which doubles rounding where that is small
     assert relative(got, true) < 1e-5
+
+
+def test_base_weights_of_two_processes_are_those_of_transformers(pair: Pair) -> None:
+    """All of the tied model in float64, by torch.optim.AdamW over transformers' own parameters."""
+    settings = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="eager")).double()
+    model.load_state_dict(tiny_llama().state_dict(), strict=False)
+    model.tie_weights()
+    theirs = dict(model.named_parameters())
+    losses, norms = plain_loop(model, list(theirs.values()), layouts.BASE_RATE)
+    start = backend_for(ONE_PROCESS, "all").owners["base"]
+    mine = {
+        key: pair.tensors[0][f"fsdp/base llama torch.float64 all/{key}"]
+        for key in ("losses", "norms", "values/base")
+    }
+    # transformers' norms and rotary angles are fp32 in any dtype, hence not 1e-9
+    assert abs(float(mine["losses"][0, 0]) - losses[0]) < 1e-7 * losses[0]
+    assert relative(mine["norms"][:1, 0], torch.tensor(norms[:1])) < 1e-6
+    assert relative(mine["losses"][:, 0], torch.tensor(losses).double()) < 1e-6
+    # whole tensors, in the buffer's order: matrices first
+    names = start.targets()
+    assert sorted(names) == sorted(theirs)
+    true = torch.cat([theirs[name].detach().flatten() for name in names])
+    assert relative(mine["values/base"], true) < 1e-6
 
 
 # --- what goes wrong on one rank
@@ -367,6 +481,9 @@ def test_two_processes_are_peft_in_one(pair: Pair, layout: str) -> None:
         ("full disk", "DiskError", ["No space left on device"]),
         ("log not synced", "DiskError", ["Input/output error"]),
         ("signal", "RunInterruptedError", ["SIGTERM arrived; step 2 of 4"]),
+        ("fsdp late gradient", "ContractError", ["_proj.weight came behind the backward pass"]),
+        ("fsdp infinite gradient", "NonFiniteError", ["the gradient of model.norm.weight"]),
+        ("fsdp infinite value", "NonFiniteError", ["adam_m/base/", "infinite or NaN (1 of"]),
         ("fsdp one more pass", "ContractError", ["come apart", "a pass through sharded weights"]),
         ("fsdp own backward", "ContractError", ["outside a pass"]),
         ("fsdp other share", "ContractError", ["contract 2", "a weight of the base model"]),
@@ -457,6 +574,89 @@ def test_a_run_whose_ranks_share_the_model_is_the_run_of_one(pair: Pair, tmp_pat
     resumed = load_file(again.path / "adapter_model.safetensors")
     # the state of both steps was read: nothing is left to train
     assert all(torch.equal(resumed[name], weights[0][name]) for name in resumed)
+
+
+@pytest.fixture(scope="module")
+def base_ended(pair: Pair) -> Path:
+    """The folder of `base_runs`, all of which ended well on both ranks."""
+    for name in base_runs(pair.folder):
+        assert [ended[f"fsdp base{name}"] for ended in pair.faults] == [0, 0], pair.printed[0][1]
+        run = pair.folder / f"fsdp-base{name}".replace(" ", "-")
+        contracts = json.loads((run / "contracts.json").read_text())
+        assert [contract["status"] for contract in contracts] == ["held"] * 8
+    return pair.folder
+
+
+def model_of(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def test_a_run_of_base_weights_is_the_run_of_one(base_ended: Path) -> None:
+    """Evaluations, checkpoints, the best one put back, and the model's files, which transformers opens."""
+    one, two = base_ended / "one-base", base_ended / "fsdp-base"
+    for mine, single in zip(tinyrun.lines(two), tinyrun.lines(one), strict=True):
+        for name in single.keys() - {"seconds", "peak_memory_bytes"}:
+            assert mine[name] == pytest.approx(single[name], rel=1e-4, abs=1e-6), name
+    weights = [model_of(two), model_of(one)]
+    assert weights[0].keys() == weights[1].keys()
+    assert max(relative(weights[0][name], weights[1][name]) for name in weights[1]) < 1e-3
+    assert {path.name for path in two.iterdir()} - {"report.html", "report.png"} == {
+        path.name for path in one.iterdir()
+    }
+    opened = AutoModelForCausalLM.from_pretrained(two).state_dict()
+    assert all(torch.equal(opened[name], weight) for name, weight in weights[0].items())
+    facts = [json.loads((path / "receipt.json").read_text()) for path in (two, one)]
+    for name in ("trainable_parameters", "total_parameters", "saved_bytes", "base"):
+        assert facts[0][name] == facts[1][name], name
+
+
+def test_base_weights_go_on_from_any_layout(base_ended: Path) -> None:
+    """From two processes to two bit for bit; from one to two and from two to one to rounding, with a
+    note; a checkpoint holds whole tensors."""
+    two, one = base_ended / "fsdp-base", base_ended / "one-base"
+    resumed, from_one = base_ended / "fsdp-base-resumed", base_ended / "fsdp-base-from-one"
+    assert all(torch.equal(model_of(resumed)[name], w) for name, w in model_of(two).items())
+    for name, weight in model_of(one).items():
+        assert relative(model_of(from_one)[name], weight) < 1e-3
+    last, middle = (two / "checkpoints" / f"step-0000000{step}" for step in (4, 2))
+    states = [
+        load_file(run / "checkpoints" / last.name / "state.safetensors") for run in (two, one)
+    ]
+    assert {n: t.shape for n, t in states[0].items()} == {n: t.shape for n, t in states[1].items()}
+    heard = tinyrun.Heard()
+    for step, start in {"again": last, "middle": middle}.items():
+        on = base_described(base_ended, base_ended / f"one-on-{step}", resume_from_checkpoint=start)
+        train_run(on, listeners=[heard])
+    assert any(note.startswith("not bitwise: backend.name") for note in heard.notes)
+    # nothing was left to train: what was read is what is written
+    again, on = (model_of(base_ended / f"one-on-{step}") for step in ("again", "middle"))
+    for name, weight in model_of(two).items():
+        assert torch.equal(again[name], weight)
+        assert relative(on[name], weight) < 1e-3
+
+
+def test_a_foreign_model_and_a_part_of_the_weights_train(base_ended: Path) -> None:
+    """Of transformers' class the files are written tensor by tensor, too; what does not train stays to
+    the bit."""
+    run = base_ended / "fsdp-base-foreign"
+    opened = AutoModelForCausalLM.from_pretrained(run)
+    one = train_run(
+        base_described(base_ended, base_ended / "one-foreign", model=base_ended / "foreign")
+    )
+    assert (
+        type(opened).__name__
+        == json.loads((one.path / "config.json").read_text())["architectures"][0]
+    )
+    states = (opened.state_dict(), AutoModelForCausalLM.from_pretrained(one.path).state_dict())
+    assert all(relative(states[0][name], weight) < 1e-3 for name, weight in states[1].items())
+    before = AutoModelForCausalLM.from_pretrained(base_ended / "model", dtype=torch.bfloat16)
+    moved = {
+        name
+        for name, weight in model_of(base_ended / "fsdp-base-part").items()
+        if not torch.equal(weight, before.state_dict()[name])
+    }
+    assert moved
+    assert all(".mlp." in name for name in moved)
 
 
 def test_a_run_that_goes_on_in_its_directory_is_read_by_every_rank(pair: Pair) -> None:

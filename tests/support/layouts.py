@@ -57,6 +57,7 @@ from lorry.models.scoring.score import FinalHidden, TokenScore, evaluate_wants, 
 from lorry.notes import ignore_note
 from lorry.tasks.unlearn.gradients import GradientRectified
 from lorry.train import session
+from lorry.train.checks import ContractChecks
 from lorry.train.finish import contract_targets
 from lorry.train.session import open_base
 from tests.support import tinyrun
@@ -485,10 +486,37 @@ def sharded_faults(out: Path) -> dict[str, list[str]]:
             with torch.no_grad():
                 weight.to_local()[-1] += 1
 
+    def late_gradient(folder: Path) -> None:
+        backend = start("all")
+        weights: Any = backend.model.layer_weights
+        backend.forward_backward(base.step_batches(0, {}), base, 0)
+        reduce = weights._reduce
+        # the highest layer is left too early
+        weights._reduce = lambda group: None if group is weights.layers[-1] else reduce(group)
+        backend.forward_backward(base.step_batches(0, {}), base, 0)
+
+    def infinite_gradient(folder: Path) -> None:
+        backend = start("all")
+        backend.forward_backward(base.step_batches(0, {}), base, 0)
+        owner = backend.owners["base"]
+        if second:
+            owner.split_like(owner.grads)["model.norm.weight"][1] = float("inf")
+        backend.step({"base": BASE_RATE})
+
+    def infinite_value(folder: Path) -> None:
+        backend = start("all")
+        if second:
+            backend.optimizers["base"].m[3] = float("nan")
+        ContractChecks().finite(backend, 1)
+
+    base = Fixed(steps_of(uneven), ["base"])
     return _endings(
         communicator,
         out,
         {
+            "fsdp late gradient": late_gradient,
+            "fsdp infinite gradient": infinite_gradient,
+            "fsdp infinite value": infinite_value,
             "fsdp one more pass": lambda d: run(d, one_more_pass),
             "fsdp broken layer": lambda d: run(d, broken_layer),
             "fsdp own backward": own_backward,
@@ -544,6 +572,7 @@ def main(out: Path) -> None:
         made = family_trainings(out, start)
         if "tensor_parallel" not in settings:  # whose vocabulary is odd
             made |= trainings(start, few_only=communicator.size == 4)
+            made |= base_trainings(out, start)
         results |= {f"{layout}/{name}": value for name, value in made.items()}
     save_file(results, out / f"{communicator.size}-rank-{communicator.rank}.safetensors")
     if communicator.size == 4:

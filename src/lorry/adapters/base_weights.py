@@ -68,6 +68,9 @@ class WeightShares(Protocol):
         """From now on let each backward pass add the gradients of these weights, summed over all data
         ranks, to this rank's rows of them, fp32."""
 
+    def release(self) -> None:
+        """Let go of what passes have gathered."""
+
     def add_up(self, what: str, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the shares; returns it."""
 
@@ -282,6 +285,11 @@ def make_weights_trainable(
             f"this model has {what} already, and full fine-tuning allows no adapter "
             "beside it; merge or detach it first"
         )
+    weights = getattr(model, "layer_weights", None)
+    shares: WeightShares | None = weights if weights is not None and weights.sharded else None
+    if shares is not None:
+        # what an earlier pass has gathered is not what trains
+        shares.release()
     names = select_parameters(model, trainable)
     parameters = dict(model.named_parameters())
     # a linear with a product of its own never reads its parameters, and they would train on nothing
@@ -323,8 +331,6 @@ def make_weights_trainable(
     # a rank may have no row of any; the optimizer wants a range
     room = max(end, ALIGN_VALUES)
     values = torch.zeros(room, dtype=torch.float32, device=next(iter(params.values())).device)
-    weights = getattr(model, "layer_weights", None)
-    shares: WeightShares | None = weights if weights is not None and weights.sharded else None
     facts = (name, params, values, torch.zeros_like(values), split, starts, shapes)
     base_weights = (
         BaseWeights(*facts, base_digest(model))

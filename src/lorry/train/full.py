@@ -202,6 +202,8 @@ def check_model_reload(
         ).model
     except ModelError as error:
         raise checks.fail(5, str(error)) from error
+    with communicator.together():  # behind it every rank holds its shares alone
+        pass
     # names and values of all tensors; ^ names what only one side has
     trained_tensors, read_tensors = (
         dict(model.named_parameters()),

@@ -36,8 +36,8 @@ class Walked:
     def __init__(self, name: str, into: list[str]) -> None:
         self.name, self.into = name, into
 
-    def walk_along(self, kind: PassKind) -> None:
-        self.into.append(f"{self.name} {kind}")
+    def walk_along(self, kind: PassKind, number: int) -> None:
+        self.into.append(f"{self.name} {kind}{f' {number}' if kind == 'gather' else ''}")
 
     def release(self) -> None:
         self.into.append(f"{self.name} released")
@@ -55,8 +55,8 @@ def walks(passes: list[list[str]]) -> list[list[str]]:
         try:
             with schedule.together(), schedule.together():
                 for own in passes[rank]:
-                    name, _, kind = own.partition(" ")
-                    schedule.begin(numbers[name], kind)  # type: ignore[arg-type]
+                    name, kind, *number = own.split()
+                    schedule.begin(numbers[name], kind, *map(int, number))  # type: ignore[arg-type]
                     walked[rank].append(own)
         except (AssertionError, threading.BrokenBarrierError) as error:
             failed.append(error)
@@ -91,6 +91,13 @@ def test_passes_of_another_model_come_between() -> None:
     own = [["a forward", "a backward"], ["b forward", "a forward", "a backward"]]
     both = ["a forward", "b forward", "a forward", "a backward"]
     assert walks(own) == [both + RELEASED] * 2
+
+
+def test_a_tensor_that_one_rank_reads_is_gathered_by_all() -> None:
+    """Behind the passes of others, by its number."""
+    own = [["b gather 2", "b gather 0"], ["a forward", "b gather 2"], []]
+    both = ["a forward", "b gather 2", "b gather 0"]
+    assert walks(own) == [both + RELEASED] * 3
 
 
 def test_one_rank_alone_announces_its_passes() -> None:

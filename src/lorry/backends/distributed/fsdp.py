@@ -1,8 +1,10 @@
 """`backend=fsdp`: the base cut over the ranks, everything else as under `backend=ddp`.
 
 Adapters, their gradients and moments are flat buffers beside the model, whole on every rank: FSDP2
-sees base weights alone. What of a step is another is in `sharded.py` (who holds which weights when)
-and `passes.py` (which pass comes next).
+sees base weights alone. Base weights that train (`adapters.base_weights.ShardedBaseWeights`) are cut as
+they are: a rank has masters, gradients and moments of its rows. What of a step is another is in
+`sharded.py` (who holds which weights when, whose gradients are added up when), `passes.py` (which pass
+comes next) and `shares.py` (tensors made whole for a file).
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def lowest_trained_layer(model: CausalLM, owners: Mapping[str, ParameterSet]) ->
     for owner in owners.values():
         for target in owner.targets():
             at = [i for i, prefix in enumerate(prefixes) if target.startswith(f"{prefix}.")]
-            lowest = min(lowest, len(prefixes) if target == head else min(at, default=0))
+            # a module of an adapter, or a tensor of the base
+            is_head = head is not None and target in (head, f"{head}.weight")
+            lowest = min(lowest, len(prefixes) if is_head else min(at, default=0))
     return lowest
 
 

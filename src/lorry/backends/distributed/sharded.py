@@ -55,6 +55,7 @@ class _TrainedWeight:
     name: str
     size: int
     grad: Tensor
+    path: str  # for messages
     whole: nn.Parameter | None = None  # the last that was gathered
 
     def pop_gradient(self, parts: Tensor) -> None:
@@ -233,13 +234,13 @@ class ShardedWeights:
         wanted = {id(weight): grad for weight, grad in grads.items()}
         for group in (*self.layers, self.rest):
             found = list[_TrainedWeight]()
-            for module in cast(nn.Module, group).modules():
+            for path, module in cast(_Holder, group).held.named_modules():
                 for name, weight in module.named_parameters(recurse=False):
                     # popped: a weight may have two names, and the model has its layers' too
                     if (grad := wanted.pop(id(weight), None)) is not None:
                         rows = -(-weight.shape[0] // self._shares)
                         size = rows * weight.shape[1:].numel()
-                        found.append(_TrainedWeight(module, name, size, grad))
+                        found.append(_TrainedWeight(module, name, size, grad, f"{path}.{name}"))
             self._trained[group] = found
 
     def _reduce(self, group: FSDPModule) -> None:
@@ -253,8 +254,8 @@ class ShardedWeights:
             each.pop_gradient(parts)
         own = shares.new_empty(sum(sizes))
         with self.explained("gradients of trained weights"):
-            torch.distributed.reduce_scatter_tensor(
-                own, shares.view(-1), group=self.mesh.get_group(SHARD)
+            torch.distributed.reduce_scatter(
+                own, list(shares.unbind()), group=self.mesh.get_group(SHARD)
             )
             if self.mesh.ndim > 1:
                 torch.distributed.all_reduce(own, group=self.mesh.get_group(REPLICA))
@@ -267,8 +268,8 @@ class ShardedWeights:
             for each in trained:
                 if each.whole is not None and each.whole.grad is not None:
                     raise ContractError(
-                        f"the gradient of a weight ({each.name}) came behind the backward pass of its "
-                        "layer, where it is not added up"
+                        f"the gradient of {each.path} came behind the backward pass of its layer, "
+                        "where it is not added up"
                     )
 
     @property

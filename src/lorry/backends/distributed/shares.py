@@ -70,7 +70,7 @@ class GatheredTensors(TensorsWhenRead):
         # the last ranks may have fewer rows, or none
         filled = share.new_zeros(-(-shape[0] // ranks), *shape[1:])
         filled[: len(share)] = share
-        whole = share.new_empty(ranks * len(filled), *shape[1:])
+        parts = share.new_empty(ranks, *filled.shape)
         with self.explained(f"values of {self.names[place]}"):
-            torch.distributed.all_gather_into_tensor(whole, filled, group=self.group)
-        return whole[: shape[0]]
+            torch.distributed.all_gather(list(parts.unbind()), filled, group=self.group)
+        return parts.flatten(0, 1)[: shape[0]]
