@@ -311,13 +311,11 @@ def test_a_rank_holds_its_share_of_what_trains(
         for training in (name for name in BASE_BOUNDS if "torch" in name):
             values = alone[f"{training}/values/base"].numel()
             for mine in ranks:
-                held = float(mine[f"fsdp/base share/{training}/training"])
+                held = float(mine[f"fsdp/base share {training.removeprefix('base ')}/training"])
                 # every tensor begins at a multiple of 64 bytes and has a row more where it is odd
                 assert held < 16 * values / count + 8192, training
-    whole = float(alone["base share/base llama torch.float64 all/model"])
-    assert (
-        float(pair.tensors[0]["fsdp/base share/base llama torch.float64 all/model"]) < 0.52 * whole
-    )
+    model = "base share llama torch.float64 all/model"
+    assert float(pair.tensors[0][f"fsdp/{model}"]) < 0.52 * float(alone[model])
 
 
 def test_a_rank_holds_its_share_of_the_base(pair: Pair, alone: Mapping[str, Tensor]) -> None:
