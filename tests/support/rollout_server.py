@@ -5,7 +5,7 @@ transformers and PEFT, which know nothing of Lorry.
 
 ``fault`` makes it one that looks healthy: "never" says that it loaded and did not, "unlisted" forgets
 it, "elsewhere" read another directory, "stale" answers with the version before, "base" with the base,
-"twice" applies the adapter over weights that it is merged into, "nan", "cut" answers one prompt less.
+"twice" applies the adapter over weights that it is merged into, "nan", "cut" answers one prompt less, "remembers" keeps what it knew of prompts.
 It does what it refuses, too: a name twice, an adapter that is not there.
 """
 
@@ -26,13 +26,13 @@ Answer = tuple[int, Any]
 
 
 class RolloutServer:
-    """Both products at once; ``held``: {adapter: directory}, ``asked``: paths, in order."""
+    """Both products at once; ``held``: {adapter: directory}, ``asked``: (path, body) of what was, in order."""
 
     def __init__(self, model: Path, *, fault: str = "") -> None:
         self.model, self.fault = model, fault
         self.held: dict[str, str] = {}
         self.order: list[str] = []
-        self.asked: list[str] = []
+        self.asked: list[tuple[str, dict[str, Any]]] = []
         self.lock = Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -53,7 +53,7 @@ class RolloutServer:
         self.server.server_close()
 
     def answer(self, path: str, body: dict[str, Any]) -> Answer:
-        self.asked.append(path)
+        self.asked.append((path, body))
         if path == "/v1/models":
             return 200, {"data": self.cards()}
         if path in ("/v1/load_lora_adapter", "/load_lora_adapter"):
@@ -64,6 +64,11 @@ class RolloutServer:
             return self.complete(body)
         if path == "/generate":
             return self.generate(body)
+        if path == "/collective_rpc" and body["method"] == "reload_weights":
+            self.model = Path(body["kwargs"]["weights_path"])
+            return 200, {"results": [None]}
+        if path == "/reset_prefix_cache":
+            return 200, {"success": self.fault != "remembers"}
         return 404, {"detail": "Not Found"}
 
     def cards(self) -> list[dict[str, Any]]:
@@ -118,7 +123,7 @@ class RolloutServer:
 
     def generate(self, body: dict[str, Any]) -> Answer:
         name = body["lora_path"][0]
-        steps = body["sampling_params"]["max_new_tokens"]
+        steps = body["sampling_params"][0]["max_new_tokens"]
         return 200, [
             {
                 "meta_info": {

@@ -165,6 +165,25 @@ def test_refusals_say_what_the_server_said(policy: Policy, tmp_path: Path, clien
         client("localhost:8000")
 
 
+def test_equal_prompts_are_sampled_with_seeds_of_their_own(policy: Policy) -> None:
+    """A server draws all prompts of one request from one seed, so groups would be copies."""
+    params = SamplingParams(max_new_tokens=2, temperature=0.7, top_p=0.9, seed=3)
+    with RolloutServer(policy.base) as server:
+        for _ in range(2):
+            assert len(VllmServer(server.url).generate([PROMPTS[0]] * 4, params, adapter=None)) == 4
+        asked = [body for path, body in server.asked if path == "/v1/completions"]
+        SglangServer(server.url).generate([PROMPTS[0]] * 4, params, adapter=None)
+        drawn = server.asked[-1][1]["sampling_params"]
+    seeds = [body["seed"] for body in asked]
+    assert [len(body["prompt"]) for body in asked] == [1] * 8
+    assert len(set(seeds)) == 4
+    assert sorted(seeds[:4]) == sorted(seeds[4:])
+    assert {(b["temperature"], b["top_p"], b["max_tokens"], b["logprobs"]) for b in asked} == {
+        (0.7, 0.9, 2, 0)
+    }
+    assert sorted(each["sampling_seed"] for each in drawn) == sorted(seeds[:4])
+
+
 def test_an_adapter_that_is_not_loaded_is_not_answered_by_the_base(policy: Policy) -> None:
     with (
         RolloutServer(policy.base) as server,

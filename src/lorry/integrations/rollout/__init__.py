@@ -20,6 +20,7 @@ from lorry.integrations.rollout.engine import (
     DirectoryReader,
     EngineError,
     LoraReceiver,
+    ModelReceiver,
     RolloutEngine,
 )
 from lorry.integrations.rollout.proofs import (
@@ -32,8 +33,15 @@ from lorry.integrations.rollout.proofs import (
 )
 from lorry.integrations.rollout.scores import score_answers
 from lorry.integrations.rollout.servers import SglangServer, VllmServer
-from lorry.integrations.rollout.sync import AdapterSync, SyncReport
-from lorry.integrations.rollout.versions import AdapterVersion, VersionPublisher, read_version
+from lorry.integrations.rollout.sync import AdapterSync, MergedSync, SyncReport
+from lorry.integrations.rollout.versions import (
+    AdapterVersion,
+    ModelPublisher,
+    ModelVersion,
+    Version,
+    VersionPublisher,
+    read_version,
+)
 from lorry.integrations.rollout.vllm_engine import VllmEngine
 
 __all__ = [
@@ -44,10 +52,15 @@ __all__ = [
     "GreedyProbe",
     "LogProbGap",
     "LoraReceiver",
+    "MergedSync",
+    "ModelPublisher",
+    "ModelReceiver",
+    "ModelVersion",
     "RolloutEngine",
     "SglangServer",
     "SyncReport",
     "TensorFacts",
+    "Version",
     "VersionPublisher",
     "VllmEngine",
     "VllmServer",

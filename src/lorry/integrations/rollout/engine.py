@@ -15,7 +15,7 @@ from lorry.errors import LorryError, ModelError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
 from lorry.integrations.rollout.digests import read_tensor_facts
-from lorry.integrations.rollout.versions import AdapterVersion
+from lorry.integrations.rollout.versions import AdapterVersion, ModelVersion
 from lorry.runs.layout import ADAPTER_WEIGHTS
 
 
@@ -62,6 +62,20 @@ class RolloutEngine(LoraReceiver, Protocol):
         ``logprobs`` of the answers are at temperature 1. Raises EngineError."""
 
 
+@runtime_checkable
+class ModelReceiver(Protocol):
+    """Whatever takes whole models in the place of its base, and no adapter over them."""
+
+    label: str
+
+    def load_model(self, version: ModelVersion) -> None:
+        """Take a model, and forget what was remembered of the old one's prompts. Raises
+        EngineError."""
+
+    def list_lora_adapters(self) -> Mapping[str, Path | None]:
+        """As `LoraReceiver`."""
+
+
 class DirectoryReader:
     """A receiver that reads directories into memory, as an engine does: for dry runs and tests, and
     for engines that are fed by others from the same directories.
@@ -103,3 +117,8 @@ def file_digests(label: str, name: str, path: Path | None) -> dict[str, str]:
         ) from None
     facts = read_tensor_facts(content, str(path / ADAPTER_WEIGHTS))
     return {tensor: each.sha256 for tensor, each in facts.items()}
+
+
+def row_seeds(seed: int, rows: int) -> list[int]:
+    """A seed for each prompt of a call, 31 bits: with one for all, equal prompts get equal answers."""
+    return [(seed * 1_000_003 + row) % (1 << 31) for row in range(rows)]

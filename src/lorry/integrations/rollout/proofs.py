@@ -8,7 +8,9 @@ trainer's log-probabilities.
 The last is within rounding only: engine and trainer compute in bfloat16 by other kernels, and one
 step of training moves log-probabilities by less than that. So it also takes the trainer's
 log-probabilities under the base, and estimates how much of the adapter's effect the engine shows
-(``share``): 0 is the base, 1 this policy, 2 an adapter over weights into which it was merged.
+(``share``): 0 is the base, 1 this policy, 2 an adapter over weights into which it was merged. An
+engine in bfloat16 loses of a small adapter what is below the rounding of a layer's output: after one
+step vLLM showed 0.42 and PEFT in bfloat16 0.48 of what float32 computes; later it comes near 1.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from lorry.errors import ContractError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
 from lorry.integrations.rollout.engine import LoraReceiver, RolloutEngine
-from lorry.integrations.rollout.versions import AdapterVersion
+from lorry.integrations.rollout.versions import AdapterVersion, Version
 
 # (prompts, answers) as token ids -> log p of every token of each answer
 ScoreAnswers = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[list[float]]]
-# of `share`: how far it may be from 1, and from what standard error on it says nothing
-SHARE_TOLERANCE, SHARE_ERROR = 0.5, 0.15
+# between these `share` has to be, two standard errors aside: below lies the base, above twice
+SHARE_BOUNDS = (0.2, 1.5)
 
 
-def check_moved(version: AdapterVersion, previous: AdapterVersion | None, *, stepped: bool) -> None:
+def check_moved(version: Version, previous: Version | None, *, stepped: bool) -> None:
     """Compare a version with the one before it (None: the first). ``stepped``: an optimizer step with
     a gradient was made in between; then values must have changed, and no lora_B may be zero. Raises
     ContractError, which names a tensor.
@@ -190,15 +192,12 @@ class GreedyProbe:
                 f"(bound {self.mean_bound:g}) and {gap.largest:.3g} at token {gap.token} of prompt "
                 f"{gap.prompt} (bound {self.bound:g}): the engine answers with another policy"
             )
-        if (
-            gap.share is not None
-            and gap.share_error is not None
-            and gap.share_error <= SHARE_ERROR
-            and abs(gap.share - 1) > SHARE_TOLERANCE
-        ):
-            raise ContractError(
-                f"{who}: shows {gap.share:.2f} +- {gap.share_error:.2f} of the adapter's effect, not "
-                f"1, most of all at token {gap.token} of prompt {gap.prompt}: 0 is the base without "
-                "it, 2 an adapter over weights into which it was merged"
-            )
+        if gap.share is not None and gap.share_error is not None:
+            sure = gap.share + 2 * gap.share_error, gap.share - 2 * gap.share_error
+            if sure[0] < SHARE_BOUNDS[0] or sure[1] > SHARE_BOUNDS[1]:
+                raise ContractError(
+                    f"{who}: shows {gap.share:.2f} +- {gap.share_error:.2f} of the adapter's effect, "
+                    f"furthest off at token {gap.token} of prompt {gap.prompt}: 0 is the base without "
+                    "it, 1 this policy, 2 an adapter over weights into which it was merged"
+                )
         return gap

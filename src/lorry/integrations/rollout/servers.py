@@ -13,16 +13,18 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lorry.errors import ConfigError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout.engine import EngineError, file_digests
-from lorry.integrations.rollout.versions import AdapterVersion
+from lorry.integrations.rollout.engine import EngineError, file_digests, row_seeds
+from lorry.integrations.rollout.versions import AdapterVersion, ModelVersion
 
 MOST_BYTES = 1 << 28  # of an answer; more was not asked for
+MOST_AT_ONCE = 64  # requests; the engine batches what is there together
 
 
 class _Server:
@@ -120,6 +122,15 @@ class VllmServer(_Server):
     def unload_lora_adapter(self, name: str) -> None:
         self._ask("/v1/unload_lora_adapter", {"lora_name": name})
 
+    def load_model(self, version: ModelVersion) -> None:
+        """Take a whole model in the place of the base, by calls that vLLM has with
+        VLLM_SERVER_DEV_MODE=1; what it remembers of prompts is forgotten, being the old model's."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(version.path)}}
+        self._ask("/collective_rpc", body)
+        answer = self._post("/reset_prefix_cache", {})
+        if not (isinstance(answer, dict) and answer.get("success") is True):
+            raise EngineError(f"{self.label}: did not forget the old model's prompts: {answer}")
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -128,6 +139,19 @@ class VllmServer(_Server):
         adapter: str | None,
     ) -> list[Completion]:
         model = self.base_model() if adapter is None else adapter
+        if params.temperature == 0:
+            return self._complete(model, prompts, params, params.seed)
+        # one request has one seed for all of its prompts: equal ones would get equal answers
+        seeds = row_seeds(params.seed, len(prompts))
+        with ThreadPoolExecutor(min(len(prompts), MOST_AT_ONCE)) as pool:
+            answers = pool.map(
+                lambda prompt, seed: self._complete(model, [prompt], params, seed), prompts, seeds
+            )
+            return [answer for (answer,) in answers]
+
+    def _complete(
+        self, model: str, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> list[Completion]:
         answer = self._post(
             "/v1/completions",
             {
@@ -138,7 +162,7 @@ class VllmServer(_Server):
                 "top_p": 1.0 if params.top_p is None else params.top_p,
                 "top_k": params.top_k or 0,
                 "repetition_penalty": params.repetition_penalty,
-                "seed": params.seed,
+                "seed": seed,
                 "stop_token_ids": sorted(params.stop_token_ids),
                 "logprobs": 0,  # of the chosen token alone
                 "return_token_ids": True,
@@ -162,6 +186,8 @@ class VllmServer(_Server):
     def _advice(self, path: str, status: int) -> str:
         if status == 404 and path.endswith("_lora_adapter"):
             return "; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
+        if status == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+            return "; start it with VLLM_SERVER_DEV_MODE=1 to load whole models"
         return ""
 
 
@@ -191,15 +217,18 @@ class SglangServer(_Server):
             {
                 "input_ids": [list(prompt) for prompt in prompts],
                 "lora_path": [adapter] * len(prompts),
-                "sampling_params": {
-                    "max_new_tokens": params.max_new_tokens,
-                    "temperature": params.temperature,
-                    "top_p": 1.0 if params.top_p is None else params.top_p,
-                    "top_k": params.top_k or -1,
-                    "repetition_penalty": params.repetition_penalty,
-                    "sampling_seed": params.seed,
-                    "stop_token_ids": sorted(params.stop_token_ids),
-                },
+                "sampling_params": [
+                    {
+                        "max_new_tokens": params.max_new_tokens,
+                        "temperature": params.temperature,
+                        "top_p": 1.0 if params.top_p is None else params.top_p,
+                        "top_k": params.top_k or -1,
+                        "repetition_penalty": params.repetition_penalty,
+                        "sampling_seed": seed,
+                        "stop_token_ids": sorted(params.stop_token_ids),
+                    }
+                    for seed in row_seeds(params.seed, len(prompts))
+                ],
                 "return_logprob": True,
             },
         )

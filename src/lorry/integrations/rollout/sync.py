@@ -1,19 +1,36 @@
-"""A push of an adapter to rollout engines: published, loaded, proved, and the last one let go.
+"""A push of a policy to rollout engines: published, loaded, proved, and the last version let go.
 
 sync = AdapterSync(VersionPublisher("rollout"), [engine], GreedyProbe(prompts, score))
 report = sync.push(adapter_files(model), stepped=True)
+
+sync = MergedSync(ModelPublisher("rollout"), [engine], GreedyProbe(prompts, score))
+report = sync.push(lambda folder: save_merged(model, folder), stepped=True)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lorry.errors import ConfigError, ContractError
-from lorry.integrations.rollout.engine import LoraReceiver, RolloutEngine
-from lorry.integrations.rollout.proofs import GreedyProbe, LogProbGap, check_held, check_moved
-from lorry.integrations.rollout.versions import AdapterVersion, VersionPublisher
+from lorry.integrations.rollout.engine import LoraReceiver, ModelReceiver, RolloutEngine
+from lorry.integrations.rollout.proofs import (
+    GreedyProbe,
+    LogProbGap,
+    check_held,
+    check_moved,
+    check_same_tensors,
+)
+from lorry.integrations.rollout.versions import (
+    AdapterVersion,
+    ModelPublisher,
+    ModelVersion,
+    Version,
+    VersionPublisher,
+    model_tensor_facts,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +38,7 @@ class SyncReport:
     """What one push did. ``seconds``: writing and loading, without the probe; ``bytes``: sent to
     each engine; ``gaps``: {engine's label: what the probe measured} of those that were asked."""
 
-    version: AdapterVersion
+    version: Version
     seconds: float
     bytes: int
     gaps: Mapping[str, LogProbGap] = field(default_factory=dict)
@@ -69,11 +86,7 @@ class AdapterSync:
             receiver.load_lora_adapter(version)
             check_held(receiver, version)
         seconds = time.perf_counter() - began
-        gaps = dict[str, LogProbGap]()
-        if self.probe is not None and self.probe.due(version.number):
-            for receiver in self.receivers:
-                if isinstance(receiver, RolloutEngine):
-                    gaps[receiver.label] = self.probe.check(receiver, version.name)
+        gaps = ask_engines(self.probe, self.receivers, version, adapter=version.name)
         if self.current is not None:
             for receiver in self.receivers:
                 receiver.unload_lora_adapter(self.current.name)
@@ -88,3 +101,62 @@ class AdapterSync:
             raise ContractError(
                 f"rollouts were sampled from {adapter}, and the policy is {expected or 'not sent yet'}"
             )
+
+
+class MergedSync:
+    """Whole models on their way to ``receivers``, in the place of their base: adapters are merged into
+    them, so an engine that also holds an adapter is refused. ``probe`` and errors as `AdapterSync`.
+    Weights in bfloat16 lose what of a small adapter is below their rounding; the share says how much
+    is left."""
+
+    def __init__(
+        self,
+        publisher: ModelPublisher,
+        receivers: Sequence[ModelReceiver],
+        probe: GreedyProbe | None = None,
+    ) -> None:
+        if not receivers:
+            raise ConfigError("there is no engine to send models to; name at least one")
+        self.publisher, self.receivers, self.probe = publisher, receivers, probe
+        self.current: ModelVersion | None = None
+
+    def push(self, write: Callable[[Path], None], *, stepped: bool) -> SyncReport:
+        """Have ``write`` fill the next version's folder with a merged model, and every engine take
+        it. ``stepped`` and errors as `AdapterSync.push`."""
+        began = time.perf_counter()
+        for receiver in self.receivers:
+            if held := receiver.list_lora_adapters():
+                raise ContractError(
+                    f"{receiver.label}: holds the adapter {next(iter(held))}, which would count twice "
+                    "over weights into which it is merged; unload it first"
+                )
+        version = self.publisher.publish(write)
+        check_moved(version, self.current, stepped=stepped)
+        sent = {name: facts.sha256 for name, facts in version.tensors.items()}
+        for receiver in self.receivers:
+            receiver.load_model(version)
+            read = model_tensor_facts(version.path)
+            held_digests = {name: facts.sha256 for name, facts in read.items()}
+            check_same_tensors(sent, held_digests, f"{receiver.label}, {version.name}")
+        seconds = time.perf_counter() - began
+        gaps = ask_engines(self.probe, self.receivers, version, adapter=None)
+        self.current = version
+        return SyncReport(version, seconds, version.bytes, gaps)
+
+
+def ask_engines(
+    probe: GreedyProbe | None,
+    receivers: Sequence[LoraReceiver | ModelReceiver],
+    version: Version,
+    *,
+    adapter: str | None,
+) -> dict[str, LogProbGap]:
+    """{label: what the probe found} of the receivers that answer prompts, where a version is due.
+    Raises what `GreedyProbe.check` raises."""
+    if probe is None or not probe.due(version.number):
+        return {}
+    return {
+        receiver.label: probe.check(receiver, adapter)
+        for receiver in receivers
+        if isinstance(receiver, RolloutEngine)
+    }

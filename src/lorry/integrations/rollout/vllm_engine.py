@@ -1,28 +1,48 @@
 """vLLM in this process: adapters by `LoRARequest`.
 
-llm = LLM(model, enable_lora=True, max_lora_rank=16, max_cpu_loras=2)
-engine = VllmEngine(llm)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"      # before vLLM is imported; then it can be asked
+    llm = LLM(model, enable_lora=True, max_lora_rank=16, max_cpu_loras=2)
+    engine = VllmEngine(llm)
+
+What it holds is read from the matrices that its layers compute with, where its workers can be asked:
+cast to the engine's dtype, B times the scale, zeros up to ``max_lora_rank``. The same is done here with
+the file that was sent, and compared bit for bit. Tried with vLLM 0.32; the places it is read from are
+none that vLLM promises.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from lorry.adapters.peft.config import parse_peft_config, read_adapter_json
+from lorry.adapters.peft.tensors import PEFT_PREFIX
+from lorry.disk.integrity import read_content
 from lorry.errors import ConfigError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout.engine import EngineError, file_digests
-from lorry.integrations.rollout.versions import AdapterVersion
+from lorry.integrations.rollout.engine import EngineError, file_digests, row_seeds
+from lorry.integrations.rollout.versions import AdapterVersion, ModelVersion
+from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+# of a layer's buffer for one side: its dtype's name, shape and SHA-256
+HeldMatrix = tuple[str, tuple[int, int], str]
 
 
 class VllmEngine:
-    """A `vllm.LLM` that was made with ``enable_lora=True``. Raises ConfigError where vLLM cannot be
-    imported."""
+    """A `vllm.LLM` that was made with ``enable_lora=True``. ``reads_memory``: whether the last
+    `held_digests` were of its layers, and not of the file that it read; None before one. Raises
+    ConfigError where vLLM cannot be imported."""
 
     def __init__(self, llm: Any, label: str = "vLLM in this process") -> None:
         self.llm, self.label = llm, label
+        self.reads_memory: bool | None = None
         self._requests: dict[str, Any] = {}
 
     def load_lora_adapter(self, version: AdapterVersion) -> None:
@@ -54,7 +74,33 @@ class VllmEngine:
         }
 
     def held_digests(self, version: AdapterVersion) -> Mapping[str, str]:
-        return file_digests(self.label, version.name, self.list_lora_adapters().get(version.name))
+        path = self.list_lora_adapters().get(version.name)
+        read = file_digests(self.label, version.name, path)
+        number = self._requests[version.name].lora_int_id
+        try:
+            workers = self.llm.collective_rpc(read_layers, args=(number,))
+        # functions do not go to an engine in another process (TypeError), and another version may
+        # keep its matrices elsewhere
+        except (TypeError, AttributeError, ValueError):
+            workers = []
+        # of several workers each has a part of every matrix
+        self.reads_memory = len(workers) == 1
+        if not self.reads_memory:
+            return read
+        held: Mapping[str, HeldMatrix] = workers[0]
+        expected = expected_matrices(version, held)
+        # where the layer has what was sent, the digest of what was sent
+        return {
+            name: read.get(name, "") if held[name] == expected.get(name) else held[name][2]
+            for name in held
+        }
+
+    def load_model(self, version: ModelVersion) -> None:
+        """Take a whole model in the place of the base; what it remembers of prompts is forgotten,
+        being the old model's."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(version.path)})
+        if not self.llm.reset_prefix_cache():
+            raise EngineError(f"{self.label}: did not forget the old model's prompts")
 
     def generate(
         self,
@@ -65,23 +111,72 @@ class VllmEngine:
     ) -> list[Completion]:
         if adapter is not None and adapter not in self._requests:
             raise EngineError(f"{self.label}: {adapter} is not loaded")
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+        sampling = [
             _vllm().SamplingParams(
                 max_tokens=params.max_new_tokens,
                 temperature=params.temperature,
                 top_p=1.0 if params.top_p is None else params.top_p,
                 top_k=params.top_k or 0,
                 repetition_penalty=params.repetition_penalty,
-                seed=params.seed,
+                seed=seed,
                 stop_token_ids=sorted(params.stop_token_ids),
                 logprobs=0,  # of the chosen token alone
                 detokenize=False,
-            ),
+            )
+            for seed in row_seeds(params.seed, len(prompts))
+        ]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            sampling,
             lora_request=None if adapter is None else self._requests[adapter],
             use_tqdm=False,
         )
         return [_completion(output.outputs[0]) for output in outputs]
+
+
+def read_layers(worker: Any, number: int) -> dict[str, HeldMatrix]:
+    """{PEFT's name: what a worker's layer has} of an adapter, by vLLM's number of it; layers without
+    one left out. Runs in the worker. Raises AttributeError and ValueError where this vLLM keeps them
+    elsewhere."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    slot = manager.lora_index_to_id.index(number)
+    held = {}
+    for path, layer in manager.modules.items():
+        parts = manager.packed_modules.get(path, [path])
+        for side, stacked in (("A", layer.lora_a_stacked), ("B", layer.lora_b_stacked)):
+            for part, buffer in zip(parts, stacked, strict=True):
+                if bool((matrix := buffer[slot, 0]).any()):
+                    held[f"{PEFT_PREFIX}{part}.lora_{side}.weight"] = _describe(matrix)
+    return held
+
+
+def expected_matrices(
+    version: AdapterVersion, held: Mapping[str, HeldMatrix]
+) -> dict[str, HeldMatrix]:
+    """{PEFT's name: what a layer should have} for a version's file, in the dtypes and shapes that
+    were ``held``."""
+    config = version.path / ADAPTER_CONFIG
+    spec = parse_peft_config(read_adapter_json(config), str(config))
+    expected = {}
+    for name, value in load(read_content(version.path / ADAPTER_WEIGHTS)).items():
+        if name not in held:
+            continue
+        dtype, shape, _ = held[name]
+        path, _, side = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        cast = value.to(getattr(torch, dtype))
+        if side.startswith("B"):
+            # as vLLM folds it in: after the cast
+            cast = cast * spec.scale(path)
+        padded = cast.new_zeros(shape)
+        padded[: cast.shape[0], : cast.shape[1]] = cast
+        expected[name] = _describe(padded)
+    return expected
+
+
+def _describe(matrix: Tensor) -> HeldMatrix:
+    flat = matrix.detach().cpu().contiguous()
+    digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return str(flat.dtype).removeprefix("torch."), (flat.shape[0], flat.shape[1]), digest
 
 
 def _completion(answer: Any) -> Completion:

@@ -1,0 +1,300 @@
+"""GRPO with vLLM as the rollout engine: every version sent, proved and compared; then faults, made
+on purpose, that have to be found.
+
+    make bench-rollout                                   # both, in .venv-rollout (docs/rollout.md)
+    python benchmarks/rollout.py --url http://127.0.0.1:8000 --steps 20
+    python benchmarks/rollout.py --in-process --steps 3
+
+With --url adapters go to a vLLM server by /v1/load_lora_adapter. With --in-process to a vLLM in this
+process: first by LoRARequest, then whole models that each adapter is merged into. Trainer: float32;
+engine: bfloat16, which is the bound between them. A line says of each version: reward of the rollouts
+before it, seconds and bytes of its push, how far the engine's log-probabilities are from the
+trainer's, what share of the adapter's effect it shows, and how many greedy answers are the same.
+Seconds are those of the machine as it was, with its load beside them. The record goes to
+benchmarks/results/rollout-cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from case import data_folder
+from measure import machine
+from turns import RESULTS, keep
+
+from lorry.adapters.merge import merged_tensors
+from lorry.adapters.mix import Mix
+from lorry.adapters.peft.files import adapter_files
+from lorry.errors import LorryError
+from lorry.generation.request import Completion
+from lorry.generation.sampling import SamplingParams
+from lorry.integrations.rollout import (
+    AdapterSync,
+    AdapterVersion,
+    MergedSync,
+    ModelPublisher,
+    VersionPublisher,
+    VllmEngine,
+    VllmServer,
+    check_held,
+)
+from lorry.models.loading.store import save_model
+from lorry.runs.layout import ADAPTER_WEIGHTS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "rollout"))
+from grpo import POLICY, GrpoTrainer, Settings, make_probe, open_policy, read_questions
+
+NAME = "rollout-cpu"
+MODEL = "smollm2-135m-instruct"
+PROBES = 8
+
+
+class Recorded:
+    """An engine whose last answers can be looked at. ``engine``: what is asked."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.label = engine, engine.label
+        self.last: list[Completion] = []
+        self.load_lora_adapter = engine.load_lora_adapter
+        self.unload_lora_adapter = engine.unload_lora_adapter
+        self.list_lora_adapters = engine.list_lora_adapters
+        self.held_digests = engine.held_digests
+        self.load_model = engine.load_model
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, adapter: str | None
+    ) -> list[Completion]:
+        self.last = self.engine.generate(prompts, params, adapter=adapter)
+        return self.last
+
+
+def find_questions() -> Path:
+    """SVAMP.json, of LORRY_DATA or ../shared/data."""
+    data = data_folder()
+    if data is None or not (path := data / "svamp" / "SVAMP.json").is_file():
+        sys.exit("svamp/SVAMP.json is not there; set LORRY_DATA to a folder that has it")
+    return path
+
+
+def pick_questions(tokenizer: Any) -> list[Any]:
+    """A quarter of the questions, the shortest, shuffled: engine and trainer share a CPU."""
+    questions = sorted(read_questions(find_questions(), tokenizer), key=lambda q: len(q.prompt))
+    return random.Random(0).sample(questions[: len(questions) // 4], len(questions) // 4)
+
+
+def compare_greedy(
+    backend: Any, probe: Any, answers: Sequence[Completion], mix: Mix
+) -> dict[str, int]:
+    """Greedy answers of engine and trainer: how many are the same, and how many tokens up to the
+    first that differs."""
+    ours = backend.generate(
+        probe.prompts, SamplingParams(max_new_tokens=probe.max_new_tokens), adapters=mix
+    )
+    same = tokens = 0
+    for mine, theirs in zip(ours, answers, strict=True):
+        pairs = list(zip(mine.tokens, theirs.tokens, strict=False))
+        alike = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        same += alike == len(pairs)
+        tokens += alike
+    return {"same_answers": same, "answers": len(ours), "same_tokens": tokens}
+
+
+def describe(report: Any) -> dict[str, Any]:
+    """A push as JSON."""
+    return {
+        "version": report.version.name,
+        "seconds": round(report.seconds, 3),
+        "bytes": report.bytes,
+        "load_average": round(os.getloadavg()[0], 1),
+        **{f"gap_{k}": v for gap in report.gaps.values() for k, v in asdict(gap).items()},
+    }
+
+
+def outcome(found: Callable[[], object]) -> str:
+    """What a fault was found with, or that it was not."""
+    try:
+        found()
+    except LorryError as error:
+        return f"{type(error).__name__}: {error}"
+    return "not found"
+
+
+def train(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dict[str, Any]:
+    """GRPO with adapters, and the faults at its end."""
+    model, tokenizer = policy
+    engine = Recorded(engine)
+    questions = pick_questions(tokenizer)
+    settings = Settings(steps=steps)
+    sync = AdapterSync(VersionPublisher(folder), [engine])
+    trainer = GrpoTrainer(model, tokenizer, engine, sync, settings)
+    prompts = [question.prompt for question in questions[-PROBES:]]
+    probe = sync.probe = make_probe(
+        trainer.backend, prompts, max_new_tokens=settings.max_new_tokens
+    )
+    first = trainer.push(stepped=False)
+    lines = [describe(first) | compare_greedy(trainer.backend, probe, engine.last, Mix.one(POLICY))]
+    print(json.dumps(lines[0]), flush=True)
+    previous: AdapterVersion | None = None
+    for step in range(steps):
+        previous = sync.current
+        try:
+            record = trainer.step(step, questions[:-PROBES])
+        except LorryError as error:
+            # what was made so far is kept, and why no more
+            lines.append({"step": step + 1, "stopped": str(error), "load_average": 0})
+            print(json.dumps(lines[-1]), flush=True)
+            break
+        line = {k: v for k, v in asdict(record).items() if k != "sync"} | describe(record.sync)
+        line |= compare_greedy(trainer.backend, probe, engine.last, Mix.one(POLICY))
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+    current = sync.current
+    assert previous is not None
+    assert current is not None
+    params = SamplingParams(max_new_tokens=settings.max_new_tokens, logprobs=True)
+    base = engine.generate(prompts, params, adapter=None)
+    engine.load_lora_adapter(previous)
+    stale = engine.generate(prompts, params, adapter=previous.name)
+    engine.unload_lora_adapter(previous.name)
+    old = (previous.path / ADAPTER_WEIGHTS).read_bytes()
+    lost = sync.publisher.publish(adapter_files(model, POLICY))
+    (lost.path / ADAPTER_WEIGHTS).write_bytes(old)
+    engine.load_lora_adapter(lost)
+    faults = {
+        "rollouts of the version before": outcome(lambda: sync.check_rollouts(previous.name)),
+        "the version was never sent": outcome(
+            lambda: check_held(engine, AdapterVersion(99, folder / "lora_v000099", {}, 0))
+        ),
+        "the file of the version before in this directory": outcome(
+            lambda: check_held(engine, lost)
+        ),
+        "greedy answers of the base": outcome(
+            lambda: probe.compare(base, "vLLM", "the base in its place")
+        ),
+        "greedy answers of the version before": outcome(
+            lambda: probe.compare(stale, "vLLM", "the version before in its place")
+        ),
+    }
+    engine.unload_lora_adapter(lost.name)
+    for name, found in faults.items():
+        print(f"{name}: {found}", flush=True)
+    adapter_bytes = (current.path / "adapter_model.safetensors").stat().st_size
+    return {
+        "settings": asdict(settings),
+        "bounds": {"mean": probe.mean_bound, "largest": probe.bound},
+        "digests_of": "memory" if getattr(engine.engine, "reads_memory", False) else "file",
+        "adapter_bytes": adapter_bytes,
+        "bytes_over_adapter": current.bytes / adapter_bytes,
+        "versions": lines,
+        "faults": faults,
+        "highest_load": max(line["load_average"] for line in lines),
+    }
+
+
+def merge(engine: Any, policy: tuple[Any, Any], folder: Path) -> dict[str, Any]:
+    """The policy's adapter merged into the engine's weights, and an adapter over them, on purpose."""
+    import torch
+
+    model, tokenizer = policy
+    engine = Recorded(engine)
+    questions = pick_questions(tokenizer)
+    prompts = [question.prompt for question in questions[-PROBES:]]
+    trainer = GrpoTrainer(
+        model, tokenizer, engine, AdapterSync(VersionPublisher(folder / "a"), [engine]), Settings()
+    )
+    probe = make_probe(trainer.backend, prompts, max_new_tokens=6)
+
+    def write(place: Path) -> None:
+        save_model(
+            model,
+            place,
+            tensors=merged_tensors(model, {POLICY: 1.0}, dtype=torch.bfloat16),
+            tokenizer=tokenizer,
+            dtype=torch.bfloat16,
+        )
+
+    def twice() -> None:
+        trainer.push(stepped=False)
+        probe.check(engine, trainer.sync.current.name)
+
+    sync = MergedSync(ModelPublisher(folder), [engine], probe)
+    report = sync.push(write, stepped=True)
+    line = describe(report) | compare_greedy(trainer.backend, probe, engine.last, Mix.one(POLICY))
+    print(json.dumps(line), flush=True)
+    faults = {
+        "the same model again": outcome(lambda: sync.push(write, stepped=True)),
+        "the adapter over weights into which it is merged": outcome(twice),
+        "a merged model beside an adapter": outcome(lambda: sync.push(write, stepped=False)),
+    }
+    for name, found in faults.items():
+        print(f"{name}: {found}", flush=True)
+    return {"versions": [line], "faults": faults}
+
+
+def open_engine(model: str) -> VllmEngine:
+    """vLLM in this process, for one adapter at a time."""
+    # its workers are threads of this process then, and no weights go through a pipe
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=512,
+        enable_lora=True,
+        max_lora_rank=16,
+        max_cpu_loras=2,
+    )
+    return VllmEngine(llm)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", help="of a vLLM server")
+    parser.add_argument("--in-process", action="store_true")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--no-keep", action="store_true", help="print only")
+    args = parser.parse_args()
+    if not args.url and not args.in_process:
+        parser.error("give --url or --in-process")
+    policy = open_policy(MODEL)
+    parts: dict[str, Mapping[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        if args.url:
+            engine: Any = VllmServer(args.url)
+            parts["server"] = train(engine, policy, args.steps, Path(name) / "server")
+        if args.in_process:
+            engine = open_engine(policy[0].config["_name_or_path"])
+            parts["in_process"] = train(engine, policy, args.steps, Path(name) / "here")
+            for held in list(engine.list_lora_adapters()):
+                engine.unload_lora_adapter(held)
+            parts["merged"] = merge(engine, policy, Path(name) / "merged")
+    if not args.no_keep:
+        place = RESULTS / f"{NAME}.json"
+        before = json.loads(place.read_text()) if place.is_file() else {}
+        record = {
+            **before,
+            "kind": "rollout",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+            **parts,
+        }
+        print(f"kept in {keep(record, NAME)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
