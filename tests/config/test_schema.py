@@ -211,8 +211,13 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             "'pissa' is not built yet; give true or false or gaussian",
         ),
         (
-            {"backend": "megatron"},
-            "backend.name: 'megatron' is not built yet; give one of single, ddp, fsdp",
+            {"backend": "megatron", "tensor_parallel": 2, "sequence_parallel": True},
+            "sequence_parallel=true needs backend=ddp or fsdp",
+        ),
+        ({"backend": "megatron", "pipeline_parallel": 2}, "pipeline_parallel"),
+        (
+            {"backend": "megatron", "lora": None},
+            "lora=null trains the base, which backend=megatron",
         ),
         ({"backend": "ddp", "replicas": 2}, "replicas needs backend=fsdp"),
         ({"backend": "ddp", "reshard_after_forward": False}, "reshard_after_forward needs"),

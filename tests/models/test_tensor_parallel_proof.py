@@ -16,7 +16,7 @@ from lorry.adapters.layers import AdapterSlot, BankLinear
 from lorry.adapters.tensor_parallel.slices import Side
 from lorry.errors import ContractError
 from lorry.families import find_family
-from lorry.models.tensor_parallel_proof import prove_tensor_parallel
+from lorry.models.tensor_parallel_proof import prove_shared_layers
 from tests.support import tiny
 from tests.support.threads import ThreadRanks, on_ranks
 from tests.support.tiny import one_thread  # noqa: F401 - a fixture
@@ -28,7 +28,7 @@ def prove(name: str, size: int, dtype: torch.dtype) -> list[None]:
     assert family is not None
 
     def work(ranks: ThreadRanks) -> None:
-        prove_tensor_parallel(family, config, dtype, torch.device("cpu"), ranks, print)
+        prove_shared_layers(family, config, dtype, torch.device("cpu"), ranks, None, print)
 
     return on_ranks(size, work)
 
@@ -108,8 +108,8 @@ def test_one_rank_that_differs_stops_all(monkeypatch: pytest.MonkeyPatch) -> Non
         family = find_family("gpt2")
         assert family is not None
         try:
-            prove_tensor_parallel(
-                family, tiny.GPT2, torch.float64, torch.device("cpu"), ranks, print
+            prove_shared_layers(
+                family, tiny.GPT2, torch.float64, torch.device("cpu"), ranks, None, print
             )
         except ContractError as error:
             errors.append(str(error))

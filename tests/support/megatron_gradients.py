@@ -55,7 +55,7 @@ from megatron.core.transformer.transformer_block import (  # noqa: E402
 from lorry.integrations.megatron import attach as attaching  # noqa: E402
 from lorry.integrations.megatron import linear as terms  # noqa: E402
 from lorry.integrations.megatron import load_hf_weights, load_lora  # noqa: E402
-from lorry.integrations.megatron.layout import RowOrder  # noqa: E402
+from lorry.models.megatron.layout import RowOrder  # noqa: E402
 from tests.support.cuda_shim import cuda_on_cpu  # noqa: E402
 
 ROWS, LENGTH = 4, 8

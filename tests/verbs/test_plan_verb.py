@@ -229,9 +229,13 @@ def test_jobs_on_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_run_does_not_take_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    made = plan("llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=8", capsys=capsys)
-    assert not made["trainable"]
-    assert any("backend=megatron is not built yet" in note for note in made["notes"])
+    words = ("llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=2")
+    for setting in ("pipeline_parallel=2", "sequence_parallel=true"):
+        made = plan(*words, setting, capsys=capsys)
+        assert not made["trainable"]
+        told = f"backend.{setting.partition('=')[0]} is not built yet"
+        assert any(told in note for note in made["notes"])
+    assert plan(*words, capsys=capsys)["trainable"]
     ddp = plan("llama-3-8b", "backend=ddp", "processes=8", capsys=capsys)
     assert ddp["trainable"]
     assert any("which no run has checked" in note for note in ddp["notes"])

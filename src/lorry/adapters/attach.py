@@ -235,9 +235,16 @@ def find_unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
     linear and embedding layers: convolutions, routers, mixing weights): no adapter can sit on them."""
     experts: list[str] = []
     others: list[str] = []
+    holders = {
+        id(holder)
+        for module in model.modules()
+        if isinstance(module, AdaptableLayer)
+        for holder in module.holders
+    }
     for path, module in model.named_modules():
         if (
-            isinstance(module, (AdaptableLayer, nn.Embedding))
+            id(module) in holders
+            or isinstance(module, (AdaptableLayer, nn.Embedding))
             or wrap_module(module, path) is not None
         ):
             continue

@@ -25,7 +25,7 @@ from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
-from lorry.adapters.tensor_parallel.slices import SIDES, DimensionSlice, Side
+from lorry.adapters.tensor_parallel.slices import SIDES, DimensionSlice, LayerSlices, Side
 from lorry.errors import ConfigError, ContractError, OutOfMemoryError
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
@@ -185,10 +185,9 @@ class Adapter:
         return None
 
     def partial_sums(self) -> list[str]:
-        """The tensors whose gradient has a part from every rank: those that each has whole."""
-        if self.ranks is None:
-            return []
-        return [name for name in self._names() if self._slice_of(name) is None]
+        """The tensors whose gradient has a part from every rank: those that each has whole, unless
+        the terms there sum over ranks themselves."""
+        return [name for name in self._names() if self._is_partial_sum(name)]
 
     def whole_tensors(self, flat: Tensor) -> dict[str, Tensor]:
         """`split_like` as one device has it: where ranks share the modules, their parts joined, and
@@ -212,14 +211,15 @@ class Adapter:
             (torch.zeros_like(master) if g is None else g).double()
             for master, g in zip(masters.values(), gradients, strict=True)
         ]
-        is_sum = [self._slice_of(name) is None for name in masters]
+        is_sum = [self._is_partial_sum(name) for name in masters]
+        is_whole = [self._slice_of(name) is None for name in masters]
         if parts := [g for g, partial in zip(own, is_sum, strict=True) if partial]:
             sums = self.ranks.add_up(torch.cat([part.flatten() for part in parts]))
             for part, total in zip(parts, sums.split([p.numel() for p in parts]), strict=True):
                 part.copy_(total.view(part.shape))
         squares = torch.stack([g.square().sum() for g in own])
         if self.ranks.rank:  # a side that every rank has counts once
-            squares.masked_fill_(torch.tensor(is_sum, device=squares.device), 0)
+            squares.masked_fill_(torch.tensor(is_whole, device=squares.device), 0)
         norms: list[float] = self.ranks.add_up(squares).sqrt().tolist()
         return norms
 
@@ -232,10 +232,17 @@ class Adapter:
         cut = self._slice_of(name)
         return whole if cut is None else cut[1].cut(whole, cut[0])
 
+    def _is_partial_sum(self, name: str) -> bool:
+        slices = self._slices_at(name)
+        return slices is not None and self._slice_of(name) is None and not slices.sums_ranks
+
+    def _slices_at(self, name: str) -> LayerSlices | None:
+        """How the module of a tensor is cut."""
+        return self.slots[name.rpartition(".lora_")[0]].slices
+
     def _slice_of(self, name: str) -> tuple[int, DimensionSlice] | None:
         """Along which dimension a tensor is cut, and how."""
-        module, _, side = name.rpartition(".lora_")
-        slices = self.slots[module].slices
+        side, slices = name.rpartition(".lora_")[2], self._slices_at(name)
         return None if slices is None else slices.of("A" if side == "A" else "B")
 
     def bind_grads(self) -> None:

@@ -115,6 +115,8 @@ class AdaptableLayer(nn.Module):
         self.unmerged_weight: nn.Parameter | None = None
         # of a layer whose matrix is cut over ranks (tensor parallel)
         self.slices: LayerSlices | None = None
+        # layers of another library that hold its base weight, and multiply it themselves
+        self.holders: tuple[nn.Module, ...] = ()
         # the foreign layer this one stands in for, so that `detach` puts the very object back;
         # a tuple, so that it is no submodule
         self.replaced: tuple[nn.Module, ...] = ()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -370,7 +370,8 @@ class LinearProducts:
     Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``down_outputs`` (per stack
     [tokens, S], what A made of x) is what forward leaves for backward, besides x itself. ``slices``: how
     the linears, all of them alike, are cut over ranks: then a sum over ranks ends `forward` (rows of x
-    are cut) or `input_gradient` (rows of the ys are), and the terms' shares of both ride in it.
+    are cut) or `input_gradient` (rows of the ys are), and the terms' shares of both ride in it; or, with
+    `LayerSlices.sums_ranks`, each stack's [tokens, S] is summed and nothing else.
     """
 
     layers: Sequence[FrozenLinear]
@@ -388,7 +389,8 @@ class LinearProducts:
         for stack, gate in zip(self.stacks, self.gates, strict=True):
             # one product for every linear of the group: columns of h are the ranks of all its
             # adapters, stacked
-            h = stack.zero_other_rows(torch.mm(stack.dropout_input(x), stack.lora_A.t()))
+            h = torch.mm(stack.dropout_input(x), stack.lora_A.t())
+            self._add_up("output", stack.zero_other_rows(h), of_terms=True)
             self.down_outputs.append(h)
             # gated at rank width (S columns), not at output width (O): the same result for fewer
             # multiplications
@@ -401,10 +403,21 @@ class LinearProducts:
 
     def _sum_outputs(self, ys: list[Tensor]) -> list[Tensor]:
         """Every y [T,O], where a rank has made its columns' part of it alone: the sum over ranks."""
-        if self.slices is not None and self.slices.columns is not None:
-            for y in ys:
-                self.slices.ranks.add_up(y)
+        for y in ys:
+            self._add_up("output", y)
         return ys
+
+    def _add_up(
+        self, what: Literal["output", "input gradient"], part: Tensor, *, of_terms: bool = False
+    ) -> None:
+        """Sum over ranks, in place, what each has made a part of: an output of its columns, or an input
+        gradient of its rows. ``of_terms``: what of it is as wide as a stack's ranks, where sums are
+        those."""
+        cut = self.slices
+        if cut is None or (cut.columns if what == "output" else cut.rows) is None:
+            return
+        if cut.sums_ranks == of_terms:
+            cut.ranks.add_up(part)
 
     def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
         """The gradient of x [T,I] from those of the ys, or None; keeps what `master_gradients`
@@ -422,6 +435,7 @@ class LinearProducts:
                 up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.lora_B).mul_(
                     part.scale
                 )
+            self._add_up("input gradient", up, of_terms=True)
             # before the gate: the gate's own gradient needs what it multiplied
             self.raw_up_grads.append(stack.zero_other_rows(up))
             self.up_grads.append(stack.weigh(up, gate))
@@ -436,8 +450,8 @@ class LinearProducts:
                     stack.dropout.apply(torch.mm(self.up_grads[-1], stack.lora_A), stack.tokens)
                 )
                 dx[stack.tokens] += more
-        if dx is not None and self.slices is not None and self.slices.rows is not None:
-            self.slices.ranks.add_up(dx)
+        if dx is not None:
+            self._add_up("input gradient", dx)
         return dx
 
     def master_gradients(
@@ -490,7 +504,7 @@ class LinearProducts:
                 )
             dgate = stack.gate_gradient(h, raw, gate) if gate is not None and need.gate else None
             # of a cut linear: a sum over its rows, or with a partial sum of A x, either way a part
-            if dgate is not None and self.slices is not None:
+            if dgate is not None and self.slices is not None and not self.slices.sums_ranks:
                 self.slices.ranks.add_up(dgate)
             out.append(TermParams(tuple(parts), dgate))
         return out

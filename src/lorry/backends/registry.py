@@ -21,6 +21,7 @@ BACKENDS: dict[str, Callable[..., Backend]] = {
     "single": LocalBackend,
     "ddp": DataParallelBackend,
     "fsdp": FullyShardedBackend,
+    "megatron": DataParallelBackend,  # over another model: `distributed.megatron.converter_of`
 }
 
 

@@ -86,9 +86,10 @@ class AttackSettings(SettingsGroup):
     @field_validator("backend")
     @classmethod
     def _base_is_whole(cls, value: SharedBackendConfig) -> SharedBackendConfig:
-        if value.name == "fsdp":
+        if value.name in ("fsdp", "megatron"):
+            what = "cuts" if value.name == "fsdp" else "keeps in Megatron's layers"
             raise ValueError(
-                "attacks change base weights, which backend=fsdp cuts; give backend=ddp"
+                f"attacks change base weights, which backend={value.name} {what}; give backend=ddp"
             )
         return value
 

@@ -311,10 +311,10 @@ def _default(group: SettingsGroup, setting: str) -> Any:
 class SharedBackendConfig(BackendConfig):
     """where it runs, on one process or on several"""
 
-    name: Literal["single", "ddp", "fsdp"] = config_field(  # type: ignore[assignment]  # wider
+    name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider
         "single",
         "single: one process, one device; ddp: several, the base whole on each; fsdp: several, the "
-        "base cut over them",
+        "base cut over them; megatron: as ddp, on Megatron-core's layers (lorry sft and eval)",
     )
     processes: PositiveInt | None = config_field(
         None,
@@ -342,9 +342,11 @@ class SharedBackendConfig(BackendConfig):
     @model_validator(mode="after")
     def _several_need_ddp(self) -> Self:
         if self.name == "single" and (self.processes or 1) > 1:
-            raise ValueError(f"processes={self.processes} needs backend=ddp or fsdp")
+            raise ValueError(f"processes={self.processes} needs backend=ddp, fsdp or megatron")
         if self.name == "single" and self.tensor_parallel > 1:
-            raise ValueError(f"tensor_parallel={self.tensor_parallel} needs backend=ddp or fsdp")
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} needs backend=ddp, fsdp or megatron"
+            )
         for setting in ("replicas", "reshard_after_forward"):
             # by value: a description that was written whole has them all
             if self.name != "fsdp" and getattr(self, setting) != _default(self, setting):
@@ -369,6 +371,8 @@ class TrainBackendConfig(SharedBackendConfig):
     def _sequence_of_tensor_ranks(self) -> Self:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel=true needs tensor_parallel above 1")
+        if self.sequence_parallel and self.name == "megatron":
+            raise ValueError("sequence_parallel=true needs backend=ddp or fsdp")
         return self
 
 
@@ -578,6 +582,24 @@ class RunConfig(SettingsGroup):
             raise ValueError(
                 "trainable chooses which base weights train; give lora=null with "
                 "it, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _backend_is_of_this_run(self) -> RunConfig:
+        if type(self.backend) is not TrainBackendConfig:
+            return self  # a plan, which may be of what no run does
+        if self.backend.name != "megatron":
+            return self
+        if self.task != "sft":
+            raise ValueError(
+                f"backend=megatron is for lorry sft and eval, not for {self.task}; give backend=ddp or "
+                "fsdp"
+            )
+        if self.lora is None:
+            raise ValueError(
+                "lora=null trains the base, which backend=megatron keeps frozen; give backend=ddp or "
+                "fsdp"
             )
         return self
 

@@ -75,7 +75,7 @@ class PlanData(DataConfig):
 class PlanBackend(TrainBackendConfig):
     """where it would run"""
 
-    name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider than a run may have it
+    name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider
         "single", "one device, or how several share the work"
     )
     processes: PositiveInt = config_field(1, "processes in all, a GPU each")

@@ -1,8 +1,9 @@
-"""A proof, beside those of `models/proofs.py`: ranks that share a model train it as one device does.
+"""A proof, beside those of `models/proofs.py`: ranks that share a model, or that run another
+implementation of its layers, train it as one device does with our decoder.
 
 Nobody has the whole model to compare with, and each thing that can be wrong in silence (a bias that
 every rank adds, dropout that counts a rank's own columns, initial values drawn by each for its part,
-half a sum of gradients) leaves a run that looks healthy. So the ranks first train a twin, this config
+half a sum of gradients, rows of q and k in another order) leaves a run that looks healthy. So the ranks first train a twin, this config
 with few, narrow layers and random weights, in its number format and on its device: once together, and
 once each the whole one. Scores, initial values and gradients have to agree. It takes as long as a few
 steps of so small a model, and is made in every run.
@@ -27,6 +28,8 @@ from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ContractError
 from lorry.families import ModelFamily
+from lorry.models.causal_lm import CausalLM
+from lorry.models.converter import ModelConverter
 from lorry.models.decoder.model import Decoder
 from lorry.models.proofs import proofs_disabled, shrink_config
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
@@ -43,38 +46,43 @@ ENDS = LoraSpec(r=2, target_modules=("lm_head", "embed"), init_lora_weights=Fals
 MIXES = (Mix.one("inner"), Mix.constants({"inner": 1.0, "ends": -0.5}))
 
 
-def prove_tensor_parallel(
+def prove_shared_layers(
     family: ModelFamily,
     config: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
-    ranks: TensorRanks,
+    ranks: TensorRanks | None,
+    convert: ModelConverter | None,
     add_note: NoteCallback,
 ) -> None:
-    """Train the twin; all ranks call this together. Raises ContractError on each where it differs on
-    one of them."""
+    """Train the twin; all ranks call this together. ``ranks``: those that share it, if several do;
+    ``convert``: as in `load_model`. Raises ContractError on each where it differs on one of them."""
     if proofs_disabled(add_note):
         return
-    small = shrink_config(family, config, ranks.size)
+    small = shrink_config(family, config, 1 if ranks is None else ranks.size)
     state = _random_weights(family, small)
     whole = _twin(Decoder(family, small), state, dtype, device)
-    shared = _twin(Decoder(family, small, ranks), state, dtype, device)
+    shared = _twin(Decoder(family, small, ranks), state, dtype, device, convert)
     what, gap = max(
         (found for mix in MIXES for found in _differences(whole, shared, mix)),
         # NaN is the largest of all
         key=lambda found: math.inf if math.isnan(found[1]) else found[1],
     )
     # the others' too: all raise, or nobody
-    told = ranks.gather(torch.tensor([gap], dtype=torch.float64, device=device))
-    gaps = [float(each) for each in told]
+    own = torch.tensor([gap], dtype=torch.float64, device=device)
+    gaps = [float(each) for each in ([own] if ranks is None else ranks.gather(own))]
     limit = TOLERANCES.get(dtype, HALF_PRECISION_TOLERANCE)
     # not `>`: written this way NaN fails as well
     if far := [rank for rank, each in enumerate(gaps) if not each <= limit]:
-        where = f" ({what})" if ranks.rank in far else ""
+        where = f" ({what})" if ranks is None or ranks.rank in far else ""
+        who, way_out = ("the layers of this backend", "give backend=ddp or fsdp")
+        if convert is None and ranks is not None:
+            who = f"{ranks.size} tensor-parallel ranks"
+            way_out = "leave backend.tensor_parallel out"
         raise ContractError(
-            f"{ranks.size} tensor-parallel ranks do not train a small copy of this model as one "
+            f"{who} do not train a small copy of this model as one "
             f"process does: on tensor rank {far[0]} it differs by {gaps[far[0]]:.1e}, at most "
-            f"{limit:g} would be rounding{where}; leave backend.tensor_parallel out"
+            f"{limit:g} would be rounding{where}; {way_out}"
         )
 
 
@@ -92,24 +100,29 @@ def _random_weights(family: ModelFamily, config: Mapping[str, Any]) -> dict[str,
 
 
 def _twin(
-    model: Decoder, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> Decoder:
+    decoder: Decoder,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    convert: ModelConverter | None = None,
+) -> CausalLM:
     """The model with its part of the weights, and two adapters."""
-    cut = model.cut_tensors()
+    cut = decoder.cut_tensors()
     own = {
         name: (cut[name][1].cut(whole, cut[name][0]) if name in cut else whole).to(device, dtype)
         for name, whole in state.items()
     }
-    model.load_state_dict(own, strict=True, assign=True)
-    if model.geometry.tied:
-        model.tie()
-    model.requires_grad_(False).eval()
+    decoder.load_state_dict(own, strict=True, assign=True)
+    if decoder.geometry.tied:
+        decoder.tie()
+    decoder.requires_grad_(False).eval()
+    model = decoder if convert is None else convert(decoder)
     for name, spec in (("inner", INNER), ("ends", ENDS)):
         attach(model, spec, name)
     return model
 
 
-def _differences(whole: Decoder, shared: Decoder, mix: Mix) -> Iterator[tuple[str, float]]:
+def _differences(whole: CausalLM, shared: CausalLM, mix: Mix) -> Iterator[tuple[str, float]]:
     """(what, relative difference) of everything a step of the two under a mix comes to."""
     scores = [_step(model, mix) for model in (whole, shared)]
     yield "scores", _distance(scores[1], scores[0])
@@ -126,7 +139,7 @@ def _differences(whole: Decoder, shared: Decoder, mix: Mix) -> Iterator[tuple[st
             adapter.grads.zero_()
 
 
-def _step(model: Decoder, mix: Mix) -> Tensor:
+def _step(model: CausalLM, mix: Mix) -> Tensor:
     """Scores [T] of a few random rows, whose sum has been differentiated."""
     draw = torch.Generator().manual_seed(1)
     rows = torch.randint(0, model.vocab_size, (ROWS, ROW_TOKENS), generator=draw)
@@ -136,7 +149,8 @@ def _step(model: Decoder, mix: Mix) -> Tensor:
     noise = DropoutNoise(0, 0, tuple(batch.key.tolist()), tuple(batch.starts.tolist()))
     want = {"log_prob": TokenScore(log_prob)}
     scores = evaluate_wants(model, batch, want, AdapterContext(mix, noise))["log_prob"]
-    scores.sum().backward()
+    if scores.requires_grad:  # of layers that take no adapters gradients stay 0, which is told
+        scores.sum().backward()
     return scores.detach()
 
 

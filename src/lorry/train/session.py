@@ -31,6 +31,7 @@ from lorry.backends.distributed.communicator import (
 )
 from lorry.backends.distributed.ddp import SharedScorer
 from lorry.backends.distributed.fsdp import sharder_of
+from lorry.backends.distributed.megatron import converter_of
 from lorry.backends.distributed.tensor_ranks import tensor_ranks
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
@@ -44,6 +45,7 @@ from lorry.evaluate.benchmarks.questions import Benchmark
 from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
 from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
+from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.open import OpenedModel, open_model, refuse_mixture
 from lorry.notes import NoteCallback
@@ -164,7 +166,8 @@ def _train_run(
         notebook.listeners = [*listeners, times, *trackers]
         _set_up_torch(run)
         shard = sharder_of(run.backend, communicator, run.model.device)
-        opened = open_base(run, notebook.add, tensor_ranks(communicator), shard)
+        convert = converter_of(run.backend, run.model, notebook.add)
+        opened = open_base(run, notebook.add, tensor_ranks(communicator), shard, convert)
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
         evaluations: list[RunEvaluation] = [
             Measure(BenchmarkEvaluator(run, opened, exams, communicator))
@@ -239,8 +242,9 @@ def open_base(
     add_note: NoteCallback,
     ranks: TensorRanks | None = None,
     shard: Sharder | None = None,
+    convert: ModelConverter | None = None,
 ) -> OpenedModel:
-    """The model that the run begins with. ``ranks``: those that share it; ``shard``: as in
+    """The model that the run begins with. ``ranks``: those that share it; ``shard``, ``convert``: as in
     `load_model`. Raises ConfigError where it cannot be this run's, and what `open_model` raises.
     """
     if ranks is not None and run.lora is None:
@@ -249,7 +253,12 @@ def open_base(
             "process has whole ones; leave tensor_parallel out, or train an adapter"
         )
     opened = open_model(
-        run.model, add_note, as_start=TASKS[run.task].over_start, ranks=ranks, shard=shard
+        run.model,
+        add_note,
+        as_start=TASKS[run.task].over_start,
+        ranks=ranks,
+        shard=shard,
+        convert=convert,
     )
     if opened.tokenizer is None:
         raise ConfigError(

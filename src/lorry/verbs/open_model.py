@@ -14,6 +14,7 @@ from lorry.visible import make_visible
 
 if TYPE_CHECKING:
     from lorry.backends.distributed.communicator import Communicator
+    from lorry.models.converter import ModelConverter
     from lorry.models.layer_weights import Sharder
     from lorry.models.loading.open import OpenedModel
     from lorry.train.processes import PlacedSettings
@@ -33,10 +34,11 @@ def open_with_adapters(
     as_start: bool = False,
     communicator: Communicator | None = None,
     shard: Sharder | None = None,
+    convert: ModelConverter | None = None,
 ) -> OpenedModel:
     """The model with its adapters (``as_start``: its one as a part of the frozen base) and its
-    tokenizer. ``communicator``: the processes that open it together, and may share it; ``shard``: as
-    in `load_model`. Raises ModelError when there is none.
+    tokenizer. ``communicator``: the processes that open it together, and may share it; ``shard``,
+    ``convert``: as in `load_model`. Raises ModelError when there is none.
     """
     from lorry.backends.distributed.tensor_ranks import tensor_ranks
     from lorry.models.loading.open import open_model
@@ -44,7 +46,13 @@ def open_with_adapters(
     notes: list[str] = []
     ranks = None if communicator is None else tensor_ranks(communicator)
     opened = open_model(
-        config, notes.append, adapters=adapters, as_start=as_start, ranks=ranks, shard=shard
+        config,
+        notes.append,
+        adapters=adapters,
+        as_start=as_start,
+        ranks=ranks,
+        shard=shard,
+        convert=convert,
     )
     for note in notes:
         print_note(f"note: {note}")
@@ -60,9 +68,13 @@ def open_on_ranks(settings: PlacedSettings, communicator: Communicator) -> Opene
     """The model of a command with its adapters, on every rank of it as its backend has it. Raises what
     `open_with_adapters` raises."""
     from lorry.backends.distributed.fsdp import sharder_of
+    from lorry.backends.distributed.megatron import converter_of
 
     shard = sharder_of(settings.backend, communicator, settings.model.device)
-    return open_with_adapters(settings.model, communicator=communicator, shard=shard)
+    convert = converter_of(settings.backend, settings.model, print_note)
+    return open_with_adapters(
+        settings.model, communicator=communicator, shard=shard, convert=convert
+    )
 
 
 def base_side(opened: OpenedModel) -> str:

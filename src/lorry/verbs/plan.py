@@ -590,16 +590,15 @@ def _memory_budget(settings: AnyPlanSettings, gpu: str | None) -> tuple[int | No
 
 def _unbuilt_backend(backend: PlanBackend) -> str:
     """What a run's own settings refuse of these; empty where it takes them."""
-    asked = backend.model_dump(exclude={"gpu", "pipeline_parallel", "expert_parallel"})
+    asked = backend.model_dump(exclude={"gpu"})
     defaults = PlanBackend.model_fields
     unknown = asked.keys() - TrainBackendConfig.model_fields.keys()
     if odd := sorted(name for name in unknown if asked[name] != defaults[name].default):
         return f"backend.{odd[0]}"
     try:
         TrainBackendConfig.model_validate({n: v for n, v in asked.items() if n not in unknown})
-    except ValidationError as error:
-        field = error.errors()[0]["loc"]
-        return f"backend={backend.name}" if field == ("name",) else "backend.tensor_parallel"
+    except ValidationError:
+        return "backend.sequence_parallel"
     return ""
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorry.adapters.attach import find_linears
 from lorry.errors import ConfigError
-from lorry.integrations.megatron.layout import LINEARS, RowOrder, hugging_face_tree, row_order
+from lorry.models.megatron.layout import LINEARS, RowOrder, hugging_face_tree, row_order
 
 CONFIG: Any = SimpleNamespace(
     num_layers=2,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -65,6 +65,7 @@ from lorry.runs.layout import (
 _ORIGIN = ("path", "sha256")
 DIGEST_SAMPLES = 4096  # values of each base tensor that the digest looks at
 _KNOWN_DIGEST = "lorry_base_digest"
+CarriesOn = TypeVar("CarriesOn", bound=nn.Module)
 
 
 def adapter_files(
@@ -461,6 +462,13 @@ def remember_base_digest(
     ``values_at(weight, positions)``: the values of a weight that is cut over ranks at flat positions
     [n]."""
     model.__dict__[_KNOWN_DIGEST] = digest_samples(_sampled_weights(model, values_at))
+
+
+def keep_base_digest(model: nn.Module, other: CarriesOn) -> CarriesOn:
+    """``other``, which holds the base of ``model`` in another layout, with the digest that was taken
+    of it (`remember_base_digest`)."""
+    other.__dict__[_KNOWN_DIGEST] = model.__dict__[_KNOWN_DIGEST]
+    return other
 
 
 def _sampled_weights(

@@ -6,6 +6,10 @@ of a sum.
     row-parallel (columns of W are cut): A cut, B whole; the gradient of B is a partial sum, and y.
 
 An embedding cut by vocabulary is row-parallel: its A [R,V] is cut.
+
+Sums ride in the base's own, as wide as the layer, unless these are another's: in a linear of
+Megatron-core's the terms add up by themselves, as wide as their rank (`LayerSlices.sums_ranks`), and
+every gradient is whole.
 """
 
 from __future__ import annotations
@@ -72,11 +76,13 @@ class DimensionSlice:
 @dataclass(frozen=True)
 class LayerSlices:
     """A layer [O,I] cut over ranks: ``rows`` of a column-parallel one, ``columns`` of a row-parallel
-    one; the other is None."""
+    one; the other is None. ``sums_ranks``: what is summed over ranks for a term is A x and its
+    gradient, and not y and that of x: the base sums its own."""
 
     ranks: TensorRanks
     rows: DimensionSlice | None = None
     columns: DimensionSlice | None = None
+    sums_ranks: bool = False
 
     def of(self, side: Side) -> tuple[int, DimensionSlice] | None:
         """The dimension of lora_A [R,I] or lora_B [O,R] that is cut, and how; None of the whole side."""

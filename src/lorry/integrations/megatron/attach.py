@@ -21,17 +21,6 @@ from lorry.adapters.layers import AdapterSlot
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
 from lorry.integrations.arguments import SELECTIONS, argument, spec_from_arguments
-from lorry.integrations.megatron.layout import (
-    BY_NAME,
-    FAMILY,
-    LINEARS,
-    MegatronLinear,
-    hugging_face_tree,
-    projection,
-    row_order,
-    short_name,
-    whole_sizes,
-)
 from lorry.integrations.megatron.linear import (
     NORMED_INSIDE,
     DropoutClock,
@@ -42,12 +31,23 @@ from lorry.integrations.megatron.linear import (
     check_linear,
     tensor_group,
 )
+from lorry.models.megatron.layout import (
+    BY_NAME,
+    FAMILY,
+    LINEARS,
+    TESTED_VERSION,
+    MegatronLinear,
+    hugging_face_tree,
+    projection,
+    row_order,
+    short_name,
+    whole_sizes,
+)
 
 Mode = Literal["canonical", "fused"]
 MODES: tuple[Mode, ...] = ("canonical", "fused")
 Model = TypeVar("Model", bound="nn.Module | Sequence[nn.Module]")
 
-TESTED_VERSION = "0.16.1"
 # by name, as their packages may be absent
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "TorchFullyShardedDataParallel")
 HALF = "Float16Module"

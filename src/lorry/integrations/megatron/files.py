@@ -57,7 +57,13 @@ from lorry.integrations.megatron.attach import (
     list_linears,
 )
 from lorry.integrations.megatron.hf_weights import EMBEDDING, HEAD, LoadedBase
-from lorry.integrations.megatron.layout import (
+from lorry.integrations.megatron.linear import (
+    SIDES,
+    LoraParallelLinear,
+    local_values,
+    tensor_group,
+)
+from lorry.models.megatron.layout import (
     FAMILY,
     LINEARS,
     hugging_face_tree,
@@ -65,12 +71,6 @@ from lorry.integrations.megatron.layout import (
     row_order,
     shard_dim,
     whole_sizes,
-)
-from lorry.integrations.megatron.linear import (
-    SIDES,
-    LoraParallelLinear,
-    local_values,
-    tensor_group,
 )
 from lorry.notes import NoteCallback
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, ADAPTER_WEIGHTS

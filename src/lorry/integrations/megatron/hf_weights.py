@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lorry.errors import ModelError
 from lorry.families import ModelFamily, ModelGeometry
 from lorry.integrations.megatron.attach import list_chunks, list_linears
-from lorry.integrations.megatron.layout import MegatronLinear, RowOrder, cut, row_order, shard_dim
 from lorry.integrations.megatron.linear import tensor_group
 from lorry.models.decoder.block import compute_inv_freq
 from lorry.models.decoder.model import Decoder
@@ -32,6 +31,7 @@ from lorry.models.loading.weights import (
     read_tensors,
     refuse_damaged_buffers,
 )
+from lorry.models.megatron.layout import MegatronLinear, RowOrder, cut, row_order, shard_dim
 from lorry.notes import ignore_note
 
 FAMILIES = ("llama", "qwen2", "qwen3")

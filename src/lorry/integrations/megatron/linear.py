@@ -40,7 +40,7 @@ from torch.nn.functional import linear as matrix_product
 from lorry.adapters.dropout import DropoutNoise, SeededDropout
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.errors import ConfigError, ContractError
-from lorry.integrations.megatron.layout import (
+from lorry.models.megatron.layout import (
     MegatronLinear,
     Parallel,
     RowOrder,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.models.causal_lm import PackedInput
+from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.hf.frames import PaddedFrame
 
 
@@ -165,6 +165,22 @@ class RecomputeCache:
         )
         # from position 0 again: the model sees plain whole sequences
         return PackedInput.of([self._tokens[row] for row in sequence_rows], packed.tokens.device)
+
+    def hidden_of_newest(
+        self,
+        model: CausalLM,
+        packed: PackedInput,
+        rows: Tensor,
+        call: AdapterContext,
+        *,
+        decoding: bool,
+    ) -> Tensor:
+        """`CausalLM.forward_cached` of a model that this is the cache of: whole sequences are run."""
+        whole = self.extend(packed, rows, decoding=decoding)
+        last = model.hidden(whole, repeat_context_per_token(call, whole) if decoding else call).last
+        assert last is not None
+        # only the newest token's state, as keys and values would give
+        return last[[stop - 1 for _, stop in whole.segments]] if decoding else last
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these; row ``rows[i]`` becomes row i."""

@@ -36,7 +36,7 @@ from lorry.models.hf.anatomy import (
     list_text_tokens,
     logits_from_hidden,
 )
-from lorry.models.hf.cache import HfCache, RecomputeCache, repeat_context_per_token
+from lorry.models.hf.cache import HfCache, RecomputeCache
 from lorry.models.hf.frames import (
     PaddedFrame,
     build_padded_frames,
@@ -164,7 +164,7 @@ class HfModel(CausalLM):
             # an instance attribute hides the class's method; without it the method is back
             layer.__dict__.pop("forward", None)
             if on:
-                layer.__dict__["forward"] = _recompute_with_context(layer.forward)
+                layer.__dict__["forward"] = recompute_with_context(layer.forward)
         self._checkpointing = bool(on)
 
     # --- hidden states for scores, one step for generation, as in the decoder
@@ -234,13 +234,7 @@ class HfModel(CausalLM):
         hidden states [T,D].
         """
         if isinstance(cache, RecomputeCache):
-            whole = cache.extend(packed, rows, decoding=decoding)
-            last = self.hidden(
-                whole, repeat_context_per_token(call, whole) if decoding else call
-            ).last
-            assert last is not None
-            # only the newest token's state, as a cache would give
-            return last[[stop - 1 for _, stop in whole.segments]] if decoding else last
+            return cache.hidden_of_newest(self, packed, rows, call, decoding=decoding)
         parts = []
         for frame, mask, state in cache.extend(packed, rows, decoding=decoding):
             options = {"past_key_values": state, "use_cache": True}
@@ -453,7 +447,7 @@ def use_adapter_context(call: AdapterContext | None) -> Iterator[None]:
         AMBIENT_CONTEXT.reset(token)
 
 
-def _recompute_with_context(forward: Callable[..., Any]) -> Callable[..., Any]:
+def recompute_with_context(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A layer's forward that is run again in backward, seeing the call it saw first."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

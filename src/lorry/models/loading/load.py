@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorry.adapters.peft.files import remember_base_digest
+from lorry.adapters.peft.files import keep_base_digest, remember_base_digest
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
+from lorry.models.converter import ModelConverter
 from lorry.models.hf.model import HfModel
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.accounting import refuse_unfit_tensors
@@ -38,7 +39,7 @@ from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.loading.weights import load_decoder, read_tensor_entries
 from lorry.models.proofs import find_native_mismatch, prove_hf_model
-from lorry.models.tensor_parallel_proof import prove_tensor_parallel
+from lorry.models.tensor_parallel_proof import prove_shared_layers
 from lorry.notes import NoteCallback
 from lorry.plan.machine import dtype_of_auto
 from lorry.plan.parallel.split import check_tensor_parallel
@@ -82,13 +83,15 @@ def load_model(
     native: bool = True,
     ranks: TensorRanks | None = None,
     shard: Sharder | None = None,
+    convert: ModelConverter | None = None,
     add_note: NoteCallback,
 ) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
     implementation; ``ranks``: those that share it, all of which call this together and get a part
-    each; ``shard``: cuts its weights over the ranks of a run, which all load it then. ``add_note``
+    each; ``shard``: cuts its weights over the ranks of a run, which all load it then; ``convert``:
+    takes the decoder for another implementation of its layers, on all of them too. ``add_note``
     hears what a person should know. Raises ModelError when anything does not fit, ConfigError for an
-    unknown dtype or device, and where ranks cannot share the model.
+    unknown dtype or device, and for a model that ranks cannot share or ``convert`` cannot take.
     """
     location = resolve_model(
         str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, add_note=add_note
@@ -104,23 +107,27 @@ def load_model(
     description = describe_model(
         location.directory, trust_remote_code=trust_remote_code, native=native, add_note=add_note
     )
-    if ranks is not None:
-        _refuse_unshareable(description, ranks.size)
+    _refuse_unfit(description, ranks, convert)
     if description.family is not None and (
         why := find_native_mismatch(
             description.family, description.config, torch_dtype, torch_device, add_note
         )
     ):
         description = replace(description, family=None, why=why)
-        if ranks is not None:
-            _refuse_unshareable(description, ranks.size)
-    if ranks is not None and description.family is not None:
-        prove_tensor_parallel(
-            description.family, description.config, torch_dtype, torch_device, ranks, add_note
+        _refuse_unfit(description, ranks, convert)
+    if (ranks is not None or convert is not None) and description.family is not None:
+        prove_shared_layers(
+            description.family,
+            description.config,
+            torch_dtype,
+            torch_device,
+            ranks,
+            convert,
+            add_note,
         )
     model: CausalLM
     if description.family is not None:
-        model = load_decoder(
+        decoder = load_decoder(
             location.directory,
             description.family,
             description.config,
@@ -129,8 +136,9 @@ def load_model(
             ranks,
             shard,
         )
-        if ranks is not None and shard is None:  # else it is taken already
-            remember_base_digest(model)
+        if (ranks is not None or convert is not None) and shard is None:  # else it is taken already
+            remember_base_digest(decoder)
+        model = decoder if convert is None else keep_base_digest(decoder, convert(decoder))
         # PEFT's field for the base: adapters saved later name it
         model.config["_name_or_path"] = str(location.directory)
     else:
@@ -173,14 +181,21 @@ def load_model(
     return LoadedModel(model, tokenizer, source)
 
 
-def _refuse_unshareable(description: ModelDescription, size: int) -> None:
-    """Raises ConfigError for a model that so many tensor-parallel ranks cannot share."""
-    if description.family is None:
+def _refuse_unfit(
+    description: ModelDescription, ranks: TensorRanks | None, convert: ModelConverter | None
+) -> None:
+    """Raises ConfigError for a model that these ranks cannot share, or that has no other layers."""
+    family = description.family
+    if convert is not None:
+        convert.refuse_unfit(family, description.config, description.why)
+    if ranks is None:
+        return
+    if family is None:
         raise ConfigError(
-            f"backend.tensor_parallel={size}: {description.why}, and only Lorry's own decoder is cut "
-            "over processes; leave tensor_parallel out"
+            f"backend.tensor_parallel={ranks.size}: {description.why}, and only Lorry's own decoder is "
+            "cut over processes; leave tensor_parallel out"
         )
-    check_tensor_parallel(description.family.geometry(description.config), size)
+    check_tensor_parallel(family.geometry(description.config), ranks.size)
 
 
 def trained_dtype(adapter: Path) -> str:

@@ -20,6 +20,7 @@ from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
+from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.load import load_model, trained_dtype
 from lorry.models.loading.sources import resolve_model
@@ -58,13 +59,14 @@ def open_model(
     as_start: bool = False,
     ranks: TensorRanks | None = None,
     shard: Sharder | None = None,
+    convert: ModelConverter | None = None,
 ) -> OpenedModel:
     """Load the base and every adapter named: that of `config.name` if it is a run,
     `config.adapter`, and ``adapters``.
 
     ``as_start``: they become a part of the frozen base, under every mix (`AdapterBank.move_to_base`);
     there may be one. ``ranks``: those that share the model, all of which call this together.
-    ``shard``: as in `load_model`.
+    ``shard``, ``convert``: as in `load_model`.
 
     A run's own tokenizer and chat template go before those of its base. Raises ModelError if
     anything is missing, damaged or belongs to another base, ConfigError for a chat template file
@@ -85,6 +87,7 @@ def open_model(
         native=config.native,
         ranks=ranks,
         shard=shard,
+        convert=convert,
         add_note=add_note,
     )
     paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []

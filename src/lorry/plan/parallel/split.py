@@ -62,16 +62,12 @@ def check_split(split: ParallelSplit, shape: ModelShape) -> None:
             f"backend.replicas={split.replicas} does not divide the {split.data} data-parallel ranks"
         )
     if split.tensor > 1:
-        if split.backend == "megatron":
-            # Megatron pads the vocabulary by itself
-            check_tensor_parallel(shape.geometry, split.tensor, cuts_vocabulary=False)
-        elif not shape.native:
+        if not shape.native and split.backend != "megatron":
             raise ConfigError(
                 f"backend.tensor_parallel={split.tensor} is of Lorry's own decoder, and "
                 f"{shape.why}; leave it out"
             )
-        else:
-            check_tensor_parallel(shape.geometry, split.tensor)
+        check_tensor_parallel(shape.geometry, split.tensor)
     if split.pipeline > shape.geometry.layers:
         raise ConfigError(
             f"backend.pipeline_parallel={split.pipeline} is more than the "
@@ -120,9 +116,7 @@ def _check_backend(split: ParallelSplit) -> None:
         raise ConfigError("backend.shard_optimizer=true needs backend=ddp or fsdp")
 
 
-def check_tensor_parallel(
-    geometry: ModelGeometry, size: int, *, cuts_vocabulary: bool = True
-) -> None:
+def check_tensor_parallel(geometry: ModelGeometry, size: int) -> None:
     """Raises ConfigError where ``size`` tensor-parallel ranks cannot share every matrix alike; it
     names what does not divide and the sizes that fit.
     """
@@ -130,9 +124,8 @@ def check_tensor_parallel(
         "heads": geometry.heads,
         "KV heads": geometry.kv_heads,
         "MLP columns": geometry.mlp_width,
+        "vocabulary rows": geometry.vocab,
     }
-    if cuts_vocabulary:
-        cut["vocabulary rows"] = geometry.vocab
     odd = [f"{count} {what}" for what, count in cut.items() if count % size]
     if not odd:
         return

@@ -23,6 +23,7 @@ from lorry.errors import ConfigError
 from lorry.families import SITES, ModelFamily, Site
 from lorry.families.llama import LLAMA
 
+TESTED_VERSION = "0.16.1"
 # Llama's names of modules, which Qwen2 and Qwen3 share
 FAMILY: ModelFamily = LLAMA
 Side = Literal["A", "B"]

@@ -1,0 +1,39 @@
+"""`backend=megatron`: the layers of Megatron-core's GPTModel, everything else as under `backend=ddp`.
+
+Adapters, losses, gradients, optimizer and checkpoints are ours, and neither Megatron's
+DistributedDataParallel nor its optimizer has a part in it: the backend is `DataParallelBackend`, over a
+model that was read with `converter_of`. What of a pass is another is in `lorry.models.megatron`.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from lorry.config.schema import ModelConfig, SharedBackendConfig
+from lorry.errors import ConfigError
+from lorry.models.converter import ModelConverter
+from lorry.models.loading.load import pick_device
+from lorry.notes import NoteCallback
+
+
+def converter_of(
+    backend: SharedBackendConfig, model: ModelConfig, add_note: NoteCallback
+) -> ModelConverter | None:
+    """What puts Megatron's layers into the models of a command; None under another backend. Every rank
+    calls it: Megatron's groups are made. Raises ConfigError where Megatron is not there, or cannot
+    run."""
+    if backend.name != "megatron":
+        return None
+    try:
+        with warnings.catch_warnings():
+            # of apex and Transformer Engine, whose kernels are not used here
+            warnings.simplefilter("ignore")
+            # an extra of the package, and seconds to import
+            from lorry.models.megatron.groups import join_groups
+            from lorry.models.megatron.model import MegatronConverter
+    except ImportError as e:
+        raise ConfigError(
+            f"backend=megatron: megatron-core is not installed ({e}); run: pip install 'lorry[megatron]'"
+        ) from e
+    join_groups(backend.tensor_parallel, pick_device(model.device), backend.timeout, add_note)
+    return MegatronConverter()
