@@ -58,7 +58,7 @@ test-extras: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized,llama-cpp,megatron,ray,bench]'
 	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py \
 	  tests/models/test_gguf_llamacpp.py tests/models/test_gguf_mixture.py tests/verbs/test_export_gguf_verb.py \
-	  tests/integrations tests/test_cluster.py
+	  tests/integrations tests/contracts/test_megatron_layouts.py tests/models/test_megatron_model.py tests/test_cluster.py
 
 # Rollouts from vLLM for CPUs, in an environment of its own (3.5 GB): it wants an older transformers, and the very build of torch
 # that PyTorch's own index has. pip brings torchvision, torchaudio and torchcodec for CUDA along, with which it cannot be
