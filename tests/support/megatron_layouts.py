@@ -49,6 +49,7 @@ from tests.support.layouts import TWO, WIDE, mixed, steps_of, trained, uneven
 from tests.support.seam import Fixed
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+STORIES = "stories260K"
 LAYOUTS = {"tensor 2": 2, "data 2": 1}
 SIZES = {
     "num_attention_heads": 4,
@@ -66,7 +67,10 @@ PROMPTS = [[5, 9, 2], [7], [11, 3]]
 PARAMS = [SamplingParams(max_new_tokens=n) for n in (3, 6, 1)]
 
 
-def write_models(folder: Path) -> None:
+def write_models(folder: Path, stories: Path | None = None) -> None:
+    """A directory of each family; and a real model, if given."""
+    if stories is not None:
+        (folder / STORIES).symlink_to(stories)
     for family in FAMILIES:
         more = {"head_dim": 16} if family == "qwen3" else {}
         tinyrun.model_directory(
@@ -107,12 +111,13 @@ def start(
     return backend
 
 
-def trainings(begin: Callable[..., LocalBackend]) -> dict[str, Tensor]:
-    """Every training by name."""
+def trainings(folder: Path, begin: Callable[..., LocalBackend]) -> dict[str, Tensor]:
+    """Every training by name, of the models that are there."""
     plain = Fixed(steps_of(uneven))
     results = {
         f"{family} {str(dtype).removeprefix('torch.')}": trained(begin(family, WIDE, dtype), plain)
-        for family in FAMILIES
+        for family in (*FAMILIES, STORIES)
+        if (folder / family).exists()
         for dtype in (torch.float32, torch.float64)
     }
     both = Fixed(steps_of(mixed), list(TWO))
@@ -238,7 +243,7 @@ def main(out: Path) -> None:
     with cuda_on_cpu():
         for layout in LAYOUTS:
             with layout_of(layout):
-                made = trainings(partial(start, layout, out))
+                made = trainings(out, partial(start, layout, out))
                 results |= {f"{layout}/{name}": value for name, value in made.items()}
                 ended[layout] = faults(out, layout)
                 for name, words in commands(out).items():

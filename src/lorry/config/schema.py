@@ -314,7 +314,7 @@ class SharedBackendConfig(BackendConfig):
     name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider
         "single",
         "single: one process, one device; ddp: several, the base whole on each; fsdp: several, the "
-        "base cut over them; megatron: as ddp, on Megatron-core's layers (lorry sft and eval)",
+        "base cut over them; megatron: as ddp, on Megatron's layers (lorry sft and eval)",
     )
     processes: PositiveInt | None = config_field(
         None,
