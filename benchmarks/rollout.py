@@ -212,7 +212,7 @@ def merge(engine: Any, policy: tuple[Any, Any], folder: Path) -> dict[str, Any]:
     trainer = GrpoTrainer(
         model, tokenizer, engine, AdapterSync(VersionPublisher(folder / "a"), [engine]), Settings()
     )
-    probe = make_probe(trainer.backend, prompts, max_new_tokens=6)
+    probe = make_probe(trainer.backend, prompts, max_new_tokens=4)
 
     def write(place: Path) -> None:
         save_model(

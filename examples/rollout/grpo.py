@@ -47,9 +47,8 @@ from lorry.integrations.rollout import (
 from lorry.models.scoring.score import TokenScore, Want, log_prob
 
 POLICY = "policy"
-ASK = (
-    "Answer with the number only."  # as the system's message, in place of the template's longer one
-)
+ASK = "Answer with the number only."  # the system's message, in place of the template's longer one
+OPENING = "The answer is"  # of every answer: a small model would else tell the story again
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Settings:
     steps: int = 20
     rows: int = 2
     group: int = 4
-    max_new_tokens: int = 6
+    max_new_tokens: int = 4
     learning_rate: float = 2e-4
     temperature: float = 1.0
     ratio_cap: float = 2.0
@@ -76,22 +75,19 @@ class Settings:
 
 
 def read_questions(path: Path, tokenizer: Any) -> list[Question]:
-    """The problems of SVAMP.json, in the chat template's words."""
-    return [
-        Question(
-            tokenizer.apply_chat_template(
-                [
-                    {"role": "system", "content": ASK},
-                    {"role": "user", "content": f"{row['Body'].rstrip('. ')}. {row['Question']}"},
-                ],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            ),
-            f"{row['Answer']:g}",
+    """The problems of SVAMP.json, in the chat template's words, each with the answer begun."""
+    opening = tokenizer.encode(OPENING, add_special_tokens=False)
+    questions = []
+    for row in json.loads(path.read_text()):
+        turns = [
+            {"role": "system", "content": ASK},
+            {"role": "user", "content": f"{row['Body'].rstrip('. ')}. {row['Question']}"},
+        ]
+        prompt = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        for row in json.loads(path.read_text())
-    ]
+        questions.append(Question([*prompt, *opening], f"{row['Answer']:g}"))
+    return questions
 
 
 def reward(text: str, answer: str) -> float:

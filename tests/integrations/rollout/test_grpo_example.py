@@ -50,10 +50,11 @@ def test_questions_are_read_with_their_numbers(grpo: ModuleType, tmp_path: Path)
     path.write_text('[{"Body": "Tom has 8 pens", "Question": "How many?", "Answer": 8.0}]')
     asked: list[Any] = []
     tokenizer = SimpleNamespace(
-        apply_chat_template=lambda turns, **_: asked.append(turns) or [1, 2]
+        apply_chat_template=lambda turns, **_: asked.append(turns) or [1, 2],
+        encode=lambda text, **_: [len(text)],
     )
     (question,) = grpo.read_questions(path, tokenizer)
-    assert (question.prompt, question.answer) == ([1, 2], "8")
+    assert (question.prompt, question.answer) == ([1, 2, 13], "8")
     assert [turn["content"] for turn in asked[0]] == [
         "Answer with the number only.",
         "Tom has 8 pens. How many?",

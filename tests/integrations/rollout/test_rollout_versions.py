@@ -28,7 +28,12 @@ from lorry.integrations.rollout import (
     read_tensor_facts,
     read_version,
 )
-from lorry.integrations.rollout.versions import VERSION_RECEIPT
+from lorry.integrations.rollout.versions import (
+    VERSION_RECEIPT,
+    is_version,
+    list_versions,
+    version_name,
+)
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.support.faults import FaultyDisk
 from tests.support.rollout_policy import Policy
@@ -69,7 +74,10 @@ def test_the_newest_stay_and_no_name_is_used_twice(policy: Policy, tmp_path: Pat
     publisher = VersionPublisher(tmp_path / "out", keep=2)
     for _ in range(4):
         publisher.publish(policy.step())
-    assert publisher.numbers() == [3, 4]
+    assert publisher.numbers() == list_versions(tmp_path / "out") == [3, 4]
+    assert all(is_version(version_name(number)) for number in publisher.numbers())
+    assert not is_version("model_v000001")
+    assert list_versions(tmp_path / "absent") == []
     # who goes on in the directory goes on behind what is there
     assert VersionPublisher(tmp_path / "out").publish(policy.step()).name == "lora_v000005"
     with pytest.raises(ConfigError, match="keep is 1; it must be at least 2"):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lorry.errors import ConfigError, ContractError
 from lorry.generation.sampling import SamplingParams
 from lorry.integrations.rollout import EngineError, VllmEngine
-from tests.support.rollout_policy import PROMPTS, Policy
+from tests.support.rollout_policy import PROMPTS, Policy, small_policy
 from tests.support.rollout_server import greedy
 from tests.support.tiny import one_thread
 
@@ -250,6 +250,9 @@ def test_what_its_layers_compute_with_is_compared_bit_for_bit(
     llm.layers = loaded_layers
     sync.push(policy.step(), stepped=True)
     assert engine.reads_memory is True
+    # before the first step every B is zero, as in a layer without an adapter
+    fresh = small_policy(tmp_path / "fresh")
+    fresh.sync(tmp_path / "other", VllmEngine(llm)).push(fresh.files(), stepped=False)
 
 
 @pytest.mark.parametrize(

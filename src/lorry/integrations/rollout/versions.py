@@ -55,6 +55,26 @@ class ModelVersion(Version):
     """A whole model, in the place of the one that the engine has."""
 
 
+def version_name(number: int, kind: str = "lora") -> str:
+    """`lora_v000001` for 1. ``kind``: "lora" or "model"."""
+    return f"{kind}_v{number:06d}"
+
+
+def is_version(name: str, kind: str = "lora") -> bool:
+    """Whether a name is one that `version_name` writes."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match[1] == kind
+
+
+def list_versions(directory: Path, kind: str = "lora") -> list[int]:
+    """The numbers of the versions in a directory, the oldest first; none where there is no
+    directory."""
+    if not directory.is_dir():
+        return []
+    names = (_NAME.fullmatch(path.name) for path in directory.iterdir())
+    return sorted(int(name[2]) for name in names if name and name[1] == kind)
+
+
 class _Publisher:
     """``directory``, made if absent, and what of its versions is kept."""
 
@@ -74,15 +94,14 @@ class _Publisher:
 
     def numbers(self) -> list[int]:
         """The versions that lie there, the oldest first."""
-        names = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(int(name[2]) for name in names if name and name[1] == self.kind)
+        return list_versions(self.directory, self.kind)
 
     def _next(self) -> tuple[int, Path]:
         number = max(self.numbers(), default=0) + 1
         return number, self._path(number)
 
     def _path(self, number: int) -> Path:
-        return self.directory / f"{self.kind}_v{number:06d}"
+        return self.directory / version_name(number, self.kind)
 
     def _remove_old(self) -> None:
         for old in self.numbers()[: -self.keep]:

@@ -89,8 +89,10 @@ class VllmEngine:
             return read
         held: Mapping[str, HeldMatrix] = workers[0]
         expected = expected_matrices(version, held)
+        # a layer without an adapter has zeros, as one whose matrix is zero
+        zero = {name: read[name] for name, facts in version.tensors.items() if facts.zero}
         # where the layer has what was sent, the digest of what was sent
-        return {
+        return zero | {
             name: read.get(name, "") if held[name] == expected.get(name) else held[name][2]
             for name in held
         }
