@@ -145,6 +145,8 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
             for name, settings in base_runs(out).items()
             for place in [f"fsdp-base{name}".replace(" ", "-")]
         },
+        # the same as "run", to the bit
+        "moments": ["sft", *words_of(folder, out / "moments", **EVALUATED, shard_optimizer=True)],
         "fsdp run": ["sft", *words_of(folder, out / "fsdp-run", **EVALUATED)],
         "fsdp jobs": words("sft", "fsdp-jobs", jobs=JOBS),
         # of a model of its own
@@ -358,6 +360,34 @@ def test_a_base_that_ranks_share_is_cut_over_the_others(
 ) -> None:
     """Two tensor ranks, each with a half of its part of the base."""
     compare_training(four, alone, "fsdp x tensor", training, FAMILY_BOUNDS[training])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["adapters", "base"])
+def test_moments_that_ranks_share_change_no_bit(
+    pair: Pair, four: list[dict[str, Tensor]], layout: str, name: str
+) -> None:
+    """Of two adapters with dropout, and of base weights; of weights that fsdp cuts they are cut
+    already."""
+    for ranks in (pair.tensors, four) if layout == "fsdp" else (pair.tensors,):
+        for mine in ranks:
+            key = f"{layout}/moments/{name}"
+            assert mine[f"{key}/same"].all()
+            assert mine[f"{key}/optimized"]
+            whole, cut = (float(mine[f"{key}/{kind} bytes"]) for kind in ("whole", "cut"))
+            share = 1.0 if (layout, name) == ("fsdp", "base") else 1 / len(ranks)
+            # of each range a vector more, of four bytes a value and two moments
+            assert cut <= whole * share + 2 * 2 * 2 * 64
+            assert cut > 0
+
+
+def test_a_run_whose_ranks_share_the_moments_is_the_same_run(pair: Pair) -> None:
+    assert [ended["moments"] for ended in pair.faults] == [0, 0]
+    run, moments = pair.folder / "run", pair.folder / "moments"
+    for file in ("adapter_model.safetensors", "checkpoints/step-00000004/state.safetensors"):
+        assert (moments / file).read_bytes() == (run / file).read_bytes()
+    contracts = json.loads((moments / "contracts.json").read_text())
+    assert [contract["status"] for contract in contracts] == ["held"] * 8
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])

@@ -33,6 +33,7 @@ from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.backends.distributed.communicator import (
     Communicator,
     is_shared,
@@ -40,7 +41,7 @@ from lorry.backends.distributed.communicator import (
 )
 from lorry.backends.distributed.ddp import DataParallelBackend
 from lorry.backends.distributed.fsdp import FullyShardedBackend, sharder_of
-from lorry.backends.distributed.tensor_ranks import tensor_ranks
+from lorry.backends.distributed.tensor_ranks import data_ranks, tensor_ranks
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import GradientRule, Task, term_totals
@@ -116,12 +117,20 @@ def backend_for(
     gradient: GradientRule | None = None,
     kind: type[DataParallelBackend] = DataParallelBackend,
     routed: bool = False,
+    moment_ranks: TensorRanks | None = None,
 ) -> LocalBackend:
     """``routed``: a router over the adapters trains, which are random and stay as they are."""
     model = tiny_llama().to(dtype)
     names = attach_all(model, specs, routed)
     make = LocalBackend if communicator.size == 1 else kind
-    return make(model, names, OptimSettings(), gradient=gradient, communicator=communicator)
+    return make(
+        model,
+        names,
+        OptimSettings(),
+        gradient=gradient,
+        communicator=communicator,
+        moment_ranks=moment_ranks,
+    )
 
 
 def attach_all(model: CausalLM, specs: Specs, routed: bool) -> list[str]:
@@ -163,6 +172,7 @@ def read_backend_for(
     gradient: GradientRule | None = None,
     family: str = "llama",
     routed: bool = False,
+    moment_ranks: TensorRanks | None = None,
 ) -> LocalBackend:
     """`backend_for` with a model that is read: ``shard`` cuts it over the ranks."""
     opened = load_model(
@@ -175,8 +185,14 @@ def read_backend_for(
     )
     names = attach_all(opened.model, specs, routed)
     make = LocalBackend if communicator.size == 1 else FullyShardedBackend
-    settings = OptimSettings()
-    return make(opened.model, names, settings, gradient=gradient, communicator=communicator)
+    return make(
+        opened.model,
+        names,
+        OptimSettings(),
+        gradient=gradient,
+        communicator=communicator,
+        moment_ranks=moment_ranks,
+    )
 
 
 def trained(backend: LocalBackend, task: Task, rate: float = RATE) -> dict[str, Tensor]:
@@ -232,6 +248,30 @@ def family_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[s
     }
 
 
+def moment_trainings(
+    start: Callable[..., LocalBackend], ranks: TensorRanks | None
+) -> dict[str, Tensor]:
+    """Trainings whose moments ``ranks`` share, beside the same ones without: whether every loss, norm
+    and tensor of the state has the same bits, also of a backend that goes on from the other's state;
+    whether contract 2 finds all that is optimized; and bytes of moments in this process."""
+    results = dict[str, Tensor]()
+    for name, specs, names in (("adapters", TWO, list(TWO)), ("base", "all", ["base"])):
+        task = Fixed(steps_of(mixed if specs is TWO else uneven), names)
+        whole, cut, other = start(specs), *(start(specs, moment_ranks=ranks) for _ in range(2))
+        made = [trained(backend, task) for backend in (whole, cut)]
+        states = [{**backend.state()} for backend in (whole, cut)]
+        other.load_state(states[0])
+        pairs = [(made[1], made[0]), (states[1], states[0]), ({**other.state()}, states[0])]
+        same = [torch.equal(got[key], true[key]) for got, true in pairs for key in true]
+        found = other.inspect()
+        results[f"{name}/same"] = torch.tensor(same)
+        results[f"{name}/optimized"] = torch.tensor(found.optimized == found.trainable)
+        for kind, backend in (("whole", whole), ("cut", cut)):
+            moments = [m for optim in backend.optimizers.values() for m in (optim.m, optim.v)]
+            results[f"{name}/{kind} bytes"] = torch.tensor(sum(m.nbytes for m in moments))
+    return results
+
+
 def base_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
     """Of base weights: all of each family, and a part; ``share``: the bytes that train here."""
     plain, results = Fixed(steps_of(uneven), ["base"]), dict[str, dict[str, Tensor]]()
@@ -240,7 +280,7 @@ def base_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str
         backend = start(specs, dtype, family=family)
         name = f"{family} {dtype} {'all' if specs == 'all' else 'part'}"
         results[name] = trained(backend, plain, BASE_RATE)
-        buffers = (backend.owners["base"].values, *backend.optimizers["base"].moments()[:2])
+        buffers = (backend.owners["base"].values, *backend.optimizers["base"].moments())
         results[f"share {name}"] = {
             "model": torch.tensor(sum(map(local_bytes, backend.model.parameters()))),
             "training": torch.tensor(
@@ -567,9 +607,13 @@ def main(out: Path) -> None:
     else:
         made = trainings(partial(backend_for, communicator))
         results |= {f"ddp/{name}": value for name, value in made.items()}
+        made = moment_trainings(partial(backend_for, communicator), data_ranks(communicator))
+        results |= {f"ddp/moments/{name}": value for name, value in made.items()}
     for layout, settings in layouts.items():
-        _, start = sharded(out, **settings)
+        processes, start = sharded(out, **settings)
         made = family_trainings(out, start)
+        shared = moment_trainings(start, data_ranks(processes)) if layout == "fsdp" else {}
+        made |= {f"moments/{name}": value for name, value in shared.items()}
         if "tensor_parallel" not in settings:  # whose vocabulary is odd
             made |= trainings(start, few_only=communicator.size == 4)
             made |= base_trainings(out, start)

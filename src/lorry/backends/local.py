@@ -14,6 +14,7 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RouterParameters
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.trainable import PARAMETER_KINDS, ParameterSet, parameter_set
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
@@ -43,7 +44,7 @@ class LocalBackend:
     frozen), or the name of the base weights that `make_weights_trainable` has switched on, or a
     router, and behind it the experts that step with it; ``gradient``: how a step's gradient is made;
     None: it is that of the loss; ``communicator``: the processes of the run, of which this backend
-    has one.
+    has one; ``moment_ranks``: those of them that share AdamW's moments of what each has whole.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LocalBackend:
         seed: int = 0,
         gradient: GradientRule | None = None,
         communicator: Communicator = ONE_PROCESS,
+        moment_ranks: TensorRanks | None = None,
     ) -> None:
         self.model, self.seed, self.gradient = model, seed, gradient
         self.communicator = communicator
@@ -65,7 +67,11 @@ class LocalBackend:
         }
         each = optim if isinstance(optim, Mapping) else dict.fromkeys(self.trained, optim)
         self.optimizers = {
-            name: ParameterSetOptimizer(owner, each[name]) for name, owner in self.owners.items()
+            # what is cut over ranks has its moments cut already
+            name: ParameterSetOptimizer(
+                owner, each[name], moment_ranks if owner.shard is None else None
+            )
+            for name, owner in self.owners.items()
         }
         if gradient is not None:
             gradient.bind(self.owners)
@@ -304,7 +310,7 @@ class LocalBackend:
                     parts[f"{kind}/{name}/"] = whole
                 else:
                     state |= {f"{kind}/{name}/{t}": v.detach().cpu() for t, v in whole.items()}
-            state[f"adam_count/{name}"] = self.optimizers[name].moments()[2].cpu()
+            state[f"adam_count/{name}"] = self.optimizers[name].count.cpu()
         return _StateInParts(state, parts) if parts else state
 
     def held(self) -> Mapping[str, Tensor]:
@@ -326,14 +332,14 @@ class LocalBackend:
             for kind, flat in self._flat_tensors(name)
             for tensor, values in owner.split_like(flat).items()
         }
-        own |= {f"adam_count/{n}": optim.moments()[2] for n, optim in self.optimizers.items()}
+        own |= {f"adam_count/{n}": optim.count for n, optim in self.optimizers.items()}
         found = [name for name, values in own.items() if not is_finite(values)]
         frames = self.communicator.exchange("values that are not finite", found)
         return list(dict.fromkeys(name for frame in frames for name in frame)), len(own)
 
     def _flat_tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
-        owner, (m, v, _) = self.owners[name], self.optimizers[name].moments()
+        owner, (m, v) = self.owners[name], self.optimizers[name].moments()
         buffers = {} if self.gradient is None else self.gradient.buffers(name)
         return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v), *buffers.items()]
 
@@ -359,12 +365,15 @@ class LocalBackend:
                     f"{tensor} holds NaN or infinity in the checkpoint; resume from an earlier one"
                 )
         for name, owner in self.owners.items():
-            for kind, flat in self._flat_tensors(name):
+            flats = dict(self._flat_tensors(name))
+            for kind, flat in flats.items():
                 for tensor, view in owner.split_like(flat).items():
                     view.copy_(owner.own_part(tensor, state[f"{kind}/{name}/{tensor}"]))
             # compute copies are remade from the masters before the next forward
             owner.touch()
-            self.optimizers[name].set_step(state[f"adam_count/{name}"])
+            self.optimizers[name].set_moments(
+                flats["adam_m"], flats["adam_v"], state[f"adam_count/{name}"]
+            )
         torch.set_rng_state(state["rng/cpu"])
 
     def inspect(self) -> ParameterInspection:
@@ -374,9 +383,7 @@ class LocalBackend:
             set[str](),
         )
         for name, owner in self.owners.items():
-            held = [
-                p for group in self.optimizers[name].adamw.param_groups for p in group["params"]
-            ]
+            stepped = self._stepped(name)
             # by memory and not by name: a name may lead to a tensor that nobody trains
             masters, own = owner.masters(), owner.base_parameters()
             trainable = {f"{name}/{n}" if n in own else n for n in trainable}
@@ -384,7 +391,7 @@ class LocalBackend:
             optimized |= {
                 f"{name}/{n}"
                 for n, master in masters.items()
-                if any(_covers_memory(part, master) for part in held)
+                if any(_covers_memory(part, owner.values, master) for part in stepped)
             }
         saved = {
             rest
@@ -400,6 +407,22 @@ class LocalBackend:
             frozenset(saved),
             sample_digest(self.model, trained=moving, frozen=frozen),
         )
+
+    def _stepped(self, name: str) -> list[tuple[int, int]]:
+        """(start, stop), in bytes of a set's values, of what its optimizer holds, on this rank or on
+        those that share the moments with it; every rank calls it."""
+        optimizer, mesh = self.optimizers[name], self.communicator.mesh
+        ranges = optimizer.stepped()
+        if optimizer.ranks is not None:
+            frames = self.communicator.exchange("what optimizers hold", ranges)
+            mates = mesh.data_group(mesh.tensor_rank)
+            ranges = [(start, stop) for rank in mates for start, stop in frames[rank]]
+        joined = list[tuple[int, int]]()
+        for start, stop in sorted(ranges):
+            if joined and start <= joined[-1][1]:
+                start, stop = joined[-1][0], max(joined.pop()[1], stop)
+            joined.append((start, stop))
+        return joined
 
 
 class _StateInParts(TensorsWhenRead):
@@ -434,7 +457,7 @@ class _StateInParts(TensorsWhenRead):
         return tensors.like(own)
 
 
-def _covers_memory(whole: Tensor, part: Tensor) -> bool:
-    """Whether a tensor's memory contains all of another's; both contiguous."""
-    start, size = part.data_ptr() - whole.data_ptr(), part.numel() * part.element_size()
-    return start >= 0 and start + size <= whole.numel() * whole.element_size()
+def _covers_memory(part: tuple[int, int], values: Tensor, master: Tensor) -> bool:
+    """Whether ``part`` of the memory of ``values`` (start and stop in bytes) has all of a master."""
+    start = master.data_ptr() - values.data_ptr()
+    return part[0] <= start and start + master.nbytes <= part[1]

@@ -3,16 +3,27 @@ one clip.
 
 Decoupled weight decay (Loshchilov & Hutter 2019). Which ranges have a rate of their own, and which
 decay, is the set's to say (`adapters/trainable.py`).
+
+Ranks that hold the same values may share the moments (ZeRO stage 1, Rajbhandari et al. 2020): each
+has those of its part of every group, steps that, and gives the others the new values. AdamW is
+elementwise, so the values have the same bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lorry.adapters.trainable import ParameterSet, param_groups
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.trainable import ParameterSet, ParamGroup, param_groups
+
+# a fused step takes so many values at once, and those behind the last whole ones one by one, with
+# another rounding: parts begin where it would have begun anyway
+VECTOR_VALUES = 16
 
 
 @dataclass(frozen=True)
@@ -28,13 +39,36 @@ class OptimSettings:
     l2_regularization: float = 0.0
 
 
-class ParameterSetOptimizer:
-    """The optimizer of one parameter set; its state is two flat moments and a count."""
+def own_parts(groups: Sequence[ParamGroup], rank: int, size: int) -> list[ParamGroup]:
+    """What ``rank`` of ``size`` ranks steps of each group; empty where a group is too short."""
+    return [
+        replace(group, part=slice(*(_edge(group, place, size) for place in (rank, rank + 1))))
+        for group in groups
+    ]
 
-    def __init__(self, params: ParameterSet, settings: OptimSettings) -> None:
-        self.params, self.settings = params, settings
-        self.groups = param_groups(
+
+def _edge(group: ParamGroup, place: int, size: int) -> int:
+    """Where the part of rank ``place`` begins."""
+    vectors = -(-(group.part.stop - group.part.start) // VECTOR_VALUES)
+    return min(group.part.start + -(-vectors // size) * place * VECTOR_VALUES, group.part.stop)
+
+
+class ParameterSetOptimizer:
+    """The optimizer of one parameter set; its state is two flat moments and a count. ``ranks``: those
+    that hold the same values and share the moments; all of them make the same calls.
+    """
+
+    def __init__(
+        self, params: ParameterSet, settings: OptimSettings, ranks: TensorRanks | None = None
+    ) -> None:
+        self.params, self.settings, self.ranks = params, settings, ranks
+        self.whole_groups = param_groups(
             params, lr_ratio=settings.loraplus_lr_ratio, weight_decay=settings.weight_decay
+        )
+        self.groups = (
+            self.whole_groups
+            if ranks is None
+            else own_parts(self.whole_groups, ranks.rank, ranks.size)
         )
         # one Parameter a group over the flat buffer: a step is one fused kernel for each group
         self.views = [nn.Parameter(params.values[group.part]) for group in self.groups]
@@ -49,15 +83,22 @@ class ParameterSetOptimizer:
             eps=settings.eps,
             fused=True,
         )
-        # moments of the whole buffer, given to AdamW as views: a checkpoint is two tensors
-        self.m, self.v = torch.zeros_like(params.values), torch.zeros_like(params.values)
-        for view, group in zip(self.views, self.groups, strict=True):
+        # moments of all that is stepped here, given to AdamW as views: a checkpoint is two tensors
+        size = params.values.numel() if ranks is None else sum(view.numel() for view in self.views)
+        self.m, self.v = params.values.new_zeros(size), params.values.new_zeros(size)
+        for view, m, v in zip(self.views, *map(self._by_group, (self.m, self.v)), strict=True):
             self.adamw.state[view] = {
                 # a tensor on the device: the fused kernel takes nothing else
                 "step": torch.zeros((), dtype=torch.float32, device=view.device),
-                "exp_avg": self.m[group.part],
-                "exp_avg_sq": self.v[group.part],
+                "exp_avg": m,
+                "exp_avg_sq": v,
             }
+
+    def _by_group(self, moments: Tensor) -> list[Tensor]:
+        """Views of what is stepped here of each group."""
+        if self.ranks is None:
+            return [moments[group.part] for group in self.groups]
+        return list(moments.split([view.numel() for view in self.views]))
 
     def add_l2_gradient(self) -> None:
         """Add that of ``l2_regularization`` times the sum of squares: once a step, before the norm,
@@ -78,15 +119,57 @@ class ParameterSetOptimizer:
             view.grad = self.params.grads[group.part]
             adamw["lr"] = lr * group.lr_ratio
         self.adamw.step()
+        if self.ranks is not None:
+            own = torch.cat([view.detach() for view in self.views])
+            self._join("values after a step", own, self.params.values)
         # the masters were written in place: compute copies must be remade before the next forward
         self.params.touch()
         self.params.grads.zero_()
 
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(m [P], v [P], count []), the tensors themselves."""
-        return self.m, self.v, self.adamw.state[self.views[0]]["step"]
+    @torch.no_grad()
+    def _join(self, what: str, own: Tensor, into: Tensor) -> Tensor:
+        """Write into [P] what each rank has of the groups, as `_by_group` has it."""
+        assert self.ranks is not None
+        size = self.ranks.size
+        parts = [own_parts(self.whole_groups, rank, size) for rank in range(size)]
+        lengths = [sum(g.part.stop - g.part.start for g in groups) for groups in parts]
+        filled = F.pad(own, (0, max(lengths) - own.numel()))
+        for groups, values in zip(parts, self.ranks.gather(filled), strict=True):
+            at = 0
+            for group in groups:
+                length = group.part.stop - group.part.start
+                into[group.part] = values[at : at + length]
+                at += length
+        return into
 
-    def set_step(self, step: Tensor) -> None:
-        """Restore the count that `moments` gave; the moments are written in place."""
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(m [P], v [P]): the tensors themselves, or, where ranks share them, all of theirs."""
+        if self.ranks is None:
+            return self.m, self.v
+        empty = torch.zeros_like(self.params.values)
+        return (
+            self._join("moments", self.m, empty),
+            self._join("moments", self.v, torch.zeros_like(empty)),
+        )
+
+    @property
+    def count(self) -> Tensor:
+        """Steps made, []."""
+        count: Tensor = self.adamw.state[self.views[0]]["step"]
+        return count
+
+    @torch.no_grad()
+    def set_moments(self, m: Tensor, v: Tensor, count: Tensor) -> None:
+        """Restore what `moments` and `count` gave."""
+        for own, whole in ((self.m, m), (self.v, v)):
+            for group, part in zip(self.groups, self._by_group(own), strict=True):
+                part.copy_(whole[group.part])
         for view in self.views:
-            self.adamw.state[view]["step"].copy_(step)
+            self.adamw.state[view]["step"].copy_(count)
+
+    def stepped(self) -> list[tuple[int, int]]:
+        """(start, stop) in ``values``, in bytes, of what the optimizer of this rank holds: found by
+        memory, whatever it was given."""
+        held = [p for group in self.adamw.param_groups for p in group["params"] if p.numel()]
+        start = self.params.values.data_ptr()
+        return [(p.data_ptr() - start, p.data_ptr() - start + p.nbytes) for p in held]

@@ -361,6 +361,9 @@ class TrainBackendConfig(SharedBackendConfig):
         False,
         "with tensor_parallel: its processes also divide, by tokens, what a layer keeps for backward",
     )
+    shard_optimizer: bool = config_field(
+        False, "each process holds AdamW's moments of its range of the values (ddp, fsdp)"
+    )
     keep_total: bool = config_field(
         False,
         "divide per_device_train_batch_size among the processes, so that a step has the same rows on "
@@ -373,6 +376,12 @@ class TrainBackendConfig(SharedBackendConfig):
             raise ValueError("sequence_parallel=true needs tensor_parallel above 1")
         if self.sequence_parallel and self.name == "megatron":
             raise ValueError("sequence_parallel=true needs backend=ddp or fsdp")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_of_several(self) -> Self:
+        if self.shard_optimizer and self.name == "single":
+            raise ValueError("shard_optimizer=true needs backend=ddp or fsdp")
         return self
 
 

@@ -83,9 +83,6 @@ class PlanBackend(TrainBackendConfig):
     offload: Literal["cpu"] | None = config_field(
         None, "where the shards of the base lie while they are not needed (fsdp)"
     )
-    shard_optimizer: bool = config_field(
-        False, "each process holds AdamW's moments of its range of the values"
-    )
     pipeline_parallel: PositiveInt = config_field(1, "stages of layers (megatron)")
     expert_parallel: PositiveInt = config_field(1, "groups that share the experts (megatron)")
     gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = (

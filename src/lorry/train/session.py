@@ -32,7 +32,7 @@ from lorry.backends.distributed.communicator import (
 from lorry.backends.distributed.ddp import SharedScorer
 from lorry.backends.distributed.fsdp import sharder_of
 from lorry.backends.distributed.megatron import converter_of
-from lorry.backends.distributed.tensor_ranks import tensor_ranks
+from lorry.backends.distributed.tensor_ranks import data_ranks, tensor_ranks
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
@@ -596,6 +596,7 @@ def build_engine(
         {name: optim_settings_of(train) for name, train in settings.items()},
         gradient=TASKS[run.task].gradient({name: job.run for name, job in jobs.items()}),
         communicator=communicator,
+        moment_ranks=data_ranks(communicator) if run.backend.shard_optimizer else None,
     )
     ends = TASKS[run.task].ends
     training = [_training_job(name, job, ends(job)) for name, job in jobs.items()]

@@ -380,7 +380,6 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
             "quantize",
             "pipeline_parallel",
             "offload",
-            "shard_optimizer",
             "fsdp",
             "fsdp_config",
             "deepspeed",

@@ -179,10 +179,9 @@ def _gradients(adapter: PlannedAdapter, split: ParallelSplit) -> Iterator[Collec
     """Of the adapters, fp32, once a step however many micro-batches there were."""
     local = VALUE_BYTES * local_adapter(adapter, split.tensor).parameters
     group = (split.data, split.processes)
+    # whole ones also where moments are cut: norm and clip have the same bits then
+    yield Collective("adapters' gradients", "all-reduce", *group, local, 1)
     if split.shard_optimizer:
-        yield Collective("adapters' gradients, summed by range", "reduce-scatter", *group, local, 1)
         yield Collective("adapters' values, after the step", "all-gather", *group, local, 1)
-    else:
-        yield Collective("adapters' gradients", "all-reduce", *group, local, 1)
     whole = VALUE_BYTES * whole_side_values(adapter)
     yield Collective("gradients of whole sides", "all-reduce", split.tensor, split.tensor, whole, 1)
