@@ -220,6 +220,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             "lora=null trains the base, which backend=megatron",
         ),
         ({"backend": "ddp", "replicas": 2}, "replicas needs backend=fsdp"),
+        ({"shard_optimizer": True}, "shard_optimizer=true needs backend=ddp or fsdp"),
         ({"backend": "ddp", "reshard_after_forward": False}, "reshard_after_forward needs"),
         ({"backend": "sngle"}, "did you mean 'single'?"),
         ({"target_modules": "*bad"}, "is not a regular expression"),
