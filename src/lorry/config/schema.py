@@ -380,7 +380,7 @@ class TrainBackendConfig(SharedBackendConfig):
 
     @model_validator(mode="after")
     def _moments_of_several(self) -> Self:
-        if self.shard_optimizer and self.name == "single":
+        if self.shard_optimizer and self.name not in ("ddp", "fsdp"):
             raise ValueError("shard_optimizer=true needs backend=ddp or fsdp")
         return self
 
