@@ -52,11 +52,11 @@ test-numpy1: setup
 	pandas==2.3.3 pyarrow==25.0.0 pytz
 	PYTHONPATH=build/numpy1 $(PYTEST)
 
-# What needs packages that few people want: the lm-evaluation-harness (27 packages, 180 MB), 4-bit teachers (bitsandbytes),
+# What needs packages that few people want: the lm-evaluation-harness (27 packages, 180 MB), the oracle of 4-bit codes (bitsandbytes),
 # llama.cpp (xllamacpp, 34 MB), Megatron-core (4 MB), Ray (240 MB), TRL (2 MB).
 test-extras: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized,llama-cpp,megatron,ray,bench]'
-	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py \
+	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/evaluate/test_rounding.py tests/adapters/quantization tests/data/test_catalog_facts.py \
 	  tests/models/test_gguf_llamacpp.py tests/models/test_gguf_mixture.py tests/verbs/test_export_gguf_verb.py \
 	  tests/integrations tests/contracts/test_megatron_layouts.py tests/models/test_megatron_model.py tests/test_cluster.py
 

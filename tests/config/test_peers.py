@@ -170,7 +170,6 @@ def test_a_llama_factory_file_as_it_is(tmp_path: Path) -> None:
     ("before", "after", "message"),
     [
         ("tf32: false", "lora_rnk: 3\nlerning_rate: 1", ":38: unknown setting 'lora_rnk'"),
-        ("load_in_4bit: false", "load_in_4bit: true", "load_in_4bit=true is not supported yet"),
         ("wandb_project:", "wandb_project: mine", "wandb_project=mine is not supported yet"),
         (
             "    type: alpaca",
@@ -196,6 +195,21 @@ def test_what_would_change_the_run_is_refused(
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, AXOLOTL.replace(before, after))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        ("load_in_4bit: true", "nf4"),
+        ("quantization_bit: 4", "nf4"),
+        ("quantization_bit: 8", "int8"),
+    ],
+)
+def test_bits_of_the_base_by_other_names(tmp_path: Path, asked: str, held: str) -> None:
+    run, _ = read(tmp_path, AXOLOTL.replace("load_in_4bit: false", asked))
+    assert run.model.quantize == held
+    with pytest.raises(ConfigError, match=r"is 4 .* or 8"):
+        read(tmp_path, AXOLOTL.replace("load_in_4bit: false", "quantization_bit: 3"))
 
 
 def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from lorry.adapters.quantization.codes import NF4_LEVELS
 from lorry.evaluate.unlearning.rounding import (
-    NF4_LEVELS,
     int8,
     linear_weights,
     nf4,

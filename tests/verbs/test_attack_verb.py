@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 
+from lorry.adapters.quantization.codes import NF4_LEVELS
 from lorry.config import EvalSettings, build_settings
 from lorry.config.attack import AttackSettings
 from lorry.evaluate.unlearning import attacks
-from lorry.evaluate.unlearning.rounding import NF4_LEVELS
 from lorry.verbs.attack import choose_forget_set
 from lorry.verbs.unlearning_suite import choose_forget_split
 from tests.support.padded import PaddedModel

@@ -244,7 +244,11 @@ def test_what_a_run_does_not_take_yet_is_said(capsys: pytest.CaptureFixture[str]
 def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     made = plan("mixtral-8x7b", "quantize=nf4", "gpu=h100", "max_length=512", capsys=capsys)
     assert made["memory"]["base weights"] / 46.4e9 == pytest.approx(0.516, rel=0.01)
-    assert any("cannot be trained yet" in note for note in made["notes"])
+    assert any("leaves stacked experts whole in a run" in note for note in made["notes"])
+    assert not made["trainable"]
+    assert plan("llama-3-8b", "quantize=nf4", capsys=capsys)["trainable"]
+    shared = plan("llama-3-8b", "quantize=nf4", "backend=fsdp", "processes=8", capsys=capsys)
+    assert any("refused where the base is cut" in note for note in shared["notes"])
     assert any("adapters are on attention only" in note for note in made["notes"])
     refused = "a run with backend=fsdp refuses such a model"
     assert not any(refused in note for note in made["notes"])

@@ -10,7 +10,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt, model_validator
 
-from lorry.config.base import DtypeName, PathText, SettingsGroup, config_field, derived_field
+from lorry.config.base import (
+    DtypeName,
+    PathText,
+    QuantizeFormat,
+    SettingsGroup,
+    config_field,
+    derived_field,
+)
 from lorry.config.schema import RunConfig
 
 DivergenceName = Literal["kl", "reverse_kl", "jsd", "uld"]
@@ -27,8 +34,8 @@ class DistillConfig(SettingsGroup):
         None, "adapter of the teacher; on the student's base model no second model is loaded"
     )
     teacher_dtype: DtypeName = config_field("auto", "dtype of the teacher's weights")
-    teacher_quantize: Literal["nf4", "fp4", "int8"] | None = config_field(
-        None, "load the teacher's matrices in 4 or 8 bits (bitsandbytes)"
+    teacher_quantize: QuantizeFormat | None = config_field(
+        None, "hold the teacher's matrices in 4 or 8 bits"
     )
     loss: DivergenceName = config_field(
         "kl",

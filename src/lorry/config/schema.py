@@ -27,6 +27,7 @@ from lorry.config.base import (
     DtypeName,
     MemorySize,
     PathText,
+    QuantizeFormat,
     SettingsGroup,
     config_field,
     derived_field,
@@ -63,6 +64,10 @@ class ModelConfig(SettingsGroup):
     dtype: DtypeName = config_field(
         "auto",
         "dtype of the base weights; auto: bfloat16 where the device is fast in it, else float32",
+    )
+    quantize: QuantizeFormat | None = config_field(
+        None,
+        "hold the matrices of the frozen base in 4 or 8 bits; null: as an adapter's base was held, else whole",
     )
     device: str = config_field(
         "auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS}
@@ -584,6 +589,15 @@ class RunConfig(SettingsGroup):
             if isinstance(value, str) and "," in value and PLAIN_NAMES.fullmatch(value)
             else value
         )
+
+    @model_validator(mode="after")
+    def _packed_weights_stay(self) -> RunConfig:
+        if self.model.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantize={self.model.quantize} with lora=null: packed weights cannot train; "
+                "leave quantize out, or train an adapter"
+            )
+        return self
 
     @model_validator(mode="after")
     def _trainable_without_an_adapter(self) -> RunConfig:

@@ -58,9 +58,6 @@ class PlanModel(ModelConfig):
         "smollm2-135m-instruct",
         "HF directory, hub id, run, or a well-known name: llama-3-8b, qwen3-0.6b, mixtral-8x7b ...",
     )
-    quantize: Literal["int8", "nf4", "fp4"] | None = config_field(
-        None, "dtype of the base model's matrices; can be planned, not trained yet"
-    )
 
 
 class PlanData(DataConfig):

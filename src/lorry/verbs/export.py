@@ -20,7 +20,7 @@ from lorry.verbs.exports.mixture import export_mixture, is_mixture
 from lorry.verbs.exports.moe import export_experts
 from lorry.verbs.exports.peft import export_peft
 from lorry.verbs.merge import write_merged
-from lorry.verbs.open_model import open_with_adapters, resolve_adapter_name
+from lorry.verbs.open_model import open_to_write, open_with_adapters, resolve_adapter_name
 
 
 def main(settings: ExportSettings) -> int:
@@ -45,7 +45,9 @@ def main(settings: ExportSettings) -> int:
             )
         print(export_gguf_mixture(folder, settings.output_dir, outtype, title=title))
         return 0
-    opened = open_with_adapters(
+    # an adapter alone says which base it belongs to, with what that was held in
+    open_run = open_with_adapters if settings.to in ("peft", "gguf-lora") else open_to_write
+    opened = open_run(
         ModelConfig.model_validate(
             {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
         )

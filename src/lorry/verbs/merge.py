@@ -15,7 +15,7 @@ from lorry.disk.integrity import file_digest
 from lorry.verbs.checks import probe
 from lorry.verbs.checks.logit_check import LogitsBeforeMerge
 from lorry.verbs.merge_adapters import merge_several
-from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
+from lorry.verbs.open_model import open_to_write, print_note, resolve_adapter_name
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def main(settings: MergeSettings) -> int:
     if settings.several:
         return merge_several(settings)
     stored = stored_dtype(settings.run)
-    opened = open_with_adapters(
+    opened = open_to_write(
         ModelConfig.model_validate(
             {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
         )

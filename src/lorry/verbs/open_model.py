@@ -64,6 +64,22 @@ def open_with_adapters(
     return opened
 
 
+def open_to_write(config: ModelConfig, *, adapters: Sequence[str] = ()) -> OpenedModel:
+    """The same for a verb that writes weights: matrices that the adapter's base held in few bits are
+    whole again, with the values the adapter was trained over. Raises what `open_with_adapters` raises.
+    """
+    from lorry.adapters.quantization.linear import open_linears, quantization_of
+
+    opened = open_with_adapters(config, adapters=adapters)
+    if (quantization := quantization_of(opened.model)) is not None:
+        print_note(
+            f"note: the base counts as {quantization.name} held it when the adapter was trained, not as its "
+            "files have it"
+        )
+        open_linears(opened.model)
+    return opened
+
+
 def open_on_ranks(settings: PlacedSettings, communicator: Communicator) -> OpenedModel:
     """The model of a command with its adapters, on every rank of it as its backend has it. Raises what
     `open_with_adapters` raises."""

@@ -404,7 +404,7 @@ def _run_plan(
         budget_is=budget[1],
         search=search,
         alternative=alternative,
-        trainable=settings.model.quantize is None and not _unbuilt_backend(settings.backend),
+        trainable=not _unbuilt_backend(settings.backend) and not _unpacked(settings, shape),
         jobs=jobs,
         notes=_plan_notes(settings, shape, found_config, choice, setup.device),
     )
@@ -577,7 +577,7 @@ def _nothing_fits_error(
         if model.quantize is None and memory.total <= parse_size(memory_budget):
             return ConfigError(
                 f"{error}. With model.quantize={precision} it would fit "
-                f"({size_in_words(memory.total)}), but Lorry cannot train that yet"
+                f"({size_in_words(memory.total)})"
             )
     return error
 
@@ -602,6 +602,15 @@ def _unbuilt_backend(backend: PlanBackend) -> str:
     return ""
 
 
+def _unpacked(settings: AnyPlanSettings, shape: ModelShape) -> str:
+    """Why a run does not hold the matrices in few bits as this plan has it; empty where it does."""
+    if settings.model.quantize is None:
+        return ""
+    if settings.backend.name == "fsdp" or settings.backend.tensor_parallel > 1:
+        return "is refused where the base is cut over processes"
+    return "leaves stacked experts whole in a run" if shape.experts is not None else ""
+
+
 def _plan_notes(
     settings: AnyPlanSettings,
     shape: ModelShape,
@@ -624,8 +633,10 @@ def _plan_notes(
                 "file holds so: a run with backend=fsdp refuses such a model, and this plan is of "
                 "what it would need"
             )
-    if settings.model.quantize is not None:
-        notes.append(f"model.quantize={settings.model.quantize} cannot be trained yet")
+    if unpacked := _unpacked(settings, shape):
+        notes.append(
+            f"model.quantize={settings.model.quantize} {unpacked}: this plan is of what packing them would need"
+        )
     if unbuilt := _unbuilt_backend(settings.backend):
         notes.append(f"{unbuilt} is not built yet: this plan has not been checked against a run")
     elif settings.backend.name != "single" and device == "cuda":

@@ -49,6 +49,11 @@ from lorry.adapters.peft.tensors import (
     read_lora_values,
     sort_lora_tensors,
 )
+from lorry.adapters.quantization.linear import (
+    QuantizedLinear,
+    quantization_facts,
+    quantization_of,
+)
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content
@@ -143,6 +148,8 @@ def _files_of(
         "adapter": name,
         "base_digest": base_digest(model),
     }
+    if (quantization := quantization_facts(model)) is not None:
+        facts["quantization"] = quantization
     if start is not None:
         facts["start"] = {"path": start.path, "sha256": start.sha256}
         config = over_adapter_config(config)
@@ -478,6 +485,12 @@ def _sampled_weights(
     device has it; in bfloat16 where ranks share the model. ``values_at``: as above."""
     samples, ranks = dict[str, tuple[tuple[int, ...], Tensor]](), None
     for path, module in find_linears(model).items():
+        if isinstance(module, BankLinear) and isinstance(module.product, QuantizedLinear):
+            # by the values it computes with: in another format it is another base
+            opened = module.product.open(torch.float32)
+            places = sample_positions(opened.numel())
+            samples[path] = (module.product.shape, values_at_positions(opened, places))
+            continue
         weight = (
             module.get_parameter("weight")
             if (unmerged := getattr(module, "unmerged_weight", None)) is None
@@ -542,7 +555,18 @@ def _check_base(model: nn.Module, folder: Path) -> None:
     """
     if not (folder / ADAPTER_FACTS).is_file():
         return
-    saved_digest = read_adapter_json(folder / ADAPTER_FACTS).get("base_digest")
+    facts = read_adapter_json(folder / ADAPTER_FACTS)
+    trained, here = facts.get("quantization"), quantization_of(model)
+    trained_format = trained.get("format") if isinstance(trained, Mapping) else None
+    if trained_format != (None if here is None else here.name):
+        asked = f"model.quantize={trained_format}" if trained_format else "no model.quantize"
+        raise ModelError(
+            f"{folder / ADAPTER_FACTS}: this adapter was trained on a base held in "
+            f"{trained_format or 'its full dtype'}, and this one is held in "
+            f"{here.name if here is not None else 'its full dtype'}, with other values; open it with {asked} "
+            "(in Python, other_base=True accepts the difference)"
+        )
+    saved_digest = facts.get("base_digest")
     if saved_digest is not None and saved_digest != base_digest(model):
         raise ModelError(
             f"{folder / ADAPTER_FACTS}: this adapter was trained on other base "

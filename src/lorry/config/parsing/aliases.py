@@ -181,6 +181,13 @@ def _axolotl_datasets(sets: Any) -> list[tuple[str, Any]]:
     return settings
 
 
+def _bits(value: Any) -> tuple[str, Any] | None:
+    """LLaMA-Factory's number of bits."""
+    if value not in (None, 4, 8):
+        raise ValueError("is 4 (model.quantize=nf4) or 8 (model.quantize=int8) here")
+    return None if value is None else ("model.quantize", {4: "nf4", 8: "int8"}[value])
+
+
 def _lora_bias(value: Any) -> tuple[str, Any] | None:
     """Scripts' `lora_bias` is a word and means PEFT's `bias`; PEFT's own `lora_bias` is a switch
     and another thing.
@@ -231,6 +238,9 @@ ALIAS_READERS: dict[str, AliasReader] = {
         # unsloth's own variant recomputes the same; where it keeps activations changes no number
         on == "unsloth" or on,
     ),
+    "load_in_4bit": _switch_meaning("model.quantize", "nf4"),
+    "load_in_8bit": _switch_meaning("model.quantize", "int8"),
+    "quantization_bit": _bits,
     "val_set_size": _share_or_rows,
     "val_size": _share_or_rows,
 }
@@ -374,10 +384,6 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
             "lora_bias_trainable",
             "fan_in_fan_out",
             "megatron_config",
-            "load_in_4bit",
-            "load_in_8bit",
-            "quantization_bit",
-            "quantize",
             "pipeline_parallel",
             "offload",
             "fsdp",

@@ -14,58 +14,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, head_and_embedding
 from lorry.adapters.bank import wrap_module
 from lorry.adapters.layers import AdaptableLayer, BankLinear
+from lorry.adapters.quantization.packed import Quantization, pack
 
-# The 16 levels of NF4: quantiles of a normal distribution, scaled to [-1, 1], one of them 0
-# (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-NF4_BLOCK = 64  # consecutive weights that share a scale; QLoRA's and bitsandbytes'
-INT8_MOST = 127
+# scales of blocks whole: what the published suites round with
+FORMATS = {"nf4": Quantization("nf4", double=False), "int8": Quantization("int8")}
 
 
 def nf4(weight: Tensor) -> Tensor:
-    """[out, in] as NF4 restores it: blocks along the flattened matrix, each scaled by its largest
+    """[out, in] as NF4 restores it: blocks of 64 along the flattened matrix, each scaled by its largest
     absolute value; the last one may be shorter.
     """
-    flat = weight.detach().float().reshape(-1)
-    # zeros change no block's largest absolute value
-    blocks = F.pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
-    scales = blocks.abs().amax(1, keepdim=True)
-    levels = torch.tensor(NF4_LEVELS, device=flat.device)
-    # a block of zeros has no scale; it stays one
-    shares = blocks / scales.where(scales > 0, 1.0)
-    nearest = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2)
-    restored = (levels[nearest] * scales).reshape(-1)[: flat.numel()]
-    return restored.view(weight.shape).to(weight.dtype)
+    return pack(weight, FORMATS["nf4"]).open(weight.dtype)
 
 
 def int8(weight: Tensor) -> Tensor:
     """[out, in] as int8 restores it: a scale for each output, its largest absolute value over 127."""
-    scales = weight.detach().float().abs().amax(1, keepdim=True) / INT8_MOST
-    whole = (weight.detach().float() / scales.where(scales > 0, 1.0)).round()
-    return (whole * scales).to(weight.dtype)
+    return pack(weight, FORMATS["int8"]).open(weight.dtype)
 
 
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"int8": int8, "nf4": nf4}

@@ -19,7 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorry.adapters.peft.files import keep_base_digest, remember_base_digest
+from lorry.adapters.quantization.linear import quantize_linears
+from lorry.adapters.quantization.packed import QUANTIZATIONS, Quantization
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.config.parsing.sizes import size_in_words
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
@@ -84,14 +87,17 @@ def load_model(
     ranks: TensorRanks | None = None,
     shard: Sharder | None = None,
     convert: ModelConverter | None = None,
+    quantize: str | None = None,
     add_note: NoteCallback,
 ) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
     implementation; ``ranks``: those that share it, all of which call this together and get a part
     each; ``shard``: cuts its weights over the ranks of a run, which all load it then; ``convert``:
-    takes the decoder for another implementation of its layers, on all of them too. ``add_note``
-    hears what a person should know. Raises ModelError when anything does not fit, ConfigError for an
-    unknown dtype or device, and for a model that ranks cannot share or ``convert`` cannot take.
+    takes the decoder for another implementation of its layers, on all of them too; ``quantize``: nf4,
+    fp4 or int8, in which matrices of linears are held (an adapter has it of the base it was trained
+    on). ``add_note`` hears what a person should know. Raises ModelError when anything does not fit,
+    ConfigError for an unknown dtype or device, and for a model that ranks cannot share or ``convert``
+    cannot take.
     """
     location = resolve_model(
         str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, add_note=add_note
@@ -104,6 +110,19 @@ def load_model(
         else dtype,
         torch_device,
     )
+    quantization = _pick_quantization(quantize, location.adapter)
+    if quantization is not None and (ranks is not None or shard is not None or convert is not None):
+        backend = (
+            "backend=megatron"
+            if convert is not None
+            else "backend=fsdp"
+            if shard is not None
+            else "backend.tensor_parallel"
+        )
+        raise ConfigError(
+            f"model.quantize={quantization.name} with {backend}: packed matrices are not cut over processes; "
+            "train on one device, or with backend=ddp"
+        )
     description = describe_model(
         location.directory, trust_remote_code=trust_remote_code, native=native, add_note=add_note
     )
@@ -135,6 +154,7 @@ def load_model(
             torch_device,
             ranks,
             shard,
+            quantization,
         )
         if (ranks is not None or convert is not None) and shard is None:  # else it is taken already
             remember_base_digest(decoder)
@@ -152,6 +172,17 @@ def load_model(
             trust_remote_code=trust_remote_code,
             add_note=add_note,
         )
+        if quantization is not None:
+            add_note(
+                f"transformers reads the model whole before its matrices are packed as {quantization.name}: "
+                "memory falls to what they take afterwards"
+            )
+            quantize_linears(model, quantization)
+            remember_base_digest(model)
+            if stacked := sum(p.nbytes for p in model.parameters() if p.dim() > 2):
+                add_note(
+                    f"its stacked experts are no linears and stay whole, {size_in_words(stacked)} of them"
+                )
     for note in note_disabled_dropout(description.config):
         add_note(note)
     tokenizer = load_tokenizer(
@@ -174,6 +205,7 @@ def load_model(
         "device": str(torch_device),
         "family": description.family.name if description.family is not None else None,
         "why": description.why,
+        "quantize": quantization.name if quantization is not None else None,
         "generation_config": model.__dict__[GENERATION_CONFIG],
     }
     if location.adapter is not None:
@@ -202,12 +234,34 @@ def trained_dtype(adapter: Path) -> str:
     """The number format of the base an adapter of ours was trained on, so that it gives the same
     logits again; else "auto".
     """
-    folders = [f for f in find_adapters_in(adapter) if (f / ADAPTER_FACTS).is_file()]
-    dtypes = {
-        str(read_model_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders
-    } & set(DTYPES)
+    dtypes = {str(facts.get("dtype")) for facts in _adapter_facts(adapter)} & set(DTYPES)
     # adapters of one run share their base, so several answers mean files edited by hand
     return dtypes.pop() if len(dtypes) == 1 else "auto"
+
+
+def trained_quantization(adapter: Path) -> str | None:
+    """How the matrices of the base an adapter of ours was trained on are packed; None where they are
+    not, or its files do not say."""
+    formats = {
+        str(packed.get("format"))
+        for facts in _adapter_facts(adapter)
+        if isinstance(packed := facts.get("quantization"), dict)
+    } & set(QUANTIZATIONS)
+    return formats.pop() if len(formats) == 1 else None
+
+
+def _adapter_facts(adapter: Path) -> list[dict[str, Any]]:
+    """What only Lorry knows of the adapters in a directory, of those that have it."""
+    folders = [f for f in find_adapters_in(adapter) if (f / ADAPTER_FACTS).is_file()]
+    return [read_model_json(folder / ADAPTER_FACTS) for folder in folders]
+
+
+def _pick_quantization(quantize: str | None, adapter: Path | None) -> Quantization | None:
+    """What was asked for, or what an adapter's base had. Raises ConfigError for an unknown name."""
+    name = trained_quantization(adapter) if quantize is None and adapter is not None else quantize
+    if name is not None and name not in QUANTIZATIONS:
+        raise ConfigError(f"quantize={name!r}; choose {', '.join(QUANTIZATIONS)}")
+    return None if name is None else QUANTIZATIONS[name]
 
 
 def load_hf(

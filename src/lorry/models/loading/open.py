@@ -22,7 +22,7 @@ from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
-from lorry.models.loading.load import load_model, trained_dtype
+from lorry.models.loading.load import load_model, trained_dtype, trained_quantization
 from lorry.models.loading.sources import resolve_model
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
 from lorry.models.loading.weights import FLOAT_DTYPES, read_tensor_entries
@@ -78,6 +78,9 @@ def open_model(
         if config.dtype == "auto" and adapter_paths and adapter_paths[0].is_dir()
         else config.dtype
     )
+    quantize: str | None = config.quantize
+    if quantize is None and adapter_paths and adapter_paths[0].is_dir():
+        quantize = trained_quantization(adapter_paths[0])
     loaded = load_model(
         config.name,
         revision=config.revision,
@@ -88,6 +91,7 @@ def open_model(
         ranks=ranks,
         shard=shard,
         convert=convert,
+        quantize=quantize,
         add_note=add_note,
     )
     paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []

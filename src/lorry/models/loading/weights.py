@@ -25,7 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorry.adapters.layers import BankLinear
 from lorry.adapters.peft.files import remember_base_digest
+from lorry.adapters.quantization.linear import OpenBuffers, hold_packed
+from lorry.adapters.quantization.packed import PackedMatrix, Quantization, pack
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.disk.safetensors_names import check_names
@@ -151,9 +154,11 @@ def load_decoder(
     device: torch.device,
     ranks: TensorRanks | None = None,
     shard: Sharder | None = None,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """The native decoder with a directory's weights; of ``ranks`` that share it each reads its own
-    slices, on its own; with ``shard`` this rank's share of the rows, and no more is ever kept. Raises
+    slices, on its own; with ``shard`` this rank's share of the rows, and no more is ever kept; with
+    ``quantization`` matrices are packed as they are read, but for the head's and the embeddings'. Raises
     ModelError for any missing, unknown, misshapen, packed or not finite tensor."""
     entries = read_tensor_entries(directory)
     # no memory yet: the file's tensors become the parameters
@@ -174,12 +179,12 @@ def load_decoder(
             [model.get_submodule(family.layer.format(i=i)) for i in range(model.geometry.layers)],
         )
         rows = {name: shards.local_rows(p) for name, p in model.state_dict().items()}
+    wanted = {name: entries[file_name] for name, file_name in file_names.items()}
+    packed = dict[str, PackedMatrix]()
+    if quantization is not None:
+        packed = _read_packed(model, wanted, quantization, dtype, device)
     state = read_tensors(
-        {name: entries[file_name] for name, file_name in file_names.items()},
-        dtype,
-        device,
-        cut,
-        rows,
+        {n: entry for n, entry in wanted.items() if n not in packed}, dtype, device, cut, rows
     )
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
     if model.geometry.tied:
@@ -193,6 +198,11 @@ def load_decoder(
             )
         # load_state_dict(strict) wants both names
         state[head] = state[embed]
+    if packed:
+        # what is held in place of their weights, under names of their own
+        layers = {name.removesuffix(".weight") for name in packed}
+        names = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] in layers}
+        state |= {n: t for n, t in names.items() if n not in state}
     if shards is not None:
         shards.agree(f"reading {directory.name}")
         empty = model.state_dict()
@@ -203,7 +213,31 @@ def load_decoder(
     model.requires_grad_(False).eval()
     if shards is not None:
         remember_base_digest(model, shards.values_at)
+    elif packed:
+        # once: every packed matrix is opened for it
+        remember_base_digest(model)
     return model
+
+
+def _read_packed(
+    model: Decoder,
+    wanted: Mapping[str, TensorEntry],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, PackedMatrix]:
+    """Read and pack the matrices of all linears but the head, one at a time, into their layers; {name
+    of the weight: what it is now}. Raises ModelError where a value is not finite."""
+    packed, buffers = dict[str, PackedMatrix](), OpenBuffers()
+    for path, layer in model.named_modules():
+        name = f"{path}.weight"
+        if not isinstance(layer, BankLinear) or path == model.family.head:
+            continue
+        (weight,) = read_tensors({name: wanted[name]}, dtype, device).values()
+        matrix = pack(weight.t() if layer.transposed else weight, quantization)
+        hold_packed(layer, matrix, dtype, buffers)
+        packed[name] = matrix
+    return packed
 
 
 def match_tensor_names(

@@ -33,7 +33,6 @@ from lorry.models.loading.open import (
     open_model,
     pick_adapter_name,
 )
-from lorry.models.loading.quantized import open_quantized
 from lorry.models.loading.sources import ModelLocation, resolve_model
 from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.scoring.score import scale_by_temperature
@@ -77,7 +76,7 @@ class TeacherLocation:
         own = config.teacher is None and not folders
         same_base = (
             place.directory.resolve() == base.directory.resolve()
-            and config.teacher_quantize is None
+            and (own or config.teacher_quantize == opened.source["quantize"])
             and (own or over == (None if start is None else start.sha256))
         )
         # in another dtype the base would say something else, and has to be loaded in it
@@ -181,20 +180,20 @@ def open_teacher(
         )
         return TeacherScorer(opened.model, Mix.one(name))
     name, device = str(place.place.directory), str(opened.source["device"])
-    if config.teacher_quantize is not None:
-        if place.adapter is not None:
-            raise ConfigError(
-                "distill.teacher_quantize with an adapter: merge the adapter first (lorry merge), then quantize"
-            )
-        return TeacherScorer(
-            open_quantized(
-                place.place, config.teacher_quantize, config.teacher_dtype, device, add_note
-            ),
-            Mix.none(),
+    if config.teacher_quantize is not None and place.adapter is not None:
+        raise ConfigError(
+            "distill.teacher_quantize with an adapter: merge the adapter first (lorry merge), then quantize"
         )
     adapter = None if place.adapter is None else str(place.adapter)
     opened_teacher = open_other(
-        ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), add_note
+        ModelConfig(
+            name=name,
+            dtype=config.teacher_dtype,
+            quantize=config.teacher_quantize,
+            device=device,
+            adapter=adapter,
+        ),
+        add_note,
     )
     return TeacherScorer(
         opened_teacher.model,

@@ -124,7 +124,10 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
     """
     from safetensors import SafetensorError
 
+    from lorry.adapters.quantization.linear import round_base_linears
+    from lorry.adapters.quantization.packed import QUANTIZATIONS
     from lorry.models.loading.describe import model_file_errors
+    from lorry.models.loading.load import trained_quantization
     from lorry.models.loading.reopen import reopen_model
 
     try:
@@ -145,9 +148,11 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
         with warnings.catch_warnings(), model_file_errors(f"{folder}: PEFT cannot load it"):
             # the two libraries' own affair
             warnings.simplefilter("ignore", (FutureWarning, UserWarning))
-            return PeftModel.from_pretrained(
-                reopen_model(Path(base), dtype), str(folder)
-            ).eval(), "peft"
+            plain = reopen_model(Path(base), dtype)
+            if (held := trained_quantization(folder)) is not None:
+                # the base that the adapter was trained over, in classes that PEFT knows
+                round_base_linears(plain, QUANTIZATIONS[held])
+            return PeftModel.from_pretrained(plain, str(folder)).eval(), "peft"
     except (ModelError, SafetensorError) as error:
         raise ContractError(
             f"the export cannot be opened again and was removed: {error}"

@@ -36,7 +36,7 @@ from lorry.verbs.exports.moe import (
 )
 from lorry.verbs.exports.peft import expert_names, export_peft_experts
 from lorry.verbs.merge import write_merged
-from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.verbs.open_model import open_to_write, print_note
 
 if TYPE_CHECKING:
     from lorry.adapters.router_files import RouterRecord
@@ -66,7 +66,7 @@ def export_mixture(settings: ExportSettings) -> Path:
         # before the model is read: what no class can hold
         _refuse_other_routers(settings, record)
     dtype = "float32" if settings.to == "hf-moe" else probe.logits_dtype_name(settings.run, stored)
-    opened = open_with_adapters(ModelConfig.model_validate({"name": settings.run, "dtype": dtype}))
+    opened = open_to_write(ModelConfig.model_validate({"name": settings.run, "dtype": dtype}))
     if len(opened.adapters) < 2:
         raise ConfigError(
             f"{settings.run} is no run of several experts; to={settings.to} takes that of `lorry "

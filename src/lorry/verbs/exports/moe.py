@@ -15,7 +15,7 @@ from lorry.errors import ConfigError, DataError, ModelError
 from lorry.runs.layout import MERGED, RUN_FILE
 from lorry.verbs.checks import probe
 from lorry.verbs.checks.domain_loss import row_prompts
-from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.verbs.open_model import open_to_write, print_note
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def export_experts(settings: ExportSettings) -> None:
     base = str(settings.base_model)
     sources = [_source_of(expert.source_model, base) for expert in settings.experts]
     unique = list(dict.fromkeys(source for source in sources if isinstance(source, str)))
-    opened = open_with_adapters(
+    opened = open_to_write(
         ModelConfig.model_validate({"name": base, "dtype": "float32"}), adapters=unique
     )
     if opened.source.get("adapter"):

@@ -1,0 +1,211 @@
+"""The product of a linear whose matrix is held in few bits, and how a layer comes to have one.
+
+    quantize_linears(model, QUANTIZATIONS["nf4"])     # a model that lies in memory whole
+    hold_packed(layer, pack(weight, quantization), torch.bfloat16)   # one layer, while it is read
+
+A matrix is opened where it is multiplied, into one buffer per shape that all linears of the model write
+one after the other, so that whole it exists once. The layer's parameters are what it is packed in:
+`weight` the codes, `weight_scales` and so on beside it, so that digests, devices and state dicts see all
+that the base is. Nothing of it trains.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.attach import find_linears, head_and_embedding
+from lorry.adapters.bank import wrap_module
+from lorry.adapters.layers import AdaptableLayer, BankLinear
+from lorry.adapters.quantization.packed import (
+    Packed4Bit,
+    PackedInt8,
+    PackedMatrix,
+    Quantization,
+    pack,
+    packed_digest,
+)
+from lorry.errors import ContractError
+
+# the parameter of a layer that holds each tensor of a packed matrix
+PARAMETERS = {
+    "codes": "weight",
+    "scales": "weight_scales",
+    "scale_scales": "weight_scale_scales",
+    "offset": "weight_offset",
+}
+
+
+class OpenBuffers(threading.local):
+    """One matrix per shape, dtype and device, of each thread: what is opened into it is multiplied at
+    once, before the next one is."""
+
+    def __init__(self) -> None:
+        self.buffers = dict[tuple[object, ...], Tensor]()
+
+    def get(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[O,I], of any values."""
+        key = (shape, dtype, device)
+        buffer = self.buffers.get(key)
+        if buffer is None:
+            # no inference tensor: the next to write it may be a step of training
+            with torch.inference_mode(False):
+                buffer = self.buffers[key] = torch.empty(shape, dtype=dtype, device=device)
+        return buffer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenBuffers:
+        return OpenBuffers()
+
+
+class QuantizedLinear:
+    """A `FrozenLinear` over what its layer holds: y [T,O] of x [T,I] in ``dtype``."""
+
+    def __init__(
+        self,
+        layer: BankLinear,
+        quantization: Quantization,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        buffers: OpenBuffers,
+    ) -> None:
+        self.layer, self.quantization, self.buffers = layer, quantization, buffers
+        self.shape, self.dtype = shape, dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        """Never: what is packed cannot train, and its bias stays with it."""
+        return False
+
+    @property
+    def packed(self) -> PackedMatrix:
+        """The matrix, as the layer holds it now. Raises ContractError where something cast its scales."""
+        codes, scales = self.layer.weight.detach(), self._held("scales")
+        if scales.dtype not in (torch.float32, torch.uint8):
+            raise ContractError(
+                f"{self.layer.path}: the scales of a quantized matrix were cast to {scales.dtype}; "
+                "load the model in the dtype it should compute in, and move it between devices alone"
+            )
+        if self.quantization.name == "int8":
+            return PackedInt8(self.quantization, codes, scales)
+        nested = [
+            self._held(name) if hasattr(self.layer, PARAMETERS[name]) else None
+            for name in ("scale_scales", "offset")
+        ]
+        return Packed4Bit(self.quantization, self.shape, codes, scales, *nested)
+
+    def parameters(self) -> Sequence[Tensor]:
+        """None that may train."""
+        return []
+
+    def open(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [O,I] it computes with, a new tensor."""
+        return self.packed.open(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._weight().t(), self.layer.bias
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        weight = self._weight()
+        return torch.mm(g, weight) if into is None else into.addmm_(g, weight)
+
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """None."""
+        return []
+
+    def _weight(self) -> Tensor:
+        """The matrix [O,I], until the next product of this thread."""
+        device = self.layer.weight.device
+        return self.packed.open(self.dtype, self.buffers.get(self.shape, self.dtype, device))
+
+    def _held(self, name: str) -> Tensor:
+        return self.layer.get_parameter(PARAMETERS[name]).detach()
+
+
+def hold_packed(
+    layer: BankLinear, packed: PackedMatrix, dtype: torch.dtype, buffers: OpenBuffers
+) -> None:
+    """Give a layer a packed matrix [O,I] in place of its weight, whatever the layout that had; it
+    computes in ``dtype``."""
+    shape = (layer.out_features, layer.in_features)
+    assert packed.shape == shape, (packed.shape, shape)
+    layer.use_product(QuantizedLinear(layer, packed.quantization, shape, dtype, buffers))
+    for name, tensor in packed.tensors().items():
+        setattr(layer, PARAMETERS[name], nn.Parameter(tensor, requires_grad=False))
+
+
+@torch.no_grad()
+def quantize_linears(model: nn.Module, quantization: Quantization) -> None:
+    """Pack the matrix of every linear of a frozen model but its output head, one after the other, and
+    let go of the wide one. Linears that are not Lorry's yet become so."""
+    head, _ = head_and_embedding(model)
+    buffers = OpenBuffers()
+    for path, found in find_linears(model).items():
+        layer = found if isinstance(found, AdaptableLayer) else wrap_module(found, path)
+        if path == head or not isinstance(layer, BankLinear):
+            continue
+        weight = layer.weight.detach()
+        hold_packed(
+            layer,
+            pack(weight.t() if layer.transposed else weight, quantization),
+            weight.dtype,
+            buffers,
+        )
+        if layer is not found:
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+
+
+@torch.no_grad()
+def round_base_linears(model: nn.Module, quantization: Quantization) -> None:
+    """Give every linear but the output head the values that packing would leave of its weight, in its own
+    dtype and class: what another library computes with a packed base."""
+    head, _ = head_and_embedding(model)
+    for path, found in find_linears(model).items():
+        layer = found if isinstance(found, AdaptableLayer) else wrap_module(found, path)
+        if path != head and isinstance(layer, BankLinear):
+            weight = layer.weight.t() if layer.transposed else layer.weight
+            values = pack(weight, quantization).open(weight.dtype)
+            layer.weight.copy_(values.t() if layer.transposed else values)
+
+
+@torch.no_grad()
+def open_linears(model: nn.Module) -> None:
+    """Give every packed linear its matrix whole again, as it computes with it: a dense base, onto which
+    an adapter that was trained over the packed one can be merged."""
+    for product in quantized_linears(model).values():
+        layer = product.layer
+        weight = product.open(product.dtype)
+        layer.product = None
+        for name in set(PARAMETERS.values()) - {"weight"} & set(layer._parameters):
+            delattr(layer, name)
+        weight = weight.t().contiguous() if layer.transposed else weight
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """{path: product} of the linears whose matrix is packed."""
+    return {
+        path: module.product
+        for path, module in model.named_modules()
+        if isinstance(module, BankLinear) and isinstance(module.product, QuantizedLinear)
+    }
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How the base's matrices are packed; None where they are not."""
+    return next((p.quantization for p in quantized_linears(model).values()), None)
+
+
+def quantization_facts(model: nn.Module) -> Mapping[str, str | int | bool] | None:
+    """What an adapter's files say of the matrices it was trained over: format, and SHA-256 of all that is
+    packed; None where they are not."""
+    linears = quantized_linears(model)
+    if not linears:
+        return None
+    digest = packed_digest({path: product.packed for path, product in linears.items()})
+    return {**next(iter(linears.values())).quantization.facts(), "sha256": digest}

@@ -1,0 +1,217 @@
+"""A matrix [O,I] packed into 4 or 8 bits a value, and opened again.
+
+    packed = pack(weight, QUANTIZATIONS["nf4"])
+    weight = packed.open(torch.bfloat16)       # the values it computes with
+
+`nf4`, `fp4`: blocks of 64 values along the flattened matrix, two codes a byte with the first in the
+high half, a scale each: the block's largest absolute value, itself an eight-bit code (double
+quantisation, blocks of 256 scales) unless that is switched off; 4.127 bits a value. Codes and largest values are
+bitsandbytes', bit for bit, and so is what its files are opened to; an eight-bit scale is the nearest, from which
+its CPU code is one step away in some 2 of 1,000. `int8`: a scale for each output, its largest absolute
+value over 127; weights alone, products are of the opened values.
+
+O out, I in features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorry.adapters.quantization.codes import LEVELS, dynamic_levels, nearest_code
+from lorry.kernels.packed import open_4bit, open_int8, supports_opening
+
+BLOCK = 64  # values that share a scale; QLoRA's and bitsandbytes'
+SCALE_BLOCK = 256  # scales that share one of their own
+INT8_MOST = 127
+# values that are packed or opened at a time: what is made beside the result stays small
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How matrices are packed. ``double``: whether scales of 4-bit blocks are packed too."""
+
+    name: Literal["nf4", "fp4", "int8"]
+    double: bool = True
+
+    def facts(self) -> dict[str, str | int | bool]:
+        """As files of an adapter record it."""
+        if self.name == "int8":
+            return {"format": self.name}
+        return {"format": self.name, "block": BLOCK, "double": self.double}
+
+
+QUANTIZATIONS: Mapping[str, Quantization] = {
+    name: Quantization(name) for name in ("nf4", "fp4", "int8")
+}
+
+
+class PackedMatrix(Protocol):
+    """A matrix [O,I] in few bits."""
+
+    @property
+    def quantization(self) -> Quantization:
+        """How it is packed."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is held in, by name."""
+
+    def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """[O,I] in ``dtype``, contiguous; written to ``into`` if given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed4Bit:
+    """Codes uint8 [ceil(O I / 2)]; the scale of each block: fp32 [blocks], or uint8 [blocks] with
+    ``scale_scales`` fp32 [ceil(blocks / 256)] and ``offset`` fp32 [1] added to each."""
+
+    quantization: Quantization
+    shape: tuple[int, int]
+    codes: Tensor
+    scales: Tensor
+    scale_scales: Tensor | None = None
+    offset: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        given = {"codes": self.codes, "scales": self.scales}
+        if self.scale_scales is not None and self.offset is not None:
+            given |= {"scale_scales": self.scale_scales, "offset": self.offset}
+        return given
+
+    def block_scales(self) -> Tensor:
+        """fp32 [blocks]."""
+        if self.scale_scales is None or self.offset is None:
+            return self.scales
+        levels = torch.tensor(dynamic_levels(), device=self.scales.device)
+        values, count = levels[self.scales.int()], len(self.scales)
+        blocks = F.pad(values, (0, -count % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+        return (blocks * self.scale_scales[:, None]).view(-1)[:count].add_(self.offset)
+
+    def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        out = (
+            torch.empty(self.shape, dtype=dtype, device=self.codes.device) if into is None else into
+        )
+        flat, scales = out.view(-1), self.block_scales()
+        levels = torch.tensor(LEVELS[self.quantization.name], device=self.codes.device)
+        if supports_opening(self.codes, dtype):
+            open_4bit(self.codes, scales, levels, out)
+            return out
+        # a byte's two values side by side in eight bytes, so that one look-up gives both
+        pairs = torch.cartesian_prod(levels, levels).view(torch.int64)
+        for start in range(0, flat.numel(), PIECE):
+            part = flat[start : start + PIECE]
+            codes = self.codes[start // 2 : (start + PIECE) // 2]
+            values = F.embedding(codes.int(), pairs).view(torch.float32).view(-1)
+            here = scales[start // BLOCK : (start + PIECE) // BLOCK]
+            if values.numel() == here.numel() * BLOCK:
+                values = (values.view(-1, BLOCK) * here[:, None]).view(-1)
+            else:  # the last block is shorter
+                values = values * here.repeat_interleave(BLOCK)[: values.numel()]
+            part.copy_(values[: part.numel()])
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt8:
+    """Codes int8 [O,I], scales fp32 [O]: the largest absolute value of each output over 127."""
+
+    quantization: Quantization
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "scales": self.scales}
+
+    def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        out = (
+            torch.empty(self.shape, dtype=dtype, device=self.codes.device) if into is None else into
+        )
+        if supports_opening(self.codes, dtype):
+            open_int8(self.codes, self.scales, out)
+            return out
+        rows = max(1, PIECE // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], rows):
+            here = slice(start, start + rows)
+            out[here].copy_(self.codes[here].float().mul_(self.scales[here, None]))
+        return out
+
+
+def pack(weight: Tensor, quantization: Quantization) -> PackedMatrix:
+    """A floating matrix [O,I], every value finite, packed; on its device."""
+    if quantization.name == "int8":
+        return _pack_int8(weight.detach(), quantization)
+    return _pack_4bit(weight.detach(), quantization)
+
+
+def packed_digest(packed: Mapping[str, PackedMatrix]) -> str:
+    """SHA-256 over the packed matrices by name: what is held, bit for bit."""
+    digest = hashlib.sha256()
+    for path, matrix in sorted(packed.items()):
+        for name, tensor in matrix.tensors().items():
+            digest.update(f"{path}.{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _pack_4bit(weight: Tensor, quantization: Quantization) -> Packed4Bit:
+    flat, levels = weight.reshape(-1), LEVELS[quantization.name]
+    codes, scales = list[Tensor](), list[Tensor]()
+    for start in range(0, flat.numel(), PIECE):
+        part = flat[start : start + PIECE].float()
+        # zeros change no block's largest absolute value
+        blocks = F.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
+        largest = blocks.abs().amax(1)
+        numbers = nearest_code(_shares(blocks, largest), levels).view(-1)
+        # up to a whole byte: what was padded are codes of zero
+        numbers = numbers[: part.numel() + part.numel() % 2]
+        codes.append(numbers[::2] << 4 | numbers[1::2])
+        scales.append(largest)
+    shape = (weight.shape[0], weight.shape[1])
+    packed = Packed4Bit(quantization, shape, torch.cat(codes), torch.cat(scales))
+    return _pack_scales(packed) if quantization.double else packed
+
+
+def _shares(blocks: Tensor, largest: Tensor) -> Tensor:
+    """Values [n, block] by their block's largest absolute value, which is 0 where all are."""
+    # times its inverse, as bitsandbytes has it: a quotient would choose another of two equally near
+    return blocks * (1.0 / largest.where(largest > 0, 1.0))[:, None]
+
+
+def _pack_scales(packed: Packed4Bit) -> Packed4Bit:
+    """The same with its scales in eight bits: their mean taken off, blocks of 256."""
+    offset = packed.scales.mean()
+    centred = packed.scales - offset
+    blocks = F.pad(centred, (0, -centred.numel() % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    largest = blocks.abs().amax(1)
+    codes = nearest_code(_shares(blocks, largest), dynamic_levels()).view(-1)[: centred.numel()]
+    return Packed4Bit(
+        packed.quantization, packed.shape, packed.codes, codes, largest, offset.reshape(1)
+    )
+
+
+def _pack_int8(weight: Tensor, quantization: Quantization) -> PackedInt8:
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], device=weight.device)
+    rows = max(1, PIECE // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].float()
+        scale = part.abs().amax(1) / INT8_MOST
+        scales[start : start + rows] = scale
+        codes[start : start + rows] = (part / scale.where(scale > 0, 1.0)[:, None]).round()
+    return PackedInt8(quantization, codes, scales)
