@@ -606,7 +606,7 @@ def _unpacked(settings: AnyPlanSettings, shape: ModelShape) -> str:
     """Why a run does not hold the matrices in few bits as this plan has it; empty where it does."""
     if settings.model.quantize is None:
         return ""
-    if settings.backend.name == "fsdp" or settings.backend.tensor_parallel > 1:
+    if settings.backend.name in ("fsdp", "megatron") or settings.backend.tensor_parallel > 1:
         return "is refused where the base is cut over processes"
     return "leaves stacked experts whole in a run" if shape.experts is not None else ""
 

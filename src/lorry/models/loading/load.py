@@ -111,16 +111,11 @@ def load_model(
         torch_device,
     )
     quantization = _pick_quantization(quantize, location.adapter)
-    if quantization is not None and (ranks is not None or shard is not None or convert is not None):
-        backend = (
-            "backend=megatron"
-            if convert is not None
-            else "backend=fsdp"
-            if shard is not None
-            else "backend.tensor_parallel"
-        )
+    sharing = {"backend=megatron": convert, "backend=fsdp": shard, "backend.tensor_parallel": ranks}
+    cut = [name for name, how in sharing.items() if how is not None]
+    if quantization is not None and cut:
         raise ConfigError(
-            f"model.quantize={quantization.name} with {backend}: packed matrices are not cut over processes; "
+            f"model.quantize={quantization.name} with {cut[0]}: packed matrices are not cut over processes; "
             "train on one device, or with backend=ddp"
         )
     description = describe_model(
