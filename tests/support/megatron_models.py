@@ -24,6 +24,8 @@ SIZES: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**SIZES, "tie_word_embeddings": False},
     "llama-deep": {**SIZES, "tie_word_embeddings": False, "num_hidden_layers": 4},
+    # k as wide as q
+    "llama-mha": {**SIZES, "tie_word_embeddings": False, "num_key_value_heads": 4},
     "qwen2": {**SIZES, "tie_word_embeddings": True},
     "qwen3": {**SIZES, "tie_word_embeddings": False, "head_dim": 16},
 }

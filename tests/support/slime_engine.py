@@ -35,7 +35,7 @@ class StandInEngine:
 
     def __getattr__(self, name: str) -> Remote:
         # only asked for what the object has not: its methods are `_name`
-        function = type(self).__dict__.get(f"_{name}")
+        function = getattr(type(self), f"_{name}", None)
         if function is None:
             raise AttributeError(name)
 

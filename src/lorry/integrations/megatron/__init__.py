@@ -28,8 +28,9 @@ from lorry.integrations.megatron.attach import (
     get_lora_parameters,
     set_dropout_step,
 )
+from lorry.integrations.megatron.distributed import load_distributed
 from lorry.integrations.megatron.export import save_hf_weights
-from lorry.integrations.megatron.files import load_distributed, load_lora, save_lora
+from lorry.integrations.megatron.files import load_lora, save_lora
 from lorry.integrations.megatron.hf_weights import load_hf_weights
 from lorry.integrations.megatron.merge import merged_named_parameters
 from lorry.integrations.megatron.optimizer import loraplus_overrides

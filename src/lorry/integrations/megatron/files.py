@@ -1,5 +1,4 @@
-"""Adapters of a Megatron-core model as PEFT's files, at any tensor and pipeline parallel size, and in
-Megatron's own distributed checkpoints.
+"""Adapters of a Megatron-core model as PEFT's files, at any tensor and pipeline parallel size.
 
     save_lora(model, "adapters/step-100")     adapter_config.json, adapter_model.safetensors, lorry_adapter.json
     load_lora(model, "adapters/step-100")     from any other layout, or from PEFT
@@ -10,14 +9,13 @@ nobody waits.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
@@ -72,7 +70,6 @@ from lorry.models.megatron.layout import (
     shard_dim,
     whole_sizes,
 )
-from lorry.notes import NoteCallback
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, ADAPTER_WEIGHTS
 
 # of what should be the same on every rank; a rank that missed a collective is off by tens of percent
@@ -86,19 +83,50 @@ def save_lora(model: Model, path: str | Path, *, base_name: str | None = None) -
     it. ``base_name``: the base for PEFT, by default what `load_hf_weights` loaded. Raises ModelError
     where a value is not finite, ContractError where ranks have drifted apart, DiskError."""
     chunks = list_chunks(model)
-    adapter = get_adapter(chunks[0])
     tensors = gather_lora(chunks)
     digest = gathered_base_digest(chunks)
-    base: LoadedBase | None = chunks[0].__dict__.get("lorry_base")
-    origin = None if base is None else base.path
-    on_every_rank(
-        chunks,
-        lambda: (
-            _write(Path(path), chunks[0], adapter, tensors, digest, base_name or origin)
-            if is_writer()
-            else None
-        ),
+
+    def write() -> None:
+        files = lora_files(chunks, tensors, base_name=base_name, base_digest=digest)
+        if is_writer():
+            durable.make_directory(Path(path))
+            durable.write_files(Path(path), files)
+
+    on_every_rank(chunks, write)
+
+
+def lora_files(
+    model: Model,
+    tensors: Mapping[str, Tensor],
+    *,
+    base_name: str | None = None,
+    base_digest: str | None = None,
+) -> dict[str, bytes]:
+    """{file: content} of the adapter whose matrices `gather_lora` gathered. ``base_name``: as
+    `save_lora` has it; ``base_digest``: by which a reader knows the base. Raises ModelError where a
+    value is not finite."""
+    chunk = list_chunks(model)[0]
+    adapter = get_adapter(chunk)
+    base: LoadedBase | None = chunk.__dict__.get("lorry_base")
+    for name, tensor in tensors.items():
+        # before a byte is written: a broken adapter must not replace a good one
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name} holds NaN or infinity; nothing was written")
+    config = to_peft_config(
+        adapter.spec,
+        target_names(hugging_face_tree(chunk.config), adapter.paths),
+        transposed=False,
+        base_name=base_name or (None if base is None else base.path),
     )
+    dtype = next(p.dtype for n, p in chunk.named_parameters() if ".lora_" not in n)
+    facts: dict[str, Any] = {
+        "adapter": "default",
+        "dtype": str(dtype).removeprefix("torch."),
+        "megatron_mode": adapter.mode,
+    }
+    if base_digest is not None:
+        facts["base_digest"] = base_digest
+    return encode_adapter({_peft_name(n): t for n, t in tensors.items()}, config, facts)
 
 
 def load_lora(
@@ -138,13 +166,23 @@ def load_lora(
         get_adapter(chunk).is_new = False
 
 
-def gather_lora(model: Model) -> dict[str, Tensor]:
+def read_lora(model: Model, path: str | Path) -> tuple[LoraSpec, Mode, dict[str, Tensor]]:
+    """(what it is, the mode it was trained in, {`MODULE.lora_A`: whole matrix}) of the adapter in the
+    directory ``path``, for a model as this one is. Raises ModelError."""
+    _, spec, values, facts = _read(list_chunks(model)[0], Path(path))
+    recorded = facts.get("megatron_mode", MODES[0])
+    return spec, recorded if recorded in MODES else MODES[0], values
+
+
+def gather_lora(
+    model: Model, value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+) -> dict[str, Tensor]:
     """{`MODULE.lora_A`: [r, in], `MODULE.lora_B`: [out, r]} of the whole model, fp32 on the CPU, by
-    Hugging Face's paths, on every rank. Raises ContractError, on every rank, where what is whole
-    differs between them."""
+    Hugging Face's paths, on every rank. ``value``: of a parameter, where a copy is to be read instead.
+    Raises ContractError, on every rank, where what is whole differs between them."""
     chunks = list_chunks(model)
     device = next(chunks[0].parameters()).device
-    own = dict(local for chunk in chunks for local in _local_tensors(chunk))
+    own = dict(local for chunk in chunks for local in _local_tensors(chunk, value))
     shards = gather_over(parallel_state.get_tensor_model_parallel_group(), own, device)
     stage = {name: _join(name, [shard[name] for shard in shards]) for name in own}
     stages = gather_over(parallel_state.get_pipeline_model_parallel_group(), stage, device)
@@ -161,59 +199,6 @@ def gather_lora(model: Model) -> dict[str, Tensor]:
         for path in get_adapter(chunks[0]).paths
         for side in SIDES
     }
-
-
-def load_distributed(
-    model: Model,
-    sharded_state_dict: dict[str, Any],
-    folder: str | Path,
-    *,
-    add_note: NoteCallback = warnings.warn,
-    **options: Any,
-) -> dict[str, Any]:
-    """`dist_checkpointing.load` for a model with adapters. A checkpoint without any, of the base, is
-    allowed once, before anything was trained, and said; one that has some and lacks others is refused.
-    Raises ModelError."""
-    chunks = list_chunks(model)
-    wanted = {entry.key: place for place, entry in _lora_entries(sharded_state_dict)}
-    stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
-    missing = sorted(set(wanted) - stored)
-    if not missing:
-        loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(folder), **options)
-        for chunk in chunks:
-            get_adapter(chunk).is_new = False
-        return loaded
-    if len(missing) < len(wanted) or any(".lora_" in key for key in stored):
-        raise ModelError(
-            f"{folder}: has no {missing[0]} ({len(missing)} such); its adapters are others than this "
-            "model's (rank, targets or lora_mode)"
-        )
-
-    def refuse_trained() -> None:
-        if not all(_is_new(get_adapter(chunk)) for chunk in chunks):
-            raise ModelError(
-                f"{folder}: holds no adapters, and this model's are not new: they would stay as they "
-                "are over what was loaded beneath them; load a checkpoint with adapters"
-            )
-
-    on_every_rank(chunks, refuse_trained)
-    add_note(f"{folder} holds no adapters: the base was loaded, and the adapters are new")
-    for parent, key in wanted.values():
-        del parent[key]
-    loaded = dist_checkpointing.load(sharded_state_dict, str(folder), **options)
-    for chunk in chunks:
-        get_adapter(chunk).is_new = False
-    return loaded
-
-
-def _is_new(adapter: MegatronAdapter) -> bool:
-    """Whether nothing was loaded into it or trained: B starts at zero."""
-    matrices = (
-        getattr(linear, term.parameter("B"))
-        for linear in adapter.linears.values()
-        for term in linear.lora.terms
-    )
-    return adapter.is_new and not any(bool(b.any()) for b in matrices)
 
 
 def gathered_base_digest(model: Model) -> str | None:
@@ -292,47 +277,20 @@ def is_writer() -> bool:
     )
 
 
-def _write(
-    folder: Path,
-    chunk: nn.Module,
-    adapter: MegatronAdapter,
-    tensors: Mapping[str, Tensor],
-    digest: str | None,
-    base_name: str | None,
-) -> None:
-    for name, tensor in tensors.items():
-        # before a byte is written: a broken adapter must not replace a good one
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name} holds NaN or infinity; nothing was written")
-    config = to_peft_config(
-        adapter.spec,
-        target_names(hugging_face_tree(chunk.config), adapter.paths),
-        transposed=False,
-        base_name=base_name,
-    )
-    dtype = next(p.dtype for n, p in chunk.named_parameters() if ".lora_" not in n)
-    facts: dict[str, Any] = {
-        "adapter": "default",
-        "dtype": str(dtype).removeprefix("torch."),
-        "megatron_mode": adapter.mode,
-    }
-    if digest is not None:
-        facts["base_digest"] = digest
-    named = {_peft_name(name): tensor for name, tensor in tensors.items()}
-    durable.make_directory(folder)
-    durable.write_files(folder, encode_adapter(named, config, facts))
-
-
 def _peft_name(name: str) -> str:
     return f"{PEFT_PREFIX}{name}.weight"
 
 
-def _local_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _local_tensors(
+    chunk: nn.Module, value: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of every projection's A and B."""
     for linear in get_adapter(chunk).linears.values():
         lora = linear.lora
         for term in lora.terms:
-            a, b = (getattr(linear, term.parameter(side)).detach().float() for side in SIDES)
+            a, b = (
+                value(linear.get_parameter(term.parameter(side))).detach().float() for side in SIDES
+            )
             parts = lora.order.split(b) if len(term.targets) > 1 else [b]
             for target, part in zip(term.targets, parts, strict=True):
                 path = FAMILY.path(target, lora.layer)
@@ -434,16 +392,6 @@ def _fill(linear: LoraParallelLinear, values: Mapping[str, Tensor]) -> None:
         local = local_values(lora, term, a, b, lora.group.rank(), lora.group.size())
         for side, value in zip(SIDES, local, strict=True):
             getattr(linear, term.parameter(side)).copy_(value)
-
-
-def _lora_entries(entries: Any) -> Iterator[tuple[tuple[dict[str, Any], str], Any]]:
-    """((dictionary, key in it), entry) of every adapter's entry of a nested state dict."""
-    if isinstance(entries, dict):
-        for key, value in entries.items():
-            if isinstance(key, str) and ".lora_" in key and hasattr(value, "key"):
-                yield (entries, key), value
-            else:
-                yield from _lora_entries(value)
 
 
 def _weight_shapes(chunk: nn.Module, base: LoadedBase) -> Iterator[tuple[str, tuple[int, int]]]:

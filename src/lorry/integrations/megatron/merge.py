@@ -4,7 +4,7 @@ a policy to an engine that knows no adapters. The model itself is never written 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +38,24 @@ def merged_parameter(chunk: nn.Module, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def merged_weight(linear: LoraParallelLinear) -> Tensor:
-    """This rank's part of W + s B A [out, in], in W's dtype, new memory."""
+def merged_weight(linear: LoraParallelLinear, values: Mapping[str, Tensor] | None = None) -> Tensor:
+    """This rank's part of W + s B A [out, in], in W's dtype, new memory on the linear's device.
+    ``values``: copies of the linear's parameters by their names (`weight`, `lora_A_q` ...), from
+    wherever they are kept; by default the parameters themselves."""
     lora = linear.lora
-    weight = linear.get_parameter("weight")
+    device = linear.get_parameter("weight").device
+
+    def value(name: str) -> Tensor:
+        return linear.get_parameter(name) if values is None else values[name]
+
+    weight = value("weight")
     exact = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(exact, copy=True)
+    merged = weight.to(device, exact, copy=True)
     # by projection: views of the merged rows, into which each term is added
     rows = merged.unflatten(0, (lora.order.groups, sum(lora.order.sizes)))
     parts = dict(zip(lora.place.targets, rows.split(lora.order.sizes, 1), strict=True))
     for term in lora.terms:
-        a, b = (getattr(linear, term.parameter(side)).to(exact) for side in SIDES)
+        a, b = (value(term.parameter(side)).to(device, exact) for side in SIDES)
         delta = term.scale * (b @ a)
         if len(term.targets) == 1:
             part = parts[term.targets[0]]

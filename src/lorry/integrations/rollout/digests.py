@@ -10,12 +10,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from lorry.errors import ModelError
+
+# as safetensors writes them
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,17 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """{tensor: SHA-256} of tensors in memory, the same as of a file that holds them."""
     content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
     return {name: facts.sha256 for name, facts in read_tensor_facts(content, "memory").items()}
+
+
+def digest_tensor(tensor: Tensor) -> str:
+    """SHA-256 of one tensor, the same as of a file that holds it, without a copy of it on the CPU."""
+    own = tensor.detach().contiguous()
+    digest = hashlib.sha256(f"{_DTYPES[own.dtype]} {list(own.shape)}\n".encode())
+    data: Any = (
+        own.reshape(-1).view(torch.uint8).numpy()
+    )  # a buffer, which numpy's stubs do not say
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def _facts(dtype: str, shape: tuple[int, ...], data: bytes) -> TensorFacts:

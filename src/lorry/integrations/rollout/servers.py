@@ -247,6 +247,15 @@ class SglangServer(_Server):
             ) from None
         return _all_answered(self.label, completions, prompts)
 
+    def weights_by_name(self, name: str, rows: int) -> list[list[float]]:
+        """The first rows of a weight by Hugging Face's name, as it is held. Raises EngineError where the
+        served model's class does not give them."""
+        path = "/get_weights_by_name"
+        answer = self._post(path, {"name": name, "truncate_size": rows})
+        if not isinstance(answer, list):
+            raise EngineError(f"{self.label}: {path} gave no rows of {name}: {answer}")
+        return answer
+
     def _update(self, path: str, body: Mapping[str, Any]) -> None:
         answer = self._post(path, body)
         # a failure may come with status 200

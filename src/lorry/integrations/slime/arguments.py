@@ -32,6 +32,7 @@ DEFAULTS: Mapping[str, Any] = {
     "lora_sync": SYNCS[0],
     "lora_check_every": 1,
     "lora_adapter_path": None,
+    "lora_sync_dir": None,
 }
 # what slime matches parameters' names with: every one of an adapter, and no other
 TRAINED = "lora_"
@@ -63,6 +64,13 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         default=DEFAULTS["lora_adapter_path"],
         metavar="DIR",
         help="a PEFT adapter to start from",
+    )
+    group.add_argument(
+        "--lora-sync-dir",
+        default=DEFAULTS["lora_sync_dir"],
+        metavar="DIR",
+        help="where --lora-sync adapter writes its versions, for trainer and engines alike; rollout in "
+        "--save if absent",
     )
     return parser
 

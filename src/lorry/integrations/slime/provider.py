@@ -9,7 +9,8 @@ from functools import wraps
 from typing import Any
 
 from lorry.errors import ConfigError
-from lorry.integrations.slime.arguments import INSTALL, PLUGIN, PROVIDER
+from lorry.integrations.arguments import argument
+from lorry.integrations.slime.arguments import INSTALL, PLUGIN, PROVIDER, lora_argument
 
 MODEL_PROVIDER = "slime.backends.megatron_utils.model_provider"
 MODEL = "slime.backends.megatron_utils.model"
@@ -23,8 +24,7 @@ def model_provider(
     """The GPTModel that slime itself would build (its spec, all its arguments), with the adapters that the
     flags describe, everything else frozen. slime calls it, before DistributedDataParallel. Raises
     ConfigError."""
-    from lorry.integrations.megatron import apply_lora_to_megatron_model
-
+    importlib.import_module("lorry.integrations.megatron")  # says what to install
     args = import_part("megatron.training.global_vars").get_args()
     if not getattr(args, INSTALLED, False):
         raise ConfigError(
@@ -33,7 +33,20 @@ def model_provider(
         )
     build = import_part(MODEL_PROVIDER).get_model_provider_func(_without_provider(args))
     model = build(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
-    return apply_lora_to_megatron_model(model, args)
+    return _add_adapters(model, args)
+
+
+def _add_adapters(model: Any, args: Any) -> Any:
+    """New adapters by the flags, or those of `--lora-adapter-path`, to be filled when the base is
+    loaded: a file's ranks, scales and targets are its own."""
+    from lorry.integrations.megatron import apply_lora_to_megatron_model, attach_lora
+    from lorry.integrations.megatron.files import read_lora
+
+    path = lora_argument(args, "lora_adapter_path")
+    if path is None:
+        return apply_lora_to_megatron_model(model, args)
+    spec, mode, _ = read_lora(model, path)
+    return attach_lora(model, spec, mode=mode, seed=argument(args, "lora_seed"))
 
 
 def rebind_provider() -> list[str]:

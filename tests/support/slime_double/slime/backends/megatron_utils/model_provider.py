@@ -13,6 +13,12 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training.arguments import core_transformer_config_from_args
 from torch import Tensor
@@ -77,6 +83,12 @@ def _build(args: Namespace, pre_process: bool, post_process: bool, vp_stage: int
     for name, parameter in model.named_parameters():
         if not name.endswith("norm.weight") and not name.endswith("layer_norm_weight"):
             torch.nn.init.normal_(parameter, std=0.02)
+    for module in model.modules():
+        # marks that Megatron sets where it draws values; by rows of each half, as Transformer Engine's
+        kinds = VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear
+        if isinstance(module, kinds) and module.weight is not None:  # a tied head has none
+            dim = int(isinstance(module, RowParallelLinear))
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
     return model
 
 
