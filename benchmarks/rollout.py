@@ -6,8 +6,8 @@ on purpose, that have to be found.
     python benchmarks/rollout.py --in-process --steps 3
 
 With --url adapters go to a vLLM server by /v1/load_lora_adapter. With --in-process to a vLLM in this
-process: first by LoRARequest, then whole models that each adapter is merged into. Trainer: float32;
-engine: bfloat16, which is the bound between them. A line says of each version: reward of the rollouts
+process: first by LoRARequest, then whole models that each adapter is merged into. Trainer and engine:
+bfloat16, by other kernels. A line says of each version: reward of the rollouts
 before it, seconds and bytes of its push, how far the engine's log-probabilities are from the
 trainer's, what share of the adapter's effect it shows, and how many greedy answers are the same.
 Seconds are those of the machine as it was, with its load beside them. The record goes to
@@ -159,21 +159,41 @@ def train(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dic
         lines.append(line)
         print(json.dumps(line), flush=True)
     current = sync.current
-    assert previous is not None
     assert current is not None
-    params = SamplingParams(max_new_tokens=settings.max_new_tokens, logprobs=True)
+    adapter_bytes = (current.path / ADAPTER_WEIGHTS).stat().st_size
+    made = {
+        "settings": asdict(settings),
+        "bounds": {"mean": probe.mean_bound, "largest": probe.bound},
+        "digests_of": "memory" if getattr(engine.engine, "reads_memory", False) else "file",
+        "adapter_bytes": adapter_bytes,
+        "bytes_over_adapter": current.bytes / adapter_bytes,
+        "versions": lines,
+        "highest_load": max(line["load_average"] for line in lines),
+    }
+    return made | (
+        {} if "stopped" in lines[-1] else {"faults": break_it(trainer, engine, previous)}
+    )
+
+
+def break_it(trainer: GrpoTrainer, engine: Recorded, previous: AdapterVersion) -> dict[str, str]:
+    """Faults made on purpose, and what each was found with. ``previous``: the version before the
+    current one."""
+    sync, probe, prompts = trainer.sync, trainer.sync.probe, trainer.sync.probe.prompts
+    params = SamplingParams(max_new_tokens=probe.max_new_tokens, logprobs=True)
     base = engine.generate(prompts, params, adapter=None)
     engine.load_lora_adapter(previous)
     stale = engine.generate(prompts, params, adapter=previous.name)
     engine.unload_lora_adapter(previous.name)
     old = (previous.path / ADAPTER_WEIGHTS).read_bytes()
-    lost = sync.publisher.publish(adapter_files(model, POLICY))
+    lost = sync.publisher.publish(adapter_files(trainer.model, POLICY))
     (lost.path / ADAPTER_WEIGHTS).write_bytes(old)
     engine.load_lora_adapter(lost)
     faults = {
         "rollouts of the version before": outcome(lambda: sync.check_rollouts(previous.name)),
         "the version was never sent": outcome(
-            lambda: check_held(engine, AdapterVersion(99, folder / "lora_v000099", {}, 0))
+            lambda: check_held(
+                engine, AdapterVersion(99, lost.path.with_name("lora_v000099"), {}, 0)
+            )
         ),
         "the file of the version before in this directory": outcome(
             lambda: check_held(engine, lost)
@@ -188,17 +208,7 @@ def train(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dic
     engine.unload_lora_adapter(lost.name)
     for name, found in faults.items():
         print(f"{name}: {found}", flush=True)
-    adapter_bytes = (current.path / "adapter_model.safetensors").stat().st_size
-    return {
-        "settings": asdict(settings),
-        "bounds": {"mean": probe.mean_bound, "largest": probe.bound},
-        "digests_of": "memory" if getattr(engine.engine, "reads_memory", False) else "file",
-        "adapter_bytes": adapter_bytes,
-        "bytes_over_adapter": current.bytes / adapter_bytes,
-        "versions": lines,
-        "faults": faults,
-        "highest_load": max(line["load_average"] for line in lines),
-    }
+    return faults
 
 
 def merge(engine: Any, policy: tuple[Any, Any], folder: Path) -> dict[str, Any]:

@@ -8,9 +8,9 @@ trainer's log-probabilities.
 The last is within rounding only: engine and trainer compute in bfloat16 by other kernels, and one
 step of training moves log-probabilities by less than that. So it also takes the trainer's
 log-probabilities under the base, and estimates how much of the adapter's effect the engine shows
-(``share``): 0 is the base, 1 this policy, 2 an adapter over weights into which it was merged. An
-engine in bfloat16 loses of a small adapter what is below the rounding of a layer's output: after one
-step vLLM showed 0.42 and PEFT in bfloat16 0.48 of what float32 computes; later it comes near 1.
+(``share``): 0 is the base, 1 this policy, 2 an adapter over weights into which it was merged.
+bfloat16 loses of a small adapter what is below the rounding of a layer's output, so against a trainer
+in float32 it begins near 0.4 (docs/rollout.md).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,15 @@ class VllmEngine:
         self.llm, self.label = llm, label
         self.reads_memory: bool | None = None
         self._requests: dict[str, Any] = {}
+        self._numbers = count(
+            1
+        )  # vLLM's, of its own: versions of another directory begin at 1 again
 
     def load_lora_adapter(self, version: AdapterVersion) -> None:
         if version.name in self._requests:
             raise EngineError(f"{self.label}: {version.name} is loaded already")
-        request = _vllm().lora.request.LoRARequest(version.name, version.number, str(version.path))
+        number = next(self._numbers)
+        request = _vllm().lora.request.LoRARequest(version.name, number, str(version.path))
         try:
             added = self.llm.llm_engine.add_lora(request)
         # whatever it says of the files; the ways it fails are not listed anywhere
