@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from case import data_folder
 from measure import machine
 from turns import RESULTS, keep
@@ -43,6 +44,7 @@ from lorry.integrations.rollout import (
     AdapterVersion,
     MergedSync,
     ModelPublisher,
+    SyncReport,
     VersionPublisher,
     VllmEngine,
     VllmServer,
@@ -137,29 +139,10 @@ def train(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dic
     settings = Settings(steps=steps)
     sync = AdapterSync(VersionPublisher(folder), [engine])
     trainer = GrpoTrainer(model, tokenizer, engine, sync, settings)
-    prompts = [question.prompt for question in questions[-PROBES:]]
-    probe = sync.probe = make_probe(
-        trainer.backend, prompts, max_new_tokens=settings.max_new_tokens
-    )
-    first = trainer.push(stepped=False)
-    lines = [describe(first) | compare_greedy(trainer.backend, probe, engine.last, Mix.one(POLICY))]
-    print(json.dumps(lines[0]), flush=True)
-    previous: AdapterVersion | None = None
-    for step in range(steps):
-        previous = sync.current
-        try:
-            record = trainer.step(step, questions[:-PROBES])
-        except LorryError as error:
-            # what was made so far is kept, and why no more
-            lines.append({"step": step + 1, "stopped": str(error), "load_average": 0})
-            print(json.dumps(lines[-1]), flush=True)
-            break
-        line = {k: v for k, v in asdict(record).items() if k != "sync"} | describe(record.sync)
-        line |= compare_greedy(trainer.backend, probe, engine.last, Mix.one(POLICY))
-        lines.append(line)
-        print(json.dumps(line), flush=True)
-    current = sync.current
+    lines, previous = follow(trainer, engine, questions)
+    current, probe = sync.current, sync.probe
     assert current is not None
+    assert probe is not None
     adapter_bytes = (current.path / ADAPTER_WEIGHTS).stat().st_size
     made = {
         "settings": asdict(settings),
@@ -173,6 +156,35 @@ def train(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dic
     return made | (
         {} if "stopped" in lines[-1] else {"faults": break_it(trainer, engine, previous)}
     )
+
+
+def follow(trainer: Any, engine: Recorded, questions: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Its steps, a line for each version, and the version before the last."""
+    prompts = [question.prompt for question in questions[-PROBES:]]
+    probe = trainer.sync.probe = make_probe(
+        trainer.backend, prompts, max_new_tokens=trainer.settings.max_new_tokens
+    )
+    lines: list[dict[str, Any]] = []
+
+    def keep_line(line: dict[str, Any]) -> None:
+        if "stopped" not in line:
+            line |= compare_greedy(trainer.backend, probe, engine.last, Mix.one(POLICY))
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+
+    keep_line(describe(trainer.push(stepped=False)))
+    previous = None
+    for step in range(trainer.settings.steps):
+        previous = trainer.sync.current
+        try:
+            record = trainer.step(step, questions[:-PROBES])
+        except LorryError as error:
+            # what was made so far is kept, and why no more
+            keep_line({"step": step + 1, "stopped": str(error), "load_average": 0})
+            break
+        of_step = {k: v for k, v in asdict(record).items() if k != "sync"}
+        keep_line(of_step | describe(record.sync))
+    return lines, previous
 
 
 def break_it(trainer: GrpoTrainer, engine: Recorded, previous: AdapterVersion) -> dict[str, str]:
@@ -211,44 +223,49 @@ def break_it(trainer: GrpoTrainer, engine: Recorded, previous: AdapterVersion) -
     return faults
 
 
-def merge(engine: Any, policy: tuple[Any, Any], folder: Path) -> dict[str, Any]:
-    """The policy's adapter merged into the engine's weights, and an adapter over them, on purpose."""
-    import torch
+class MergedTrainer(GrpoTrainer):
+    """The same, with whole models in the place of the engine's base."""
 
-    model, tokenizer = policy
-    engine = Recorded(engine)
-    questions = pick_questions(tokenizer)
-    prompts = [question.prompt for question in questions[-PROBES:]]
-    trainer = GrpoTrainer(
-        model, tokenizer, engine, AdapterSync(VersionPublisher(folder / "a"), [engine]), Settings()
-    )
-    probe = make_probe(trainer.backend, prompts, max_new_tokens=4)
-
-    def write(place: Path) -> None:
+    def write(self, folder: Path) -> None:
+        """The merged model, in bfloat16; the trainer's own weights stay as they are."""
         save_model(
-            model,
-            place,
-            tensors=merged_tensors(model, {POLICY: 1.0}, dtype=torch.bfloat16),
-            tokenizer=tokenizer,
+            self.model,
+            folder,
+            tensors=merged_tensors(self.model, {POLICY: 1.0}, dtype=torch.bfloat16),
+            tokenizer=self.tokenizer,
             dtype=torch.bfloat16,
         )
 
-    def twice() -> None:
-        trainer.push(stepped=False)
-        probe.check(engine, trainer.sync.current.name)
+    def push(self, *, stepped: bool) -> SyncReport:
+        return self.sync.push(self.write, stepped=stepped)
 
-    sync = MergedSync(ModelPublisher(folder), [engine], probe)
-    report = sync.push(write, stepped=True)
-    line = describe(report) | compare_greedy(trainer.backend, probe, engine.last, Mix.one(POLICY))
-    print(json.dumps(line), flush=True)
-    faults = {
-        "the same model again": outcome(lambda: sync.push(write, stepped=True)),
-        "the adapter over weights into which it is merged": outcome(twice),
-        "a merged model beside an adapter": outcome(lambda: sync.push(write, stepped=False)),
+    def sample(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
+        return self.engine.generate(prompts, params, adapter=None)
+
+
+def merge(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dict[str, Any]:
+    """GRPO with merged models, from the policy as it is; then an adapter over them, on purpose."""
+    model, tokenizer = policy
+    engine = Recorded(engine)
+    questions = pick_questions(tokenizer)
+    sync: Any = MergedSync(ModelPublisher(folder), [engine])
+    trainer = MergedTrainer(model, tokenizer, engine, sync, Settings(steps=steps, seed=steps))
+    lines, _ = follow(trainer, engine, questions)
+    made: dict[str, Any] = {"versions": lines}
+    if "stopped" in lines[-1]:
+        return made
+    over = AdapterSync(VersionPublisher(folder), [engine], sync.probe)
+    files = adapter_files(model, POLICY)
+    made["faults"] = {
+        "the same model again": outcome(lambda: sync.push(trainer.write, stepped=True)),
+        "the adapter over weights into which it is merged": outcome(
+            lambda: over.push(files, stepped=False)
+        ),
+        "a merged model beside an adapter": outcome(lambda: trainer.push(stepped=False)),
     }
-    for name, found in faults.items():
+    for name, found in made["faults"].items():
         print(f"{name}: {found}", flush=True)
-    return {"versions": [line], "faults": faults}
+    return made
 
 
 def open_engine(model: str) -> VllmEngine:
@@ -291,7 +308,7 @@ def main() -> int:
             parts["in_process"] = train(engine, policy, args.steps, Path(name) / "here")
             for held in list(engine.list_lora_adapters()):
                 engine.unload_lora_adapter(held)
-            parts["merged"] = merge(engine, policy, Path(name) / "merged")
+            parts["merged"] = merge(engine, policy, args.steps, Path(name) / "merged")
     if not args.no_keep:
         place = RESULTS / f"{NAME}.json"
         before = json.loads(place.read_text()) if place.is_file() else {}

@@ -213,6 +213,14 @@ class GrpoTrainer:
         """The adapter as it is, to the engine."""
         return self.sync.push(adapter_files(self.model, POLICY), stepped=stepped)
 
+    def sample(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
+        """Answers by the version that the engine was last shown to hold."""
+        assert self.sync.current is not None
+        adapter = self.sync.current.name
+        answers = self.engine.generate(prompts, params, adapter=adapter)
+        self.sync.check_rollouts(adapter)
+        return answers
+
     def run(self, questions: Sequence[Question]) -> Iterator[StepRecord]:
         """Sample, reward, step and push, ``settings.steps`` times. Raises what `AdapterSync.push`
         raises."""
@@ -228,7 +236,7 @@ class GrpoTrainer:
         rows = [question for question in asked for _ in range(wanted.group)]
         assert self.sync.current is not None
         adapter = self.sync.current.name
-        answers = self.engine.generate(
+        answers = self.sample(
             [question.prompt for question in rows],
             SamplingParams(
                 max_new_tokens=wanted.max_new_tokens,
@@ -237,9 +245,7 @@ class GrpoTrainer:
                 stop_token_ids=[self.tokenizer.eos_token_id],
                 logprobs=True,
             ),
-            adapter=adapter,
         )
-        self.sync.check_rollouts(adapter)
         texts = [self.tokenizer.decode(a.tokens, skip_special_tokens=True) for a in answers]
         rewards = [reward(text, row.answer) for text, row in zip(texts, rows, strict=True)]
         advantages = group_advantages(rewards, wanted.group)
