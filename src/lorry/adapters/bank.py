@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.dropout import DropoutNoise
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
+from lorry.adapters.layers import (
+    AdaptableLayer,
+    AdapterSlot,
+    BankEmbedding,
+    BankLinear,
+    MasterCopies,
+)
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
@@ -381,11 +387,19 @@ class AdapterBank:
         adapter = Adapter(name, spec, values, grads, sum(sizes[: len(targets)]))
         # Parameters over views of `values`: a step on the flat buffer is a step on each of them
         params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
+        copies = MasterCopies()
         for (path, module), a, b in zip(
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
         ):
             slot = AdapterSlot(
-                path, a, b, spec.scale(path), spec.lora_dropout, slices=module.slices
+                path,
+                a,
+                b,
+                spec.scale(path),
+                spec.lora_dropout,
+                slices=module.slices,
+                # an embedding looks its masters up as they are
+                copies=copies if isinstance(module, BankLinear) else MasterCopies(),
             )
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module

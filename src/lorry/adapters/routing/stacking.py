@@ -50,7 +50,9 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
         one.buffer = None
         one.touch()
         for slot in one.slots.values():
-            slot.stacks.clear()  # copies of what has moved
+            # copies of what has moved
+            slot.stacks.clear()
+            slot.copies.made.clear()
 
 
 def _stacks(
