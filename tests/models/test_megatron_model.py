@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lorry.adapters.attach import attach, find_linears, list_skipped_modules
 from lorry.adapters.merge import merge
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.spec import LoraSpec
+from lorry.backends.distributed.communicator import ONE_PROCESS
 from lorry.backends.distributed.megatron import converter_of
 from lorry.config.schema import ModelConfig, TrainBackendConfig
 from lorry.errors import ConfigError, ContractError
@@ -42,7 +44,7 @@ def converter() -> Iterator[ModelConverter]:
     from tests.support.cuda_shim import cuda_on_cpu
 
     with cuda_on_cpu():
-        made = converter_of(SETTINGS, HERE, ignore_note)
+        made = converter_of(SETTINGS, HERE, ONE_PROCESS, ignore_note)
         assert made is not None
         yield made
         parallel_state.destroy_model_parallel()
@@ -61,7 +63,7 @@ def loaded(folder: Path, convert: ModelConverter | None) -> CausalLM:
 
 
 def test_other_backends_have_no_converter() -> None:
-    assert converter_of(TrainBackendConfig(name="ddp"), HERE, print) is None
+    assert converter_of(TrainBackendConfig(name="ddp"), HERE, ONE_PROCESS, print) is None
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,21 +71,21 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "megatron", None)
     with pytest.raises(ConfigError, match=r"not installed .*pip install 'lorry\[megatron\]'"):
-        converter_of(SETTINGS, HERE, print)
+        converter_of(SETTINGS, HERE, ONE_PROCESS, print)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     pytest.importorskip("megatron.core")
     with pytest.raises(ConfigError, match="backend=megatron needs a CUDA device"):
-        converter_of(SETTINGS, HERE, print)
+        converter_of(SETTINGS, HERE, ONE_PROCESS, print)
 
 
 def test_groups_are_made_once(converter: ModelConverter) -> None:
-    assert converter_of(SETTINGS, HERE, print) is not None
+    assert converter_of(SETTINGS, HERE, ONE_PROCESS, print) is not None
     two = TrainBackendConfig(name="megatron", tensor_parallel=2)
     with pytest.raises(ConfigError, match=r"tensor_parallel=2: .*has Megatron's groups of 1"):
-        converter_of(two, HERE, print)
+        converter_of(two, HERE, ONE_PROCESS, print)
 
 
 def test_an_untested_version_is_told(
@@ -93,8 +95,14 @@ def test_an_untested_version_is_told(
 
     told = list[str]()
     monkeypatch.setattr(groups, "version", lambda name: "0.99.0")
-    converter_of(SETTINGS, HERE, told.append)
+    converter_of(SETTINGS, HERE, ONE_PROCESS, told.append)
     assert told == ["megatron-core 0.99.0 was never run with Lorry; 0.16.1 was"]
+
+
+def test_ranks_have_one_version(converter: ModelConverter) -> None:
+    told: Any = SimpleNamespace(exchange=lambda what, own: [own, "0.15.3"])
+    with pytest.raises(ConfigError, match=r"rank 1 has megatron-core 0\.15\.3, rank 0 0\."):
+        converter_of(SETTINGS, HERE, told, print)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,10 @@ def start(
         communicator["communicator"] = open_communicator(settings)
         given["ranks"] = tensor_ranks(communicator["communicator"])
         given["convert"] = converter_of(
-            settings, ModelConfig(name=family, device="cpu"), ignore_note
+            settings,
+            ModelConfig(name=family, device="cpu"),
+            communicator["communicator"],
+            ignore_note,
         )
     model = load_model(
         folder / family, dtype=dtype, device="cpu", add_note=ignore_note, **given

@@ -166,7 +166,7 @@ def _train_run(
         notebook.listeners = [*listeners, times, *trackers]
         _set_up_torch(run)
         shard = sharder_of(run.backend, communicator, run.model.device)
-        convert = converter_of(run.backend, run.model, notebook.add)
+        convert = converter_of(run.backend, run.model, communicator, notebook.add)
         opened = open_base(run, notebook.add, tensor_ranks(communicator), shard, convert)
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
         evaluations: list[RunEvaluation] = [

@@ -87,7 +87,7 @@ def open_on_ranks(settings: PlacedSettings, communicator: Communicator) -> Opene
     from lorry.backends.distributed.megatron import converter_of
 
     shard = sharder_of(settings.backend, communicator, settings.model.device)
-    convert = converter_of(settings.backend, settings.model, print_note)
+    convert = converter_of(settings.backend, settings.model, communicator, print_note)
     return open_with_adapters(
         settings.model, communicator=communicator, shard=shard, convert=convert
     )

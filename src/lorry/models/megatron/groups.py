@@ -13,16 +13,32 @@ from lorry.models.megatron.layout import TESTED_VERSION
 from lorry.notes import NoteCallback
 
 
-def join_groups(
-    tensor_size: int, device: torch.device, timeout: float, add_note: NoteCallback
-) -> None:
-    """Make Megatron's groups: neighbours of ``tensor_size`` share a model, as in `ranks.Mesh`. All
-    processes call this together. ``timeout``: seconds after which a collective is given up. Raises
-    ConfigError where Megatron cannot run, or has other groups already."""
-    _warn_of_version(add_note)
+def check_version(add_note: NoteCallback) -> str:
+    """That of megatron-core; one that was never tried is told."""
+    found = version("megatron-core")
+    if found.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
+        add_note(f"megatron-core {found} was never run with Lorry; {TESTED_VERSION} was")
+    return found
+
+
+def use_device(device: torch.device) -> None:
+    """Make this rank's device the current one, which Megatron takes. Raises ConfigError where there is no
+    current CUDA device."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _refuse_without_cuda()
+    try:
+        torch.cuda.current_device()
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        raise ConfigError(
+            "backend=megatron needs a CUDA device, which Megatron-core asks for wherever it runs "
+            f"({str(e).splitlines()[0]}); give backend=ddp or fsdp"
+        ) from e
+
+
+def join_groups(tensor_size: int, timeout: float) -> None:
+    """Make Megatron's groups: neighbours of ``tensor_size`` share a model, as in `ranks.Mesh`. All
+    processes call this together. ``timeout``: seconds after which a collective is given up. Raises
+    ConfigError where this process has others already."""
     if not torch.distributed.is_initialized():
         # a run of one process has joined nobody
         torch.distributed.init_process_group(
@@ -42,20 +58,3 @@ def join_groups(
     )
     # its dropout's, which is off; attention asks for it all the same
     tensor_parallel.model_parallel_cuda_manual_seed(0)
-
-
-def _warn_of_version(add_note: NoteCallback) -> None:
-    found = version("megatron-core")
-    if found.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
-        add_note(f"megatron-core {found} was never run with Lorry; {TESTED_VERSION} was")
-
-
-def _refuse_without_cuda() -> None:
-    """Raises ConfigError where there is no current CUDA device."""
-    try:
-        torch.cuda.current_device()
-    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
-        raise ConfigError(
-            "backend=megatron needs a CUDA device, which Megatron-core asks for wherever it runs "
-            f"({str(e).splitlines()[0]}); give backend=ddp or fsdp"
-        ) from e
