@@ -148,7 +148,7 @@ def checkpoints(folder: Path) -> dict[str, Any]:
 
     def load(chunks: list[nn.Module], place: Path, notes: list[str]) -> None:
         state = load_distributed(chunks, entries(chunks), place, add_note=notes.append)
-        chunks[0].load_state_dict(state["model"], strict=False)
+        chunks[0].load_state_dict(state["model"])
 
     for kind in ("canonical", "fused"):
         case = case_of(folder, kind, "tp2")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +23,7 @@ pytest.importorskip(
     "megatron.core", reason="megatron-core is an extra: pip install 'lorry[megatron]'"
 )
 
+from lorry.integrations.slime.sync.proof import VersionProof
 from lorry.integrations.slime.sync.sent import difference
 from tests.support.megatron_models import make_model
 from tests.support.ranks import run_ranks
@@ -143,6 +145,12 @@ def test_what_differs_by_more_than_rounding() -> None:
     other.view(torch.int16)[0, 0] += 1  # the next value
     assert difference(other, rounded) is None
     assert "shape" in str(difference(weight[:1], weight))
+
+
+@pytest.mark.parametrize(("every", "proved"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (0, [])])
+def test_versions_are_proved_as_often_as_one_asks(every: int, proved: list[int]) -> None:
+    proof = VersionProof(SimpleNamespace(lora_check_every=every))
+    assert [number for number in (1, 2, 3, 4) if proof.due(number)] == proved
 
 
 # what went wrong: what the message says of it
