@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from lorry.adapters.base_weights import get_base_weights
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import ParameterSetOptimizer
 from lorry.config import RunConfig, build_settings
-from lorry.errors import ConfigError, LorryError, NonFiniteError
+from lorry.errors import ConfigError, ContractError, LorryError, NonFiniteError
 from lorry.models.loading.open import OpenedModel
 from lorry.train import full, session
-from lorry.train.checks import CONTRACT_NAMES
+from lorry.train.checks import CONTRACT_NAMES, ContractChecks
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import TrainResult, train_run
 from tests.support import tinyrun
@@ -278,3 +279,17 @@ def test_6_a_damaged_checkpoint_is_refused(start: Start, tmp_path: Path) -> None
     state.write_bytes(content)
     with pytest.raises(LorryError, match=r"state\.safetensors"):
         start(resume_from_checkpoint=str(state.parent))
+
+
+def test_3_copies_of_a_share_that_differ() -> None:
+    """Of weights that are cut over ranks those with the same share hold the same bits (HSDP)."""
+    frames = [{f"weights/base/w (share {rank % 2})": f"{rank % 2}"} for rank in range(4)]
+    communicator = SimpleNamespace(size=4, exchange=lambda what, mine: frames)
+    backend: Any = SimpleNamespace(communicator=communicator, held=dict)
+    ContractChecks().equal_on_all_ranks(backend, 3, "after step 1")
+    frames[3] = {"weights/base/w (share 1)": "another"}
+    with pytest.raises(ContractError, match=r"rank 3 holds another .*\(share 1\) than rank 1"):
+        ContractChecks().equal_on_all_ranks(backend, 3, "after step 1")
+    frames[3] = {}
+    with pytest.raises(ContractError, match="rank 3 holds another number of tensors"):
+        ContractChecks().equal_on_all_ranks(backend, 3, "after step 1")

@@ -240,7 +240,9 @@ BASE_BOUNDS = {
         torch.bfloat16: (5e-3, 2e-3),
     }.items()
 }
-BASE_BOUNDS |= {f"base {name}": BOUNDS["float32"] for name in ("few", "llama torch.float32 part")}
+BASE_BOUNDS |= {
+    f"base {name}": BOUNDS["float32"] for name in ("few", "sam", "gru", "llama torch.float32 part")
+}
 FAMILY_BOUNDS = {
     f"{family} {dtype}": BOUNDS[str(dtype).removeprefix("torch.")]
     for family in layouts.MODELS[1:]

@@ -56,7 +56,7 @@ from lorry.models.loading.load import load_model
 from lorry.models.loading.store import save_model
 from lorry.models.scoring.score import FinalHidden, TokenScore, evaluate_wants, log_prob
 from lorry.notes import ignore_note
-from lorry.tasks.unlearn.gradients import GradientRectified
+from lorry.tasks.unlearn.gradients import GradientRectified, SharpnessAware
 from lorry.train import session
 from lorry.train.checks import ContractChecks
 from lorry.train.finish import contract_targets
@@ -102,6 +102,12 @@ def unsupervised(step: int) -> Rows:
 def few(step: int) -> Rows:
     """One row in a step: a rank has nothing to do."""
     return [examples(1, seed=step + 1)]
+
+
+def parted(step: int) -> Rows:
+    """Rows to forget and rows to retain, in micro-batches of their own."""
+    rows = examples(7, seed=step + 1, role=lambda i: "forget" if i < 4 else "retain")
+    return [rows[:1], rows[1:4], rows[4:]]
 
 
 def forget_and_retain(step: int) -> Rows:
@@ -287,6 +293,10 @@ def base_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str
                 sum(b.nbytes for b in (*buffers, backend.owners["base"].grads))
             ),
         }
+    rules = {"sam": SharpnessAware({"base": 0.05}), "gru": GradientRectified()}
+    for name, rule in rules.items():
+        task = Fixed(steps_of(parted), ["base"])
+        results[name] = trained(start("all", gradient=rule), task, BASE_RATE)
     few_rows = Fixed(steps_of(few), ["base"])
     results["few"] = trained(start("all"), few_rows, BASE_RATE)
     return {f"base {name}/{key}": v for name, each in results.items() for key, v in each.items()}

@@ -52,8 +52,9 @@ def require_lora(lora: LoraConfig | None) -> LoraConfig:
     if lora is None:
         raise ConfigError(
             "lora=null trains the base weights, which cannot be planned yet: count "
-            "16 bytes per trained weight (fp32 master, gradient, two moments), "
-            "besides the base model and the activations"
+            "16 bytes per trained weight (fp32 master, gradient, two moments; with "
+            "backend=fsdp divided by the processes, as the base is), besides the "
+            "base model and the activations"
         )
     return lora
 
