@@ -66,7 +66,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 FOREIGN: dict[str, dict[str, Any]] = {  # what runs through transformers
     "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4},
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmo": LLAMA,
+    "olmo": {**LLAMA, "eos_token_id": 0},  # its own is beyond a small vocabulary
 }
 
 
