@@ -166,6 +166,24 @@ def test_an_adapter_knows_its_base(models: Path, tmp_path: Path) -> None:
     assert named.source["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_the_base_is_the_same_in_every_dtype(models: Path, tmp_path: Path, native: bool) -> None:
+    """Codes are of what the files hold (float32 here), whatever the model computes in."""
+    narrow = opened(models / "llama", "nf4", dtype="bfloat16", native=native)
+    wide = opened(models / "llama", "nf4", native=native)
+    assert narrow.dtype == torch.bfloat16
+    for path, product in quantized_linears(narrow).items():
+        other = quantized_linears(wide)[path].packed.tensors()
+        assert all(torch.equal(t, other[n]) for n, t in product.packed.tensors().items())
+    attach(narrow, LoraSpec(r=2, init_lora_weights=False))
+    save_adapter(narrow, tmp_path)
+    load_adapter(wide, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            narrow(IDS).logits.float(), wide(IDS).logits, rtol=0.05, atol=0.05
+        )
+
+
 def test_an_adapter_of_a_whole_base_is_refused_on_a_packed_one(
     models: Path, tmp_path: Path
 ) -> None:

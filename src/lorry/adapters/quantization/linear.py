@@ -139,9 +139,10 @@ def hold_packed(
 
 
 @torch.no_grad()
-def quantize_linears(model: nn.Module, quantization: Quantization) -> None:
+def quantize_linears(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
     """Pack the matrix of every linear of a frozen model but its output head, one after the other, and
-    let go of the wide one. Linears that are not Lorry's yet become so."""
+    let go of the wide one; everything else is cast to ``dtype``, in which the model computes from then on.
+    Linears that are not Lorry's yet become so."""
     head, _ = head_and_embedding(model)
     buffers = OpenBuffers()
     for path, found in find_linears(model).items():
@@ -152,12 +153,21 @@ def quantize_linears(model: nn.Module, quantization: Quantization) -> None:
         hold_packed(
             layer,
             pack(weight.t() if layer.transposed else weight, quantization),
-            weight.dtype,
+            dtype,
             buffers,
         )
         if layer is not found:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
+    packed = {
+        id(product.layer.get_parameter(name))
+        for product in quantized_linears(model).values()
+        for name in PARAMETERS.values()
+        if hasattr(product.layer, name)
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in packed and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

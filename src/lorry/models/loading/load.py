@@ -40,7 +40,11 @@ from lorry.models.loading.digest import sample_digest
 from lorry.models.loading.sources import find_adapters_in, resolve_model
 from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.models.loading.weights import load_decoder, read_tensor_entries
+from lorry.models.loading.weights import (
+    load_decoder,
+    read_tensor_entries,
+    stored_float_dtype,
+)
 from lorry.models.proofs import find_native_mismatch, prove_hf_model
 from lorry.models.tensor_parallel_proof import prove_shared_layers
 from lorry.notes import NoteCallback
@@ -161,7 +165,10 @@ def load_model(
         model = load_hf(
             location.directory,
             description,
-            torch_dtype,
+            # packed from what the files hold: in whatever dtype it computes, it is the same base
+            torch_dtype
+            if quantization is None
+            else stored_float_dtype(read_tensor_entries(location.directory)),
             torch_device,
             shard,
             trust_remote_code=trust_remote_code,
@@ -172,7 +179,7 @@ def load_model(
                 f"transformers reads the model whole before its matrices are packed as {quantization.name}: "
                 "memory falls to what they take afterwards"
             )
-            quantize_linears(model, quantization)
+            quantize_linears(model, quantization, torch_dtype)
             remember_base_digest(model)
             if stacked := sum(p.nbytes for p in model.parameters() if p.dim() > 2):
                 add_note(

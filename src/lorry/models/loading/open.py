@@ -25,7 +25,7 @@ from lorry.models.layer_weights import Sharder
 from lorry.models.loading.load import load_model, trained_dtype, trained_quantization
 from lorry.models.loading.sources import resolve_model
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
-from lorry.models.loading.weights import FLOAT_DTYPES, read_tensor_entries
+from lorry.models.loading.weights import read_tensor_entries, stored_float_dtype
 from lorry.notes import NoteCallback, ignore_note
 from lorry.runs.layout import (
     ADAPTER_CONFIG,
@@ -34,8 +34,6 @@ from lorry.runs.layout import (
     RUN_FILE,
     list_adapter_subfolders,
 )
-
-DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass
@@ -228,11 +226,6 @@ def stored_dtype(name: str) -> str:
     float32 where several are mixed, since it holds them all. Raises ModelError when there is no
     such model.
     """
-    dtypes = {
-        entry.dtype
-        for entry in read_tensor_entries(
-            resolve_model(name, add_note=ignore_note).directory
-        ).values()
-        if entry.dtype in FLOAT_DTYPES
-    }
-    return DTYPE_NAMES.get(next(iter(dtypes)), "float32") if len(dtypes) == 1 else "float32"
+    entries = read_tensor_entries(resolve_model(name, add_note=ignore_note).directory)
+    dtype = str(stored_float_dtype(entries)).removeprefix("torch.")
+    return dtype if dtype in ("bfloat16", "float16") else "float32"

@@ -133,6 +133,12 @@ def _read_shard_header(file: Path) -> dict[str, TensorEntry]:
         ) from e
 
 
+def stored_float_dtype(entries: Mapping[str, TensorEntry]) -> torch.dtype:
+    """The one dtype of all floating tensors; float32 where there are several, since it holds them all."""
+    dtypes = {FLOAT_DTYPES[e.dtype] for e in entries.values() if e.dtype in FLOAT_DTYPES}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
 def _explain_no_weights(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir())
     if pickles := [n for n in names if n.endswith(PICKLE_SUFFIXES)]:
@@ -233,7 +239,9 @@ def _read_packed(
         name = f"{path}.weight"
         if not isinstance(layer, BankLinear) or path == model.family.head:
             continue
-        (weight,) = read_tensors({name: wanted[name]}, dtype, device).values()
+        # as the file has it: in whatever dtype it computes, it is the same base
+        stored = FLOAT_DTYPES[wanted[name].dtype]
+        (weight,) = read_tensors({name: wanted[name]}, stored, device).values()
         matrix = pack(weight.t() if layer.transposed else weight, quantization)
         hold_packed(layer, matrix, dtype, buffers)
         packed[name] = matrix
