@@ -139,6 +139,13 @@ def training_process() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def process_ends() -> None:
+    """Let go of what a training process of slime's holds, so that another one can start in its place."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
 def forget_slime() -> None:
     """Its modules are imported anew by who asks next: what a plugin has bound in them is gone."""
     for name in [n for n in sys.modules if n == "slime" or n.startswith("slime.")]:

@@ -19,7 +19,15 @@ pytest.importorskip(
 )
 
 from tests.support.slime_engine import StandInEngine
-from tests.support.slime_runs import IS_REAL, add_paths, flags, parse, start_actor, training_process
+from tests.support.slime_runs import (
+    IS_REAL,
+    add_paths,
+    flags,
+    parse,
+    process_ends,
+    start_actor,
+    training_process,
+)
 
 if IS_REAL:
     pytest.skip("LORRY_SLIME is set: the double is not used", allow_module_level=True)
@@ -111,17 +119,9 @@ def test_the_reference_is_a_checkpoint_of_its_own(models: Path, tmp_path: Path) 
     assert data["log_probs"].mean() > data["ref_log_probs"].mean()
     actor.save_model(1)
     trained = actor.compute_log_prob(TOKENS)["log_probs"]
-    again = start_again(models / "llama", tmp_path)
+    process_ends()
+    again = start(models / "llama", "--load", tmp_path)
     assert torch.equal(again.compute_log_prob(TOKENS)["log_probs"], trained)
-
-
-def start_again(model: Path, saved: Path) -> Any:
-    from megatron.core import parallel_state
-    from slime.utils.distributed_utils import set_gloo_group
-
-    parallel_state.destroy_model_parallel()
-    set_gloo_group(None)
-    return start(model, "--load", saved)
 
 
 @pytest.mark.usefixtures("process")

@@ -31,6 +31,7 @@ from tests.support.slime_runs import (
     add_paths,
     flags,
     parse,
+    process_ends,
     training_process,
 )
 
@@ -109,9 +110,7 @@ def test_what_trains_is_what_has_gradient_buffers_and_an_optimizer(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = {n for n, _ in build(arguments(models / "qwen2"))[0][0].named_parameters()}
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    process_ends()
     args = arguments(models / "qwen2", *PROVIDER, *INSTALL)
     (chunk,), optimizer = build(args)
     adapters = {id(p) for p in get_lora_parameters([chunk])}
