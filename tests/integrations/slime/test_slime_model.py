@@ -28,6 +28,7 @@ from tests.support.slime_runs import (
     INSTALL,
     IS_REAL,
     PROVIDER,
+    REAL,
     add_paths,
     flags,
     parse,
@@ -104,6 +105,20 @@ def step(args: Namespace, model: list[Any], optimizer: Any) -> None:
 
 def close(got: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_this_file_ran_on_slimes_own_code() -> None:
+    if not IS_REAL:
+        pytest.skip("on the double of slime alone: LORRY_SLIME and LORRY_MEGATRON are not set")
+    import megatron.training
+    import slime.utils.arguments
+
+    for module, name in (
+        (slime.utils.arguments, "LORRY_SLIME"),
+        (megatron.training, "LORRY_MEGATRON"),
+    ):
+        assert module.__file__
+        assert Path(module.__file__).is_relative_to(str(REAL[name]))
 
 
 def test_what_trains_is_what_has_gradient_buffers_and_an_optimizer(
