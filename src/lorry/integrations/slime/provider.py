@@ -61,7 +61,7 @@ def rebind_provider() -> list[str]:
     def get_model_provider_func(args: Any, role: str = "actor") -> Any:
         if role != "critic":
             return own(args, role)
-        # this process' own copy, from which slime freezes by names once the model is built
+        # this process' own, by which slime freezes names once the model is built
         args.only_train_params_name_list = None
         return own(_without_provider(args), role)
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from slime.utils.misc import load_function
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .model_provider import get_model_provider_func, wrap_model_provider_with_freeze
+from .model_provider import get_model_provider_func
 
 
 def setup_model_and_optimizer(args: Namespace, role: str = "actor") -> tuple[list[Any], Any, Any]:
     """Provider, freeze, DistributedDataParallel, optimizer; (chunks, optimizer, scheduler)."""
     assert args.load is not None
-    model = get_model(wrap_model_provider_with_freeze(get_model_provider_func(args, role), args))
+    model = get_model(get_model_provider_func(args, role))
     known = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(OptimizerConfig)

@@ -36,6 +36,10 @@ class LinearForLastLayer(torch.nn.Linear):
 
 
 def get_model_provider_func(args: Namespace, role: str = "actor") -> Callable[..., Any]:
+    return wrap_model_provider_with_freeze(_get_model_provider_func(args, role), args)
+
+
+def _get_model_provider_func(args: Namespace, role: str) -> Callable[..., Any]:
     def own(
         pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
     ) -> Any:
