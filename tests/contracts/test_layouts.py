@@ -332,18 +332,22 @@ def test_a_rank_holds_its_share_of_the_base(pair: Pair, alone: Mapping[str, Tens
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smollm2_is_cut_over_two_processes(tmp_path: Path) -> None:
-    """Thirty layers of a real model, in float32 and float64; read share by share from what a GGUF file
-    was converted to."""
+def test_smollm2_is_one_on_several_processes(tmp_path: Path) -> None:
+    """Thirty layers of a real model, in float32 and float64, read share by share from what a GGUF file
+    was converted to: cut over two processes, and shared by three. Float64 is also what float32 is held
+    to, on one process as on several."""
     directory = resolve_model("smollm2-135m-instruct", add_note=print).directory
     (tmp_path / layouts.SMOLLM2).symlink_to(directory)
-    run_ranks("tests.support.layouts", tmp_path)
-    ranks = [load_file(tmp_path / f"2-rank-{rank}.safetensors") for rank in (0, 1)]
     start = partial(layouts.read_backend_for, ONE_PROCESS, None, tmp_path)
     alone = layouts.family_trainings(tmp_path, start)
-    for dtype in ("float32", "float64"):
-        training = f"{layouts.SMOLLM2} torch.{dtype}"
-        compare_training(ranks, alone, "fsdp", training, BOUNDS[dtype])
+    narrow, wide = (f"{layouts.SMOLLM2} torch.{dtype}" for dtype in ("float32", "float64"))
+    for layout, size in (("fsdp", 2), ("tensor", 3)):
+        run_ranks("tests.support.layouts", tmp_path, ranks=size)
+        ranks = [load_file(tmp_path / f"{size}-rank-{rank}.safetensors") for rank in range(size)]
+        compare_training(ranks, alone, layout, narrow, BOUNDS["float32"])
+        compare_training(ranks, alone, layout, wide, BOUNDS["float64"])
+        for norms in (ranks[0][f"{layout}/{narrow}/norms"], alone[f"{narrow}/norms"]):
+            assert relative(norms, alone[f"{wide}/norms"]) < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
@@ -356,12 +360,15 @@ def test_four_processes_are_one(
     compare_training(four, alone, layout, training, bounds[training])
 
 
-@pytest.mark.parametrize("training", FAMILY_BOUNDS)
+@pytest.mark.parametrize("training", ["float32", "float64", "mixed", *FAMILY_BOUNDS])
 def test_a_base_that_ranks_share_is_cut_over_the_others(
     four: list[dict[str, Tensor]], alone: Mapping[str, Tensor], training: str
 ) -> None:
-    """Two tensor ranks, each with a half of its part of the base."""
-    compare_training(four, alone, "fsdp x tensor", training, FAMILY_BOUNDS[training])
+    """Two tensor ranks, each with a half of its part of the base; also where one has a row of the
+    vocabulary more than the other."""
+    compare_training(
+        four, alone, "fsdp x tensor", training, {**BOUNDS, **FAMILY_BOUNDS}[training]
+    )
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.layers import (
@@ -201,11 +202,27 @@ class Adapter:
         own = self.split_like(flat)
         if self.ranks is None:
             return own
-        parts = [self.split_like(part) for part in self.ranks.gather(flat.detach())]
+        sizes = [self._sizes_on(rank) for rank in range(self.ranks.size)]
+        longest = max(sum(torch.Size(s).numel() for s in each.values()) for each in sizes)
+        # every rank sends as much, also where one has a row of the vocabulary more
+        sent = F.pad(flat.detach(), (0, longest - flat.numel()))
+        parts = [
+            _split(part, shapes)
+            for part, shapes in zip(self.ranks.gather(sent), sizes, strict=True)
+        ]
         return {
             name: view if cut is None else cut[1].join([part[name] for part in parts], cut[0])
             for name, view, cut in ((n, v, self._slice_of(n)) for n, v in own.items())
         }
+
+    def _sizes_on(self, rank: int) -> dict[str, list[int]]:
+        """The shapes of what a rank has, in the order of `_names`."""
+        shapes = dict[str, list[int]]()
+        for name, param in zip(self._names(), self._params(), strict=True):
+            shapes[name], cut = list(param.shape), self._slice_of(name)
+            if cut is not None:
+                shapes[name][cut[0]] = cut[1].of(rank).size
+        return shapes
 
     def master_norms(self, gradients: Sequence[Tensor | None]) -> list[float]:
         """L2 norm, in float64, of each master's gradient, both in the order of `masters`: as autograd
@@ -306,6 +323,13 @@ class Adapter:
         params = self._params()
         parts = flat.split([p.numel() for p in params])
         return [(p, part.view(p.shape)) for p, part in zip(params, parts, strict=True)]
+
+
+def _split(flat: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Views of these shapes, one behind the other; what is left over is nobody's."""
+    counts = [torch.Size(shape).numel() for shape in shapes.values()]
+    parts = flat[: sum(counts)].split(counts)
+    return {name: p.view(*shape) for (name, shape), p in zip(shapes.items(), parts, strict=True)}
 
 
 @dataclass(frozen=True)

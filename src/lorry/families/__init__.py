@@ -102,15 +102,15 @@ class ModelGeometry:
     # attention and MLP both read the layer's input, and both are added to it
     parallel_residual: bool = False
 
-    def of_each(self, ranks: int) -> ModelGeometry:
+    def of_each(self, ranks: int, vocab: int) -> ModelGeometry:
         """What one of ``ranks`` that share every matrix computes (tensor parallel): its heads, its
-        columns of the MLP and its rows of the vocabulary; whoever asks has seen that they divide."""
+        columns of the MLP, which they divide, and its ``vocab`` rows of the vocabulary."""
         return replace(
             self,
             heads=self.heads // ranks,
             kv_heads=self.kv_heads // ranks,
             mlp_width=self.mlp_width // ranks,
-            vocab=self.vocab // ranks,
+            vocab=vocab,
         )
 
 

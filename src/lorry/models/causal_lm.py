@@ -204,10 +204,11 @@ class CausalLM(nn.Module, ABC):
 def parameter_count(model: nn.Module) -> int:
     """How many numbers a model holds, tied ones once; of one that ranks share all of theirs."""
     cut = model.cut_tensors() if isinstance(model, CausalLM) else {}
-    return sum(
-        p.numel() * (cut[name][1].ranks if name in cut else 1)
-        for name, p in model.named_parameters()
-    )
+    total = 0
+    for name, p in model.named_parameters():
+        part = cut[name][1] if name in cut else None
+        total += p.numel() if part is None else p.numel() // part.size * part.whole
+    return total
 
 
 @torch.no_grad()

@@ -403,7 +403,8 @@ def shrink_config(family: ModelFamily, config: Mapping[str, Any], ranks: int = 1
         ("num_key_value_heads",): groups,
         ("num_hidden_layers", "n_layer"): min(g.layers, TWIN_LAYERS),
         ("intermediate_size", "n_inner"): 3 * heads * g.head_dim // 2,
-        ("vocab_size",): -(-TWIN_VOCABULARY // ranks) * ranks,
+        # as evenly shared as the model's
+        ("vocab_size",): -(-TWIN_VOCABULARY // ranks) * ranks + g.vocab % ranks,
     }
     small = dict(config)
     for names, value in sizes.items():

@@ -87,8 +87,9 @@ def test_splits_that_cannot_be(split: dict[str, Any], message: str) -> None:
         ),
         (
             "gpt2",
-            2,
-            "backend.tensor_parallel=2 does not divide 50257 vocabulary rows; no size above 1 does",
+            5,
+            "backend.tensor_parallel=5 does not divide 12 heads, 12 KV heads and 3072 MLP columns; "
+            "2, 3, 4, 6 and 12 do",
         ),
     ],
 )
@@ -102,7 +103,7 @@ def test_the_error_names_what_does_not_divide_and_the_sizes_that_fit(
 
 def test_the_sizes_that_are_named_are_those_that_pass() -> None:
     geometry = replace(
-        shape_of("llama-3-8b").geometry, heads=24, kv_heads=12, mlp_width=96, vocab=600
+        shape_of("llama-3-8b").geometry, heads=24, kv_heads=12, mlp_width=96, vocab=601
     )
     fitting = {2, 3, 4, 6, 12}
     for size in fitting:

@@ -57,17 +57,3 @@ class ReduceFromRanks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
-
-
-class GatherFromRanks(torch.autograd.Function):
-    """`apply(x [t,w], ranks) -> [t, w * ranks]`: every rank's columns, side by side."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks, ctx.columns = ranks, x.shape[1]
-        return torch.cat(ranks.gather(x.contiguous()), 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].narrow(1, ctx.ranks.rank * ctx.columns, ctx.columns), None

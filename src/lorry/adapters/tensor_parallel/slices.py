@@ -15,11 +15,13 @@ every gradient is whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 
@@ -29,8 +31,9 @@ SIDES: tuple[Side, Side] = ("A", "B")
 
 @dataclass(frozen=True)
 class DimensionSlice:
-    """Rank ``rank``'s part of a dimension of ``whole`` entries that ``ranks`` share. ``blocks``: that
-    it has of each of so many equal blocks (q, k and v of a fused projection) its own part."""
+    """Rank ``rank``'s part of a dimension of ``whole`` entries that ``ranks`` share; where they do not
+    divide, the first ranks have one more. ``blocks``: that it has of each of so many equal blocks (q,
+    k and v of a fused projection) its own part."""
 
     whole: int
     ranks: int
@@ -39,27 +42,44 @@ class DimensionSlice:
 
     @property
     def size(self) -> int:
-        """Entries of a rank."""
-        return self.whole // self.ranks
+        """Entries of this rank."""
+        start, stop = self._bounds
+        return self.blocks * (stop - start)
+
+    @property
+    def widest(self) -> int:
+        """Entries of the rank that has the most."""
+        return self.of(0).size
 
     @property
     def offset(self) -> int:
         """The first entry of a part that lies in one piece."""
         assert self.blocks == 1
-        return self.rank * self.size
+        return self._bounds[0]
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """Where this rank's entries of a block begin and end in it."""
+        each, more = divmod(self.whole // self.blocks, self.ranks)
+        start = self.rank * each + min(self.rank, more)
+        return start, start + each + (self.rank < more)
+
+    def of(self, rank: int) -> DimensionSlice:
+        """Another rank's part."""
+        return replace(self, rank=rank)
 
     def ranges(self) -> list[slice]:
         """This rank's entries among all, block by block."""
-        block, part = self.whole // self.blocks, self.size // self.blocks
-        starts = (b * block + self.rank * part for b in range(self.blocks))
-        return [slice(start, start + part) for start in starts]
+        block, (start, stop) = self.whole // self.blocks, self._bounds
+        return [slice(b * block + start, b * block + stop) for b in range(self.blocks)]
 
     def local(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """(where entries of the whole lie in this rank's part, 0 of those that do not; whether they do)."""
-        block, part = self.whole // self.blocks, self.size // self.blocks
+        block, (start, stop) = self.whole // self.blocks, self._bounds
         inside = entries % block
-        here = inside // part == self.rank
-        return torch.where(here, entries // block * part + inside % part, 0), here
+        here = (inside >= start) & (inside < stop)
+        at = entries // block * (stop - start) + inside - start
+        return torch.where(here, at, 0), here
 
     def cut(self, tensor: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole tensor, its own memory."""
@@ -71,6 +91,13 @@ class DimensionSlice:
         # by block, and in it by rank
         by_block = zip(*(part.chunk(self.blocks, dim) for part in parts), strict=True)
         return torch.cat([piece for pieces in by_block for piece in pieces], dim)
+
+    def gather(self, part: Tensor, ranks: TensorRanks) -> Tensor:
+        """The whole [n, whole] from every rank's columns; all ranks call this together."""
+        # every rank sends as much
+        even = F.pad(part, (0, self.widest - part.shape[1]))
+        parts = enumerate(ranks.gather(even.contiguous()))
+        return self.join([each[:, : self.of(rank).size] for rank, each in parts], 1)
 
 
 @dataclass(frozen=True)
@@ -100,3 +127,17 @@ class LayerSlices:
         """This rank's part of a whole side."""
         cut = self.of(side)
         return whole if cut is None else cut[1].cut(whole, cut[0])
+
+
+class GatherColumns(torch.autograd.Function):
+    """`apply(x [t,w], part, ranks) -> [t, whole]`: every rank's columns, side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: DimensionSlice, ranks: TensorRanks) -> Tensor:
+        ctx.part = part
+        return part.gather(x, ranks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.part.cut(grads[0], 1), None, None

@@ -18,8 +18,8 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import AdaptableLayer, BankEmbedding, BankLinear, stored_slice
 from lorry.adapters.mix import AdapterContext, mixes_mlps
 from lorry.adapters.product import LinearProducts
-from lorry.adapters.tensor_parallel.ranks import GatherFromRanks, TensorRanks
-from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
+from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, GatherColumns, LayerSlices
 from lorry.families import LayerLinears, ModelFamily, ModelGeometry
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.decoder.attention import PackedSegments
@@ -32,7 +32,7 @@ from lorry.models.decoder.pointwise import DecoderNorm
 class Decoder(CausalLM):
     """A causal language model of any described family. ``config`` is the Hugging Face config as a
     dict, kept for saving; ``ranks``: the processes that share its matrices, each with some heads,
-    some columns of the MLP and some rows of the vocabulary (tensor parallel), whose sizes these
+    some columns of the MLP and some rows of the vocabulary (tensor parallel); heads and columns they
     divide (`plan.parallel.split.check_tensor_parallel`).
 
     Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
@@ -47,7 +47,10 @@ class Decoder(CausalLM):
         self.family, self.ranks = family, ranks
         self.geometry: ModelGeometry = family.geometry(config)
         # what this process has of it
-        self.local_geometry = self.geometry if ranks is None else self.geometry.of_each(ranks.size)
+        self.local_geometry = self.geometry
+        if ranks is not None:
+            rows = DimensionSlice(self.geometry.vocab, ranks.size, ranks.rank).size
+            self.local_geometry = self.geometry.of_each(ranks.size, rows)
         # a copy: saving edits it
         self.config = dict(config)
         self.gradient_checkpointing = False
@@ -205,9 +208,10 @@ class Decoder(CausalLM):
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """[t,V] from what this rank's rows of the head gave."""
-        if self.ranks is None:
+        slices = self.head.slices
+        if slices is None:
             return logits
-        whole: Tensor = GatherFromRanks.apply(logits, self.ranks)
+        whole: Tensor = GatherColumns.apply(logits, slices.rows, slices.ranks)
         return whole
 
     def forward_cached(

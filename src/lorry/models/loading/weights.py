@@ -202,8 +202,7 @@ def load_decoder(
                 "tie_word_embeddings to false if the output head was trained "
                 "separately"
             )
-        # load_state_dict(strict) wants both names
-        state[head] = state[embed]
+        state.pop(head, None)
     if packed:
         # what is held in place of their weights, under names of their own
         layers = {name.removesuffix(".weight") for name in packed}
@@ -212,7 +211,12 @@ def load_decoder(
     if shards is not None:
         shards.agree(f"reading {directory.name}")
         empty = model.state_dict()
-        state = {name: shards.parameter(empty[name], share) for name, share in state.items()}
+        # one by one: what was read may go as it finds its place
+        for name in state:
+            state[name] = shards.parameter(empty[name], state[name])
+    if model.geometry.tied:
+        # load_state_dict(strict) wants both names
+        state[head] = state[embed]
     model.load_state_dict(state, strict=True, assign=True)
     if model.geometry.tied:
         model.tie()

@@ -233,8 +233,8 @@ def score_supervised_tokens(
     head = frozen_head(model, call)
     # each rank's rows of the head give a part of the gradient, which is added up once
     shared = picked
-    if head is not None and head.ranks is not None:
-        shared = CopyToRanks.apply(picked, head.ranks)
+    if head is not None and head.slices is not None:
+        shared = CopyToRanks.apply(picked, head.slices.ranks)
     tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, VocabStatistic)]
     whole = [j for j in range(len(fns)) if j not in tiled]
     # by place in ``fns``: the two ways of scoring fill it in any order
@@ -348,8 +348,7 @@ def frozen_head(model: CausalLM, call: AdapterContext) -> OutputHead | None:
         or (head.weight.requires_grad and torch.is_grad_enabled())
     ):
         return None
-    slices = getattr(head, "slices", None)
-    return OutputHead(head.weight, None if slices is None else slices.ranks)
+    return OutputHead(head.weight, getattr(head, "slices", None))
 
 
 class DenseScoreFunction(torch.autograd.Function):
@@ -390,9 +389,7 @@ class FullLogitsFunction(torch.autograd.Function):
         for start in range(0, t, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, t)
             logits = torch.mm(hidden[start:stop], weight.t(), out=workspace[: stop - start])
-            if head.ranks is not None:
-                # the functions see whole rows
-                logits = torch.cat(head.ranks.gather(logits), 1)
+            logits = head.gather(logits)  # the functions see whole rows
             for j, fn in enumerate(fns):
                 value, slope = _value_and_slope(fn, logits, rows.cut(start, stop), needs_slope)
                 out[start:stop, j] = value

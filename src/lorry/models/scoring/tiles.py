@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
 from lorry.kernels.softmax import SoftmaxSums, accumulator_dtype, add_scaled, write_slope
 from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
 
@@ -162,20 +162,30 @@ def finish_softmax(sums: SoftmaxSums, logits: Tensor, vocab: int) -> SoftmaxSumm
 
 @dataclass(frozen=True)
 class OutputHead:
-    """A frozen head, weight [V,d]; or of one whose rows ``ranks`` share, in order, this rank's."""
+    """A frozen head, weight [V,d]; or of one whose rows ranks share (``slices``), this rank's."""
 
     weight: Tensor
-    ranks: TensorRanks | None = None
+    slices: LayerSlices | None = None
+
+    @property
+    def part(self) -> DimensionSlice:
+        """Which rows are here."""
+        rows = None if self.slices is None else self.slices.rows
+        return DimensionSlice(len(self.weight), 1, 0) if rows is None else rows
 
     @property
     def vocab(self) -> int:
         """V, of all ranks."""
-        return len(self.weight) * (1 if self.ranks is None else self.ranks.size)
+        return self.part.whole
 
     @property
     def first(self) -> int:
         """The token of the first row here."""
-        return 0 if self.ranks is None else len(self.weight) * self.ranks.rank
+        return self.part.offset
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """Whole rows [t,V] from the columns that are here."""
+        return logits if self.slices is None else self.part.gather(logits, self.slices.ranks)
 
     def holds(self, ids: Tensor) -> Tensor:
         """Whether the row of each token is here."""
@@ -184,16 +194,16 @@ class OutputHead:
     def merge(self, sums: SoftmaxSums, chosen: Tensor) -> tuple[SoftmaxSums, Tensor]:
         """Over all ranks, the sums of each and the chosen tokens' logits [t,k], 0 where the token is
         another rank's."""
-        if self.ranks is None:
+        if self.slices is None:
             return sums, chosen
         # one message; tokens are exact in fp32 up to 2^24
         packed = torch.cat([sums.state, sums.top[:, None].to(chosen.dtype), chosen], 1)
-        parts = self.ranks.gather(packed)
+        parts = self.slices.ranks.gather(packed)
         width = sums.state.shape[1]
         merged = SoftmaxSums.merge(
             [
-                SoftmaxSums(p[:, :width], p[:, width].long(), sums.moments, sums.columns)
-                for p in parts
+                SoftmaxSums(p[:, :width], p[:, width].long(), sums.moments, self.part.of(rank).size)
+                for rank, p in enumerate(parts)
             ]
         )
         return merged, torch.stack([part[:, width + 1 :] for part in parts]).sum(0)
@@ -341,7 +351,7 @@ class OnePassStatistics(torch.autograd.Function):
 
 def _target_rows(head: OutputHead, ids: Tensor) -> Tensor:
     """[t,d]: the head's row of each token; zeros where it is another rank's."""
-    if head.ranks is None:
+    if head.slices is None:
         return head.weight[ids]
     here = head.holds(ids)
     return head.weight[torch.where(here, ids - head.first, 0)].mul_(here[:, None])
@@ -360,7 +370,7 @@ class TwoPassStatistics(torch.autograd.Function):
         sums, logits = head.merge(own.first_rows(len(hidden)), logits)
         # the weight through autograd's hands, which see a write to it before backward
         ctx.save_for_backward(hidden, head.weight, logits)
-        ctx.request, ctx.sums, ctx.ranks = request, sums, head.ranks
+        ctx.request, ctx.sums, ctx.slices = request, sums, head.slices
         return request.values(finish_softmax(sums, logits, head.vocab))
 
     @staticmethod
@@ -370,7 +380,7 @@ class TwoPassStatistics(torch.autograd.Function):
         request: StatisticsRequest = ctx.request
         if not request.gradient:
             return torch.zeros_like(hidden), None, None
-        head = OutputHead(weight, ctx.ranks)
+        head = OutputHead(weight, ctx.slices)
         terms, entries = request.slopes(
             ctx.sums, finish_softmax(ctx.sums, logits, head.vocab), head.vocab, grads[0]
         )

@@ -175,19 +175,12 @@ def layer_tensors(local: ModelShape, setup: MemorySetup) -> Iterator[tuple[int, 
 
 
 def local_shape(shape: ModelShape, tensor: int) -> ModelShape:
-    """What one of ``tensor`` ranks has of the model: its heads, MLP columns and vocabulary rows, at
-    the whole width. Norms and learned positions are whole, and so are biases behind a sum.
+    """What the first of ``tensor`` ranks has of the model: its heads, MLP columns and vocabulary rows,
+    at the whole width. Norms and learned positions are whole, and so are biases behind a sum.
     """
-    g = shape.geometry
     return replace(
         shape,
-        geometry=replace(
-            g,
-            heads=g.heads // tensor,
-            kv_heads=g.kv_heads // tensor,
-            mlp_width=g.mlp_width // tensor,
-            vocab=g.vocab // tensor,
-        ),
+        geometry=shape.geometry.of_each(tensor, -(-shape.geometry.vocab // tensor)),
         linears=tuple(_local_linear(linear, tensor) for linear in shape.linears),
     )
 
@@ -278,12 +271,12 @@ def _layer_bytes(shape: ModelShape, setup: MemorySetup, split: ParallelSplit) ->
 
 
 def _local_matrix(matrix: AdaptedMatrix, tensor: int) -> AdaptedMatrix:
-    """This rank's part of an adapted matrix: row-parallel ones (out of attention or MLP) split their
-    inputs and so A, the rest outputs and so B; the embedding's inputs are the vocabulary.
+    """The first rank's part of an adapted matrix: row-parallel ones (out of attention or MLP) split
+    their inputs and so A, the rest outputs and so B; the embedding's inputs are the vocabulary.
     """
     if _splits_inputs(matrix):
-        return replace(matrix, inputs=matrix.inputs // tensor)
-    return replace(matrix, outputs=matrix.outputs // tensor)
+        return replace(matrix, inputs=-(-matrix.inputs // tensor))
+    return replace(matrix, outputs=-(-matrix.outputs // tensor))
 
 
 def _splits_inputs(matrix: AdaptedMatrix) -> bool:

@@ -117,8 +117,8 @@ def _check_backend(split: ParallelSplit) -> None:
 
 
 def check_tensor_parallel(geometry: ModelGeometry, size: int) -> None:
-    """Raises ConfigError where ``size`` tensor-parallel ranks cannot share every matrix alike; it
-    names what does not divide and the sizes that fit.
+    """Raises ConfigError where ``size`` tensor-parallel ranks cannot share every matrix of a layer
+    alike; it names what does not divide and the sizes that fit. The vocabulary need not divide.
     """
     cut = {
         "heads": geometry.heads,
