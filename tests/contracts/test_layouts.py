@@ -61,6 +61,9 @@ EVALUATED: dict[str, Any] = {
 }
 # of a model that two ranks share
 SHARED = {**EVALUATED, "max_steps": 2, "load_best_model_at_end": True}
+# of a run that one layout begins and another one ends
+HALVES = {**EVALUATED, "max_steps": 2, "eval_steps": 1, "save_steps": 1}
+FIRST_HALF = Path("checkpoints") / "step-00000001"
 # longer than it takes to see the third step and kill a process, on any machine
 LONG = {**EVALUATED, "max_steps": 150, "save_steps": 1, "eval_strategy": "no"}
 del LONG["eval_steps"]
@@ -148,6 +151,15 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
         # the same as "run", to the bit
         "moments": ["sft", *words_of(folder, out / "moments", **EVALUATED, shard_optimizer=True)],
         "fsdp run": ["sft", *words_of(folder, out / "fsdp-run", **EVALUATED)],
+        "fsdp from single": going_on(folder, out, "fsdp-from-single", "single"),
+        "fsdp shared": [
+            "sft",
+            *words_of(folder, out / "fsdp-shared", **HALVES, model=folder / "shared"),
+        ],
+        "tensor from fsdp": [
+            *going_on(folder, out, "tensor-from-fsdp", "fsdp-shared", model=folder / "shared"),
+            "tensor_parallel=2",
+        ],
         "fsdp jobs": words("sft", "fsdp-jobs", jobs=JOBS),
         # of a model of its own
         "fsdp distill": words("distill", "fsdp-distill", teacher=folder / "teacher"),
@@ -164,8 +176,14 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
+def going_on(folder: Path, out: Path, name: str, begun: str, **settings: Any) -> list[str]:
+    """The command line that ends what another run has half done."""
+    at = {"resume_from_checkpoint": folder / begun / FIRST_HALF}
+    return ["sft", *words_of(folder, out / name, **HALVES, **settings, **at)]
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Pair:  # noqa: F811 - the fixture
     folder = tmp_path_factory.mktemp("layouts")
     tinyrun.model_directory(folder / "model")
     tinyrun.model_directory(folder / "shared", num_key_value_heads=2)
@@ -176,6 +194,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     # no family of ours
     tinyrun.model_directory(folder / "foreign", "olmo", num_hidden_layers=2)
     train_run(base_described(folder, folder / "one-base"), [])
+    train_run(described(folder, folder / "single", **HALVES), [])
     (folder / "commands.json").write_text(json.dumps(commands(folder, folder)))
     printed = run_ranks("tests.support.layouts", folder)
     return Pair(
@@ -186,13 +205,28 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     )
 
 
+class Four(NamedTuple):
+    """What four processes came to: tensors by rank, and the run that they went on with."""
+
+    tensors: list[dict[str, Tensor]]
+    ended: list[dict[str, Any]]
+    printed: str
+    run: Path
+
+
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What four processes came to, by rank."""
+def four(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Four:
     folder = tmp_path_factory.mktemp("four")
     layouts.write_models(folder)
-    run_ranks("tests.support.layouts", folder, ranks=4)
-    return [load_file(folder / f"4-rank-{rank}.safetensors") for rank in range(4)]
+    words = going_on(pair.folder, folder, "run", "fsdp-shared", model=pair.folder / "shared")
+    (folder / "commands.json").write_text(json.dumps({"fsdp from two": words}))
+    printed = run_ranks("tests.support.layouts", folder, ranks=4)
+    return Four(
+        [load_file(folder / f"4-rank-{rank}.safetensors") for rank in range(4)],
+        [json.loads((folder / f"4-rank-{rank}.json").read_text()) for rank in range(4)],
+        printed[0][1],
+        folder / "run",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +279,7 @@ BASE_BOUNDS |= {
 }
 FAMILY_BOUNDS = {
     f"{family} {dtype}": BOUNDS[str(dtype).removeprefix("torch.")]
-    for family in layouts.MODELS[1:]
+    for family in (*layouts.MODELS[1:], layouts.FOREIGN)
     for dtype in (torch.float32, torch.float64)
 }
 
@@ -308,10 +342,10 @@ def test_base_weights_that_train_are_cut_over_two_processes(
 
 
 def test_a_rank_holds_its_share_of_what_trains(
-    pair: Pair, four: list[dict[str, Tensor]], alone: Mapping[str, Tensor]
+    pair: Pair, four: Four, alone: Mapping[str, Tensor]
 ) -> None:
     """Sixteen bytes for each of its values (master, gradient, two moments) beside the weights."""
-    for ranks, count in ((pair.tensors, 2), (four, 4)):
+    for ranks, count in ((pair.tensors, 2), (four.tensors, 4)):
         for training in (name for name in BASE_BOUNDS if "torch" in name):
             values = alone[f"{training}/values/base"].numel()
             for mine in ranks:
@@ -353,32 +387,34 @@ def test_smollm2_is_one_on_several_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
 @pytest.mark.parametrize("training", ["float32", "float64", "mixed", *FAMILY_BOUNDS, *BASE_BOUNDS])
 def test_four_processes_are_one(
-    four: list[dict[str, Tensor]], alone: Mapping[str, Tensor], layout: str, training: str
+    four: Four, alone: Mapping[str, Tensor], layout: str, training: str
 ) -> None:
     """The base cut over four, and over two twice with its layers kept between forward and backward."""
     bounds = {**BOUNDS, **FAMILY_BOUNDS, **BASE_BOUNDS}
-    compare_training(four, alone, layout, training, bounds[training])
+    compare_training(four.tensors, alone, layout, training, bounds[training])
 
 
-@pytest.mark.parametrize("training", ["float32", "float64", "mixed", *FAMILY_BOUNDS])
+@pytest.mark.parametrize(
+    "training",
+    ["float32", "float64", "mixed", *(t for t in FAMILY_BOUNDS if layouts.FOREIGN not in t)],
+)
 def test_a_base_that_ranks_share_is_cut_over_the_others(
-    four: list[dict[str, Tensor]], alone: Mapping[str, Tensor], training: str
+    four: Four, alone: Mapping[str, Tensor], training: str
 ) -> None:
     """Two tensor ranks, each with a half of its part of the base; also where one has a row of the
     vocabulary more than the other."""
-    compare_training(
-        four, alone, "fsdp x tensor", training, {**BOUNDS, **FAMILY_BOUNDS}[training]
-    )
+    bounds = {**BOUNDS, **FAMILY_BOUNDS}[training]
+    compare_training(four.tensors, alone, "fsdp x tensor", training, bounds)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["adapters", "base"])
 def test_moments_that_ranks_share_change_no_bit(
-    pair: Pair, four: list[dict[str, Tensor]], layout: str, name: str
+    pair: Pair, four: Four, layout: str, name: str
 ) -> None:
     """Of two adapters with dropout, and of base weights; of weights that fsdp cuts they are cut
     already."""
-    for ranks in (pair.tensors, four) if layout == "fsdp" else (pair.tensors,):
+    for ranks in (pair.tensors, four.tensors) if layout == "fsdp" else (pair.tensors,):
         for mine in ranks:
             key = f"{layout}/moments/{name}"
             assert mine[f"{key}/same"].all()
@@ -694,6 +730,32 @@ def test_a_foreign_model_and_a_part_of_the_weights_train(base_ended: Path) -> No
     }
     assert moved
     assert all(".mlp." in name for name in moved)
+
+
+def test_a_run_goes_on_in_another_layout(pair: Pair, four: Four, tmp_path: Path) -> None:
+    """From one process to a base cut over two; from that to two that share the model, to four, and
+    back to one: each is the run that nobody stopped, and says that it is not bitwise."""
+    shared = partial(tinyrun.described, pair.folder / "shared", pair.folder / "data.jsonl")
+    whole = train_run(shared(tmp_path / "whole", **HALVES), []).path
+    heard, half = tinyrun.Heard(), str(pair.folder / "fsdp-shared" / FIRST_HALF)
+    again = shared(tmp_path / "again", **HALVES, resume_from_checkpoint=half)
+    back = train_run(again, listeners=[heard]).path
+    for name in ("fsdp from single", "fsdp shared", "tensor from fsdp"):
+        assert [ended[name] for ended in pair.faults] == [0, 0], name
+    assert [ended["fsdp from two"] for ended in four.ended] == [0] * 4
+    for run, one in (
+        (pair.folder / "fsdp-from-single", pair.folder / "single"),
+        (pair.folder / "tensor-from-fsdp", whole),
+        (four.run, whole),
+        (back, whole),
+    ):
+        for resumed, single in zip(tinyrun.lines(run), tinyrun.lines(one), strict=True):
+            for key in single.keys() & {"loss", "grad_norm", "eval_loss"}:
+                assert resumed[key] == pytest.approx(single[key], rel=1e-4), (run, key)
+        got, true = (load_file(path / "adapter_model.safetensors") for path in (run, one))
+        assert max(relative(got[name], true[name]) for name in true) < 1e-3, run
+    told = [*heard.notes, *pair.printed[0][1].splitlines(), *four.printed.splitlines()]
+    assert sum("not bitwise: backend." in line for line in told) == 4
 
 
 def test_a_run_that_goes_on_in_its_directory_is_read_by_every_rank(pair: Pair) -> None:

@@ -5,7 +5,7 @@ and faults made on purpose on one rank.
 
 writes OUT/2-rank-0.safetensors (what each training came to) and OUT/2-rank-0.json (how each fault ended,
 and each command line of OUT/commands.json, with its exit code). OUT holds the models of `write_models`.
-Of four processes the trainings alone, cut over four and over two twice.
+Of four processes the trainings alone, cut over four and over two twice, and the command lines.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ def attach_all(model: CausalLM, specs: Specs, routed: bool) -> list[str]:
 
 SMOLLM2 = "smollm2"
 MODELS = ("llama", "gpt2", "gpt_neox")  # by family; the first is `tiny_llama`
+FOREIGN = "gemma2"  # runs through transformers
 
 
 def write_models(folder: Path, stories: Path | None = None) -> None:
@@ -170,6 +171,7 @@ def write_models(folder: Path, stories: Path | None = None) -> None:
     ends = {"bos_token_id": 0, "eos_token_id": 0}  # its own are beyond a small vocabulary
     tinyrun.model_directory(folder / "gpt2", "gpt2", n_layer=2, **ends)
     tinyrun.model_directory(folder / "gpt_neox", "gpt_neox", num_hidden_layers=2)
+    tinyrun.model_directory(folder / FOREIGN, FOREIGN, num_hidden_layers=2)
 
 
 def read_backend_for(
@@ -250,13 +252,15 @@ def of(family: str) -> dict[str, Any]:
     return {"rate": REAL_RATE, "steps": REAL_STEPS} if family == SMOLLM2 else {}
 
 
-def family_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
-    """`trainings` of the other models that are there."""
+def family_trainings(
+    folder: Path, start: Callable[..., LocalBackend], own_decoder: bool = False
+) -> dict[str, Tensor]:
+    """`trainings` of the other models that are there; ``own_decoder``: of those that run in it."""
     plain = Fixed(steps_of(uneven))
     return {
         f"{family} {dtype}/{key}": value
-        for family in (*MODELS[1:], "stories260K", SMOLLM2)
-        if (folder / family).exists()
+        for family in (*MODELS[1:], FOREIGN, "stories260K", SMOLLM2)
+        if (folder / family).exists() and (family != FOREIGN or not own_decoder)
         for dtype in (torch.float32, torch.float64)
         for key, value in trained(start(WIDE, dtype, family=family), plain, **of(family)).items()
     }
@@ -631,7 +635,7 @@ def main(out: Path) -> None:
         results |= {f"ddp/moments/{name}": value for name, value in made.items()}
     for layout, settings in layouts.items():
         processes, start = sharded(out, **settings)
-        made = family_trainings(out, start)
+        made = family_trainings(out, start, own_decoder="tensor_parallel" in settings)
         shared = moment_trainings(start, data_ranks(processes)) if layout == "fsdp" else {}
         made |= {f"moments/{name}": value for name, value in shared.items()}
         made |= trainings(start, few_only=communicator.size == 4)
@@ -639,9 +643,9 @@ def main(out: Path) -> None:
             made |= base_trainings(out, start)
         results |= {f"{layout}/{name}": value for name, value in made.items()}
     save_file(results, out / f"{communicator.size}-rank-{communicator.rank}.safetensors")
-    if communicator.size == 4:
-        return
-    ended: dict[str, Any] = faults(communicator, out) | sharded_faults(out)
+    ended: dict[str, Any] = {}
+    if communicator.size == 2:
+        ended |= faults(communicator, out) | sharded_faults(out)
     for name, words in json.loads((out / "commands.json").read_text()).items():
         if name == "continued":  # in its own directory, by a rank 1 that reads it late
             if communicator.rank == 0:
@@ -651,7 +655,7 @@ def main(out: Path) -> None:
         kind = "fsdp" if name.startswith("fsdp") else "ddp"
         ended[name] = cli.main([*words, f"backend={kind}", "keep_total=true"])
         session.open_base = open_base
-    (out / f"2-rank-{communicator.rank}.json").write_text(json.dumps(ended))
+    (out / f"{communicator.size}-rank-{communicator.rank}.json").write_text(json.dumps(ended))
 
 
 if __name__ == "__main__":

@@ -69,13 +69,8 @@ COMMUNICATION_BYTES = {"cpu": 10 * MIB, "cuda": 500 * MIB}
 # softmax, its highest token and the chosen one's logit (models/scoring/tiles.py).
 SCORE_STATISTICS = 28
 
-# FSDP2: the layer at work and the one that is being fetched.
-GATHERED_LAYERS = 2
-
-# Gathered weights come and go between buffers that last, and leave holes in glibc's heap that those
-# of the next layer do not fit: measured of SmolLM2 on two processes, in bytes of all layers'
-# weights, 1.0 to 1.8 at 256 to 1024 tokens; with every buffer mapped by itself none.
-GATHER_HOLES = {"cpu": 1.25, "cuda": 0.0}
+# FSDP2: the layer at work and the one that is being fetched, which on a CPU has no place yet.
+GATHERED_LAYERS = {"cpu": 1, "cuda": 2}
 
 # --- time
 

@@ -8,7 +8,6 @@ import pytest
 
 from lorry.config.schema import LoraConfig
 from lorry.plan.adapters import plan_adapter
-from lorry.plan.constants import GATHER_HOLES
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import (
     MASTER_BYTES,
@@ -114,15 +113,16 @@ def test_what_stays_gathered_between_passes() -> None:
     assert part(kept, "gathered") == base
 
 
-def test_gathered_layers_leave_holes_in_the_heap_of_a_cpu() -> None:
-    ddp, fsdp, kept = (
-        per_gpu("llama-3-8b", "ddp", 8, device="cpu"),
-        per_gpu("llama-3-8b", "fsdp", 8, device="cpu"),
-        per_gpu("llama-3-8b", "fsdp", 8, device="cpu", reshard_after_forward=False),
-    )
-    layers = part(ddp, "base weights") - 2 * 4096  # without the final norm
-    assert part(fsdp, "allocator") - part(ddp, "allocator") == GATHER_HOLES["cpu"] * layers
-    assert part(kept, "allocator") == part(ddp, "allocator")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_share_is_not_there_twice_on_a_cpu(keep: bool) -> None:
+    """Of what is gathered the other seven eighths, and a layer that arrives."""
+    ddp = per_gpu("llama-3-8b", "ddp", 8, device="cpu")
+    fsdp = per_gpu("llama-3-8b", "fsdp", 8, device="cpu", reshard_after_forward=not keep)
+    layer = (part(ddp, "base weights") - 2 * 4096) // 32  # without the final norm
+    rest = part(ddp, "vocabulary") + 2 * 4096
+    whole = (32 if keep else 1) * layer + rest
+    assert part(fsdp, "gathered") == whole * 7 // 8 + layer
+    assert part(fsdp, "allocator") == part(ddp, "allocator")
 
 
 def test_offloaded_shards_are_in_the_memory_of_the_cpu() -> None:

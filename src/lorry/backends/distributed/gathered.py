@@ -65,9 +65,13 @@ class WholePlaces:
         laid.copy_(share)
         return laid
 
-    def bind(self, groups: Sequence[FSDPModule]) -> None:
-        """Let FSDP2 gather the weights of these groups, which have been read, into their places."""
-        for group in groups:
+    def bind(self, layers: Sequence[FSDPModule], rest: FSDPModule) -> None:
+        """Let FSDP2 gather the weights of these groups, which have been read, into their places.
+        One of ``layers`` is fetched at a time, and ``rest`` beside them."""
+        of_layers: Any = MappedGather(keep=True)
+        of_rest: Any = MappedGather(keep=False)
+        for group in (*layers, rest):
+            group.set_custom_all_gather(of_rest if group is rest else of_layers)
             for known in parameters_of(group):
                 known.reset_sharded_param()  # takes what was read
                 rows = known.padded_sharded_param_size[0]

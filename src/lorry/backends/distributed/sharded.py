@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lorry.backends.distributed.communicator import PeerError
-from lorry.backends.distributed.gathered import MappedGather, WholePlaces, can_map
+from lorry.backends.distributed.gathered import WholePlaces, can_map
 from lorry.backends.distributed.passes import PassKind, PassSchedule
 from lorry.backends.distributed.shares import GatheredTensors
 from lorry.errors import ContractError
@@ -106,15 +106,7 @@ class ShardedWeights:
         self.reshard_after_forward = reshard_after_forward
         self.layers = [_group(layer, mesh) for layer in layers]
         self.rest = _group(model, mesh, {p for layer in layers for p in layer.parameters()})
-        self.places: WholePlaces | None = None  # on a GPU FSDP2's own memory is the best
-        if mesh.device_type == "cpu" and can_map():
-            self.places = WholePlaces(mesh.size(mesh.ndim - 1), mesh.get_local_rank(SHARD))
-            # one layer is fetched at a time; the rest is fetched beside the first
-            of_layers: Any = MappedGather(keep=True)
-            of_rest: Any = MappedGather(keep=False)
-            for group in self.layers:
-                group.set_custom_all_gather(of_layers)
-            self.rest.set_custom_all_gather(of_rest)
+        self.places: WholePlaces | None = None  # of weights that are being read
         self.number = schedule.join(self)
         self.lowest_trained = 0  # the lowest layer that a backward pass has to reach
         self._order: range | None = None  # of the pass being walked
@@ -242,7 +234,7 @@ class ShardedWeights:
     def _bind(self) -> None:
         """Before the first gather: by then the weights have been read."""
         if self.places is not None:
-            self.places.bind((*self.layers, self.rest))
+            self.places.bind(self.layers, self.rest)
             self.places = None
 
     # --- weights that train
@@ -337,8 +329,11 @@ class ShardedWeights:
                 f"FSDP2 gives this rank {tuple(weight.to_local().shape)} of {tuple(weight.shape)}, "
                 f"and {tuple(share.shape)} were read"
             )
-        if self.places is not None:
-            share = self.places.lay(share, -(-weight.shape[0] // self.places.ranks))
+        if share.device.type == "cpu" and can_map():  # on a GPU FSDP2's own memory is the best
+            shards = self.mesh.size(self.mesh.ndim - 1)
+            if self.places is None:
+                self.places = WholePlaces(shards, self.mesh.get_local_rank(SHARD))
+            share = self.places.lay(share, -(-weight.shape[0] // shards))
         whole = DTensor.from_local(
             share,
             weight.device_mesh,

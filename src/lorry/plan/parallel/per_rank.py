@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from lorry.config.parsing.sizes import size_in_words
 from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter, is_embedding
-from lorry.plan.constants import COMMUNICATION_BYTES, GATHER_HOLES, GATHERED_LAYERS
+from lorry.plan.constants import COMMUNICATION_BYTES, GATHERED_LAYERS
 from lorry.plan.memory import (
     MARGIN,
     MOMENT_BYTES,
@@ -100,12 +100,14 @@ def _shard_base(
     embedding, final norm and head, which stay gathered from the forward pass to the backward.
     """
     share = sharded_base_bytes(local, setup, split.shards)
-    layers = local.geometry.layers if not split.reshard_after_forward else GATHERED_LAYERS
+    layers = local.geometry.layers
+    at_once = layers if not split.reshard_after_forward else GATHERED_LAYERS[setup.device]
     layer = layer_weights(local, setup.precision)
-    gathered = int(layers * layer) + root_bytes(local, setup)
-    # what stays gathered leaves no holes
-    passing = local.geometry.layers if split.reshard_after_forward else 0
-    holes = int(GATHER_HOLES[setup.device] * passing * layer)
+    gathered = int(at_once * layer) + root_bytes(local, setup)
+    if setup.device == "cpu":
+        # a shard lies within the whole weight, and is not there twice; the parts of the next layer
+        # arrive in memory of their own (`backends.distributed.gathered`)
+        gathered += int(layer) - gathered // split.shards
     words = f"1/{split.shards} of the base in {setup.precision}"
     # on the CPU the shard lies in its memory anyway
     offloaded = split.offload and setup.device == "cuda"
@@ -116,9 +118,8 @@ def _shard_base(
         "vocabulary": MemoryComponent(
             "gathered",
             gathered,
-            f"{'all' if not split.reshard_after_forward else layers} whole layers, embedding and head",
+            f"{'all' if at_once == layers else at_once} whole layers, embedding and head",
         ),
-        "allocator": replace(components["allocator"], bytes=components["allocator"].bytes + holes),
     }
     return {replaced.get(name, c).name: replaced.get(name, c) for name, c in components.items()}
 
