@@ -61,8 +61,8 @@ from lorry.train import session
 from lorry.train.checks import ContractChecks
 from lorry.train.finish import contract_targets
 from lorry.train.session import open_base
-from tests.support import tinyrun
-from tests.support.seam import Fixed, Npo, examples, tiny_llama
+from tests.support import tiny, tinyrun
+from tests.support.seam import VOCAB, Fixed, Npo, examples, tiny_llama
 from tests.support.tinyrun import engine_for
 
 STEPS = 5
@@ -171,7 +171,8 @@ def write_models(folder: Path, stories: Path | None = None) -> None:
     ends = {"bos_token_id": 0, "eos_token_id": 0}  # its own are beyond a small vocabulary
     tinyrun.model_directory(folder / "gpt2", "gpt2", n_layer=2, **ends)
     tinyrun.model_directory(folder / "gpt_neox", "gpt_neox", num_hidden_layers=2)
-    tinyrun.model_directory(folder / FOREIGN, FOREIGN, num_hidden_layers=2)
+    foreign = {**tiny.FOREIGN[FOREIGN], "vocab_size": VOCAB}
+    tiny.directory(tiny.random_model(foreign), folder / FOREIGN)
 
 
 def read_backend_for(

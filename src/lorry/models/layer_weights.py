@@ -74,6 +74,9 @@ WHOLE_WEIGHTS = WholeWeights()
 class WeightShards(LayerWeights, WeightShares, Protocol):
     """The weights of a model of which each rank has read its own share."""
 
+    def keep(self, weight: Tensor, share: Tensor) -> Tensor:
+        """This rank's rows of ``weight``, which have just been read, in the memory where they stay."""
+
     def parameter(self, weight: Tensor, share: Tensor) -> nn.Parameter:
         """What takes the place of ``weight``, a parameter without memory: this rank's rows of it."""
 

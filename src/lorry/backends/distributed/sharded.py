@@ -321,6 +321,15 @@ class ShardedWeights:
         start = min(share * self.shard, rows)
         return slice(start, min(start + share, rows))
 
+    def keep(self, weight: Tensor, share: Tensor) -> Tensor:
+        """See `WeightShards.keep`."""
+        if share.device.type != "cpu" or not can_map():  # on a GPU FSDP2's own memory is the best
+            return share
+        shards = self.mesh.size(self.mesh.ndim - 1)
+        if self.places is None:
+            self.places = WholePlaces(shards, self.mesh.get_local_rank(SHARD))
+        return self.places.lay(share, -(-weight.shape[0] // shards))
+
     def parameter(self, weight: Tensor, share: Tensor) -> nn.Parameter:
         """See `WeightShards.parameter`."""
         assert isinstance(weight, DTensor)
@@ -329,11 +338,6 @@ class ShardedWeights:
                 f"FSDP2 gives this rank {tuple(weight.to_local().shape)} of {tuple(weight.shape)}, "
                 f"and {tuple(share.shape)} were read"
             )
-        if share.device.type == "cpu" and can_map():  # on a GPU FSDP2's own memory is the best
-            shards = self.mesh.size(self.mesh.ndim - 1)
-            if self.places is None:
-                self.places = WholePlaces(shards, self.mesh.get_local_rank(SHARD))
-            share = self.places.lay(share, -(-weight.shape[0] // shards))
         whole = DTensor.from_local(
             share,
             weight.device_mesh,

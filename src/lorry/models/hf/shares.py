@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def read_shares(
     # by the name in the file's tensors: of tied parameters one is stored
     empty = dict(inner.named_parameters(remove_duplicate=False))
     rows = {name: shards.local_rows(empty[name]) for name in wanted}
-    state = read_tensors(wanted, dtype, device, rows=rows)
+    keep = {name: partial(shards.keep, empty[name]) for name in wanted}
+    state = read_tensors(wanted, dtype, device, rows=rows, keep=keep)
     shards.agree(f"reading {directory.name}")
     filled = {id(empty[name]): shards.parameter(empty[name], state.pop(name)) for name in wanted}
     for module in inner.modules():

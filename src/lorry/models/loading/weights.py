@@ -15,8 +15,9 @@ file's tensors as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -178,19 +179,26 @@ def load_decoder(
     file_names = match_tensor_names(
         entries, family, expected, tied=model.geometry.tied, where=directory
     )
-    shards, rows = None, dict[str, slice]()
+    shards, rows, keep = None, dict[str, slice](), dict[str, Callable[[Tensor], Tensor]]()
     if shard is not None:
         model.layer_weights = shards = shard(
             model.to(dtype),
             [model.get_submodule(family.layer.format(i=i)) for i in range(model.geometry.layers)],
         )
-        rows = {name: shards.local_rows(p) for name, p in model.state_dict().items()}
+        empty = model.state_dict()
+        rows = {name: shards.local_rows(p) for name, p in empty.items()}
+        keep = {name: partial(shards.keep, p) for name, p in empty.items()}
     wanted = {name: entries[file_name] for name, file_name in file_names.items()}
     packed = dict[str, PackedMatrix]()
     if quantization is not None:
         packed = _read_packed(model, wanted, quantization, dtype, device)
     state = read_tensors(
-        {n: entry for n, entry in wanted.items() if n not in packed}, dtype, device, cut, rows
+        {n: entry for n, entry in wanted.items() if n not in packed},
+        dtype,
+        device,
+        cut,
+        rows,
+        keep,
     )
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
     if model.geometry.tied:
@@ -211,9 +219,7 @@ def load_decoder(
     if shards is not None:
         shards.agree(f"reading {directory.name}")
         empty = model.state_dict()
-        # one by one: what was read may go as it finds its place
-        for name in state:
-            state[name] = shards.parameter(empty[name], state[name])
+        state = {name: shards.parameter(empty[name], share) for name, share in state.items()}
     if model.geometry.tied:
         # load_state_dict(strict) wants both names
         state[head] = state[embed]
@@ -321,10 +327,11 @@ def read_tensors(
     device: torch.device,
     cut: Mapping[str, tuple[int, DimensionSlice]] = MappingProxyType({}),
     rows: Mapping[str, slice] = MappingProxyType({}),
+    keep: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """The tensors, in ``dtype`` on ``device``, file by file; of those in ``cut`` nothing but a part
-    along a dimension is read, of those in ``rows`` these alone (of dimension 0). Raises ModelError
-    where a value is not finite.
+    along a dimension is read, of those in ``rows`` these alone (of dimension 0), and each goes where
+    ``keep`` has it. Raises ModelError where a value is not finite.
     """
     by_file: dict[Path, list[str]] = {}
     for name, entry in wanted.items():
@@ -350,6 +357,9 @@ def read_tensors(
                     raise ModelError(
                         f"{file}: {wanted[name].name} {_explain_not_finite(stored, dtype)}"
                     )
+                if name in keep:
+                    # before the next is read: nothing is ever there twice but one tensor
+                    state[name] = keep[name](state[name])
     return state
 
 
