@@ -253,6 +253,7 @@ def planned(engine: str, folder: Path, case: Case) -> dict[str, int] | None:
     if split is None:
         return None
     from lorry.config.schema import LoraConfig
+    from lorry.plan import machine
     from lorry.plan.adapters import plan_adapter
     from lorry.plan.memory import MemorySetup
     from lorry.plan.parallel.communication import step_collectives
@@ -261,7 +262,9 @@ def planned(engine: str, folder: Path, case: Case) -> dict[str, int] | None:
 
     shape = read_model_shape(json.loads((folder / "base" / "config.json").read_text()))
     tokens = case.rows_per_step * case.length // split.data
-    setup = MemorySetup(tokens=tokens, length=case.length, precision="bfloat16")
+    setup = MemorySetup(
+        tokens=tokens, length=case.length, precision="bfloat16", tiles=machine.has_tiles()
+    )
     adapter = plan_adapter(shape, LoraConfig(r=case.rank), case.rank)
     memory = memory_per_rank(shape, adapter, setup, split, 1)
     return {

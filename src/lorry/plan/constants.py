@@ -69,6 +69,10 @@ COMMUNICATION_BYTES = {"cpu": 10 * MIB, "cuda": 500 * MIB}
 # softmax, its highest token and the chosen one's logit (models/scoring/tiles.py).
 SCORE_STATISTICS = 28
 
+# What oneDNN compiles for the two copies of a small model that tensor ranks train before they load
+# theirs (models/tensor_parallel_proof.py), and keeps: about a megabyte for each shape.
+TWIN_BYTES = 56 * MIB
+
 # FSDP2: the layer at work and the one that is being fetched, which on a CPU has no place yet.
 GATHERED_LAYERS = {"cpu": 1, "cuda": 2}
 

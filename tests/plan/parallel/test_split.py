@@ -101,6 +101,13 @@ def test_the_error_names_what_does_not_divide_and_the_sizes_that_fit(
     assert str(error.value) == message
 
 
+def test_megatron_shares_rows_of_the_vocabulary_alike() -> None:
+    geometry = shape_of("gpt2").geometry
+    check_tensor_parallel(geometry, 2)
+    with pytest.raises(ConfigError, match="50257 vocabulary rows; no size above 1 does"):
+        check_tensor_parallel(geometry, 2, even_vocabulary=True)
+
+
 def test_the_sizes_that_are_named_are_those_that_pass() -> None:
     geometry = replace(
         shape_of("llama-3-8b").geometry, heads=24, kv_heads=12, mlp_width=96, vocab=601

@@ -229,7 +229,9 @@ def _refuse_unfit(
             f"backend.tensor_parallel={ranks.size}: {description.why}, and only Lorry's own decoder is "
             "cut over processes; leave tensor_parallel out"
         )
-    check_tensor_parallel(family.geometry(description.config), ranks.size)
+    check_tensor_parallel(
+        family.geometry(description.config), ranks.size, even_vocabulary=convert is not None
+    )
 
 
 def trained_dtype(adapter: Path) -> str:

@@ -29,8 +29,7 @@ from torch.nn import functional as F
 
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext
-from lorry.adapters.tensor_parallel.ranks import GatherFromRanks
-from lorry.adapters.tensor_parallel.slices import DimensionSlice
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, GatherColumns
 from lorry.errors import ConfigError, ContractError
 from lorry.families import ModelFamily
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
@@ -187,9 +186,10 @@ class MegatronModel(CausalLM):
         """[t,D] -> [t,V] in the base's dtype."""
         assert hidden is not None
         logits = self.head(hidden, call)
-        if self.ranks is None:
+        slices = self.head.slices
+        if slices is None:
             return logits
-        whole: Tensor = GatherFromRanks.apply(logits, self.ranks)
+        whole: Tensor = GatherColumns.apply(logits, slices.rows, slices.ranks)
         return whole
 
     def new_cache(self, rows: int, room: int) -> RecomputeCache:

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from lorry.config.parsing.sizes import size_in_words
 from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter, is_embedding
-from lorry.plan.constants import COMMUNICATION_BYTES, GATHERED_LAYERS
+from lorry.plan.constants import COMMUNICATION_BYTES, GATHERED_LAYERS, TWIN_BYTES
 from lorry.plan.memory import (
     MARGIN,
     MOMENT_BYTES,
@@ -77,6 +77,9 @@ def _layout_memory(
         for name in ("base weights", "vocabulary", "adapter"):
             c = components[name]
             components[name] = replace(c, words=f"{c.words}; TP {split.tensor}: this rank's part")
+        if setup.device == "cpu" and setup.precision != "float32":
+            runtime = components["runtime"]
+            components["runtime"] = replace(runtime, bytes=runtime.bytes + TWIN_BYTES)
     if split.shards > 1:
         components = _shard_base(components, local, setup, split)
     if split.shard_optimizer and split.data > 1:

@@ -67,7 +67,9 @@ def check_split(split: ParallelSplit, shape: ModelShape) -> None:
                 f"backend.tensor_parallel={split.tensor} is of Lorry's own decoder, and "
                 f"{shape.why}; leave it out"
             )
-        check_tensor_parallel(shape.geometry, split.tensor)
+        check_tensor_parallel(
+            shape.geometry, split.tensor, even_vocabulary=split.backend == "megatron"
+        )
     if split.pipeline > shape.geometry.layers:
         raise ConfigError(
             f"backend.pipeline_parallel={split.pipeline} is more than the "
@@ -116,16 +118,20 @@ def _check_backend(split: ParallelSplit) -> None:
         raise ConfigError("backend.shard_optimizer=true needs backend=ddp or fsdp")
 
 
-def check_tensor_parallel(geometry: ModelGeometry, size: int) -> None:
+def check_tensor_parallel(
+    geometry: ModelGeometry, size: int, *, even_vocabulary: bool = False
+) -> None:
     """Raises ConfigError where ``size`` tensor-parallel ranks cannot share every matrix of a layer
-    alike; it names what does not divide and the sizes that fit. The vocabulary need not divide.
+    alike; it names what does not divide and the sizes that fit. ``even_vocabulary``: the rows of the
+    vocabulary have to divide, too (Megatron-core's embedding).
     """
     cut = {
         "heads": geometry.heads,
         "KV heads": geometry.kv_heads,
         "MLP columns": geometry.mlp_width,
-        "vocabulary rows": geometry.vocab,
     }
+    if even_vocabulary:
+        cut["vocabulary rows"] = geometry.vocab
     odd = [f"{count} {what}" for what, count in cut.items() if count % size]
     if not odd:
         return
