@@ -62,7 +62,7 @@ EVALUATED: dict[str, Any] = {
 # of a model that two ranks share
 SHARED = {**EVALUATED, "max_steps": 2, "load_best_model_at_end": True}
 # of a run that one layout begins and another one ends
-HALVES = {**EVALUATED, "max_steps": 2, "eval_steps": 1, "save_steps": 1}
+HALVES = {**EVALUATED, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "warmup_ratio": 0}
 FIRST_HALF = Path("checkpoints") / "step-00000001"
 # longer than it takes to see the third step and kill a process, on any machine
 LONG = {**EVALUATED, "max_steps": 150, "save_steps": 1, "eval_strategy": "no"}
@@ -749,13 +749,17 @@ def test_a_run_goes_on_in_another_layout(pair: Pair, four: Four, tmp_path: Path)
         (four.run, whole),
         (back, whole),
     ):
-        for resumed, single in zip(tinyrun.lines(run), tinyrun.lines(one), strict=True):
+        # in a directory of its own there is no line of the step before
+        second = [line for line in tinyrun.lines(one) if line["step"] == 2]
+        for resumed, single in zip(tinyrun.lines(run), second, strict=True):
             for key in single.keys() & {"loss", "grad_norm", "eval_loss"}:
                 assert resumed[key] == pytest.approx(single[key], rel=1e-4), (run, key)
         got, true = (load_file(path / "adapter_model.safetensors") for path in (run, one))
         assert max(relative(got[name], true[name]) for name in true) < 1e-3, run
-    told = [*heard.notes, *pair.printed[0][1].splitlines(), *four.printed.splitlines()]
-    assert sum("not bitwise: backend." in line for line in told) == 4
+    assert 'not bitwise: backend.name "single" -> "fsdp"' in pair.printed[0][1]
+    assert 'not bitwise: backend.name "fsdp" -> "ddp"' in pair.printed[0][1]
+    assert "not bitwise: backend.processes" in four.printed
+    assert any(note.startswith("not bitwise: backend.name") for note in heard.notes)
 
 
 def test_a_run_that_goes_on_in_its_directory_is_read_by_every_rank(pair: Pair) -> None:
