@@ -34,12 +34,9 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
-from lorry.backends.distributed.communicator import (
-    Communicator,
-    is_shared,
-    open_communicator,
-)
+from lorry.backends.distributed.communicator import Communicator, open_communicator
 from lorry.backends.distributed.ddp import DataParallelBackend
+from lorry.backends.distributed.exchange import is_shared
 from lorry.backends.distributed.fsdp import FullyShardedBackend, sharder_of
 from lorry.backends.distributed.tensor_ranks import data_ranks, tensor_ranks
 from lorry.backends.local import LocalBackend

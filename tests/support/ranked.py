@@ -24,10 +24,13 @@ import torch
 
 from lorry import cli, config
 from lorry.adapters.attach import get_bank
+from lorry.adapters.product import LinearProducts
 from lorry.backends.distributed.communicator import TorchCommunicator
+from lorry.backends.distributed.tensor_ranks import ProcessRanks
 from lorry.backends.local import LocalBackend
 from lorry.disk.durable import DiskCalls, DiskError
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, ContractError
+from lorry.generation.engine import GenerationEngine
 from lorry.models.loading import open as loading
 from lorry.train import engine, processes
 from lorry.verbs import eval as eval_verb
@@ -134,8 +137,25 @@ def no_report(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(report, "write_report", write_report)
 
 
-def kill_at(owner: Any, name: str, number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    """It is killed where it calls a method for the ``number``-th time."""
+def kill() -> None:
+    """It is gone, without a word."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    """It is asked to end."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail() -> None:
+    """It finds something that the others do not."""
+    raise ContractError("what it alone has is broken")
+
+
+def act_at(
+    act: Callable[[], None], owner: Any, name: str, number: int
+) -> Callable[[pytest.MonkeyPatch], None]:
+    """What happens where it calls a method for the ``number``-th time."""
 
     def fault(patch: pytest.MonkeyPatch) -> None:
         real, left = getattr(owner, name), [number]
@@ -143,7 +163,7 @@ def kill_at(owner: Any, name: str, number: int) -> Callable[[pytest.MonkeyPatch]
         def call(*given: Any, **named: Any) -> Any:
             left[0] -= 1
             if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
+                act()
             return real(*given, **named)
 
         patch.setattr(owner, name, call)
@@ -152,24 +172,31 @@ def kill_at(owner: Any, name: str, number: int) -> Callable[[pytest.MonkeyPatch]
 
 
 def fault_named(name: str) -> tuple[int, Callable[[pytest.MonkeyPatch], None]]:
-    """Of `FAULTS`; or ``kill RANK WHERE NUMBER``, where a rank calls a function of `KILLED_AT`."""
-    if not name.startswith("kill "):
+    """Of `FAULTS`; or ``kill|stop|fail RANK WHERE NUMBER``, where a rank calls a function of `PLACES`."""
+    if name in FAULTS:
         return FAULTS[name]
-    _, rank, where, number = name.split()
+    act, rank, where, number = name.split()
+    place = PLACES.get(where)
     if where == "gather":  # imported here: it is a second of every process
         from lorry.backends.distributed.sharded import ShardedWeights
 
-        return int(rank), kill_at(ShardedWeights, "_advance", int(number))
-    return int(rank), kill_at(*KILLED_AT[where], int(number))
+        place = (ShardedWeights, "_advance")
+    assert place is not None, where
+    return int(rank), act_at(ACTS[act], *place, int(number))
 
 
-# what a rank may be killed at: agreeing with the others, its disk, a pass, an update (``gather``: a
-# layer's weights)
-KILLED_AT: dict[str, tuple[Any, str]] = {
+ACTS = {"kill": kill, "stop": stop, "fail": fail}
+# where something happens to a rank: agreeing with the others, its disk, a pass, an update, a sum over
+# those that share its model (``gather``: a layer's weights)
+PLACES: dict[str, tuple[Any, str]] = {
     "exchange": (TorchCommunicator, "exchange"),
     "disk": (DiskCalls, "rename"),
     "pass": (LocalBackend, "_micro_batch"),
     "update": (LocalBackend, "step"),
+    "sum": (ProcessRanks, "add_up"),
+    "forward": (LinearProducts, "forward"),
+    "backward": (LinearProducts, "input_gradient"),
+    "token": (GenerationEngine, "_append_tokens"),
 }
 # {name: (the rank that has it, what is patched there)}
 FAULTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {

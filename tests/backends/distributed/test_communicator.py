@@ -1,4 +1,6 @@
-"""Signs of life, the port of the rendezvous, and a rank that gives none."""
+"""Signs of life, the port of the rendezvous, and a rank that gives none; what a signal comes in the way
+of.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,28 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed import HashStore
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorry.backends.distributed import communicator
 from lorry.backends.distributed.communicator import (
     Pulse,
+    TorchCommunicator,
     open_communicator,
     share_early_failure,
 )
+from lorry.backends.distributed.exchange import mark_shared
 from lorry.backends.distributed.launch import open_store, worker_environments
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, RunInterruptedError
+from lorry.ranks import Mesh
+from lorry.train.monitoring.signals import raise_on_signals
 from tests.support import tinyrun
 from tests.support.processes import started, wait_until
 
@@ -98,3 +108,63 @@ def test_a_rank_that_stands_still_ends_the_job(tmp_path: Path) -> None:
         assert "lost another process of the run at" in messages
         assert "resume_from_checkpoint=auto goes on" in messages
     assert tinyrun.saved(run)
+
+
+@pytest.fixture
+def first_of_two() -> Iterator[TorchCommunicator]:
+    """Rank 0 of two, of which there is no other."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    pulse: Any = SimpleNamespace(timeout=5.0)
+    yield TorchCommunicator(HashStore(), Mesh(0, replicas=2), pulse)
+    torch.distributed.destroy_process_group()
+
+
+def test_what_comes_in_the_way_of_a_shared_error_is_told_to_nobody(
+    first_of_two: TorchCommunicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM while a run ends with another rank's error: that one has gone, and waits for nobody."""
+    told = list[BaseException]()
+    monkeypatch.setattr(first_of_two, "tell_failure", told.append)
+    shared = mark_shared(ConfigError("rank 1: no such file"))
+
+    def stopped() -> None:
+        raise RunInterruptedError("SIGTERM arrived")
+
+    def end() -> None:
+        try:
+            raise shared
+        finally:
+            stopped()
+
+    with pytest.raises(RunInterruptedError), first_of_two.sharing_failures():
+        end()
+    assert not told
+    # a script that has caught one error and goes on has news of the next
+    try:
+        raise shared
+    except ConfigError:
+        with pytest.raises(RunInterruptedError), first_of_two.sharing_failures():
+            stopped()
+    assert len(told) == 1
+
+
+def test_no_signal_comes_between_the_parts_of_an_exchange(
+    first_of_two: TorchCommunicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long value two collectives: the other rank is in the second one."""
+    gathered = list[int]()
+
+    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor) -> None:
+        gathered.append(tensor.numel())
+        for part in parts:
+            part.copy_(tensor)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(RunInterruptedError, match="SIGTERM"), raise_on_signals():
+            first_of_two.exchange("rows", "x" * 10_000)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(gathered) == 2

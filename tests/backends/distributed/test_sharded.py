@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lorry.backends.distributed import communicator, sharded
-from lorry.backends.distributed.communicator import PeerError, TorchCommunicator
+from lorry.backends.distributed import exchange, sharded
+from lorry.backends.distributed.communicator import TorchCommunicator
+from lorry.backends.distributed.exchange import PeerError
 from lorry.backends.distributed.passes import PassSchedule
 from lorry.errors import RunInterruptedError
 from lorry.ranks import Mesh
@@ -110,14 +111,14 @@ def test_a_few_values_are_one_sum_that_all_have_agreed_on(
 ) -> None:
     asked = list[str]()
 
-    def exchange(what: str, value: Any) -> list[Any]:
+    def agreed(what: str, value: Any) -> list[Any]:
         asked.append(what)
         if len(asked) > 1:
             raise RunInterruptedError("rank 1: SIGTERM arrived")
         return [value]
 
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(sharded.SHARD,))
-    weights = sharded.ShardedWeights(nn.Module(), [], mesh, PassSchedule(exchange), explained)
+    weights = sharded.ShardedWeights(nn.Module(), [], mesh, PassSchedule(agreed), explained)
     share = torch.randn(4, 3).to(dtype)
     weight = DTensor.from_local(share, mesh, [Shard(0)], run_check=False)
     with CommDebugMode() as sent:
@@ -143,7 +144,7 @@ def test_groups_of_ranks_are_made_when_all_are_there(
         done.append("groups")
         raise torch.distributed.DistStoreError("wait timeout after 20000ms")
 
-    monkeypatch.setattr(communicator, "_open_device_mesh", lost)
+    monkeypatch.setattr(exchange, "_open_device_mesh", lost)
     pulse: Any = SimpleNamespace(timeout=5.0)
     ranks = TorchCommunicator(None, Mesh(0, shards=2), pulse)
     monkeypatch.setattr(ranks, "exchange", lambda what: done.append(what))

@@ -26,44 +26,38 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import json
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lorry.backends.distributed.exchange import (
+    Axis,
+    PeerError,
+    RankExchange,
+    is_shared,
+    mark_shared,
+)
 from lorry.backends.distributed.passes import PassSchedule
-from lorry.errors import ConfigError, ContractError, LorryError
+from lorry.errors import ConfigError, LorryError
 from lorry.ranks import LaunchedProcess, Mesh, launched_process, mesh_of, workers_to_start
 
 if TYPE_CHECKING:  # imported where it is used: it is a second of every single-process run
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
-Axis = Literal["data", "tensor"]  # of the mesh
-
-# Bytes of a frame that fits one all_gather: a signal, a step's losses of a few adapters. Larger ones
-# take a second, as long as the longest.
-FRAME_BYTES = 4096
-LENGTH_BYTES = 8  # of a frame's length, before it
 END_WAIT_SECONDS = 30.0  # for rank 0 to write how a run ended, before this rank ends as well
 # for the others to hear of an error before they were joined: they are starting
 EARLY_SECONDS = 60.0
 POLL_SECONDS = 0.05
 # between two of a rank; with a timeout of less than four of them a quarter of it
 PULSE_SECONDS = 5.0
-
-
-class PeerError(LorryError):
-    """Another process of the run cannot be reached any more."""
 
 
 class JoinError(ConfigError):
@@ -158,44 +152,16 @@ class OneProcess:
 ONE_PROCESS = OneProcess()
 
 
-class TorchCommunicator:
-    """Over torch.distributed's default group, which is initialised: gloo for what is on the CPU.
-    ``store``: a key-value store of its own, where a rank says that something long is done; ``pulse``:
-    the ranks' signs of life. Every rank makes it, since it makes the groups of the mesh.
+class TorchCommunicator(RankExchange):
+    """Over torch.distributed. ``store``: a key-value store of its own, where a rank says that something
+    long is done; ``pulse``: the ranks' signs of life. Every rank makes it.
     """
 
     def __init__(self, store: Any, mesh: Mesh, pulse: Pulse) -> None:
-        self.store, self.mesh, self.rank, self.size = store, mesh, mesh.rank, mesh.size
-        self.pulse, self.passes = pulse, PassSchedule(self.exchange)
-        self._device_meshes: dict[str, DeviceMesh] = {}
+        super().__init__(mesh, pulse.timeout)
+        self.store, self.pulse, self.passes = store, pulse, PassSchedule(self.exchange)
         self._calls = 0  # of `on_main` and `await_all`, which every rank counts alike
-        self._failures = 0  # of ranks, told to all of them
         self.told: BaseException | None = None  # this rank's error that the others have heard last
-        timeout = timedelta(seconds=pulse.timeout)
-        self.lost = False  # whether another rank could not be reached
-        with self.explained("groups of ranks"):
-            self._groups: dict[Axis, ProcessGroup | None] = {
-                axis: _open_group(self._ranks_by_group(axis), timeout) for axis in get_args(Axis)
-            }
-
-    def exchange(self, what: str, value: Any = None) -> list[Any]:
-        """See `Communicator.exchange`."""
-        frames = self._frames({"what": what, "value": value})
-        failed = [(rank, frame["failed"]) for rank, frame in enumerate(frames) if "failed" in frame]
-        if failed:
-            self._failures += 1
-            rank, failure = failed[0]
-            raise _shared_error(rank, failure)
-        places = [frame["what"] for frame in frames]
-        if len(set(places)) > 1:
-            other = next(rank for rank, place in enumerate(places) if place != places[0])
-            raise _mark_shared(
-                ContractError(
-                    f"the processes have come apart: rank 0 is at {places[0]!r}, rank {other} at "
-                    f"{places[other]!r}; nothing was updated since they last agreed"
-                )
-            )
-        return [frame["value"] for frame in frames]
 
     def on_main(self, what: str, function: Callable[[], Any]) -> Any:
         """See `Communicator.on_main`."""
@@ -234,73 +200,27 @@ class TorchCommunicator:
             self._wait_for(key, rank)
         return self.exchange(what, value)
 
-    def add_up(self, what: str, tensor: Tensor, axis: Axis = "data") -> None:
-        """See `Communicator.add_up`."""
-        shapes = self.exchange(what, [str(tensor.dtype), list(tensor.shape)])
-        # of all groups: every rank has to raise
-        for ranks in self._ranks_by_group(axis):
-            added = [shapes[rank] for rank in ranks]
-            if any(shape != added[0] for shape in added):
-                raise _mark_shared(
-                    ContractError(
-                        f"{what}: the ranks {ranks} would add up tensors of {added}, which differ"
-                    )
-                )
-        if (group := self.group(axis)) is not None:
-            with self.explained(what):
-                torch.distributed.all_reduce(tensor, group=group)
-
-    def group(self, axis: Axis) -> ProcessGroup | None:
-        """See `Communicator.group`."""
-        return self._groups[axis]
-
-    def device_mesh(self, kind: str) -> DeviceMesh:
-        """torch's mesh of this rank's data ranks: shard, or replica x shard, for tensors on a kind of
-        device (cpu, cuda). Every rank calls it."""
-        if kind not in self._device_meshes:
-            timeout = timedelta(seconds=self.pulse.timeout)
-            self.exchange("groups of ranks")
-            with self.explained("groups of ranks"):
-                self._device_meshes[kind] = _open_device_mesh(self.mesh, kind, timeout)
-        return self._device_meshes[kind]
-
     def together(self) -> contextlib.AbstractContextManager[None]:
         """See `Communicator.together`."""
         return self.passes.together()
 
-    def _ranks_by_group(self, axis: Axis) -> list[list[int]]:
-        mesh = self.mesh
-        if axis == "data":
-            return [mesh.data_group(t) for t in range(mesh.tensor_size)]
-        return [mesh.tensor_group(d) for d in range(mesh.data_size)]
-
-    def gather(self, what: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """See `Communicator.gather`."""
-        payload = save_tensors(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        )
-        sizes = self.exchange(what, len(payload))
-        return [load_tensors(part) for part in self._gather_bytes(what, payload, sizes)]
-
     @contextlib.contextmanager
     def sharing_failures(self) -> Iterator[None]:
         """See `Communicator.sharing_failures`."""
+        outside = sys.exception()
         try:
             yield
         except BaseException as error:
-            # blocks may lie in each other: an error is told once
-            known = is_shared(error) or error is self.told
+            # Blocks may lie in each other: an error is told once. So is one that came in the way of
+            # another, as a signal does that arrives while a run ends.
+            known = any(is_shared(e) or e is self.told for e in _with_causes(error, outside))
             if not known and not isinstance(error, PeerError):
                 self.told = error
                 # a rank that cannot be told any more ends by itself, and this one has its own error
                 with contextlib.suppress(PeerError):
                     with self.explained("a failure"):
                         self.store.set(self._failure_key(), "")
-                    self._frames({"failed": _describe(error)})
-                    self._failures += 1
-                    # rank 0 speaks for all; its own error is the one that it prints
-                    if isinstance(error, LorryError):
-                        _mark_shared(error)
+                    self.tell_failure(error)
             raise
 
     def wait_for_main(self) -> None:
@@ -311,9 +231,16 @@ class TorchCommunicator:
             while time.monotonic() < limit and not self._is_set("main/ended"):
                 time.sleep(POLL_SECONDS)
 
+    def hear_failure(self) -> None:
+        """Raise what another rank has failed with, if one has: for waits that it will not come to. A
+        pass through sharded weights is walked to its end before, as the others walk it."""
+        if self._is_set(self._failure_key()):
+            self.passes.finish_pass()
+            self.exchange("a failure")
+
     def _failure_key(self) -> str:
-        """What a failing rank sets, for those that wait for another key: the next exchange tells."""
-        return f"failed/{self._failures}"
+        """What a failing rank sets, for those that do not wait in an exchange: the next one tells."""
+        return f"failed/{self.failures}"
 
     def _wait_for(self, key: str, rank: int, follow: Callable[[], None] = lambda: None) -> None:
         """Wait until ``rank`` has set a key, or any rank has failed; ``follow``: what is done for each
@@ -332,91 +259,6 @@ class TorchCommunicator:
     def _is_set(self, key: str) -> bool:
         with self.explained(key):
             return bool(self.store.check([key]))
-
-    def _frames(self, frame: Mapping[str, Any]) -> list[dict[str, Any]]:
-        data = json.dumps(frame).encode()
-        what = str(frame.get("what", "a failure"))
-        head = torch.zeros(FRAME_BYTES, dtype=torch.uint8)
-        head[:LENGTH_BYTES] = torch.frombuffer(
-            bytearray(len(data).to_bytes(LENGTH_BYTES, "little")), dtype=torch.uint8
-        )
-        short = data[: FRAME_BYTES - LENGTH_BYTES]
-        head[LENGTH_BYTES : LENGTH_BYTES + len(short)] = torch.frombuffer(
-            bytearray(short), dtype=torch.uint8
-        )
-        heads = self._all_gather(what, head)
-        sizes = [int.from_bytes(bytes(h[:LENGTH_BYTES].tolist()), "little") for h in heads]
-        if max(sizes) <= FRAME_BYTES - LENGTH_BYTES:
-            parts = [
-                bytes(h[LENGTH_BYTES : LENGTH_BYTES + size].tolist())
-                for h, size in zip(heads, sizes, strict=True)
-            ]
-        else:
-            parts = self._gather_bytes(what, data, sizes)
-        return [json.loads(part) for part in parts]
-
-    def _gather_bytes(self, what: str, data: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """Every rank's bytes, whose numbers are known."""
-        padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        parts = self._all_gather(what, padded)
-        return [part[:size].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
-
-    def _all_gather(self, what: str, tensor: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self.explained(what):
-            torch.distributed.all_gather(parts, tensor)
-        return parts
-
-    @contextlib.contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """See `Communicator.explained`."""
-        try:
-            yield
-        # DistError, DistBackendError, DistStoreError are RuntimeErrors; gloo's own is a plain one
-        except RuntimeError as error:
-            self.lost = True
-            first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise PeerError(
-                f"lost another process of the run at {what!r} ({first}); the last checkpoint, if "
-                "any, is whole: the same command with resume_from_checkpoint=auto goes on"
-            ) from error
-
-
-def _open_group(groups: Sequence[Sequence[int]], timeout: timedelta) -> ProcessGroup | None:
-    """torch's group of this process among these, which are those of the whole mesh; None of one alone."""
-    import torch.distributed as dist
-
-    if len(groups) == 1:
-        return dist.group.WORLD
-    if len(groups[0]) == 1:
-        return None
-    ranks = [list(group) for group in groups]
-    return dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
-
-
-def _open_device_mesh(mesh: Mesh, kind: str, timeout: timedelta) -> DeviceMesh:
-    """See `TorchCommunicator.device_mesh`: groups of its own, so that weights on their way and what
-    ranks say to each other never meet."""
-    from torch.distributed import new_subgroups_by_enumeration
-    from torch.distributed.device_mesh import DeviceMesh
-
-    data = torch.tensor([mesh.data_group(t) for t in range(mesh.tensor_size)])
-    data = data.view(mesh.tensor_size, mesh.replicas, mesh.shards)
-    rows = {"shard": data.flatten(0, 1), "replica": data.transpose(1, 2).flatten(0, 1)}
-    groups = {
-        axis: new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
-        for axis, ranks in rows.items()
-        if axis == "shard" or mesh.replicas > 1
-    }
-    if mesh.replicas == 1:
-        return DeviceMesh.from_group(groups["shard"], kind, mesh_dim_names=("shard",))
-    return DeviceMesh.from_group(
-        [groups["replica"], groups["shard"]],
-        kind,
-        mesh=data[mesh.tensor_rank],
-        mesh_dim_names=("replica", "shard"),
-    )
 
 
 class Pulse:
@@ -458,43 +300,13 @@ class Pulse:
         self._thread.join(PULSE_SECONDS)
 
 
-def is_shared(error: BaseException) -> bool:
-    """Whether every rank has this error: then rank 0 alone tells of it."""
-    return bool(getattr(error, "shared", False))
-
-
-def _mark_shared(error: LorryError) -> LorryError:
-    error.shared = True
-    return error
-
-
-def _describe(error: BaseException) -> dict[str, Any]:
-    """An error as JSON: of ours by its class, of others by their words."""
-    if isinstance(error, LorryError):
-        number = error.contract if isinstance(error, ContractError) else None
-        return {"kind": type(error).__name__, "text": str(error), "contract": number}
-    return {"kind": "", "text": f"{type(error).__name__}: {error}", "contract": None}
-
-
-def _shared_error(rank: int, failure: Mapping[str, Any]) -> LorryError:
-    """The error of another rank, of its class (exit code and page of the manual are the same) and with
-    its words.
-    """
-    text = f"rank {rank}: {failure['text']}"
-    kind = _error_classes().get(failure["kind"], LorryError)
-    # a class of its own: some of ours (DiskError) make their words of fields that did not travel
-    error: LorryError = type(kind.__name__, (kind,), {"__str__": lambda self: text})()
-    if isinstance(error, ContractError):
-        error.contract = failure["contract"]
-    return _mark_shared(error)
-
-
-def _error_classes() -> dict[str, type[LorryError]]:
-    known, new = dict[str, type[LorryError]](), [LorryError]
-    while new:
-        known |= {kind.__name__: kind for kind in reversed(new)}
-        new = [below for kind in new for below in kind.__subclasses__()]
-    return known
+def _with_causes(
+    error: BaseException | None, outside: BaseException | None
+) -> Iterator[BaseException]:
+    """An error, and those in whose way it came, as far as ``outside``."""
+    while error is not None and error is not outside:
+        yield error
+        error = error.__context__
 
 
 def open_communicator(backend: Any) -> Communicator:
@@ -515,7 +327,7 @@ def open_communicator(backend: Any) -> Communicator:
         # where another rank failed on its way here, all hear of it before they make more groups
         meshes = _join(launched, backend.timeout).exchange("joined", asdict(replace(mesh, rank=0)))
         if odd := [rank for rank, other in enumerate(meshes) if other != meshes[0]]:
-            raise _mark_shared(
+            raise mark_shared(
                 ConfigError(
                     f"rank {odd[0]} has another backend than rank 0: give all one description"
                 )
@@ -524,6 +336,8 @@ def open_communicator(backend: Any) -> Communicator:
         import torch.distributed as dist
 
         world = next(iter(_communicators.values()))
+        # a rank that fails on its way here is heard now: making groups the others would wait
+        world.exchange("groups of a mesh")
         name = f"{mesh.replicas}x{mesh.shards}x{mesh.tensor_size}"
         store = dist.PrefixStore(name, world.store)
         _communicators[mesh] = TorchCommunicator(store, mesh, world.pulse)

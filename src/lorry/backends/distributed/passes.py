@@ -34,6 +34,9 @@ class Walker(Protocol):
     def walk_along(self, kind: PassKind, number: int) -> None:
         """Take part in a pass of other ranks; ``number``: of the tensor that is gathered."""
 
+    def finish_pass(self) -> None:
+        """Walk the pass that is being walked, if any, to its end."""
+
     def release(self) -> None:
         """Let go of what passes have gathered."""
 
@@ -80,6 +83,11 @@ class PassSchedule:
         """Walk along until no rank has a pass to make any more; every rank calls it."""
         while self._joined and (chosen := self._chosen(None)) is not None:
             self._along(chosen)
+
+    def finish_pass(self) -> None:
+        """Walk the pass that is being walked, if any, to its end: what follows may be asked of all."""
+        for walker in self.walkers.values():
+            walker.finish_pass()
 
     @contextmanager
     def announced(self, announce: Callable[[], None] | None) -> Iterator[None]:

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lorry.backends.distributed.communicator import PeerError
+from lorry.backends.distributed.exchange import PeerError
 from lorry.backends.distributed.gathered import WholePlaces, can_map
 from lorry.backends.distributed.passes import PassKind, PassSchedule
 from lorry.backends.distributed.shares import GatheredTensors
@@ -149,9 +149,9 @@ class ShardedWeights:
             except PeerError:
                 raise  # who is left would wait for each layer anew
             except BaseException:
-                self._walk_to_the_end()
+                self.finish_pass()
                 raise
-            self._walk_to_the_end()
+            self.finish_pass()
             self._refuse_late_gradients()
         finally:
             self._order = self._next = None
@@ -165,14 +165,16 @@ class ShardedWeights:
             self.rest.unshard()
         self._fetch(0)
 
-    def _walk_to_the_end(self) -> None:
-        """Also behind an early stop or an error: other ranks are walking the same pass."""
+    def finish_pass(self) -> None:
+        """See `Walker.finish_pass`: also behind an early stop or an error other ranks are walking the
+        same pass."""
         if self._order is None:
             return
         while self._place < len(self._order):
             self._advance()
         if self._kind == "backward":
             self._reduce(self.rest)
+        self._order = None
 
     def reach(self, layer: int) -> None:
         """See `LayerWeights.reach`. Raises ContractError outside a pass, or against its order."""
@@ -188,8 +190,8 @@ class ShardedWeights:
                     f"layer {layer} does not come next in a pass through the layers"
                 )
             # several forward passes in one graph (frames of a model of transformers): down once more
-            self._walk_to_the_end()
-            self._order = None  # others may have a pass of their own first
+            self.finish_pass()
+            # others may have a pass of their own first
             self.schedule.begin(self.number, "backward")
             self._enter("backward")
         while self._place < place:

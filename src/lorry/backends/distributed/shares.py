@@ -60,6 +60,9 @@ class GatheredTensors(TensorsWhenRead):
         """Give other ranks the rows of a tensor that they read."""
         self._gather(number)
 
+    def finish_pass(self) -> None:
+        """A tensor is gathered in one piece."""
+
     def release(self) -> None:
         """Nothing is kept."""
 

@@ -19,7 +19,8 @@ is saved.
 takes its tensors or torch works out what an operation of a DTensor is. Import machinery (numpy's, torch's, accelerate's C code among it)
 swallows such an exception, turns it into another one or is left half done; what `__del__` raises
 Python prints and forgets; torch makes a RuntimeError of it. Nor while
-weights that ranks share are gathered: the others would wait for what is left out. There a signal is only remembered, and
+ranks exchange what they have, or gather weights that they share: the others would wait for what is left
+out. There a signal is only remembered, and
 sent again until it finds another place.
 """
 
@@ -114,11 +115,13 @@ RESEND_SECONDS, LONGEST_RESEND_SECONDS = 0.02, 1.0
 IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"
 # functions that never let an exception out as it is: Python's, and of torch.nn.Module
 SWALLOWING_FUNCTIONS = ("__del__", "_load_from_state_dict")
-# the ends of the names of DTensor's, and of ours that gathers weights in an order that ranks share
+# the ends of the names of DTensor's, and of ours whose collectives follow each other on every rank
 UNSAFE_FILES = (
     os.path.join("torch", "distributed", "tensor", "_dispatch.py"),
-    os.path.join("lorry", "backends", "distributed", "sharded.py"),
-    os.path.join("lorry", "backends", "distributed", "shares.py"),
+    *(
+        os.path.join("lorry", "backends", "distributed", file)
+        for file in ("exchange.py", "passes.py", "sharded.py", "shares.py")
+    ),
 )
 
 
