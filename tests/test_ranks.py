@@ -18,6 +18,7 @@ from lorry.ranks import (
     is_main_process,
     launched_process,
     mesh_of,
+    note_of_one_process,
     rank_label,
     workers_to_start,
 )
@@ -50,6 +51,13 @@ def test_without_a_launcher_there_is_one_process(launcher: object) -> None:
     assert rank_label() == ""
     assert workers_to_start(settings()) == workers_to_start(settings(processes=1)) == 0
     assert workers_to_start(settings(processes=4)) == 4
+    # a backend of several processes, and nobody has said how many
+    for name in ("ddp", "fsdp"):
+        note = note_of_one_process(settings(name)) or ""
+        assert note.startswith(f"backend={name} in one process")
+        assert "backend.processes=N" in note
+    assert note_of_one_process(settings("ddp", processes=1)) is None
+    assert note_of_one_process(settings("single")) is None
 
 
 def test_what_torchrun_says(launcher: object) -> None:
@@ -58,6 +66,7 @@ def test_what_torchrun_says(launcher: object) -> None:
     assert launched_process() == LaunchedProcess(3, 4, 1, 2)
     assert not is_main_process()
     assert rank_label() == "rank 3: "
+    assert note_of_one_process(settings("ddp")) is None
     # they are there already
     assert workers_to_start(settings()) == workers_to_start(settings(processes=4)) == 0
 

@@ -17,7 +17,7 @@ from lorry.config import (
     build_settings,
 )
 from lorry.errors import ConfigError
-from lorry.ranks import is_main_process
+from lorry.ranks import is_main_process, note_of_one_process
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +66,8 @@ def _train(run: RunConfig, notes: Sequence[str]) -> TrainResult:
     from lorry.train.monitoring.events import terminal_listener
     from lorry.train.session import train_run
 
+    if (alone := note_of_one_process(run.backend)) is not None:
+        notes = [*notes, alone]
     if not is_main_process():  # rank 0 shows and uploads
         return train_run(run, notes)
     listener = terminal_listener(run.train.logging_steps)

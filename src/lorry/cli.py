@@ -19,7 +19,13 @@ from typing import Annotated, Any, Protocol, TextIO, cast
 import typer
 
 from lorry.errors import ConfigError, LorryError, explain_out_of_memory
-from lorry.ranks import is_main_process, launched_process, rank_label, workers_to_start
+from lorry.ranks import (
+    is_main_process,
+    launched_process,
+    note_of_one_process,
+    rank_label,
+    workers_to_start,
+)
 from lorry.streams import abandon_stream, guard_streams, silence_streams
 from lorry.train.monitoring.signals import raise_deferred_signals, raise_on_signals
 from lorry.visible import escape_document, make_visible, visible_message
@@ -341,6 +347,8 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
         schema, [arg for arg in args if arg != "--dump-config"], notes.append
     )
     workers = 0 if dump_only else _workers_of(verb, settings)
+    if verb.name in PARALLEL_VERBS and (alone := note_of_one_process(settings.backend)):
+        notes.append(alone)
     # of workers rank 0 reads the same words, and tells them
     for note in notes if is_main_process() and not workers else ():
         _print_stderr(f"note: {note}", dim=True)

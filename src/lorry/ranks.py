@@ -166,6 +166,17 @@ def workers_to_start(backend: ProcessSettings) -> int:
     return 0
 
 
+def note_of_one_process(backend: ProcessSettings) -> str | None:
+    """What to say where settings name a backend of several processes and nobody has started any or
+    asked for a number; None otherwise."""
+    if backend.name == "single" or backend.processes is not None or launched_process() is not None:
+        return None
+    return (
+        f"backend={backend.name} in one process is the same as backend=single; for several type "
+        "backend.processes=N, or start the command with torchrun --nproc-per-node N -m lorry"
+    )
+
+
 def _number(name: str, default: int | None) -> int:
     text = os.environ.get(name)
     if text is None and default is not None:

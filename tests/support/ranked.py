@@ -55,6 +55,23 @@ def another_version(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(processes, "version", lambda name: "9.9" if name == "torch" else real(name))
 
 
+def another_environment(patch: pytest.MonkeyPatch) -> None:
+    """Its machine sets LORRY_DTYPE for everybody."""
+    patch.setenv("LORRY_DTYPE", "float32")
+
+
+def other_settings(patch: pytest.MonkeyPatch) -> None:
+    """Its copy of the description has another learning rate."""
+    real = config.parse_settings
+
+    def parse_settings(*given: Any) -> Any:
+        run = real(*given)
+        changed = run.train.model_copy(update={"learning_rate": 0.125})
+        return run.model_copy(update={"train": changed})
+
+    patch.setattr(config, "parse_settings", parse_settings)
+
+
 def another_machine(patch: pytest.MonkeyPatch) -> None:
     """It is on another machine, with the same files."""
     patch.setattr(processes.platform, "node", lambda: "elsewhere")
@@ -202,6 +219,8 @@ PLACES: dict[str, tuple[Any, str]] = {
 FAULTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
     "unreadable words": (1, unreadable_words),
     "another version": (1, another_version),
+    "another environment": (1, another_environment),
+    "other settings": (1, other_settings),
     "another machine": (1, another_machine),
     "other rows": (1, other_rows),
     "other base": (1, other_base),

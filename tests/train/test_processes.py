@@ -10,17 +10,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorry.adapters.attach import attach
 from lorry.adapters.spec import LoraSpec
 from lorry.config import RunConfig
+from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError
+from lorry.kernels import kernel_status
 from lorry.models.loading.load import load_model
 from lorry.notes import ignore_note
 from lorry.ranks import Mesh
 from lorry.train import processes
 from lorry.train.processes import (
     choose_device,
+    refuse_other_arithmetic,
     refuse_other_questions,
     sampled_digest,
     scale_batches,
@@ -92,6 +96,33 @@ def test_a_gpu_asked_for_by_two_processes_is_refused(
     gpus(count)
     with pytest.raises(ConfigError, match=words):
         choose_device(asked, ranks_say(None, None))
+
+
+@pytest.mark.parametrize("name", ["LORRY_DTYPE", "LORRY_KERNELS", "LORRY_PROOFS"])
+def test_other_words_about_arithmetic_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in processes.ARITHMETIC_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    model, cpu = ModelConfig(name="/model", dtype="float32"), torch.device("cpu")
+    kernels = {"state of the kernels": "compiled" if kernel_status().active else "torch only"}
+    refuse_other_arithmetic(model, cpu, ranks_say(None, [{}, kernels]))
+    with pytest.raises(ConfigError, match=f"rank 1 has another {name} than rank 0 .0 and none."):
+        refuse_other_arithmetic(model, cpu, ranks_say(None, [{name: "0"}, kernels]))
+
+
+def test_machines_that_choose_otherwise_are_refused() -> None:
+    """bfloat16 on one kind of processor, no compiler on one machine."""
+    model, cpu = ModelConfig(name="/model", dtype="auto"), torch.device("cpu")
+    frames = list[Any]()
+    refuse_other_arithmetic(
+        model, cpu, SimpleNamespace(exchange=lambda what, mine: frames.append(mine) or [mine])  # type: ignore[arg-type]
+    )  # fmt: skip
+    said, chosen = frames[0]
+    for name, other in (("meaning of dtype=auto", "torch.half"), ("state of the kernels", "none")):
+        assert name in chosen
+        with pytest.raises(ConfigError, match=f"rank 1 has another {name} than rank 0"):
+            refuse_other_arithmetic(model, cpu, ranks_say(None, [said, {**chosen, name: other}]))
 
 
 def test_no_gpu_anywhere_is_the_cpu(gpus: Any) -> None:
@@ -178,7 +209,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
             "push": words("push", "push_to_hub=me/people", fault=False),
             **{
                 name: words(name)
-                for name in ("another version", "other rows", "other base", "no shared directory")
+                for name in (
+                    "another version",
+                    "another environment",
+                    "other settings",
+                    "other rows",
+                    "other base",
+                    "no shared directory",
+                )
             },
             "another machine": words("another machine"),
             "asked to save": words("asked to save", "max_steps=5", "save_strategy=steps"),
@@ -204,6 +242,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
         ("few rows", ["a step of 1 x 1 rows", "too few for 2 processes"]),
         ("push", ["hf auth login"]),
         ("another version", ["rank 1 has another torch than rank 0 (9.9"]),
+        ("another environment", ["rank 1 has another LORRY_DTYPE than rank 0 (float32 and none)"]),
+        ("other settings", ["rank 1 has another train.learning_rate than rank 0 (0.125 and "]),
         ("other rows", ["rank 1 has another data (", "data.jsonl) than rank 0"]),
         ("other base", ["rank 1 has another base ("]),
         ("no shared directory", ["is not shared: elsewhere does not find there what rank 0"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,9 @@ from lorry.config import RunConfig, runs_by_adapter
 from lorry.config.schema import ModelConfig, SharedBackendConfig
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
+from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
+from lorry.models.loading.load import pick_dtype
 from lorry.models.loading.sources import resolve_model
 from lorry.notes import NoteCallback, ignore_note
 from lorry.plan.machine import available_cores
@@ -38,6 +41,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")  # whose versi
 # of a weights file: so many pieces of so many bytes, spread over it, tell another base from this
 # one
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 1 << 16
+# what a person says of a process about dtypes, kernels and checks of them
+ARITHMETIC_VARIABLES = ("LORRY_DTYPE", "LORRY_KERNELS", "LORRY_PROOFS")
 SAME_FILES = "copy the same files to every machine, or name a shared place"
 SHARED_WAIT_SECONDS = 10.0  # for a network file system to show what another machine has written
 POLL_SECONDS = 0.2
@@ -51,6 +56,7 @@ class PlacedSettings(Protocol):
     @property
     def backend(self) -> SharedBackendConfig: ...
     def model_copy(self, *, update: Mapping[str, Any]) -> Any: ...
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
 S = TypeVar("S", bound=PlacedSettings)
@@ -64,6 +70,7 @@ def share_command(settings: S) -> Iterator[tuple[S, Communicator]]:
     with join_processes(settings.backend) as communicator:
         if communicator.size > 1:
             refuse_other_versions(communicator)
+            refuse_other_settings(settings, communicator)
             settings = place_settings(settings, communicator)
         if settings.backend.threads:
             torch.set_num_threads(settings.backend.threads)
@@ -71,9 +78,11 @@ def share_command(settings: S) -> Iterator[tuple[S, Communicator]]:
 
 
 def record_processes(run: RunConfig, communicator: Communicator) -> RunConfig:
-    """The run with the number of its processes, also where a launcher has said it."""
+    """The run with the number of its processes, also where a launcher has said it. Raises ConfigError
+    where they were not given the same description."""
     if communicator.size == 1:
         return run
+    refuse_other_settings(run, communicator)
     backend = run.backend.model_copy(update={"processes": communicator.size})
     return run.model_copy(update={"backend": backend})
 
@@ -105,8 +114,10 @@ def place_run(
 
 
 def place_settings(settings: S, communicator: Communicator) -> S:
-    """Settings with the device and the number of threads of this process. Raises ConfigError."""
+    """Settings with the device and the number of threads of this process. Raises ConfigError, also
+    where the processes would compute in different ways."""
     device = choose_device(settings.model.device, communicator)
+    refuse_other_arithmetic(settings.model, torch.device(device), communicator)
     threads = settings.backend.threads or share_cores(communicator)
     placed: S = settings.model_copy(
         update={
@@ -183,6 +194,44 @@ def refuse_other_versions(communicator: Communicator) -> list[str]:
     frames = communicator.exchange("versions", [platform.node(), versions])
     _refuse_difference([mine for _, mine in frames], "install the same on every machine")
     return [host for host, _ in frames]
+
+
+def refuse_other_settings(settings: PlacedSettings, communicator: Communicator) -> None:
+    """Raise ConfigError where a rank was given other settings than rank 0."""
+    frames = communicator.exchange("settings", settings.model_dump(mode="json"))
+    _refuse_difference(
+        [_by_full_name(frame) for frame in frames], "give every process the same description"
+    )
+
+
+def _by_full_name(settings: Mapping[str, Any], group: str = "") -> dict[str, str]:
+    """{backend.timeout: value} of settings in groups."""
+    named = dict[str, str]()
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            named |= _by_full_name(value, f"{group}{name}.")
+        else:
+            named[f"{group}{name}"] = str(value)
+    return named
+
+
+def refuse_other_arithmetic(
+    model: ModelConfig, device: torch.device, communicator: Communicator
+) -> None:
+    """Raise ConfigError where ranks have other words about how to compute in their environment, or
+    are on machines that choose otherwise: their tensors would not even be of one size."""
+    said = {name: os.environ[name] for name in ARITHMETIC_VARIABLES if os.environ.get(name)}
+    chosen = dict[str, str]()
+    if model.dtype == "auto":
+        chosen["meaning of dtype=auto"] = str(pick_dtype("auto", device))
+    if device.type == "cpu":
+        chosen["state of the kernels"] = "compiled" if kernel_status().active else "torch only"
+    frames = communicator.exchange("arithmetic", [said, chosen])
+    _refuse_difference([mine for mine, _ in frames], "set it alike for every process, or for none")
+    _refuse_difference(
+        [mine for _, mine in frames],
+        "give a dtype, and LORRY_KERNELS=0 to every process where one has no kernels",
+    )
 
 
 def refuse_other_files(run: RunConfig, communicator: Communicator) -> None:

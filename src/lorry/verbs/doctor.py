@@ -108,7 +108,10 @@ def _describe_processes() -> str:
     """Which process of a launched job this is."""
     launched = launched_process()
     if launched is None:
-        return "1; backend=ddp backend.processes=N starts N"
+        return (
+            "1; backend.processes=N starts N, with backend=ddp (the base whole on each) or fsdp (cut "
+            "over them), and backend.tensor_parallel=T of either to share every matrix"
+        )
     return f"rank {launched.rank} of {launched.world_size} (WORLD_SIZE is set)"
 
 
