@@ -283,6 +283,13 @@ def test_what_does_not_exist_is_named(error: str, tiny: Any) -> None:
         {"rank_pattern": {"q": 0}},
         {"lora_dropout": 1.0},
         {"lora_dropout": -0.1},
+        {"lora_dropout": "0.1"},
+        {"lora_alpha": 0},
+        {"lora_alpha": "16"},
+        {"lora_alpha": True},
+        {"lora_alpha": float("nan")},
+        {"alpha_pattern": {"q": 0}},
+        {"use_rslora": "false"},
     ],
 )
 def test_numbers_out_of_range(spec: dict[str, Any]) -> None:

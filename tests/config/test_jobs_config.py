@@ -353,6 +353,20 @@ def test_our_own_word_for_jobs_is_no_news(
     assert told == notes
 
 
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [(MoeRunConfig, "experts"), (UnlearnRunConfig, "subjects"), (RunConfig, "jobs")],
+)
+def test_a_map_of_jobs_is_refused_by_the_word_that_was_written(
+    schema: type[Any], word: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: m\n{word}: {{a: f, b: g}}\n")
+    with pytest.raises(ConfigError) as error:
+        parse_settings(schema, [str(file)], print)
+    assert f"{file}:2: {word}: got {{'a': 'f', 'b': 'g'}}; give a list of maps" in str(error.value)
+
+
 @settings(max_examples=60)
 @given(st.text("[]{}:, ab01'\"-\n", max_size=30), st.sampled_from(["jobs", "sweep"]))
 def test_any_text_is_taken_or_refused_in_words(text: str, key: str) -> None:

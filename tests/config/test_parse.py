@@ -194,6 +194,12 @@ def test_refused(argv: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_word_that_is_not_supported_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        run("optim=adafactor")
+    assert str(caught.value) == "optim=adafactor is not supported yet"
+
+
 @pytest.mark.parametrize(
     ("argv", "dotted", "expected", "note"),
     [

@@ -56,6 +56,16 @@ class LoraSpec:
             # True is an int to Python
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"{where} is {rank!r}; a rank is a whole number of at least 1")
+        alpha = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
+        for where, value in {
+            **alpha,
+            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
+        }.items():
+            if not _is_number(value) or value == 0:
+                raise ConfigError(
+                    f"{where} is {value!r}; it must be a number other than 0, which would leave the "
+                    "model as it is"
+                )
         for where, key in [("rank_pattern", k) for k in self.rank_pattern] + [
             ("alpha_pattern", k) for k in self.alpha_pattern
         ]:
@@ -65,10 +75,13 @@ class LoraSpec:
                 raise ConfigError(
                     f"{where} names {key!r}, which is not a valid regular expression: {e}"
                 ) from e
-        if not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1"
             )
+        # a text is true to Python, also "false"
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora is {self.use_rslora!r}; it must be True or False")
 
     def rank(self, module: str) -> int:
         """The rank at a module path."""
@@ -105,6 +118,11 @@ def unscaled_spec(ranks: Mapping[str, int]) -> LoraSpec:
         rank_pattern=others,
         alpha_pattern={path: float(rank) for path, rank in others.items()},
     )
+
+
+def _is_number(value: object) -> bool:
+    # True is an int to Python
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _match_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -209,7 +209,10 @@ def _listed_jobs(setting: GivenSetting, groups: Sequence[str]) -> list[JobItem]:
     if not isinstance(setting.value, list) or not all(
         isinstance(job, Mapping) for job in setting.value
     ):
-        raise ConfigError(f"{setting.where}: jobs: got {show_value(setting.value)}; give {JOBS}")
+        # by the word that was written: `experts` of a mixture, `subjects` of what is unlearnt
+        raise ConfigError(
+            f"{setting.where}: {setting.key}: got {show_value(setting.value)}; give {JOBS}"
+        )
     return [
         _make_job_item(setting, number, job, groups) for number, job in enumerate(setting.value)
     ]

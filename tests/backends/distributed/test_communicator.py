@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +58,27 @@ def test_a_rank_without_a_pulse_is_given_up() -> None:
         with pytest.raises(RuntimeError, match=f"no sign of life of rank {rank} for 0.2 seconds"):
             wait_for_ever(mine, rank)
     mine.end()
+
+
+def test_a_command_waits_as_long_as_it_says() -> None:
+    """Not as long as the one by which the processes were joined: collectives and pulse."""
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=HashStore(), timeout=timedelta(seconds=600)
+    )
+    pulse = Pulse(HashStore(), 0, 2, 600.0)
+    try:
+        ranks = TorchCommunicator(HashStore(), Mesh(), pulse)
+        ranks.set_timeout(0.2)
+        backend: Any = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+        assert backend.options._timeout == timedelta(seconds=0.2)
+        with pytest.raises(RuntimeError, match=r"rank 1 for 0\.2 seconds"):
+            wait_for_ever(pulse, 1)
+        pulse.expect(0)
+        time.sleep(0.5)
+        pulse.expect(0)  # its own signs come as often as that now
+    finally:
+        pulse.end()
+        torch.distributed.destroy_process_group()
 
 
 def test_a_port_in_use_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,12 @@ class TorchCommunicator(RankExchange):
         self._calls = 0  # of `on_main` and `await_all`, which every rank counts alike
         self.told: BaseException | None = None  # this rank's error that the others have heard last
 
+    def set_timeout(self, seconds: float) -> None:
+        """How long this rank waits for another from now on, in a collective or for its pulse; every
+        rank calls it."""
+        super().set_timeout(seconds)
+        self.pulse.set_timeout(seconds)
+
     def on_main(self, what: str, function: Callable[[], Any]) -> Any:
         """See `Communicator.on_main`."""
         # where rank 0 fails on its way here the others learn of it now: waiting for the key they
@@ -271,18 +277,25 @@ class Pulse:
         self._keys = [f"pulse/{number}" for number in range(size)]
         # {rank: (its number, when it was first seen)}
         self._seen = dict[int, tuple[int, float]]()
-        self._ended = threading.Event()
+        self._ended, self._woken = False, threading.Event()
         # a store serves one thread; a copy has a connection of its own
-        arguments = (store.clone(), self._keys[rank], min(PULSE_SECONDS, timeout / 4))
+        arguments = (store.clone(), self._keys[rank])
         self._thread = threading.Thread(target=self._beat, args=arguments, daemon=True)
         self._thread.start()
 
-    def _beat(self, store: Any, key: str, seconds: float) -> None:
+    def _beat(self, store: Any, key: str) -> None:
         # a store that has gone says the same to whoever waits for it
         with contextlib.suppress(RuntimeError):
-            while not self._ended.is_set():
+            while not self._ended:
                 store.add(key, 1)
-                self._ended.wait(seconds)
+                self._woken.wait(min(PULSE_SECONDS, self.timeout / 4))
+                self._woken.clear()
+
+    def set_timeout(self, seconds: float) -> None:
+        """Another number of seconds, of all ranks."""
+        if seconds != self.timeout:
+            self.timeout = seconds
+            self._woken.set()  # the next sign may be due before
 
     def expect(self, rank: int) -> None:
         """Raise RuntimeError where a rank has given no sign of life for ``timeout`` seconds."""
@@ -295,7 +308,8 @@ class Pulse:
 
     def end(self) -> None:
         """No more signs: this process ends."""
-        self._ended.set()
+        self._ended = True
+        self._woken.set()
         # not for ever: a store that cannot be reached keeps the thread
         self._thread.join(PULSE_SECONDS)
 
@@ -341,6 +355,8 @@ def open_communicator(backend: Any) -> Communicator:
         name = f"{mesh.replicas}x{mesh.shards}x{mesh.tensor_size}"
         store = dist.PrefixStore(name, world.store)
         _communicators[mesh] = TorchCommunicator(store, mesh, world.pulse)
+    # of this command: the processes may have been joined by another
+    _communicators[mesh].set_timeout(backend.timeout)
     return _communicators[mesh]
 
 

@@ -59,6 +59,16 @@ class RankExchange:
         if (tensor_group := self._groups["tensor"]) is not None:
             self.bare = BareCollectives(tensor_group)
 
+    def set_timeout(self, seconds: float) -> None:
+        """How long a collective waits from now on; every rank calls it."""
+        import torch.distributed as dist
+
+        self.timeout = timedelta(seconds=seconds)
+        meshes = [group for mesh in self._device_meshes.values() for group in mesh.get_all_groups()]
+        for group in (dist.group.WORLD, *self._groups.values(), *meshes):
+            if group is not None:
+                group.set_timeout(self.timeout)
+
     def exchange(self, what: str, value: Any = None) -> list[Any]:
         """See `Communicator.exchange`."""
         frames = self._frames({"what": what, "value": value})

@@ -218,9 +218,10 @@ def _place_alias(
                     f"{_quote_setting(setting.key, value)} changes nothing: Lorry does so anyway"
                 )
             return []
-        raise ConfigError(
-            f"{setting.where}: {_quote_setting(setting.key, value)} is not supported yet"
-        )
+        quoted = _quote_setting(setting.key, value)
+        # a word of the command line is where it stands
+        place = "" if setting.where == quoted else f"{setting.where}: "
+        raise ConfigError(f"{place}{quoted} is not supported yet")
     if word in OTHER_VERB_SETTINGS:
         raise ConfigError(
             f"{setting.where}: {setting.key!r} is a setting of {OTHER_VERB_SETTINGS[word]}"
