@@ -171,6 +171,22 @@ def test_what_comes_in_the_way_of_a_shared_error_is_told_to_nobody(
     assert len(told) == 1
 
 
+def test_behind_a_failure_ranks_count_anew(
+    first_of_two: TorchCommunicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One waited for the others, and has counted that, when another failed on its way there: of the
+    next command's both look for the same word."""
+    monkeypatch.setattr(first_of_two, "_frames", lambda frame: [frame, frame])
+    keys = list[str]()
+    first_of_two.store = SimpleNamespace(
+        set=lambda key, value: keys.append(key), check=lambda names: True
+    )
+    first_of_two.await_all("answers")
+    first_of_two.tell_failure(ConfigError("no such file"))
+    first_of_two.await_all("answers")
+    assert keys == ["here/0/1/0", "here/1/1/0"]
+
+
 def test_no_signal_comes_between_the_parts_of_an_exchange(
     first_of_two: TorchCommunicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

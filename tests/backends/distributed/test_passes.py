@@ -139,6 +139,22 @@ def test_an_error_inside_is_not_waited_for() -> None:
     assert released == ["a released"]
 
 
+def test_behind_a_failure_walkers_are_numbered_anew() -> None:
+    """One rank has failed before it had a model, another behind that: of the next command's both say
+    the same number."""
+    numbers = list[int]()
+    for joined in (0, 1):
+        schedule, released = PassSchedule(lambda what, value: [value]), list[str]()
+        models = [Walked("a", released) for _ in range(joined)]
+        for model in models:
+            schedule.join(model)
+        schedule.forget()
+        assert released == ["a released"] * joined
+        later = Walked("b", [])
+        numbers.append(schedule.join(later))
+    assert numbers == [1, 1]
+
+
 def test_without_such_models_nobody_is_asked() -> None:
     def exchange(what: str, value: Any) -> list[Any]:
         raise AssertionError("asked")

@@ -160,7 +160,8 @@ class TorchCommunicator(RankExchange):
     def __init__(self, store: Any, mesh: Mesh, pulse: Pulse) -> None:
         super().__init__(mesh, pulse.timeout)
         self.store, self.pulse, self.passes = store, pulse, PassSchedule(self.exchange)
-        self._calls = 0  # of `on_main` and `await_all`, which every rank counts alike
+        # of `on_main` and `await_all` since a rank has failed, which every rank counts alike
+        self._calls = 0
         self.told: BaseException | None = None  # this rank's error that the others have heard last
 
     def set_timeout(self, seconds: float) -> None:
@@ -175,7 +176,7 @@ class TorchCommunicator(RankExchange):
         # would not, and rank 0 would wait for them
         self.exchange(what)
         self._calls += 1
-        key = f"main/{self._calls}"
+        key = f"main/{self.failures}/{self._calls}"
         if self.rank == 0:
             numbers = itertools.count(1)
 
@@ -199,7 +200,7 @@ class TorchCommunicator(RankExchange):
         with self.passes.together():  # who is through walks along with who is not
             pass
         self._calls += 1
-        keys = [f"here/{self._calls}/{rank}" for rank in range(self.size)]
+        keys = [f"here/{self.failures}/{self._calls}/{rank}" for rank in range(self.size)]
         with self.explained(what):
             self.store.set(keys[self.rank], what)
         for rank, key in enumerate(keys):
@@ -228,6 +229,12 @@ class TorchCommunicator(RankExchange):
                         self.store.set(self._failure_key(), "")
                     self.tell_failure(error)
             raise
+
+    def _settle(self) -> None:
+        """See `RankExchange._settle`; ranks were at different places, and count anew."""
+        super()._settle()
+        self._calls = 0
+        self.passes.forget()
 
     def wait_for_main(self) -> None:
         """Wait until rank 0 has ended, for `END_WAIT_SECONDS` at most."""

@@ -89,6 +89,12 @@ class PassSchedule:
         for walker in self.walkers.values():
             walker.finish_pass()
 
+    def forget(self) -> None:
+        """Know no walker any more: of a command that has failed ranks may have joined different ones."""
+        self._release()
+        self.walkers.clear()
+        self._joined = 0
+
     @contextmanager
     def announced(self, announce: Callable[[], None] | None) -> Iterator[None]:
         """While the block runs, one rank alone makes passes: it calls ``announce`` before each, and
