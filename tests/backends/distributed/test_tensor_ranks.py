@@ -58,7 +58,7 @@ class Commands:
 
 TRAINING = {
     "a forward pass": "fail 1 forward 20",
-    "a backward pass": "fail 0 backward 20",
+    "a backward pass": "fail 0 backward 6",
     "an adapter's file": "fail 1 disk 9",
 }
 ASKING = {"scores": "fail 1 forward 5", "an answer": "fail 1 token 3"}
@@ -73,7 +73,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
 def ended(commands: Commands) -> Ended:
     words = {
         **{name: commands.sft(name, fault=fault) for name, fault in TRAINING.items()},
-        "stopped": commands.sft("run", fault="stop 1 backward 24"),
+        "stopped": commands.sft("run", fault="stop 1 backward 7"),
         "resumed": commands.sft("run", "resume_from_checkpoint=auto"),
         "whole": commands.sft("whole"),
         **{name: commands.eval("whole", fault) for name, fault in ASKING.items()},
