@@ -17,8 +17,7 @@ from torch import Tensor
 from lorry.adapters.mix import Mix
 from lorry.adapters.trainable import ParameterSet
 from lorry.backends.distributed.communicator import Communicator
-from lorry.backends.distributed.deal import deal_batches
-from lorry.backends.distributed.generation import Adapters, generate_together
+from lorry.backends.distributed.deal import Adapters, deal_batches, generate_together
 from lorry.backends.local import LocalBackend
 from lorry.backends.protocol import ScoringBackend, Task
 from lorry.data.batch import Batch, BatchExtra

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorry.adapters.mix import Mix
 from lorry.backends.distributed.communicator import Communicator
 from lorry.backends.distributed.ddp import score_together
-from lorry.backends.distributed.generation import Adapters, generate_together
+from lorry.backends.distributed.deal import Adapters, generate_together
 from lorry.data.batch import Batch
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
