@@ -4,8 +4,6 @@ classes.
 
 from __future__ import annotations
 
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -78,52 +76,6 @@ def test_merging_and_detaching(
     detach(own)
     assert {n: id(p) for n, p in own.named_parameters(remove_duplicate=False)} == objects
     assert torch.equal(logits(own, ids), base)
-
-
-def test_compute_copies_of_an_adapter_are_one_piece(tiny: Any, ids: Tensor, shake: Any) -> None:
-    """bfloat16. In one memory of 2 bytes a value, a group's A's as one view; a graph that waits for
-    its backward keeps what it has read, a forward after an update reads the new values, and only
-    these stay."""
-
-    def adapted() -> Decoder:
-        model = native(tiny("llama")).bfloat16()
-        attach(model, LoraSpec(r=4, rank_pattern={"k_proj": 3}))
-        shake(lora_parameters(model))
-        return model
-
-    def loss(model: Decoder) -> Tensor:
-        logits: Tensor = model(ids).logits
-        return logits.float().square().mean()
-
-    model, twin = adapted(), adapted()
-    adapter, other = (get_bank(m)["default"] for m in (model, twin))
-    first = loss(model)
-    slots = list(adapter.slots.values())
-    copies = [made for slot in slots for _, made in slot.stacks.values()]
-    read = [t for made in copies for t in (made.lora_A, *(part.lora_B for part in made.parts))]
-    assert sum(t.numel() for t in read) == adapter.values.numel()
-    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in read}
-    assert list(pieces.values()) == [2 * adapter.values.numel()]
-    assert copies[0].lora_A.shape[0] == 4 + 3 + 4  # of q, k and v
-    old = weakref.ref(copies[0].parts[0].lora_B)
-    del copies, read
-    for each in (adapter, other):
-        each.bind_grads()
-    loss(twin).backward()
-    adapter.values.mul_(2)
-    adapter.touch()
-    second = loss(model)
-    assert old() is not None  # `first` is yet to read it
-    first.backward()
-    assert torch.equal(adapter.grads, other.grads)  # of the values that `first` was made from
-    assert other.grads.any()
-    other.values.mul_(2)
-    other.touch()
-    assert torch.equal(second, loss(twin))
-    assert not torch.equal(first, second)
-    del first
-    gc.collect()
-    assert old() is None
 
 
 def test_a_bf16_base_with_fp32_masters(tiny: Any, ids: Tensor, logits: Any, shake: Any) -> None:

@@ -21,13 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.dropout import DropoutNoise
-from lorry.adapters.layers import (
-    AdaptableLayer,
-    AdapterSlot,
-    BankEmbedding,
-    BankLinear,
-    MasterCopies,
-)
+from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
@@ -411,19 +405,11 @@ class AdapterBank:
         adapter = Adapter(name, spec, values, grads, sum(sizes[: len(targets)]))
         # Parameters over views of `values`: a step on the flat buffer is a step on each of them
         params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
-        copies = MasterCopies()
         for (path, module), a, b in zip(
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
         ):
             slot = AdapterSlot(
-                path,
-                a,
-                b,
-                spec.scale(path),
-                spec.lora_dropout,
-                slices=module.slices,
-                # an embedding looks its masters up as they are
-                copies=copies if isinstance(module, BankLinear) else MasterCopies(),
+                path, a, b, spec.scale(path), spec.lora_dropout, slices=module.slices
             )
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module

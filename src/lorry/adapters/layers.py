@@ -66,11 +66,6 @@ class AdapterSlot:
     slot_id: int = field(default_factory=count().__next__, repr=False)
     # of the groups whose first slot this is
     stacks: dict[tuple[int, ...], StackEntry] = field(default_factory=dict, repr=False)
-    # one for all linears of an adapter
-    copies: MasterCopies = field(default_factory=lambda: MasterCopies(), repr=False)
-
-    def __post_init__(self) -> None:
-        self.copies.slots.append(self)
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""
@@ -91,48 +86,6 @@ class AdapterSlot:
         """Give a master these values, or, where ranks share the module, its part of them."""
         master = self.A if side == "A" else self.B
         master.copy_(values if self.slices is None else self.slices.cut(side, values))
-
-
-class MasterCopies:
-    """The masters of an adapter in the dtype that is computed in: all in one piece, which is made
-    anew once one of them has changed.
-
-    They outlive the pass that asks for them. Made slot by slot they would lie between its
-    activations, and the next pass, of a job of another rank, would not fit where these were.
-    """
-
-    def __init__(self) -> None:
-        self.slots: list[AdapterSlot] = []
-        # by slot_id: (stamp, A, B)
-        self.made: dict[torch.dtype, dict[int, tuple[tuple[int, ...], Tensor, Tensor]]] = {}
-
-    def of(self, slot: AdapterSlot, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(A [R,I], B [O,R]) of one of the slots, not to be written."""
-        stamp, *copies = self.made.get(dtype, {}).get(slot.slot_id, (None,))
-        if stamp != slot.stamp():
-            # freed before the next piece is made, unless a graph that waits for its backward reads it
-            self.made.pop(dtype, None)
-            for one in self.slots:
-                one.stacks.clear()
-            self.made[dtype] = self._cast(dtype)
-            _, *copies = self.made[dtype][slot.slot_id]
-        a, b = copies
-        return a, b
-
-    @torch.no_grad()
-    def _cast(self, dtype: torch.dtype) -> dict[int, tuple[tuple[int, ...], Tensor, Tensor]]:
-        # as in the adapter's own buffer: the A's of a group are side by side, one matrix
-        masters = [slot.A for slot in self.slots] + [slot.B for slot in self.slots]
-        sizes = [master.numel() for master in masters]
-        piece = torch.empty(sum(sizes), dtype=dtype, device=masters[0].device)
-        views = [v.view(m.shape) for v, m in zip(piece.split(sizes), masters, strict=True)]
-        for view, master in zip(views, masters, strict=True):
-            view.copy_(master)
-        halves = zip(views[: len(self.slots)], views[len(self.slots) :], strict=True)
-        return {
-            slot.slot_id: (slot.stamp(), a, b)
-            for slot, (a, b) in zip(self.slots, halves, strict=True)
-        }
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -568,16 +521,11 @@ class LinearGroup:
         self, slots: Sequence[tuple[int, int, AdapterSlot]], dtype: torch.dtype
     ) -> ComputeCopies:
         """Of one adapter without gates: its scale, and a constant, multiply the product."""
-        copies = [
-            # masters are what is computed with in their own dtype
-            (slot.A, slot.B.detach()) if slot.A.dtype == dtype else slot.copies.of(slot, dtype)
-            for _, _, slot in slots
-        ]
-        a = joined_rows([a for a, _ in copies], dtype)
+        a = joined_rows([slot.A for _, _, slot in slots], dtype)
         parts, at = [], 0
-        for (i, _, slot), (_, b) in zip(slots, copies, strict=True):
+        for i, _, slot in slots:
             rows = slice(at, at + slot.A.shape[0])
-            parts.append(AdapterShare(i, rows, b, slot.scale))
+            parts.append(AdapterShare(i, rows, slot.B.detach().to(dtype), slot.scale))
             at = rows.stop
         return ComputeCopies(a, parts)
 

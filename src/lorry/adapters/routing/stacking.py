@@ -50,9 +50,7 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
         one.buffer = None
         one.touch()
         for slot in one.slots.values():
-            # copies of what has moved
-            slot.stacks.clear()
-            slot.copies.made.clear()
+            slot.stacks.clear()  # copies of what has moved
 
 
 def _stacks(
