@@ -66,6 +66,7 @@ test-extras: setup
 ROLLOUT := .venv-rollout
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 $(ROLLOUT)/.installed: pyproject.toml requirements-model.txt
 	$(PYTHON) -m venv $(ROLLOUT)
 	$(ROLLOUT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_CPU) vllm-cpu==0.32.0 -e '.[dev]'

@@ -261,7 +261,6 @@ def merge(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dic
         "the adapter over weights into which it is merged": outcome(
             lambda: over.push(files, stepped=False)
         ),
-        "a merged model beside an adapter": outcome(lambda: trainer.push(stepped=False)),
     }
     for name, found in made["faults"].items():
         print(f"{name}: {found}", flush=True)

@@ -73,8 +73,12 @@ def test_a_merged_model_and_an_adapter_never_meet_in_one_engine(
         merged.push(writer(policy), stepped=True)
         # an adapter over weights that hold it already
         adapters = policy.sync(tmp_path / "adapters", engine)
-        with pytest.raises(ContractError, match=r"at token \d of prompt \d"):
+        with pytest.raises(ContractError, match="has model_v000001 in the place of its base"):
             adapters.push(policy.files(), stepped=True)
+        # a client that did not send the model finds it by what the engine says
+        another = policy.sync(tmp_path / "others", VllmServer(server.url))
+        with pytest.raises(ContractError, match=r"at token \d of prompt \d"):
+            another.push(policy.files(), stepped=True)
         with pytest.raises(
             ContractError, match="holds the adapter lora_v000001, which would count"
         ):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry.errors import ConfigError, ContractError
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout import EngineError, VllmEngine
+from lorry.integrations.rollout import EngineError, ModelVersion, VllmEngine
 from tests.support.rollout_policy import PROMPTS, Policy, small_policy
 from tests.support.rollout_server import greedy
 from tests.support.tiny import one_thread
@@ -160,6 +160,18 @@ def test_what_is_not_held_is_an_error(
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vLLM cannot be imported"):
         engine.generate(PROMPTS, SamplingParams(), adapter=None)
+
+
+def test_an_adapter_over_a_merged_model_is_refused(
+    policy: Policy, tmp_path: Path, llm: Llm
+) -> None:
+    engine = VllmEngine(llm)
+    engine.load_model(ModelVersion(1, tmp_path / "model_v000001", {}, 0))
+    with pytest.raises(ContractError, match="lora_v000001 over it would count twice"):
+        policy.sync(tmp_path / "out", engine).push(policy.step(), stepped=True)
+    llm.forgets = False
+    with pytest.raises(EngineError, match="did not forget the old model's prompts"):
+        engine.load_model(ModelVersion(2, tmp_path / "model_v000002", {}, 0))
 
 
 def test_a_refusal_says_what_vllm_said(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from lorry.disk.integrity import read_content
-from lorry.errors import LorryError, ModelError
+from lorry.errors import ContractError, LorryError, ModelError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
 from lorry.integrations.rollout.digests import read_tensor_facts
@@ -122,3 +122,12 @@ def file_digests(label: str, name: str, path: Path | None) -> dict[str, str]:
 def row_seeds(seed: int, rows: int) -> list[int]:
     """A seed for each prompt of a call, 31 bits: with one for all, equal prompts get equal answers."""
     return [(seed * 1_000_003 + row) % (1 << 31) for row in range(rows)]
+
+
+def refuse_twice(label: str, model: ModelVersion | None, name: str) -> None:
+    """Refuse an adapter for an engine that was given a merged ``model``. Raises ContractError."""
+    if model is not None:
+        raise ContractError(
+            f"{label}: has {model.name} in the place of its base, into which an adapter is merged; "
+            f"{name} over it would count twice; start the engine anew, or go on with merged models"
+        )

@@ -20,7 +20,7 @@ from typing import Any
 from lorry.errors import ConfigError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout.engine import EngineError, file_digests, row_seeds
+from lorry.integrations.rollout.engine import EngineError, file_digests, refuse_twice, row_seeds
 from lorry.integrations.rollout.versions import AdapterVersion, ModelVersion
 
 MOST_BYTES = 1 << 28  # of an answer; more was not asked for
@@ -112,8 +112,10 @@ class VllmServer(_Server):
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. A model's name is that of the adapter."""
 
     product = "vLLM"
+    model: ModelVersion | None = None  # in the place of its base, if this client sent one
 
     def load_lora_adapter(self, version: AdapterVersion) -> None:
+        refuse_twice(self.label, self.model, version.name)
         # a text, not JSON: "Success: LoRA adapter ... added successfully"
         self._ask(
             "/v1/load_lora_adapter", {"lora_name": version.name, "lora_path": str(version.path)}
@@ -125,6 +127,7 @@ class VllmServer(_Server):
     def load_model(self, version: ModelVersion) -> None:
         """Take a whole model in the place of the base, by calls that vLLM has with
         VLLM_SERVER_DEV_MODE=1; what it remembers of prompts is forgotten, being the old model's."""
+        self.model = version
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(version.path)}}
         self._ask("/collective_rpc", body)
         answer = self._post("/reset_prefix_cache", {})

@@ -28,7 +28,7 @@ from lorry.disk.integrity import read_content
 from lorry.errors import ConfigError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout.engine import EngineError, file_digests, row_seeds
+from lorry.integrations.rollout.engine import EngineError, file_digests, refuse_twice, row_seeds
 from lorry.integrations.rollout.versions import AdapterVersion, ModelVersion
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -44,12 +44,14 @@ class VllmEngine:
     def __init__(self, llm: Any, label: str = "vLLM in this process") -> None:
         self.llm, self.label = llm, label
         self.reads_memory: bool | None = None
+        self.model: ModelVersion | None = None  # in the place of its base
         self._requests: dict[str, Any] = {}
         self._numbers = count(
             1
         )  # vLLM's, of its own: versions of another directory begin at 1 again
 
     def load_lora_adapter(self, version: AdapterVersion) -> None:
+        refuse_twice(self.label, self.model, version.name)
         if version.name in self._requests:
             raise EngineError(f"{self.label}: {version.name} is loaded already")
         number = next(self._numbers)
@@ -105,6 +107,7 @@ class VllmEngine:
     def load_model(self, version: ModelVersion) -> None:
         """Take a whole model in the place of the base; what it remembers of prompts is forgotten,
         being the old model's."""
+        self.model = version
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(version.path)})
         if not self.llm.reset_prefix_cache():
             raise EngineError(f"{self.label}: did not forget the old model's prompts")
