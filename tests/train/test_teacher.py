@@ -454,6 +454,26 @@ def test_an_adapter_on_few_bits_is_refused(world: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("student", [None, "nf4"])
+def test_an_adapter_that_was_trained_on_few_bits(world: Path, student: str | None) -> None:
+    """Its base is held as it was then: the student's where that is held so, else one of its own."""
+    folder = world / "adapter-nf4"
+    name = str(world / "student")
+    packed = {"name": name, "quantize": "nf4"}
+    if not folder.exists():
+        run = described(world / "student", world / "rows.jsonl", world / "x")
+        base = open_model(run.model.model_copy(update={"quantize": "nf4"}), print)
+        attach(base.model, LoraSpec(r=2, init_lora_weights=False), "tutor", seed=2)
+        save_adapter(base.model, folder, "tutor")
+    model = packed if student else {"name": name}
+    made = material(world, {"teacher_adapter": str(folder)}, model=model)
+    _, models = parts(build_distill(made))
+    assert (models["teacher"].model is made.opened.model) == (student is not None)
+    held = quantized_linears(models["teacher"].model)
+    assert {product.quantization.name for product in held.values()} == {"nf4"}
+    assert bool(quantized_linears(made.opened.model)) == (student is not None)
+
+
 def test_tokenizers_of_runs(world: Path) -> None:
     """A teacher without tokenizer files says so."""
     bare = world / "bare"

@@ -26,7 +26,7 @@ from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.loading.describe import read_model_json
-from lorry.models.loading.load import pick_device, pick_dtype
+from lorry.models.loading.load import pick_device, pick_dtype, trained_quantization
 from lorry.models.loading.open import (
     OpenedModel,
     list_adapter_folders,
@@ -74,9 +74,13 @@ class TeacherLocation:
         start = get_bank(opened.model, create=True).start
         over = next((origin.sha256 for f in folders for _, origin in start_chain(f)), None)
         own = config.teacher is None and not folders
+        # an adapter's base is held as it was when the adapter was trained
+        held = config.teacher_quantize
+        if held is None and folders:
+            held = trained_quantization(folders[0])
         same_base = (
             place.directory.resolve() == base.directory.resolve()
-            and (own or config.teacher_quantize == opened.source["quantize"])
+            and (own or held == opened.source["quantize"])
             and (own or over == (None if start is None else start.sha256))
         )
         # in another dtype the base would say something else, and has to be loaded in it
