@@ -379,6 +379,10 @@ class TrainBackendConfig(SharedBackendConfig):
     def _sequence_of_tensor_ranks(self) -> Self:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel=true needs tensor_parallel above 1")
+        return self
+
+    @model_validator(mode="after")
+    def _sequence_of_our_layers(self) -> Self:
         if self.sequence_parallel and self.name == "megatron":
             raise ValueError("sequence_parallel=true needs backend=ddp or fsdp")
         return self

@@ -95,6 +95,11 @@ class PlanBackend(TrainBackendConfig):
         # `plan.parallel` knows more backends, and says so in its own words
         return self
 
+    @model_validator(mode="after")
+    def _sequence_of_our_layers(self) -> PlanBackend:
+        # Megatron's are planned with it, too, and the plan says that no run has it yet
+        return self
+
     @field_validator("processes", mode="before")
     @classmethod
     def _one_without_a_launcher(cls, value: Any) -> Any:
