@@ -327,10 +327,9 @@ class ShardedWeights:
         """See `WeightShards.keep`."""
         if share.device.type != "cpu" or not can_map():  # on a GPU FSDP2's own memory is the best
             return share
-        shards = self.mesh.size(self.mesh.ndim - 1)
         if self.places is None:
-            self.places = WholePlaces(shards, self.mesh.get_local_rank(SHARD))
-        return self.places.lay(share, -(-weight.shape[0] // shards))
+            self.places = WholePlaces(self._shares, self.shard)
+        return self.places.lay(share, -(-weight.shape[0] // self._shares))
 
     def parameter(self, weight: Tensor, share: Tensor) -> nn.Parameter:
         """See `WeightShards.parameter`."""

@@ -31,10 +31,16 @@ from lorry.models.loading.weights import (
     read_tensors,
     refuse_damaged_buffers,
 )
-from lorry.models.megatron.layout import MegatronLinear, RowOrder, cut, row_order, shard_dim
+from lorry.models.megatron.layout import (
+    FAMILIES,
+    MegatronLinear,
+    RowOrder,
+    cut,
+    row_order,
+    shard_dim,
+)
 from lorry.notes import ignore_note
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 CPU = torch.device("cpu")
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 # Megatron's norm of a layer, as a parameter of either spec -> Hugging Face's module in the layer

@@ -1,3 +1,3 @@
-"""Megatron-core's GPTModel behind the face of a CausalLM. Nothing here imports Megatron but `model.py`, so
-that a run without it never looks for it.
+"""Megatron-core's GPTModel behind the face of a CausalLM. `layout.py` and `terms.py` import
+no Megatron, and `backends.distributed.megatron` the others only when a run asks for them.
 """

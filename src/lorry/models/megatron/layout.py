@@ -24,6 +24,8 @@ from lorry.families import SITES, ModelFamily, Site
 from lorry.families.llama import LLAMA
 
 TESTED_VERSION = "0.16.1"
+# whose models a GPTModel can be, as it is built and filled here
+FAMILIES = ("llama", "qwen2", "qwen3")
 # Llama's names of modules, which Qwen2 and Qwen3 share
 FAMILY: ModelFamily = LLAMA
 Side = Literal["A", "B"]
@@ -151,7 +153,7 @@ def hugging_face_tree(config: Any) -> nn.Module:
         for target in FAMILY.targets:
             out, features = sizes[target]
             linear = nn.Linear(features, out, bias=False, device="meta")
-            _set_module(tree, FAMILY.path(target, layer), linear)
+            add_at(tree, FAMILY.path(target, layer), linear)
     return tree
 
 
@@ -162,7 +164,8 @@ def projection(path: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _set_module(tree: nn.Module, path: str, module: nn.Module) -> None:
+def add_at(tree: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path, with whatever leads there."""
     *parents, leaf = path.split(".")
     for name in parents:
         if name not in tree._modules:

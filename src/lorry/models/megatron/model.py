@@ -38,10 +38,15 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.hf.cache import RecomputeCache
 from lorry.models.hf.frames import build_padded_frames, unpad_frames
 from lorry.models.hf.model import recompute_with_context, use_adapter_context
-from lorry.models.megatron.layout import LINEARS, MegatronLinear, row_order, shard_dim
+from lorry.models.megatron.layout import (
+    FAMILIES,
+    LINEARS,
+    MegatronLinear,
+    add_at,
+    row_order,
+    shard_dim,
+)
 from lorry.models.megatron.terms import FusedProjection, TermsHook
-
-FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 class MegatronModel(CausalLM):
@@ -55,7 +60,7 @@ class MegatronModel(CausalLM):
         self._checkpointing = False
         # Hugging Face's names before Megatron's: a module that has both goes by the first
         for path in (self.family.embed, self.family.head):
-            _add_at(self, path, decoder.get_submodule(path))
+            add_at(self, path, decoder.get_submodule(path))
         gpt: Any = _empty_gpt(decoder)
         for layer, block in enumerate(gpt.decoder.layers):
             for place in LINEARS:
@@ -88,7 +93,7 @@ class MegatronModel(CausalLM):
             del part.weight
             cut = None if part.slices is None else replace(part.slices, sums_ranks=True)
             projections.append(FusedProjection(path, linear, order, number, cut))
-            _add_at(self, path, projections[-1])
+            add_at(self, path, projections[-1])
         linear.register_forward_hook(TermsHook(projections, order, f"{layer}.{place.site}"))
 
     # --- what the bank and the engine ask of a model
@@ -327,12 +332,3 @@ def _norm_of(decoder: Decoder, prefix: str, path: str) -> nn.Module:
 
 def _has(module: nn.Module, leaf: str) -> bool:
     return getattr(module, leaf) is not None
-
-
-def _add_at(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, leaf = path.split(".")
-    for name in parents:
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    root.add_module(leaf, module)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorry.errors import ContractError
-from lorry.integrations.rollout.digests import read_tensor_facts
 from lorry.integrations.rollout.engine import EngineError
 from lorry.integrations.rollout.servers import SglangServer
 from lorry.integrations.rollout.versions import is_version
@@ -65,12 +63,3 @@ def held_row(engine: Any, name: str, args: Any) -> Tensor | None:
     except EngineError:
         return None
     return torch.tensor(rows, dtype=torch.float32)
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """{tensor: SHA-256} of the safetensors files that engines read from a directory."""
-    return {
-        name: facts.sha256
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, facts in read_tensor_facts(file.read_bytes(), str(file)).items()
-    }

@@ -21,19 +21,19 @@ from lorry.integrations.megatron.attach import get_adapter, list_chunks
 from lorry.integrations.megatron.files import lora_files, on_every_rank
 from lorry.integrations.rollout.digests import read_tensor_facts
 from lorry.integrations.rollout.proofs import GreedyProbe, check_moved, check_same_tensors
-from lorry.integrations.rollout.versions import AdapterVersion
+from lorry.integrations.rollout.versions import AdapterVersion, model_tensor_facts
 from lorry.integrations.slime.arguments import lora_argument
 from lorry.integrations.slime.checkpoints import BASE_IS_FILE
+from lorry.integrations.slime.sync.base_file import BaseFile
 from lorry.integrations.slime.sync.engines import (
     ask,
-    file_digests,
     find_server,
     held_row,
     refuse_adapters,
 )
 from lorry.integrations.slime.sync.ranks import from_first, is_first, say
 from lorry.integrations.slime.sync.scores import read_prompts, score_answers
-from lorry.integrations.slime.sync.sent import BaseFile, SentWeights
+from lorry.integrations.slime.sync.sent import SentWeights
 from lorry.runs.layout import ADAPTER_WEIGHTS
 
 ANSWER_TOKENS = 16
@@ -97,7 +97,8 @@ class VersionProof:
                 return
             files = ""
             if folder is not None:
-                check_same_tensors(digests, file_digests(folder), f"{folder}, {version}")
+                read = {name: facts.sha256 for name, facts in model_tensor_facts(folder).items()}
+                check_same_tensors(digests, read, f"{folder}, {version}")
                 files = "the files that engines read have their SHA-256; "
             held = files + self._check_engines(updater, sent)
             are = "" if sent.base is None else ", each of them W + s B A of the files"

@@ -2,9 +2,9 @@
 tensor against W + s B A of the base's file and of the adapter as PEFT would have it. Neither comes by
 the way the sent one came: from shards, merged on each rank, gathered and converted.
 
-    sent = SentWeights(BaseFile.open(args.hf_checkpoint), spec, gather_lora(model))
-    sent.add(bucket)         # as often as a bucket goes out
-    sent.check()             # raises ContractError, which names a tensor
+    sent = SentWeights(BaseFile.open(args.hf_checkpoint), spec, gather_lora(model), adapted)
+    sent.add(bucket)             # as often as a bucket goes out
+    sent.check("version 3")      # raises ContractError, which names a tensor
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXACT_LIMIT = 1e-6
 class SentWeights:
     """One version of the weights on its way. ``base``: None where the model's base is not a file's, and
     only what is sent twice, or not at all, is found; ``adapter``: {`MODULE.lora_A`: whole matrix},
-    empty where the base alone is to be sent. ``digests``: {tensor: SHA-256}; ``rows``: the first row of
+    empty where the base alone is to be sent; ``adapted``: the weights that have adapters. ``digests``: {tensor: SHA-256}; ``rows``: the first row of
     what an adapter is on; ``bytes``: of all."""
 
     base: BaseFile | None
