@@ -75,7 +75,7 @@ class TeacherLocation:
         over = next((origin.sha256 for f in folders for _, origin in start_chain(f)), None)
         own = config.teacher is None and not folders
         # an adapter's base is held as it was when the adapter was trained
-        held = config.teacher_quantize
+        held: str | None = config.teacher_quantize
         if held is None and folders:
             held = trained_quantization(folders[0])
         same_base = (
