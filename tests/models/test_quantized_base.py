@@ -131,6 +131,16 @@ def test_experts_of_transformers_say_what_is_left(models: Path) -> None:
         assert bool(model(IDS).logits.isfinite().all())
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_weight_that_is_read_past_its_layer_is_told(tmp_path: Path, quantize: str) -> None:
+    """Mamba multiplies with its `dt_proj`'s weight itself."""
+    tinyrun.model_directory(tmp_path / "mamba", "mamba")
+    with pytest.raises(
+        ConfigError, match=r"past the layer, which has codes .* leave model\.quantize out"
+    ):
+        opened(tmp_path / "mamba", quantize)
+
+
 def test_a_cast_of_its_scales_is_found(models: Path) -> None:
     model = opened(models / "llama", "int8")
     model.to(torch.bfloat16)

@@ -26,6 +26,7 @@ from lorry.config.parsing.sizes import size_in_words
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
+from lorry.models.hf.anatomy import list_text_tokens
 from lorry.models.hf.model import HfModel
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.accounting import refuse_unfit_tensors
@@ -180,6 +181,7 @@ def load_model(
                 "memory falls to what they take afterwards"
             )
             quantize_linears(model, quantization, torch_dtype)
+            _refuse_weights_read_past_layers(model, quantization)
             remember_base_digest(model)
             if stacked := sum(p.nbytes for p in model.parameters() if p.dim() > 2):
                 add_note(
@@ -232,6 +234,20 @@ def _refuse_unfit(
     check_tensor_parallel(
         family.geometry(description.config), ranks.size, even_vocabulary=convert is not None
     )
+
+
+def _refuse_weights_read_past_layers(model: HfModel, quantization: Quantization) -> None:
+    """Raises ConfigError for a model whose code computes with a linear's weight itself, as Mamba's does:
+    it meets the codes there."""
+    tokens = torch.tensor(list_text_tokens(model.inner)[:2], device=model.device)
+    try:
+        with torch.no_grad():
+            model(tokens[None])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.quantize={quantization.name}: {type(model.inner).__name__} computes with the weight of a "
+            f"layer past the layer, which has codes there now ({error}); leave model.quantize out"
+        ) from error
 
 
 def trained_dtype(adapter: Path) -> str:
