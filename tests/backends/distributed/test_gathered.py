@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 
 import psutil
 import pytest
 import torch
 
+from lorry.backends.distributed import gathered
 from lorry.backends.distributed.gathered import MappedGather, WholePlace, WholePlaces, can_map
 
 pytestmark = pytest.mark.skipif(not can_map(), reason="memory is given back page by page on Linux")
@@ -38,6 +40,23 @@ def test_the_system_gets_them_back() -> None:
     before = psutil.Process().memory_info().rss
     place.let_go()
     assert before - psutil.Process().memory_info().rss > 0.9 * 2**27
+
+
+class WithoutHugePages(mmap.mmap):
+    """Memory of a Linux that was built without huge pages."""
+
+    def madvise(self, option: int, *where: int) -> None:
+        if option == mmap.MADV_NOHUGEPAGE:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        super().madvise(option, *where)
+
+
+def test_a_kernel_without_huge_pages_has_nothing_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathered, "map_memory", lambda size: WithoutHugePages(-1, size))
+    place = WholePlace(torch.Size([4096]), torch.float32, 2, 1)
+    place.whole.fill_(1.0)
+    place.let_go()
+    assert bool((place.part == 1.0).all())
 
 
 def test_a_share_is_laid_where_it_belongs() -> None:

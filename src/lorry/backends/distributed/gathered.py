@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,8 +32,10 @@ class WholePlace:
         self.bytes = values * dtype.itemsize
         self.start = rank * self.bytes
         self.map = map_memory(max(ranks * self.bytes, 1))
-        # a huge page that this rank's rows touch would hold those of others, and of other weights
-        self.map.madvise(mmap.MADV_NOHUGEPAGE)
+        # a huge page that this rank's rows touch would hold those of others, and of other weights;
+        # a kernel that knows none says that it does not know the advice
+        with suppress(OSError):
+            self.map.madvise(mmap.MADV_NOHUGEPAGE)
         # views that share no storage, as far as torch knows: that of the part is what a rank holds
         self.whole = torch.frombuffer(self.map, dtype=dtype, count=ranks * values)
         self.part = torch.frombuffer(self.map, dtype=dtype, count=values, offset=self.start)
