@@ -3,6 +3,8 @@ transformers and PEFT (float32), and every way in which one can look healthy and
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,3 +238,29 @@ def test_the_trainers_side_scores_the_tokens_that_were_given(policy: Policy) -> 
         scores = torch.log_softmax(logits, -1)
         expected = [float(scores[len(prompt) - 1 + at, t]) for at, t in enumerate(answer)]
         assert values == pytest.approx(expected, abs=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(b"nonsense\r\n\r\n", "no answer to"), (b"HTTP/1.1 200 OK\r\n\r\n[1]", "list models|answer")],
+    ids=["no HTTP", "no object"],
+)
+def test_what_a_server_would_not_say_is_an_error_of_the_engine(
+    client: Client, said: bytes, told: str
+) -> None:
+    def answer(listening: socket.socket) -> None:
+        for _ in range(2):
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(said)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        engine = client(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        engine.timeout = 10
+        threading.Thread(target=answer, args=(listening,), daemon=True).start()
+        with pytest.raises(EngineError, match=told):
+            engine.list_lora_adapters()
+        with pytest.raises(EngineError, match=told):
+            engine.generate([[1, 2]], SamplingParams(max_new_tokens=2), adapter="lora_v000001")

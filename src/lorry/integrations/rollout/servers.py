@@ -9,6 +9,7 @@ Directories, not tensors: SGLang's `/load_lora_adapter_from_tensors` unpickles w
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -63,7 +64,8 @@ class _Server:
         return file_digests(self.label, version.name, self.list_lora_adapters().get(version.name))
 
     def _cards(self) -> list[dict[str, Any]]:
-        cards = self._object(self._ask("/v1/models"), "/v1/models").get("data")
+        answer = self._object(self._ask("/v1/models"), "/v1/models")
+        cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list) or not all(
             isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards
         ):
@@ -86,7 +88,8 @@ class _Server:
                 f"{self.label}: {path} was refused with {error.code}: {said}"
                 f"{self._advice(path, error.code)}"
             ) from None
-        except OSError as error:
+        # what is no HTTP is no OSError either
+        except (OSError, http.client.HTTPException) as error:
             raise EngineError(
                 f"{self.label}: no answer to {path} ({error}); is it running, and is this its address?"
             ) from None
@@ -171,8 +174,9 @@ class VllmServer(_Server):
                 "return_token_ids": True,
             },
         )
-        if answer.get("model") != model:
-            raise EngineError(f"{self.label}: {model} was asked, {answer.get('model')} answered")
+        who = answer.get("model") if isinstance(answer, dict) else None
+        if who != model:
+            raise EngineError(f"{self.label}: {model} was asked, {who} answered")
         try:
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
             completions = [
