@@ -464,6 +464,17 @@ def test_base_weights_that_were_trained() -> None:
     assert "LoRA" not in text
 
 
+def test_a_packed_base_is_said_where_peft_would_open_another() -> None:
+    """By the receipt, or by the settings where no receipt is."""
+    model = {"name": "org/base", "quantize": "nf4"}
+    packed = {"base": {"kind": "hub", "name": "org/base", "quantize": "nf4"}}
+    for given in (facts(receipt=packed), facts(config={**facts().config, "model": model})):
+        text = made(given)
+        assert "| packed in | `nf4` |" in text
+        assert text.index("PeftModel.from_pretrained") < text.index("over a base packed in `nf4`")
+    assert "packed" not in made(facts())
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "receipt.json").write_text("{")
     with pytest.raises(DataError, match=r"receipt.json:1: not JSON"):

@@ -218,6 +218,7 @@ def _base_model_section(run: RunRecord) -> str:
         "revision": base.get("revision"),
         "family": base.get("family"),
         "number format": base.get("dtype") or model.get("dtype"),
+        "packed in": _packed_format(run),
         "digest": base.get("sha256"),
     }
     if start := start_of(run):
@@ -226,6 +227,13 @@ def _base_model_section(run: RunRecord) -> str:
     return markdown_table(
         ["", ""], [[key, code_span(value)] for key, value in known.items() if value]
     )
+
+
+def _packed_format(run: RunRecord) -> str | None:
+    """The format that the base's matrices were held in, or None where they were whole."""
+    base = (run.receipt or {}).get("base") or {}
+    packed: str | None = base.get("quantize") or run.settings_group("model").get("quantize")
+    return packed
 
 
 def _data_section(run: RunRecord, hide: list[str]) -> str:
@@ -411,7 +419,14 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
         else "; the base model was not read from the hub, so give your path to it"
     )
     what = "or one expert" if experts else "or"
-    return f"{ours}\n\n{what} with PEFT{caveat}:\n\n{fenced_code('python', theirs)}"
+    packed = (
+        f"\n\nIt was trained over a base packed in {code_span(packed_format)}, as `lorry.load` opens it. Over the "
+        "plain weights, as here, its answers are not quite those that were measured: "
+        "`lorry merge` makes a plain model of what it was trained over."
+        if (packed_format := _packed_format(run))
+        else ""
+    )
+    return f"{ours}\n\n{what} with PEFT{caveat}:\n\n{fenced_code('python', theirs)}{packed}"
 
 
 def _quote_literal(text: object) -> str:
