@@ -58,17 +58,18 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def digest_tensor(tensor: Tensor) -> str:
-    """SHA-256 of one tensor, the same as of a file that holds it, without a copy of it on the CPU."""
+    """SHA-256 of one tensor on the CPU, the same as of a file that holds it, without a copy of it."""
     own = tensor.detach().contiguous()
-    digest = hashlib.sha256(f"{_DTYPES[own.dtype]} {list(own.shape)}\n".encode())
-    data: Any = (
-        own.reshape(-1).view(torch.uint8).numpy()
-    )  # a buffer, which numpy's stubs do not say
-    digest.update(data)
-    return digest.hexdigest()
+    # a buffer, which numpy's stubs do not say
+    data: Any = own.reshape(-1).view(torch.uint8).numpy()
+    return _digest(_DTYPES[own.dtype], tuple(own.shape), data)
 
 
 def _facts(dtype: str, shape: tuple[int, ...], data: bytes) -> TensorFacts:
+    return TensorFacts(_digest(dtype, shape, data), dtype, shape, data.count(0) == len(data))
+
+
+def _digest(dtype: str, shape: tuple[int, ...], data: bytes) -> str:
     digest = hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
     digest.update(data)
-    return TensorFacts(digest.hexdigest(), dtype, shape, data.count(0) == len(data))
+    return digest.hexdigest()
