@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from lorry.integrations.slime.arguments import check_arguments, complete_arguments
 from lorry.integrations.slime.provider import INSTALLED, rebind_provider
+from lorry.integrations.slime.rebinding import Rebinding
 from lorry.integrations.slime.sync import install_sync
 
 TESTED_VERSION, TESTED_COMMIT = "0.3.1", "624b824"
@@ -21,10 +22,12 @@ def install(args: Any) -> None:
     check_arguments(args)
     complete_arguments(args)
     say_untested_version()
-    rebound = [*rebind_provider(), *install_sync(args)]
+    rebinding = Rebinding()
+    rebind_provider(rebinding)
+    rebound = [*rebinding.names, *install_sync(args)]
     setattr(args, INSTALLED, True)
     if dist.get_rank() == 0:
-        print(f"lorry: LoRA in slime; bound anew: {', '.join(rebound) or 'nothing'}", flush=True)
+        print(f"lorry: LoRA in slime; bound anew: {', '.join(rebound)}", flush=True)
 
 
 def say_untested_version() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from lorry.errors import ConfigError
 from lorry.integrations.arguments import argument
 from lorry.integrations.slime.arguments import INSTALL, PLUGIN, PROVIDER, lora_argument
+from lorry.integrations.slime.rebinding import Rebinding
 
 MODEL_PROVIDER = "slime.backends.megatron_utils.model_provider"
 MODEL = "slime.backends.megatron_utils.model"
@@ -49,25 +50,22 @@ def _add_adapters(model: Any, args: Any) -> Any:
     return attach_lora(model, spec, mode=mode, seed=argument(args, "lora_seed"))
 
 
-def rebind_provider() -> list[str]:
+def rebind_provider(rebinding: Rebinding) -> None:
     """Let slime build a critic without the provider and without freezing, as it would if there were no
-    LoRA: a provider is not told whose model it builds. The names that are bound anew."""
-    module = import_part(MODEL)
-    own: Callable[..., Any] = module.get_model_provider_func
-    if getattr(own, INSTALLED, False):
-        return []
+    LoRA: a provider is not told whose model it builds. Raises ConfigError."""
 
-    @wraps(own)
-    def get_model_provider_func(args: Any, role: str = "actor") -> Any:
-        if role != "critic":
-            return own(args, role)
-        # this process' own, by which slime freezes names once the model is built
-        args.only_train_params_name_list = None
-        return own(_without_provider(args), role)
+    def replace(own: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(own)
+        def get_model_provider_func(args: Any, role: str = "actor") -> Any:
+            if role != "critic":
+                return own(args, role)
+            # this process' own, by which slime freezes names once the model is built
+            args.only_train_params_name_list = None
+            return own(_without_provider(args), role)
 
-    setattr(get_model_provider_func, INSTALLED, True)
-    module.get_model_provider_func = get_model_provider_func
-    return [f"{MODEL}.get_model_provider_func"]
+        return get_model_provider_func
+
+    rebinding.put(import_part(MODEL), "get_model_provider_func", replace)
 
 
 def import_part(name: str) -> Any:
