@@ -468,8 +468,8 @@ def test_a_packed_base_is_said_where_peft_would_open_another() -> None:
     """By the receipt, or by the settings where no receipt is."""
     model = {"name": "org/base", "quantize": "nf4"}
     packed = {"base": {"kind": "hub", "name": "org/base", "quantize": "nf4"}}
-    for given in (facts(receipt=packed), facts(config={**facts().config, "model": model})):
-        text = made(given)
+    for record in (facts(receipt=packed), facts(config={**facts().config, "model": model})):
+        text = made(record)
         assert "| packed in | `nf4` |" in text
         assert text.index("PeftModel.from_pretrained") < text.index("over a base packed in `nf4`")
     assert "packed" not in made(facts())
