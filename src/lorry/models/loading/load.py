@@ -116,13 +116,8 @@ def load_model(
         torch_device,
     )
     quantization = _pick_quantization(quantize, location.adapter)
-    sharing = {"backend=megatron": convert, "backend=fsdp": shard, "backend.tensor_parallel": ranks}
-    cut = [name for name, how in sharing.items() if how is not None]
-    if quantization is not None and cut:
-        raise ConfigError(
-            f"model.quantize={quantization.name} with {cut[0]}: packed matrices are not cut over processes; "
-            "train on one device, or with backend=ddp"
-        )
+    if quantization is not None:
+        _refuse_cut_matrices(quantization, ranks, shard, convert)
     description = describe_model(
         location.directory, trust_remote_code=trust_remote_code, native=native, add_note=add_note
     )
@@ -176,17 +171,7 @@ def load_model(
             add_note=add_note,
         )
         if quantization is not None:
-            add_note(
-                f"transformers reads the model whole before its matrices are packed as {quantization.name}: "
-                "memory falls to what they take afterwards"
-            )
-            quantize_linears(model, quantization, torch_dtype)
-            _refuse_weights_read_past_layers(model, quantization)
-            remember_base_digest(model)
-            if stacked := sum(p.nbytes for p in model.parameters() if p.dim() > 2):
-                add_note(
-                    f"its stacked experts are no linears and stay whole, {size_in_words(stacked)} of them"
-                )
+            _pack_foreign(model, quantization, torch_dtype, add_note)
     for note in note_disabled_dropout(description.config):
         add_note(note)
     tokenizer = load_tokenizer(
@@ -215,6 +200,39 @@ def load_model(
     if location.adapter is not None:
         source["adapter"] = str(location.adapter)
     return LoadedModel(model, tokenizer, source)
+
+
+def _refuse_cut_matrices(
+    quantization: Quantization,
+    ranks: TensorRanks | None,
+    shard: Sharder | None,
+    convert: ModelConverter | None,
+) -> None:
+    """Raises ConfigError where packed matrices would be cut over processes."""
+    sharing = {"backend=megatron": convert, "backend=fsdp": shard, "backend.tensor_parallel": ranks}
+    if cut := [name for name, how in sharing.items() if how is not None]:
+        raise ConfigError(
+            f"model.quantize={quantization.name} with {cut[0]}: packed matrices are not cut over processes; "
+            "train on one device, or with backend=ddp"
+        )
+
+
+def _pack_foreign(
+    model: HfModel, quantization: Quantization, dtype: torch.dtype, add_note: NoteCallback
+) -> None:
+    """Pack the matrices of transformers' model, and say what could not be. Raises ConfigError for a
+    class that reads weights past its layers."""
+    add_note(
+        f"transformers reads the model whole before its matrices are packed as {quantization.name}: "
+        "memory falls to what they take afterwards"
+    )
+    quantize_linears(model, quantization, dtype)
+    _refuse_weights_read_past_layers(model, quantization)
+    remember_base_digest(model)
+    if stacked := sum(p.nbytes for p in model.parameters() if p.dim() > 2):
+        add_note(
+            f"its stacked experts are no linears and stay whole, {size_in_words(stacked)} of them"
+        )
 
 
 def _refuse_unfit(
