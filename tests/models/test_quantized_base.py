@@ -266,8 +266,12 @@ def test_a_merge_is_onto_the_values_it_was_trained_over(
     assert get_bank(over).names() == ["default"]
 
 
-def test_an_export_to_peft_is_compared_on_the_base_it_had(run: Path, tmp_path: Path) -> None:
-    assert cli.main(["export", str(run), "to=peft", f"output_dir={tmp_path / 'peft'}"]) == 0
+@pytest.mark.parametrize("to", ["peft", "gguf-lora"])
+def test_an_adapter_alone_is_compared_on_the_base_it_had_which_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    assert cli.main(["export", str(run), f"to={to}", f"output_dir={tmp_path / to}"]) == 0
+    assert "trained over a base held in nf4" in capsys.readouterr().err
 
 
 def test_eval_opens_the_base_as_it_was(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

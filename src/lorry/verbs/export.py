@@ -20,11 +20,17 @@ from lorry.verbs.exports.mixture import export_mixture, is_mixture
 from lorry.verbs.exports.moe import export_experts
 from lorry.verbs.exports.peft import export_peft
 from lorry.verbs.merge import write_merged
-from lorry.verbs.open_model import open_to_write, open_with_adapters, resolve_adapter_name
+from lorry.verbs.open_model import (
+    open_to_write,
+    open_with_adapters,
+    print_note,
+    resolve_adapter_name,
+)
 
 
 def main(settings: ExportSettings) -> int:
     """Write the export, open it again in its own library, compare logits, print where it is."""
+    from lorry.adapters.quantization.linear import quantization_of
     from lorry.models.loading.open import stored_dtype
 
     _refuse_unused(settings)
@@ -52,6 +58,12 @@ def main(settings: ExportSettings) -> int:
             {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
         )
     )
+    quantization = quantization_of(opened.model)
+    if settings.to in ("peft", "gguf-lora") and quantization is not None:
+        print_note(
+            f"note: the adapter was trained over a base held in {quantization.name}; over the plain weights its "
+            "answers are not quite those that were measured. to=hf or to=gguf writes the model it was trained as"
+        )
     if settings.to == "gguf":
         # a model without an adapter has something to say to llama.cpp, too
         plain = not opened.adapters and settings.adapter is None and settings.weight == 1.0
