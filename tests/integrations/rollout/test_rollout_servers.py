@@ -3,10 +3,13 @@ transformers and PEFT (float32), and every way in which one can look healthy and
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +168,64 @@ def test_refusals_say_what_the_server_said(policy: Policy, tmp_path: Path, clien
         client(server.url).list_lora_adapters()
     with pytest.raises(ConfigError, match="give http://HOST:PORT"):
         client("localhost:8000")
+
+
+@contextmanager
+def answering(content: bytes) -> Iterator[str]:
+    """The address of a server that says this to whoever calls, once, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            caller, _ = listener.accept()
+            with caller:
+                caller.recv(1 << 16)
+                caller.sendall(content)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(10)
+
+
+def http_answer(value: Any) -> bytes:
+    return b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps(value).encode()
+
+
+CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n{"
+
+
+@pytest.mark.parametrize("content", [b"", CHUNK], ids=["nothing", "a part"])
+def test_a_server_that_dies_while_it_answers_is_told(content: bytes) -> None:
+    """Before it says anything, and in the middle."""
+    with (
+        answering(content) as url,
+        pytest.raises(EngineError, match=r"no answer to /v1/models \(\w+.* is this its address"),
+    ):
+        VllmServer(url).list_lora_adapters()
+
+
+CHOICE = {"token_ids": [4], "logprobs": {"token_logprobs": [-0.5]}, "index": 0}
+UNLIKE = {"meta_info": {"output_token_logprobs": [[-0.5, "four"]], "finish_reason": {}}}
+
+
+@pytest.mark.parametrize(
+    ("client", "value", "message"),
+    [
+        (VllmServer, [], "base was asked, None answered"),
+        (VllmServer, {"model": "base", "choices": [CHOICE, CHOICE]}, "a prompt answered twice"),
+        (SglangServer, [UNLIKE], "answers without token ids"),
+    ],
+)
+def test_answers_of_another_form_are_told(client: Client, value: Any, message: str) -> None:
+    """Greedy, so that all prompts are one request."""
+    params = SamplingParams(max_new_tokens=1)
+    with answering(http_answer(value)) as url, pytest.raises(EngineError, match=message):
+        client(url).generate([[1], [2]], params, adapter="base")
+
+
+def test_no_prompts_have_no_answers() -> None:
+    params = SamplingParams(max_new_tokens=1, temperature=0.7)
+    assert VllmServer("http://127.0.0.1:1").generate([], params, adapter="lora") == []
 
 
 def test_equal_prompts_are_sampled_with_seeds_of_their_own(policy: Policy) -> None:

@@ -149,7 +149,7 @@ class VllmServer(_Server):
             return self._complete(model, prompts, params, params.seed)
         # one request has one seed for all of its prompts: equal ones would get equal answers
         seeds = row_seeds(params.seed, len(prompts))
-        with ThreadPoolExecutor(min(len(prompts), MOST_AT_ONCE)) as pool:
+        with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
             answers = pool.map(
                 lambda prompt, seed: self._complete(model, [prompt], params, seed), prompts, seeds
             )
@@ -183,6 +183,9 @@ class VllmServer(_Server):
                 _completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice)
                 for choice in choices
             ]
+            # in the place of a prompt of its own each, or an answer would be another prompt's
+            if [int(choice["index"]) for choice in choices] != list(range(len(choices))):
+                raise ValueError("a prompt answered twice")
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"{self.label}: answers without token ids or log-probabilities ({error!r}); "
@@ -248,7 +251,7 @@ class SglangServer(_Server):
                 )
                 for answer in answers
             ]
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise EngineError(
                 f"{self.label}: answers without token ids or log-probabilities ({error!r})"
             ) from None
