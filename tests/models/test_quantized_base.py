@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorry import cli
@@ -285,3 +286,30 @@ def test_sharded_bases_are_refused_by_name(models: Path) -> None:
         opened(models / "llama", "nf4", ranks=object())
     with pytest.raises(ConfigError, match="quantize=nf4 with backend=fsdp"):
         opened(models / "llama", "nf4", shard=object())
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    """{module: alpha/r B A} of PEFT's files."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]
+    return {
+        name: scale * tensors[name.replace("lora_A", "lora_B")] @ a
+        for name, a in tensors.items()
+        if "lora_A" in name
+    }
+
+
+def test_several_are_merged_into_one_for_the_same_base(
+    models: Path, run: Path, tmp_path: Path
+) -> None:
+    """One adapter twice, with weights 1 and 2, is three times its delta over the same packed base."""
+    again, merged = shutil.copytree(run, tmp_path / "again"), tmp_path / "merged"
+    assert cli.main(["merge", str(run), str(again), "weights=[1,2]", f"output_dir={merged}"]) == 0
+    facts = [json.loads((f / "lorry_adapter.json").read_text()) for f in (run, merged)]
+    assert facts[0]["quantization"] == facts[1]["quantization"]
+    got, one = deltas(merged), deltas(run)
+    assert got.keys() == one.keys()
+    for name, delta in one.items():
+        torch.testing.assert_close(got[name], 3 * delta, rtol=1e-5, atol=1e-7)
+    load_adapter(opened(models / "llama", "nf4"), merged)

@@ -207,6 +207,10 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
             ["data=x.jsonl", "jobs=[{name: a},{name: b}]"],
             "jobs: all ways are trained one after the other",
         ),
+        (
+            ["data=x.jsonl", "model.quantize=nf4", "ways=[lora,full]"],
+            r"ways=\[lora, full\]: packed weights cannot train",
+        ),
         (["data=x.jsonl", "loraplus_lr_ratio=4"], "loraplus_lr_ratio is for an adapter"),
         (["data=x.jsonl", "memory_budget=1GiB"], "memory_budget is for training adapters only"),
         (

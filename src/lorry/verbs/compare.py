@@ -120,6 +120,12 @@ def _refuse_unsupported(settings: CompareSettings) -> None:
             f"{unsupported_names[0]}: all ways are trained one after the other in "
             "this command; leave it out"
         )
+    whole = [way for way in settings.ways if way != "lora"]
+    if settings.model.quantize is not None and whole:
+        raise ConfigError(
+            f"model.quantize={settings.model.quantize} with ways=[{', '.join(settings.ways)}]: packed weights "
+            f"cannot train; leave quantize out, or compare with a run of {whole[0]} that is finished"
+        )
 
 
 def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:

@@ -27,7 +27,7 @@ from lorry.runs.layout import (
 )
 from lorry.verbs.checks import probe
 from lorry.verbs.checks.logit_check import LogitsBeforeMerge, load_adapted_model
-from lorry.verbs.open_model import open_to_write, open_with_adapters, print_note
+from lorry.verbs.open_model import open_with_adapters, print_note
 
 if TYPE_CHECKING:
     from lorry.adapters.merging.weighted import AdapterMerge
@@ -63,7 +63,7 @@ def merge_several(settings: MergeSettings) -> int:
     with durable.build_directory(settings.output_dir) as built:
         first, *others = map(str, folders)
         dtype = probe.logits_dtype_name(first, stored_dtype(first))
-        opened = open_to_write(
+        opened = open_with_adapters(
             ModelConfig.model_validate({"name": first, "dtype": dtype}), adapters=others
         )
         check_bases(folders, Path(opened.source["path"]))
