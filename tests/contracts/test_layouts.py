@@ -366,22 +366,22 @@ def test_a_rank_holds_its_share_of_the_base(pair: Pair, alone: Mapping[str, Tens
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smollm2_is_one_on_several_processes(tmp_path: Path) -> None:
-    """Thirty layers of a real model, in float32 and float64, read share by share from what a GGUF file
-    was converted to: cut over two processes, and shared by three. Float64 is also what float32 is held
+@pytest.mark.parametrize(("layout", "size"), [("fsdp", 2), ("tensor", 3)])
+def test_smollm2_is_one_on_several_processes(tmp_path: Path, layout: str, size: int) -> None:
+    """Thirty layers of a real model, in float64 and float32, read share by share from what a GGUF file
+    was converted to: cut over two processes, or shared by three. Float64 is also what float32 is held
     to, on one process as on several."""
     directory = resolve_model("smollm2-135m-instruct", add_note=print).directory
     (tmp_path / layouts.SMOLLM2).symlink_to(directory)
     start = partial(layouts.read_backend_for, ONE_PROCESS, None, tmp_path)
     alone = layouts.family_trainings(tmp_path, start)
     narrow, wide = (f"{layouts.SMOLLM2} torch.{dtype}" for dtype in ("float32", "float64"))
-    for layout, size in (("fsdp", 2), ("tensor", 3)):
-        run_ranks("tests.support.layouts", tmp_path, ranks=size)
-        ranks = [load_file(tmp_path / f"{size}-rank-{rank}.safetensors") for rank in range(size)]
-        compare_training(ranks, alone, layout, narrow, BOUNDS["float32"])
-        compare_training(ranks, alone, layout, wide, BOUNDS["float64"])
-        for norms in (ranks[0][f"{layout}/{narrow}/norms"], alone[f"{narrow}/norms"]):
-            assert relative(norms, alone[f"{wide}/norms"]) < 1e-5
+    run_ranks("tests.support.layouts", tmp_path, ranks=size)
+    ranks = [load_file(tmp_path / f"{size}-rank-{rank}.safetensors") for rank in range(size)]
+    compare_training(ranks, alone, layout, wide, BOUNDS["float64"])
+    compare_training(ranks, alone, layout, narrow, BOUNDS["float32"])
+    for norms in (ranks[0][f"{layout}/{narrow}/norms"], alone[f"{narrow}/norms"]):
+        assert relative(norms, alone[f"{wide}/norms"]) < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
