@@ -90,7 +90,7 @@ def prepare(folder: Path, case: Mapping[str, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lorry.adapters.peft.files import save_adapter
-    from lorry.adapters.router_files import router_files
+    from lorry.adapters.routing.files import router_files
 
     torch.manual_seed(0)
     shape = shape_of(case["layers"])

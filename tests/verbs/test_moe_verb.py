@@ -18,7 +18,7 @@ import lorry
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import adapter_digest, load_adapter
-from lorry.adapters.router_files import read_router_record
+from lorry.adapters.routing.files import read_router_record
 from lorry.config import RouterRunConfig, parse_settings
 from lorry.config.moe import RouterConfig, check_router
 from lorry.config.schema import ModelConfig

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.flat_buffer import euclidean_norm
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
@@ -144,9 +145,7 @@ class Adapter:
         """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
         if self.ranks is not None:
             return math.sqrt(self.dot(self.grads, self.grads))
-        # one sum in fp32: an adapter has few enough values (`BaseWeights.norm` says when that
-        # fails)
-        return float(torch.linalg.vector_norm(self.grads))
+        return euclidean_norm(self.grads)
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """The inner product of two [P] tensors, in float64: both are sums over millions of products."""

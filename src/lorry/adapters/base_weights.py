@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, freeze_base, get_bank, select_modules
+from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest
@@ -39,7 +40,6 @@ from lorry.families import ModelFamily
 ALIGN_VALUES = 16  # fp32 values in 64 bytes
 # wide enough for a gradient; of float64 the masters are the rounded values
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-BLOCK = 4096  # values whose squares one fp32 sum can take without losing late ones
 WEIGHTS_ATTRIBUTE = "lorry_weights"
 ALL_BUT_ROUTER = "all-but-router"
 # of transformers' classes of mixtures: W_r of a layer, and the gate of a shared expert
@@ -184,17 +184,8 @@ class BaseWeights(WholeOnEachRank):
         ]
 
     def norm(self) -> float:
-        """Euclidean norm of the gradient, in fp32 by blocks and in fp64 over those: in a fp32 sum
-        of 10^6 squares or more, late ones round away."""
-        # the remainder is shorter than a block and goes to fp64 directly
-        whole = self.grads.numel() // BLOCK * BLOCK
-        blocks = torch.linalg.vector_norm(self.grads[:whole].view(-1, BLOCK), dim=1).double()
-        return math.hypot(
-            *(
-                float(torch.linalg.vector_norm(part))
-                for part in (blocks, self.grads[whole:].double())
-            )
-        )
+        """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
+        return euclidean_norm(self.grads)
 
 
 @dataclass

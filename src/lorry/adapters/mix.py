@@ -71,7 +71,7 @@ class LayerRouter(Protocol):
 
 @runtime_checkable
 class MixtureRouter(Protocol):
-    """A router over attached experts as the mixture's directory knows it (`adapters.router_files`).
+    """A router over attached experts as the mixture's directory knows it (`adapters.routing.files`).
 
     ``router_kind``: one of `config.moe.ROUTER_KINDS`; ``adapters``: the experts, in the order of the
     gates' columns.

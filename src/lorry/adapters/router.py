@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from lorry.adapters.attach import find_linears, get_bank
 from lorry.adapters.bank import AdapterBank
+from lorry.adapters.flat_buffer import euclidean_norm
 from lorry.adapters.mix import Half, Level, Mix
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.tensor_parallel.whole import WholeOnEachRank
@@ -182,7 +183,7 @@ class RouterParameters(WholeOnEachRank):
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
-        return float(torch.linalg.vector_norm(self.grads))
+        return euclidean_norm(self.grads)
 
     def zero_grad_names(self) -> list[str]:
         """The tensors whose gradient is exactly zero."""

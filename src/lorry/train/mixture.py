@@ -11,7 +11,7 @@ import torch
 from lorry.adapters.attach import detach, get_bank
 from lorry.adapters.peft.files import adapter_files, base_digest
 from lorry.adapters.router import ROUTER_NAME, RouterParameters
-from lorry.adapters.router_files import load_router, router_files
+from lorry.adapters.routing.files import load_router, router_files
 from lorry.config import RouterRunConfig, dump_settings
 from lorry.data.prepare import PreparedData
 from lorry.disk import durable

@@ -220,7 +220,7 @@ def verify_mixture(path: Path) -> dict[str, str]:
     """The router of a mixture's directory, and its experts by their digests. Raises ModelError for an
     expert or weights that are missing, or others than the router was made for: it cannot be opened
     then."""
-    from lorry.adapters.router_files import (
+    from lorry.adapters.routing.files import (
         read_router_record,
         verify_experts,
         verify_router_adapter,

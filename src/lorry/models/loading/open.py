@@ -14,7 +14,7 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import NAME_PATTERN
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, load_start
-from lorry.adapters.router_files import load_router
+from lorry.adapters.routing.files import load_router
 from lorry.adapters.routing.stacking import stack_masters
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config.schema import ModelConfig

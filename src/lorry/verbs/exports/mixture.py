@@ -39,7 +39,7 @@ from lorry.verbs.merge import write_merged
 from lorry.verbs.open_model import open_to_write, print_note
 
 if TYPE_CHECKING:
-    from lorry.adapters.router_files import RouterRecord
+    from lorry.adapters.routing.files import RouterRecord
     from lorry.models.loading.open import OpenedModel
     from lorry.models.moe.gates import ExpertPrompts
 
@@ -56,7 +56,7 @@ def export_mixture(settings: ExportSettings) -> Path:
     is. Raises ConfigError, ModelError for what the format cannot hold, ContractError if what was
     written is another model when it is opened again; nothing is left then.
     """
-    from lorry.adapters.router_files import read_router_record
+    from lorry.adapters.routing.files import read_router_record
     from lorry.models.loading.open import stored_dtype
 
     assert settings.run is not None  # the settings say so

@@ -17,7 +17,7 @@ from lorry.verbs.checks.logit_check import LogitsBeforeMerge, load_adapted_model
 from lorry.verbs.open_model import print_note
 
 if TYPE_CHECKING:
-    from lorry.adapters.router_files import RouterRecord
+    from lorry.adapters.routing.files import RouterRecord
     from lorry.models.loading.open import OpenedModel
 
 ROUTING_FILE = "routing.json"

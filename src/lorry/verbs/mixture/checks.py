@@ -38,7 +38,7 @@ def refuse_own_experts(
     ``mixture`` or the run of other experts: it would be moved away with it before it is read, and
     be missing where training is to go on. ``remade``: the folders of what is made, each with what
     an earlier call left there. Raises ModelError for a router.json that is none."""
-    from lorry.adapters.router_files import read_router_record
+    from lorry.adapters.routing.files import read_router_record
     from lorry.train.start import recorded_adapter_folders
 
     moving: dict[Path, str] = {}

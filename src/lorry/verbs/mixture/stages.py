@@ -295,7 +295,7 @@ class Stages:
 
 def mixture_damage(folder: Path) -> str | None:
     """What is missing in a mixture's directory or is not as it was made; None for a whole one."""
-    from lorry.adapters.router_files import (
+    from lorry.adapters.routing.files import (
         read_router_record,
         verify_experts,
         verify_router_adapter,
@@ -344,7 +344,7 @@ def clear_undescribed_mixture(folder: Path) -> None:
     """Move a mixture without a run.yaml (earlier versions wrote none where nothing trained) to
     FOLDER/previous/N: a run would not know its files. Raises DiskError, ModelError for a
     router.json that is none."""
-    from lorry.adapters.router_files import read_router_record
+    from lorry.adapters.routing.files import read_router_record
 
     if not (folder / ROUTER / ROUTER_FILE).is_file() or (folder / RUN_FILE).exists():
         return
