@@ -18,6 +18,7 @@ from lorry.adapters.bank import Adapter, AdapterBank, wrap_module
 from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.variants.parameters import further_starts
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import ModelFamily
 
@@ -81,7 +82,8 @@ def attach(
     bank.refuse_name(name)
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
-    return bank.add(name, spec, targets, seed=seed, trainable=trainable)
+    further = further_starts(model, name, spec, targets)
+    return bank.add(name, spec, targets, seed=seed, trainable=trainable, further=further)
 
 
 def find_wrapper(model: nn.Module, names: Collection[str]) -> str | None:

@@ -1,9 +1,9 @@
 """Bank: the named adapters of one model, each in one flat fp32 buffer, with gradients in another of
 the same shape.
 
-Layout of an adapter's buffer: every A, then every B, in module order. So clipping, stepping, saving
-and reducing an adapter are operations on one tensor, and A and B are one contiguous range each
-(LoRA+ gives them different rates).
+Layout of an adapter's buffer: every A, then every B, in module order, then what a variant has besides
+(`variants.parameters`). So clipping, stepping, saving and reducing an adapter are operations on one
+tensor, and A and B are one contiguous range each (LoRA+ gives them different rates).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -28,6 +29,7 @@ from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import SIDES, DimensionSlice, LayerSlices, Side
+from lorry.adapters.variants.parameters import FurtherParameter, FurtherStart
 from lorry.errors import ConfigError, ContractError, OutOfMemoryError
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
@@ -49,7 +51,8 @@ def check_adapter_name(name: str) -> str:
 class Adapter:
     """One named adapter. buffer: [P] fp32, or None of an expert whose masters lie among those of
     others (`routing.stacking.stack_masters`); grads: the same, or empty of one that is frozen; split: where
-    the B half starts; slots: module path -> AdapterSlot.
+    the B half starts; slots: module path -> AdapterSlot; further: what lies behind the B's, by canonical
+    name.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Adapter:
     grads: Tensor = field(repr=False)
     split: int = field(repr=False)
     slots: dict[str, AdapterSlot] = field(default_factory=dict, repr=False)
+    further: dict[str, FurtherParameter] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy whose masters are views of its own buffers, as the original's are of its."""
@@ -65,6 +69,7 @@ class Adapter:
         grads = self.grads.detach().clone()
         # the copied masters have memory of their own until the loop below points them into `buffer`
         twin = Adapter(self.name, self.spec, buffer, grads, self.split, deepcopy(self.slots, memo))
+        twin.further = deepcopy(self.further, memo)
         memo[id(self)] = twin
         # not new ones: whoever was copied along (an optimizer) refers to these objects
         if buffer is not None:
@@ -108,30 +113,44 @@ class Adapter:
 
     def num_parameters(self) -> int:
         """How many numbers train, on all ranks that share its modules."""
-        return sum(
+        low_rank = sum(
             math.prod(slot.whole_shape(side)) for slot in self.slots.values() for side in SIDES
         )
+        return low_rank + sum(one.num_parameters() for one in self.further.values())
 
     def ranges(self) -> list[tuple[slice, bool, bool]]:
-        """Every A, then every B, which may have a rate of its own (LoRA+); both decay."""
-        halves = [
-            (slice(0, self.split), False, True),
-            (slice(self.split, self.values.numel()), True, True),
-        ]
+        """Every A, then every B, which may have a rate of its own (LoRA+); both decay. Then what is
+        further."""
+        end = sum(slot.B.numel() for slot in self.slots.values()) + self.split
+        parts = [(slice(0, self.split), False, True), (slice(self.split, end), True, True)]
+        for one in self.further.values():
+            here = slice(end, end := end + one.param.numel())
+            if parts[-1][1:] == (False, one.decays) and parts[-1][0].stop == here.start:
+                parts[-1] = (slice(parts[-1][0].start, here.stop), False, one.decays)
+            else:
+                parts.append((here, False, one.decays))
         # an embedding or linear has both halves; an adapter without modules has neither
-        return [half for half in halves if half[0].start < half[0].stop]
+        return [part for part in parts if part[0].start < part[0].stop]
 
     def targets(self) -> list[str]:
-        """The modules it sits on."""
-        return list(self.slots)
+        """The modules it sits on, and others that it has a parameter of."""
+        return list(self._names_by_module())
+
+    def _names_by_module(self) -> dict[str, list[str]]:
+        """{path: the canonical names of what it has there}."""
+        names = {module: [f"{module}.lora_A", f"{module}.lora_B"] for module in self.slots}
+        for name, one in self.further.items():
+            names.setdefault(one.module, []).append(name)
+        return names
 
     def masters(self) -> dict[str, Tensor]:
-        """{`MODULE.lora_A`: its parameter, ...}, module by module."""
-        return {
+        """{`MODULE.lora_A`: its parameter, ...}, module by module, then what is further."""
+        low_rank = {
             f"{module}.lora_{side}": getattr(slot, side)
             for module, slot in self.slots.items()
             for side in "AB"
         }
+        return low_rank | {name: one.param for name, one in self.further.items()}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """None: the base is frozen."""
@@ -162,14 +181,14 @@ class Adapter:
         return float(self.ranks.add_up(torch.stack(own).sum().reshape(1)))
 
     def zero_grad_names(self) -> list[str]:
-        """The modules whose A and B both have an exactly zero gradient."""
-        grads = self.split_like(self.grads)
-        seen = [bool(grads[f"{m}.lora_A"].any() or grads[f"{m}.lora_B"].any()) for m in self.slots]
+        """The ``targets`` of which nothing has a gradient other than exactly zero."""
+        grads, modules = self.split_like(self.grads), self._names_by_module()
+        seen = [any(bool(grads[name].any()) for name in names) for names in modules.values()]
         if self.ranks is not None:
             # a slice of a matrix may be zero on one rank alone
             counts = torch.tensor(seen, dtype=torch.int32, device=self.grads.device)
             seen = self.ranks.add_up(counts).bool().tolist()
-        return [m for m, one in zip(self.slots, seen, strict=True) if not one]
+        return [module for module, one in zip(modules, seen, strict=True) if not one]
 
     # --- of one whose modules ranks share (tensor parallel)
 
@@ -249,6 +268,8 @@ class Adapter:
         return whole if cut is None else cut[1].cut(whole, cut[0])
 
     def _is_partial_sum(self, name: str) -> bool:
+        if name in self.further:  # of what each rank has whole, each makes the whole gradient
+            return False
         slices = self._slices_at(name)
         return slices is not None and self._slice_of(name) is None and not slices.sums_ranks
 
@@ -258,6 +279,8 @@ class Adapter:
 
     def _slice_of(self, name: str) -> tuple[int, DimensionSlice] | None:
         """Along which dimension a tensor is cut, and how."""
+        if name in self.further:
+            return self.further[name].cut
         side, slices = name.rpartition(".lora_")[2], self._slices_at(name)
         return None if slices is None else slices.of("A" if side == "A" else "B")
 
@@ -289,13 +312,20 @@ class Adapter:
             slot.touch()
 
     def tensors(self) -> dict[str, Tensor]:
-        """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} views of the masters, canonical names, in
+        """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R], ...} views of the masters, canonical names, in
         the buffer's order."""
         return dict(zip(self._names(), (p.detach() for p in self._params()), strict=True))
 
     def split_like(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut any [P] tensor (values, moments) into named views."""
         return {n: view for n, (_, view) in zip(self._names(), self._views(flat), strict=True)}
+
+    def refuse_further(self, what: str) -> None:
+        """Raises ConfigError if it is more than low-rank terms, for ``what`` can be done with those alone."""
+        if self.further:
+            raise ConfigError(
+                f"{self.label} has {next(iter(self.further))} beside its low-rank terms; {what}"
+            )
 
     def freeze(self) -> None:
         """Nothing of it trains from now on, and it holds no memory for gradients."""
@@ -307,10 +337,12 @@ class Adapter:
 
     def _names(self) -> list[str]:
         # every A and then every B: not the order of `masters`, which goes by module
-        return [f"{m}.lora_A" for m in self.slots] + [f"{m}.lora_B" for m in self.slots]
+        low_rank = [f"{m}.lora_{side}" for side in SIDES for m in self.slots]
+        return [*low_rank, *self.further]
 
     def _params(self) -> list[nn.Parameter]:
-        return [s.A for s in self.slots.values()] + [s.B for s in self.slots.values()]
+        low_rank = [getattr(slot, side) for side in SIDES for slot in self.slots.values()]
+        return [*low_rank, *(one.param for one in self.further.values())]
 
     def _views(self, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         params = self._params()
@@ -382,9 +414,10 @@ class AdapterBank:
         *,
         seed: int,
         trainable: bool = True,
+        further: Mapping[str, FurtherStart] = MappingProxyType({}),
     ) -> Adapter:
-        """Create an adapter at the given modules, frozen unless it is ``trainable``. A's values depend
-        on (seed, module path) alone.
+        """Create an adapter at the given modules, frozen unless it is ``trainable``, with what it has
+        besides (``further``, by canonical name). A's values depend on (seed, module path) alone.
 
         Raises ConfigError if the name is taken.
         """
@@ -394,16 +427,19 @@ class AdapterBank:
         shapes = [(ranks[p], m.in_features) for p, m in targets.items()]
         shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]
         sizes = [rows * columns for rows, columns in shapes]
+        total = sum(sizes) + sum(start.numel for start in further.values())
         device = next(iter(targets.values())).weight.device
         if device.type == "meta":  # weights that are yet to come; an adapter's values are known
             device = torch.device("cpu")
         # before torch.zeros, which succeeds on Linux whatever is free
-        refuse_too_large(name, max(ranks.values()), sum(sizes), device)
-        values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        refuse_too_large(name, max(ranks.values()), total, device)
+        values = torch.zeros(total, dtype=torch.float32, device=device)
         grads = torch.zeros_like(values) if trainable else values.new_empty(0)
         adapter = Adapter(name, spec, values, grads, sum(sizes[: len(targets)]))
         # Parameters over views of `values`: a step on the flat buffer is a step on each of them
-        params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
+        low_rank, rest = values.split([sum(sizes), total - sum(sizes)])
+        views = zip(low_rank.split(sizes), shapes, strict=True)
+        params = [nn.Parameter(view.view(shape)) for view, shape in views]
         for (path, module), a, b in zip(
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
         ):
@@ -413,6 +449,12 @@ class AdapterBank:
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module
             init_adapter(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
+        for key, start in further.items():
+            mine, rest = rest.tensor_split([start.numel])
+            param = nn.Parameter(mine.view(start.shape))
+            param.data.copy_(start.make_values())
+            adapter.further[key] = FurtherParameter(param, start.module, start.decays, start.cut)
+            start.use(param, adapter.slots.get(start.module))
         if trainable:
             adapter.bind_grads()
         else:

@@ -215,6 +215,8 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
     bank = get_bank(model)
     gates = _constant_weights(bank, weights)
     adapters = {**bank.base_adapters, **bank.adapters}
+    for each in gates:
+        adapters[each].refuse_further("it cannot be concatenated with others, nor weighed")
     parts = {
         path: [
             (gate * slot.scale, slot)
@@ -312,6 +314,10 @@ def _adapted_layers(
             "and no adapter can be merged into them"
         )
         raise ConfigError(f"{what}; use the adapter unmerged")
+    for name in mix:
+        {**bank.base_adapters, **bank.adapters}[name].refuse_further(
+            "it cannot be merged into the base's weights"
+        )
     layers: dict[str, BankLinear | BankEmbedding] = {}
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):

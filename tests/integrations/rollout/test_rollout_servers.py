@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def read_request(caller: socket.socket) -> None:
     """Read all of one request: who hangs up with some of it unread resets the connection, and the
     answer may be lost with it."""
     with caller.makefile("rb") as lines:
-        head = b"".join(iter(lines.readline, b"\r\n"))
+        head = b"".join(takewhile(lambda line: line != b"\r\n", lines))
         if length := re.search(rb"(?i)content-length: (\d+)", head):
             lines.read(int(length[1]))
 

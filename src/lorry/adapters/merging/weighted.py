@@ -129,6 +129,10 @@ def merge_adapters(
                 f"method={method} of one adapter is a copy of it, as in PEFT, and "
                 f"ignores rank={rank}; core_linear uses it"
             )
+    for each in weights:
+        bank[each].refuse_further(
+            "adapters are merged term by term; merge it into the base instead"
+        )
     specs = [bank[each].spec for each in weights]
     # the model's order, which is that in which PEFT draws
     slots_by_path = {

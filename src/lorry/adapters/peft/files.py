@@ -46,6 +46,7 @@ from lorry.adapters.peft.tensors import (
     legacy_name_mapper,
     list_adaptable_layers,
     open_adapter_weights,
+    read_further_values,
     read_lora_values,
     sort_lora_tensors,
 )
@@ -55,6 +56,7 @@ from lorry.adapters.quantization.linear import (
     quantization_of,
 )
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
+from lorry.adapters.variants.parameters import further_starts
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content
 from lorry.errors import ConfigError, ModelError
@@ -118,11 +120,7 @@ def _files_of(
         )
         for side in SIDES:
             param = whole[f"{path}.lora_{side}"]
-            # before any byte is written: a broken adapter must not replace a good one
-            if not bool(torch.isfinite(param).all()):
-                raise ModelError(
-                    f"adapter {name!r} holds NaN or infinity in {path}.lora_{side}; nothing was written"
-                )
+            _refuse_nonfinite(name, f"{path}.lora_{side}", param)
             tensors[f"{PEFT_PREFIX}{path}.{tensor_name.format(side)}"] = (
                 param.detach().cpu().contiguous()
             )
@@ -131,6 +129,10 @@ def _files_of(
         assert expected == (slot.A.shape[0], slot.scale), (
             f"{path}: its LoraSpec has rank and scale {expected}"
         )
+    for key in adapter.further:
+        _refuse_nonfinite(name, key, whole[key])
+        # canonical names of what is further are PEFT's
+        tensors[f"{PEFT_PREFIX}{key}"] = whole[key].detach().cpu().contiguous()
     transposed = any(
         isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots
     )
@@ -154,6 +156,14 @@ def _files_of(
         facts["start"] = {"path": start.path, "sha256": start.sha256}
         config = over_adapter_config(config)
     return encode_adapter(tensors, config, facts)
+
+
+def _refuse_nonfinite(adapter: str, name: str, values: Tensor) -> None:
+    # before any byte is written: a broken adapter must not replace a good one
+    if not bool(torch.isfinite(values).all()):
+        raise ModelError(
+            f"adapter {adapter!r} holds NaN or infinity in {name}; nothing was written"
+        )
 
 
 def encode_adapter(
@@ -284,14 +294,17 @@ def load_adapter(
     if not other_base:
         _check_base(model, folder)
     with open_adapter_weights(folder) as file:
-        parts = sort_lora_tensors(model, file, str(folder / ADAPTER_WEIGHTS), layers, rename)
+        weights = str(folder / ADAPTER_WEIGHTS)
+        parts, others = sort_lora_tensors(file, weights, layers, rename)
         check_modules(model, spec, set(parts), where)
         # everything is read and checked before `attach` touches the model
-        values = read_lora_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
+        values = read_lora_values(file, weights, spec, layers, parts)
+        targets = {path: layer for path, layer in layers.items() if path in parts}
+        further = further_starts(model, name, spec, targets)
+        values |= read_further_values(model, file, weights, layers, rename, further, others)
     if start is not None and get_bank(model, create=True).start is None:
         load_start(model, start[0], other_base=other_base)
-    where_it_sits = [p for p in layers if p in parts]
-    adapter = attach(model, spec, name, modules=where_it_sits, trainable=trainable)
+    adapter = attach(model, spec, name, modules=list(targets), trainable=trainable)
     with torch.no_grad():
         for key, view in adapter.tensors().items():
             # popped: what was read is as large as the adapter

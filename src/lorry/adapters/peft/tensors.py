@@ -5,7 +5,7 @@ always as a ModelError.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from lorry.adapters.bank import wrap_module
 from lorry.adapters.layers import AdaptableLayer, BankEmbedding, stored_slice
 from lorry.adapters.peft.config import match_peft_targets
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.variants.parameters import FurtherStart
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError, suggest_nearest
 from lorry.families import find_family
@@ -43,17 +44,16 @@ def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
 
 
 def sort_lora_tensors(
-    model: nn.Module,
     file: safe_open,
     where: str,
     layers: Mapping[str, AdaptableLayer],
     rename: Callable[[str], str],
-) -> dict[str, dict[str, str]]:
-    """{module: {"A": key, "B": key}} of the file; base tensors that PEFT adds are compared with the
-    model's and left out.
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """({module: {"A": key, "B": key}}, {name: key} of all others) of the file. An adapter may have a
+    few besides its A's and B's (`read_further_values`).
     """
     parts: dict[str, dict[str, str]] = {}
-    ends = head_and_embedding(model)
+    others: dict[str, str] = {}
     for key in file.keys():  # noqa: SIM118 (not a mapping)
         body = key.removeprefix(PEFT_PREFIX) if key.startswith(PEFT_PREFIX) else ""
         if match := LORA_TENSOR.fullmatch(body):
@@ -73,15 +73,8 @@ def sort_lora_tensors(
                     f"{where}: {key} and {parts[module][side]} are the same matrix of {module}"
                 )
             parts[module][side] = key
-        elif (match := BASE_TENSOR.fullmatch(body)) and (
-            match["inner"] or rename(match["module"]) in ends
-        ):
-            _check_base_tensor(layers.get(rename(match["module"])), match["leaf"], file, key, where)
         else:
-            raise ModelError(
-                f"{where}: {key} is not part of a plain LoRA adapter; a file with "
-                "unknown tensors is not read"
-            )
+            others[body] = key
     for sides in parts.values():
         if len(sides) < 2:
             side = next(iter(sides))
@@ -89,7 +82,50 @@ def sort_lora_tensors(
             raise ModelError(
                 f"{where}: {sides[side]} has no lora_{missing} with it; the file is incomplete"
             )
-    return parts
+    return parts, others
+
+
+def read_further_values(
+    model: nn.Module,
+    file: safe_open,
+    where: str,
+    layers: Mapping[str, AdaptableLayer],
+    rename: Callable[[str], str],
+    further: Mapping[str, FurtherStart],
+    others: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """{canonical name: values in fp32} of what an adapter has beside its A's and B's (``further``), from
+    the file's ``others``. Base tensors that PEFT adds are compared with the model's and left out."""
+    ends, values = head_and_embedding(model), dict[str, Tensor]()
+    for body, key in others.items():
+        if body in further:
+            values[body] = _read_values(file, where, key, further[body].whole_shape, body)
+        elif (match := BASE_TENSOR.fullmatch(body)) and (
+            match["inner"] or rename(match["module"]) in ends
+        ):
+            _check_base_tensor(layers.get(rename(match["module"])), match["leaf"], file, key, where)
+        else:
+            raise ModelError(
+                f"{where}: {key} is not part of an adapter of these settings; a file with "
+                "unknown tensors is not read"
+            )
+    if missing := [name for name in further if name not in values]:
+        raise ModelError(f"{where}: {missing[0]} is missing; the file is incomplete")
+    return values
+
+
+def _read_values(
+    file: safe_open, where: str, key: str, wanted: Sequence[int], needs: str
+) -> Tensor:
+    """A tensor of the file in fp32, its shape checked before a byte is read: a wrong file may claim more
+    than there is memory."""
+    shape = list(file.get_slice(key).get_shape())
+    if shape != list(wanted):
+        raise ModelError(f"{where}: {key} is {shape}; {needs} needs {list(wanted)}")
+    value = file.get_tensor(key)
+    if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
+        raise ModelError(f"{where}: {key} holds values that are not finite ({value.dtype})")
+    return value.float()
 
 
 def _check_base_tensor(
@@ -171,18 +207,8 @@ def read_lora_values(
     for module, sides in parts.items():
         (out, into), rank = layers[module].whole_features(), spec.rank(module)
         for side, wanted in (("A", [rank, into]), ("B", [out, rank])):
-            # from the header: a wrong file may claim more bytes than there is memory
-            shape = list(file.get_slice(sides[side]).get_shape())
-            if shape != wanted:
-                raise ModelError(
-                    f"{where}: {sides[side]} is {shape}; rank {rank} on this model's {module} needs {wanted}"
-                )
-            value = file.get_tensor(sides[side])
-            if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
-                raise ModelError(
-                    f"{where}: {sides[side]} holds values that are not finite ({value.dtype})"
-                )
-            values[f"{module}.lora_{side}"] = value.float()
+            needs = f"rank {rank} on this model's {module}"
+            values[f"{module}.lora_{side}"] = _read_values(file, where, sides[side], wanted, needs)
     return values
 
 

@@ -32,7 +32,7 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
     where they are. No value changes."""
     bank = get_bank(model)
     adapters = [bank[term.adapter] for term in mix.terms]
-    if any(one.buffer is None or one.wanting_gradients() for one in adapters):
+    if any(one.buffer is None or one.further or one.wanting_gradients() for one in adapters):
         return
     buffers = [one.values for one in adapters]
     size, device = sum(buffer.numel() for buffer in buffers), buffers[0].device

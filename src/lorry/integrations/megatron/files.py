@@ -39,6 +39,7 @@ from lorry.adapters.peft.tensors import (
     check_modules,
     list_adaptable_layers,
     open_adapter_weights,
+    read_further_values,
     read_lora_values,
     sort_lora_tensors,
 )
@@ -335,9 +336,11 @@ def _read(chunk: nn.Module, path: Path) -> tuple[Path, LoraSpec, dict[str, Tenso
     check_pattern_time(spec, layers, where)
     weights = str(folder / ADAPTER_WEIGHTS)
     with open_adapter_weights(folder) as file:
-        parts = sort_lora_tensors(tree, file, weights, layers, lambda module: module)
+        parts, others = sort_lora_tensors(file, weights, layers, lambda module: module)
         check_modules(tree, spec, set(parts), where)
         values = read_lora_values(file, weights, spec, layers, parts)
+        # Megatron's layers have A's and B's alone
+        read_further_values(tree, file, weights, layers, lambda module: module, {}, others)
     paths = [path for path in find_linears(tree) if path in parts]
     # layer numbers and patterns select by rules; what the file holds is what they came to
     spec = replace(

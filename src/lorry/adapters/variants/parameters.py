@@ -1,0 +1,85 @@
+"""The further parameters of an adapter: what lies behind its A's and B's in the flat buffer, and is
+clipped, stepped, saved, reduced and resumed with them.
+
+A variant that has such parameters is a function of (model, spec, targets) that gives their starts
+(`FurtherStart`), in the order in which they lie in the buffer, and stands in `VARIANTS`. Names are
+canonical and PEFT's: what an adapter's file has behind `base_model.model.`, such as
+`MODULE.lora_magnitude_vector`, so that files are written and read without a word of the variant's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lorry.adapters.layers import AdaptableLayer, AdapterSlot
+from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.slices import DimensionSlice
+
+
+def whole_shape(shape: Sequence[int], cut: tuple[int, DimensionSlice] | None) -> list[int]:
+    """What one device has of a tensor that is cut over ranks along a dimension."""
+    whole = list(shape)
+    if cut is not None:
+        whole[cut[0]] = cut[1].whole
+    return whole
+
+
+@dataclass(frozen=True)
+class FurtherParameter:
+    """One of an adapter's: ``param``, a view of its buffer; ``module``: the path of the module whose it
+    is, an adapted one or another; ``decays``: whether weight decay counts it; ``cut``: along which
+    dimension ranks share it and how, None where each has it whole."""
+
+    param: nn.Parameter
+    module: str
+    decays: bool = True
+    cut: tuple[int, DimensionSlice] | None = None
+
+    def num_parameters(self) -> int:
+        """How many numbers it is, on all ranks that share it."""
+        return math.prod(whole_shape(self.param.shape, self.cut))
+
+
+@dataclass(frozen=True)
+class FurtherStart:
+    """What a further parameter begins as, before it lies in a buffer: its shape, ``make_values``, which
+    gives this rank's (any float dtype), and ``use``, called once with the parameter and the slot at its
+    module (None of a module without A and B), so that the module computes with it."""
+
+    shape: tuple[int, ...]
+    make_values: Callable[[], Tensor] = field(repr=False)
+    module: str
+    use: Callable[[nn.Parameter, AdapterSlot | None], None] = field(repr=False)
+    decays: bool = True
+    cut: tuple[int, DimensionSlice] | None = None
+
+    @property
+    def whole_shape(self) -> list[int]:
+        """As one device has it."""
+        return whole_shape(self.shape, self.cut)
+
+    @property
+    def numel(self) -> int:
+        """How many values this process has."""
+        return math.prod(self.shape)
+
+
+Variant = Callable[
+    [nn.Module, str, LoraSpec, Mapping[str, AdaptableLayer]], Mapping[str, FurtherStart]
+]
+VARIANTS: tuple[Variant, ...] = ()
+
+
+def further_starts(
+    model: nn.Module, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer]
+) -> dict[str, FurtherStart]:
+    """{canonical name: start} of all that the adapter ``name`` of this spec has beside the A's and B's of
+    its targets. Raises ConfigError for what the model cannot have."""
+    starts = dict[str, FurtherStart]()
+    for variant in VARIANTS:
+        starts |= variant(model, name, spec, targets)
+    return starts
