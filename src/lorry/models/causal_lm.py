@@ -309,3 +309,13 @@ def _holds(term: MixTerm, start: int, stop: int) -> bool:
         f"the adapter {term.adapter!r} is routed by the prompt and is for a part of a sequence; "
         "gates of a prompt are those of the whole sequence"
     )
+
+
+def add_at(tree: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path, with whatever leads there."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if name not in tree._modules:
+            tree.add_module(name, nn.Module())
+        tree = tree.get_submodule(name)
+    tree.add_module(leaf, module)

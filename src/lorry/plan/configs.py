@@ -21,6 +21,7 @@ from lorry.runs.layout import (
     ADAPTER_FACTS,
     ADAPTER_WEIGHTS,
     START,
+    is_adapter_folder,
     list_adapter_subfolders,
 )
 
@@ -74,7 +75,7 @@ def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
 def _directory_config(path: Path) -> FoundConfig:
     if (path / "config.json").is_file():
         return FoundConfig(_read_config(path / "config.json"), str(path / "config.json"))
-    folders = [path] if (path / ADAPTER_CONFIG).is_file() else list_adapter_subfolders(path)
+    folders = [path] if is_adapter_folder(path) else list_adapter_subfolders(path)
     if not folders:
         raise ModelError(
             f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory"

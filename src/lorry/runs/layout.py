@@ -95,6 +95,11 @@ NOT_ADAPTERS = frozenset(
 STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a directory is an adapter's own: PEFT's layout, and that of a run of one adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 def list_adapter_subfolders(folder: Path) -> list[Path]:
     """The folders in a directory that are adapters, as PEFT and runs of several lay them out. What
     one was trained over is none of them: alone it is another model."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from lorry.errors import ConfigError, DataError
 from lorry.runs import ownership
 from lorry.runs.layout import (
-    ADAPTER_CONFIG,
     ADAPTER_FILES,
     CHECKPOINTS,
     CONTRACTS,
@@ -31,6 +30,7 @@ from lorry.runs.layout import (
     START,
     SUITES,
     TOKENIZER_FILES,
+    is_adapter_folder,
 )
 from lorry.runs.read import read_contracts
 from lorry.train import checkpoint
@@ -132,7 +132,7 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     if is_full_finetune_dir(folder) or not (folder / "config.json").exists():
         patterns += TOKENIZER_FILES
     names = [*recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
-    if not going_on and (folder / START / ADAPTER_CONFIG).is_file():
+    if not going_on and is_adapter_folder(folder / START):
         names.append(START)
     # what was measured of its adapter; any other folder of that name is somebody's
     if ownership.is_suites_folder(folder / SUITES):
@@ -204,5 +204,5 @@ def recorded_adapter_folders(folder: Path) -> list[str]:
         n
         for n in names
         # a run.yaml is text that anybody may have written: no path, no "." and ".." moves a folder
-        if n == os.path.basename(n) and n.strip(".") and (folder / n / ADAPTER_CONFIG).is_file()
+        if n == os.path.basename(n) and n.strip(".") and is_adapter_folder(folder / n)
     ]

@@ -23,7 +23,7 @@ from lorry.disk import documents, durable
 from lorry.errors import ConfigError
 from lorry.formatting import format_count, format_number
 from lorry.runs import ownership
-from lorry.runs.layout import ADAPTER_CONFIG, ATTACKS, SUITES, list_adapter_subfolders
+from lorry.runs.layout import ATTACKS, SUITES, is_adapter_folder, list_adapter_subfolders
 from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 from lorry.visible import make_visible
 
@@ -100,7 +100,7 @@ def attacks_folder(settings: AttackSettings) -> Path:
         chosen = choose_adapter(settings.model)
         name = next(name for name, folder in adapters.items() if str(folder) == chosen.name)
         return Path(settings.model.name) / SUITES / name
-    if (model / ADAPTER_CONFIG).is_file() or ownership.run_description_of(model):
+    if is_adapter_folder(model) or ownership.run_description_of(model):
         return model / SUITES
     raise ConfigError(f"{model} is not a run; give output_dir=FOLDER for {ATTACKS}")
 
@@ -108,7 +108,7 @@ def attacks_folder(settings: AttackSettings) -> Path:
 def adapters_of_run(name: str) -> dict[str, Path]:
     """{adapter: its folder} of a run that has a folder for each; none of any other model."""
     place = Path(name)
-    if not place.is_dir() or (place / ADAPTER_CONFIG).is_file():
+    if not place.is_dir() or is_adapter_folder(place):
         return {}
     return {folder.name: folder for folder in list_adapter_subfolders(place)}
 

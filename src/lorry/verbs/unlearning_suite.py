@@ -22,7 +22,7 @@ from lorry.console import VisibleConsole
 from lorry.errors import ConfigError
 from lorry.formatting import format_number
 from lorry.runs import ownership
-from lorry.runs.layout import ADAPTER_CONFIG, SUITES
+from lorry.runs.layout import SUITES, is_adapter_folder
 from lorry.verbs.open_model import MIXTURE_SIDE, open_on_ranks, print_note
 from lorry.visible import make_visible
 
@@ -97,7 +97,7 @@ def suite_folder(settings: EvalSettings) -> Path:
     if settings.output_dir is not None:
         return settings.output_dir
     model = Path(settings.model.adapter or settings.model.name)
-    if (model / ADAPTER_CONFIG).is_file() or ownership.run_description_of(model):
+    if is_adapter_folder(model) or ownership.run_description_of(model):
         # another weight is another model, whose numbers do not take the place of the whole one's
         share = [] if settings.weight == 1 else [f"weight{settings.weight:g}"]
         return model.joinpath(SUITES, *share)

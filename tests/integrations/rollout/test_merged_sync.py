@@ -3,7 +3,7 @@ what must not be beside them, and that the engine answers as the trainer (float3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.merge import merged_tensors
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.generation.request import Completion
+from lorry.generation.sampling import SamplingParams
 from lorry.integrations.rollout import (
     EngineError,
     MergedSync,
@@ -61,6 +63,42 @@ def test_an_engine_with_the_merged_model_answers_as_the_trainer_does(
     ]
     base = {n: p for n, p in before.items() if "lora_" not in n}
     assert all(torch.equal(dict(policy.model.named_parameters())[n], p) for n, p in base.items())
+
+
+class OwnReceiver:
+    """A user's own: whole models through a server, and not one of the calls for adapters but the list."""
+
+    label = "my engine"
+
+    def __init__(self, server: VllmServer, *, loads: bool = True) -> None:
+        self.server, self.loads = server, loads
+
+    def load_model(self, version: ModelVersion) -> None:
+        if self.loads:
+            self.server.load_model(version)
+
+    def list_lora_adapters(self) -> Mapping[str, Path | None]:
+        return {}
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, adapter: str | None
+    ) -> list[Completion]:
+        return self.server.generate(prompts, params, adapter=adapter)
+
+
+def test_a_receiver_without_calls_for_adapters_is_asked_too(policy: Policy, tmp_path: Path) -> None:
+    policy.step()
+    publisher = ModelPublisher(tmp_path / "out")
+    with RolloutServer(policy.base) as server:
+        engine = OwnReceiver(VllmServer(server.url))
+        report = MergedSync(publisher, [engine], policy.probe()).push(writer(policy), stepped=True)
+        assert report.gaps["my engine"].largest < 1e-4
+        assert report.unasked == []
+    with RolloutServer(policy.base) as server:
+        silent = OwnReceiver(VllmServer(server.url), loads=False)
+        # it answers as the base does
+        with pytest.raises(ContractError, match=r"my engine, the base: .* at token \d of prompt"):
+            MergedSync(publisher, [silent], policy.probe()).push(writer(policy), stepped=False)
 
 
 def test_a_merged_model_and_an_adapter_never_meet_in_one_engine(

@@ -133,6 +133,19 @@ def test_a_version_may_be_asked_less_often(policy: Policy, tmp_path: Path) -> No
     assert silent.push(policy.step(), stepped=True).gaps == {}
 
 
+def test_a_receiver_that_answers_no_prompts_is_said(policy: Policy, tmp_path: Path) -> None:
+    reader = DirectoryReader("archive")
+    with RolloutServer(policy.base) as server:
+        engine = VllmServer(server.url)
+        sync = AdapterSync(VersionPublisher(tmp_path / "out"), [reader, engine], policy.probe())
+        with pytest.warns(UserWarning, match="archive: answers no prompts .* is not proved"):
+            report = sync.push(policy.step(), stepped=True)
+    # the others are asked all the same
+    assert list(report.gaps) == [engine.label]
+    assert list(report.unasked) == ["archive"]
+    assert str(report).endswith("; archive: not asked")
+
+
 def test_a_file_that_changed_on_its_way_is_found_and_the_tensor_named(
     policy: Policy, tmp_path: Path
 ) -> None:

@@ -173,11 +173,17 @@ def test_frozen_weights_are_not_kept_where_nothing_reads_them(alone: None) -> No
         copies.backup("ref")
 
 
-@pytest.mark.parametrize("flag", ["colocate", "use_kl_loss", "use_opd", "keep_old_actor"])
+@pytest.mark.parametrize("flag", ["colocate", "use_kl_loss", "keep_old_actor"])
 def test_what_reads_frozen_copies(flag: str) -> None:
     assert not needs_frozen(SimpleNamespace(kl_coef=0.0))
     assert needs_frozen(SimpleNamespace(kl_coef=0.0, **{flag: True}))
     assert needs_frozen(SimpleNamespace(kl_coef=0.1))
+
+
+def test_a_teacher_reads_frozen_copies_where_megatron_runs_it() -> None:
+    assert needs_frozen(SimpleNamespace(use_opd=True, opd_type="megatron"))
+    # an engine of its own scores
+    assert not needs_frozen(SimpleNamespace(use_opd=True, opd_type="sglang"))
 
 
 # rollouts

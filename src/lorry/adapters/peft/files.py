@@ -66,6 +66,7 @@ from lorry.runs.layout import (
     ADAPTER_FILES,
     ADAPTER_WEIGHTS,
     START,
+    is_adapter_folder,
     list_adapter_subfolders,
 )
 
@@ -257,7 +258,7 @@ def start_chain(folder: Path) -> list[tuple[Path, AdapterOrigin]]:
         seen.add(place.resolve())
         chain.append((place, origin))
         folder = place
-        if not (folder / ADAPTER_CONFIG).is_file():
+        if not is_adapter_folder(folder):
             break
     return chain
 
@@ -423,9 +424,9 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
     cannot be a folder.
     """
     root = Path(path)
-    if name is not None and (root / check_adapter_name(name) / ADAPTER_CONFIG).is_file():
+    if name is not None and is_adapter_folder(root / check_adapter_name(name)):
         return root / name, name
-    if (root / ADAPTER_CONFIG).is_file():
+    if is_adapter_folder(root):
         saved = (
             read_adapter_json(root / ADAPTER_FACTS).get("adapter", "default")
             if (root / ADAPTER_FACTS).is_file()

@@ -141,3 +141,12 @@ class GatherColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.part.cut(grads[0], 1), None, None
+
+
+def gather_outputs(y: Tensor, slices: LayerSlices | None) -> Tensor:
+    """The whole [t, O] of a column-parallel layer from this rank's columns of it; as it is where nothing
+    is cut. All ranks call this together."""
+    if slices is None:
+        return y
+    whole: Tensor = GatherColumns.apply(y, slices.rows, slices.ranks)
+    return whole

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-import megatron.core
 import torch
 from torch import Tensor, nn
 
@@ -31,11 +30,11 @@ from lorry.integrations.megatron.linear import (
     check_linear,
     tensor_group,
 )
+from lorry.models.megatron.groups import check_version
 from lorry.models.megatron.layout import (
     BY_NAME,
     FAMILY,
     LINEARS,
-    TESTED_VERSION,
     MegatronLinear,
     hugging_face_tree,
     projection,
@@ -113,7 +112,7 @@ def attach_lora(model: Model, spec: LoraSpec, *, mode: Mode = "canonical", seed:
     Hugging Face's names; or fused, one A for a fused matrix. Raises ConfigError."""
     if mode not in MODES:
         raise ConfigError(f"lora_mode is {mode!r}; it is one of {', '.join(MODES)}")
-    _warn_of_version()
+    check_version(lambda text: warnings.warn(text, stacklevel=4))
     for wrapped in [model] if isinstance(model, nn.Module) else model:
         _refuse_late(wrapped)
     chunks = list_chunks(model)
@@ -212,15 +211,6 @@ def _unwrap(chunk: nn.Module) -> nn.Module:
     while type(chunk).__name__ in (*WRAPPERS, HALF):
         chunk = chunk.get_submodule("module")
     return chunk
-
-
-def _warn_of_version() -> None:
-    found = megatron.core.__version__
-    if found.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
-        warnings.warn(
-            f"megatron-core {found} was never run with these adapters; {TESTED_VERSION} was",
-            stacklevel=3,
-        )
 
 
 def _refuse_late(wrapped: nn.Module) -> None:

@@ -21,6 +21,7 @@ from lorry.integrations.rollout.engine import (
     EngineError,
     LoraReceiver,
     ModelReceiver,
+    PromptAnswerer,
     RolloutEngine,
 )
 from lorry.integrations.rollout.proofs import (
@@ -56,6 +57,7 @@ __all__ = [
     "ModelPublisher",
     "ModelReceiver",
     "ModelVersion",
+    "PromptAnswerer",
     "RolloutEngine",
     "SglangServer",
     "SyncReport",

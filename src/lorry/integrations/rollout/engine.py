@@ -1,6 +1,7 @@
 """What a rollout engine has to do for us: take an adapter, say what it holds, and answer.
 
-`LoraReceiver` is whatever takes versions; `RolloutEngine` can be sampled from, too. vLLM's and
+`LoraReceiver` is whatever takes versions of an adapter, `ModelReceiver` whatever takes merged models;
+`PromptAnswerer` can be sampled from, and `RolloutEngine` is both of the first and the last. vLLM's and
 SGLang's servers are in servers.py, vLLM in this process in vllm_engine.py.
 """
 
@@ -48,8 +49,10 @@ class LoraReceiver(Protocol):
 
 
 @runtime_checkable
-class RolloutEngine(LoraReceiver, Protocol):
-    """A receiver that answers prompts."""
+class PromptAnswerer(Protocol):
+    """Whatever answers prompts, with or without adapters. ``label``: what messages call it."""
+
+    label: str
 
     def generate(
         self,
@@ -60,6 +63,10 @@ class RolloutEngine(LoraReceiver, Protocol):
     ) -> list[Completion]:
         """An answer to each prompt (token ids) by the named adapter, None: the base alone.
         ``logprobs`` of the answers are at temperature 1. Raises EngineError."""
+
+
+class RolloutEngine(LoraReceiver, PromptAnswerer, Protocol):
+    """A receiver that answers prompts with the adapters that it was sent."""
 
 
 @runtime_checkable
@@ -117,11 +124,6 @@ def file_digests(label: str, name: str, path: Path | None) -> dict[str, str]:
         ) from None
     facts = read_tensor_facts(content, str(path / ADAPTER_WEIGHTS))
     return {tensor: each.sha256 for tensor, each in facts.items()}
-
-
-def row_seeds(seed: int, rows: int) -> list[int]:
-    """A seed for each prompt of a call, 31 bits: with one for all, equal prompts get equal answers."""
-    return [(seed * 1_000_003 + row) % (1 << 31) for row in range(rows)]
 
 
 def refuse_twice(label: str, model: ModelVersion | None, name: str) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from lorry.errors import ContractError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout.engine import LoraReceiver, RolloutEngine
+from lorry.integrations.rollout.engine import LoraReceiver, PromptAnswerer
 from lorry.integrations.rollout.versions import AdapterVersion, Version
 
 # (prompts, answers) as token ids -> log p of every token of each answer
@@ -162,7 +162,7 @@ class GreedyProbe:
         """Whether a version of this number is asked."""
         return self.every > 0 and number % self.every == 0
 
-    def check(self, engine: RolloutEngine, adapter: str | None) -> LogProbGap:
+    def check(self, engine: PromptAnswerer, adapter: str | None) -> LogProbGap:
         """Ask the engine, and the trainer about its answers. Raises ContractError, which names the
         prompt, and EngineError."""
         params = SamplingParams(max_new_tokens=self.max_new_tokens, logprobs=True)

@@ -21,7 +21,14 @@ from typing import Any
 from lorry.errors import ConfigError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout.engine import EngineError, file_digests, refuse_twice, row_seeds
+from lorry.integrations.rollout.answers import (
+    check_all_answered,
+    read_completion,
+    row_seeds,
+    sglang_sampling,
+    vllm_sampling,
+)
+from lorry.integrations.rollout.engine import EngineError, file_digests, refuse_twice
 from lorry.integrations.rollout.versions import AdapterVersion, ModelVersion
 
 MOST_BYTES = 1 << 28  # of an answer; more was not asked for
@@ -163,15 +170,8 @@ class VllmServer(_Server):
             {
                 "model": model,
                 "prompt": [list(prompt) for prompt in prompts],
-                "max_tokens": params.max_new_tokens,
-                "temperature": params.temperature,
-                "top_p": 1.0 if params.top_p is None else params.top_p,
-                "top_k": params.top_k or 0,
-                "repetition_penalty": params.repetition_penalty,
-                "seed": seed,
-                "stop_token_ids": sorted(params.stop_token_ids),
-                "logprobs": 0,  # of the chosen token alone
                 "return_token_ids": True,
+                **vllm_sampling(params, seed),
             },
         )
         who = answer.get("model") if isinstance(answer, dict) else None
@@ -180,7 +180,11 @@ class VllmServer(_Server):
         try:
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
             completions = [
-                _completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice)
+                read_completion(
+                    choice["token_ids"],
+                    choice["logprobs"]["token_logprobs"],
+                    choice.get("finish_reason"),
+                )
                 for choice in choices
             ]
             # in the place of a prompt of its own each, or an answer would be another prompt's
@@ -191,7 +195,7 @@ class VllmServer(_Server):
                 f"{self.label}: answers without token ids or log-probabilities ({error!r}); "
                 "vLLM 0.10.2 or newer is needed"
             ) from None
-        return _all_answered(self.label, completions, prompts)
+        return check_all_answered(self.label, completions, prompts)
 
     def _advice(self, path: str, status: int) -> str:
         if status == 404 and path.endswith("_lora_adapter"):
@@ -228,26 +232,17 @@ class SglangServer(_Server):
                 "input_ids": [list(prompt) for prompt in prompts],
                 "lora_path": [adapter] * len(prompts),
                 "sampling_params": [
-                    {
-                        "max_new_tokens": params.max_new_tokens,
-                        "temperature": params.temperature,
-                        "top_p": 1.0 if params.top_p is None else params.top_p,
-                        "top_k": params.top_k or -1,
-                        "repetition_penalty": params.repetition_penalty,
-                        "sampling_seed": seed,
-                        "stop_token_ids": sorted(params.stop_token_ids),
-                    }
-                    for seed in row_seeds(params.seed, len(prompts))
+                    sglang_sampling(params, seed) for seed in row_seeds(params.seed, len(prompts))
                 ],
                 "return_logprob": True,
             },
         )
         try:
             completions = [
-                _completion(
+                read_completion(
                     [entry[1] for entry in answer["meta_info"]["output_token_logprobs"]],
                     [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]],
-                    {"finish_reason": answer["meta_info"]["finish_reason"]["type"]},
+                    answer["meta_info"]["finish_reason"]["type"],
                 )
                 for answer in answers
             ]
@@ -255,7 +250,7 @@ class SglangServer(_Server):
             raise EngineError(
                 f"{self.label}: answers without token ids or log-probabilities ({error!r})"
             ) from None
-        return _all_answered(self.label, completions, prompts)
+        return check_all_answered(self.label, completions, prompts)
 
     def weights_by_name(self, name: str, rows: int) -> list[list[float]]:
         """The first rows of a weight by Hugging Face's name, as it is held. Raises EngineError where the
@@ -271,19 +266,3 @@ class SglangServer(_Server):
         # a failure may come with status 200
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise EngineError(f"{self.label}: {path} failed: {answer}")
-
-
-def _completion(tokens: Any, logprobs: Any, choice: Mapping[str, Any]) -> Completion:
-    """Raises TypeError or ValueError where the lists are none, or unlike in length."""
-    ids, values = [int(token) for token in tokens], [float(value) for value in logprobs]
-    if len(ids) != len(values):
-        raise ValueError(f"{len(ids)} tokens with {len(values)} log-probabilities")
-    return Completion(ids, "length" if choice.get("finish_reason") == "length" else "stop", values)
-
-
-def _all_answered(
-    label: str, completions: list[Completion], prompts: Sequence[Sequence[int]]
-) -> list[Completion]:
-    if len(completions) != len(prompts):
-        raise EngineError(f"{label}: {len(completions)} answers to {len(prompts)} prompts")
-    return completions

@@ -10,12 +10,13 @@ report = sync.push(lambda folder: save_merged(model, folder), stepped=True)
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorry.errors import ConfigError, ContractError
-from lorry.integrations.rollout.engine import LoraReceiver, ModelReceiver, RolloutEngine
+from lorry.integrations.rollout.engine import LoraReceiver, ModelReceiver, PromptAnswerer
 from lorry.integrations.rollout.proofs import (
     GreedyProbe,
     LogProbGap,
@@ -36,12 +37,14 @@ from lorry.integrations.rollout.versions import (
 @dataclass(frozen=True)
 class SyncReport:
     """What one push did. ``seconds``: writing and loading, without the probe; ``bytes``: sent to
-    each engine; ``gaps``: {engine's label: what the probe measured} of those that were asked."""
+    each engine; ``gaps``: {engine's label: what the probe measured} of those that were asked;
+    ``unasked``: labels of those that answer no prompts, where a probe was due."""
 
     version: Version
     seconds: float
     bytes: int
     gaps: Mapping[str, LogProbGap] = field(default_factory=dict)
+    unasked: Sequence[str] = ()
 
     def __str__(self) -> str:
         text = f"{self.version.name}: {self.bytes} bytes in {self.seconds:.2f} s, digests equal"
@@ -55,7 +58,7 @@ class SyncReport:
                 f"; {label}: log-probabilities {gap.mean:.3g} on average, {gap.largest:.3g} at most "
                 f"from the trainer's over {gap.tokens} tokens{share}"
             )
-        return text
+        return text + "".join(f"; {label}: not asked" for label in self.unasked)
 
 
 class AdapterSync:
@@ -86,12 +89,12 @@ class AdapterSync:
             receiver.load_lora_adapter(version)
             check_held(receiver, version)
         seconds = time.perf_counter() - began
-        gaps = ask_engines(self.probe, self.receivers, version, adapter=version.name)
+        gaps, unasked = ask_engines(self.probe, self.receivers, version, adapter=version.name)
         if self.current is not None:
             for receiver in self.receivers:
                 receiver.unload_lora_adapter(self.current.name)
         self.current = version
-        return SyncReport(version, seconds, version.bytes, gaps)
+        return SyncReport(version, seconds, version.bytes, gaps, unasked)
 
     def check_rollouts(self, adapter: str) -> None:
         """Refuse rollouts that were sampled from another version than the current one. Raises
@@ -139,9 +142,9 @@ class MergedSync:
             held_digests = {name: facts.sha256 for name, facts in read.items()}
             check_same_tensors(sent, held_digests, f"{receiver.label}, {version.name}")
         seconds = time.perf_counter() - began
-        gaps = ask_engines(self.probe, self.receivers, version, adapter=None)
+        gaps, unasked = ask_engines(self.probe, self.receivers, version, adapter=None)
         self.current = version
-        return SyncReport(version, seconds, version.bytes, gaps)
+        return SyncReport(version, seconds, version.bytes, gaps, unasked)
 
 
 def ask_engines(
@@ -150,13 +153,23 @@ def ask_engines(
     version: Version,
     *,
     adapter: str | None,
-) -> dict[str, LogProbGap]:
-    """{label: what the probe found} of the receivers that answer prompts, where a version is due.
-    Raises what `GreedyProbe.check` raises."""
+) -> tuple[dict[str, LogProbGap], list[str]]:
+    """({label: what the probe found} of the receivers that answer prompts, the labels of the others),
+    where a version is due. A warning says of the others what is not proved of them. Raises what
+    `GreedyProbe.check` raises."""
     if probe is None or not probe.due(version.number):
-        return {}
-    return {
-        receiver.label: probe.check(receiver, adapter)
-        for receiver in receivers
-        if isinstance(receiver, RolloutEngine)
-    }
+        return {}, []
+    gaps, unasked = dict[str, LogProbGap](), list[str]()
+    for receiver in receivers:
+        if isinstance(receiver, PromptAnswerer):
+            gaps[receiver.label] = probe.check(receiver, adapter)
+        else:
+            unasked.append(receiver.label)
+            # without the version: Python shows the same text once
+            warnings.warn(
+                f"{receiver.label}: answers no prompts (it has no `generate`), so that it computes with "
+                "what it holds is not proved: its log-probabilities are compared with nobody's; give it "
+                "a `generate`, or leave the probe out where digests are enough",
+                stacklevel=3,
+            )
+    return gaps, unasked

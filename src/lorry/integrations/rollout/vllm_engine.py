@@ -28,7 +28,8 @@ from lorry.disk.integrity import read_content
 from lorry.errors import ConfigError
 from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
-from lorry.integrations.rollout.engine import EngineError, file_digests, refuse_twice, row_seeds
+from lorry.integrations.rollout.answers import read_completion, row_seeds, vllm_sampling
+from lorry.integrations.rollout.engine import EngineError, file_digests, refuse_twice
 from lorry.integrations.rollout.versions import AdapterVersion, ModelVersion
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -46,9 +47,8 @@ class VllmEngine:
         self.reads_memory: bool | None = None
         self.model: ModelVersion | None = None  # in the place of its base
         self._requests: dict[str, Any] = {}
-        self._numbers = count(
-            1
-        )  # vLLM's, of its own: versions of another directory begin at 1 again
+        # vLLM's, of its own: versions of another directory begin at 1 again
+        self._numbers = count(1)
 
     def load_lora_adapter(self, version: AdapterVersion) -> None:
         refuse_twice(self.label, self.model, version.name)
@@ -122,17 +122,7 @@ class VllmEngine:
         if adapter is not None and adapter not in self._requests:
             raise EngineError(f"{self.label}: {adapter} is not loaded")
         sampling = [
-            _vllm().SamplingParams(
-                max_tokens=params.max_new_tokens,
-                temperature=params.temperature,
-                top_p=1.0 if params.top_p is None else params.top_p,
-                top_k=params.top_k or 0,
-                repetition_penalty=params.repetition_penalty,
-                seed=seed,
-                stop_token_ids=sorted(params.stop_token_ids),
-                logprobs=0,  # of the chosen token alone
-                detokenize=False,
-            )
+            _vllm().SamplingParams(**vllm_sampling(params, seed), detokenize=False)
             for seed in row_seeds(params.seed, len(prompts))
         ]
         outputs = self.llm.generate(
@@ -190,11 +180,10 @@ def _describe(matrix: Tensor) -> HeldMatrix:
 
 
 def _completion(answer: Any) -> Completion:
-    tokens = [int(token) for token in answer.token_ids]
     values = [
-        float(each[token].logprob) for token, each in zip(tokens, answer.logprobs, strict=True)
+        each[token].logprob for token, each in zip(answer.token_ids, answer.logprobs, strict=True)
     ]
-    return Completion(tokens, "length" if answer.finish_reason == "length" else "stop", values)
+    return read_completion(answer.token_ids, values, answer.finish_reason)
 
 
 def _vllm() -> Any:

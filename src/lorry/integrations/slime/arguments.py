@@ -132,15 +132,16 @@ def _needed_hooks(args: Any, dropout: float) -> Iterator[tuple[str, str]]:
     """(attribute, why the function has to be there)."""
     yield PROVIDER, "without it the model has no adapters, and the whole of it would train"
     yield INSTALL, "without it adapters would not reach the rollout engines"
-    if why := _scores_others(args):
+    if why := other_scorer(args):
         yield LOG_PROB, f"{why}, and would be scored with the trained adapter"
         yield TRAIN_STEP, f"{why}; without it the adapter would stay off after they are scored"
     elif dropout:
         yield TRAIN_STEP, "lora_dropout needs to know which step begins"
 
 
-def _scores_others(args: Any) -> str:
-    """Why models besides the policy are scored; empty if none is."""
+def other_scorer(args: Any) -> str:
+    """Why slime loads another model's weights over the policy's and scores with them; empty if it does
+    not."""
     if getattr(args, "kl_coef", 0) or getattr(args, "use_kl_loss", False):
         return "a KL term asks for the reference"
     if getattr(args, "use_opd", False) and getattr(args, "opd_type", None) == "megatron":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.errors import ContractError
+from lorry.integrations.slime.arguments import other_scorer
 from lorry.integrations.slime.provider import import_part
 from lorry.integrations.slime.rebinding import Rebinding
 from lorry.integrations.slime.sync.ranks import say
@@ -43,9 +44,7 @@ def needs_frozen(args: Any) -> bool:
     checkpoint is loaded over the model for a reference, a teacher or an old policy."""
     return bool(
         getattr(args, "colocate", False)
-        or getattr(args, "kl_coef", 0)
-        or getattr(args, "use_kl_loss", False)
-        or getattr(args, "use_opd", False)
+        or other_scorer(args)
         or getattr(args, "keep_old_actor", False)
     )
 

@@ -1,8 +1,9 @@
 """slime's training with the flags of LoRA registered, so that none is dropped and `--help` lists them.
 
-    cd slime && PYTHONPATH=/root/Megatron-LM python -m lorry.integrations.slime.train --use-lora ...
+    cd slime && PYTHONPATH=MEGATRON_LM python -m lorry.integrations.slime.train --use-lora ...
 
-slime's train.py lies in the root of its repository, which has to be the working directory or on PYTHONPATH.
+slime's train.py lies in the root of its repository, which has to be the working directory or on PYTHONPATH; so
+has the checkout of Megatron-LM (MEGATRON_LM above), unless it is installed.
 """
 
 from __future__ import annotations

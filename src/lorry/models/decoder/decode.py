@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorry.adapters.layers import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
-from lorry.adapters.tensor_parallel.slices import LayerSlices
+from lorry.adapters.tensor_parallel.slices import LayerSlices, gather_outputs
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
 from lorry.models.causal_lm import PackedInput
@@ -152,7 +152,7 @@ class DecodeRunner:
         (values,) = SmallBatchProducts.of(
             head.group, head.group.stacks(call, head.path)[0]
         ).forward(hidden)
-        return self.model.gather_vocabulary(values)
+        return gather_outputs(values, head.slices)
 
     def _work(self, call: AdapterContext, *, anew: bool) -> list[LayerLinears[LinearProducts]]:
         """The products of every layer, adapters included; ``anew``: whatever was looked up."""

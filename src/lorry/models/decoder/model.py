@@ -19,9 +19,9 @@ from lorry.adapters.layers import AdaptableLayer, BankEmbedding, BankLinear, sto
 from lorry.adapters.mix import AdapterContext, mixes_mlps
 from lorry.adapters.product import LinearProducts
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
-from lorry.adapters.tensor_parallel.slices import DimensionSlice, GatherColumns, LayerSlices
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices, gather_outputs
 from lorry.families import LayerLinears, ModelFamily, ModelGeometry
-from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
+from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput, add_at
 from lorry.models.decoder.attention import PackedSegments
 from lorry.models.decoder.block import DecoderBlock, ForwardContext, compute_inv_freq
 from lorry.models.decoder.cache import KVCache
@@ -55,29 +55,32 @@ class Decoder(CausalLM):
         self.config = dict(config)
         self.gradient_checkpointing = False
         g = self.local_geometry
-        self._add_at(
+        add_at(
+            self,
             family.embed,
             BankEmbedding(nn.Parameter(torch.empty(g.vocab, g.width)), path=family.embed),
         )
         if family.positions:
-            self._add_at(family.positions, nn.Embedding(g.context, g.width))
+            add_at(self, family.positions, nn.Embedding(g.context, g.width))
         for i in range(g.layers):
             prefix = family.layer.format(i=i)
             for sizes in family.sizes(g):
                 for target, size in sizes.items():
                     path = family.path(target, i)
-                    self._add_at(path, self._linear(size, path, biased=target in g.biased))
+                    add_at(self, path, self._linear(size, path, biased=target in g.biased))
             for path in (family.norms.attn, family.norms.mlp):
-                self._add_at(f"{prefix}.{path}", DecoderNorm(family.norm, g.width, g.norm_eps))
+                add_at(self, f"{prefix}.{path}", DecoderNorm(family.norm, g.width, g.norm_eps))
             for head_path in (family.norms.q, family.norms.k):
                 if head_path is not None:
-                    self._add_at(
-                        f"{prefix}.{head_path}", DecoderNorm(family.norm, g.head_dim, g.norm_eps)
+                    add_at(
+                        self,
+                        f"{prefix}.{head_path}",
+                        DecoderNorm(family.norm, g.head_dim, g.norm_eps),
                     )
-        self._add_at(family.final_norm, DecoderNorm(family.norm, g.width, g.norm_eps))
+        add_at(self, family.final_norm, DecoderNorm(family.norm, g.width, g.norm_eps))
         # made even where it is tied: `tie` replaces it
         head = nn.Parameter(torch.empty(g.vocab, g.width))
-        self._add_at(family.head, BankLinear(head, None, path=family.head))
+        add_at(self, family.head, BankLinear(head, None, path=family.head))
         if g.tied:
             self.tie()
         layers = (self.get_submodule(family.layer.format(i=i)) for i in range(g.layers))
@@ -204,15 +207,7 @@ class Decoder(CausalLM):
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         """[t,D] -> [t,V] in the base's dtype."""
         assert hidden is not None
-        return self.gather_vocabulary(self.head(hidden, call))
-
-    def gather_vocabulary(self, logits: Tensor) -> Tensor:
-        """[t,V] from what this rank's rows of the head gave."""
-        slices = self.head.slices
-        if slices is None:
-            return logits
-        whole: Tensor = GatherColumns.apply(logits, slices.rows, slices.ranks)
-        return whole
+        return gather_outputs(self.head(hidden, call), self.head.slices)
 
     def forward_cached(
         self,
@@ -312,12 +307,3 @@ class Decoder(CausalLM):
         return BankLinear(
             nn.Parameter(torch.empty(shape)), bias, transposed=self.family.transposed, path=path
         )
-
-    def _add_at(self, path: str, module: nn.Module) -> None:
-        *parents, leaf = path.split(".")
-        node: nn.Module = self
-        for name in parents:
-            if name not in node._modules:
-                node.add_module(name, nn.Module())
-            node = node._modules[name]  # type: ignore[assignment]
-        node.add_module(leaf, module)

@@ -32,6 +32,7 @@ from lorry.runs.layout import (
     ROUTER,
     ROUTER_FILE,
     RUN_FILE,
+    is_adapter_folder,
     list_adapter_subfolders,
 )
 
@@ -195,7 +196,7 @@ def list_adapter_folders(path: Path) -> list[Path]:
     """The adapter directories a path stands for: itself, or its sub-folders that are adapters.
     Raises ModelError if none is.
     """
-    if (path / ADAPTER_CONFIG).is_file():
+    if is_adapter_folder(path):
         return [path]
     folders = list_adapter_subfolders(path) if path.is_dir() else []
     if not folders:

@@ -16,7 +16,13 @@ from lorry.errors import ModelError, suggest_nearest
 from lorry.models.gguf.embedded import EMBEDDED, convert_gguf, resolve_embedded_model
 from lorry.models.loading.describe import read_model_json
 from lorry.notes import NoteCallback
-from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE, list_adapter_subfolders
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FACTS,
+    RUN_FILE,
+    is_adapter_folder,
+    list_adapter_subfolders,
+)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 # No .bin: pickles are never opened. Python files are added only where they may run.
@@ -88,7 +94,7 @@ def find_adapters_in(path: Path) -> list[Path]:
     """The adapters of a directory: itself, or the folders of a run of several; none if it is a
     model.
     """
-    if (path / ADAPTER_CONFIG).is_file():
+    if is_adapter_folder(path):
         return [path]
     return [] if (path / "config.json").is_file() else list_adapter_subfolders(path)
 

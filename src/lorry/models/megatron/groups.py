@@ -1,10 +1,11 @@
-"""Megatron-core's process groups over the processes of a run, made once in the life of a process."""
+"""Megatron-core as it was found: its version, the device it wants, and its process groups over the
+processes of a run, made once in the life of a process."""
 
 from __future__ import annotations
 
 import math
-from importlib.metadata import version
 
+import megatron.core
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
@@ -15,7 +16,8 @@ from lorry.notes import NoteCallback
 
 def check_version(add_note: NoteCallback) -> str:
     """That of megatron-core; one that was never tried is told."""
-    found = version("megatron-core")
+    # the module's own: a checkout on PYTHONPATH is no installed package
+    found: str = megatron.core.__version__
     if found.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
         add_note(f"megatron-core {found} was never run with Lorry; {TESTED_VERSION} was")
     return found

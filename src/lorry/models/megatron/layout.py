@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorry.errors import ConfigError
 from lorry.families import SITES, ModelFamily, Site
 from lorry.families.llama import LLAMA
+from lorry.models.causal_lm import add_at
 
 TESTED_VERSION = "0.16.1"
 # whose models a GPTModel can be, as it is built and filled here
@@ -162,13 +163,3 @@ def projection(path: str) -> tuple[int, str]:
     match = re.fullmatch(r"model\.layers\.(\d+)\.\w+\.(\w+)", path)
     assert match is not None, path
     return int(match[1]), match[2]
-
-
-def add_at(tree: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path, with whatever leads there."""
-    *parents, leaf = path.split(".")
-    for name in parents:
-        if name not in tree._modules:
-            tree.add_module(name, nn.Module())
-        tree = tree.get_submodule(name)
-    tree.add_module(leaf, module)

@@ -29,10 +29,10 @@ from torch.nn import functional as F
 
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext
-from lorry.adapters.tensor_parallel.slices import DimensionSlice, GatherColumns
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, gather_outputs
 from lorry.errors import ConfigError, ContractError
 from lorry.families import ModelFamily
-from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
+from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput, add_at
 from lorry.models.decoder.block import compute_inv_freq
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.cache import RecomputeCache
@@ -42,7 +42,6 @@ from lorry.models.megatron.layout import (
     FAMILIES,
     LINEARS,
     MegatronLinear,
-    add_at,
     row_order,
     shard_dim,
 )
@@ -190,12 +189,7 @@ class MegatronModel(CausalLM):
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         """[t,D] -> [t,V] in the base's dtype."""
         assert hidden is not None
-        logits = self.head(hidden, call)
-        slices = self.head.slices
-        if slices is None:
-            return logits
-        whole: Tensor = GatherColumns.apply(logits, slices.rows, slices.ranks)
-        return whole
+        return gather_outputs(self.head(hidden, call), self.head.slices)
 
     def new_cache(self, rows: int, room: int) -> RecomputeCache:
         """The tokens of so many sequences; no keys and values are kept."""

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from slime.utils.distributed_utils import get_gloo_group
-
 from ..megatron_to_hf import convert_to_hf
 from .common import all_gather_param, named_params_and_buffers
+from .updater import Updater
 
 
-class UpdateWeightFromDistributed:
-    def __init__(
-        self,
-        args: Namespace,
-        model: Sequence[Any],
-        weights_getter: Callable[[], Mapping[str, Tensor]],
-        *,
-        model_name: str,
-        quantization_config: Any,
-    ) -> None:
-        self.args, self.model = args, model
-        self.model_name, self.quantization_config = model_name, quantization_config
-        self.weight_version = 0
-        self._model_update_groups: Any = None
-        self.rollout_engines: Sequence[Any] = []
+class UpdateWeightFromDistributed(Updater):
+    _model_update_groups: Any = None
 
     def connect_rollout_engines(
         self, rollout_engines: Sequence[Any], rollout_engine_lock: Any, *given: Any, **more: Any
@@ -46,12 +30,10 @@ class UpdateWeightFromDistributed:
 
     @torch.no_grad()
     def update_weights(self) -> None:
-        self.weight_version += 1
-        driver = dist.get_rank() == 0
-        for engine in self.rollout_engines if driver else ():
-            engine.pause_generation.remote()
-            engine.flush_cache.remote()
-        dist.barrier(group=get_gloo_group())
+        with self.paused():
+            self._send()
+
+    def _send(self) -> None:
         bucket: list[tuple[str, Tensor]] = []
         filled = 0
         for name, param in named_params_and_buffers(self.args, self.model):
@@ -68,10 +50,6 @@ class UpdateWeightFromDistributed:
             filled += size
         if bucket:
             self._update_bucket_weights_from_distributed(bucket)
-        dist.barrier(group=get_gloo_group())
-        for engine in self.rollout_engines if driver else ():
-            engine.continue_generation.remote()
-        dist.barrier(group=get_gloo_group())
 
     def _update_bucket_weights_from_distributed(self, bucket: list[tuple[str, Tensor]]) -> None:
         update_weights_from_distributed(

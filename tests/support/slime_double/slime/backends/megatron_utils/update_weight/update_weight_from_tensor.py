@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slime.utils.distributed_utils import get_gloo_group
-
 from ..megatron_to_hf import convert_to_hf  # noqa: F401 - bound here in slime too
 from .hf_weight_iterator_direct import HfWeightIteratorDirect
+from .updater import Updater
 
 
-class UpdateWeightFromTensor:
-    def __init__(
-        self,
-        args: Namespace,
-        model: Sequence[Any],
-        weights_getter: Callable[[], Mapping[str, Tensor]],
-        *,
-        model_name: str,
-        quantization_config: Any,
-    ) -> None:
-        self.args, self.model, self.weights_getter = args, model, weights_getter
-        self.model_name, self.quantization_config = model_name, quantization_config
-        self.weight_version = 0
-        self.rollout_engines: Sequence[Any] = []
+class UpdateWeightFromTensor(Updater):
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
         self._hf_weight_iterator = HfWeightIteratorDirect(
-            args=args, model=model, model_name=model_name, quantization_config=quantization_config
+            args=self.args,
+            model=self.model,
+            model_name=self.model_name,
+            quantization_config=self.quantization_config,
         )
 
     def connect_rollout_engines(
@@ -41,18 +31,10 @@ class UpdateWeightFromTensor:
 
     @torch.no_grad()
     def update_weights(self) -> None:
-        self.weight_version += 1
-        sender = dist.get_rank() == 0
-        for engine in self.rollout_engines if sender else ():
-            engine.pause_generation.remote()
-            engine.flush_cache.remote()
-        dist.barrier(group=get_gloo_group())
-        weights = self.weights_getter()
-        for hf_named_tensors in self._hf_weight_iterator.get_hf_weight_chunks(weights):
-            self._send_hf_params(hf_named_tensors)
-        dist.barrier(group=get_gloo_group())
-        for engine in self.rollout_engines if sender else ():
-            engine.continue_generation.remote()
+        with self.paused():
+            weights = self.weights_getter()
+            for hf_named_tensors in self._hf_weight_iterator.get_hf_weight_chunks(weights):
+                self._send_hf_params(hf_named_tensors)
 
     def _send_hf_params(self, hf_named_tensors: list[tuple[str, Tensor]]) -> None:
         """In slime by a handle of CUDA IPC."""
