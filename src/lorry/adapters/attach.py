@@ -18,7 +18,7 @@ from lorry.adapters.bank import Adapter, AdapterBank, wrap_module
 from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
-from lorry.adapters.variants.parameters import further_starts
+from lorry.adapters.variants.registry import further_starts
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import ModelFamily
 

@@ -18,7 +18,7 @@ from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.merge import concatenate, merge
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.adapters.variants import parameters
+from lorry.adapters.variants import registry
 from lorry.adapters.variants.parameters import FurtherStart
 from lorry.errors import ConfigError, ModelError
 
@@ -46,7 +46,7 @@ def scales(
 
 @pytest.fixture
 def variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parameters, "VARIANTS", (scales,))
+    monkeypatch.setattr(registry, "VARIANTS", (scales,))
 
 
 @pytest.mark.usefixtures("variant")

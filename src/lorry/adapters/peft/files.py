@@ -56,7 +56,7 @@ from lorry.adapters.quantization.linear import (
     quantization_of,
 )
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
-from lorry.adapters.variants.parameters import further_starts
+from lorry.adapters.variants.registry import further_starts
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content
 from lorry.errors import ConfigError, ModelError

@@ -1,8 +1,8 @@
 """The further parameters of an adapter: what lies behind its A's and B's in the flat buffer, and is
 clipped, stepped, saved, reduced and resumed with them.
 
-A variant that has such parameters is a function of (model, spec, targets) that gives their starts
-(`FurtherStart`), in the order in which they lie in the buffer, and stands in `VARIANTS`. Names are
+A variant that has such parameters is a function of (model, name, spec, targets) that gives their starts
+(`FurtherStart`), in the order in which they lie in the buffer, and stands in `registry.VARIANTS`. Names are
 canonical and PEFT's: what an adapter's file has behind `base_model.model.`, such as
 `MODULE.lora_magnitude_vector`, so that files are written and read without a word of the variant's.
 """
@@ -71,15 +71,3 @@ class FurtherStart:
 Variant = Callable[
     [nn.Module, str, LoraSpec, Mapping[str, AdaptableLayer]], Mapping[str, FurtherStart]
 ]
-VARIANTS: tuple[Variant, ...] = ()
-
-
-def further_starts(
-    model: nn.Module, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer]
-) -> dict[str, FurtherStart]:
-    """{canonical name: start} of all that the adapter ``name`` of this spec has beside the A's and B's of
-    its targets. Raises ConfigError for what the model cannot have."""
-    starts = dict[str, FurtherStart]()
-    for variant in VARIANTS:
-        starts |= variant(model, name, spec, targets)
-    return starts
