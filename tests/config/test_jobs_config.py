@@ -432,7 +432,6 @@ def test_passes_of_a_few_jobs_each() -> None:
         (["r=8,x"], r"job 'rx': lora\.r: got 'x'"),
         (["sweep={rr: [8]}"], r"unknown setting 'rr' \(did you mean 'r'\?\)"),
         (["sweep={save_steps: [8, 9]}"], r"train\.save_steps is the same for all jobs"),
-        (["dtype=bf16,fp32"], r"model\.dtype: got 'bf16,fp32'"),
         (["sweep=8"], "a sweep is a map of lists"),
         (["sweep=[{r: 8}]", "seed=0,1"], "a list of maps, not both"),
         (["jobs=[{name: a}]", "r=8,16"], "a list of jobs and a sweep are both given"),
@@ -441,6 +440,38 @@ def test_passes_of_a_few_jobs_each() -> None:
 def test_grids_that_make_no_sense(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         swept(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "folders", "held"),
+    [
+        (["quantize=null,nf4", "r=2,4"], ["none", "nf4"], [None, "nf4"]),
+        (["sweep={model: [a/one, b/two], r: [2, 4]}"], ["one", "two"], [None, None]),
+        (["sweep={model.quantize: [int8, nf4]}", "r=2,4"], ["int8", "nf4"], ["int8", "nf4"]),
+        (["dtype=bf16,fp32", "r=2,4"], ["bfloat16", "float32"], [None, None]),
+    ],
+)
+def test_another_base_is_another_pass(
+    argv: list[str], folders: list[str], held: list[str | None]
+) -> None:
+    made = parse_settings(SweepSettings, ["data=d", "output_dir=o", *argv], print)
+    passes = made.passes()
+    assert [one.output_dir for one in passes] == [Path("o") / name for name in folders]
+    assert [one.model.quantize for one in passes] == held
+    assert [[job.name for job in one.jobs] for one in passes] == [["r2", "r4"]] * 2
+    # written down and read back it is the same sweep
+    again = build_settings(SweepSettings, made.model_dump(), print)
+    assert again.passes() == passes
+
+
+def test_seeds_are_jobs_on_the_same_held_out_rows() -> None:
+    words = ["data=d", "output_dir=o", "r=2,4", "seeds=2", "seed=7", "test_size=0.1"]
+    (alone,) = parse_settings(SweepSettings, words, print).passes()
+    assert [job.name for job in alone.jobs] == ["r2-seed7", "r2-seed8", "r4-seed7", "r4-seed8"]
+    assert [one.train.seed for one in runs_by_adapter(alone).values()] == [7, 8, 7, 8]
+    assert alone.data.test_seed == 7
+    (one_setting,) = parse_settings(SweepSettings, ["data=d", "seeds=3"], print).passes()
+    assert [job.name for job in one_setting.jobs] == ["seed0", "seed1", "seed2"]
 
 
 def test_text_with_commas_is_no_grid() -> None:

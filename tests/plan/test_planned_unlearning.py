@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from lorry.config import UnlearnConfig, build_settings, dump_settings, parse_settings
 from lorry.config.guide import format_help
 from lorry.config.settings import PlanSettings, UnlearnPlanSettings
-from lorry.config.unlearn import UNLEARN_METHODS, UnlearnRunConfig
+from lorry.config.unlearning.unlearn import UNLEARN_METHODS, UnlearnRunConfig
 from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ConfigError
 from lorry.models.scoring.score import TokenScore

@@ -19,8 +19,8 @@ from lorry.report.curves import ORACLE, START, ChartPanel, CurveSeries, build_pa
 from lorry.report.html import render_page
 from lorry.report.inline_svg import render_chart
 from lorry.report.plots import render_png
-from lorry.report.unlearning_curves import unlearning_panels
-from lorry.report.unlearning_sections import _suite_columns
+from lorry.report.unlearning.curves import unlearning_panels
+from lorry.report.unlearning.sections import _suite_columns
 from lorry.runs.evals import read_attacks, read_suites
 from lorry.runs.read import RunRecord, read_readable_runs
 from lorry.runs.summary import describe_run_subject, final_figures

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.config import ModelConfig, UnlearnRunConfig, build_settings
-from lorry.config.unlearn import NEED_ALTERNATES, UNLEARN_METHODS
+from lorry.config.unlearning.unlearn import NEED_ALTERNATES, UNLEARN_METHODS
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ContractError, DataError, LorryError
 from lorry.models.loading.open import open_model

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorry.adapters.mix import Mix
 from lorry.config import ModelConfig
-from lorry.config.alternates import ALTERNATES_PREFILL, ALTERNATES_PROMPT
+from lorry.config.unlearning.alternates import ALTERNATES_PREFILL, ALTERNATES_PROMPT
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.sources import open_source
 from lorry.models.loading.open import OpenedModel, open_model

@@ -18,7 +18,7 @@ import yaml
 
 from lorry.adapters.quantization.codes import NF4_LEVELS
 from lorry.config import EvalSettings, build_settings
-from lorry.config.attack import AttackSettings
+from lorry.config.unlearning.attack import AttackSettings
 from lorry.evaluate.unlearning import attacks
 from lorry.verbs.attack import choose_forget_set
 from lorry.verbs.unlearning_suite import choose_forget_split

@@ -54,9 +54,8 @@ def test_a_grid_in_one_pass(
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == jobs[0]["path"]
     assert "sweep, by held-out loss" in shown.err
-    assert [shown.err.rindex(job["name"]) for job in jobs] == sorted(
-        shown.err.rindex(job["name"]) for job in jobs
-    )
+    places = [shown.err[: shown.err.index("\ntake ")].rindex(job["name"]) for job in jobs]
+    assert places == sorted(places)
     logged = read_readable_runs([out])[0][0].log
     assert logged.adapters() == [*(f"r{r}-lr{lr}" for r in (2, 4) for lr in ("0.01", "1e-5"))]
     for job in jobs:
@@ -64,6 +63,42 @@ def test_a_grid_in_one_pass(
     page = (out / "report.html").read_text()
     assert "Held-out loss of each adapter" in page
     assert all(f">{job['name']}</th>" in page for job in jobs)
+    document = json.loads((out / "sweep.json").read_text())
+    assert [one["seeds"] for one in document["combinations"]] == [1] * 4
+    assert (
+        "is the highest that was tried: a better one may lie beyond it; try 0.03 too" in shown.err
+    )
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    # which of them are the run's own values makes no difference
+    assert all({"lora.r", "train.learning_rate"} <= job["settings"].keys() for job in jobs)
+
+
+@pytest.mark.usefixtures("charts")
+def test_seeds_give_intervals_and_a_base_is_a_pass_of_its_own(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, grid = tmp_path / "seeds", ("seeds=2", "quantize=null,int8", "r=2,4", "test_size=2")
+    assert sweep(world, out, *grid) == 0
+    document = json.loads((out / "sweep.json").read_text())
+    assert [one["seeds"] for one in document["combinations"]] == [2] * 4
+    names = {f"{base}/r{rank}" for base in ("none", "int8") for rank in (2, 4)}
+    assert {one["name"] for one in document["combinations"]} == names
+    for one in document["combinations"]:
+        mine = [
+            job["eval_loss"]
+            for job in document["jobs"]
+            if f"{job['base']}/{job['name'].partition('-')[0]}" == one["name"]
+        ]
+        assert one["mean"] == pytest.approx(sum(mine) / 2)
+        # 12.706: Student's t of one degree of freedom at 97.5%
+        assert one["half_width"] == pytest.approx(12.706 * abs(mine[0] - mine[1]) / 2, rel=1e-3)
+    runs = [read_readable_runs([out / base])[0][0] for base in ("none", "int8")]
+    # the same rows were held out under both seeds
+    for run in runs:
+        assert run.log.adapters() == ["r2-seed0", "r2-seed1", "r4-seed0", "r4-seed1"]
+    shown = capsys.readouterr()
+    assert Path(shown.out.splitlines()[-1]).is_dir()
+    assert "+-" in shown.err
 
 
 @pytest.mark.usefixtures("charts")

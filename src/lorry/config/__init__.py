@@ -2,8 +2,6 @@
 No torch here.
 """
 
-from lorry.config.alternates import AlternatesSettings
-from lorry.config.attack import AttackSettings
 from lorry.config.distill import DistillConfig, DistillRunConfig
 from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import runs_by_adapter
@@ -28,11 +26,13 @@ from lorry.config.settings import (
     PushSettings,
     ReportSettings,
     RunsSettings,
-    SweepSettings,
     UnlearnPlanSettings,
     UnmergeSettings,
 )
-from lorry.config.unlearn import UnlearnConfig, UnlearnRunConfig
+from lorry.config.sweep import SweepSettings
+from lorry.config.unlearning.alternates import AlternatesSettings
+from lorry.config.unlearning.attack import AttackSettings
+from lorry.config.unlearning.unlearn import UnlearnConfig, UnlearnRunConfig
 
 __all__ = [
     "AlternatesSettings",

@@ -59,6 +59,9 @@ class DataConfig(SettingsGroup):
     test_size: int | float | None = config_field(
         None, "rows of path held out for evaluation: a share below 1 or a count"
     )
+    test_seed: int | None = config_field(
+        None, "seed that draws the rows of test_size; null: train.seed"
+    )
     n: PositiveInt | None = config_field(
         None, "use the first n rows only; with mix, of each named set"
     )

@@ -1,4 +1,4 @@
-"""Settings of the verbs other than `sft` that have no file of their own: demo, sweep, compare, plan,
+"""Settings of the verbs other than `sft` that have no file of their own: demo, compare, plan,
 chat, unmerge, export, report, doctor.
 """
 
@@ -28,7 +28,7 @@ from lorry.config.base import (
 )
 from lorry.config.moe import MoeRunConfig
 from lorry.config.schema import DataConfig, ModelConfig, RunConfig, TrainBackendConfig
-from lorry.config.unlearn import UnlearnRunConfig
+from lorry.config.unlearning.unlearn import UnlearnRunConfig
 
 # learning rate of a way that is given none, as a multiple of the run's: all weights of a model want a
 # smaller step than an adapter, whose product starts at zero
@@ -137,42 +137,6 @@ class PlanSettings(PlanFields, RunConfig):  # type: ignore[misc]  # its fields a
     """
 
     other_tasks: ClassVar[tuple[type[RunConfig], ...]] = (UnlearnPlanSettings, MoePlanSettings)
-
-
-class SweepSettings(RunConfig):
-    """Runs that differ in a few settings, trained in one pass and ranked."""
-
-    sweep: dict[str, Any] | list[dict[str, Any]] = config_field(
-        {},
-        (
-            "map of setting to list of values, where every combination is a job; or a "
-            "list of combinations"
-        ),
-        json_schema_extra={"allowed": "a map of lists, such as {r: [8, 16]}, or a list of maps"},
-    )
-    jobs_per_pass: PositiveInt = config_field(
-        8, "jobs trained at once: memory grows with the tokens of their batches"
-    )
-
-    def passes(self) -> list[RunConfig]:
-        """The runs to make, one after the other: one in `output_dir`, or several in its folders
-        pass-1, pass-2 ...
-        """
-        shared_values = self.model_dump(mode="json", exclude={"jobs", "sweep", "jobs_per_pass"})
-        groups = [
-            self.jobs[at : at + self.jobs_per_pass]
-            for at in range(0, len(self.jobs), self.jobs_per_pass)
-        ]
-        folders = (
-            [self.output_dir]
-            # one pass is a run like any other, so it lies where the user said
-            if len(groups) == 1
-            else [self.output_dir / f"pass-{n}" for n, _ in enumerate(groups, 1)]
-        )
-        return [
-            RunConfig.model_validate({**shared_values, "jobs": g, "output_dir": f})
-            for g, f in zip(groups, folders, strict=True)
-        ]
 
 
 class CompareData(DataConfig):

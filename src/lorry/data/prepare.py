@@ -80,8 +80,11 @@ def prepare_data(
     ConfigError, ModelError (an unusable template).
     """
     known = {} if known is None else known
-    # who is held out, and templates, hang on the seed
-    drawn = train.seed if data.test_size is not None or data.mix else None
+    # who is held out, and templates, hang on seeds
+    drawn = (
+        _test_seed(data, train) if data.test_size is not None else None,
+        train.seed if data.mix else None,
+    )
     # equal settings read equal rows; whatever of the run decides which belongs into this key
     settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
     rows = known.get(settings) or _read_rows(data, train, tokenizer, quarantine, make)
@@ -134,6 +137,11 @@ def expect_rows(data: DataConfig) -> None:
         raise DataError(f"{source.label}: no usable row")
 
 
+def _test_seed(data: DataConfig, train: TrainConfig) -> int:
+    """What draws the rows that are held out."""
+    return train.seed if data.test_seed is None else data.test_seed
+
+
 def _read_rows(
     data: DataConfig,
     train: TrainConfig,
@@ -158,7 +166,7 @@ def _read_rows(
     held: list[Batch] = []
     # held out of what was encoded, so bad rows do not count towards the share
     if data.test_size is not None and tokens is not None:
-        tokens, aside = tokens.held_out(data.test_size, train.seed)
+        tokens, aside = tokens.held_out(data.test_size, _test_seed(data, train))
         held = aside.eval_batches(train.per_device_eval_batch_size)
     return EncodedRows(
         source,
@@ -183,7 +191,7 @@ def _read_mix(
     held = read_held_out(data, encoder, seed=train.seed, quarantine=quarantine)
     if data.test_size is not None:
         # of each set, so that a small one is not lost among the rest
-        pairs = [part.held_out(data.test_size, train.seed) for part in parts]
+        pairs = [part.held_out(data.test_size, _test_seed(data, train)) for part in parts]
         parts, held = [rest for rest, _ in pairs], [drawn for _, drawn in pairs]
     tokens = TokenSet.mixture(parts, mixture_shares(data))
     batches = [batch for part in held for batch in part.eval_batches(size)]

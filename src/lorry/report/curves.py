@@ -77,7 +77,7 @@ class CurveSeries:
 class ChartPanel:
     """One chart: values over ``x_label``, whole numbers unless ``x_whole`` is False. ``from_zero``
     starts its axis there; ``log_if_wide`` takes a log axis when values span three decades, ``log``
-    where all are above zero.
+    where all are above zero, ``x_log`` the same of x.
     """
 
     title: str
@@ -88,6 +88,7 @@ class ChartPanel:
     x_label: str = "step"
     x_whole: bool = True
     log: bool = False
+    x_log: bool = False
 
 
 def level_guide(label: str, color: int, value: float, places: Sequence[float]) -> CurveSeries:

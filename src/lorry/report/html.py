@@ -24,8 +24,8 @@ from lorry.report.inline_svg import render_chart
 from lorry.report.markup import SafeHtml, html_tag, join_html
 from lorry.report.plots import SERIES_COLORS
 from lorry.report.router_sections import router_section
-from lorry.report.unlearning_curves import unlearning_panels
-from lorry.report.unlearning_sections import attack_tables, suite_tables
+from lorry.report.unlearning.curves import unlearning_panels
+from lorry.report.unlearning.sections import attack_tables, suite_tables
 from lorry.runs import status
 from lorry.runs.ownership import GENERATOR
 from lorry.runs.read import DamagedRun, RunRecord

@@ -24,7 +24,7 @@ from lorry.report.curves import (
     is_drawable,
     thin_curve,
 )
-from lorry.report.unlearning_curves import unlearning_panels
+from lorry.report.unlearning.curves import unlearning_panels
 from lorry.runs.ownership import SOFTWARE
 from lorry.runs.read import RunRecord
 from lorry.visible import make_visible
@@ -102,6 +102,16 @@ def render_png(runs: Sequence[RunRecord]) -> bytes:
     return encode_png(figure)
 
 
+def render_panel_png(panel: ChartPanel) -> bytes:
+    """One chart as the bytes of a PNG file."""
+    from matplotlib.figure import Figure
+
+    width, height = 2 * PNG_WIDTH, 2 * PNG_HEIGHT + legend_height(panel, 2 * PNG_WIDTH)
+    figure = Figure(figsize=(width / 72, height / 72), dpi=PNG_DPI)
+    draw_panel(add_chart_axes(figure, panel, (0, 0, width, height)), panel, width)
+    return encode_png(figure)
+
+
 def add_chart_axes(
     figure: Figure, panel: ChartPanel, box: tuple[float, float, float, float]
 ) -> Axes:
@@ -157,9 +167,15 @@ def draw_panel(axes: Axes, panel: ChartPanel, width: int) -> None:
     real = [v for series in panel.series for v in series.values if is_drawable(v)]
     values = value_axis(real, panel.from_zero, panel.log_if_wide, log=panel.log)
     places, count = [x for series in panel.series for x in series.steps], width // 100
-    steps = step_axis(places, count) if panel.x_whole else value_axis(places, count=count)
+    steps = (
+        step_axis(places, count)
+        if panel.x_whole
+        else value_axis(places, count=count, log=panel.x_log)
+    )
     if values.log:
         axes.set_yscale("log")
+    if steps.log:
+        axes.set_xscale("log")
     for series in panel.series:
         _draw_curve(axes, series, values.log)
     _mark_nonfinite(axes, panel)

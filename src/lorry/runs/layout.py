@@ -23,7 +23,7 @@ CONTRACTS = "contracts.json"
 SAMPLES = "samples.json"
 EVALUATION = "evaluation.json"
 PROCESS = "process.json"  # who is at work there, or how it ended
-SWEEP = "sweep.json"
+SWEEP, SWEEP_PLOT = "sweep.json", "sweep.png"
 CARD = "README.md"
 REPORT, PLOT = "report.html", "report.png"
 CHECKPOINTS, PREVIOUS = "checkpoints", "previous"
@@ -76,6 +76,7 @@ RESULTS = (
     CARD,
     LOSSES,
     SWEEP,
+    SWEEP_PLOT,
     *ADAPTER_FILES,
 )
 # what goes to the hub beside adapter and card

@@ -16,8 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lorry.config.attack import AttackSettings
 from lorry.config.schema import ModelConfig
+from lorry.config.unlearning.attack import AttackSettings
 from lorry.console import VisibleConsole
 from lorry.disk import documents, durable
 from lorry.errors import ConfigError

@@ -3,29 +3,31 @@ over one base, and are ranked.
 
     sweep: {r: [8, 16, 32], learning_rate: [1e-4, 3e-4]}      # the same in a CONFIG.yaml; or a list of combinations
 
-More jobs than `jobs_per_pass` train in several passes, each a run directory of its own. sweep.json
-in the output directory has the ranking: by held-out loss, or by the last training loss where there
-is nothing to evaluate on.
+More jobs than `jobs_per_pass` train in several passes, each a run directory of its own, and so does
+each base. sweep.json in the output directory has the ranking: by held-out loss, or by the last
+training loss where there is nothing to evaluate on; with ``seeds=3`` each combination an interval.
+sweep.png is the loss by learning rate.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorry.config import SweepSettings
+from lorry.config import SweepSettings, runs_by_adapter
 from lorry.config.schema import RunConfig
 from lorry.console import VisibleConsole
 from lorry.disk import durable
 from lorry.errors import ConfigError
 from lorry.runs import ownership
-from lorry.runs.layout import REPORT, SWEEP, RunDir
+from lorry.runs.layout import REPORT, SWEEP, SWEEP_PLOT, RunDir
 
 if TYPE_CHECKING:
-    from lorry.train.jobs import RunOutcome
+    from lorry.report.sweep import Combination
+    from lorry.train.session import TrainResult
 
 
 def main(settings: SweepSettings) -> int:
@@ -35,7 +37,7 @@ def main(settings: SweepSettings) -> int:
     from lorry.backends.distributed.communicator import join_processes
     from lorry.train.session import train_run
 
-    if not settings.jobs:
+    if not settings.jobs and settings.seeds == 1 and len(settings.models) < 2:
         raise ConfigError(
             "nothing to sweep; give several values of a setting, such as r=8,16 or "
             "learning_rate=1e-4,3e-4"
@@ -52,7 +54,9 @@ def main(settings: SweepSettings) -> int:
 def _train_and_rank(settings: SweepSettings) -> None:
     from lorry.hub.push import push_when_finished
     from lorry.report import table, write_report
-    from lorry.train import artifacts
+    from lorry.report.plots import render_panel_png
+    from lorry.report.sweep import combine_seeds, rate_panel, sweep_advice
+    from lorry.train.artifacts import json_text
     from lorry.train.monitoring.events import terminal_listener
     from lorry.train.session import train_run
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
@@ -65,7 +69,10 @@ def _train_and_rank(settings: SweepSettings) -> None:
         )  # of all of them, before the first has trained
     if len(passes) > 1:
         ownership.refuse_foreign(
-            {settings.output_dir / SWEEP: ownership.recognise_keys("ranked_by", "jobs")},
+            {
+                settings.output_dir / SWEEP: ownership.recognise_keys("ranked_by", "jobs"),
+                settings.output_dir / SWEEP_PLOT: ownership.is_report_picture,
+            },
             MOVE_AWAY_HINT,
         )
     for number, run in enumerate(passes, 1):
@@ -77,80 +84,96 @@ def _train_and_rank(settings: SweepSettings) -> None:
         listener = terminal_listener(run.train.logging_steps)
         with push_when_finished(run.train, run.output_dir, listener.note):
             result = train_run(run, listeners=[listener])
-        rows += sweep_rows(run, result.adapters, result.outcome)
+        rows += sweep_rows(
+            run, result, settings.model_settings(run.model), settings.model_label(run.model)
+        )
         paths.append(write_report([result.path]).parent)
-    # sorted keeps the order of the combinations among equals
-    ranked = sorted(rows, key=_ranking_key)
+    held_out = any("eval_loss" in row for row in rows)
+    loss = "eval_loss" if held_out else "loss"
+    ranked = combine_seeds(rows, loss)
+    advice = sweep_advice(ranked, held_out=held_out)
+    ranked_by = "held-out loss" if held_out else "last training loss (nothing held out)"
     # of several passes only their folders have been made
     durable.make_directory(settings.output_dir)
-    artifacts.write_json(
-        settings.output_dir, SWEEP, {"ranked_by": _ranked_by(rows), "jobs": ranked}
-    )
+    document = {
+        "ranked_by": ranked_by,
+        # sorted keeps the order of the combinations among equals
+        "jobs": sorted(rows, key=lambda row: _ranking_key(row, loss)),
+        "combinations": [one.as_json() for one in ranked],
+        "advice": advice,
+    }
+    files = {SWEEP: json_text(document).encode()}
+    if (panel := rate_panel(ranked, held_out=held_out)) is not None:
+        files[SWEEP_PLOT] = render_panel_png(panel)
+    ownership.write_owned_files(settings.output_dir, files)
     VisibleConsole(stderr=True).print(
         table.figure_rows(
-            f"sweep, by {_ranked_by(rows)}", "job", [_sweep_row_cells(row) for row in ranked]
+            f"sweep, by {ranked_by}", "combination", [_sweep_row_cells(row) for row in ranked]
         )
     )
+    for line in advice:
+        print(line, file=sys.stderr)
+    if SWEEP_PLOT in files:
+        print(f"plot    {settings.output_dir / SWEEP_PLOT}", file=sys.stderr)
     for path in paths:
         print(f"report  {path / REPORT}", file=sys.stderr)
     # alone on standard output: `lorry chat $(lorry sweep ...)`
-    print(ranked[0]["path"])
+    print(ranked[0].path)
 
 
 def sweep_rows(
-    run: RunConfig, adapters: Sequence[str], outcome: RunOutcome
+    run: RunConfig, result: TrainResult, model_settings: Mapping[str, Any], base: str
 ) -> list[dict[str, Any]]:
-    """A row of sweep.json for each job of a pass."""
+    """A row of sweep.json for each job of a pass. ``base``: what its base is called where the sweep has
+    several, and ``model_settings``, in which that is unlike another."""
+    from lorry.adapters.trainable import parameter_set
 
-    job_by_name = {job.name: job for job in run.jobs}
-    return [
-        {
-            "name": name,
-            "path": str(RunDir(run.output_dir).adapter(name, len(adapters))),
-            "settings": job_by_name[name].own_settings(),
-            "steps": outcome.jobs[name].steps,
-            "loss": outcome.jobs[name].final_loss,
-            "best_step": outcome.jobs[name].best_step,
-            "stopped_early": outcome.jobs[name].stopped_early,
-            **outcome.jobs[name].last_evaluation,
+    job_by_name, names = {job.name: job for job in run.jobs}, result.adapters
+    # also of a job whose value is the run's own: others of the sweep have another
+    varied = dict.fromkeys(name for job in run.jobs for name in job.own_settings())
+    whole = {name: job.model_dump(mode="json") for name, job in runs_by_adapter(run).items()}
+    rows = []
+    for name in names:
+        outcome = result.outcome.jobs[name]
+        own = job_by_name[name].own_settings()
+        settings = {
+            dotted: own[dotted] if dotted in own else whole[name][group][leaf]
+            for dotted in varied
+            for group, _, leaf in [dotted.partition(".")]
         }
-        for name in adapters
-    ]
+        rows.append(
+            {
+                "name": name,
+                **({"base": base} if base else {}),
+                "path": str(RunDir(run.output_dir).adapter(name, len(names))),
+                "settings": {**model_settings, **settings},
+                "parameters": parameter_set(result.model, name).num_parameters(),
+                "steps": outcome.steps,
+                "loss": outcome.final_loss,
+                "best_step": outcome.best_step,
+                "stopped_early": outcome.stopped_early,
+                **outcome.last_evaluation,
+            }
+        )
+    return rows
 
 
-def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
-    """Lower is better; what has no held-out loss comes after what has, and what is not finite last."""
-    # a job without an evaluation is ranked by its training loss, behind those that have one
-    value = row.get("eval_loss", row["loss"])
-    value = math.inf if value is None or not math.isfinite(value) else value
-    return "eval_loss" not in row, value
+def _ranking_key(row: Mapping[str, Any], loss: str) -> float:
+    """Lower is better; what has no such loss, or none that is finite, comes last."""
+    value = row.get(loss)
+    return math.inf if value is None or not math.isfinite(value) else float(value)
 
 
-def _ranked_by(rows: Sequence[Mapping[str, Any]]) -> str:
+def _sweep_row_cells(one: Combination) -> tuple[str, str, dict[str, str]]:
+    from lorry.formatting import format_number
+
+    settings = ", ".join(f"{name.rpartition('.')[2]} {v}" for name, v in one.settings.items())
     return (
-        "held-out loss"
-        if any("eval_loss" in row for row in rows)
-        else "last training loss (nothing held out)"
-    )
-
-
-def _sweep_row_cells(row: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
-    from lorry.formatting import MISSING_VALUE, format_number
-
-    settings = ", ".join(
-        f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items()
-    )
-    held_out_loss = (
-        {"held-out loss": format_number(row["eval_loss"])}
-        if "eval_loss" in row
-        else {"held-out loss": MISSING_VALUE}
-    )
-    return (
-        row["name"],
+        one.name,
         settings,
         {
-            **held_out_loss,
-            "last training loss": format_number(row["loss"]),
-            "steps": format_number(row["steps"]),
+            "loss": one.describe_loss(),
+            "seeds": str(len(one.losses)),
+            "parameters": format_number(one.parameters),
         },
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorry.config.alternates import AlternatesSettings
+from lorry.config.unlearning.alternates import AlternatesSettings
 from lorry.console import VisibleConsole
 from lorry.errors import ConfigError
 from lorry.formatting import format_count

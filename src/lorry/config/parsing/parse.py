@@ -31,6 +31,7 @@ from lorry.config.parsing.names import SchemaNames, schema_names
 from lorry.config.parsing.open_unlearning import strip_launcher, translate_settings
 from lorry.config.parsing.place import GivenSetting, PlacedSetting, place_setting
 from lorry.config.schema import RunConfig
+from lorry.config.sweep import split_model_axes, take_model_axes
 from lorry.errors import ConfigError
 from lorry.notes import NoteCallback
 
@@ -199,13 +200,17 @@ def _resolve_settings(
     job_names = names.within(groups)
     tree, origins = dict[str, Any](), dict[str, str]()
     expanded = dict[str, GivenSetting]()
-    axes, errors = list[GivenSetting](), list[str]()
+    axes, model_axes, errors = list[GivenSetting](), list[GivenSetting](), list[str]()
+    model_names = names.within(["model"] if "models" in names.fields else [])
     for source in _with_experiment(schema, sources, add_note):
         # of one source: the command line may use another name than the file that it overrides
         name_by_setting: dict[str, str] = {}
         for setting in source:
             if "sweep" in names.fields and is_sweep_axis(job_names, setting):
                 axes.append(setting)
+                continue
+            if is_sweep_axis(model_names, setting):
+                model_axes.append(setting)
                 continue
             with _collect_errors(errors):
                 for placed in place_setting(names, setting, add_note):
@@ -223,6 +228,11 @@ def _resolve_settings(
                     set_in_tree(tree, placed)
                     origins[placed.dotted] = placed.setting.where
     job_notes, jobs = list[str](), list[JobOverrides]()
+    with _collect_errors(errors):
+        if "models" in names.fields:
+            inner, expanded = split_model_axes(names, expanded)
+            if bases := take_model_axes(model_names, [*inner, *model_axes], add_note):
+                tree["models"] = [{**tree.get("model", {}), **own} for own in bases]
     with _collect_errors(errors):
         for item in expand_jobs(expanded, axes, groups):
             with _collect_errors(errors):

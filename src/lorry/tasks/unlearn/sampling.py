@@ -18,7 +18,7 @@ from torch import nn
 
 from lorry.adapters.mix import Mix
 from lorry.adapters.seeds import derive_seed
-from lorry.config.alternates import ALTERNATES_PREFILL, ALTERNATES_PROMPT
+from lorry.config.unlearning.alternates import ALTERNATES_PREFILL, ALTERNATES_PROMPT
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.content import ChatMessage
 from lorry.data.reading.formats import DataExample, RowFormat, read_examples

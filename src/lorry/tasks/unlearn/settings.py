@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from lorry.config.unlearn import UNLEARN_METHODS
+from lorry.config.unlearning.unlearn import UNLEARN_METHODS
 from lorry.errors import ConfigError, suggest_nearest
 
 RetainLoss = Literal["NLL", "KL", "EMBED"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from lorry.formatting import MISSING_VALUE, format_number
 from lorry.report.markup import SafeHtml, html_tag
 from lorry.report.sections import html_table
-from lorry.report.unlearning_curves import run_of_logs, start_labels
+from lorry.report.unlearning.curves import run_of_logs, start_labels
 from lorry.runs.evals import SuiteRecord
 from lorry.runs.read import RunRecord
 from lorry.runs.summary import SUITE_FIGURES, SUITE_PARTS

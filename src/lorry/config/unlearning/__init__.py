@@ -1,0 +1,1 @@
+"""Settings of `lorry unlearn` and of what measures it: attacks, and alternate answers."""

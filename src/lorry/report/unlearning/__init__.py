@@ -1,0 +1,1 @@
+"""What a report of an unlearning run has of its own: charts, and sections of the page."""

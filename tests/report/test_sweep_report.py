@@ -1,0 +1,103 @@
+"""What a sweep is said to have found, from rows made by hand; intervals against scipy's own tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lorry.report.plots import render_panel_png
+from lorry.report.sweep import Combination, combine_seeds, rate_panel, sweep_advice
+
+
+def row(rank: int, rate: float, seed: int, loss: float | None) -> dict[str, Any]:
+    settings = {"lora.r": rank, "train.learning_rate": rate, "train.seed": seed}
+    return {
+        "name": f"r{rank}-lr{rate:g}-seed{seed}",
+        "path": f"runs/{rank}-{rate:g}-{seed}",
+        "settings": settings,
+        "parameters": 1000 * rank,
+        "eval_loss": loss,
+    }
+
+
+def combination(losses: Sequence[float], **settings: Any) -> Combination:
+    return Combination("one", settings, losses, 8, "runs/one")
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=6))
+def test_the_interval_is_students(losses: list[float]) -> None:
+    one = combination(losses)
+    low, high = stats.t.interval(
+        0.95, len(losses) - 1, loc=one.mean, scale=max(stats.sem(losses), 1e-30)
+    )
+    assert one.half_width == pytest.approx((high - low) / 2, rel=1e-6, abs=1e-9)
+
+
+def test_of_what_cannot_be_told_apart_the_smallest_is_taken() -> None:
+    losses = {
+        (4, 1e-3): (1.02, 0.98, 1.00),
+        (16, 1e-3): (0.99, 0.97, 1.01),
+        (4, 1e-4): (2, 2.01, 2),
+    }
+    rows = [row(*key, seed, loss) for key, each in losses.items() for seed, loss in enumerate(each)]
+    # Welch's test of scipy tells the first two apart at 5% as little as ours
+    assert stats.ttest_ind(losses[4, 1e-3], losses[16, 1e-3], equal_var=False).pvalue > 0.05
+    ranked = combine_seeds(rows, "eval_loss")
+    assert [one.name for one in ranked] == ["r16-lr0.001", "r4-lr0.001", "r4-lr0.0001"]
+    assert [one.path for one in ranked] == ["runs/16-0.001-1", "runs/4-0.001-1", "runs/4-0.0001-0"]
+    first, *rest = sweep_advice(ranked, held_out=True)
+    assert first.startswith("take r4-lr0.001: its loss 1 +- 0.04968 cannot be told from the best")
+    assert "(4,000 against 16,000)" in first
+    assert rest[0] == "as good, as far as this can tell: r16-lr0.001"
+    assert "learning_rate=0.001, the best, is the highest that was tried" in rest[1]
+    assert len(rest) == 2
+
+
+def test_a_clear_winner_in_the_middle_of_the_grid_is_one_sentence() -> None:
+    rows = [
+        row(4, rate, seed, loss + 0.001 * seed)
+        for rate, loss in [(1e-4, 2.0), (1e-3, 1.0), (1e-2, 3.0)]
+        for seed in range(2)
+    ]
+    (line,) = sweep_advice(combine_seeds(rows, "eval_loss"), held_out=True)
+    assert line.startswith("take r4-lr0.001: loss 1 +- 0.006353 over 2 seeds")
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+def test_a_loss_that_is_none_is_last_and_never_taken(loss: float | None) -> None:
+    rows = [row(4, 1e-2, 0, loss), row(8, 1e-4, 0, 5.0)]
+    ranked = combine_seeds(rows, "eval_loss")
+    assert ranked[0].name == "r8-lr0.0001"
+    lines = sweep_advice(ranked, held_out=False)
+    assert lines[0] == "take r8-lr0.0001: loss 5"
+    assert "try 3e-05 too" in lines[1]
+    assert "one seed each" in lines[2]
+    assert "nothing was held out" in lines[3]
+    assert sweep_advice(combine_seeds(rows[:1], "eval_loss"), held_out=True) == [
+        "no combination ended with a finite loss; lower learning_rate"
+    ]
+
+
+def test_a_curve_for_each_rank_over_the_rates() -> None:
+    rows = [
+        row(rank, rate, seed, rank * rate + seed)
+        for rank in (4, 8)
+        for rate in (1e-4, 1e-3)
+        for seed in range(2)
+    ]
+    panel = rate_panel(combine_seeds(rows, "eval_loss"), held_out=True)
+    assert panel is not None
+    lines = {one.label: one for one in panel.series if one.kind == "line"}
+    assert set(lines) == {"r 4", "r 8"}
+    assert list(lines["r 8"].steps) == [1e-4, 1e-3]
+    assert list(lines["r 8"].values) == pytest.approx([0.5008, 0.508])
+    ends = next(one for one in panel.series if one.kind == "points" and one.label == "r 8")
+    assert max(ends.values) == pytest.approx(0.508 + 12.706 * 0.5, rel=1e-3)
+    assert render_panel_png(panel).startswith(b"\x89PNG")
+    assert rate_panel(combine_seeds(rows[:2], "eval_loss"), held_out=True) is None
