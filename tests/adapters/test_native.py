@@ -16,17 +16,7 @@ from lorry.adapters.merge import merge, merged_tensors, separates_tied_head, unm
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.families import find_family
-from lorry.models.decoder.model import Decoder
-
-
-def native(foreign: Any) -> Decoder:
-    """Our decoder with the same weights."""
-    family = find_family(foreign.config.model_type)
-    assert family is not None
-    model = Decoder(family, foreign.config.to_dict())
-    model.load_state_dict(foreign.state_dict())
-    return model
+from tests.support.twins import native
 
 
 @pytest.mark.parametrize("targets", ["auto", ("embed", "lm_head")], ids=["auto", "both ends"])

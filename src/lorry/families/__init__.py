@@ -121,8 +121,8 @@ class ModelFamily:
     targets: canonical target name -> path inside a layer; the layer's linears in the order they
     run. roles: the targets of each of the layer's products, every target once; norms: paths in a
     layer. qkv: `separate` (three linears), `thirds` (one linear, rows q|k|v) or `heads` (one
-    linear, q,k,v interleaved by head). on_disk: module names that checkpoints spell otherwise,
-    {transformers' module name: the file's}. reads: config keys `geometry` understands;
+    linear, q,k,v interleaved by head). on_disk: module names that checkpoints, and releases of
+    transformers before 5.17, spell otherwise, {transformers' module name: the file's}. reads: config keys `geometry` understands;
     ignores: keys that change nothing here, with a test of their value.
     """
 
@@ -164,6 +164,13 @@ class ModelFamily:
     def path(self, target: str, layer: int) -> str:
         """Full module name of a canonical target, e.g. `q_proj` of layer 3."""
         return f"{self.layer.format(i=layer)}.{self.targets[target]}"
+
+    def current_name(self, name: str) -> str:
+        """A tensor's or module's name with a renamed module's older spelling in the present one."""
+        for present, older in self.on_disk.items():
+            if name == older or name.startswith(f"{older}."):
+                return present + name[len(older) :]
+        return name
 
     def sizes(self, g: ModelGeometry) -> LayerLinears[dict[str, tuple[int, int]]]:
         """{target: (out, in) features} by role."""

@@ -367,7 +367,10 @@ def _build_native_twin(family: ModelFamily, hf_model: Any) -> Decoder | str:
     """The native decoder with the weights of a model of transformers, or why they do not fit."""
     with torch.device("meta"):
         native = Decoder(family, hf_model.config.to_dict())
-    hf_params = dict(hf_model.named_parameters(remove_duplicate=False))
+    hf_params = {
+        family.current_name(name): parameter
+        for name, parameter in hf_model.named_parameters(remove_duplicate=False)
+    }
     native_state = native.state_dict()
     differing = sorted(
         n

@@ -240,8 +240,8 @@ def open_adapter_weights(folder: Path) -> Iterator[safe_open]:
 def legacy_name_mapper(
     model: nn.Module, layers: Mapping[str, AdaptableLayer]
 ) -> Callable[[str], str]:
-    """Older checkpoints spell some modules otherwise (GPT-NeoX's head was `embed_out`): the name in
-    this model.
+    """Checkpoints and models of other releases spell some modules otherwise (GPT-NeoX's head was
+    `embed_out`): the name in this model.
     """
     config = getattr(model, "config", None)
     kind = (
@@ -250,9 +250,8 @@ def legacy_name_mapper(
         else getattr(config, "model_type", None)
     )
     family = getattr(model, "family", None) or find_family(str(kind))
-    legacy_names = (
-        {old: current for current, old in family.on_disk.items() if old not in layers}
-        if family
-        else {}
-    )
-    return lambda path: legacy_names.get(path, path)
+    spellings = {} if family is None else family.on_disk
+    names = {old: current for current, old in spellings.items() if old not in layers}
+    # the model may be of a transformers that still has the old name, and the adapter newer
+    names |= {current: old for current, old in spellings.items() if old in layers}
+    return lambda path: names.get(path, path)

@@ -138,8 +138,9 @@ def _convert_to_folder(file: Path, work: Path) -> list[str]:
     tokenizer; returns notes.
     """
     # half a second of transformers' and torch's modules that only the first use of a file needs
-    from lorry.models.gguf.tensors import load_gguf_model
+    from lorry.models.gguf.tensors import load_gguf_model, refuse_older_tokenizers
 
+    refuse_older_tokenizers(file)
     header = check_gguf(file)
     # 4-bit weights dequantised: bf16 has digits to spare
     model = load_gguf_model(file, header, torch.bfloat16)

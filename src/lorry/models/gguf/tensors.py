@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy
 import torch
+import transformers
 from gguf.constants import GGMLQuantizationType
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
-from transformers.integrations.gguf.utils import is_gguf_arch_supported
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -36,6 +36,18 @@ from lorry.models.loading.accounting import refuse_loading_errors
 from lorry.models.loading.describe import model_file_errors, silence_transformers
 from lorry.models.loading.weights import refuse_not_finite
 
+try:
+    from transformers import GgufConfig
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+except ImportError:
+    # transformers before 5.17: one reader for all architectures, which always opens every block
+    GgufConfig = None
+
+    def is_gguf_arch_supported(kind: str) -> bool:
+        """Whether transformers' newer reader has an architecture."""
+        return False
+
+
 ROTARY_FACTORS = "rope_freqs.weight"  # [head_dim / 2]: what each rotary frequency is divided by
 # original_max_position_embeddings of every Llama 3.x; its low and high frequency factors are 1 and
 # 4
@@ -44,6 +56,18 @@ KNOWN_SCALING = frozenset({"type", "factor", "original_context_length", "finetun
 # architectures whose scaling transformers' reader does take over
 OWN_SCALING = frozenset({"gpt-oss", "gpt_oss"})
 ROTARY_TOLERANCE = 1e-3  # relative; the factors are stored in fp32, the frequencies computed in it
+
+
+def refuse_older_tokenizers(file: Path) -> None:
+    """Raises ModelError where transformers would make another tokenizer of the file: before 5.17 texts
+    end with another token (SmolLM2's with `<|im_start|>`), and lines of merges may not be empty."""
+    if GgufConfig is None:
+        raise ModelError(
+            f"{file}: a GGUF file is converted by transformers 5.17 or newer, whose tokenizers are the "
+            f"file's; {transformers.__version__} is installed. Convert it where a newer one is and give "
+            "the directory that is made below LORRY_HOME (~/.cache/lorry), or the model's own directory "
+            "of Hugging Face's format"
+        )
 
 
 def load_gguf_model(
@@ -60,13 +84,16 @@ def load_gguf_model(
         "local_files_only": True,
         "trust_remote_code": False,
     }
+    opens = {}
+    if GgufConfig is not None:
+        opens["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
     trouble = f"{file}: transformers cannot convert this GGUF file of architecture {header.values.get('general.architecture')!r}"
     with model_file_errors(trouble), silence_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             **source,
+            **opens,
             config=read_gguf_config(file, header, source) if config is None else config,
-            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
             dtype=dtype,
             ignore_mismatched_sizes=True,  # `refuse_unfit_gguf` names them
             output_loading_info=True,

@@ -305,12 +305,7 @@ def _possible_names(file_name: str, prefix: str, family: ModelFamily) -> list[st
     """Our names a file's name can stand for: itself, a renamed module, or a bare base model's (hub
     GPT-2: `h.0...`).
     """
-    renamed = [
-        f"{name}{file_name[len(disk) :]}"
-        for name, disk in family.on_disk.items()
-        if file_name.startswith(f"{disk}.")
-    ]
-    return [file_name, *renamed, f"{prefix}.{file_name}"]
+    return [file_name, family.current_name(file_name), f"{prefix}.{file_name}"]
 
 
 def _whole_shape(tensor: Tensor, cut: tuple[int, DimensionSlice] | None) -> tuple[int, ...]:
