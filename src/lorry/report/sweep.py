@@ -182,23 +182,19 @@ def rate_panel(ranked: Sequence[Combination], *, held_out: bool) -> ChartPanel |
         points = sorted(points, key=lambda one: one.settings[RATE])
         places = [one.settings[RATE] for one in points]
         series.append(CurveSeries(label, color, "line", places, [one.mean for one in points]))
-        ends = [
-            (one.settings[RATE], one.mean + sign * one.half_width)
+        # an upright line for each interval
+        series += [
+            CurveSeries(
+                label,
+                color,
+                "guide",
+                [one.settings[RATE]] * 2,
+                [one.mean - one.half_width, one.mean + one.half_width],
+                in_legend=False,
+            )
             for one in points
-            for sign in (-1, 1)
             if one.half_width is not None
         ]
-        if ends:
-            series.append(
-                CurveSeries(
-                    label,
-                    color,
-                    "points",
-                    [rate for rate, _ in ends],
-                    [end for _, end in ends],
-                    in_legend=False,
-                )
-            )
     what = "held-out loss" if held_out else "last training loss"
     title = f"{what[0].upper()}{what[1:]} by learning rate"
     return ChartPanel(title, "", tuple(series), x_label="learning rate", x_whole=False, x_log=True)
