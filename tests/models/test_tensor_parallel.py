@@ -119,7 +119,7 @@ def step_of(model: Decoder, mix: Mix, *, drop: bool = True, stop: Tensor | None 
             for tensor in adapter.partial_sums():
                 model.ranks.add_up(views[tensor])
         grads |= {f"{name}/{t}": g for t, g in adapter.whole_tensors(adapter.grads).items()}
-        values |= {f"{name}/{t}": v.clone() for t, v in adapter.whole_masters().items()}
+        values |= {f"{name}/{t}": v.clone() for t, v in adapter.whole_factors().items()}
     return Step(scores.detach(), grads, values)
 
 
@@ -524,7 +524,7 @@ def test_adapters_are_read_and_written_whole(tmp_path: Path) -> None:
         model = decoder_of(inner, ranks, torch.float32)
         adapter = load_adapter(model, tmp_path / "one", "default", other_base=True)
         for key, whole in get_bank(one)["default"].tensors().items():
-            assert torch.equal(adapter.whole_masters()[key], whole)
+            assert torch.equal(adapter.whole_factors()[key], whole)
         assert adapter.num_parameters() == get_bank(one)["default"].num_parameters()
         folder = tmp_path / f"rank-{ranks.rank}"
         save_adapter(model, folder)

@@ -15,6 +15,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorry.adapters.bank import Adapter, AdapterBank, wrap_module
+from lorry.adapters.initialization.initialize import (
+    OriginalWeight,
+    initialize_adapter,
+    require_sources,
+)
+from lorry.adapters.initialization.recording import RunModel
 from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
@@ -57,17 +63,26 @@ def attach(
     seed: int = 0,
     modules: Iterable[str] | None = None,
     trainable: bool = True,
+    run_model: RunModel | None = None,
+    original: OriginalWeight | None = None,
+    initialize: bool = True,
 ) -> Adapter:
     """Give the model one more adapter and freeze everything else. ``modules`` (full paths)
     overrides the spec's targets; ``trainable=False``: it is frozen too, and never has memory for
     gradients.
 
+    ``run_model``: for an initialisation from rows (eva, corda, lora_ga), what runs the model on some
+    of yours, for lora_ga with the loss's ``backward()``; ``original``: for loftq, from a layer's path to its weight
+    [out, in] before it was packed; ``initialize=False`` leaves such a start to a later `initialize_adapter`.
+
     A plain ``model(x)`` then uses it (g = 1). Raises ConfigError if a target matches nothing
-    (naming what exists), if the name is taken, if the model is merged, or if something that shards
-    or replicates it has it already.
+    (naming what exists), if the name is taken, if the model is merged, if something that shards
+    or replicates it has it already, or if it cannot be initialised so; nothing is attached then.
     """
     _refuse_wrapped(model)
     spec = spec or LoraSpec()
+    if initialize:
+        require_sources(spec, run_model, original)
     candidates = find_linears(model)
     chosen = list(modules) if modules is not None else select_modules(model, candidates, spec)
     if missing := [m for m in chosen if m not in candidates]:
@@ -83,7 +98,16 @@ def attach(
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
     further = further_starts(model, name, spec, targets)
-    return bank.add(name, spec, targets, seed=seed, trainable=trainable, further=further)
+    adapter = bank.add(name, spec, targets, seed=seed, trainable=trainable, further=further)
+    if not initialize:
+        return adapter
+    try:
+        return initialize_adapter(
+            bank, name, seed=seed, run_model=run_model, original=original
+        )
+    except BaseException:
+        detach(model, name)
+        raise
 
 
 def find_wrapper(model: nn.Module, names: Collection[str]) -> str | None:

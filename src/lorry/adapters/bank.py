@@ -52,7 +52,8 @@ class Adapter:
     """One named adapter. buffer: [P] fp32, or None of an expert whose masters lie among those of
     others (`routing.stacking.stack_masters`); grads: the same, or empty of one that is frozen; split: where
     the B half starts; slots: module path -> AdapterSlot; further: what lies behind the B's, by canonical
-    name.
+    name; initial: [P] fp32, the frozen values of which every slot takes the product off
+    (`AdapterSlot.initial`), or None.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Adapter:
     split: int = field(repr=False)
     slots: dict[str, AdapterSlot] = field(default_factory=dict, repr=False)
     further: dict[str, FurtherParameter] = field(default_factory=dict, repr=False)
+    initial: Tensor | None = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy whose masters are views of its own buffers, as the original's are of its."""
@@ -74,6 +76,8 @@ class Adapter:
         # not new ones: whoever was copied along (an optimizer) refers to these objects
         if buffer is not None:
             twin.use_buffers(buffer, grads)
+        if self.initial is not None:
+            twin.use_initial(self.initial.clone())
         return twin
 
     @property
@@ -258,9 +262,22 @@ class Adapter:
         norms: list[float] = self.ranks.add_up(squares).sqrt().tolist()
         return norms
 
-    def whole_masters(self) -> dict[str, Tensor]:
-        """`tensors` as one device has them; all ranks that share the modules call this together."""
-        return self.tensors() if self.ranks is None else self.whole_tensors(self.values)
+    def whole_factors(self) -> dict[str, Tensor]:
+        """All that the adapter adds, by the names of `tensors`: `AdapterSlot.factors` as one device has
+        them; all ranks that share the modules call this together."""
+        if self.ranks is not None:
+            assert self.initial is None, self.label
+            return self.whole_tensors(self.values)
+        return {
+            f"{module}.lora_{side}": factor
+            for module, slot in self.slots.items()
+            for side, factor in zip(SIDES, slot.factors(), strict=True)
+        }
+
+    @property
+    def plain_spec(self) -> LoraSpec:
+        """The spec of what `whole_factors` gives, which is plain LoRA over the base as it is."""
+        return self.spec if self.initial is None else self.spec.with_doubled_rank()
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """Of a whole tensor by its canonical name what this rank has of it."""
@@ -303,6 +320,20 @@ class Adapter:
         for param, view in self._views(values):
             param.data = view
         self.bind_grads()
+
+    def use_initial(self, initial: Tensor) -> None:
+        """Take the scaled product of these values [P] off, at every module, from now on."""
+        self.initial = initial
+        views = [view for _, view in self._views(initial)]
+        pairs = zip(views[: len(self.slots)], views[len(self.slots) :], strict=True)
+        for (path, slot), pair in zip(self.slots.items(), pairs, strict=True):
+            # as a reader of the saved file computes it, to the last bit
+            slot.initial, slot.scale = pair, self.plain_spec.scale(path)
+        self.touch()
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it besides what trains: {kind: [P]}."""
+        return {} if self.initial is None else {"adapter_initial": self.initial}
 
     def touch(self) -> None:
         """Say that ``values`` was written as a whole (a step, a load): every compute copy is remade
@@ -472,6 +503,19 @@ class AdapterBank:
         del self.adapters[name]
         self.activate(self._active_without(name))
 
+    def replace(self, name: str, spec: LoraSpec, modules: Sequence[str], *, seed: int) -> Adapter:
+        """Make an adapter anew by another spec at some of its modules, in the place that it has among
+        the others."""
+        order, active, before = list(self.adapters), self.active, self[name]
+        targets = {path: self.modules[path] for path in modules}
+        self.remove(name)
+        adapter = self.add(
+            name, spec, targets, seed=seed, trainable=bool(before.wanting_gradients())
+        )
+        self.adapters = {each: self.adapters[each] for each in order}
+        self.activate(active)
+        return adapter
+
     def move_to_base(self, name: str, origin: AdapterOrigin) -> Adapter:
         """Freeze an adapter and make it part of the base: from now on it is under every mix with
         g = 1, without dropout and without a gradient buffer, and no longer one of the bank's names.
@@ -504,6 +548,8 @@ class AdapterBank:
     def to(self, device: torch.device) -> None:
         """Move every adapter's buffers; slots keep their identity."""
         for adapter in (*self.base_adapters.values(), *self.adapters.values()):
+            if adapter.initial is not None:
+                adapter.use_initial(adapter.initial.to(device))
             if adapter.buffer is not None:
                 adapter.use_buffers(adapter.buffer.to(device), adapter.grads.to(device))
                 continue
@@ -511,14 +557,20 @@ class AdapterBank:
                 param.data = param.data.to(device)
 
     def frozen_tensors(self, trained: Collection[str]) -> dict[str, Tensor]:
-        """{`NAME/MODULE.lora_A`: its values} of every adapter but those of these names: what training
-        them must leave as it is, the start they stand on first.
+        """{`NAME/MODULE.lora_A`: its values} of every adapter but those of these names, and what these
+        take off: what training them must leave as it is, the start they stand on first.
         """
         others = {n: a for n, a in self.adapters.items() if n not in trained}
-        return {
+        frozen = {
             f"{name}/{tensor}": values.detach()
             for name, adapter in {**self.base_adapters, **others}.items()
             for tensor, values in adapter.tensors().items()
+        }
+        return frozen | {
+            f"{name}/{tensor} at first": values
+            for name, adapter in self.adapters.items()
+            if adapter.initial is not None
+            for tensor, values in adapter.split_like(adapter.initial).items()
         }
 
     def parameters(self) -> list[nn.Parameter]:

@@ -51,7 +51,8 @@ class AdapterSlot:
     buffer), scale and dropout; ``slices``: how the module, and with it one of the two, is cut over
     ranks.
 
-    `LinearGroup` makes the compute copies from them.
+    `LinearGroup` makes the compute copies from them. ``initial``: frozen A0 [R,I] and B0 [O,R], whose
+    scaled product is taken off (an initialisation at which the adapter is not zero).
     """
 
     module: str
@@ -60,6 +61,7 @@ class AdapterSlot:
     scale: float
     dropout: float
     slices: LayerSlices | None = None
+    initial: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
     # no two slots of a process share one
@@ -75,6 +77,15 @@ class AdapterSlot:
     def touch(self) -> None:
         """Say that a master has changed, or is about to."""
         self.write_count += 1
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A [R',I] and lora_B [O,R'] whose scaled product is all that the adapter adds here,
+        fp32: the masters, or behind them what is taken off, R' = 2R."""
+        a, b = self.A.detach(), self.B.detach()
+        if self.initial is None:
+            return a, b
+        a0, b0 = self.initial
+        return torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
 
     def whole_shape(self, side: Side) -> list[int]:
         """Of a master as one device has it."""
@@ -235,6 +246,18 @@ class BankLinear(AdaptableLayer):
             return self.product
         return DenseLinear(self.weight, self._added_bias(), self.transposed)
 
+    def base_matrix(self) -> Tensor:
+        """[O,I] fp32: the matrix that the base product multiplies, opened where it is packed. Raises
+        ConfigError where the product has none."""
+        if self.product is None:
+            weight = self.weight.detach()
+            return (weight.t() if self.transposed else weight).float()
+        opened = getattr(self.product, "open", None)
+        if opened is None:
+            raise ConfigError(f"{self.path} has a custom product, of which no matrix is known")
+        matrix: Tensor = opened(torch.float32)
+        return matrix
+
     def _added_bias(self) -> Tensor | None:
         """The bias that this process adds: of a sum over ranks one of them alone."""
         cut = self.slices
@@ -290,7 +313,8 @@ class BankLinear(AdaptableLayer):
 
     def delta(self, slot: AdapterSlot) -> Tensor:
         """s B A in fp32, in the layout of the stored weight."""
-        product = (slot.B.detach() @ slot.A.detach()).mul_(slot.scale)
+        a, b = slot.factors()
+        product = (b @ a).mul_(slot.scale)
         return product.t() if self.transposed else product
 
 
@@ -512,20 +536,20 @@ class LinearGroup:
         copies = entry[1]
         if several or constants[0] == 1.0:
             return copies
-        parts = [
-            AdapterShare(p.layer, p.rows, p.lora_B, p.scale * constants[0]) for p in copies.parts
-        ]
+        parts = [replace(p, scale=p.scale * constants[0]) for p in copies.parts]
         return replace(copies, parts=parts)
 
     def _copies_of_one(
         self, slots: Sequence[tuple[int, int, AdapterSlot]], dtype: torch.dtype
     ) -> ComputeCopies:
         """Of one adapter without gates: its scale, and a constant, multiply the product."""
-        a = joined_rows([slot.A for _, _, slot in slots], dtype)
+        factors = [slot.factors() for _, _, slot in slots]
+        a = joined_rows([a for a, _ in factors], dtype)
         parts, at = [], 0
-        for i, _, slot in slots:
-            rows = slice(at, at + slot.A.shape[0])
-            parts.append(AdapterShare(i, rows, slot.B.detach().to(dtype), slot.scale))
+        for (i, _, slot), (own, b) in zip(slots, factors, strict=True):
+            rows = slice(at, at + own.shape[0])
+            trained = None if slot.initial is None else slice(at, at + slot.A.shape[0])
+            parts.append(AdapterShare(i, rows, b.to(dtype), slot.scale, trained))
             at = rows.stop
         return ComputeCopies(a, parts)
 
@@ -539,10 +563,12 @@ class LinearGroup:
         """Of several, or of one with gates. In the masters' own dtype they are views where masters
         lie side by side (`routing.stacking.stack_masters`), and scales and constants the part's, or
         `rank_scales` where they differ; elsewhere they are in the copies of the B's."""
-        a = joined_rows([slot.A for _, _, slot in slots], dtype)
+        factors = {id(slot): slot.factors() for _, _, slot in slots}
+        a = joined_rows([factors[id(slot)][0] for _, _, slot in slots], dtype)
         by_linear = {i: [entry for entry in slots if entry[0] == i] for i, _, _ in slots}
         views = [
-            joined_columns([slot.B for _, _, slot in own], dtype) for own in by_linear.values()
+            joined_columns([factors[id(slot)][1] for _, _, slot in own], dtype)
+            for own in by_linear.values()
         ]
         scales = [slot.scale * constants[k] for _, k, slot in slots]
         lie_together = all(view is not None for view in views)
@@ -553,18 +579,19 @@ class LinearGroup:
         for (i, own), view in zip(by_linear.items(), views, strict=True):
             start, ups = at, []
             for _, _, slot in own:
+                # those that are taken off lie behind, and have no gradient
                 rows, scale = slice(at, at + slot.A.shape[0]), scales[len(shares)]
                 columns = slice(rows.start - start, rows.stop - start)
                 shares.append(SlotShare(len(parts), rows, columns, 1.0 if by_rank else scale))
-                ups.append((slot.B, scale))
-                at = rows.stop
+                ups.append((factors[id(slot)][1], scale))
+                at += factors[id(slot)][0].shape[0]
             b = (
                 view
                 if lie_together and view is not None
-                else torch.cat([up.detach() * scale for up, scale in ups], 1).to(dtype)
+                else torch.cat([up * scale for up, scale in ups], 1).to(dtype)
             )
             parts.append(AdapterShare(i, slice(start, at), b, common))
-        ranks = torch.tensor([slot.A.shape[0] for _, _, slot in slots])
+        ranks = torch.tensor([factors[id(slot)][0].shape[0] for _, _, slot in slots])
         wanted = rank_scales = None
         if columns_of_slots is not None:
             wanted = torch.tensor(columns_of_slots).repeat_interleave(ranks).to(a.device)

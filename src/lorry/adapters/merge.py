@@ -226,9 +226,12 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
         for path in bank.modules
     }
     parts = {path: slots for path, slots in parts.items() if slots}
-    ranks = {path: sum(slot.A.shape[0] for _, slot in slots) for path, slots in parts.items()}
-    halves = [torch.cat([slot.A for _, slot in slots]) for slots in parts.values()]
-    halves += [torch.cat([factor * slot.B for factor, slot in f], dim=1) for f in parts.values()]
+    factors = {
+        path: [(factor, *slot.factors()) for factor, slot in slots] for path, slots in parts.items()
+    }
+    ranks = {path: sum(a.shape[0] for _, a, _ in each) for path, each in factors.items()}
+    halves = [torch.cat([a for _, a, _ in each]) for each in factors.values()]
+    halves += [torch.cat([factor * b for factor, _, b in f], dim=1) for f in factors.values()]
     values = torch.cat([half.reshape(-1) for half in halves]).float()
     split = sum(half.numel() for half in halves[: len(parts)])
     whole = Adapter(name, unscaled_spec(ranks), values, torch.zeros_like(values), split)

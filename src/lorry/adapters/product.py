@@ -35,20 +35,28 @@ T_co = TypeVar("T_co", covariant=True)
 @dataclass(frozen=True, slots=True)
 class AdapterShare:
     """One linear's share of a stack: which linear, its rows of the stacked A, lora_B [O,R]
-    (compute copy) and its scale.
+    (compute copy) and its scale. ``trained``: those of the rows that masters have a gradient of, None
+    for all.
     """
 
     layer: int
     rows: slice
     lora_B: Tensor
     scale: float
+    trained: slice | None = None
+
+    @property
+    def gradient_rows(self) -> slice:
+        """The rows of the stacked A that masters have a gradient of."""
+        return self.rows if self.trained is None else self.trained
 
 
 @dataclass(frozen=True, slots=True)
 class SlotShare:
     """One adapter's part of a linear's share, where several share a stack: the number of that
-    share, the adapter's rows of the stacked A and columns of the share's lora_B, and what the
-    gradient of those columns is yet to be multiplied with: its scale, unless `rank_scales` has it.
+    share, where in the gradients of the stacked A and of the share's lora_B the adapter's rows and
+    columns lie, and what the gradient of those columns is yet to be multiplied with: its scale,
+    unless `rank_scales` has it.
     """
 
     part: int
@@ -125,7 +133,18 @@ class StackedAdapters:
         """Where the masters' gradients lie in those of the stacked copies, pair by pair."""
         if self.copies.slots is not None:
             return self.copies.slots
-        return [SlotShare(i, p.rows, slice(None), p.scale) for i, p in enumerate(self.parts)]
+        shares, at = list[SlotShare](), 0
+        for i, part in enumerate(self.parts):
+            rows = slice(at, at + part.gradient_rows.stop - part.gradient_rows.start)
+            shares.append(SlotShare(i, rows, slice(None), part.scale))
+            at = rows.stop
+        return shares
+
+    def trained_ranks(self, low: Tensor) -> Tensor:
+        """Of low [tokens, S] the columns that masters have a gradient of."""
+        if all(part.trained is None for part in self.parts):
+            return low
+        return torch.cat([low[:, part.gradient_rows] for part in self.parts], 1)
 
     def weigh(self, low: Tensor, gates: Tensor | None) -> Tensor:
         """low [tokens, S], each rank times its scale and gate."""
@@ -477,7 +496,7 @@ class LinearProducts:
             da = (
                 # zeros in both factors: a row of another term may hold inf or NaN, and 0 * inf is
                 # NaN
-                torch.mm(up.t(), stack.masked_input(x)).float()
+                torch.mm(stack.trained_ranks(up).t(), stack.masked_input(x)).float()
                 if any(part.A for part in need.parts)
                 else None
             )
@@ -490,7 +509,7 @@ class LinearProducts:
                 g = grads[stack.parts[i].layer][stack.tokens]
                 # a clone: the slice is a view of the caller's gradient
                 g = g if stack.term_rows is None else stack.zero_other_rows(g.clone())
-                db[i] = torch.mm(g.t(), weighted[:, stack.parts[i].rows]).float()
+                db[i] = torch.mm(g.t(), weighted[:, stack.parts[i].gradient_rows]).float()
             parts: list[PartParams[Tensor | None]] = []
             for share, wanted in zip(shares, need.parts, strict=True):
                 own = db[share.part]

@@ -7,12 +7,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
+from lorry.config.initialization import check_initialization
 from lorry.errors import ConfigError
-
-InitScheme = bool | Literal["gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +25,11 @@ class LoraSpec:
     one regular expression matched against the whole path. exclude_modules: list or regular
     expression. layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or
     regex of the path's end: value}. init_lora_weights: True = Kaiming-uniform A and zero B,
-    "gaussian" = normal A of std 1/r and zero B, False = both random. Raises ConfigError for values
-    outside their range.
+    "gaussian" = normal A of std 1/r and zero B, False = both random; pissa, pissa_niter_N, olora, milora,
+    corda, lora_ga, eva, loftq, orthogonal: from the base or from rows
+    (`adapters.initialization`). rho: how many times its rank EVA may give a module. keep_residual: save
+    A and B without what pissa or olora took off the base. Raises ConfigError for values outside their
+    range.
     """
 
     r: int = 16
@@ -37,7 +38,9 @@ class LoraSpec:
     target_modules: str | tuple[str, ...] = "auto"
     exclude_modules: str | tuple[str, ...] | None = None
     use_rslora: bool = False
-    init_lora_weights: InitScheme = True
+    init_lora_weights: bool | str = True
+    rho: float = 2.0
+    keep_residual: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
@@ -79,6 +82,13 @@ class LoraSpec:
             raise ConfigError(
                 f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1"
             )
+        if not _is_number(self.rho) or self.rho < 1:
+            raise ConfigError(f"rho is {self.rho!r}; it must be a number of at least 1")
+        check_initialization(
+            self.init_lora_weights,
+            [self.r, *self.rank_pattern.values()],
+            keep_residual=self.keep_residual,
+        )
         # a text is true to Python, also "false"
         if not isinstance(self.use_rslora, bool):
             raise ConfigError(f"use_rslora is {self.use_rslora!r}; it must be True or False")
@@ -95,6 +105,20 @@ class LoraSpec:
                 module,
                 2 * self.r if self.lora_alpha is None else self.lora_alpha,
             )
+        )
+
+    def with_doubled_rank(self) -> LoraSpec:
+        """Twice the rank at every module, of the same scale: alpha/r, or alpha/sqrt(r)."""
+        factor = math.sqrt(2) if self.use_rslora else 2
+        alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
+        return replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=factor * alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: factor * each for key, each in self.alpha_pattern.items()},
+            init_lora_weights=True,
+            keep_residual=False,
         )
 
     def scale(self, module: str) -> float:

@@ -90,6 +90,9 @@ class ParameterSet(Protocol):
         parameters.
         """
 
+    def frozen_state(self) -> Mapping[str, Tensor]:
+        """{kind: [P]} of what a checkpoint keeps of it that does not train; usually nothing."""
+
     def bind_grads(self) -> None:
         """Let autograd accumulate into ``grads``."""
 

@@ -341,7 +341,9 @@ class LocalBackend:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
         owner, (m, v) = self.owners[name], self.optimizers[name].moments()
         buffers = {} if self.gradient is None else self.gradient.buffers(name)
-        return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v), *buffers.items()]
+        frozen = owner.frozen_state()
+        moving = [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v)]
+        return [*moving, *buffers.items(), *frozen.items()]
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:

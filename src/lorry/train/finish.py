@@ -146,7 +146,11 @@ def check_adapter_reload(
         # From the file and by the reader that `lorry.load` uses, beside the one still in memory.
         # It is compared and asked, and needs no memory for gradients.
         load_adapter(model, folder, reloaded_name, trainable=False)
-        if not torch.equal(bank[name].values.cpu(), bank[reloaded_name].values.cpu()):
+        read_back = bank[reloaded_name].whole_factors()
+        if not all(
+            torch.equal(factor, read_back[tensor])
+            for tensor, factor in bank[name].whole_factors().items()
+        ):
             raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
         # a stream does not go back to its first rows: without held-out ones the values have to do
         batch = next(iter(prepared.evaluation), None) or (

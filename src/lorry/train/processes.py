@@ -251,7 +251,7 @@ def refuse_other_questions(communicator: Communicator, model: CausalLM, asked: s
         return
     own = hashlib.sha256()
     for name, adapter in sorted(get_bank(model, create=True).adapters.items()):
-        for tensor, values in sorted(adapter.whole_masters().items()):
+        for tensor, values in sorted(adapter.whole_factors().items()):
             own.update(f"{name} {tensor} {tuple(values.shape)}\n".encode())
             own.update(values.detach().float().cpu().numpy().tobytes())
     facts = {"set of rows to ask": asked, "base": base_digest(model), "adapter": own.hexdigest()}

@@ -133,7 +133,7 @@ def merge_adapters(
         bank[each].refuse_further(
             "adapters are merged term by term; merge it into the base instead"
         )
-    specs = [bank[each].spec for each in weights]
+    specs = [bank[each].plain_spec for each in weights]
     # the model's order, which is that in which PEFT draws
     slots_by_path = {
         path: {each: bank[each].slots[path] for each in weights if path in bank[each].slots}
@@ -265,7 +265,8 @@ def _merge_module(
 
 def _factors(slot: AdapterSlot) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] on the CPU, fp32."""
-    return slot.A.detach().cpu(), slot.B.detach().cpu()
+    a, b = slot.factors()
+    return a.cpu(), b.cpu()
 
 
 def _stack(terms: list[tuple[float, AdapterSlot]], rank: int) -> LowRankMatrix:
@@ -285,7 +286,7 @@ def _merge_factors(
     path: str, terms: list[tuple[float, AdapterSlot]], recipe: _Recipe
 ) -> LowRankMatrix:
     """A's and B's each merged for themselves. Raises ConfigError for unequal ranks."""
-    ranks = [slot.A.shape[0] for _, slot in terms]
+    ranks = [slot.factors()[0].shape[0] for _, slot in terms]
     if len(set(ranks)) > 1:
         raise ConfigError(
             f"{path}: the adapters have the ranks {', '.join(map(str, ranks))}, and "
@@ -339,7 +340,7 @@ def _merge_cores(
     ]
     if recipe.method.spectrum == "tsv":
         # by the ranks, not by the core: whether two directions are one is a matter of rounding there
-        ranks, (a, b) = sum(slot.A.shape[0] for _, slot in terms), parts[0]
+        ranks, (a, b) = sum(a.shape[0] for a, _ in parts), parts[0]
         share = max(min(ranks, a.shape[1], b.shape[0]) // len(terms), 1)
         merged = merge_task_singular_vectors(
             [w * core for w, core in zip(weights, cores, strict=True)], noise, share

@@ -216,7 +216,7 @@ def to_peft_config(
         "fan_in_fan_out": transposed,
         # as PEFT's save_pretrained writes it
         "inference_mode": True,
-        "init_lora_weights": spec.init_lora_weights,
+        "init_lora_weights": _written_init(spec),
         "layers_pattern": None,
         "layers_to_transform": None,
         # an int where it is one, as PEFT's field is typed
@@ -232,6 +232,13 @@ def to_peft_config(
         "use_dora": False,
         "use_rslora": spec.use_rslora,
     }
+
+
+def _written_init(spec: LoraSpec) -> bool | str:
+    """How a reader of the file is to begin: with plain LoRA, as which the values are whole, unless
+    what was taken off the base is to be found again."""
+    value = spec.init_lora_weights
+    return value if isinstance(value, bool) or value == "gaussian" or spec.keep_residual else True
 
 
 def over_adapter_config(lora: Mapping[str, Any]) -> dict[str, Any]:

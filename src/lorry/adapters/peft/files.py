@@ -113,8 +113,8 @@ def _files_of(
     base_name: str | None,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, bytes]:
-    name, modules = adapter.name, get_bank(model).modules
-    tensors, whole = {}, adapter.whole_masters()
+    name, modules, spec = adapter.name, get_bank(model).modules, adapter.plain_spec
+    tensors, whole = {}, adapter.whole_factors()
     for path, slot in adapter.slots.items():
         tensor_name = (
             "lora_embedding_{}" if isinstance(modules[path], BankEmbedding) else "lora_{}.weight"
@@ -126,8 +126,8 @@ def _files_of(
                 param.detach().cpu().contiguous()
             )
         # readers compute rank and scale from the config alone; it must say what was trained
-        expected = (adapter.spec.rank(path), adapter.spec.scale(path))
-        assert expected == (slot.A.shape[0], slot.scale), (
+        expected = (spec.rank(path), spec.scale(path))
+        assert expected == (whole[f"{path}.lora_A"].shape[0], slot.scale), (
             f"{path}: its LoraSpec has rank and scale {expected}"
         )
     for key in adapter.further:
@@ -138,7 +138,7 @@ def _files_of(
         isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots
     )
     config = to_peft_config(
-        adapter.spec,
+        spec,
         target_names(model, adapter.slots),
         transposed=transposed,
         base_name=base_name,

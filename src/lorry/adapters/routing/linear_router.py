@@ -171,7 +171,7 @@ class SpectrRouter(SpectralRouter):
 def delta_core(slot: AdapterSlot) -> Tensor:
     """C [m, I] float64, m = min(O, R), with ||C x|| = ||B A x|| for every x, and the right singular
     vectors of B A: B = Q R with Q orthonormal, C = R A."""
-    a, b = slot.A.detach().double(), slot.B.detach().double()
+    a, b = (factor.double() for factor in slot.factors())
     return torch.linalg.qr(b).R @ a
 
 

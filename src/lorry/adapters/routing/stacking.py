@@ -34,6 +34,8 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
     adapters = [bank[term.adapter] for term in mix.terms]
     if any(one.buffer is None or one.further or one.wanting_gradients() for one in adapters):
         return
+    if any(one.initial is not None for one in adapters):  # what they add is in two places
+        return
     buffers = [one.values for one in adapters]
     size, device = sum(buffer.numel() for buffer in buffers), buffers[0].device
     memory = torch.empty(size, dtype=torch.float32, device=device)

@@ -22,6 +22,10 @@ class WholeOnEachRank(ABC):
         """None: it is no share."""
         return None
 
+    def frozen_state(self) -> dict[str, Tensor]:
+        """Nothing: all of it trains."""
+        return {}
+
     def dot(self, a: Tensor, b: Tensor) -> float:
         """The inner product of two [P] tensors, in float64: both are sums over millions of products."""
         return float(torch.dot(a.double(), b.double()))

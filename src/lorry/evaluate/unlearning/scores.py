@@ -128,7 +128,7 @@ class SuiteModel:
             own = self.mix.sequence_router.state_mix.terms
             terms += [(bank[term.adapter], float(term.gate)) for term in own]
         for adapter, gate in terms:
-            whole = adapter.whole_masters()
+            whole = adapter.whole_factors()
             # by module, not by the settings that chose them: read back from PEFT's files, "auto" is a
             # list of names, and an adapter that trains is to be known again when it is finished
             for path, slot in sorted(adapter.slots.items()):

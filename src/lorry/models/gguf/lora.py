@@ -73,7 +73,7 @@ def check_gguf_lora(file: Path, architecture: GgufArchitecture, adapter: Adapter
 
 def _file_alpha(adapter: Adapter) -> float:
     """The alpha of modules without a pattern of their own: the file's one alpha."""
-    spec = adapter.spec
+    spec = adapter.plain_spec
     return float(2 * spec.r if spec.lora_alpha is None else spec.lora_alpha)
 
 
@@ -99,7 +99,7 @@ def _list_matrices(
                 f"adapter {adapter.name!r} is on {path}: llama.cpp does not support "
                 f"an adapter on {what}; to=gguf merges it"
             )
-        rank = slot.A.shape[0]
-        b = slot.B.detach().float().cpu() * (slot.scale * rank / alpha)
-        yield f"{place}.lora_a", slot.A.detach().float().cpu()
+        a, b = (factor.float().cpu() for factor in slot.factors())
+        b = b * (slot.scale * a.shape[0] / alpha)
+        yield f"{place}.lora_a", a
         yield f"{place}.lora_b", architecture.to_gguf(f"{path}.weight", b)

@@ -1,0 +1,1 @@
+"""Starts of an adapter that are made from the base, or from its rows (`init_lora_weights`)."""

@@ -1,0 +1,202 @@
+"""What linears read and what their weights' gradients are, while somebody runs the model on rows.
+
+    moments = record_inputs(layers, run_model)         # {path: InputMoments}
+    gradients = record_gradients(layers, run_model)    # {path: [O,I]}
+
+Neither keeps a row: of inputs their sum and second moments [I,I] remain, of gradients the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.layers import BankLinear
+from lorry.adapters.product import FrozenLinear
+from lorry.errors import ConfigError, ContractError
+
+RunModel = Callable[[], None]
+# of the rows that the model is given now: which of their tokens count
+_COUNTED: ContextVar[Tensor | None] = ContextVar("lorry_counted_tokens", default=None)
+
+
+@contextmanager
+def counting_tokens(counted: Tensor) -> Iterator[None]:
+    """Around a forward pass over T tokens: only those that ``counted`` [T] bool names are recorded."""
+    token = _COUNTED.set(counted)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+
+
+@dataclass
+class InputMoments:
+    """Of what a linear has read: ``tokens``, ``calls``, ``total`` [I] and ``second`` [I,I] = sum of x x^T,
+    fp32 or wider."""
+
+    tokens: int
+    calls: int
+    total: Tensor
+    second: Tensor
+
+    def covariance(self) -> Tensor:
+        """[I,I] float64, about the mean."""
+        mean = self.total.double() / self.tokens
+        return self.second.double() / self.tokens - torch.outer(mean, mean)
+
+
+@dataclass
+class _Recorder:
+    """Gathers what several linears read, once for those that read the same. ``normed``: every call by
+    its largest value, as CorDA has it, and all of its tokens."""
+
+    normed: bool
+    moments: dict[str, InputMoments] = field(default_factory=dict)
+    readers: dict[str, str] = field(default_factory=dict)
+    # the input before, kept so that nothing else can lie where it lies
+    last: tuple[str, Tensor] | None = None
+
+    def record(self, path: str, x: Tensor) -> None:
+        """Take x [T,I], what the linear reads."""
+        if path not in self.readers:
+            alike = self.last is not None and _is_same(self.last[1], x)
+            self.readers[path] = self.last[0] if alike and self.last is not None else path
+        if self.readers[path] != path:
+            return
+        self.last = (path, x)
+        rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        counted = _COUNTED.get()
+        if self.normed:
+            rows = rows / rows.max().abs()
+        elif counted is not None:
+            if len(counted) != len(rows):
+                raise ContractError(f"{path} reads {len(rows)} tokens, of which {len(counted)} are known")
+            rows = rows[counted.to(rows.device)]
+        known = self.moments.get(path)
+        if known is None:
+            width = rows.shape[1]
+            known = InputMoments(0, 0, rows.new_zeros(width), rows.new_zeros(width, width))
+            self.moments[path] = known
+        known.tokens, known.calls = known.tokens + len(rows), known.calls + 1
+        known.total += rows.sum(0)
+        known.second.addmm_(rows.t(), rows)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are views of the same memory."""
+    return (one.data_ptr(), one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordedLinear:
+    """A base product that tells a recorder what it multiplies."""
+
+    linear: FrozenLinear
+    path: str
+    recorder: _Recorder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.shape
+
+    @property
+    def requires_grad(self) -> bool:
+        """Nothing of it trains meanwhile."""
+        return False
+
+    def parameters(self) -> Sequence[Tensor]:
+        """None that trains."""
+        return []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.recorder.record(self.path, x)
+        return self.linear.forward(x)
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        return self.linear.backward(g, into)
+
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """None."""
+        return []
+
+
+def record_inputs(
+    layers: Mapping[str, BankLinear], run_model: RunModel, *, normed: bool = False
+) -> dict[str, InputMoments]:
+    """The moments of what each linear reads while ``run_model`` runs; one object for those that read
+    the same. Raises ConfigError naming a linear that read nothing."""
+    recorder = _Recorder(normed)
+    before = {path: layer.product for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            layer.product = _RecordedLinear(layer.base_product(), path, recorder)
+        with torch.no_grad():
+            run_model()
+    finally:
+        for path, layer in layers.items():
+            layer.product = before[path]
+    for path in layers:
+        if path not in recorder.readers or not recorder.moments[recorder.readers[path]].tokens:
+            raise ConfigError(
+                f"no token reached {path} on the rows that the initialisation reads; give rows that do, "
+                "or leave it out of target_modules"
+            )
+    return {path: recorder.moments[recorder.readers[path]] for path in layers}
+
+
+def record_gradients(layers: Mapping[str, BankLinear], run_model: RunModel) -> dict[str, Tensor]:
+    """The mean gradient [O,I], fp32, of each linear's weight over the backward passes of ``run_model``.
+    Raises ConfigError naming a linear that had none, or whose weight cannot have one."""
+    sums, counts = dict[str, Tensor](), dict.fromkeys(layers, 0)
+    if packed := [path for path, layer in layers.items() if layer.product is not None]:
+        raise ConfigError(
+            f"init_lora_weights=lora_ga needs the gradient of {packed[0]}.weight, which is packed and has "
+            "none; use a base in its full dtype (model.quantize=null), or init_lora_weights=eva"
+        )
+    handles, wanted = [], {path: layer.weight.requires_grad for path, layer in layers.items()}
+
+    def take(path: str, weight: torch.nn.Parameter) -> None:
+        assert weight.grad is not None
+        gradient = weight.grad.detach().float()
+        sums[path] = gradient if path not in sums else sums[path].add_(gradient)
+        counts[path] += 1
+        weight.grad = None
+
+    try:
+        for path, layer in layers.items():
+            layer.weight.requires_grad_(True)
+            handles.append(
+                layer.weight.register_post_accumulate_grad_hook(
+                    lambda weight, path=path: take(path, weight)
+                )
+            )
+        with torch.enable_grad():
+            run_model()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for path, layer in layers.items():
+            layer.weight.requires_grad_(wanted[path])
+    if missing := [path for path in layers if path not in sums]:
+        raise ConfigError(
+            f"{missing[0]}.weight got no gradient on the rows that the initialisation reads; "
+            "run_model has to call backward() of a loss that depends on it"
+        )
+    return {
+        path: (sums[path].t() if layer.transposed else sums[path]) / counts[path]
+        for path, layer in layers.items()
+    }
