@@ -102,9 +102,7 @@ def attach(
     if not initialize:
         return adapter
     try:
-        return initialize_adapter(
-            bank, name, seed=seed, run_model=run_model, original=original
-        )
+        return initialize_adapter(bank, name, seed=seed, run_model=run_model, original=original)
     except BaseException:
         detach(model, name)
         raise

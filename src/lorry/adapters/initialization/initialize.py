@@ -33,7 +33,11 @@ def require_sources(
     attached."""
     way = find_initialization(spec.init_lora_weights)
     if way is not None and way.reads_rows and run_model is None:
-        does = "the model's forward and the loss's backward" if way.reads == "gradients" else "model(rows)"
+        does = (
+            "the model's forward and the loss's backward"
+            if way.reads == "gradients"
+            else "model(rows)"
+        )
         raise ConfigError(
             f"init_lora_weights={way.name} is made from rows; give run_model=, a function that runs "
             f"{does} on some of yours"

@@ -76,7 +76,9 @@ class _Recorder:
             rows = rows / rows.max().abs()
         elif counted is not None:
             if len(counted) != len(rows):
-                raise ContractError(f"{path} reads {len(rows)} tokens, of which {len(counted)} are known")
+                raise ContractError(
+                    f"{path} reads {len(rows)} tokens, of which {len(counted)} are known"
+                )
             rows = rows[counted.to(rows.device)]
         known = self.moments.get(path)
         if known is None:

@@ -34,7 +34,7 @@ from lorry.adapters.merging.core_space import (
 from lorry.adapters.merging.methods import combine
 from lorry.adapters.mix import Mix
 from lorry.adapters.seeds import derive_seed
-from lorry.adapters.spec import InitScheme, unscaled_spec
+from lorry.adapters.spec import bool | str, unscaled_spec
 from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MajoritySign, MergeMethod
 from lorry.errors import ConfigError, ModelError, suggest_nearest
 
@@ -229,7 +229,7 @@ def _checked_method(
 
 
 def _draw_new_adapter(
-    layer: AdaptableLayer, rank: int, init: InitScheme, generator: torch.Generator
+    layer: AdaptableLayer, rank: int, init: bool | str, generator: torch.Generator
 ) -> None:
     """Draw from the generator what PEFT draws to make a new adapter's initial values at a module:
     each matrix when it is allocated, and the random one again.
