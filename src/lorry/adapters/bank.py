@@ -263,16 +263,14 @@ class Adapter:
         return norms
 
     def whole_factors(self) -> dict[str, Tensor]:
-        """All that the adapter adds, by the names of `tensors`: `AdapterSlot.factors` as one device has
-        them; all ranks that share the modules call this together."""
-        if self.ranks is not None:
-            assert self.initial is None, self.label
-            return self.whole_tensors(self.values)
-        return {
-            f"{module}.lora_{side}": factor
-            for module, slot in self.slots.items()
-            for side, factor in zip(SIDES, slot.factors(), strict=True)
-        }
+        """All that the adapter adds, by the names of `tensors`, with `AdapterSlot.factors` as one device
+        has them; all ranks that share the modules call this together."""
+        whole = self.tensors() if self.ranks is None else self.whole_tensors(self.values)
+        if self.initial is not None:
+            assert self.ranks is None, self.label
+            for module, slot in self.slots.items():
+                whole[f"{module}.lora_A"], whole[f"{module}.lora_B"] = slot.factors()
+        return whole
 
     @property
     def plain_spec(self) -> LoraSpec:
@@ -324,11 +322,11 @@ class Adapter:
     def use_initial(self, initial: Tensor) -> None:
         """Take the scaled product of these values [P] off, at every module, from now on."""
         self.initial = initial
-        views = [view for _, view in self._views(initial)]
-        pairs = zip(views[: len(self.slots)], views[len(self.slots) :], strict=True)
-        for (path, slot), pair in zip(self.slots.items(), pairs, strict=True):
+        views = self.split_like(initial)
+        for path, slot in self.slots.items():
+            slot.initial = (views[f"{path}.lora_A"], views[f"{path}.lora_B"])
             # as a reader of the saved file computes it, to the last bit
-            slot.initial, slot.scale = pair, self.plain_spec.scale(path)
+            slot.scale = self.plain_spec.scale(path)
         self.touch()
 
     def frozen_state(self) -> dict[str, Tensor]:

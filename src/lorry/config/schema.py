@@ -48,6 +48,11 @@ NO_ADAPTERS_FOR_JOBS = (
 )
 JOBS = "a list of maps, such as [{name: a, r: 8}, {name: b, learning_rate: 1e-3}]"
 DEVICE, DEVICE_WORDS = r"^(auto|cpu|mps|cuda(:\d+)?)$", "auto, cpu, cuda, cuda:N or mps"
+InitializationName = Literal[
+    "gaussian", "pissa", "olora", "milora", "eva", "corda", "lora_ga", "loftq", "orthogonal",
+    "pissa_niter_1", "pissa_niter_2", "pissa_niter_4", "pissa_niter_8", "pissa_niter_16",
+    "pissa_niter_32", "pissa_niter_64",
+]  # fmt: skip
 # q_proj or q_proj,v_proj: as a regex it could only match a module of that full name
 PLAIN_NAMES = re.compile(r"\w+(\s*,\s*\w+)*")
 
@@ -75,6 +80,10 @@ class ModelConfig(SettingsGroup):
     # off: that code has all rights of whoever runs this
     trust_remote_code: bool = config_field(False, "run Python code that comes with a hub model")
     adapter: PathText | None = config_field(None, "adapter directory to continue training from")
+    convert_init: bool = config_field(
+        False,
+        "read an adapter whose pissa or olora initialisation changed its base, as if this were that base before",
+    )
     chat_template_path: PathText | None = config_field(
         None, "Jinja file used instead of the tokenizer's chat template"
     )
@@ -104,8 +113,19 @@ class LoraConfig(SettingsGroup):
     )
     exclude_modules: str | list[str] | None = config_field(None, "names or a regex to leave out")
     use_rslora: bool = config_field(False, "scale by lora_alpha / sqrt(r)")
-    init_lora_weights: bool | Literal["gaussian"] = config_field(
-        True, "true: Kaiming A, zero B; gaussian; false: both random"
+    init_lora_weights: bool | InitializationName = config_field(
+        True,
+        (
+            "true: Kaiming A, zero B; gaussian; false: both random; from the base: pissa, olora, milora, "
+            "loftq (of a packed one); from rows: eva, corda, lora_ga; orthogonal"
+        ),
+    )
+    init_rows: PositiveInt = config_field(
+        64, "training rows that eva, corda and lora_ga begin from", le=1_000_000
+    )
+    rho: float = config_field(2.0, "eva: how many times its rank a module may get", ge=1)
+    keep_residual: bool = config_field(
+        False, "save A and B alone, without what pissa or olora took off the base (PEFT's own form)"
     )
     rank_pattern: dict[str, PositiveInt] = config_field({}, "rank by module name or regex")
     alpha_pattern: dict[str, Annotated[PositiveInt | PositiveFloat, Field(le=2**31)]] = (

@@ -533,7 +533,7 @@ def _row_accounting(jobs: PreparedJobs) -> str:
 
 def lora_spec_of(lora: LoraConfig) -> LoraSpec:
     """The bank's spec from the run's settings."""
-    plain: dict[str, Any] = lora.model_dump(exclude={"adapter_name", "bias"})
+    plain: dict[str, Any] = lora.model_dump(exclude={"adapter_name", "bias", "init_rows"})
     return LoraSpec(**plain)
 
 

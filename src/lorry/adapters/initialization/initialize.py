@@ -140,7 +140,11 @@ def _check_layers(
 ) -> dict[str, BankLinear]:
     """The adapter's linears. Raises ConfigError for a layer that the initialisation is not of."""
     layers, written = dict[str, BankLinear](), f"init_lora_weights={way.name}"
+    if way.name == "eva":
+        adapter.refuse_further("EVA chooses the ranks of low-rank terms alone")
     for path in adapter.slots:
+        if way.takes_off and any(one.module == path for one in adapter.further.values()):
+            adapter.refuse_further(f"{written} takes low-rank terms alone off")
         layer = bank.modules[path]
         if not isinstance(layer, BankLinear):
             raise ConfigError(

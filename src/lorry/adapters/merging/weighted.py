@@ -34,7 +34,7 @@ from lorry.adapters.merging.core_space import (
 from lorry.adapters.merging.methods import combine
 from lorry.adapters.mix import Mix
 from lorry.adapters.seeds import derive_seed
-from lorry.adapters.spec import bool | str, unscaled_spec
+from lorry.adapters.spec import unscaled_spec
 from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MajoritySign, MergeMethod
 from lorry.errors import ConfigError, ModelError, suggest_nearest
 

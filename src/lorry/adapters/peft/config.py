@@ -85,6 +85,8 @@ READ_KEYS = frozenset(
 DEFAULT_VALUES: Mapping[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
 # prefixes: PEFT writes pissa_niter_16 and the like
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# of these the same base gives the same product again
+REPEATABLE_INITS = ("pissa", "olora")
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 REFUSAL_REASONS = {
     "use_dora": "DoRA has a magnitude vector that the plain low-rank sum lacks",
@@ -100,8 +102,11 @@ def read_adapter_json(file: Path) -> dict[str, Any]:
     return documents.read_object(file, error=ModelError, nonfinite=True)
 
 
-def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
-    """A LoraSpec from the parsed file; ``where`` opens every message. Raises ModelError."""
+def parse_peft_config(
+    config: Mapping[str, Any], where: str, *, convert_init: bool = False
+) -> LoraSpec:
+    """A LoraSpec from the parsed file; ``where`` opens every message. ``convert_init``: an initialisation
+    that changed the base is taken as one that can be found again. Raises ModelError."""
     if config.get("peft_type") == OVER_ADAPTER and isinstance(config.get("lora"), dict):
         config = config["lora"]
     if config.get("peft_type") != "LORA":
@@ -124,7 +129,9 @@ def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
         "lora_alpha": _read_number(config, "lora_alpha", where, default=8),
         "lora_dropout": _read_number(config, "lora_dropout", where, default=0.0),
         "use_rslora": _read_bool(config, "use_rslora", where),
-        "init_lora_weights": _read_init(config.get("init_lora_weights", True), where),
+        "init_lora_weights": _read_init(
+            config.get("init_lora_weights", True), where, convert=convert_init
+        ),
         "target_modules": _read_names(config, "target_modules", where),
         "exclude_modules": _read_names(config, "exclude_modules", where),
         "layers_to_transform": _read_layers(config, where),
@@ -281,13 +288,21 @@ def _read_bool(config: Mapping[str, Any], key: str, where: str) -> bool:
     return value
 
 
-def _read_init(value: Any, where: str) -> bool | str:
+def _read_init(value: Any, where: str, *, convert: bool) -> bool | str:
     """How the values came to be no longer matters, unless that changed the base as well."""
     if isinstance(value, str) and value.startswith(BASE_CHANGING_INITS):
+        again = value in REPEATABLE_INITS
+        if convert and again:
+            return value
         raise ModelError(
             f"{where}: init_lora_weights={value!r} changed the base weights too, so "
             "the adapter alone is not the whole change; save it again from PEFT "
             "with path_initial_model_for_weight_conversion"
+            + (
+                ", or, if this is the very base it began on, in the same dtype, read it with convert_init=true"
+                if again
+                else " (what it took off cannot be found again from the base alone)"
+            )
         )
     if isinstance(value, bool) or value == "gaussian":
         return value

@@ -91,7 +91,8 @@ def adapter_files(
     value is not finite.
     """
     adapter = get_bank(model)[check_adapter_name(name)]
-    return _files_of(model, adapter, get_bank(model).start, base_name, extra)
+    keeps = adapter.spec.keep_residual and adapter.initial is not None
+    return _files_of(model, adapter, get_bank(model).start, base_name, extra, keeps_residual=keeps)
 
 
 def plain_adapter_files(
@@ -101,7 +102,7 @@ def plain_adapter_files(
     itself times ``weight`` (g). Any reader of PEFT's files then has our model."""
     bank = get_bank(model)
     if weight == 1.0 and not bank.base_adapters:
-        return adapter_files(model, name, base_name=base_name)
+        return _files_of(model, bank[check_adapter_name(name)], None, base_name, None)
     adapter = concatenate(model, bank[check_adapter_name(name)].name, {name: weight})
     return _files_of(model, adapter, None, base_name, {"weight": weight})
 
@@ -112,9 +113,14 @@ def _files_of(
     start: AdapterOrigin | None,
     base_name: str | None,
     extra: Mapping[str, Any] | None,
+    *,
+    keeps_residual: bool = False,
 ) -> dict[str, bytes]:
-    name, modules, spec = adapter.name, get_bank(model).modules, adapter.plain_spec
-    tensors, whole = {}, adapter.whole_factors()
+    """``keeps_residual``: without what the adapter's initialisation took off the base, which a reader has to
+    find again."""
+    name, modules = adapter.name, get_bank(model).modules
+    spec = adapter.spec if keeps_residual else adapter.plain_spec
+    tensors, whole = {}, adapter.tensors() if keeps_residual else adapter.whole_factors()
     for path, slot in adapter.slots.items():
         tensor_name = (
             "lora_embedding_{}" if isinstance(modules[path], BankEmbedding) else "lora_{}.weight"
@@ -126,7 +132,7 @@ def _files_of(
                 param.detach().cpu().contiguous()
             )
         # readers compute rank and scale from the config alone; it must say what was trained
-        expected = (spec.rank(path), spec.scale(path))
+        expected = (spec.rank(path), adapter.plain_spec.scale(path))
         assert expected == (whole[f"{path}.lora_A"].shape[0], slot.scale), (
             f"{path}: its LoraSpec has rank and scale {expected}"
         )
@@ -151,6 +157,8 @@ def _files_of(
         "adapter": name,
         "base_digest": base_digest(model),
     }
+    if keeps_residual:
+        facts["keep_residual"] = True
     if (quantization := quantization_facts(model)) is not None:
         facts["quantization"] = quantization
     if start is not None:
@@ -270,12 +278,15 @@ def load_adapter(
     *,
     trainable: bool = True,
     other_base: bool = False,
+    convert_init: bool = False,
 ) -> Adapter:
     """Attach the adapter in directory ``path``, or in its sub-folder ``name``; a plain `model(x)`
     then uses it.
 
     ``name``: what to call it here, by default as it was saved. ``trainable=False`` freezes it.
-    ``other_base=True`` accepts an adapter that was trained on other base weights. An adapter that
+    ``other_base=True`` accepts an adapter that was trained on other base weights. ``convert_init=True``
+    reads one whose pissa or olora initialisation changed its base, which the file does not have, as if
+    this model were that base before, in the same dtype. An adapter that
     was trained over another one (its start) brings that along, as a part of the base. Raises
     ModelError, before the model is touched, for a file that does not fit: a tensor missing,
     unknown, twice, of another shape or not finite; another base or start; a variant that is not
@@ -287,7 +298,10 @@ def load_adapter(
     where = str(folder / ADAPTER_CONFIG)
     layers = list_adaptable_layers(model)
     rename = legacy_name_mapper(model, layers)
-    spec = parse_peft_config(read_adapter_json(folder / ADAPTER_CONFIG), where)
+    convert_init = convert_init or _keeps_residual(model, folder)
+    spec = parse_peft_config(
+        read_adapter_json(folder / ADAPTER_CONFIG), where, convert_init=convert_init
+    )
     if not isinstance(spec.target_modules, str):
         spec = replace(spec, target_modules=tuple(rename(t) for t in spec.target_modules))
     check_pattern_time(spec, layers, where)
@@ -313,6 +327,24 @@ def load_adapter(
     # copies were written under the masters, which no compute copy can know
     adapter.touch()
     return adapter
+
+
+def _keeps_residual(model: nn.Module, folder: Path) -> bool:
+    """Whether an adapter was saved by Lorry with `keep_residual`, over a base that this model is, to the
+    bit as far as its digest tells. Raises ModelError where it computes in another dtype, from which
+    another product would be taken off."""
+    facts = folder / ADAPTER_FACTS
+    saved = read_adapter_json(facts) if facts.is_file() else {}
+    if saved.get("keep_residual") is not True:
+        return False
+    first = next((m for m in find_linears(model).values() if not isinstance(m, nn.Embedding)), None)
+    here = str(getattr(first, "dtype", getattr(getattr(first, "weight", None), "dtype", None)))
+    if here != f"torch.{saved.get('dtype')}":
+        raise ModelError(
+            f"{facts}: this adapter was saved with keep_residual over a base in {saved.get('dtype')}, and this "
+            f"one is in {here.removeprefix('torch.')}; open it with dtype={saved.get('dtype')}"
+        )
+    return True
 
 
 def load_start(model: nn.Module, path: str | Path, *, other_base: bool = False) -> Adapter:

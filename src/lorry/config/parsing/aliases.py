@@ -493,5 +493,4 @@ OTHER_VERB_SETTINGS: dict[str, str] = {
 
 UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "lora.bias": ("all", "lora_only"),
-    "lora.init_lora_weights": ("pissa", "olora", "eva", "corda", "loftq", "orthogonal"),
 }

@@ -117,7 +117,9 @@ def open_model(
     trainable = not _mixtures(paths)
     for path in folders:
         name = pick_adapter_name(path, names)
-        load_adapter(loaded.model, path, name, trainable=trainable)
+        load_adapter(
+            loaded.model, path, name, trainable=trainable, convert_init=config.convert_init
+        )
         names.append(name)
     if (mixture := _open_mixture(loaded.model, paths, folders, names, add_note)) is not None:
         get_bank(loaded.model).activate(mixture)
