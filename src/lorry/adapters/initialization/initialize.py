@@ -8,7 +8,8 @@ rank over the base as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -77,7 +78,8 @@ def initialize_adapter(
         sources.moments = record_inputs(layers, run_model, normed=True)
     elif way.reads == "gradients":
         assert run_model is not None
-        sources.gradients = record_gradients(layers, run_model)
+        with _without_gradients(bank):
+            sources.gradients = record_gradients(layers, run_model)
     sources.original = original
     with torch.no_grad():
         for path, slot in adapter.slots.items():
@@ -94,6 +96,19 @@ def initialize_adapter(
         adapter.use_initial(adapter.values.clone())
     adapter.touch()
     return adapter
+
+
+@contextmanager
+def _without_gradients(bank: AdapterBank) -> Iterator[None]:
+    """Let backward passes leave every adapter's gradient as it is."""
+    training = [p for p in bank.parameters() if p.requires_grad]
+    for param in training:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in training:
+            param.requires_grad_(True)
 
 
 class _Sources:
