@@ -208,7 +208,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"bias": "all"}, "lora.bias: 'all' is not built yet; give none"),
         (
             {"init_lora_weights": "mica"},
-            "lora.init_lora_weights: got 'mica'; give true or false or gaussian or pissa or olora",
+            "lora.init_lora_weights: got 'mica'; give true or false or one of gaussian, pissa, olora, milora, eva",
         ),
         (
             {"backend": "megatron", "tensor_parallel": 2, "sequence_parallel": True},

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lorry.config.initialization import check_initialization
+from lorry.config.adapter.initialization import check_initialization
 from lorry.errors import ConfigError
 
 

@@ -242,7 +242,7 @@ def test_pefts_raw_form(
                     p.grad = None
     theirs.save_pretrained(tmp_path / "theirs")
     mine = tiny("llama")
-    with pytest.raises(ModelError, match="changed the base weights too.*convert_init=true"):
+    with pytest.raises(ModelError, match=r"changed the base weights too.*convert_init=true"):
         load_adapter(mine, tmp_path / "theirs")
     load_adapter(mine, tmp_path / "theirs", convert_init=True)
     torch.testing.assert_close(logits(mine, ids), logits(theirs, ids), rtol=0, atol=1e-4)
@@ -266,7 +266,7 @@ def test_pefts_raw_form(
     files = plain_adapter_files(ours)
     assert json.loads(files["adapter_config.json"])["r"] == 8
     half = tiny("llama").bfloat16()
-    with pytest.raises(ModelError, match="keep_residual over a base in float32.*dtype=float32"):
+    with pytest.raises(ModelError, match=r"keep_residual over a base in float32.*dtype=float32"):
         load_adapter(half, tmp_path / "ours")
     assert not get_bank(half, create=True).names()
 
@@ -319,19 +319,19 @@ def test_bad_rows(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
     model = tiny("llama")
     with pytest.raises(ConfigError, match=r"no token reached model\.layers\.0\.self_attn\.q_proj"):
         attach(model, spec_of("eva"), run_model=lambda: None)
-    with pytest.raises(ConfigError, match="saw 3 tokens at .*; give more rows"):
+    with pytest.raises(ConfigError, match=r"saw 3 tokens at .*; give more rows"):
         attach(model, spec_of("eva"), run_model=lambda: model(ids[:1, :3]))
     with pytest.raises(ConfigError, match=r"got no gradient.*run_model has to call backward\(\)"):
         attach(model, spec_of("lora_ga"), run_model=lambda: model(ids))
     with pytest.raises(ConfigError, match=r"needs twice as many.*\[16, 32\] and has 16; give r=8"):
         attach(model, spec_of("lora_ga", r=9), run_model=lambda: model(ids))
-    with pytest.raises(ConfigError, match="for a packed base, and .* is whole"):
+    with pytest.raises(ConfigError, match=r"for a packed base, and .* is whole"):
         attach(model, spec_of("loftq"), original=lambda path: torch.zeros(1, 1))
     packed = tiny("llama")
     quantize_linears(packed, QUANTIZATIONS["int8"], torch.float32)
-    with pytest.raises(ConfigError, match="lora_ga needs the gradient of .* which is packed"):
+    with pytest.raises(ConfigError, match=r"lora_ga needs the gradient of .* which is packed"):
         attach(packed, spec_of("lora_ga"), run_model=lambda: packed(ids))
-    with pytest.raises(ConfigError, match="the weight before packing is"):
+    with pytest.raises(ConfigError, match=r"the weight before packing is"):
         attach(packed, spec_of("loftq"), original=lambda path: torch.zeros(2, 2))
     broken = tiny("llama")
     with torch.no_grad():
@@ -339,7 +339,7 @@ def test_bad_rows(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
     with pytest.raises((ModelError, torch.linalg.LinAlgError)):
         attach(broken, spec_of("olora"))
     assert not get_bank(broken).names()
-    with pytest.raises(ConfigError, match="init_lora_weights is 'pisa'.*did you mean 'pissa'"):
+    with pytest.raises(ConfigError, match=r"init_lora_weights is 'pisa'.*did you mean 'pissa'"):
         LoraSpec(init_lora_weights="pisa")
     with pytest.raises(ConfigError, match="rho is 0.5"):
         LoraSpec(init_lora_weights="eva", rho=0.5)

@@ -95,7 +95,8 @@ def test_as_peft(family: str, init: str, tiny: Callable[..., nn.Module]) -> None
         torch.testing.assert_close(slot.A.detach(), signs[:, None] * a, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(slot.B.detach(), signs * b, rtol=1e-4, atol=1e-5)
         assert slot.initial is not None
-        assert torch.equal(slot.initial[0], slot.A) and torch.equal(slot.initial[1], slot.B)
+        assert torch.equal(slot.initial[0], slot.A)
+        assert torch.equal(slot.initial[1], slot.B)
 
 
 def test_the_randomised_pissa(
@@ -365,6 +366,7 @@ def test_an_adapter_may_lose_modules(tiny: Callable[..., nn.Module], ids: Tensor
     bank = get_bank(mine)
     assert bank.names() == ["first", "second", "third"]
     assert [term.adapter for term in bank.active.terms] == ["first", "second", "third"]
-    assert len(adapter.slots) < 12 and adapter is bank["second"]
+    assert len(adapter.slots) < 12
+    assert adapter is bank["second"]
     for path, slot in adapter.slots.items():
         assert slot.scale == pytest.approx(2.0), path  # alpha 2 over sqrt 1, at every rank

@@ -21,7 +21,7 @@ from lorry.adapters.initialization.ranks import redistribute_ranks
 from lorry.adapters.initialization.recording import RunModel, record_gradients, record_inputs
 from lorry.adapters.layers import BankLinear, is_sharded
 from lorry.adapters.spec import LoraSpec
-from lorry.config.initialization import Initialization, find_initialization
+from lorry.config.adapter.initialization import Initialization, find_initialization
 from lorry.errors import ConfigError, ModelError
 
 OriginalWeight = Callable[[str], Tensor]  # of a linear's path: [O,I] before it was packed

@@ -1,0 +1,1 @@
+"""What an adapter's settings mean, beyond their types. No torch here."""
