@@ -341,5 +341,5 @@ def test_bad_rows(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
     assert not get_bank(broken).names()
     with pytest.raises(ConfigError, match=r"init_lora_weights is 'pisa'.*did you mean 'pissa'"):
         LoraSpec(init_lora_weights="pisa")
-    with pytest.raises(ConfigError, match="rho is 0.5"):
+    with pytest.raises(ConfigError, match=r"rho is 0\.5"):
         LoraSpec(init_lora_weights="eva", rho=0.5)
