@@ -1,87 +1,258 @@
-// Matrices of few bits opened to what they compute with: a block's 16 values are scaled, and rounded, once, and then only looked up.
+// Matrices of few bits: opened to what they compute with, and multiplied with a few rows straight from what they are packed in, of
+// which a row at a time is opened into the nearest cache.
 #include "common.h"
+
+#include <algorithm>
+#include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-constexpr long BLOCK = 64;  // values that share a scale
+constexpr long BLOCK = 64;  // values of a flattened matrix that share a scale
+constexpr long SCALE_BLOCK = 256;  // scales that share one of their own
 
 static inline float convert(float x, float*) { return x; }
 static inline bf16 convert(float x, bf16*) { return narrow(x); }
+static inline float wide(float x) { return x; }
+static inline float wide(bf16 x) { return widen(x); }
 
-// Two codes a byte, the first in the high half.
-template <typename T>
-static inline void look_up(const uint8_t* codes, const T* table, T* out, long values) {
-    for (long i = 0; i + 1 < values; i += 2) {
-        out[i] = table[codes[i / 2] >> 4];
-        out[i + 1] = table[codes[i / 2] & 15];
-    }
-    if (values % 2) out[values - 1] = table[codes[values / 2] >> 4];
+// a b + c, each rounded on its own, as torch does: the product goes through memory, where no compiler joins the two.
+static inline float product_plus(float a, float b, float c) {
+    float product = a * b;
+    __asm__("" : "+m"(product));
+    return product + c;
+}
+
+// A finite half-precision number.
+static inline float half(uint16_t bits) {
+    uint32_t word = (uint32_t)(bits & 0x7fff) << 13;
+    float out;
+    std::memcpy(&out, &word, 4);
+    return (bits & 0x8000 ? -0x1p112f : 0x1p112f) * out;
+}
+
+// A finite number of 8 bits, 4 of them exponent and 3 mantissa.
+static inline float eighth(uint8_t bits) {
+    uint32_t word = (uint32_t)(bits & 0x7f) << 20;
+    float out;
+    std::memcpy(&out, &word, 4);
+    return (bits & 0x80 ? -0x1p120f : 0x1p120f) * out;
 }
 
 #ifdef __AVX512F__
 // 16 bytes at a time: lanes of 32 bits choose from 16, and hold both values of a byte in bfloat16.
-static inline void look_up_block(const uint8_t* codes, const bf16* table, bf16* out) {
+static inline long look_up_wide(const uint8_t* codes, const bf16* table, bf16* out, long values) {
     const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)table)), second = _mm512_slli_epi32(first, 16);
-    for (long i = 0; i < BLOCK / 2; i += 16) {
-        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    long i = 0;
+    for (; i + 32 <= values; i += 32) {
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i / 2)));
         const __m512i high = _mm512_permutexvar_epi32(_mm512_srli_epi32(byte, 4), first);
         // a permutation reads the low four bits of each lane
-        _mm512_storeu_si512(out + 2 * i, _mm512_or_si512(high, _mm512_permutexvar_epi32(byte, second)));
+        _mm512_storeu_si512(out + i, _mm512_or_si512(high, _mm512_permutexvar_epi32(byte, second)));
     }
+    return i;
 }
 
-static inline void look_up_block(const uint8_t* codes, const float* table, float* out) {
+static inline long look_up_wide(const uint8_t* codes, const float* table, float* out, long count) {
     const __m512 values = _mm512_loadu_ps(table);
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (long i = 0; i < BLOCK / 2; i += 16) {
-        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    long i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i / 2)));
         const __m512 a = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), values), b = _mm512_permutexvar_ps(byte, values);
-        _mm512_storeu_ps(out + 2 * i, _mm512_permutex2var_ps(a, low, b));
-        _mm512_storeu_ps(out + 2 * i + 16, _mm512_permutex2var_ps(a, high, b));
+        _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(a, low, b));
+        _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(a, high, b));
     }
+    return i;
 }
 #else
 template <typename T>
-static inline void look_up_block(const uint8_t* codes, const T* table, T* out) {
-    look_up(codes, table, out, BLOCK);
+static inline long look_up_wide(const uint8_t*, const T*, T*, long) {
+    return 0;
 }
 #endif
 
+// Two codes a byte, the first in the high half.
 template <typename T>
-static void open_blocks(const uint8_t* codes, const float* scales, const float* levels, T* out, long values) {
-    const long blocks = (values + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) if (values > PARALLEL)
-    for (long b = 0; b < blocks; b++) {
-        alignas(64) T table[16];
-        for (int i = 0; i < 16; i++) table[i] = convert(levels[i] * scales[b], (T*)nullptr);
-        if ((b + 1) * BLOCK <= values)
-            look_up_block(codes + b * BLOCK / 2, table, out + b * BLOCK);
-        else
-            look_up(codes + b * BLOCK / 2, table, out + b * BLOCK, values - b * BLOCK);
+static inline void look_up(const uint8_t* codes, const T* table, T* out, long values) {
+    long i = look_up_wide(codes, table, out, values);
+    for (; i + 1 < values; i += 2) {
+        out[i] = table[codes[i / 2] >> 4];
+        out[i + 1] = table[codes[i / 2] & 15];
+    }
+    if (i < values) out[i] = table[codes[i / 2] >> 4];
+}
+
+// Four bits in blocks of the flattened matrix. Scales are floats, or (`scale_levels` not null) eight-bit codes with a scale for every
+// 256 and an offset.
+struct Flat {
+    const uint8_t* codes;
+    const void* scales;
+    const float *scale_levels, *scale_scales, *offset, *levels;
+
+    inline float scale(long block) const {
+        if (!scale_levels) return ((const float*)scales)[block];
+        return product_plus(scale_levels[((const uint8_t*)scales)[block]], scale_scales[block / SCALE_BLOCK], *offset);
+    }
+
+    template <typename T>
+    void row(long r, long columns, T* out) const {
+        const long end = (r + 1) * columns;
+        for (long at = r * columns; at < end;) {
+            const long block = at / BLOCK, next = std::min((block + 1) * BLOCK, end);
+            alignas(64) T table[16];
+            const float by = scale(block);
+            for (int i = 0; i < 16; i++) table[i] = convert(levels[i] * by, (T*)nullptr);
+            if (at % 2) *out++ = table[codes[at++ / 2] & 15];
+            look_up(codes + at / 2, table, out, next - at);
+            out += next - at;
+            at = next;
+        }
+    }
+};
+
+// Eight bits with the largest absolute value of each row.
+struct Rows {
+    const int8_t* codes;
+    const float* largest;
+
+    template <typename T>
+    void row(long r, long columns, T* out) const {
+        const float by = largest[r];
+        const int8_t* from = codes + r * columns;
+        for (long i = 0; i < columns; i++) out[i] = convert((float)from[i] * by * (1.0f / 127), (T*)nullptr);
+    }
+};
+
+// Codes of rows with a grid of scales: every `rows` outputs and `columns` inputs share one, or inputs name theirs in `groups`.
+// kind: 0 two codes a byte, 1 whole numbers, 2 signed ones, 3 eight-bit floats. A code counts less its block's zero, times the scale,
+// plus the minimum.
+struct Grid {
+    const uint8_t* codes;
+    const void* scales;
+    const uint8_t* zeros;
+    const uint16_t* minimums;
+    const int32_t* groups;
+    long kind, halves, rows, columns, across;
+
+    inline float scale(long place) const { return halves ? half(((const uint16_t*)scales)[place]) : ((const float*)scales)[place]; }
+
+    inline float value(float code, long place, float by) const {
+        if (zeros) return (code - zeros[place]) * by;
+        // scales of halves: the product of one and a code is exact, however it is rounded
+        return minimums ? code * by + half(minimums[place]) : code * by;
+    }
+
+    template <typename T>
+    void row(long r, long width, T* out) const {
+        const long first = r / rows * across;
+        const uint8_t* from = codes + r * (kind ? width : (width + 1) / 2);
+        if (groups) {
+            for (long i = 0; i < width; i++) {
+                const float code = kind ? from[i] : i % 2 ? from[i / 2] & 15 : from[i / 2] >> 4;
+                out[i] = convert(value(code, first + groups[i], scale(first + groups[i])), (T*)nullptr);
+            }
+            return;
+        }
+        for (long at = 0, place = first; at < width; at += columns, place++) {
+            const long many = std::min(columns, width - at);
+            const float by = scale(place);
+            T* to = out + at;
+            if (kind == 0) {
+                alignas(64) T table[16];
+                for (int i = 0; i < 16; i++) table[i] = convert(value((float)i, place, by), (T*)nullptr);
+                look_up(from + at / 2, table, to, many);
+            } else if (kind == 1)
+                for (long i = 0; i < many; i++) to[i] = convert(value(from[at + i], place, by), (T*)nullptr);
+            else if (kind == 2)
+                for (long i = 0; i < many; i++) to[i] = convert((float)(int8_t)from[at + i] * by, (T*)nullptr);
+            else
+                for (long i = 0; i < many; i++) to[i] = convert(eighth(from[at + i]) * by, (T*)nullptr);
+        }
+    }
+};
+
+template <typename T, typename Source>
+static void open_matrix(const Source& source, T* out, long outputs, long inputs) {
+#pragma omp parallel for schedule(static) if (outputs * inputs > PARALLEL)
+    for (long r = 0; r < outputs; r++) source.row(r, inputs, out + r * inputs);
+}
+
+template <typename T>
+static inline float dot(const T* a, const T* b, long from, long count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = from; i < count; i++) sum += wide(a[i]) * wide(b[i]);
+    return sum;
+}
+
+static inline float dot(const float* a, const float* b, long count) { return dot(a, b, 0, count); }
+
+static inline float dot(const bf16* a, const bf16* b, long count) {
+    long i = 0;
+    float sum = 0;
+#if defined(__AVX512BF16__)
+    __m512 s0 = _mm512_setzero_ps(), s1 = s0;
+    for (; i + 64 <= count; i += 64) {
+        s0 = _mm512_dpbf16_ps(s0, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+        s1 = _mm512_dpbf16_ps(s1, (__m512bh)_mm512_loadu_si512(a + i + 32), (__m512bh)_mm512_loadu_si512(b + i + 32));
+    }
+    sum = _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
+#endif
+    return sum + dot(a, b, i, count);
+}
+
+// y [tokens, outputs] = x W^T + bias (or null), summed in float and rounded once. A row's result does not depend on the other rows.
+template <typename T, typename Source>
+static void multiply(const Source& source, const T* x, const T* bias, T* y, long tokens, long outputs, long inputs) {
+#pragma omp parallel if (outputs * inputs > PARALLEL)
+    {
+        std::vector<T> row(inputs);
+#pragma omp for schedule(static)
+        for (long r = 0; r < outputs; r++) {
+            source.row(r, inputs, row.data());
+            for (long t = 0; t < tokens; t++) {
+                const float sum = dot(row.data(), x + t * inputs, inputs);
+                y[t * outputs + r] = convert(bias ? sum + wide(bias[r]) : sum, (T*)nullptr);
+            }
+        }
     }
 }
 
-template <typename T>
-static void open_rows(const int8_t* codes, const float* scales, T* out, long rows, long columns) {
-#pragma omp parallel for schedule(static) if (rows * columns > PARALLEL)
-    for (long r = 0; r < rows; r++)
-        for (long i = 0; i < columns; i++) out[r * columns + i] = convert((float)codes[r * columns + i] * scales[r], (T*)nullptr);
+template <typename Source>
+static void open_any(const Source& source, void* out, long outputs, long inputs, long narrow_out) {
+    if (narrow_out)
+        open_matrix(source, (bf16*)out, outputs, inputs);
+    else
+        open_matrix(source, (float*)out, outputs, inputs);
 }
 
-// out [values] = level of each code times the scale of its block of 64; bfloat16 if `narrow_out`, else float.
-LORRY void packed_open_4bit(const uint8_t* codes, const float* scales, const float* levels, void* out, long values, long narrow_out) {
-    if (narrow_out)
-        open_blocks(codes, scales, levels, (bf16*)out, values);
+template <typename Source>
+static void multiply_any(const Source& source, const void* x, const void* bias, void* y, long tokens, long outputs, long inputs, long narrow) {
+    if (narrow)
+        multiply(source, (const bf16*)x, (const bf16*)bias, (bf16*)y, tokens, outputs, inputs);
     else
-        open_blocks(codes, scales, levels, (float*)out, values);
+        multiply(source, (const float*)x, (const float*)bias, (float*)y, tokens, outputs, inputs);
 }
 
-// out [rows, columns] = code times the scale of its row.
-LORRY void packed_open_int8(const int8_t* codes, const float* scales, void* out, long rows, long columns, long narrow_out) {
-    if (narrow_out)
-        open_rows(codes, scales, (bf16*)out, rows, columns);
-    else
-        open_rows(codes, scales, (float*)out, rows, columns);
-}
+#define FLAT                                                                                                                       \
+    const uint8_t *codes, const void *scales, const float *scale_levels, const float *scale_scales, const float *offset, const float *levels
+#define ROWS const int8_t *codes, const float *largest
+#define GRID                                                                                                                          \
+    const uint8_t *codes, const void *scales, const uint8_t *zeros, const uint16_t *minimums, const int32_t *groups, long kind, long halves, \
+        long rows, long columns, long across
+#define FLAT_SOURCE Flat{codes, scales, scale_levels, scale_scales, offset, levels}
+#define ROWS_SOURCE Rows{codes, largest}
+#define GRID_SOURCE Grid{codes, scales, zeros, minimums, groups, kind, halves, rows, columns, across}
+#define OUT void *out, long outputs, long inputs, long narrow_out
+#define PRODUCT const void *x, const void *bias, void *y, long tokens, long outputs, long inputs, long narrow
+
+// out [outputs, inputs], bfloat16 or float.
+LORRY void packed_open_flat(FLAT, OUT) { open_any(FLAT_SOURCE, out, outputs, inputs, narrow_out); }
+LORRY void packed_open_rows(ROWS, OUT) { open_any(ROWS_SOURCE, out, outputs, inputs, narrow_out); }
+LORRY void packed_open_grid(GRID, OUT) { open_any(GRID_SOURCE, out, outputs, inputs, narrow_out); }
+// y [tokens, outputs] of x [tokens, inputs].
+LORRY void packed_product_flat(FLAT, PRODUCT) { multiply_any(FLAT_SOURCE, x, bias, y, tokens, outputs, inputs, narrow); }
+LORRY void packed_product_rows(ROWS, PRODUCT) { multiply_any(ROWS_SOURCE, x, bias, y, tokens, outputs, inputs, narrow); }
+LORRY void packed_product_grid(GRID, PRODUCT) { multiply_any(GRID_SOURCE, x, bias, y, tokens, outputs, inputs, narrow); }

@@ -1,18 +1,40 @@
-"""Matrices of 4 and 8 bits opened to what they compute with; compiled for float32 and bfloat16 on a CPU.
+"""Matrices of 4 and 8 bits opened to what they compute with, and multiplied with a few rows as they are
+packed; compiled for float32 and bfloat16 on a CPU.
 
-`adapters/quantization/packed.py` says how they are packed, and has the same in plain torch.
+`adapters/quantization` says how they are packed, and has the same in plain torch.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorry.kernels.build import call_kernel, load_library
 
+# rows up to which a product reads packed bytes; with more, opening the matrix once for all costs less
+MAX_PACKED_ROWS = 4
 
-def supports_opening(codes: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels open ``codes`` to ``dtype``."""
+
+@dataclass(frozen=True, slots=True)
+class PackedSource:
+    """What the kernels read a matrix from: how it is laid out, and the arguments of that layout.
+
+    flat: codes uint8 [ceil(O I / 2)], scales fp32 or uint8 [blocks of 64], for uint8 their levels fp32
+    [256], scales fp32 [blocks / 256] and offset fp32 [1], else None thrice; levels fp32 [16]. rows: codes
+    int8 [O,I], largest values fp32 [O]. grid: codes uint8 or int8, scales, zeros, minimums, groups; kind (0 two
+    codes a byte, 1 unsigned, 2 signed, 3 eight-bit floats), whether scales are halves, outputs and inputs
+    that share one, scales side by side.
+    """
+
+    layout: Literal["flat", "rows", "grid"]
+    arguments: tuple[Tensor | int | None, ...]
+
+
+def supports_packed(codes: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels compute with ``codes`` in ``dtype``."""
     return (
         dtype in (torch.float32, torch.bfloat16)
         and codes.device.type == "cpu"
@@ -20,14 +42,24 @@ def supports_opening(codes: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def open_4bit(codes: Tensor, scales: Tensor, levels: Tensor, out: Tensor) -> None:
-    """out [n] = levels [16] of the codes uint8 [ceil(n / 2)], times the scale of each block of 64; scales and
-    levels fp32."""
+def open_packed(source: PackedSource, out: Tensor) -> None:
+    """Write the matrix to out [O,I]."""
     narrow = int(out.dtype == torch.bfloat16)
-    call_kernel("packed_open_4bit", codes, scales, levels, out, out.numel(), narrow)
+    call_kernel(f"packed_open_{source.layout}", *source.arguments, out, *out.shape, narrow)
 
 
-def open_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """out [O,I] = codes int8 [O,I] times the scale of each row, fp32 [O]."""
-    narrow = int(out.dtype == torch.bfloat16)
-    call_kernel("packed_open_int8", codes, scales, out, *codes.shape, narrow)
+def packed_product(source: PackedSource, outputs: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T,I] -> x W^T + b [T,O] of the values that `open_packed` gives in the dtype of x, summed in fp32."""
+    y = x.new_empty(x.shape[0], outputs)
+    call_kernel(
+        f"packed_product_{source.layout}",
+        *source.arguments,
+        x.contiguous(),
+        bias,
+        y,
+        x.shape[0],
+        outputs,
+        x.shape[1],
+        int(x.dtype == torch.bfloat16),
+    )
+    return y

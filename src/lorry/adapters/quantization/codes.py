@@ -56,6 +56,18 @@ def dynamic_levels() -> tuple[float, ...]:
     return tuple(torch.tensor(sorted(values)).tolist())
 
 
+@cache
+def dynamic_table(device: torch.device) -> Tensor:
+    """`dynamic_levels`, fp32 [256]."""
+    return torch.tensor(dynamic_levels(), device=device)
+
+
+@cache
+def level_table(name: str, device: torch.device) -> Tensor:
+    """The 16 values of a 4-bit format, fp32."""
+    return torch.tensor(LEVELS[name], device=device)
+
+
 def nearest_code(shares: Tensor, levels: tuple[float, ...]) -> Tensor:
     """uint8, the place in ``levels`` of the value nearest to each of ``shares`` (fp32); of two equally
     near ones that which is smaller."""

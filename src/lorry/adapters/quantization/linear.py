@@ -12,7 +12,7 @@ that the base is. Nothing of it trains.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ from lorry.adapters.attach import find_linears, head_and_embedding
 from lorry.adapters.bank import wrap_module
 from lorry.adapters.layers import AdaptableLayer, BankLinear
 from lorry.adapters.quantization.packed import (
-    Packed4Bit,
-    PackedInt8,
     PackedMatrix,
     Quantization,
     pack,
@@ -31,13 +29,11 @@ from lorry.adapters.quantization.packed import (
 )
 from lorry.errors import ContractError
 
-# the parameter of a layer that holds each tensor of a packed matrix
-PARAMETERS = {
-    "codes": "weight",
-    "scales": "weight_scales",
-    "scale_scales": "weight_scale_scales",
-    "offset": "weight_offset",
-}
+
+
+def parameter_name(part: str) -> str:
+    """The parameter of a layer that holds a tensor of a packed matrix."""
+    return "weight" if part == "codes" else f"weight_{part}"
 
 
 class OpenBuffers(threading.local):
@@ -65,15 +61,13 @@ class QuantizedLinear:
     """A `FrozenLinear` over what its layer holds: y [T,O] of x [T,I] in ``dtype``."""
 
     def __init__(
-        self,
-        layer: BankLinear,
-        quantization: Quantization,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        buffers: OpenBuffers,
+        self, layer: BankLinear, packed: PackedMatrix, dtype: torch.dtype, buffers: OpenBuffers
     ) -> None:
-        self.layer, self.quantization, self.buffers = layer, quantization, buffers
-        self.shape, self.dtype = shape, dtype
+        self.layer, self.dtype, self.buffers = layer, dtype, buffers
+        # the tensors themselves are the layer's, which may move them
+        self.kind: Callable[..., PackedMatrix] = type(packed)
+        self.quantization, self.shape = packed.quantization, packed.shape
+        self.parts = tuple(packed.tensors())
 
     @property
     def requires_grad(self) -> bool:
@@ -83,19 +77,16 @@ class QuantizedLinear:
     @property
     def packed(self) -> PackedMatrix:
         """The matrix, as the layer holds it now. Raises ContractError where something cast its scales."""
-        codes, scales = self.layer.weight.detach(), self._held("scales")
-        if scales.dtype not in (torch.float32, torch.uint8):
-            raise ContractError(
-                f"{self.layer.path}: the scales of a quantized matrix were cast to {scales.dtype}; "
-                "load the model in the dtype it should compute in, and move it between devices alone"
-            )
-        if self.quantization.name == "int8":
-            return PackedInt8(self.quantization, codes, scales)
-        nested = [
-            self._held(name) if hasattr(self.layer, PARAMETERS[name]) else None
-            for name in ("scale_scales", "offset")
-        ]
-        return Packed4Bit(self.quantization, self.shape, codes, scales, *nested)
+        held = {
+            part: self.layer.get_parameter(parameter_name(part)).detach() for part in self.parts
+        }
+        for tensor in held.values():
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ContractError(
+                    f"{self.layer.path}: the scales of a quantized matrix were cast to {tensor.dtype}; "
+                    "load the model in the dtype it should compute in, and move it between devices alone"
+                )
+        return self.kind(self.quantization, self.shape, **held)
 
     def parameters(self) -> Sequence[Tensor]:
         """None that may train."""
@@ -106,7 +97,10 @@ class QuantizedLinear:
         return self.packed.open(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._weight().t(), self.layer.bias
+        bias = self.layer.bias
+        if (y := self.packed.multiply(x, bias)) is not None:
+            return y
+        weight = self._weight().t()
         return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
     def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
@@ -122,20 +116,15 @@ class QuantizedLinear:
         device = self.layer.weight.device
         return self.packed.open(self.dtype, self.buffers.get(self.shape, self.dtype, device))
 
-    def _held(self, name: str) -> Tensor:
-        return self.layer.get_parameter(PARAMETERS[name]).detach()
-
 
 def hold_packed(
     layer: BankLinear, packed: PackedMatrix, dtype: torch.dtype, buffers: OpenBuffers
 ) -> None:
     """Give a layer a packed matrix [O,I] in place of its weight, whatever the layout that had; it
     computes in ``dtype``."""
-    shape = (layer.out_features, layer.in_features)
-    assert packed.shape == shape, (packed.shape, shape)
-    layer.use_product(QuantizedLinear(layer, packed.quantization, shape, dtype, buffers))
-    for name, tensor in packed.tensors().items():
-        setattr(layer, PARAMETERS[name], nn.Parameter(tensor, requires_grad=False))
+    layer.use_product(QuantizedLinear(layer, packed, dtype, buffers))
+    for part, tensor in packed.tensors().items():
+        setattr(layer, parameter_name(part), nn.Parameter(tensor, requires_grad=False))
 
 
 @torch.no_grad()
@@ -160,10 +149,9 @@ def quantize_linears(model: nn.Module, quantization: Quantization, dtype: torch.
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
     packed = {
-        id(product.layer.get_parameter(name))
+        id(product.layer.get_parameter(parameter_name(part)))
         for product in quantized_linears(model).values()
-        for name in PARAMETERS.values()
-        if hasattr(product.layer, name)
+        for part in product.parts
     }
     for parameter in model.parameters():
         if id(parameter) not in packed and parameter.is_floating_point():
@@ -191,8 +179,8 @@ def open_linears(model: nn.Module) -> None:
         layer = product.layer
         weight = product.open(product.dtype)
         layer.product = None
-        for name in set(PARAMETERS.values()) - {"weight"} & set(layer._parameters):
-            delattr(layer, name)
+        for part in product.parts:
+            delattr(layer, parameter_name(part))
         weight = weight.t().contiguous() if layer.transposed else weight
         layer.weight = nn.Parameter(weight, requires_grad=False)
 

@@ -7,8 +7,9 @@
 high half, a scale each: the block's largest absolute value, itself an eight-bit code (double
 quantisation, blocks of 256 scales) unless that is switched off; 4.127 bits a value. Codes and largest values are
 bitsandbytes', bit for bit, and so is what its files are opened to; an eight-bit scale is the nearest, from which
-its CPU code is one step away in some 2 of 1,000. `int8`: a scale for each output, its largest absolute
-value over 127; weights alone, products are of the opened values.
+its CPU code is one step away in some 2 of 1,000. `int8`: the largest absolute value of
+each output, which 127 stands for, as bitsandbytes has it; weights alone, products are of the opened values.
+Formats that are read and never packed here lie in `grid.py`.
 
 O out, I in features.
 """
@@ -16,16 +17,28 @@ O out, I in features.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorry.adapters.quantization.codes import LEVELS, dynamic_levels, nearest_code
-from lorry.kernels.packed import open_4bit, open_int8, supports_opening
+from lorry.adapters.quantization.codes import (
+    LEVELS,
+    dynamic_levels,
+    dynamic_table,
+    level_table,
+    nearest_code,
+)
+from lorry.kernels.packed import (
+    MAX_PACKED_ROWS,
+    PackedSource,
+    open_packed,
+    packed_product,
+    supports_packed,
+)
 
 BLOCK = 64  # values that share a scale; QLoRA's and bitsandbytes'
 SCALE_BLOCK = 256  # scales that share one of their own
@@ -36,16 +49,17 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How matrices are packed. ``double``: whether scales of 4-bit blocks are packed too."""
+    """How a base's matrices are packed: one of `QUANTIZATIONS`, or a format of a checkpoint that was
+    packed elsewhere. ``double``: whether scales of 4-bit blocks are packed too."""
 
-    name: Literal["nf4", "fp4", "int8"]
+    name: str
     double: bool = True
 
     def facts(self) -> dict[str, str | int | bool]:
         """As files of an adapter record it."""
-        if self.name == "int8":
-            return {"format": self.name}
-        return {"format": self.name, "block": BLOCK, "double": self.double}
+        if self.name in LEVELS:
+            return {"format": self.name, "block": BLOCK, "double": self.double}
+        return {"format": self.name}
 
 
 QUANTIZATIONS: Mapping[str, Quantization] = {
@@ -53,32 +67,51 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 }
 
 
-class PackedMatrix(Protocol):
-    """A matrix [O,I] in few bits."""
-
-    @property
-    def quantization(self) -> Quantization:
-        """How it is packed."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What it is held in, by name."""
-
-    def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """[O,I] in ``dtype``, contiguous; written to ``into`` if given."""
-
-
 @dataclass(frozen=True, slots=True)
-class Packed4Bit:
-    """Codes uint8 [ceil(O I / 2)]; the scale of each block: fp32 [blocks], or uint8 [blocks] with
-    ``scale_scales`` fp32 [ceil(blocks / 256)] and ``offset`` fp32 [1] added to each."""
+class PackedMatrix(ABC):
+    """A matrix in few bits: how, its shape (O, I), and its codes; what else it is held in is each
+    format's own."""
 
     quantization: Quantization
     shape: tuple[int, int]
     codes: Tensor
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is held in, by the names of its fields."""
+
+    @abstractmethod
+    def source(self) -> PackedSource:
+        """What the kernels read it from."""
+
+    @abstractmethod
+    def open_plainly(self, out: Tensor) -> None:
+        """Write its values to out [O,I], contiguous, in plain torch."""
+
+    def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """The values [O,I] that it stands for, in ``dtype``, contiguous; written to ``into`` if given."""
+        out = (
+            torch.empty(self.shape, dtype=dtype, device=self.codes.device) if into is None else into
+        )
+        if supports_packed(self.codes, dtype):
+            open_packed(self.source(), out)
+        else:
+            self.open_plainly(out)
+        return out
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x [T,I] -> x W^T + b [T,O] of the values that `open` gives in the dtype of x, summed in fp32 and
+        rounded once, of packed bytes alone; None where no kernel does that for so many rows."""
+        if not 0 < x.shape[0] <= MAX_PACKED_ROWS or not supports_packed(self.codes, x.dtype):
+            return None
+        return packed_product(self.source(), self.shape[0], x, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed4Bit(PackedMatrix):
+    """Codes uint8 [ceil(O I / 2)]; the scale of each block: fp32 [blocks], or uint8 [blocks] with
+    ``scale_scales`` fp32 [ceil(blocks / 256)] and ``offset`` fp32 [1] added to each."""
+
     scales: Tensor
     scale_scales: Tensor | None = None
     offset: Tensor | None = None
@@ -93,20 +126,21 @@ class Packed4Bit:
         """fp32 [blocks]."""
         if self.scale_scales is None or self.offset is None:
             return self.scales
-        levels = torch.tensor(dynamic_levels(), device=self.scales.device)
-        values, count = levels[self.scales.int()], len(self.scales)
+        values, count = dynamic_table(self.scales.device)[self.scales.int()], len(self.scales)
         blocks = F.pad(values, (0, -count % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
         return (blocks * self.scale_scales[:, None]).view(-1)[:count].add_(self.offset)
 
-    def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        out = (
-            torch.empty(self.shape, dtype=dtype, device=self.codes.device) if into is None else into
-        )
+    def source(self) -> PackedSource:
+        device = self.codes.device
+        nested = (None, None, None)
+        if self.scale_scales is not None and self.offset is not None:
+            nested = (dynamic_table(device), self.scale_scales, self.offset)
+        levels = level_table(self.quantization.name, device)
+        return PackedSource("flat", (self.codes, self.scales, *nested, levels))
+
+    def open_plainly(self, out: Tensor) -> None:
         flat, scales = out.view(-1), self.block_scales()
-        levels = torch.tensor(LEVELS[self.quantization.name], device=self.codes.device)
-        if supports_opening(self.codes, dtype):
-            open_4bit(self.codes, scales, levels, out)
-            return out
+        levels = level_table(self.quantization.name, self.codes.device)
         # a byte's two values side by side in eight bytes, so that one look-up gives both
         pairs = torch.cartesian_prod(levels, levels).view(torch.int64)
         for start in range(0, flat.numel(), PIECE):
@@ -119,37 +153,27 @@ class Packed4Bit:
             else:  # the last block is shorter
                 values = values * here.repeat_interleave(BLOCK)[: values.numel()]
             part.copy_(values[: part.numel()])
-        return out
 
 
 @dataclass(frozen=True, slots=True)
-class PackedInt8:
-    """Codes int8 [O,I], scales fp32 [O]: the largest absolute value of each output over 127."""
+class PackedInt8(PackedMatrix):
+    """Codes int8 [O,I]; scales fp32 [O], the largest absolute value of each output."""
 
-    quantization: Quantization
-    codes: Tensor
     scales: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.codes.shape
-        return rows, columns
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scales": self.scales}
 
-    def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        out = (
-            torch.empty(self.shape, dtype=dtype, device=self.codes.device) if into is None else into
-        )
-        if supports_opening(self.codes, dtype):
-            open_int8(self.codes, self.scales, out)
-            return out
+    def source(self) -> PackedSource:
+        return PackedSource("rows", (self.codes, self.scales))
+
+    def open_plainly(self, out: Tensor) -> None:
         rows = max(1, PIECE // max(1, self.shape[1]))
         for start in range(0, self.shape[0], rows):
             here = slice(start, start + rows)
-            out[here].copy_(self.codes[here].float().mul_(self.scales[here, None]))
-        return out
+            # one after the other, as bitsandbytes has it: no scale is rounded
+            values = self.codes[here].float().mul_(self.scales[here, None]).mul_(1 / INT8_MOST)
+            out[here].copy_(values)
 
 
 def pack(weight: Tensor, quantization: Quantization) -> PackedMatrix:
@@ -211,7 +235,9 @@ def _pack_int8(weight: Tensor, quantization: Quantization) -> PackedInt8:
     rows = max(1, PIECE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         part = weight[start : start + rows].float()
-        scale = part.abs().amax(1) / INT8_MOST
-        scales[start : start + rows] = scale
-        codes[start : start + rows] = (part / scale.where(scale > 0, 1.0)[:, None]).round()
-    return PackedInt8(quantization, codes, scales)
+        largest = part.abs().amax(1)
+        scales[start : start + rows] = largest
+        codes[start : start + rows] = (
+            part * (INT8_MOST / largest.where(largest > 0, 1.0))[:, None]
+        ).round()
+    return PackedInt8(quantization, (weight.shape[0], weight.shape[1]), codes, scales)
