@@ -42,7 +42,7 @@ from lorry.data.reading.sources import open_source
 from lorry.errors import LorryError
 from lorry.models.gguf.header import check_gguf
 from lorry.models.loading.describe import describe_model
-from lorry.models.loading.weights import read_tensor_entries
+from lorry.models.loading.tensor_files import read_tensor_entries
 from lorry.report.html import render_page
 from lorry.runs.read import read_run
 from lorry.runs.status import run_state_of

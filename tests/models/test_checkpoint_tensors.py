@@ -21,7 +21,7 @@ from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ModelError
 from lorry.models.loading.load import load_model
-from lorry.models.loading.weights import is_finite
+from lorry.models.loading.tensor_files import is_finite
 from tests.support import tiny
 from tests.support.tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 

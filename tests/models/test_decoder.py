@@ -25,7 +25,8 @@ from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
-from lorry.models.loading.weights import load_decoder, read_tensor_entries
+from lorry.models.loading.tensor_files import read_tensor_entries
+from lorry.models.loading.weights import load_decoder
 from tests.support import tiny
 from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 

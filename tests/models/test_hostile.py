@@ -50,8 +50,8 @@ def test_packed_tensors_are_refused(llama: Path) -> None:
     rewrite(llama, lambda t: {**t, "model.norm.weight": t["model.norm.weight"].to(torch.int8)})
     with pytest.raises(ModelError, match="stored as I8"):
         opened(llama)
-    with pytest.raises(ModelError, match="'gptq'"):
-        opened(edit_config(llama, quantization_config={"quant_method": "gptq", "bits": 4}))
+    with pytest.raises(ModelError, match="packed by 'hqq' cannot be read"):
+        opened(edit_config(llama, quantization_config={"quant_method": "hqq", "bits": 4}))
 
 
 def test_pickles_are_never_opened(llama: Path) -> None:

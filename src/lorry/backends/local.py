@@ -35,7 +35,7 @@ from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.digest import sample_digest
-from lorry.models.loading.weights import is_finite
+from lorry.models.loading.tensor_files import is_finite
 from lorry.models.scoring.score import Want, evaluate_wants
 
 

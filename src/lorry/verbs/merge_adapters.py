@@ -190,7 +190,7 @@ def check_bases(folders: Sequence[Path], base: Path) -> None:
 
 def weight_digests(model: Path) -> list[str]:
     """SHA-256 of each file that a model's tensors lie in, by name."""
-    from lorry.models.loading.weights import read_tensor_entries
+    from lorry.models.loading.tensor_files import read_tensor_entries
 
     files = {entry.file for entry in read_tensor_entries(model).values()}
     return [file_digest(file) for file in sorted(files)]

@@ -15,7 +15,7 @@ O out, I in features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -42,10 +42,6 @@ class PackedGrid(PackedMatrix):
     zeros: Tensor | None = None
     minimums: Tensor | None = None
     groups: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def source(self) -> PackedSource:
         kind, halves = KIND_NUMBERS[self.kind], int(self.scales.dtype == torch.int16)
@@ -95,7 +91,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     """Codes below 16, uint8 [O,I] -> [O,ceil(I/2)], the first of two in the high half."""
     if codes.shape[1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[:, ::2] << 4 | codes[:, 1::2]
+    return (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
 
 
 def _as_floats(scales: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from lorry.adapters.quantization.packed import (
     packed_digest,
 )
 from lorry.errors import ContractError
-
 
 
 def parameter_name(part: str) -> str:
@@ -64,10 +64,11 @@ class QuantizedLinear:
         self, layer: BankLinear, packed: PackedMatrix, dtype: torch.dtype, buffers: OpenBuffers
     ) -> None:
         self.layer, self.dtype, self.buffers = layer, dtype, buffers
-        # the tensors themselves are the layer's, which may move them
-        self.kind: Callable[..., PackedMatrix] = type(packed)
         self.quantization, self.shape = packed.quantization, packed.shape
-        self.parts = tuple(packed.tensors())
+        # the tensors themselves are the layer's, which may move them
+        tensors, settings = packed.fields()
+        self.parts = tuple(tensors)
+        self.matrix_of: Callable[..., PackedMatrix] = partial(type(packed), **settings)
 
     @property
     def requires_grad(self) -> bool:
@@ -86,7 +87,7 @@ class QuantizedLinear:
                     f"{self.layer.path}: the scales of a quantized matrix were cast to {tensor.dtype}; "
                     "load the model in the dtype it should compute in, and move it between devices alone"
                 )
-        return self.kind(self.quantization, self.shape, **held)
+        return self.matrix_of(**held)
 
     def parameters(self) -> Sequence[Tensor]:
         """None that may train."""

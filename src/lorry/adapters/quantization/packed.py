@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +77,15 @@ class PackedMatrix(ABC):
     shape: tuple[int, int]
     codes: Tensor
 
-    @abstractmethod
+    def fields(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """({field: tensor} that it is held in, {field: setting} of the rest)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return tensors, {name: v for name, v in values.items() if name not in tensors}
+
     def tensors(self) -> dict[str, Tensor]:
-        """What it is held in, by the names of its fields."""
+        """What it is held in, by field."""
+        return self.fields()[0]
 
     @abstractmethod
     def source(self) -> PackedSource:
@@ -116,12 +123,6 @@ class Packed4Bit(PackedMatrix):
     scale_scales: Tensor | None = None
     offset: Tensor | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        given = {"codes": self.codes, "scales": self.scales}
-        if self.scale_scales is not None and self.offset is not None:
-            given |= {"scale_scales": self.scale_scales, "offset": self.offset}
-        return given
-
     def block_scales(self) -> Tensor:
         """fp32 [blocks]."""
         if self.scale_scales is None or self.offset is None:
@@ -132,7 +133,7 @@ class Packed4Bit(PackedMatrix):
 
     def source(self) -> PackedSource:
         device = self.codes.device
-        nested = (None, None, None)
+        nested: tuple[Tensor | None, ...] = (None, None, None)
         if self.scale_scales is not None and self.offset is not None:
             nested = (dynamic_table(device), self.scale_scales, self.offset)
         levels = level_table(self.quantization.name, device)
@@ -160,9 +161,6 @@ class PackedInt8(PackedMatrix):
     """Codes int8 [O,I]; scales fp32 [O], the largest absolute value of each output."""
 
     scales: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"codes": self.codes, "scales": self.scales}
 
     def source(self) -> PackedSource:
         return PackedSource("rows", (self.codes, self.scales))

@@ -24,13 +24,8 @@ from lorry.integrations.megatron.linear import tensor_group
 from lorry.models.decoder.block import compute_inv_freq
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading.describe import ModelDescription, describe_model
-from lorry.models.loading.weights import (
-    TensorEntry,
-    match_tensor_names,
-    read_tensor_entries,
-    read_tensors,
-    refuse_damaged_buffers,
-)
+from lorry.models.loading.tensor_files import TensorEntry, read_tensor_entries, read_tensors
+from lorry.models.loading.weights import match_tensor_names, refuse_damaged_buffers
 from lorry.models.megatron.layout import (
     FAMILIES,
     MegatronLinear,

@@ -34,7 +34,7 @@ from lorry.errors import ModelError
 from lorry.models.gguf.header import GgufHeader
 from lorry.models.loading.accounting import refuse_loading_errors
 from lorry.models.loading.describe import model_file_errors, silence_transformers
-from lorry.models.loading.weights import refuse_not_finite
+from lorry.models.loading.tensor_files import refuse_not_finite
 
 try:
     from transformers import GgufConfig

@@ -30,13 +30,8 @@ from lorry.models.loading.accounting import (
     refuse_packed_weights,
     refuse_untied_weights,
 )
-from lorry.models.loading.weights import (
-    RECOMPUTED_BUFFERS,
-    TensorEntry,
-    read_tensor_entries,
-    read_tensors,
-    refuse_damaged_buffers,
-)
+from lorry.models.loading.tensor_files import TensorEntry, read_tensor_entries, read_tensors
+from lorry.models.loading.weights import RECOMPUTED_BUFFERS, refuse_damaged_buffers
 
 
 def read_shares(

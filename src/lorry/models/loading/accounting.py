@@ -18,13 +18,8 @@ import torch
 from safetensors import safe_open
 
 from lorry.errors import ModelError
-from lorry.models.loading.weights import (
-    FLOAT_DTYPES,
-    RECOMPUTED_BUFFERS,
-    TensorEntry,
-    refuse_damaged_buffers,
-    refuse_not_finite,
-)
+from lorry.models.loading.tensor_files import FLOAT_DTYPES, TensorEntry, refuse_not_finite
+from lorry.models.loading.weights import RECOMPUTED_BUFFERS, refuse_damaged_buffers
 from lorry.notes import NoteCallback
 
 # 6 digits: int() of a hostile name stays cheap

@@ -28,6 +28,8 @@ from lorry.families import ModelFamily, find_family, unsupported_fields
 from lorry.families.common import UnsupportedConfigError
 from lorry.models.decoder.pointwise import ACTIVATIONS
 from lorry.models.loading.config_json import decode_tagged_floats
+from lorry.models.packed.formats import CONFIG_KEYS, find_packing, packed_format
+from lorry.models.packed.parts import PackedFormat
 from lorry.notes import NoteCallback
 
 CODE_KEYS = frozenset(
@@ -79,23 +81,39 @@ HARMLESS_WARNINGS = ("`attention_mask` was passed, but it is unused",)
 @dataclass(frozen=True)
 class ModelDescription:
     """config: a plain dict, complete; hf: transformers' object for the same; family: None when only
-    transformers can run it, for the reason in ``why``."""
+    transformers can run it, for the reason in ``why``; packed_as: how its matrices are packed, None
+    where they are whole."""
 
     config: dict[str, Any]
     hf: Any
     family: ModelFamily | None
     why: str = ""
+    packed_as: PackedFormat | None = None
 
 
 def describe_model(
-    directory: Path, *, trust_remote_code: bool = False, native: bool = True, add_note: NoteCallback
+    directory: Path,
+    *,
+    trust_remote_code: bool = False,
+    native: bool = True,
+    packed: bool = False,
+    add_note: NoteCallback,
 ) -> ModelDescription:
-    """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants
-    code that was not allowed.
+    """Read ``directory/config.json``. ``packed``: whether matrices that are packed already will do.
+    Raises ModelError when it is unusable, packed in a way that cannot be read, or wants code that was
+    not allowed.
     """
     path = directory / "config.json"
     raw, removed = strip_code_keys(decode_tagged_floats(read_model_json(path)))
-    refuse_quantised(raw, path)
+    packed_as = None
+    if (stated := find_packing(raw)) is not None:
+        packed_as = packed_format(stated, str(path))
+        if not packed:
+            raise ModelError(
+                f"{path}: its matrices are packed ({packed_as.quantization.name}), and this needs them whole; give "
+                "the unquantised checkpoint"
+            )
+        raw = {key: value for key, value in raw.items() if key not in CONFIG_KEYS}
     # safetensors readers other than transformers ignore the field: two libraries, two models
     if raw.get("transformers_weights") not in (None, *WEIGHTS):
         raise ModelError(
@@ -114,7 +132,9 @@ def describe_model(
         hf = AutoConfig.from_pretrained(
             str(directory), trust_remote_code=True, local_files_only=True
         )
-        return ModelDescription(hf.to_dict(), hf, None, "its code is part of the checkpoint")
+        return ModelDescription(
+            hf.to_dict(), hf, None, "its code is part of the checkpoint", packed_as
+        )
     if kind not in CONFIG_MAPPING:
         if pointers:
             raise ModelError(
@@ -134,7 +154,7 @@ def describe_model(
     )
     if family is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{path}: model_type {kind!r} is not a causal language model")
-    return ModelDescription(config, hf, family, why)
+    return ModelDescription(config, hf, family, why, packed_as)
 
 
 def match_family(
@@ -192,22 +212,10 @@ def strip_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     return plain_config, removed
 
 
-def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError for a checkpoint whose weights are packed (GPTQ, AWQ, bitsandbytes, FP8
-    ...).
-    """
-    # one level down: multimodal configs keep the text model in a part
-    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-    for part in parts:
-        scheme = part.get("quantization_config") or part.get("compression_config")
-        if scheme:
-            method = (
-                scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else "unnamed"
-            )
-            raise ModelError(
-                f"{path}: a checkpoint quantised by {method!r} cannot be loaded yet; use the unquantised checkpoint, or a GGUF "
-                "file of the same model"
-            )
+def has_packed_matrices(directory: Path) -> bool:
+    """Whether a model's files hold its matrices packed. Raises ModelError for a config.json that cannot
+    be read."""
+    return find_packing(read_model_json(directory / "config.json")) is not None
 
 
 @contextmanager

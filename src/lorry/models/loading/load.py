@@ -23,7 +23,7 @@ from lorry.adapters.quantization.linear import quantize_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS, Quantization
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config.parsing.sizes import size_in_words
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
 from lorry.models.hf.anatomy import list_text_tokens
@@ -38,14 +38,13 @@ from lorry.models.loading.describe import (
     silence_transformers,
 )
 from lorry.models.loading.digest import sample_digest
-from lorry.models.loading.sources import find_adapters_in, resolve_model
+from lorry.models.loading.sources import ModelLocation, find_adapters_in, resolve_model
 from lorry.models.loading.store import GENERATION_CONFIG
+from lorry.models.loading.tensor_files import read_tensor_entries, stored_float_dtype
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.models.loading.weights import (
-    load_decoder,
-    read_tensor_entries,
-    stored_float_dtype,
-)
+from lorry.models.loading.weights import load_decoder
+from lorry.models.packed.parts import PackedFormat
+from lorry.models.packed.reading import MatrixSource, PackedCheckpoint, PackedWhileRead
 from lorry.models.proofs import find_native_mismatch, prove_hf_model
 from lorry.models.tensor_parallel_proof import prove_shared_layers
 from lorry.notes import NoteCallback
@@ -55,6 +54,8 @@ from lorry.runs.layout import ADAPTER_FACTS
 
 __all__ = ["LoadedModel", "load_model", "sample_digest"]
 
+# quantize: hold matrices as the files have them packed
+KEEP = "keep"
 DTYPES = {
     "float32": torch.float32,
     # short names as other tools spell them
@@ -115,12 +116,16 @@ def load_model(
         else dtype,
         torch_device,
     )
-    quantization = _pick_quantization(quantize, location.adapter)
+    description = describe_model(
+        location.directory,
+        trust_remote_code=trust_remote_code,
+        native=native,
+        packed=True,
+        add_note=add_note,
+    )
+    quantization = _pick_quantization(quantize, location, description.packed_as)
     if quantization is not None:
         _refuse_cut_matrices(quantization, ranks, shard, convert)
-    description = describe_model(
-        location.directory, trust_remote_code=trust_remote_code, native=native, add_note=add_note
-    )
     _refuse_unfit(description, ranks, convert)
     if description.family is not None and (
         why := find_native_mismatch(
@@ -149,7 +154,7 @@ def load_model(
             torch_device,
             ranks,
             shard,
-            quantization,
+            _matrix_source(quantization, description),
         )
         if (ranks is not None or convert is not None) and shard is None:  # else it is taken already
             remember_base_digest(decoder)
@@ -157,6 +162,11 @@ def load_model(
         # PEFT's field for the base: adapters saved later name it
         model.config["_name_or_path"] = str(location.directory)
     else:
+        if description.packed_as is not None:
+            raise ModelError(
+                f"{location.directory}: its matrices are packed ({description.packed_as.quantization.name}), which Lorry's "
+                f"own decoder alone computes with, and {description.why}; give the unquantised checkpoint"
+            )
         add_note(f"{description.why}; it runs in transformers, more slowly")
         model = load_hf(
             location.directory,
@@ -200,6 +210,17 @@ def load_model(
     if location.adapter is not None:
         source["adapter"] = str(location.adapter)
     return LoadedModel(model, tokenizer, source)
+
+
+def _matrix_source(
+    quantization: Quantization | None, description: ModelDescription
+) -> MatrixSource | None:
+    """Where the decoder's packed matrices come from; None where it holds whole ones."""
+    if description.packed_as is not None:
+        return PackedCheckpoint(description.packed_as)
+    if quantization is None or description.family is None:
+        return None
+    return PackedWhileRead(quantization, description.family.transposed)
 
 
 def _refuse_cut_matrices(
@@ -294,11 +315,28 @@ def _adapter_facts(adapter: Path) -> list[dict[str, Any]]:
     return [read_model_json(folder / ADAPTER_FACTS) for folder in folders]
 
 
-def _pick_quantization(quantize: str | None, adapter: Path | None) -> Quantization | None:
-    """What was asked for, or what an adapter's base had. Raises ConfigError for an unknown name."""
+def _pick_quantization(
+    quantize: str | None, location: ModelLocation, packed_as: PackedFormat | None
+) -> Quantization | None:
+    """How matrices are held: as the files have them packed, as was asked for, or as an adapter's base had
+    them. Raises ConfigError for an unknown name, and for another format than the files'."""
+    adapter = location.adapter
     name = trained_quantization(adapter) if quantize is None and adapter is not None else quantize
-    if name is not None and name not in QUANTIZATIONS:
-        raise ConfigError(f"quantize={name!r}; choose {', '.join(QUANTIZATIONS)}")
+    if name is not None and name not in (*QUANTIZATIONS, KEEP):
+        raise ConfigError(f"quantize={name!r}; choose {', '.join((*QUANTIZATIONS, KEEP))}")
+    if packed_as is not None:
+        held = packed_as.quantization
+        if name in (None, KEEP, held.name):
+            return held
+        raise ConfigError(
+            f"model.quantize={name}: {location.directory} holds its matrices in {held.name} already, and packing "
+            f"them again would round them twice; leave quantize out, or give the unquantised checkpoint"
+        )
+    if name == KEEP:
+        raise ConfigError(
+            f"model.quantize={KEEP}: the matrices of {location.directory} are whole; choose "
+            f"{', '.join(QUANTIZATIONS)}, or leave quantize out"
+        )
     return None if name is None else QUANTIZATIONS[name]
 
 

@@ -24,8 +24,8 @@ from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.load import load_model, trained_dtype, trained_quantization
 from lorry.models.loading.sources import resolve_model
+from lorry.models.loading.tensor_files import read_tensor_entries, stored_float_dtype
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
-from lorry.models.loading.weights import read_tensor_entries, stored_float_dtype
 from lorry.notes import NoteCallback, ignore_note
 from lorry.runs.layout import (
     ADAPTER_CONFIG,

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lorry.errors import ContractError, ModelError
 from lorry.models.loading.accounting import refuse_unfit_tensors
 from lorry.models.loading.describe import describe_model, model_file_errors, silence_transformers
-from lorry.models.loading.weights import read_tensor_entries
+from lorry.models.loading.tensor_files import read_tensor_entries
 from lorry.notes import ignore_note
 
 # Largest logit difference, as a share of the largest logit, between two libraries that compute in a

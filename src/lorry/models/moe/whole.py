@@ -20,14 +20,13 @@ from torch import Tensor
 from lorry.errors import ModelError
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading.describe import describe_model
-from lorry.models.loading.weights import (
+from lorry.models.loading.tensor_files import (
     FLOAT_DTYPES,
     TensorEntry,
-    match_tensor_names,
     read_tensor_entries,
     read_tensors,
-    refuse_damaged_buffers,
 )
+from lorry.models.loading.weights import match_tensor_names, refuse_damaged_buffers
 from lorry.notes import ignore_note
 
 

@@ -126,17 +126,19 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
 
     from lorry.adapters.quantization.linear import round_base_linears
     from lorry.adapters.quantization.packed import QUANTIZATIONS
-    from lorry.models.loading.describe import model_file_errors
+    from lorry.models.loading.describe import has_packed_matrices, model_file_errors
     from lorry.models.loading.load import trained_quantization
     from lorry.models.loading.reopen import reopen_model
 
     try:
         # an extra of the package; the export is opened again all the same
-        if importlib.util.find_spec("peft") is None:
-            print_note(
-                "note: peft is not installed, so Lorry itself read the export back "
-                "(pip install 'lorry[peft]')"
-            )
+        alone = {
+            "peft is not installed": importlib.util.find_spec("peft") is None,
+            # whose classes need the library of the format
+            "the base's files hold packed matrices": has_packed_matrices(Path(base)),
+        }
+        if why := next((reason for reason, holds in alone.items() if holds), None):
+            print_note(f"note: {why}, so Lorry itself read the export back")
             dtype_name = str(dtype).removeprefix("torch.")
             return open_with_adapters(
                 ModelConfig.model_validate(

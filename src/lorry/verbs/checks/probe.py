@@ -74,7 +74,7 @@ def logits_dtype_name(run: str, stored: str) -> str:
     from lorry.adapters.bank import free_memory
     from lorry.models.loading.load import pick_device
     from lorry.models.loading.sources import resolve_model
-    from lorry.models.loading.weights import read_tensor_entries
+    from lorry.models.loading.tensor_files import read_tensor_entries
 
     needed = 4 * sum(
         math.prod(entry.shape)

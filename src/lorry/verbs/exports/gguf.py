@@ -101,8 +101,8 @@ def export_gguf_mixture(directory: Path, output: Path, outtype: str, *, title: s
     from lorry.models.gguf.vocabulary import read_vocabulary
     from lorry.models.gguf.writer import check_rounding, plan_tensors, write_gguf
     from lorry.models.loading.describe import describe_model
+    from lorry.models.loading.tensor_files import read_tensor_entries
     from lorry.models.loading.tokenizer import load_tokenizer
-    from lorry.models.loading.weights import read_tensor_entries
 
     def add_note(text: str) -> None:
         print_note(f"note: {text}")

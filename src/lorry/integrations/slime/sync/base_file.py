@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.peft.files import digest_samples, sample_positions, values_at_positions
-from lorry.models.loading.weights import TensorEntry, read_tensor_entries, read_tensors
+from lorry.models.loading.tensor_files import TensorEntry, read_tensor_entries, read_tensors
 from lorry.models.megatron.layout import FAMILY, hugging_face_tree
 
 CPU = torch.device("cpu")
