@@ -11,8 +11,9 @@ autograd over separate operations.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lorry.config.schema import ROW_ALONE, StepReads
 from lorry.plan.adapters import PlannedAdapter
@@ -48,6 +49,9 @@ FOUR_BIT = (4 + (8 + 32 / 256) / 64) / 8
 WEIGHT_BYTES: dict[PrecisionName, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": FOUR_BIT, "fp4": FOUR_BIT,
 }  # fmt: skip
+# inputs that share a scale in 4-bit checkpoints: with as many, scales and zeros weigh no more than NF4's
+# beyond what the margin covers
+WIDE_GROUP = 128
 # fp32 values; with their gradients; AdamW's two moments
 VALUE_BYTES, MASTER_BYTES, MOMENT_BYTES = 4, 8, 8
 
@@ -283,6 +287,18 @@ def layer_weights(shape: ModelShape, precision: PrecisionName) -> float:
         + scales
         + shape.layer_small * (4 if precision == "float32" else 2)
     )
+
+
+def packed_precision(config: Mapping[str, Any]) -> PrecisionName | None:
+    """The precision whose bytes a checkpoint's packed matrices take at most, by its config.json; None where
+    that says nothing of packed matrices."""
+    stated = config.get("quantization_config")
+    if not isinstance(stated, dict):
+        return None
+    four = stated.get("load_in_4bit") or stated.get("bits", stated.get("w_bit")) == 4
+    group = stated.get("group_size", stated.get("q_group_size", WIDE_GROUP))
+    narrow = isinstance(group, int) and 0 < group < WIDE_GROUP
+    return "nf4" if four and not narrow else "int8"
 
 
 def _expert_rows(shape: ModelShape) -> int:

@@ -54,6 +54,7 @@ from lorry.plan.memory import (
     MemoryEstimate,
     MemorySetup,
     PrecisionName,
+    packed_precision,
 )
 from lorry.plan.parallel.communication import adapter_sizes, step_collectives
 from lorry.plan.parallel.per_rank import memory_per_rank, pipeline_slowdown
@@ -136,7 +137,7 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         lora,
         settings.train,
         shape,
-        [_base_precision(settings, device)],
+        [_base_precision(settings, device, found_config)],
         has_budget=has_budget,
         rank=found_config.adapter_rank,
     )
@@ -254,7 +255,7 @@ def _plan_of_router(
     if settings.backend.keep_total:
         train = _train_of_a_process(train, split)
     alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
-    precision = _base_precision(settings, device)
+    precision = _base_precision(settings, device, found_config)
     choice = PlanChoice(
         rank=max((job.rank for job in planned), default=0)
         if router.lora is None
@@ -317,7 +318,7 @@ def _plan_of_jobs(
 ) -> RunPlan:
     """Several adapters over one base in one pass. Raises ConfigError for a split that cannot be."""
     _refuse_stages(split, "several jobs")
-    precision = _base_precision(settings, device)
+    precision = _base_precision(settings, device, found_config)
     setup = joint_setup(
         jobs,
         precision,
@@ -494,10 +495,14 @@ def _train_of_a_process(train: TrainConfig, split: ParallelSplit) -> TrainConfig
     return train.model_copy(update=own)
 
 
-def _base_precision(settings: AnyPlanSettings, device: DeviceType) -> PrecisionName:
-    """The base's format: quantised if asked, else the dtype; auto is bfloat16 where the device is
-    fast in it.
+def _base_precision(
+    settings: AnyPlanSettings, device: DeviceType, found_config: FoundConfig
+) -> PrecisionName:
+    """The base's format: packed if its files are, or if asked, else the dtype; auto is bfloat16 where the
+    device is fast in it.
     """
+    if (packed := packed_precision(found_config.config)) is not None:
+        return packed
     if settings.model.quantize is not None:
         return settings.model.quantize
     if settings.model.dtype != "auto":
@@ -636,6 +641,10 @@ def _plan_notes(
     if unpacked := _unpacked(settings, shape):
         notes.append(
             f"model.quantize={settings.model.quantize} {unpacked}: this plan is of what packing them would need"
+        )
+    if packed_precision(found_config.config) is not None:
+        notes.append(
+            f"its files hold matrices packed, which stay so: their bytes count as {choice.precision}'s, an upper bound"
         )
     if unbuilt := _unbuilt_backend(settings.backend):
         notes.append(f"{unbuilt} is not built yet: this plan has not been checked against a run")

@@ -21,7 +21,7 @@ from lorry.plan.choices import (
     single_device_memory,
 )
 from lorry.plan.configs import count_start_values
-from lorry.plan.memory import DeviceType
+from lorry.plan.memory import DeviceType, packed_precision
 from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
 from lorry.runs.layout import ADAPTER_CONFIG
@@ -50,6 +50,7 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
         place.directory,
         trust_remote_code=model.trust_remote_code,
         native=model.native,
+        packed=True,
         add_note=ignore_note,
     )
     shape = read_model_shape(
@@ -59,7 +60,11 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     )
     where = pick_device(model.device)
     device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
-    precision = str(pick_dtype(model.dtype, where)).removeprefix("torch.")
+    precision = (
+        packed_precision(read_model_json(place.directory / "config.json"))
+        or model.quantize
+        or str(pick_dtype(model.dtype, where)).removeprefix("torch.")
+    )
     # an adapter that is trained further has its rank already; only the batch is left to choose
     adapter = place.adapter or (Path(model.adapter) if model.adapter else None)
     frozen = 0
