@@ -27,7 +27,8 @@ from lorry.plan.choices import (
 from lorry.plan.constants import PLAN_MARGIN
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import PRECISIONS, MemoryEstimate, MemorySetup, estimate_memory
-from lorry.plan.search import PlanChoice, batch_splits, powers_of_two
+from lorry.plan.ranks import capacity_rank, next_rank, rank_grid
+from lorry.plan.search import PlanChoice, batch_splits
 from lorry.plan.shapes import ModelShape, read_model_shape
 
 SHAPES = {
@@ -127,10 +128,25 @@ def test_splits_make_the_same_step(rows: int, accumulation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("largest", "ranks"), [(1, [1]), (7, [1, 2, 4]), (128, [1, 2, 4, 8, 16, 32, 64, 128])]
+    ("largest", "ranks"),
+    [
+        (1, [1]),
+        (7, [1, 2, 4]),
+        (12, [1, 2, 4, 8, 12]),
+        (256, [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]),
+    ],
 )
-def test_ranks_are_powers_of_two(largest: int, ranks: list[int]) -> None:
-    assert powers_of_two(largest) == ranks
+def test_ranks_are_of_a_grid(largest: int, ranks: list[int]) -> None:
+    assert rank_grid(largest) == ranks
+
+
+def test_a_rank_has_room_for_what_is_to_be_learnt() -> None:
+    grid = rank_grid(64)
+    # 1,000 values a rank at 2 bits each
+    asked = {bits: capacity_rank(bits, lambda rank: 1000 * rank, grid) for bits in (0, 2000, 2001)}
+    assert asked == {0: 1, 2000: 1, 2001: 2}
+    assert capacity_rank(1e9, lambda rank: 1000 * rank, grid) == 64
+    assert [next_rank(rank, grid) for rank in (0.5, 8, 8.1, 12.5, 1000)] == [1, 8, 12, 16, 64]
 
 
 # --- what is open, and what is taken
@@ -145,7 +161,7 @@ def test_without_a_budget_nothing_is_open() -> None:
     ("given", "rows", "recomputes", "ranks"),
     [
         ({}, {8, 4, 2, 1}, {"none", "full"}, {16}),
-        ({"r": "auto"}, {8, 4, 2, 1}, {"none", "full"}, {1, 2, 4, 8, 16, 32, 64, 128}),
+        ({"r": "auto"}, {8, 4, 2, 1}, {"none", "full"}, set(rank_grid(192))),
         ({"per_device_train_batch_size": 4}, {4}, {"none", "full"}, {16}),
         ({"gradient_accumulation_steps": 4}, {8}, {"none", "full"}, {16}),
         ({"gradient_checkpointing": False}, {8, 4, 2, 1}, {"none"}, {16}),

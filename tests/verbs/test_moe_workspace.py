@@ -435,5 +435,5 @@ def test_experts_in_turn_have_the_rank_that_fits(workspace: Path, tmp_path: Path
         for name in ("one", "two")
     }
     assert ranks["two"] == 4
-    # the largest power of two that the model's narrowest matrix has room for
+    # the largest that the model's narrowest matrix has room for
     assert ranks["one"] > 4

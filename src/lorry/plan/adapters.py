@@ -12,6 +12,7 @@ from itertools import pairwise
 from lorry.config.moe import RouterConfig
 from lorry.config.schema import LoraConfig, StepReads
 from lorry.errors import ConfigError, suggest_nearest
+from lorry.plan.ranks import MOST_RANK
 from lorry.plan.shapes import ModelShape, Site
 
 
@@ -237,9 +238,9 @@ def _list_known_names(paths: Iterable[str]) -> str:
     return f"the layers here end in {', '.join(dict.fromkeys(p.rpartition('.')[2] for p in paths))}"
 
 
-def largest_rank(shape: ModelShape, lora: LoraConfig, most: int = 256) -> int:
-    """The largest power of two that is no larger than any adapted matrix's smaller side: beyond it
-    a rank adds nothing.
+def largest_rank(shape: ModelShape, lora: LoraConfig, most: int = MOST_RANK) -> int:
+    """The largest that is no larger than any adapted matrix's smaller side: beyond it a rank adds
+    nothing.
     """
     smaller = min(min(s.inputs, s.outputs) for s in plan_adapter(shape, lora, 1).matrices)
-    return 1 << (min(most, smaller).bit_length() - 1)
+    return min(most, smaller)

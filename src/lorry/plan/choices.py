@@ -33,12 +33,12 @@ from lorry.plan.memory import (
     RecomputeMode,
     estimate_memory,
 )
+from lorry.plan.ranks import rank_grid
 from lorry.plan.search import (
     ChoiceSearchResult,
     PlanChoice,
     batch_splits,
     enumerate_choices,
-    powers_of_two,
     search_choices,
 )
 from lorry.plan.shapes import ModelShape
@@ -125,7 +125,7 @@ def open_choices(
     """Every choice the settings leave open, preferred ones first; exactly one without a
     memory_budget. ``rank``: of an adapter that exists already."""
     if rank is None and lora.r == "auto":
-        ranks = powers_of_two(largest_rank(shape, lora))
+        ranks = rank_grid(largest_rank(shape, lora))
     else:
         ranks = [rank if rank is not None else int(lora.r)]
     rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps

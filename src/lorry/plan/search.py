@@ -86,11 +86,6 @@ def batch_splits(rows: int, accumulation: int) -> list[tuple[int, int]]:
     return splits
 
 
-def powers_of_two(largest: int) -> list[int]:
-    """1, 2, 4 ... up to ``largest``."""
-    return [1 << i for i in range(largest.bit_length()) if 1 << i <= largest]
-
-
 def search_choices(
     budget: int, options: Iterable[PlanChoice], need: Callable[[PlanChoice], MemoryEstimate]
 ) -> ChoiceSearchResult:
