@@ -34,6 +34,12 @@ from lorry.adapters.product import (
 )
 from lorry.adapters.tensor_parallel.ranks import CopyToRanks, ReduceFromRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices, Side
+from lorry.adapters.variants.magnitude import (
+    MagnitudeFunction,
+    MatrixProduct,
+    output_scale,
+    weight_norm,
+)
 from lorry.errors import ConfigError, ContractError
 
 # Other people's models cannot pass an AdapterContext down; `models/hf/model.py` sets it around their forward.
@@ -49,7 +55,7 @@ StackEntry = tuple[tuple[object, ...], ComputeCopies]
 class AdapterSlot:
     """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat
     buffer), scale and dropout; ``slices``: how the module, and with it one of the two, is cut over
-    ranks.
+    ranks; ``magnitude`` [O]: of a DoRA adapter.
 
     `LinearGroup` makes the compute copies from them. ``initial``: frozen A0 [R,I] and B0 [O,R], whose
     scaled product is taken off (an initialisation at which the adapter is not zero).
@@ -62,17 +68,21 @@ class AdapterSlot:
     dropout: float
     slices: LayerSlices | None = None
     initial: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    magnitude: nn.Parameter | None = None
     # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
     # no two slots of a process share one
     slot_id: int = field(default_factory=count().__next__, repr=False)
+    # of an embedding with a magnitude: the norms it divides by, and of what they were made
+    norm: tuple[object, Tensor] | None = field(default=None, repr=False)
     # of the groups whose first slot this is
     stacks: dict[tuple[int, ...], StackEntry] = field(default_factory=dict, repr=False)
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""
         # data_ptr too: `AdapterBank.to` gives the masters other memory without a write
-        return (self.write_count, self.A._version, self.B._version, self.A.data_ptr())
+        stamp = (self.write_count, self.A._version, self.B._version, self.A.data_ptr())
+        return stamp if self.magnitude is None else (*stamp, self.magnitude._version)
 
     def touch(self) -> None:
         """Say that a master has changed, or is about to."""
@@ -131,6 +141,8 @@ class AdaptableLayer(nn.Module):
         # the foreign layer this one stands in for, so that `detach` puts the very object back;
         # a tuple, so that it is no submodule
         self.replaced: tuple[nn.Module, ...] = ()
+        # the squared norms of the weight's rows, and of what they were made (`variants.magnitude`)
+        self.row_squares: tuple[object, Tensor] | None = None
 
     @property
     def in_features(self) -> int:
@@ -139,6 +151,10 @@ class AdaptableLayer(nn.Module):
     @property
     def out_features(self) -> int:
         raise AssertionError("every bank layer defines its own width")
+
+    def matrix(self) -> Tensor:
+        """W [O,I] of the base, as it is multiplied; it may be the memory of the next that is asked for."""
+        raise AssertionError("every bank layer has a matrix of its own")
 
     def whole_features(self) -> tuple[int, int]:
         """(out, in) features on one device, of which this rank may have a part."""
@@ -199,6 +215,29 @@ class AdaptableLayer(nn.Module):
             return []
         return [(self.slots[t.adapter], t.rows, t.gate) for t in self.base_terms] + terms
 
+    def refuse_mixed_magnitude(self, call: AdapterContext, term: MixTerm) -> None:
+        """Raises ContractError unless ``term``, of a DoRA adapter with a slot here, is alone with the base
+        in its rows, with g = 1: what else it should be, nobody has said."""
+        if isinstance(term.gate, Tensor) or term.route is not None or term.gate != 1:
+            raise ContractError(
+                f"{self.path}: the adapter {term.adapter!r} is a DoRA, whose weight in a mix is 0 or 1; give "
+                "it 1, or train a plain LoRA (use_dora=false) to weigh, route or negate"
+            )
+        beside = [
+            each.adapter
+            for each in call.mix.terms
+            if each is not term and each.adapter in self.slots and _share_rows(each.rows, term.rows)
+        ]
+        if beside:
+            raise ContractError(
+                f"{self.path}: the adapter {term.adapter!r} is a DoRA, and {beside[0]!r} is active beside "
+                "it; what both together are is not defined: use one at a time"
+            )
+
+    def base_stamp(self) -> tuple[object, ...]:
+        """Changes whenever the base here may have."""
+        return self.weight.data_ptr(), self.weight._version, self.base_terms
+
 
 class BankLinear(AdaptableLayer):
     """y = W x + b + the bank's terms. weight [out, in], or [in, out] when ``transposed`` (GPT-2's
@@ -257,6 +296,16 @@ class BankLinear(AdaptableLayer):
             raise ConfigError(f"{self.path} has a custom product, of which no matrix is known")
         matrix: Tensor = opened(torch.float32)
         return matrix
+
+    def matrix(self) -> Tensor:
+        """As `AdaptableLayer.matrix`. Raises ConfigError where another layer multiplies it."""
+        product = self.base_product()
+        if not isinstance(product, MatrixProduct):
+            raise ConfigError(
+                f"{self.path}: use_dora needs the base's matrix, and the product of this linear does not "
+                "show it; train a plain LoRA (use_dora=false)"
+            )
+        return product.matrix()
 
     def _added_bias(self) -> Tensor | None:
         """The bias that this process adds: of a sum over ranks one of them alone."""
@@ -424,7 +473,10 @@ class LinearGroup:
             # one adapter has one dropout rate, so its first slot speaks for the group
             rate = slot.dropout if call.noise is not None else 0.0
             rows = None if term.rows is None else (term.rows.start, term.rows.stop)
-            groups.setdefault((rows, rate, per_token, term.route is not None), []).append(term)
+            # a DoRA scales what it is added to: by itself
+            alone = slot.magnitude is not None and term.adapter
+            key = (rows, rate, per_token, term.route is not None, alone)
+            groups.setdefault(key, []).append(term)
         return list(groups.values())
 
     def _add_stack(
@@ -481,6 +533,14 @@ class LinearGroup:
             # waste
             tokens, term_rows = align_rows(first.rows)
         masters = [slot for _, _, slot in slots]
+        vectors = [j for j, slot in enumerate(masters) if slot.magnitude is not None]
+        if vectors:
+            for i, _, _ in slots:
+                self.linears[i].refuse_mixed_magnitude(call, first)
+            if self.trainable_base_tensors():
+                raise ContractError(
+                    f"{self.linears[0].path}: base weights do not train beside a DoRA adapter"
+                )
         stacks.append(
             StackedAdapters(
                 tokens,
@@ -490,12 +550,14 @@ class LinearGroup:
                 partial(_touch_slots, masters),
                 term_rows,
                 routed,
+                vectors,
             )
         )
         terms.append(
             TermParams(
                 tuple(PartParams(slot.A, slot.B) for slot in masters),
                 torch.stack(gates, 1) if gates else None,
+                tuple(masters[j].magnitude for j in vectors),
             )
         )
 
@@ -522,6 +584,8 @@ class LinearGroup:
         stamp = (
             dtype,
             several and (tuple(constants), columns and tuple(columns)),
+            slots[0][2].magnitude is not None
+            and tuple(self.linears[i].base_stamp() for i, _, _ in slots),
             *(value for i, _, slot in slots for value in (i, *slot.stamp())),
         )
         cache, key = slots[0][2].stacks, (several, *(slot.slot_id for _, _, slot in slots))
@@ -549,7 +613,8 @@ class LinearGroup:
         for (i, _, slot), (own, b) in zip(slots, factors, strict=True):
             rows = slice(at, at + own.shape[0])
             trained = None if slot.initial is None else slice(at, at + slot.A.shape[0])
-            parts.append(AdapterShare(i, rows, b.to(dtype), slot.scale, trained))
+            scale = None if slot.magnitude is None else output_scale(self.linears[i], slot)
+            parts.append(AdapterShare(i, rows, b.to(dtype), slot.scale, trained, scale))
             at = rows.stop
         return ComputeCopies(a, parts)
 
@@ -598,6 +663,13 @@ class LinearGroup:
         if by_rank:
             rank_scales = torch.tensor(scales, dtype=dtype).repeat_interleave(ranks).to(a.device)
         return ComputeCopies(a, parts, shares, wanted, rank_scales)
+
+
+def _share_rows(one: slice | None, other: slice | None) -> bool:
+    """Whether two terms are for a token in common; None: for all."""
+    if one is None or other is None:
+        return True
+    return bool(one.start < other.stop and other.start < one.stop)
 
 
 def joined_rows(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -654,6 +726,10 @@ class BankEmbedding(AdaptableLayer):
         super().__init__(path)
         self.weight = weight
 
+    def matrix(self) -> Tensor:
+        """The table's transpose."""
+        return self.weight.t()
+
     @property
     def in_features(self) -> int:
         return self.weight.shape[0]
@@ -689,7 +765,25 @@ class BankEmbedding(AdaptableLayer):
             # padded with zeros and added out of place, so that autograd follows it
             before, after = (0, 0) if rows is None else (rows.start, flat.shape[0] - rows.stop)
             flat = flat + F.pad(low, (0, 0, before, after))
-        return self._sum_over_ranks(flat).to(y.dtype).view_as(y)
+        flat = self._scale(self._sum_over_ranks(flat), call)
+        return flat.to(y.dtype).view_as(y)
+
+    def _scale(self, flat: Tensor, call: AdapterContext) -> Tensor:
+        """flat [T,D], behind the sum over ranks, with the magnitudes of the call's DoRA terms."""
+        for term in call.mix.terms:
+            slot = self.slots.get(term.adapter)
+            if slot is None or slot.magnitude is None:
+                continue
+            self.refuse_mixed_magnitude(call, term)
+            stamp = (slot.stamp(), self.base_stamp())
+            if slot.norm is None or slot.norm[0] != stamp:
+                slot.norm = (stamp, weight_norm(self, slot))
+            start, stop, _ = (term.rows or slice(None)).indices(flat.shape[0])
+            scaled = MagnitudeFunction.apply(
+                flat[start:stop], slot.magnitude, slot.norm[1], slot.touch
+            )
+            flat = torch.cat([flat[:start], scaled, flat[stop:]])
+        return flat
 
     def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         """The rows of a table [V, ...] at ids; where other ranks have some of them, zeros for theirs."""

@@ -38,6 +38,7 @@ from lorry.adapters.layers import (
 )
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import unscaled_spec
+from lorry.adapters.variants.dora import fold_magnitude
 from lorry.errors import ConfigError, ModelError
 
 WARN_ERROR_RATIO = 0.1  # above this share of the delta lost to rounding, a merge warns
@@ -318,9 +319,11 @@ def _adapted_layers(
         )
         raise ConfigError(f"{what}; use the adapter unmerged")
     for name in mix:
-        {**bank.base_adapters, **bank.adapters}[name].refuse_further(
-            "it cannot be merged into the base's weights"
-        )
+        adapter = {**bank.base_adapters, **bank.adapters}[name]
+        if adapter.spec.use_dora:
+            _refuse_mixed_magnitudes(bank, adapter, mix)
+        else:
+            adapter.refuse_further("it cannot be merged into the base's weights")
     layers: dict[str, BankLinear | BankEmbedding] = {}
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):
@@ -332,6 +335,30 @@ def _adapted_layers(
                 )
             layers[path] = layer
     return layers
+
+
+def _refuse_mixed_magnitudes(bank: AdapterBank, adapter: Adapter, mix: Mapping[str, float]) -> None:
+    """Raises ConfigError for a DoRA that is not merged whole and alone, or into shares of weights."""
+    if mix[adapter.name] != 1:
+        raise ConfigError(
+            f"{adapter.label} is a DoRA, c (W + s B A), which has no weight but 1 "
+            f"(asked: {mix[adapter.name]:g}); merge it whole, or train a plain LoRA to weigh or negate it"
+        )
+    for path, slot in adapter.slots.items():
+        layer = bank.modules[path]
+        if beside := [
+            n for n in mix if n not in (adapter.name, *bank.base_adapters) and n in layer.slots
+        ]:
+            raise ConfigError(
+                f"{adapter.label} is a DoRA, and {beside[0]!r} is at {path} too: what both together are is "
+                "not defined; merge one of them"
+            )
+        if is_sharded(layer.weight) or layer.slices is not None:
+            raise ConfigError(
+                f"{adapter.label} is a DoRA, and {path}.weight is cut over processes; save the adapter and "
+                "merge it into a model that is not"
+            )
+        assert slot.magnitude is not None
 
 
 def _reshard(model: nn.Module) -> None:
@@ -351,10 +378,17 @@ def _fold_layer(
     for name, gate in mix.items():
         if name in layer.slots:
             delta.add_(layer.delta(layer.slots[name]), alpha=gate)
-    # before the next line adds the weight into the same memory
     delta = _share_like(layer.weight, delta)
-    size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    exact = delta.add_(local_share(layer.weight))
+    scaled = next((s for n in mix if (s := layer.slots.get(n)) and s.magnitude is not None), None)
+    if scaled is None:
+        # before the next line adds the weight into the same memory
+        size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+        exact = delta.add_(local_share(layer.weight))
+    else:
+        exact = delta.add_(local_share(layer.weight))
+        fold_magnitude(layer, scaled, exact)
+        change = exact - local_share(layer.weight)
+        size = float(torch.linalg.vector_norm(change, dtype=torch.float64))
     # a copy even in fp32: `exact` is overwritten below
     stored = exact.to(dtype, copy=True)
     if not bool(torch.isfinite(stored).all()):

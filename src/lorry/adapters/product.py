@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from lorry.adapters.dropout import SeededDropout
 from lorry.adapters.tensor_parallel.slices import LayerSlices
+from lorry.adapters.variants.magnitude import MatrixProduct, OutputScale
 from lorry.errors import ContractError
 
 # Whatever stands for a parameter: the tensor itself, a bool (wants a gradient), or a gradient.
@@ -36,7 +37,7 @@ T_co = TypeVar("T_co", covariant=True)
 class AdapterShare:
     """One linear's share of a stack: which linear, its rows of the stacked A, lora_B [O,R]
     (compute copy) and its scale. ``trained``: those of the rows that masters have a gradient of, None
-    for all.
+    for all; ``output_scale``: of a DoRA adapter.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class AdapterShare:
     lora_B: Tensor
     scale: float
     trained: slice | None = None
+    output_scale: OutputScale | None = None
 
     @property
     def gradient_rows(self) -> slice:
@@ -88,7 +90,8 @@ class StackedAdapters:
     one. ``num_slots``: how many pairs of masters it stands for.
 
     ``tokens``: which rows of x; ``term_rows``: which of those the term is for, where a few more are
-    taken along; ``routed``: whether its gates are the router's. ``mark_stale`` is called when
+    taken along; ``routed``: whether its gates are the router's; ``vectors``: which of the slots have a
+    vector [O] beside A and B, a magnitude. ``mark_stale`` is called when
     gradients for the masters are made: they are about to change. ``make_copies`` is called when a
     product first asks for them: where whole MLPs run in place of a product, none does.
     """
@@ -100,6 +103,7 @@ class StackedAdapters:
     mark_stale: Callable[[], None]
     term_rows: slice | None = None
     routed: bool = False
+    vectors: Sequence[int] = ()
     made_copies: ComputeCopies | None = field(default=None, init=False, repr=False)
 
     @property
@@ -192,6 +196,11 @@ class StackedAdapters:
         rows.addmm_(low, up, alpha=scale)
         rows[: self.term_rows.start], rows[self.term_rows.stop :] = before, after
 
+    def own_rows(self, y: Tensor) -> Tensor:
+        """The rows of y [T,O] that are this term's, a view."""
+        rows = y[self.tokens]
+        return rows if self.term_rows is None else rows[self.term_rows]
+
     def dropout_input(self, x: Tensor) -> Tensor:
         """Inverted dropout on this term's rows of x."""
         return (
@@ -223,7 +232,7 @@ class TermParams(NamedTuple, Generic[T_co]):
     """One thing for each parameter of a term at linears that read the same input: the parameter
     itself, whether it wants a gradient, or that gradient. ``parts``: as in the term's
     `StackedAdapters`, pair by pair; ``gate``: of the gates per token (None in place of a tensor where
-    the term has none, or they are the router's).
+    the term has none, or they are the router's); ``vectors``: of the slots that have one.
 
     autograd takes and gives flat tuples of tensors. Their order is known to `flat` and `unflat`
     alone, so that a variant with one parameter more changes this class and nothing it passes
@@ -232,6 +241,7 @@ class TermParams(NamedTuple, Generic[T_co]):
 
     parts: tuple[PartParams[T_co], ...]
     gate: T_co
+    vectors: tuple[T_co, ...] = ()
 
     @staticmethod
     def flat(terms: Iterable[TermParams[T]]) -> list[T]:
@@ -239,7 +249,7 @@ class TermParams(NamedTuple, Generic[T_co]):
         return [
             entry
             for term in terms
-            for entry in (*(entry for part in term.parts for entry in part), term.gate)
+            for entry in (*(e for part in term.parts for e in part), term.gate, *term.vectors)
         ]
 
     @staticmethod
@@ -249,6 +259,7 @@ class TermParams(NamedTuple, Generic[T_co]):
             TermParams(
                 tuple(PartParams(next(flat), next(flat)) for _ in range(stack.num_slots)),
                 next(flat),
+                tuple(next(flat) for _ in stack.vectors),
             )
             for stack in stacks
         ]
@@ -312,6 +323,10 @@ class DenseLinear:
         """Weight, and bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def matrix(self) -> Tensor:
+        """W [O,I]."""
+        return self.weight.t() if self.transposed else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         # .t() is a view: mm reads either layout without a copy
         w = self.weight if self.transposed else self.weight.t()
@@ -371,7 +386,11 @@ class CastLinear:
         """In the dtype of x and g; autograd casts them to the parameters'."""
         return self.linear.parameter_gradients(x, g)
 
-    def _cast(self) -> FrozenLinear:
+    def matrix(self) -> Tensor:
+        """W [O,I], cast."""
+        return self._cast().matrix()
+
+    def _cast(self) -> DenseLinear:
         dense = self.linear
         if not isinstance(dense, DenseLinear):
             raise ContractError(
@@ -400,6 +419,9 @@ class LinearProducts:
     slices: LayerSlices | None = None
     up_grads: list[Tensor] = field(default_factory=list)
     raw_up_grads: list[Tensor] = field(default_factory=list)
+    # of a DoRA: the gradients of W x + s B A x, and of the magnitudes, stack by stack
+    inner_grads: list[Tensor] | None = None
+    vector_grads: list[list[Tensor]] = field(default_factory=list)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [T,I] -> y [T,O] per linear."""
@@ -418,10 +440,22 @@ class LinearProducts:
                 stack.add_product(
                     ys[part.layer], weighted[:, part.rows], part.lora_B.t(), part.scale
                 )
-        return self._sum_outputs(ys)
+        return self._finish(ys)
 
-    def _sum_outputs(self, ys: list[Tensor]) -> list[Tensor]:
-        """Every y [T,O], where a rank has made its columns' part of it alone: the sum over ranks."""
+    @property
+    def scaled(self) -> list[bool]:
+        """Of each linear, whether a DoRA term is there: its backward needs the output."""
+        on = {part.layer for stack in self.stacks if stack.vectors for part in stack.parts}
+        return [i in on for i in range(len(self.layers))]
+
+    def _finish(self, ys: list[Tensor]) -> list[Tensor]:
+        """Every y [T,O], with the magnitudes of its terms; where a rank has made its columns' part of it
+        alone, the sum over ranks."""
+        for stack in self.stacks:
+            if stack.vectors:
+                for part in stack.parts:
+                    assert part.output_scale is not None
+                    part.output_scale.scale_output(stack.own_rows(ys[part.layer]))
         for y in ys:
             self._add_up("output", y)
         return ys
@@ -438,11 +472,18 @@ class LinearProducts:
         if cut.sums_ranks == of_terms:
             cut.ranks.add_up(part)
 
-    def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
+    def input_gradient(
+        self,
+        grads: Sequence[Tensor],
+        needed: bool = True,
+        outputs: Sequence[Tensor | None] = (),
+    ) -> Tensor | None:
         """The gradient of x [T,I] from those of the ys, or None; keeps what `master_gradients`
-        needs.
+        needs. ``outputs``: the ys, of those that are ``scaled``.
         """
         dx = None
+        if any(stack.vectors for stack in self.stacks):
+            grads = self._through_magnitudes(grads, outputs)
         for layer, g in zip(self.layers, grads, strict=True):
             dx = layer.backward(g, dx) if needed else None
         self.up_grads, self.raw_up_grads = [], []
@@ -473,25 +514,70 @@ class LinearProducts:
             self._add_up("input gradient", dx)
         return dx
 
+    def _through_magnitudes(
+        self, grads: Sequence[Tensor], outputs: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The gradients of what the magnitudes scale, from those of the ys; and those of the magnitudes."""
+        inner: list[Tensor | None] = [None] * len(grads)
+        self.vector_grads = []
+        for stack in self.stacks:
+            self.vector_grads.append([])
+            for part in stack.parts if stack.vectors else ():
+                g, y, scale = grads[part.layer].contiguous(), outputs[part.layer], part.output_scale
+                assert y is not None
+                assert scale is not None
+                into = inner[part.layer]
+                if into is None:
+                    everything = stack.own_rows(g).shape == g.shape
+                    inner[part.layer] = into = torch.empty_like(g) if everything else g.clone()
+                own = (stack.own_rows(t) for t in (g, y.view(g.shape), into))
+                self.vector_grads[-1].append(scale.backward(*own))
+        self.inner_grads = [
+            g if into is None else into for g, into in zip(grads, inner, strict=True)
+        ]
+        return self.inner_grads
+
+    def _dead_row_gradients(self, x: Tensor, grads: Sequence[Tensor]) -> None:
+        """Of magnitudes that are 0: their outputs say nothing of what they scale, which is made again."""
+        for k, (stack, h) in enumerate(zip(self.stacks, self.down_outputs, strict=True)):
+            for j, part in enumerate(stack.parts if stack.vectors else ()):
+                scale, layer = part.output_scale, self.layers[part.layer]
+                assert scale is not None
+                assert isinstance(layer, MatrixProduct)
+                if scale.dead is None:
+                    continue
+                rows = stack.own_rows(grads[part.layer])[:, scale.dead].to(scale.norm.dtype)
+                u = stack.own_rows(x) @ layer.matrix()[scale.dead].t()
+                low = h if stack.term_rows is None else h[stack.term_rows]
+                u = u + part.scale * (low[:, part.rows] @ part.lora_B[scale.dead].t())
+                if self.slices is not None and self.slices.columns is not None:
+                    self.slices.ranks.add_up(u)
+                self.vector_grads[k][j][scale.dead] = (rows * u).sum(0) / scale.norm[scale.dead]
+
     def master_gradients(
         self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[TermParams[bool]]
     ) -> list[TermParams[Tensor | None]]:
         """fp32 gradients of each term's masters, and of its gate in the gate's dtype; x as in
         forward.
         """
+        if self.inner_grads is not None:
+            self._dead_row_gradients(x, grads)
+            grads = self.inner_grads
         out: list[TermParams[Tensor | None]] = []
-        for stack, gate, h, up, raw, need in zip(
-            self.stacks,
-            self.gates,
-            self.down_outputs,
-            self.up_grads,
-            self.raw_up_grads,
-            needs,
-            strict=True,
+        for k, (stack, gate, h, up, raw, need) in enumerate(
+            zip(
+                self.stacks,
+                self.gates,
+                self.down_outputs,
+                self.up_grads,
+                self.raw_up_grads,
+                needs,
+                strict=True,
+            )
         ):
             # a gradient for a master means that an optimizer will write it: the compute copies are
             # stale from here on, even where no version counter will move
-            if any(part.A or part.B for part in need.parts):
+            if any(part.A or part.B for part in need.parts) or any(need.vectors):
                 stack.mark_stale()
             da = (
                 # zeros in both factors: a row of another term may hold inf or NaN, and 0 * inf is
@@ -525,7 +611,11 @@ class LinearProducts:
             # of a cut linear: a sum over its rows, or with a partial sum of A x, either way a part
             if dgate is not None and self.slices is not None and not self.slices.sums_ranks:
                 self.slices.ranks.add_up(dgate)
-            out.append(TermParams(tuple(parts), dgate))
+            vectors = tuple(
+                self.vector_grads[k][j].float() if wanted else None
+                for j, wanted in enumerate(need.vectors)
+            )
+            out.append(TermParams(tuple(parts), dgate, vectors))
         return out
 
 
@@ -554,8 +644,10 @@ class LowRankFunction(torch.autograd.Function):
         work = LinearProducts(linears.layers, linears.stacks, gates, slices=linears.slices)
         ys = work.forward(x)
         ctx.linears = linears
-        # the ys are not saved: no gradient of a linear needs its output
-        ctx.save_for_backward(x, *work.down_outputs, *work.gates)
+        # the ys are saved where a magnitude scales them: no other gradient of a linear needs its output
+        ctx.scaled = [i for i, scaled in enumerate(work.scaled) if scaled]
+        outputs = [ys[i] for i in ctx.scaled]
+        ctx.save_for_backward(x, *outputs, *work.down_outputs, *work.gates)
         return tuple(ys)
 
     @staticmethod
@@ -570,9 +662,12 @@ class LowRankFunction(torch.autograd.Function):
         # the order
         terms, needs_base = TermParams.unflat(stacks, needs), any(needs)
         saved = iter(ctx.saved_tensors)
-        x, down_outputs = next(saved), [next(saved) for _ in stacks]
+        x, outputs = next(saved), list[Tensor | None]([None] * len(layers))
+        for i in ctx.scaled:
+            outputs[i] = next(saved)
+        down_outputs = [next(saved) for _ in stacks]
         work = LinearProducts(layers, stacks, list(saved), down_outputs, linears.slices)
-        dx = work.input_gradient(grads, needs_x)
+        dx = work.input_gradient(grads, needs_x, outputs)
         masters = TermParams.flat(work.master_gradients(x, grads, terms))
         base = (
             [

@@ -28,8 +28,9 @@ class LoraSpec:
     "gaussian" = normal A of std 1/r and zero B, False = both random; pissa, pissa_niter_N, olora, milora,
     corda, lora_ga, eva, loftq, orthogonal: from the base or from rows
     (`adapters.initialization`). rho: how many times its rank EVA may give a module. keep_residual: save
-    A and B without what pissa or olora took off the base. Raises ConfigError for values outside their
-    range.
+    A and B without what pissa or olora took off the base. use_dora: a magnitude for every output
+    feature beside A and B (arXiv 2402.09353, `variants.magnitude`). Raises ConfigError for values
+    outside their range.
     """
 
     r: int = 16
@@ -44,6 +45,7 @@ class LoraSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_to_transform"):
@@ -90,8 +92,9 @@ class LoraSpec:
             keep_residual=self.keep_residual,
         )
         # a text is true to Python, also "false"
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora is {self.use_rslora!r}; it must be True or False")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
     def rank(self, module: str) -> int:
         """The rank at a module path."""

@@ -84,3 +84,45 @@ LORRY void silu_gate_backward(bf16* dh, const bf16* g, const bf16* u, bf16* du, 
         h[i] = narrow(a * y);
     }
 }
+
+// out = x * factor + shift (or null), both by column; out may be x.
+LORRY void scale_rows(const bf16* x, const float* factor, const float* shift, bf16* out, long rows, long width) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (long r = 0; r < rows; r++) {
+        const bf16* xr = x + r * width;
+        bf16* to = out + r * width;
+        if (shift) {
+#pragma omp simd
+            for (long i = 0; i < width; i++) to[i] = narrow(widen(xr[i]) * factor[i] + shift[i]);
+        } else {
+#pragma omp simd
+            for (long i = 0; i < width; i++) to[i] = narrow(widen(xr[i]) * factor[i]);
+        }
+    }
+}
+
+// Of y = u * factor + shift: out = dy * factor, the gradient of u (out may be dy); sums [2, width]: of dy * y and of dy, by column. Each
+// column is summed by one thread, row after row.
+LORRY void scale_rows_backward(const bf16* dy, const bf16* y, const float* factor, bf16* out, float* sums, long rows, long width) {
+    constexpr long STEP = 64;  // columns at a time: their sums stay in registers
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (long c = 0; c < width; c += STEP) {
+        const long n = width - c < STEP ? width - c : STEP;
+        float dots[STEP] = {}, total[STEP] = {};
+        for (long r = 0; r < rows; r++) {
+            const bf16 *g = dy + r * width + c, *yr = y + r * width + c;
+            bf16* to = out + r * width + c;
+#pragma omp simd
+            for (long i = 0; i < n; i++) {
+                float v = widen(g[i]);
+                dots[i] += v * widen(yr[i]);
+                total[i] += v;
+                to[i] = narrow(v * factor[c + i]);
+            }
+        }
+        for (long i = 0; i < n; i++) {
+            sums[c + i] = dots[i];
+            sums[width + c + i] = total[i];
+        }
+    }
+}

@@ -74,6 +74,7 @@ READ_KEYS = frozenset(
         "target_modules",
         "exclude_modules",
         "use_rslora",
+        "use_dora",
         "init_lora_weights",
         "rank_pattern",
         "alpha_pattern",
@@ -89,7 +90,6 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 REPEATABLE_INITS = ("pissa", "olora")
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 REFUSAL_REASONS = {
-    "use_dora": "DoRA has a magnitude vector that the plain low-rank sum lacks",
     "bias": "trained biases of the base model are not part of a low-rank adapter",
     "lora_bias": "a bias beside every lora_B, which the plain low-rank sum lacks",
     "modules_to_save": "whole trained layers are not part of a low-rank adapter",
@@ -132,6 +132,7 @@ def parse_peft_config(
         "init_lora_weights": _read_init(
             config.get("init_lora_weights", True), where, convert=convert_init
         ),
+        "use_dora": _read_bool(config, "use_dora", where),
         "target_modules": _read_names(config, "target_modules", where),
         "exclude_modules": _read_names(config, "exclude_modules", where),
         "layers_to_transform": _read_layers(config, where),
@@ -236,7 +237,7 @@ def to_peft_config(
         "revision": None,
         "target_modules": target_modules,
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
 

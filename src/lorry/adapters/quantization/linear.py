@@ -97,6 +97,10 @@ class QuantizedLinear:
         """The matrix [O,I] it computes with, a new tensor."""
         return self.packed.open(dtype)
 
+    def matrix(self) -> Tensor:
+        """[O,I] in its dtype, until the next product of this thread."""
+        return self._weight()
+
     def forward(self, x: Tensor) -> Tensor:
         bias = self.layer.bias
         if (y := self.packed.multiply(x, bias)) is not None:

@@ -9,9 +9,10 @@ from torch import nn
 
 from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.variants.dora import magnitudes
 from lorry.adapters.variants.parameters import FurtherStart, Variant
 
-VARIANTS: tuple[Variant, ...] = ()
+VARIANTS: tuple[Variant, ...] = (magnitudes,)
 
 
 def further_starts(

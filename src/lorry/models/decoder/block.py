@@ -84,7 +84,8 @@ class SavedActivations:
     x [T,width]: the layer's input; q [T,H,D], k and v [T,G,D]: q and k as they left their product
     where heads are normed, else already rotated; attn [T,H,D]: the attention's output; residual
     [T,width]: the stream before the MLP (None where the MLP reads x as well); gate, up [T,mlp]: the
-    MLP's inner products (up None where there is no gate); stats: what the attention's backward
+    MLP's inner products (up None where there is no gate); attended, mlp_output [T,width]: what
+    attention and the MLP add to the stream, where a DoRA term scales it, else None; stats: what the attention's backward
     wants besides; experts: in place of gate and up, where whole MLPs are mixed.
     """
 
@@ -96,6 +97,8 @@ class SavedActivations:
     residual: Tensor | None
     gate: Tensor | None
     up: Tensor | None
+    attended: Tensor | None
+    mlp_output: Tensor | None
     stats: AttentionStats
     experts: ExpertMlps | None = None
 
@@ -110,6 +113,8 @@ class SavedActivations:
             self.residual,
             self.gate,
             self.up,
+            self.attended,
+            self.mlp_output,
             self.stats.lse,
         )
 
@@ -118,10 +123,12 @@ class SavedActivations:
         tensors: Iterator[Tensor], graph: tuple[Tensor, ...], experts: ExpertMlps | None
     ) -> SavedActivations:
         """`tensors` backwards; ``graph``: torch's own, of the attention."""
-        # nine of them; what follows in the iterator belongs to the terms
-        x, q, k, v, attn, residual, gate, up, lse = islice(tensors, 9)
+        # eleven of them; what follows in the iterator belongs to the terms
+        x, q, k, v, attn, residual, gate, up, attended, mlp_output, lse = islice(tensors, 11)
         stats = AttentionStats(lse, graph)
-        return SavedActivations(x, q, k, v, attn, residual, gate, up, stats, experts)
+        return SavedActivations(
+            x, q, k, v, attn, residual, gate, up, attended, mlp_output, stats, experts
+        )
 
 
 class DecoderBlock:
@@ -215,6 +222,8 @@ class DecoderBlock:
         else:
             attn, stats = attention.attention_forward(q, k, v, state.segments, save=save)
         (attended,) = self._product("attn_out", attn.flatten(1), state, products)
+        # both are added to in place
+        kept = attended.clone() if save and any(products.attn_out.scaled) else None
         parallel = self.geometry.parallel_residual
         if parallel:
             # GPT-NeoX: the MLP reads the layer's input, not attention's result
@@ -233,11 +242,23 @@ class DecoderBlock:
             (y,) = self._product("mlp_out", apply_gate(self.activation, gate, up), state, products)
         saved = None
         if save:
+            kept_y = y.clone() if any(products.mlp_out.scaled) else None
             if self.norms.q is not None:
                 # backward of the head norms needs what went into them
                 q, k = raw_q, raw_k
             saved = SavedActivations(
-                x, q, k, v, attn, None if parallel else residual, gate, up, stats, experts
+                x,
+                q,
+                k,
+                v,
+                attn,
+                None if parallel else residual,
+                gate,
+                up,
+                kept,
+                kept_y,
+                stats,
+                experts,
             )
         # in place: y is this layer's own tensor and has no other reader
         return y.add_(residual), saved, logits

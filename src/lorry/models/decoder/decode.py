@@ -86,7 +86,7 @@ class SmallBatchProducts(LinearProducts):
                     )
                 else:
                     stack.add_product(ys[part.layer], h[:, part.rows], part.lora_B.t(), part.scale)
-        return self._sum_outputs(ys)
+        return self._finish(ys)
 
 
 def _own_tokens(stack: StackedAdapters) -> slice:

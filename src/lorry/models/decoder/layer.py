@@ -7,7 +7,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,9 +206,18 @@ class LinearsBackward:
         self.terms: Sequence[TermParams[Tensor | None]] = TermParams.none(products.stacks)
         self.base: list[Tensor] = []
 
-    def input_grad(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
-        """The gradient of the input from those of the outputs; to be called before `weight_grads`."""
-        return self.products.input_gradient(grads, needed)
+    def input_grad(
+        self,
+        grads: Sequence[Tensor],
+        needed: bool = True,
+        outputs: Callable[[], Sequence[Tensor | None]] | None = None,
+    ) -> Tensor | None:
+        """The gradient of the input from those of the outputs; to be called before `weight_grads`.
+        ``outputs``: makes these again where a term's gradient needs them."""
+        scaled = outputs is not None and any(self.products.scaled)
+        return self.products.input_gradient(
+            grads, needed, outputs() if scaled and outputs is not None else ()
+        )
 
     def weight_grads(
         self, x: Tensor, grads: Sequence[Tensor], norm: DecoderNorm | None = None
@@ -412,7 +421,7 @@ class LayerBackward:
         if self.mixes_mlps:
             return self._expert_mlps(dy, residual, below)
         assert saved.gate is not None
-        dh = linears.mlp_out.input_grad([dy])
+        dh = linears.mlp_out.input_grad([dy], outputs=lambda: [saved.mlp_output])
         assert dh is not None
         activation = self.block.activation
         if self._routes("mlp_out"):
@@ -428,7 +437,8 @@ class LayerBackward:
             linears.mlp_out.weight_grads(h, [dy])
         # both are as wide as the MLP: the peak of the layer's memory is here
         del h, dh
-        dn = linears.mlp_in.input_grad(dinner, below or norm.requires_grad)
+        inner = [saved.gate] if saved.up is None else [saved.gate, saved.up]
+        dn = linears.mlp_in.input_grad(dinner, below or norm.requires_grad, lambda: inner)
         linears.mlp_in.weight_grads(residual, dinner, norm.norm)
         if self._routes("mlp_in"):
             dn = self._through_linear_gates("mlp_in", norm.norm.compute(residual), dn)
@@ -474,7 +484,7 @@ class LayerBackward:
             self.saved,
             self.state,
         )
-        dattn = linears.attn_out.input_grad([dy])
+        dattn = linears.attn_out.input_grad([dy], outputs=lambda: [saved.attended])
         assert dattn is not None
         linears.attn_out.weight_grads(saved.attn.flatten(1), [dy])
         if self._routes("attn_out"):
@@ -500,7 +510,7 @@ class LayerBackward:
             dq, dk = norms.q.norm.backward(dq, saved.q), norms.k.norm.backward(dk, saved.k)
         # into the layout of the family's product(s)
         dheads = block.join_heads(dq, dk, dv)
-        dn = linears.qkv.input_grad(dheads, needs_x)
+        dn = linears.qkv.input_grad(dheads, needs_x, self._heads)
         linears.qkv.weight_grads(saved.x, dheads, norms.attn.norm)
         if self._routes("qkv"):
             dn = self._through_linear_gates("qkv", norms.attn.norm.compute(saved.x), dn)
@@ -510,6 +520,16 @@ class LayerBackward:
         if dn is not None:
             norms.attn.weight_grads(dn, saved.x)
         return dn
+
+    def _heads(self) -> list[Tensor]:
+        """What the family's product(s) made of x: q and k as they were before they were rotated."""
+        saved, state = self.saved, self.state
+        q, k = saved.q, saved.k
+        if self.norms.q is None and state.cos is not None and state.sin is not None:
+            # copies: it turns them in place
+            q = apply_rotary(q.clone(), state.cos, state.sin, inverse=True)
+            k = apply_rotary(k.clone(), state.cos, state.sin, inverse=True)
+        return self.block.join_heads(q, k, saved.v)
 
     def _through_router(
         self,

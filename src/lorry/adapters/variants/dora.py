@@ -1,0 +1,72 @@
+"""DoRA (`LoraSpec.use_dora`): a magnitude at every module, which begins as the norms of the rows of
+W + s B A, so that the model begins as it was. `magnitude` is what layers compute with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankLinear, is_sharded
+from lorry.adapters.spec import LoraSpec
+from lorry.adapters.variants.magnitude import start_terms, weight_norm
+from lorry.adapters.variants.parameters import FurtherStart
+from lorry.errors import ConfigError
+
+SUFFIX = "lora_magnitude_vector"  # PEFT's, without .weight
+
+
+def magnitudes(
+    model: nn.Module, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer]
+) -> dict[str, FurtherStart]:
+    """{`MODULE.lora_magnitude_vector`: its start} of a DoRA adapter. Raises ConfigError for a layer whose
+    matrix is not at hand."""
+    if not spec.use_dora:
+        return {}
+    starts = dict[str, FurtherStart]()
+    for path, layer in targets.items():
+        _refuse_layer(layer)
+        rows = None if layer.slices is None else layer.slices.rows
+        size = layer.out_features
+        starts[f"{path}.{SUFFIX}"] = FurtherStart(
+            (size,),
+            # known once A and B are: `_begin` writes them
+            partial(torch.zeros, size),
+            path,
+            partial(_begin, layer),
+            cut=None if rows is None else (0, rows),
+        )
+    return starts
+
+
+@torch.no_grad()
+def _begin(layer: AdaptableLayer, magnitude: nn.Parameter, slot: AdapterSlot | None) -> None:
+    assert slot is not None
+    magnitude.copy_(weight_norm(layer, slot))
+    slot.magnitude = magnitude
+
+
+def _refuse_layer(layer: AdaptableLayer) -> None:
+    if is_sharded(layer.weight):
+        raise ConfigError(
+            f"{layer.path}: use_dora needs the norms of whole rows of the base, of which each process has "
+            "a share; use backend=single, ddp or tensor_parallel, or train a plain LoRA (use_dora=false)"
+        )
+    if any(slot.magnitude is not None for slot in start_terms(layer)):
+        raise ConfigError(
+            f"{layer.path}: the adapter below is a DoRA, whose norms would change with another on top; merge "
+            "it into the base first (lorry merge), or train a plain LoRA over it"
+        )
+    layer.matrix()  # refuses a product that shows none
+
+
+def fold_magnitude(layer: AdaptableLayer, slot: AdapterSlot, exact: Tensor) -> None:
+    """(W + s B A) -> c (W + s B A), in place, in the layout of the stored weight, fp32."""
+    assert slot.magnitude is not None
+    # rows of W: those of a linear as it is stored, the columns of a Conv1D or of a table
+    dim = 1 if isinstance(layer, BankLinear) and not layer.transposed else 0
+    norm = torch.linalg.vector_norm(exact, dim=dim)
+    factor = torch.where(norm > 0, slot.magnitude.detach() / norm, 0.0)
+    exact.mul_(factor.unsqueeze(dim))
