@@ -126,7 +126,7 @@ def test_tensor_faults(fault: str, saved: Path, tiny: Any) -> None:
 
 
 CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora"),
+    "dora": ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
     "bias": ({"bias": "all"}, "bias='all'"),
     "lora_bias": ({"lora_bias": True}, "a bias beside every lora_B"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),

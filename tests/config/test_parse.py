@@ -150,8 +150,7 @@ def test_several_files() -> None:
             "'name' is ambiguous; write one of: model.name, data.name, suite.name, backend.name",
         ),
         (["train=5"], "'train' is a group; set one of its settings, such as train.learning_rate"),
-        (["use_dora=true"], "use_dora=true is not supported yet"),
-        (["--use_dora"], "use_dora=true is not supported yet"),
+        (["use_dora=maybe"], "use_dora: got 'maybe'"),
         (
             ["lora.modules_to_save=[lm_head]"],
             "lora.modules_to_save=['lm_head'] is not supported yet",
@@ -244,7 +243,7 @@ def test_a_word_that_is_not_supported_is_told_once() -> None:
         (["train_on_inputs=false"], "data.completion_only_loss", True, None),
         (["val_set_size=0.1"], "data.test_size", 0.1, None),
         (["val_set_size=0"], "data.test_size", None, None),
-        (["use_dora=false"], "lora.r", 16, "use_dora=false changes nothing"),
+        (["peft_use_dora=true"], "lora.use_dora", True, "peft_use_dora is read as"),
         (["optim=adamw_torch"], "lora.r", 16, "optim=adamw_torch changes nothing"),
         (["task_type=CAUSAL_LM"], "lora.r", 16, None),
     ],

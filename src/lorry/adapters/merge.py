@@ -194,6 +194,7 @@ def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Te
     path, _, leaf = name.rpartition(".")
     gates = {**dict.fromkeys(bank.base_adapters, 1.0), **weights}
     layer = bank.modules.get(path)
+    _refuse_unfoldable(bank, gates)
     if leaf != "weight" or layer is None or not any(adapter in layer.slots for adapter in gates):
         tensor: Tensor = model.state_dict()[name]
         # a copy even in fp32: experts without a delta would be one tensor under several names
@@ -318,12 +319,7 @@ def _adapted_layers(
             "and no adapter can be merged into them"
         )
         raise ConfigError(f"{what}; use the adapter unmerged")
-    for name in mix:
-        adapter = {**bank.base_adapters, **bank.adapters}[name]
-        if adapter.spec.use_dora:
-            _refuse_mixed_magnitudes(bank, adapter, mix)
-        else:
-            adapter.refuse_further("it cannot be merged into the base's weights")
+    _refuse_unfoldable(bank, mix)
     layers: dict[str, BankLinear | BankEmbedding] = {}
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):
@@ -337,6 +333,16 @@ def _adapted_layers(
     return layers
 
 
+def _refuse_unfoldable(bank: AdapterBank, mix: Mapping[str, float]) -> None:
+    """Raises ConfigError for an adapter that this mix cannot fold into weights."""
+    for name in mix:
+        adapter = {**bank.base_adapters, **bank.adapters}[name]
+        if adapter.spec.use_dora:
+            _refuse_mixed_magnitudes(bank, adapter, mix)
+        else:
+            adapter.refuse_further("it cannot be merged into the base's weights")
+
+
 def _refuse_mixed_magnitudes(bank: AdapterBank, adapter: Adapter, mix: Mapping[str, float]) -> None:
     """Raises ConfigError for a DoRA that is not merged whole and alone, or into shares of weights."""
     if mix[adapter.name] != 1:
@@ -344,7 +350,7 @@ def _refuse_mixed_magnitudes(bank: AdapterBank, adapter: Adapter, mix: Mapping[s
             f"{adapter.label} is a DoRA, c (W + s B A), which has no weight but 1 "
             f"(asked: {mix[adapter.name]:g}); merge it whole, or train a plain LoRA to weigh or negate it"
         )
-    for path, slot in adapter.slots.items():
+    for path in adapter.slots:
         layer = bank.modules[path]
         if beside := [
             n for n in mix if n not in (adapter.name, *bank.base_adapters) and n in layer.slots
@@ -358,7 +364,6 @@ def _refuse_mixed_magnitudes(bank: AdapterBank, adapter: Adapter, mix: Mapping[s
                 f"{adapter.label} is a DoRA, and {path}.weight is cut over processes; save the adapter and "
                 "merge it into a model that is not"
             )
-        assert slot.magnitude is not None
 
 
 def _reshard(model: nn.Module) -> None:

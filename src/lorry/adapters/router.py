@@ -375,8 +375,15 @@ def attach_router(
     router = TokenRouter(experts, rule, layers=layers, width=width, hidden=hidden, device=device)
     bank = get_bank(model)
     refuse_router_name(bank)
+    refuse_unweighable(bank, experts)
     bank.routers[ROUTER_NAME] = router
     return router
+
+
+def refuse_unweighable(bank: AdapterBank, experts: Sequence[str]) -> None:
+    """Raise ConfigError for an expert that is more than low-rank terms, which gates multiply."""
+    for name in experts:
+        bank[name].refuse_further("no router can weigh it; train the expert as a plain LoRA")
 
 
 def refuse_router_name(bank: AdapterBank) -> None:

@@ -101,6 +101,7 @@ SHORT_LABELS = {
     "target_modules": "",
     "init_lora_weights": "init",
     "use_rslora": "rslora",
+    "use_dora": "dora",
     "path": "",
     "data": "",
 }

@@ -113,6 +113,7 @@ class LoraConfig(SettingsGroup):
     )
     exclude_modules: str | list[str] | None = config_field(None, "names or a regex to leave out")
     use_rslora: bool = config_field(False, "scale by lora_alpha / sqrt(r)")
+    use_dora: bool = config_field(False, "DoRA: a trained magnitude for every output feature")
     init_lora_weights: bool | InitializationName = config_field(
         True,
         (

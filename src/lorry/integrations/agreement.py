@@ -207,6 +207,7 @@ def hash_layout(adapters: Sequence[Adapter]) -> bytes:
         for path, slot in adapter.slots.items():
             shapes = [tuple(slot.A.shape), tuple(slot.B.shape)]
             digest.update(repr((adapter.name, path, shapes, slot.scale, slot.dropout)).encode())
+        digest.update(repr(list(adapter.further)).encode())
     return digest.digest()
 
 

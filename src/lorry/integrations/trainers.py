@@ -231,6 +231,7 @@ def _register(bank: AdapterBank) -> None:
             raise ConfigError(
                 f"adapter {adapter.name!r}: a parameter's name cannot have a dot; name it otherwise"
             )
+        adapter.refuse_further("under FSDP an adapter has A and B alone")
         for path, slot in adapter.slots.items():
             layer = bank.modules[path]
             for side, master in (("lora_A", slot.A), ("lora_B", slot.B)):

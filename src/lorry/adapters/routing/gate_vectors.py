@@ -21,7 +21,12 @@ from torch.nn import functional as F
 from lorry.adapters.attach import find_linears, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import Half, Mix, MixTerm
-from lorry.adapters.router import ROUTER_NAME, RouterParameters, refuse_router_name
+from lorry.adapters.router import (
+    ROUTER_NAME,
+    RouterParameters,
+    refuse_router_name,
+    refuse_unweighable,
+)
 from lorry.adapters.routing.linear_router import (
     check_choice,
     refuse_outside_layers,
@@ -135,6 +140,7 @@ def attach_gate_vectors(
     refuse_outside_layers(model, experts)
     bank = get_bank(model)
     refuse_router_name(bank)
+    refuse_unweighable(bank, experts)
     on = {path for name in experts for path in bank[name].slots}
     blocks: Any = getattr(model, "blocks", None)
     if blocks is None:  # a model of transformers: each linear asks for itself, in no layer

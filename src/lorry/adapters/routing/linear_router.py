@@ -23,7 +23,7 @@ from lorry.adapters.attach import get_bank, head_and_embedding
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import AdapterSlot, BankLinear
 from lorry.adapters.mix import Half, Mix
-from lorry.adapters.router import ROUTER_NAME, refuse_router_name
+from lorry.adapters.router import ROUTER_NAME, refuse_router_name, refuse_unweighable
 from lorry.errors import ConfigError
 
 
@@ -210,6 +210,7 @@ def attach_spectral_router(
     refuse_outside_layers(model, experts)
     bank = get_bank(model)
     refuse_router_name(bank)
+    refuse_unweighable(bank, experts)
     router = SPECTRAL_ROUTERS[kind](bank, tuple(experts), top_k, temperature)
     bank.routers[ROUTER_NAME] = router
     return router

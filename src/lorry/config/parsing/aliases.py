@@ -49,6 +49,7 @@ ALIAS_RENAMES: dict[str, str] = {
     **dict.fromkeys(
         ["rslora", "use_rs_lora", "lora_use_rslora", "peft_use_rslora"], "lora.use_rslora"
     ),
+    **dict.fromkeys(["dora", "lora_use_dora", "peft_use_dora"], "lora.use_dora"),
     "peft_init_lora_weights": "lora.init_lora_weights",
     **dict.fromkeys(
         ["cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "seq_length"],
@@ -370,7 +371,6 @@ OFF_VALUES: tuple[Any, ...] = (False, None, "none", "no", [], {})
 UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         [
-            "use_dora",
             "use_qalora",
             "modules_to_save",
             "target_parameters",

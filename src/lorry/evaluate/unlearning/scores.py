@@ -136,6 +136,9 @@ class SuiteModel:
                 for side in SIDES:
                     matrix = whole[f"{path}.lora_{side}"]
                     total.update(matrix.detach().cpu().contiguous().numpy().tobytes())
+            for key in sorted(adapter.further):
+                parts.append(key)
+                total.update(whole[key].detach().cpu().contiguous().numpy().tobytes())
         router = self.mix.router or self.mix.sequence_router
         if router is not None:
             # the experts alone say nothing of who is asked; and a rule that is not known here could
