@@ -23,7 +23,8 @@ from lorry.adapters.initialization.initialize import (
 from lorry.adapters.initialization.recording import RunModel
 from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.spec import LoraSpec
+from lorry.adapters.spec import LAYER_NUMBER, LoraSpec
+from lorry.adapters.variants.own_weights import SITE, has_own_weights
 from lorry.adapters.variants.registry import further_starts
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import ModelFamily
@@ -31,7 +32,6 @@ from lorry.families import ModelFamily
 # what shards or replicates a model, by class name: to ask for the classes would import them all
 DATA_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 FSDP2 = "FSDPModule"
-LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def get_bank(model: nn.Module, *, create: bool = False) -> AdapterBank:
@@ -152,7 +152,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
     bank.remove(name)
     attached = (*bank.base_adapters.values(), *bank.adapters.values())
     used = {path for adapter in attached for path in adapter.slots}
-    for path in [p for p in bank.modules if p not in used]:
+    unused = [p for p, m in bank.modules.items() if p not in used and not has_own_weights(m)]
+    for path in unused:
         layer = bank.modules.pop(path)
         for original in layer.replaced:
             _replace_module(model, path, original)
@@ -364,7 +365,7 @@ def _filter_modules(
         )
     paths = [p for p in chosen if p not in gone]
     if spec.layers_to_transform is not None:
-        number = {p: int(m.group(1)) for p in paths if (m := LAYER_NUMBER.search(p))}
+        number = {p: n for p in paths if (n := spec.layer_number(p)) is not None}
         if absent := sorted(set(spec.layers_to_transform) - set(number.values())):
             have = sorted(set(number.values()))
             raise ConfigError(
@@ -412,6 +413,9 @@ def _ensure_bank_layer(model: nn.Module, path: str, module: nn.Module) -> Adapta
     assert layer is not None, path
     layer.replaced = (module,)
     layer.train(module.training)
+    if (site := module.__dict__.get(SITE)) is not None:
+        # the very site: whichever of the two stands there, adapters with weights of their own have them
+        layer.__dict__[SITE] = site
     _replace_module(model, path, layer)
     return layer
 

@@ -339,6 +339,8 @@ class Adapter:
         """
         for slot in self.slots.values():
             slot.touch()
+        for one in self.further.values():
+            one.touch()
 
     def tensors(self) -> dict[str, Tensor]:
         """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R], ...} views of the masters, canonical names, in
@@ -482,7 +484,7 @@ class AdapterBank:
             mine, rest = rest.tensor_split([start.numel])
             param = nn.Parameter(mine.view(start.shape))
             param.data.copy_(start.make_values())
-            adapter.further[key] = FurtherParameter(param, start.module, start.decays, start.cut)
+            adapter.further[key] = start.parameter(param)
             start.use(param, adapter.slots.get(start.module))
         if trainable:
             adapter.bind_grads()
@@ -498,6 +500,8 @@ class AdapterBank:
         """Forget an adapter; the base is as it was before."""
         for path in self[name].slots:
             del self.modules[path].slots[name]
+        for one in self[name].further.values():
+            one.forget()
         del self.adapters[name]
         self.activate(self._active_without(name))
 
@@ -519,6 +523,7 @@ class AdapterBank:
         g = 1, without dropout and without a gradient buffer, and no longer one of the bank's names.
         Raises ConfigError if there is no such adapter."""
         adapter = self[name]
+        adapter.refuse_further("no other can be trained on top of it; merge it into the base first")
         adapter.freeze()
         for path, slot in adapter.slots.items():
             # a policy that drops what the reference does not would not be the start at step 0

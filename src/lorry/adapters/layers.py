@@ -8,7 +8,7 @@ optimizers of the base never see them): they are `AdapterSlot`s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,6 +40,7 @@ from lorry.adapters.variants.magnitude import (
     output_scale,
     weight_norm,
 )
+from lorry.adapters.variants.own_weights import OwnTensor, under, with_own_rows
 from lorry.errors import ConfigError, ContractError
 
 # Other people's models cannot pass an AdapterContext down; `models/hf/model.py` sets it around their forward.
@@ -338,6 +339,8 @@ class BankLinear(AdaptableLayer):
         input pass the same one.
         """
         call = self.resolve(call)
+        if (own := under(self, call)) is not self:
+            return with_own_rows(own, x, own.forward(x, call, site))
         # without a term plain torch, which also fuses the bias and serves double backward
         if self.product is None and self.slices is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
@@ -349,6 +352,12 @@ class BankLinear(AdaptableLayer):
         call = self._with_own_gates(call, rows)
         (y,) = self.group.forward(rows, call, site or self.path, dtype)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
+
+    def use_own_weights(self, whole: Mapping[str, OwnTensor]) -> None:
+        """Of a twin (`variants.own_weights.under`): compute with an adapter's weights."""
+        self.group = LinearGroup([self])
+        if "weight" in whole:
+            self.product = None
 
     def _with_own_gates(self, call: AdapterContext, x: Tensor) -> AdapterContext:
         """The call with the gates that a router of the linears makes of x [T,in], what this one
@@ -740,12 +749,14 @@ class BankEmbedding(AdaptableLayer):
 
     def forward(self, ids: Tensor, call: AdapterContext | None = None) -> Tensor:
         """ids [...] int64 -> [..., D]. Dropout does not apply to an embedding's input."""
+        call = self.resolve(call)
+        if (own := under(self, call)) is not self:
+            return with_own_rows(own, ids, own.forward(ids, call))
         # the lookup of a frozen base comes first: without terms it is all there is
-        terms = self.terms(self.resolve(call))
+        terms = self.terms(call)
         y = self._look_up(ids, self.weight)
         if not terms:
             return self._sum_over_ranks(y)
-        call = self.resolve(call)
         if any(t.adapter in self.slots and t.route is not None for t in call.mix.terms):
             raise ContractError(
                 f"{self.path}: a layer router cannot gate an adapter on an embedding"

@@ -8,9 +8,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from lorry.config.adapter.initialization import check_initialization
 from lorry.errors import ConfigError
+
+BiasTraining = Literal["none", "all", "lora_only"]
+# where layer numbers stand without a layers_pattern: anywhere in a path
+LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,11 @@ class LoraSpec:
     equals the name or ends in ".name"; `lm_head` and `embed` are understood for every family), or
     one regular expression matched against the whole path. exclude_modules: list or regular
     expression. layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or
-    regex of the path's end: value}. init_lora_weights: True = Kaiming-uniform A and zero B,
+    regex of the path's end: value}. layers_pattern: the name (or regex) of the list that numbers
+    layers, where a path has several numbers. modules_to_save: names of modules that train whole, in a copy
+    of the adapter's own; trainable_token_indices: token ids whose rows of the embedding (of a map: of the
+    modules it names) do; bias: whose biases do, none, all or those of the targets; ensure_weight_tying: a
+    tied head and embedding that train have one weight. init_lora_weights: True = Kaiming-uniform A and zero B,
     "gaussian" = normal A of std 1/r and zero B, False = both random; pissa, pissa_niter_N, olora, milora,
     corda, lora_ga, eva, loftq, orthogonal: from the base or from rows
     (`adapters.initialization`). rho: how many times its rank EVA may give a module. keep_residual: save
@@ -46,11 +55,33 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     use_dora: bool = False
+    layers_pattern: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    bias: BiasTraining = "none"
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+            "trainable_token_indices",
+        ):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(f"bias is {self.bias!r}; it must be none, all or lora_only")
+        _check_names("modules_to_save", self.modules_to_save)
+        _check_tokens(self.trainable_token_indices)
+        for pattern in _as_tuple(self.layers_pattern):
+            _compile("layers_pattern", pattern)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                "layers_pattern says where layer numbers stand; give layers_to_transform"
+            )
         # PEFT accepts a bare number here, and files have it
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
@@ -74,12 +105,7 @@ class LoraSpec:
         for where, key in [("rank_pattern", k) for k in self.rank_pattern] + [
             ("alpha_pattern", k) for k in self.alpha_pattern
         ]:
-            try:
-                re.compile(key)
-            except re.error as e:
-                raise ConfigError(
-                    f"{where} names {key!r}, which is not a valid regular expression: {e}"
-                ) from e
+            _compile(where, key)
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1"
@@ -124,6 +150,22 @@ class LoraSpec:
             keep_residual=False,
         )
 
+    def layer_number(self, module: str) -> int | None:
+        """The layer that a module path lies in, by `layers_pattern` or the first number."""
+        if self.layers_pattern is None:
+            found = LAYER_NUMBER.search(module)
+        else:
+            found = next(
+                (
+                    m
+                    for pattern in _as_tuple(self.layers_pattern)
+                    # PEFT's rule
+                    if (m := re.match(rf".*\.(?:{pattern})\.(\d+)\.", module))
+                ),
+                None,
+            )
+        return None if found is None else int(found[found.lastindex or 1])
+
     def scale(self, module: str) -> float:
         """s = alpha/r, or alpha/sqrt(r) with use_rslora."""
         # the pattern's rank, not r: PEFT scales each module by its own
@@ -145,6 +187,45 @@ def unscaled_spec(ranks: Mapping[str, int]) -> LoraSpec:
         rank_pattern=others,
         alpha_pattern={path: float(rank) for path, rank in others.items()},
     )
+
+
+def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or ()
+
+
+def _compile(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ConfigError(
+            f"{where} names {pattern!r}, which is not a valid regular expression: {e}"
+        ) from e
+
+
+def _check_names(where: str, names: object) -> None:
+    if names is not None and not (
+        isinstance(names, tuple) and names and all(isinstance(n, str) and n for n in names)
+    ):
+        raise ConfigError(f"{where} is {names!r}; it must be a list of names of modules")
+
+
+def _check_tokens(asked: object) -> None:
+    """Raises ConfigError for anything but lists of different token ids."""
+    where = "trainable_token_indices"
+    if asked is None:
+        return
+    for name, ids in (asked if isinstance(asked, Mapping) else {"": asked}).items():
+        of = f" of {name}" if name else ""
+        if not isinstance(name, str) or not isinstance(ids, (list, tuple)) or not ids:
+            raise ConfigError(
+                f"{where}{of} is {ids!r:.80}; it must be a list of token ids, or a map of them by module"
+            )
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ConfigError(f"{where}{of} has {token!r:.80}; a token id is a whole number")
+        if len(set(ids)) < len(ids):
+            twice = next(t for n, t in enumerate(ids) if t in ids[:n])
+            raise ConfigError(f"{where}{of} names token {twice} twice")
 
 
 def _is_number(value: object) -> bool:

@@ -62,8 +62,6 @@ INFORMATION_KEYS = frozenset(
         "qalora_group_size",
     }
 )
-# `layers_pattern` only says where layer numbers stand; the comparison with the tensors of the file
-# catches a difference.
 READ_KEYS = frozenset(
     {
         "peft_type",
@@ -80,19 +78,21 @@ READ_KEYS = frozenset(
         "alpha_pattern",
         "layers_to_transform",
         "layers_pattern",
+        "modules_to_save",
+        "trainable_token_indices",
+        "bias",
+        "ensure_weight_tying",
     }
 )
 # values that mean "off" without being empty
-DEFAULT_VALUES: Mapping[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
+DEFAULT_VALUES: Mapping[str, Any] = {"megatron_core": "megatron.core"}
 # prefixes: PEFT writes pissa_niter_16 and the like
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # of these the same base gives the same product again
 REPEATABLE_INITS = ("pissa", "olora")
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 REFUSAL_REASONS = {
-    "bias": "trained biases of the base model are not part of a low-rank adapter",
     "lora_bias": "a bias beside every lora_B, which the plain low-rank sum lacks",
-    "modules_to_save": "whole trained layers are not part of a low-rank adapter",
 }
 
 
@@ -136,11 +136,19 @@ def parse_peft_config(
         "target_modules": _read_names(config, "target_modules", where),
         "exclude_modules": _read_names(config, "exclude_modules", where),
         "layers_to_transform": _read_layers(config, where),
+        "layers_pattern": _read_names(config, "layers_pattern", where),
+        "modules_to_save": _read_name_list(config, "modules_to_save", where),
+        "trainable_token_indices": _read_tokens(config, where),
+        "bias": config.get("bias") or "none",
+        "ensure_weight_tying": _read_bool(config, "ensure_weight_tying", where),
         "rank_pattern": _read_patterns(config, "rank_pattern", where, whole=True),
         "alpha_pattern": _read_patterns(config, "alpha_pattern", where, whole=False),
     }
     if not fields["target_modules"]:
         raise ModelError(f"{where}: target_modules is empty; the file must name the adapted layers")
+    # PEFT looks at it beside layers_to_transform alone
+    if fields["layers_to_transform"] is None:
+        fields["layers_pattern"] = None
     # PEFT refuses the combination too
     if isinstance(fields["target_modules"], str) and fields["layers_to_transform"] is not None:
         raise ModelError(
@@ -159,6 +167,9 @@ def match_peft_targets(
     ``inner``.
     """
     wanted, excluded = spec.target_modules, spec.exclude_modules
+    # what trains whole is never a target as well
+    saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in spec.modules_to_save or ()]
+    linears = [p for p in linears if not any(one.match(p) for one in saved)]
     if isinstance(excluded, str):
         candidates = [p for p in linears if not re.fullmatch(excluded, p)]
     else:
@@ -167,11 +178,7 @@ def match_peft_targets(
     if isinstance(wanted, str):
         everything = wanted.lower() == "all-linear"
         return {p for p in candidates if (p in inner if everything else re.fullmatch(wanted, p))}
-    return {
-        p
-        for p in candidates
-        if p in wanted or (_ends_in(p, wanted) and _in_layers(p, spec.layers_to_transform))
-    }
+    return {p for p in candidates if p in wanted or (_ends_in(p, wanted) and _in_layers(p, spec))}
 
 
 def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> None:
@@ -182,6 +189,8 @@ def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> 
     expressions = [
         *spec.rank_pattern,
         *spec.alpha_pattern,
+        *_list_of(spec.layers_pattern),
+        *(spec.modules_to_save or ()),
         *(w for w in (spec.target_modules, spec.exclude_modules) if isinstance(w, str)),
     ]
     patterns = [p for p in expressions if not PLAIN_PATTERN.fullmatch(p)]
@@ -216,11 +225,11 @@ def to_peft_config(
     Layer numbers and exclusions are not repeated: ``target_modules`` already says it all.
     """
     alpha = 2 * spec.r if spec.lora_alpha is None else spec.lora_alpha
-    return {
+    config: dict[str, Any] = {
         "alpha_pattern": dict(spec.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
-        "bias": "none",
+        "bias": spec.bias,
         "fan_in_fan_out": transposed,
         # as PEFT's save_pretrained writes it
         "inference_mode": True,
@@ -230,7 +239,7 @@ def to_peft_config(
         # an int where it is one, as PEFT's field is typed
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": spec.lora_dropout,
-        "modules_to_save": None,
+        "modules_to_save": spec.modules_to_save and list(spec.modules_to_save),
         "peft_type": "LORA",
         "r": spec.r,
         "rank_pattern": dict(spec.rank_pattern),
@@ -240,6 +249,15 @@ def to_peft_config(
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
+    # keys that PEFT has only since 0.15 and 0.18: where they say something
+    asked = spec.trainable_token_indices
+    if isinstance(asked, Mapping):
+        config["trainable_token_indices"] = {name: list(ids) for name, ids in asked.items()}
+    elif asked is not None:
+        config["trainable_token_indices"] = list(asked)
+    if spec.ensure_weight_tying:
+        config["ensure_weight_tying"] = True
+    return config
 
 
 def _written_init(spec: LoraSpec) -> bool | str:
@@ -324,6 +342,38 @@ def _read_names(config: Mapping[str, Any], key: str, where: str) -> str | tuple[
     return tuple(value) if value else None
 
 
+def _read_name_list(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...] | None:
+    value = config.get(key)
+    if isinstance(value, str) and value:
+        raise ModelError(f"{where}: {key} is {value!r:.80}; it must be a list of names")
+    names = _read_names(config, key, where)
+    for name in names or ():
+        # PEFT puts it into a regular expression
+        _check_pattern(name, f"{where}: {key}")
+    return None if names is None else tuple(names)
+
+
+def _read_tokens(
+    config: Mapping[str, Any], where: str
+) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    value = config.get("trainable_token_indices")
+    if value is None or value in ([], {}):
+        return None
+    # what else is wrong with them, the spec says
+    if isinstance(value, dict) and all(isinstance(ids, list) for ids in value.values()):
+        return {name: tuple(ids) for name, ids in value.items()}
+    if isinstance(value, list):
+        return tuple(value)
+    raise ModelError(
+        f"{where}: trainable_token_indices is {value!r:.80}; it must be a list of token ids, or an object "
+        "of such lists"
+    )
+
+
+def _list_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or ()
+
+
 def _read_layers(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
     value = config.get("layers_to_transform")
     if value is None or value == []:
@@ -363,7 +413,11 @@ def _ends_in(path: str, names: Collection[str]) -> bool:
     return any(path == n or path.endswith(f".{n}") for n in names)
 
 
-def _in_layers(path: str, layers: tuple[int, ...] | None) -> bool:
+def _in_layers(path: str, spec: LoraSpec) -> bool:
+    if spec.layers_to_transform is None:
+        return True
+    if spec.layers_pattern is not None:
+        return spec.layer_number(path) in spec.layers_to_transform
     # PEFT's rule: the first number behind two name parts
     number = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-    return layers is None or (number is not None and int(number.group(1)) in layers)
+    return number is not None and int(number.group(1)) in spec.layers_to_transform

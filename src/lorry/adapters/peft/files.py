@@ -49,6 +49,7 @@ from lorry.adapters.peft.tensors import (
     read_further_values,
     read_lora_values,
     sort_lora_tensors,
+    tied_as_stored,
 )
 from lorry.adapters.quantization.linear import (
     QuantizedLinear,
@@ -139,7 +140,9 @@ def _files_of(
     for key in adapter.further:
         _refuse_nonfinite(name, key, whole[key])
         # canonical names of what is further are PEFT's
-        tensors[f"{PEFT_PREFIX}{key}"] = whole[key].detach().cpu().contiguous()
+        for file_name in (key, *adapter.further[key].also):
+            # a tensor for each name: two names of one memory are not saved
+            tensors[f"{PEFT_PREFIX}{file_name}"] = whole[key].detach().cpu().clone().contiguous()
     transposed = any(
         isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots
     )
@@ -315,7 +318,11 @@ def load_adapter(
         # everything is read and checked before `attach` touches the model
         values = read_lora_values(file, weights, spec, layers, parts)
         targets = {path: layer for path, layer in layers.items() if path in parts}
-        further = further_starts(model, name, spec, targets)
+        spec = tied_as_stored(model, spec, others)
+        try:
+            further = further_starts(model, name, spec, targets)
+        except ConfigError as e:
+            raise ModelError(f"{where}: {e}") from e
         values |= read_further_values(model, file, weights, layers, rename, further, others)
     if start is not None and get_bank(model, create=True).start is None:
         load_start(model, start[0], other_base=other_base)

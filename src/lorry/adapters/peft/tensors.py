@@ -5,8 +5,9 @@ always as a ModelError.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -85,6 +86,16 @@ def sort_lora_tensors(
     return parts, others
 
 
+def tied_as_stored(model: nn.Module, spec: LoraSpec, others: Collection[str]) -> LoraSpec:
+    """The spec without `ensure_weight_tying` where the file has one side of a tied head and embedding alone:
+    PEFT ties what is called embed_tokens or lm_head, and leaves others (GPT-2's) untied all the same."""
+    ends = head_and_embedding(model)
+    if spec.ensure_weight_tying and spec.modules_to_save:
+        both = all(f"{path}.weight" in others for path in ends)
+        return replace(spec, ensure_weight_tying=both)
+    return spec
+
+
 def read_further_values(
     model: nn.Module,
     file: safe_open,
@@ -97,9 +108,16 @@ def read_further_values(
     """{canonical name: values in fp32} of what an adapter has beside its A's and B's (``further``), from
     the file's ``others``. Base tensors that PEFT adds are compared with the model's and left out."""
     ends, values = head_and_embedding(model), dict[str, Tensor]()
+    canonical = {other: name for name, start in further.items() for other in (name, *start.also)}
     for body, key in others.items():
-        if body in further:
-            values[body] = _read_values(file, where, key, further[body].whole_shape, body)
+        if (name := canonical.get(body) or canonical.get(_renamed(body, rename))) is not None:
+            read = _read_values(file, where, key, further[name].whole_shape, name)
+            if name in values and not torch.equal(values[name], read):
+                raise ModelError(
+                    f"{where}: {key} is one weight with {name} by its settings, and the file has two "
+                    "different ones"
+                )
+            values[name] = read
         elif (match := BASE_TENSOR.fullmatch(body)) and (
             match["inner"] or rename(match["module"]) in ends
         ):
@@ -112,6 +130,12 @@ def read_further_values(
     if missing := [name for name in further if name not in values]:
         raise ModelError(f"{where}: {missing[0]} is missing; the file is incomplete")
     return values
+
+
+def _renamed(body: str, rename: Callable[[str], str]) -> str:
+    """A tensor's name with its module's in this model (`legacy_name_mapper`)."""
+    module, _, leaf = body.rpartition(".")
+    return f"{rename(module)}.{leaf}"
 
 
 def _read_values(

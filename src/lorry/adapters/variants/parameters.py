@@ -28,16 +28,35 @@ def whole_shape(shape: Sequence[int], cut: tuple[int, DimensionSlice] | None) ->
     return whole
 
 
+def _nothing() -> None:
+    """What a parameter asks for that nothing is made of but its module's output."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a parameter takes the place of where its adapter is active, g = 1: the parameters of the base at
+    ``sites`` [(path of a module, name in it)], or their rows ``ids`` [n] int64."""
+
+    sites: tuple[tuple[str, str], ...]
+    ids: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class FurtherParameter:
     """One of an adapter's: ``param``, a view of its buffer; ``module``: the path of the module whose it
     is, an adapted one or another; ``decays``: whether weight decay counts it; ``cut``: along which
-    dimension ranks share it and how, None where each has it whole."""
+    dimension ranks share it and how, None where each has it whole; ``touch``: called when its values
+    were written; ``forget``: when the adapter is removed; ``replaces``: what of the base it stands for;
+    ``also``: other names under which files hold it."""
 
     param: nn.Parameter
     module: str
     decays: bool = True
     cut: tuple[int, DimensionSlice] | None = None
+    touch: Callable[[], None] = field(default=_nothing, repr=False)
+    forget: Callable[[], None] = field(default=_nothing, repr=False)
+    replaces: Replacement | None = None
+    also: tuple[str, ...] = ()
 
     def num_parameters(self) -> int:
         """How many numbers it is, on all ranks that share it."""
@@ -48,7 +67,8 @@ class FurtherParameter:
 class FurtherStart:
     """What a further parameter begins as, before it lies in a buffer: its shape, ``make_values``, which
     gives this rank's (any float dtype), and ``use``, called once with the parameter and the slot at its
-    module (None of a module without A and B), so that the module computes with it."""
+    module (None of a module without A and B), so that the module computes with it. The others: see
+    `FurtherParameter`."""
 
     shape: tuple[int, ...]
     make_values: Callable[[], Tensor] = field(repr=False)
@@ -56,6 +76,23 @@ class FurtherStart:
     use: Callable[[nn.Parameter, AdapterSlot | None], None] = field(repr=False)
     decays: bool = True
     cut: tuple[int, DimensionSlice] | None = None
+    touch: Callable[[], None] = field(default=_nothing, repr=False)
+    forget: Callable[[], None] = field(default=_nothing, repr=False)
+    replaces: Replacement | None = None
+    also: tuple[str, ...] = ()
+
+    def parameter(self, param: nn.Parameter) -> FurtherParameter:
+        """The adapter's, once it lies in its buffer."""
+        return FurtherParameter(
+            param,
+            self.module,
+            self.decays,
+            self.cut,
+            self.touch,
+            self.forget,
+            self.replaces,
+            self.also,
+        )
 
     @property
     def whole_shape(self) -> list[int]:

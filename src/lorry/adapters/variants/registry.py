@@ -11,8 +11,9 @@ from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.dora import magnitudes
 from lorry.adapters.variants.parameters import FurtherStart, Variant
+from lorry.adapters.variants.starts import biases, saved_modules, token_rows
 
-VARIANTS: tuple[Variant, ...] = (magnitudes,)
+VARIANTS: tuple[Variant, ...] = (magnitudes, biases, token_rows, saved_modules)
 
 
 def further_starts(

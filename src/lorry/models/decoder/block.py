@@ -12,6 +12,7 @@ T tokens, H heads, G key/value heads, D head width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,6 +25,7 @@ from lorry.adapters.layers import BankLinear, LinearGroup
 from lorry.adapters.mix import AdapterContext, Half, LinearRouter, mixes_mlps
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.variants.own_weights import has_own_weights, under
 from lorry.errors import ContractError
 from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, RotaryConfig
 from lorry.models.decoder import attention
@@ -154,6 +156,20 @@ class DecoderBlock:
         # the dimension of q, k, v where one product makes all of them: [T, 3, H, D] or [T, H, 3, D]
         self.fused_dim = {"separate": None, "thirds": 1, "heads": 2}[family.qkv]
         self.activation = ACTIVATIONS[geometry.activation]
+
+    def under(self, call: AdapterContext) -> DecoderBlock:
+        """The layer as it computes under a call: itself, or one with the weights that the active adapter
+        has in the base's place. Whoever runs it keeps it until backward."""
+        norms = self.norms.present()
+        linears = [linear for group in self.linears for linear in group.linears]
+        if not any(has_own_weights(module) for module in (*norms, *linears)):
+            return self
+        twin = copy.copy(self)
+        twin.norms = self.norms.map(lambda norm: under(norm, call))
+        twin.linears = self.linears.map(
+            lambda group: LinearGroup([under(linear, call) for linear in group.linears])
+        )
+        return twin
 
     def lora_terms(self, call: AdapterContext) -> LayerTerms:
         """What the call's adapters add in this layer."""

@@ -18,6 +18,7 @@ from lorry.adapters.layers import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
 from lorry.adapters.tensor_parallel.slices import LayerSlices, gather_outputs
+from lorry.adapters.variants.own_weights import under, with_own_rows
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
 from lorry.models.causal_lm import PackedInput
@@ -148,11 +149,11 @@ class DecodeRunner:
     @torch.no_grad()
     def logits(self, hidden: Tensor, call: AdapterContext) -> Tensor:
         """[T,D] -> [T,V] in the base's dtype."""
-        head = self.model.head
+        head = under(self.model.head, call)
         (values,) = SmallBatchProducts.of(
             head.group, head.group.stacks(call, head.path)[0]
         ).forward(hidden)
-        return gather_outputs(values, head.slices)
+        return gather_outputs(with_own_rows(head, hidden, values), head.slices)
 
     def _work(self, call: AdapterContext, *, anew: bool) -> list[LayerLinears[LinearProducts]]:
         """The products of every layer, adapters included; ``anew``: whatever was looked up."""
@@ -167,6 +168,6 @@ class DecodeRunner:
                         )
                     )
                 )
-                for block in self.model.blocks
+                for block in (each.under(call) for each in self.model.blocks)
             ]
         return self.layers

@@ -20,6 +20,7 @@ from lorry.adapters.mix import AdapterContext, mixes_mlps
 from lorry.adapters.product import LinearProducts
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices, gather_outputs
+from lorry.adapters.variants.own_weights import under
 from lorry.families import LayerLinears, ModelFamily, ModelGeometry
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput, add_at
 from lorry.models.decoder.attention import PackedSegments
@@ -275,10 +276,12 @@ class Decoder(CausalLM):
         with state.weights.forward_pass():
             x = self.embed(tokens, state.call)
             if self.family.positions:
-                x = x + self.get_submodule(self.family.positions)(state.positions)
+                positions = under(self.get_submodule(self.family.positions), state.call)
+                x = x + positions(state.positions)
             layer_outputs = {}
             for i, block in enumerate(self.blocks):
                 state.weights.reach(i)
+                block = block.under(state.call)
                 x = (
                     apply_layer(block, x, state)
                     if products is None
@@ -289,7 +292,7 @@ class Decoder(CausalLM):
                 # without the final norm: it belongs to the head
                 if i == stop:
                     return HiddenStates(None, layer_outputs, state.router_logits)
-            last = self.get_submodule(self.family.final_norm)(x)
+            last = under(self.get_submodule(self.family.final_norm), state.call)(x)
         return HiddenStates(last, layer_outputs, state.router_logits)
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:

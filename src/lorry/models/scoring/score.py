@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.tensor_parallel.ranks import CopyToRanks
+from lorry.adapters.variants.own_weights import own_rows, under
 from lorry.data.batch import Batch
 from lorry.errors import ContractError, DataError
 from lorry.kernels.softmax import accumulator_dtype
@@ -337,6 +338,8 @@ def _chunk_scores(
 def frozen_head(model: CausalLM, call: AdapterContext) -> OutputHead | None:
     """The head when nothing in this call adapts or trains it and it is a plain product; else None."""
     head = getattr(model, "head", None)
+    if head is not None:
+        head = under(head, call)
     if isinstance(head, BankLinear):
         plain = head.product is None and not head.terms(head.resolve(call)) and not head.transposed
     else:
@@ -345,6 +348,7 @@ def frozen_head(model: CausalLM, call: AdapterContext) -> OutputHead | None:
         head is None
         or not plain
         or head.bias is not None
+        or own_rows(head) is not None
         or (head.weight.requires_grad and torch.is_grad_enabled())
     ):
         return None

@@ -1,0 +1,335 @@
+"""The starts of weights that an adapter has in the base's place: which parameters `modules_to_save`, `bias`
+and `trainable_token_indices` name in a model, what they begin as, and where they are used.
+
+Names are matched as PEFT matches them: a module of `modules_to_save` by the end of its path, character by
+character (`norm` is every layer's `input_layernorm` too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.layers import (
+    AMBIENT_CONTEXT,
+    AdaptableLayer,
+    AdapterSlot,
+    BankEmbedding,
+    BankLinear,
+)
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.spec import LoraSpec
+from lorry.adapters.variants.own_weights import (
+    OwnRows,
+    OwnTensor,
+    OwnWeights,
+    has_own_weights,
+    run_under,
+    site_at,
+)
+from lorry.adapters.variants.parameters import FurtherStart, Replacement
+from lorry.errors import ConfigError, suggest_nearest
+from lorry.families import ModelFamily
+
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name; they replace rows all the same
+
+
+def saved_modules(
+    model: nn.Module, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer]
+) -> dict[str, FurtherStart]:
+    """Every parameter of the modules that `modules_to_save` names, under its name in the model."""
+    starts = dict[str, FurtherStart]()
+    ends = Ends.of(model)
+    for path in match_saved_modules(model, spec.modules_to_save or (), ends):
+        module = model.get_submodule(path)
+        inside = [t for t in targets if t == path or t.startswith(f"{path}.")]
+        if inside:
+            raise ConfigError(
+                f"modules_to_save names {path}, and target_modules {inside[0]}: a module trains whole or "
+                "has a low-rank adapter; leave it out of one of the two (exclude_modules)"
+            )
+        params = dict(module.named_parameters())
+        if kept := sorted(set(module.state_dict()) - set(params) - _second_names(module)):
+            raise ConfigError(
+                f"modules_to_save names {path}, whose {kept[0]} is no parameter but changes while it "
+                "trains; name the modules inside it"
+            )
+        if spec.ensure_weight_tying and ends.tied and path in (ends.head, ends.embed):
+            # one tensor for both sides; PEFT writes it under both names
+            assert ends.embed is not None
+            assert ends.head is not None
+            starts[f"{ends.embed}.weight"] = _own_start(
+                model, name, ends.embed, "weight", also=((ends.head, "weight"),)
+            )
+            continue
+        for param in params:
+            holder, _, leaf = f"{path}.{param}".rpartition(".")
+            starts[f"{holder}.{leaf}"] = _own_start(model, name, holder, leaf)
+    return starts
+
+
+def biases(
+    model: nn.Module, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer]
+) -> dict[str, FurtherStart]:
+    """`bias`: of every module (``all``: every parameter with bias in its name, as PEFT has it), or of the
+    adapter's (``lora_only``). PEFT's name of an adapted module's is that of the layer it wraps."""
+    starts = dict[str, FurtherStart]()
+    if spec.bias == "none":
+        return starts
+    saved = match_saved_modules(model, spec.modules_to_save or (), Ends.of(model))
+    for param, _ in model.named_parameters():
+        holder, _, leaf = param.rpartition(".")
+        of_target = holder in targets
+        wanted = "bias" in param if spec.bias == "all" else of_target and leaf == "bias"
+        if not wanted or any(holder == p or holder.startswith(f"{p}.") for p in saved):
+            continue
+        own = _own_start(model, name, holder, leaf)
+        starts[f"{holder}.base_layer.{leaf}" if of_target else param] = own
+    return starts
+
+
+def token_rows(
+    model: nn.Module, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer]
+) -> dict[str, FurtherStart]:
+    """`trainable_token_indices`: rows of the embedding, or of the modules of a map. Where head and embedding
+    share a weight the head has the embedding's rows, unless a map names it with others."""
+    asked = spec.trainable_token_indices
+    if asked is None:
+        return {}
+    ends = Ends.of(model)
+    if not isinstance(asked, Mapping):
+        if ends.embed is None:
+            raise ConfigError(
+                "trainable_token_indices: this model does not say which module is its embedding; give a "
+                "map, {MODULE: [token ids]}"
+            )
+        asked = {ends.embed: asked}
+    sites = {_matrix_at(model, site, ends): tuple(ids) for site, ids in asked.items()}
+    if len(sites) < len(asked):
+        raise ConfigError("trainable_token_indices names a module twice")
+    follows = False
+    if ends.tied and ends.embed in sites:
+        assert ends.head is not None
+        follows = sites.get(ends.head, sites[ends.embed]) == sites[ends.embed]
+        if not follows and spec.ensure_weight_tying:
+            raise ConfigError(
+                "ensure_weight_tying, but trainable_token_indices names other tokens for the head than for "
+                "the embedding"
+            )
+    starts = dict[str, FurtherStart]()
+    saved = match_saved_modules(model, spec.modules_to_save or (), ends)
+    for path, ids in sites.items():
+        if follows and path == ends.head:
+            continue
+        users = [path, ends.head] if follows and path == ends.embed and ends.head else [path]
+        for user in users:
+            if user in targets or any(user == p or user.startswith(f"{p}.") for p in saved):
+                other = "target_modules" if user in targets else "modules_to_save"
+                raise ConfigError(
+                    f"trainable_token_indices and {other} both train {user}; leave it out of one of them"
+                )
+        starts[f"{path}.{TOKEN_ROWS}"] = _row_start(model, name, path, ids, users)
+    return starts
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Paths of a model's head and embedding, None where it does not say; ``tied``: whether they share a
+    weight."""
+
+    head: str | None
+    embed: str | None
+    tied: bool
+
+    @staticmethod
+    def of(model: nn.Module) -> Ends:
+        """From the family, or transformers' accessors."""
+        family: ModelFamily | None = getattr(model, "family", None)
+        if family is not None:
+            ours = [model.get_parameter(f"{p}.weight") for p in (family.head, family.embed)]
+            return Ends(family.head, family.embed, ours[0] is ours[1])
+        sides = [getattr(model, f"get_{s}_embeddings", lambda: None)() for s in ("output", "input")]
+        paths = {id(m): p for p, m in model.named_modules()}
+        head, embed = (None if side is None else paths.get(id(side)) for side in sides)
+        weights: list[object] = [getattr(side, "weight", None) for side in sides]
+        tied = head is not None and embed is not None and weights[0] is weights[1]
+        return Ends(head, embed, tied)
+
+
+def match_saved_modules(model: nn.Module, names: Sequence[str], ends: Ends) -> list[str]:
+    """The outermost modules whose path ends in one of the names. Raises ConfigError for a name that
+    matches none, or none with parameters."""
+    chosen = list[str]()
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in names:
+        actual = {"lm_head": ends.head, "embed": ends.embed}.get(name, name) or name
+        hits = [path for path in paths if path.endswith(actual)]
+        if not hits:
+            leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+            raise ConfigError(
+                f"modules_to_save names {name!r}, which matches no module{suggest_nearest(name, leaves)}; "
+                f"the modules here end in {', '.join(leaves)}"
+            )
+        if not any(True for hit in hits for _ in model.get_submodule(hit).parameters()):
+            raise ConfigError(f"modules_to_save names {name!r}, which has no parameters")
+        chosen += hits
+    outer = set(chosen)
+    return [
+        path
+        for path in paths
+        if path in outer and not any(path.startswith(f"{other}.") for other in outer)
+    ]
+
+
+def _second_names(module: nn.Module) -> set[str]:
+    """Names of a state dict whose tensor has another name already."""
+    named = {id(p) for p in module.parameters()}
+    return {n for n, t in module.state_dict(keep_vars=True).items() if id(t) in named}
+
+
+def _matrix_at(model: nn.Module, name: str, ends: Ends) -> str:
+    """The embedding or head that a map of `trainable_token_indices` names."""
+    actual = {"lm_head": ends.head, "embed": ends.embed}.get(name, name) or name
+    hits = [path for path, _ in model.named_modules() if path and path.endswith(actual)]
+    kinds = (nn.Embedding, nn.Linear, BankEmbedding, BankLinear)
+    fitting = [path for path in hits if isinstance(model.get_submodule(path), kinds)]
+    if len(fitting) != 1:
+        found = f"matches {len(fitting)} of them" if fitting else "matches none"
+        known = ", ".join(p for p in (ends.embed, ends.head) if p is not None)
+        raise ConfigError(
+            f"trainable_token_indices names {name!r}; it takes an embedding or a head, and that {found} "
+            f"({known or 'the model does not say which it has'})"
+        )
+    return fitting[0]
+
+
+def _own_start(
+    model: nn.Module,
+    adapter: str,
+    path: str,
+    leaf: str,
+    *,
+    also: tuple[tuple[str, str], ...] = (),
+) -> FurtherStart:
+    """A parameter of the module at ``path``, used there and ``also`` at others; it begins as the base's."""
+    module = model.get_submodule(path)
+    _refuse_layout(model, module, f"{path}.{leaf}")
+    shape, own = _whole_shape(module, leaf), OwnTensor()
+    sites = ((path, leaf), *also)
+
+    def use(param: nn.Parameter, slot: AdapterSlot | None) -> None:
+        own.param = param
+        for at, name in sites:
+            _own_at(model, at, adapter).whole[name] = own
+
+    return FurtherStart(
+        shape,
+        lambda: _base_values(module, leaf),
+        path,
+        use,
+        # as transformers' Trainer: norms and biases do not decay
+        decays=len(shape) > 1,
+        touch=own.touch,
+        forget=lambda: _forget(model, adapter, [at for at, _ in sites]),
+        replaces=Replacement(sites),
+        also=tuple(f"{at}.{name}" for at, name in also),
+    )
+
+
+def _row_start(
+    model: nn.Module, adapter: str, path: str, ids: tuple[int, ...], users: Sequence[str]
+) -> FurtherStart:
+    """Rows of the weight of the module at ``path``, used at ``users``."""
+    module = model.get_submodule(path)
+    _refuse_layout(model, module, f"{path}.weight")
+    if isinstance(module, BankLinear) and (module.transposed or module.product is not None):
+        raise ConfigError(f"trainable_token_indices: {path} is no plain matrix of token rows")
+    count, width = _whole_shape(module, "weight")
+    for token in ids:
+        if token >= count:
+            raise ConfigError(
+                f"trainable_token_indices names token {token}; {path} has {count} rows, 0 to {count - 1}"
+            )
+    rows = OwnRows(torch.tensor(ids), OwnTensor())
+
+    def use(param: nn.Parameter, slot: AdapterSlot | None) -> None:
+        rows.tensor.param = param
+        for user in users:
+            _own_at(model, user, adapter).rows = rows
+
+    return FurtherStart(
+        (len(ids), width),
+        lambda: _base_values(module, "weight")[rows.ids],
+        path,
+        use,
+        touch=rows.tensor.touch,
+        forget=lambda: _forget(model, adapter, users),
+        replaces=Replacement(tuple((user, "weight") for user in users), rows.ids),
+    )
+
+
+def _refuse_layout(model: nn.Module, module: nn.Module, what: str) -> None:
+    """Raises ConfigError for a model whose weights no process has whole."""
+    weights = getattr(model, "layer_weights", None)
+    shared = (
+        getattr(model, "ranks", None) is not None or getattr(module, "slices", None) is not None
+    )
+    sharded = (weights is not None and weights.sharded) or any(
+        hasattr(p, "to_local") for p in module.parameters(recurse=False)
+    )
+    if shared or sharded or getattr(module, "holders", ()):
+        raise ConfigError(
+            f"{what}: weights that train in the base's place (modules_to_save, trainable_token_indices, "
+            "bias) need the base whole in every process; use backend=single or ddp"
+        )
+
+
+def _whole_shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
+    if leaf == "weight" and isinstance(module, BankLinear) and module.product is not None:
+        return module.product.shape
+    return tuple(module.get_parameter(leaf).shape)
+
+
+@torch.no_grad()
+def _base_values(module: nn.Module, leaf: str) -> Tensor:
+    """What the base has there."""
+    if leaf == "weight" and isinstance(module, BankLinear) and module.product is not None:
+        opened: Callable[[torch.dtype], Tensor] | None = getattr(module.product, "open", None)
+        if opened is None:
+            raise ConfigError(f"{module.path} has a custom product, and cannot train whole")
+        return opened(torch.float32)
+    return module.get_parameter(leaf).detach()
+
+
+def _own_at(model: nn.Module, path: str, adapter: str) -> OwnWeights:
+    """What an adapter has in place of the weights of the module at a path, which asks for it from now on."""
+    module = model.get_submodule(path)
+    site = site_at(module, path)
+    bank = model.__dict__["lorry_bank"]
+    if isinstance(module, AdaptableLayer):
+        # it is told which mix a plain model(x) uses
+        bank.modules.setdefault(path, module)
+    elif getattr(model, "family", None) is None and "forward" not in module.__dict__:
+        # Lorry's decoder asks by itself; a partial, so that a deep copy asks its own bank
+        module.__dict__["forward"] = partial(run_under, module, partial(_active_call, bank))
+    return site.adapters.setdefault(adapter, OwnWeights())
+
+
+def _active_call(bank: object) -> AdapterContext:
+    """The call around a foreign model, or what the bank made active."""
+    active: Mix = bank.active  # type: ignore[attr-defined]  # AdapterBank, which stands on this module
+    return AMBIENT_CONTEXT.get() or AdapterContext(active)
+
+
+def _forget(model: nn.Module, adapter: str, paths: Sequence[str]) -> None:
+    """Take an adapter's weights away from these modules."""
+    for path in paths:
+        module = model.get_submodule(path)
+        site_at(module, path).adapters.pop(adapter, None)
+        forward = module.__dict__.get("forward")
+        if not has_own_weights(module) and getattr(forward, "func", None) is run_under:
+            del module.__dict__["forward"]
