@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.adapters.spec import LoraSpec
+from lorry.config.left_out import find_left_out
 from lorry.disk import documents
 from lorry.errors import ConfigError, ModelError
 
@@ -112,6 +113,7 @@ def parse_peft_config(
     if config.get("peft_type") != "LORA":
         raise ModelError(
             f"{where}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read"
+            f"{_left_out(config.get('peft_type'))}"
         )
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise ModelError(
@@ -122,6 +124,7 @@ def parse_peft_config(
             reason = REFUSAL_REASONS.get(key, "it may change what the adapter computes")
             raise ModelError(
                 f"{where}: {key}={value!r:.80} is not supported ({reason}); only plain LoRA can be read"
+                f"{_left_out(key)}"
             )
     fields: dict[str, Any] = {
         # 8 is PEFT's default for both; ours differs, and a file that leaves them out means PEFT's
@@ -273,6 +276,12 @@ def over_adapter_config(lora: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = {"base_model_name_or_path": lora["base_model_name_or_path"]}
     return {"peft_type": OVER_ADAPTER, "task_type": "CAUSAL_LM", **name, "lora": dict(lora)}
+
+
+def _left_out(word: object) -> str:
+    """What to do about a method that is known and left out, by PEFT's type or key of it."""
+    method = find_left_out(word)
+    return "" if method is None else f". {method}; {method.file}"
 
 
 def _is_neutral(key: str, value: Any) -> bool:

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from lorry.config.left_out import OFF_VALUES
+
 # value -> our settings and their values, one or several; None: it changes nothing. ValueError: what
 # is wrong with the value
 AliasReader = Callable[[Any], tuple[str, Any] | list[tuple[str, Any]] | None]
@@ -366,8 +368,6 @@ HOMONYMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-# the ways in which files say that something is off
-OFF_VALUES: tuple[Any, ...] = (False, None, "none", "no", [], {})
 UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         [
@@ -378,6 +378,11 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
             "ensure_weight_tying",
             "layers_pattern",
             "layer_replication",
+            "kasa_config",
+            "velora_config",
+            "monteclora_config",
+            "use_bdlora",
+            "arrow_config",
             "loftq_config",
             "eva_config",
             "corda_config",

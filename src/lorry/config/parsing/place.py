@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from lorry.config.left_out import explain_setting
 from lorry.config.parsing.aliases import (
     ALIAS_READERS,
     ALIAS_RENAMES,
@@ -60,7 +61,7 @@ def place_setting(
     """Find the settings that are meant: one, several for ``lora={r: 8, ...}``, none for a harmless
     word of a peer.
 
-    Raises ConfigError on a name that is ambiguous, not supported yet or unknown.
+    Raises ConfigError on a name that is ambiguous, not supported yet, left out or unknown.
     """
     if setting.key in names.groups:
         value = _group_value(setting)
@@ -72,6 +73,7 @@ def place_setting(
             return [placed for each in inner for placed in place_setting(names, each, add_note)]
         if value is None or value == {}:
             return [PlacedSetting(setting.key, value, setting)]
+    _refuse_left_out(names, setting)
     candidates = names.candidates(setting.key)
     # before our own reading: adapter: lora in an axolotl file names no directory
     if _is_homonym(setting, add_note):
@@ -218,15 +220,25 @@ def _place_alias(
                     f"{_quote_setting(setting.key, value)} changes nothing: Lorry does so anyway"
                 )
             return []
-        quoted = _quote_setting(setting.key, value)
-        # a word of the command line is where it stands
-        place = "" if setting.where == quoted else f"{setting.where}: "
-        raise ConfigError(f"{place}{quoted} is not supported yet")
+        raise ConfigError(f"{_place_of(setting, value)} is not supported yet")
     if word in OTHER_VERB_SETTINGS:
         raise ConfigError(
             f"{setting.where}: {setting.key!r} is a setting of {OTHER_VERB_SETTINGS[word]}"
         )
     raise unknown_setting_error(names, setting.key, setting.where)
+
+
+def _refuse_left_out(names: SchemaNames, setting: GivenSetting) -> None:
+    """Raises ConfigError for a method that is known and left out, whichever way it is asked for."""
+    value = _read_typed(setting.value) if setting.typed else setting.value
+    if method := explain_setting(_peer_word(names, setting.key), value):
+        raise ConfigError(f"{_place_of(setting, value)}: {method}")
+
+
+def _place_of(setting: GivenSetting, value: Any) -> str:
+    """A setting and where it stands; a word of the command line is where it stands."""
+    quoted = _quote_setting(setting.key, value)
+    return quoted if setting.where == quoted else f"{setting.where}: {quoted}"
 
 
 def _is_homonym(setting: GivenSetting, add_note: NoteCallback) -> bool:
