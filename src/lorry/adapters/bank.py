@@ -353,10 +353,9 @@ class Adapter:
 
     def refuse_further(self, what: str) -> None:
         """Raises ConfigError if it is more than low-rank terms, for ``what`` can be done with those alone."""
-        if self.further:
-            raise ConfigError(
-                f"{self.label} has {next(iter(self.further))} beside its low-rank terms; {what}"
-            )
+        beside = [name for name, one in self.further.items() if not one.low_rank]
+        if beside:
+            raise ConfigError(f"{self.label} has {beside[0]} beside its low-rank terms; {what}")
 
     def freeze(self) -> None:
         """Nothing of it trains from now on, and it holds no memory for gradients."""
@@ -518,6 +517,15 @@ class AdapterBank:
         self.activate(active)
         return adapter
 
+    def put_in_place(self, adapter: Adapter) -> None:
+        """Put an adapter, not attached, in the place of the one of its name, whose number, and share of
+        every mix, it takes over."""
+        for path in self[adapter.name].slots:
+            del self.modules[path].slots[adapter.name]
+        for path, slot in adapter.slots.items():
+            self.modules[path].slots[adapter.name] = slot
+        self.adapters[adapter.name] = adapter
+
     def move_to_base(self, name: str, origin: AdapterOrigin) -> Adapter:
         """Freeze an adapter and make it part of the base: from now on it is under every mix with
         g = 1, without dropout and without a gradient buffer, and no longer one of the bank's names.
@@ -617,6 +625,12 @@ def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: boo
     zero_side: Side = "A" if embedding else "B"
     shape = slot.whole_shape(random_side)
     kind = spec.init_lora_weights
+    if spec.adalora is not None:
+        # both, as in PEFT: what makes the low-rank term 0 is E
+        for side in SIDES:
+            drawn = torch.randn(slot.whole_shape(side), generator=generator) * 0.02
+            slot.copy_whole(side, drawn)
+        return
     if kind == "gaussian":
         # std 1/r, PEFT's "gaussian"
         drawn = torch.randn(shape, generator=generator) / slot.A.shape[0]

@@ -70,6 +70,8 @@ class AdapterSlot:
     slices: LayerSlices | None = None
     initial: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     magnitude: nn.Parameter | None = None
+    # AdaLoRA's factor of each rank [R,1]
+    E: nn.Parameter | None = field(default=None, repr=False)
     # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
     # no two slots of a process share one
@@ -83,7 +85,13 @@ class AdapterSlot:
         """Changes whenever a master may have changed."""
         # data_ptr too: `AdapterBank.to` gives the masters other memory without a write
         stamp = (self.write_count, self.A._version, self.B._version, self.A.data_ptr())
-        return stamp if self.magnitude is None else (*stamp, self.magnitude._version)
+        others = [one for one in (self.magnitude, self.E) if one is not None]
+        return (*stamp, *(one._version for one in others)) if others else stamp
+
+    @property
+    def lora_A(self) -> Tensor:
+        """What x is multiplied with, [R,I]: A, times E where there is one; autograd follows it."""
+        return self.A if self.E is None else self.A * self.E
 
     def touch(self) -> None:
         """Say that a master has changed, or is about to."""
@@ -92,7 +100,7 @@ class AdapterSlot:
     def factors(self) -> tuple[Tensor, Tensor]:
         """lora_A [R',I] and lora_B [O,R'] whose scaled product is all that the adapter adds here,
         fp32: the masters, or behind them what is taken off, R' = 2R."""
-        a, b = self.A.detach(), self.B.detach()
+        a, b = self.lora_A.detach(), self.B.detach()
         if self.initial is None:
             return a, b
         a0, b0 = self.initial
@@ -564,7 +572,7 @@ class LinearGroup:
         )
         terms.append(
             TermParams(
-                tuple(PartParams(slot.A, slot.B) for slot in masters),
+                tuple(PartParams(slot.lora_A, slot.B) for slot in masters),
                 torch.stack(gates, 1) if gates else None,
                 tuple(masters[j].magnitude for j in vectors),
             )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lorry.config.adapter.adalora import AdaLoraSettings
 from lorry.config.adapter.initialization import check_initialization
 from lorry.errors import ConfigError
 
@@ -38,8 +39,9 @@ class LoraSpec:
     corda, lora_ga, eva, loftq, orthogonal: from the base or from rows
     (`adapters.initialization`). rho: how many times its rank EVA may give a module. keep_residual: save
     A and B without what pissa or olora took off the base. use_dora: a magnitude for every output
-    feature beside A and B (arXiv 2402.09353, `variants.magnitude`). Raises ConfigError for values
-    outside their range.
+    feature beside A and B (arXiv 2402.09353, `variants.magnitude`). adalora: AdaLoRA's numbers (or
+    a map of them), with which the ranks begin as r everywhere and end as its target_r on average;
+    None is plain LoRA. Raises ConfigError for values outside their range, or that do not go together.
     """
 
     r: int = 16
@@ -60,6 +62,7 @@ class LoraSpec:
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     bias: BiasTraining = "none"
     ensure_weight_tying: bool = False
+    adalora: AdaLoraSettings | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -121,6 +124,30 @@ class LoraSpec:
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if isinstance(self.adalora, Mapping):
+            object.__setattr__(self, "adalora", AdaLoraSettings(**self.adalora))
+        if self.adalora is not None:
+            self.adalora.refuse_rank(self.r)
+            self._refuse_with_adalora()
+
+    def _refuse_with_adalora(self) -> None:
+        """Raises ConfigError for what has another meaning there, or none."""
+        for name, value in (
+            ("use_rslora", self.use_rslora),
+            ("use_dora", self.use_dora),
+            ("modules_to_save", self.modules_to_save),
+            ("trainable_token_indices", self.trainable_token_indices is not None),
+            ("bias", self.bias != "none"),
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+            ("init_lora_weights", self.init_lora_weights is not True),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{name} does not go with AdaLoRA, which trains A, E and B alone, from normal A and "
+                    "B, with the same rank and alpha at every module and alpha / r as the scale; leave "
+                    "it out"
+                )
 
     def rank(self, module: str) -> int:
         """The rank at a module path."""

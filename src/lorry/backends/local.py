@@ -212,7 +212,7 @@ class LocalBackend:
         updates nobody, if any gradient is not finite."""
         for name in self.trained:
             if name in self.present:
-                self.optimizers[name].add_l2_gradient()
+                self.optimizers[name].add_penalty_gradients()
         norms = self._norms()
         # all of them before the first steps: nobody is updated by a step that failed for one
         for name, norm in norms.norms.items():
@@ -229,7 +229,7 @@ class LocalBackend:
                     "max_grad_norm, or check those rows"
                 )
         for name in norms.norms:
-            self.optimizers[name].step(lr[name], norms.norms[name])
+            self.optimizers[name].step(lr[name], norms.norms[name], self.at + 1)
         return norms
 
     def discard(self) -> GradientNorms:
@@ -295,7 +295,8 @@ class LocalBackend:
 
     def state(self) -> Mapping[str, Tensor]:
         """adapter/NAME/MODULE.lora_A (of base weights weights/NAME/TENSOR), adam_m/..., adam_v/...,
-        adam_count/NAME, what a gradient rule keeps, and rng/cpu: everything a resumed run needs.
+        adam_count/NAME, what AdaLoRA and a gradient rule keep, and rng/cpu: everything a resumed run
+        needs.
 
         On a CPU these are the tensors in use, not copies (K adapters with their moments would be
         held twice): who wants to keep them beyond the next step clones them. Where ranks share a
@@ -310,7 +311,8 @@ class LocalBackend:
                     parts[f"{kind}/{name}/"] = whole
                 else:
                     state |= {f"{kind}/{name}/{t}": v.detach().cpu() for t, v in whole.items()}
-            state[f"adam_count/{name}"] = self.optimizers[name].count.cpu()
+            for kind, counter in self.optimizers[name].counters().items():
+                state[f"{kind}/{name}"] = counter.cpu()
         return _StateInParts(state, parts) if parts else state
 
     def held(self) -> Mapping[str, Tensor]:
@@ -332,7 +334,11 @@ class LocalBackend:
             for kind, flat in self._flat_tensors(name)
             for tensor, values in owner.split_like(flat).items()
         }
-        own |= {f"adam_count/{n}": optim.count for n, optim in self.optimizers.items()}
+        own |= {
+            f"{kind}/{name}": counter
+            for name, optim in self.optimizers.items()
+            for kind, counter in optim.counters().items()
+        }
         found = [name for name, values in own.items() if not is_finite(values)]
         frames = self.communicator.exchange("values that are not finite", found)
         return list(dict.fromkeys(name for frame in frames for name in frame)), len(own)
@@ -340,7 +346,9 @@ class LocalBackend:
     def _flat_tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
         owner, (m, v) = self.owners[name], self.optimizers[name].moments()
-        buffers = {} if self.gradient is None else self.gradient.buffers(name)
+        buffers = dict(self.optimizers[name].buffers())
+        if self.gradient is not None:
+            buffers |= self.gradient.buffers(name)
         frozen = owner.frozen_state()
         moving = [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v)]
         return [*moving, *buffers.items(), *frozen.items()]
@@ -373,9 +381,9 @@ class LocalBackend:
                     view.copy_(owner.own_part(tensor, state[f"{kind}/{name}/{tensor}"]))
             # compute copies are remade from the masters before the next forward
             owner.touch()
-            self.optimizers[name].set_moments(
-                flats["adam_m"], flats["adam_v"], state[f"adam_count/{name}"]
-            )
+            optimizer = self.optimizers[name]
+            counters = {kind: state[f"{kind}/{name}"] for kind in optimizer.counters()}
+            optimizer.set_moments(flats["adam_m"], flats["adam_v"], counters)
         torch.set_rng_state(state["rng/cpu"])
 
     def inspect(self) -> ParameterInspection:

@@ -11,7 +11,7 @@ elementwise, so the values have the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.trainable import ParameterSet, ParamGroup, param_groups
+from lorry.adapters.variants.adalora import rank_allocator
 
 # a fused step takes so many values at once, and those behind the last whole ones one by one, with
 # another rounding: parts begin where it would have begun anyway
@@ -29,7 +30,8 @@ VECTOR_VALUES = 16
 @dataclass(frozen=True)
 class OptimSettings:
     """AdamW's numbers; max_grad_norm 0 switches clipping off; loraplus_lr_ratio = rate of B
-    over rate of A; l2_regularization: the factor of the sum of squares that is added to the loss."""
+    over rate of A; l2_regularization: the factor of the sum of squares that is added to the loss;
+    total_steps: of the run, over which AdaLoRA takes ranks away."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -37,6 +39,7 @@ class OptimSettings:
     max_grad_norm: float = 1.0
     loraplus_lr_ratio: float = 1.0
     l2_regularization: float = 0.0
+    total_steps: int = 0
 
 
 def own_parts(groups: Sequence[ParamGroup], rank: int, size: int) -> list[ParamGroup]:
@@ -54,8 +57,9 @@ def _edge(group: ParamGroup, place: int, size: int) -> int:
 
 
 class ParameterSetOptimizer:
-    """The optimizer of one parameter set; its state is two flat moments and a count. ``ranks``: those
-    that hold the same values and share the moments; all of them make the same calls.
+    """The optimizer of one parameter set; its state is two flat moments and a count, and of an AdaLoRA
+    adapter what its allocator has. ``ranks``: those that hold the same values and share the moments;
+    all of them make the same calls. Raises ConfigError where AdaLoRA's schedule does not fit.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class ParameterSetOptimizer:
             eps=settings.eps,
             fused=True,
         )
+        self.allocator = rank_allocator(params, settings.total_steps)
         # moments of all that is stepped here, given to AdamW as views: a checkpoint is two tensors
         size = params.values.numel() if ranks is None else sum(view.numel() for view in self.views)
         self.m, self.v = params.values.new_zeros(size), params.values.new_zeros(size)
@@ -100,14 +105,18 @@ class ParameterSetOptimizer:
             return [moments[group.part] for group in self.groups]
         return list(moments.split([view.numel() for view in self.views]))
 
-    def add_l2_gradient(self) -> None:
-        """Add that of ``l2_regularization`` times the sum of squares: once a step, before the norm,
-        as a term of the loss has it; AdamW's decay is none of the gradient's."""
+    def add_penalty_gradients(self) -> None:
+        """Add those of ``l2_regularization`` times the sum of squares, and of AdaLoRA's orthogonality:
+        once a step, before the norm, as terms of the loss have them; AdamW's decay is none of the
+        gradient's."""
+        if self.allocator is not None:
+            self.allocator.add_orthogonality_gradient()
         if factor := self.settings.l2_regularization:
             self.params.grads.add_(self.params.values, alpha=2 * factor)
 
-    def step(self, lr: float, norm: float) -> None:
-        """Clip to max_grad_norm, update the masters, zero the gradient."""
+    def step(self, lr: float, norm: float, number: int | None = None) -> None:
+        """Clip to max_grad_norm, update the masters, zero the gradient. ``number``: of the run's step,
+        from 1, which AdaLoRA's schedule hangs on; None: how many have been made here."""
         limit = self.settings.max_grad_norm
         if limit and norm > limit:
             # 1e-6 as torch.nn.utils.clip_grad_norm_ has it
@@ -122,6 +131,8 @@ class ParameterSetOptimizer:
         if self.ranks is not None:
             own = torch.cat([view.detach() for view in self.views])
             self._join("values after a step", own, self.params.values)
+        if self.allocator is not None:
+            self.allocator.update(int(self.count) if number is None else number)
         # the masters were written in place: compute copies must be remade before the next forward
         self.params.touch()
         self.params.grads.zero_()
@@ -152,6 +163,20 @@ class ParameterSetOptimizer:
             self._join("moments", self.v, torch.zeros_like(empty)),
         )
 
+    def buffers(self) -> dict[str, Tensor]:
+        """{kind: [P]} of what a checkpoint holds besides: the tensors themselves."""
+        if self.allocator is None:
+            return {}
+        return {
+            "adalora_sensitivity": self.allocator.sensitivity,
+            "adalora_uncertainty": self.allocator.uncertainty,
+        }
+
+    def counters(self) -> dict[str, Tensor]:
+        """{kind: tensor} of what a checkpoint holds that is not as large as the values."""
+        kept = {} if self.allocator is None else {"adalora_kept": self.allocator.kept}
+        return {"adam_count": self.count, **kept}
+
     @property
     def count(self) -> Tensor:
         """Steps made, []."""
@@ -159,13 +184,15 @@ class ParameterSetOptimizer:
         return count
 
     @torch.no_grad()
-    def set_moments(self, m: Tensor, v: Tensor, count: Tensor) -> None:
-        """Restore what `moments` and `count` gave."""
+    def set_moments(self, m: Tensor, v: Tensor, counters: Mapping[str, Tensor]) -> None:
+        """Restore what `moments` and `counters` gave."""
         for own, whole in ((self.m, m), (self.v, v)):
             for group, part in zip(self.groups, self._by_group(own), strict=True):
                 part.copy_(whole[group.part])
         for view in self.views:
-            self.adamw.state[view]["step"].copy_(count)
+            self.adamw.state[view]["step"].copy_(counters["adam_count"])
+        if self.allocator is not None:
+            self.allocator.kept.copy_(counters["adalora_kept"])
 
     def stepped(self) -> list[tuple[int, int]]:
         """(start, stop) in ``values``, in bytes, of what the optimizer of this rank holds: found by

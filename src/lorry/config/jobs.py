@@ -27,7 +27,12 @@ from lorry.config.parsing.place import (
     parse_typed_list,
     place_setting,
 )
-from lorry.config.schema import JOBS, NO_ADAPTERS_FOR_JOBS, RunConfig
+from lorry.config.schema import (
+    ADALORA_FIELDS,
+    JOBS,
+    NO_ADAPTERS_FOR_JOBS,
+    RunConfig,
+)
 from lorry.errors import ConfigError
 from lorry.notes import NoteCallback
 
@@ -134,6 +139,8 @@ class JobOverrides:
             **tree,
             **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()},
         }
+        if own := self.tree.get("lora"):
+            settings["lora"] = {**_shared_with(own, tree.get("lora", {})), **own}
         if row_sources := {"path", "mix"} & self.tree.get("data", {}).keys():
             # what the job reads stands in the place of what the run reads, not beside it
             settings["data"] = {
@@ -142,6 +149,17 @@ class JobOverrides:
                 if k in row_sources or k not in ("path", "mix")
             }
         return settings
+
+
+def _shared_with(own: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's adapter settings without those that a job's ``own`` leave no meaning: AdaLoRA's where
+    the job's variant is another, and its first rank under either of its names."""
+    gone = {"r", "init_r"} if {"r", "init_r"} & own.keys() else set()
+    if own.get("variant", "adalora") != "adalora":
+        gone |= {*ADALORA_FIELDS}
+    if "variant" in own:
+        gone |= {"use_dora"}
+    return {name: value for name, value in lora.items() if name not in gone}
 
 
 def set_in_tree(tree: dict[str, Any], placed: PlacedSetting) -> None:

@@ -92,10 +92,20 @@ class ModelConfig(SettingsGroup):
     )
 
 
+# what of an adapter's settings is AdaLoRA's alone
+ADALORA_FIELDS = (
+    "variant", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+)  # fmt: skip
+
+
 class LoraConfig(SettingsGroup):
     """the adapter; lora=null means none"""
 
     main: ClassVar[str] = "r"
+    variant: Literal["lora", "dora", "adalora"] = config_field(
+        "lora",
+        "dora: as use_dora=true; adalora: ranks go from init_r to target_r where they matter least",
+    )
     # far beyond any matrix; twice that is the limit of lora_alpha, which follows from it
     r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = config_field(
         16, "rank; auto: the largest power of two that fits memory_budget"
@@ -139,6 +149,80 @@ class LoraConfig(SettingsGroup):
     # own (`UNSUPPORTED_VALUES`)
     bias: Literal["none"] = config_field("none", "biases stay frozen")
     adapter_name: CheckedName = config_field("default", "name of the adapter")
+    init_r: PositiveInt | None = config_field(
+        None, "AdaLoRA: rank of every module at first; null: r if given, else 12"
+    )
+    target_r: PositiveInt = config_field(8, "AdaLoRA: rank of a module at the end, on average")
+    tinit: NonNegativeInt = config_field(0, "AdaLoRA: steps before the first rank goes")
+    tfinal: NonNegativeInt = config_field(0, "AdaLoRA: steps after the last rank has gone")
+    deltaT: PositiveInt = config_field(1, "AdaLoRA: ranks go every n steps")
+    beta1: float = config_field(0.85, "AdaLoRA: smoothing of the sensitivities", gt=0, lt=1)
+    beta2: float = config_field(0.85, "AdaLoRA: smoothing of their uncertainty", gt=0, lt=1)
+    orth_reg_weight: float = config_field(
+        0.5, "AdaLoRA: factor of the penalty that keeps A and B orthogonal", ge=0
+    )
+
+    @property
+    def adalora(self) -> dict[str, Any] | None:
+        """AdaLoRA's numbers, where it is the variant."""
+        if self.variant != "adalora":
+            return None
+        return self.model_dump(include={*ADALORA_FIELDS} - {"variant", "init_r"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_each(cls, data: Any) -> Any:
+        """DoRA is use_dora, and AdaLoRA's first rank is r: what follows from them asks for one name."""
+        if not isinstance(data, dict) or data.get("variant") not in ("adalora", "dora"):
+            return data
+        if data["variant"] == "dora":
+            if data.get("use_dora", True) in (False, "false"):
+                raise ValueError("variant=dora and use_dora=false contradict each other; give one")
+            return {**data, "use_dora": True}
+        init_r, r = data.get("init_r"), data.get("r")
+        if init_r is not None and r is not None and str(init_r) != str(r):
+            raise ValueError(
+                f"r={show_value(r)} and init_r={show_value(init_r)} are both the first rank of AdaLoRA; "
+                "give one"
+            )
+        first = next((rank for rank in (init_r, r) if rank is not None), 12)
+        return {**data, "r": first, "init_r": first}
+
+    @model_validator(mode="after")
+    def _adalora_goes_with(self) -> Self:
+        if self.variant != "adalora":
+            given = [f for f in ADALORA_FIELDS[1:] if getattr(self, f) != self._default(f)]
+            if given:
+                adamw = f" (AdamW's is adam_{given[0]})" if given[0] in ("beta1", "beta2") else ""
+                raise ValueError(
+                    f"{given[0]} is AdaLoRA's{adamw}; add variant=adalora, or leave it out"
+                )
+            return self
+        if self.r == "auto":
+            raise ValueError("r=auto does not go with variant=adalora; give init_r")
+        assert isinstance(self.r, int)
+        if self.target_r >= self.r:
+            raise ValueError(
+                f"target_r={self.target_r} is not below init_r={self.r}: AdaLoRA would have no ranks to "
+                "take away; give a smaller target_r, or variant=lora"
+            )
+        for name in (
+            "use_dora",
+            "use_rslora",
+            "rank_pattern",
+            "alpha_pattern",
+            "init_lora_weights",
+        ):
+            if getattr(self, name) != self._default(name):
+                raise ValueError(
+                    f"{name} does not go with variant=adalora, which has ranks, scale and first "
+                    "values of its own; leave it out"
+                )
+        return self
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        return cls.model_fields[name].get_default(call_default_factory=True)
 
     @field_validator("lora_alpha", mode="before")
     @classmethod
@@ -604,6 +688,23 @@ class RunConfig(SettingsGroup):
         # here and not in LoraConfig: memory_budget is a setting of the run
         if self.lora is not None and self.lora.r == "auto" and self.memory_budget is None:
             raise ValueError("lora.r=auto needs a memory budget; give memory_budget, such as 3GiB")
+        return self
+
+    @model_validator(mode="after")
+    def _adalora_has_steps(self) -> RunConfig:
+        lora, steps = self.lora, self.train.max_steps
+        if lora is None or lora.variant != "adalora":
+            return self
+        if 0 < steps <= lora.tinit + lora.tfinal:
+            raise ValueError(
+                f"lora.tinit={lora.tinit} and lora.tfinal={lora.tfinal} leave none of the {steps} steps "
+                "for taking ranks away; make them smaller, or max_steps larger"
+            )
+        if self.backend.tensor_parallel > 1:
+            raise ValueError(
+                "lora.variant=adalora scores whole rows and columns, of which tensor-parallel processes "
+                "have parts; leave backend.tensor_parallel out"
+            )
         return self
 
     @field_validator("trainable", mode="before")

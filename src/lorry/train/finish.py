@@ -15,6 +15,7 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.adapters.router import ROUTER_NAME
 from lorry.adapters.trainable import base_parameter_set, parameter_set
+from lorry.adapters.variants.adalora import fold_triplets
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.protocol import Backend
 from lorry.data.batch import Batch
@@ -27,6 +28,7 @@ from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
+from lorry.notes import NoteCallback
 from lorry.runs import ownership
 from lorry.runs.layout import ADAPTER_WEIGHTS, EVALUATION, RECEIPT, STEP, SUITES, RunDir
 from lorry.tasks.build import PreparedJob, PreparedJobs, trained_names
@@ -96,6 +98,30 @@ def write_and_check_adapters(
     batches = " and the scores of a batch" if all(has_scores) else ""
     checks.held(5, f"{values} values{whose}{batches} equal bit for bit after reading back")
     return digests
+
+
+def settle_adapters(model: CausalLM, names: Sequence[str], add_note: NoteCallback) -> None:
+    """Make what was trained what is saved: of an AdaLoRA adapter the plain one that its ranks left.
+    Raises ConfigError if none is."""
+    bank = get_bank(model)
+    for name in names:
+        adapter = bank.adapters.get(name)
+        if adapter is None or adapter.spec.adalora is None:
+            continue
+        plain = fold_triplets(adapter)
+        bank.put_in_place(plain)
+        ranks = [slot.A.shape[0] for slot in plain.slots.values()]
+        gone = len(adapter.slots) - len(ranks)
+        add_note(
+            f"{adapter.label}: AdaLoRA left ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} of "
+            f"{sum(slot.A.shape[0] for slot in adapter.slots.values())} in all"
+            + (
+                f"; {gone} of {len(adapter.slots)} modules have none and are no targets"
+                if gone
+                else ""
+            )
+            + "; it is saved as plain LoRA"
+        )
 
 
 def displace_measurements(run_dir: Path, digests: Mapping[str, str]) -> None:

@@ -37,7 +37,8 @@ from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
 from lorry.config import RunConfig, dump_settings, runs_by_adapter
-from lorry.config.schema import DataConfig, LoraConfig, TrainConfig
+from lorry.config.adapter.adalora import AdaLoraSettings
+from lorry.config.schema import ADALORA_FIELDS, DataConfig, LoraConfig, TrainConfig
 from lorry.data.prepare import EncodedRows, PreparedData, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.errors import ConfigError, ContractError, DataError, explain_out_of_memory
@@ -184,7 +185,7 @@ def _train_run(
         process.begin(engine.progress.step, engine.total)
         artifacts.write_start(run.output_dir, over, list(jobs))
         # the run's own files are all written in there; the rate below is of this machine
-        result = _train_and_finish(given, opened, jobs, engine, process.home, shard)
+        result = _train_and_finish(given, opened, jobs, engine, notebook, process.home, shard)
         if (counted := planned_run_of(run, opened)) is not None:
             notebook.tell(record_step_rate(times, counted, opened.model, run.backend.threads))
         return result
@@ -349,6 +350,7 @@ def _train_and_finish(
     opened: OpenedModel,
     jobs: PreparedJobs,
     engine: TrainingEngine,
+    notebook: Notebook,
     home: RunDirectoryHandle,
     shard: Sharder | None,
 ) -> TrainResult:
@@ -376,6 +378,7 @@ def _train_and_finish(
         checks.end(backend, engine.task)
         checks.equal_on_all_ranks(backend, 5, "at the end of training")
         home.check()
+        finish.settle_adapters(opened.model, list(jobs), notebook.tell)
         beside = trained_names(jobs)[len(jobs) :]
         digests = _write_and_check(
             backend.communicator,
@@ -533,8 +536,10 @@ def _row_accounting(jobs: PreparedJobs) -> str:
 
 def lora_spec_of(lora: LoraConfig) -> LoraSpec:
     """The bank's spec from the run's settings."""
-    plain: dict[str, Any] = lora.model_dump(exclude={"adapter_name", "bias", "init_rows"})
-    return LoraSpec(**plain)
+    adalora = lora.adalora
+    others = {"adapter_name", "bias", "init_rows", *ADALORA_FIELDS}
+    plain: dict[str, Any] = lora.model_dump(exclude=others)
+    return LoraSpec(**plain, adalora=None if adalora is None else AdaLoraSettings(**adalora))
 
 
 def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) -> str:
@@ -587,19 +592,21 @@ def build_engine(
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
     opened.model.sequence_parallel = run.backend.sequence_parallel
     # dropout's seed is part of the sequences' keys, job by job
-    settings = {name: job.run.train for name, job in jobs.items()} | {
-        name: train for job in jobs.values() for name, train in job.beside.items()
+    ends = TASKS[run.task].ends
+    training = [_training_job(name, job, ends(job)) for name, job in jobs.items()]
+    settings = {
+        name: (train, job.total)
+        for job in training
+        for name, train in {job.name: job.train, **job.beside}.items()
     }
     backend = BACKENDS[run.backend.name](
         opened.model,
         trained_names(jobs),
-        {name: optim_settings_of(train) for name, train in settings.items()},
+        {name: optim_settings_of(*of_job) for name, of_job in settings.items()},
         gradient=TASKS[run.task].gradient({name: job.run for name, job in jobs.items()}),
         communicator=communicator,
         moment_ranks=data_ranks(communicator) if run.backend.shard_optimizer else None,
     )
-    ends = TASKS[run.task].ends
-    training = [_training_job(name, job, ends(job)) for name, job in jobs.items()]
     inputs = _task_inputs(run, opened, jobs, training, backend)
     # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
     inputs = replace(inputs, tell=notebook.repeat, open_model=partial(open_model, shard=shard))
@@ -701,8 +708,8 @@ def _run_identity(
     }
 
 
-def optim_settings_of(train: TrainConfig) -> OptimSettings:
-    """The optimizer's numbers from a run's settings."""
+def optim_settings_of(train: TrainConfig, total_steps: int = 0) -> OptimSettings:
+    """The optimizer's numbers from a run's settings and its steps."""
     betas = (train.adam_beta1, train.adam_beta2)
     return OptimSettings(
         betas,
@@ -711,4 +718,5 @@ def optim_settings_of(train: TrainConfig) -> OptimSettings:
         train.max_grad_norm,
         train.loraplus_lr_ratio,
         train.l2_regularization,
+        total_steps,
     )

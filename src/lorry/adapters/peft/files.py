@@ -31,6 +31,12 @@ from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
 from lorry.adapters.layers import BankEmbedding, BankLinear, stored_slice
 from lorry.adapters.merge import concatenate
+from lorry.adapters.peft.adalora_files import (
+    ADALORA,
+    PlainLoraFile,
+    as_plain_config,
+    fit_ranks,
+)
 from lorry.adapters.peft.config import (
     INFORMATION_KEYS,
     OVER_ADAPTER,
@@ -42,6 +48,7 @@ from lorry.adapters.peft.config import (
 )
 from lorry.adapters.peft.tensors import (
     PEFT_PREFIX,
+    TensorFile,
     check_modules,
     legacy_name_mapper,
     list_adaptable_layers,
@@ -57,6 +64,7 @@ from lorry.adapters.quantization.linear import (
     quantization_of,
 )
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
+from lorry.adapters.variants.adalora import fold_triplets
 from lorry.adapters.variants.registry import further_starts
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content
@@ -120,6 +128,8 @@ def _files_of(
     """``keeps_residual``: without what the adapter's initialisation took off the base, which a reader has to
     find again."""
     name, modules = adapter.name, get_bank(model).modules
+    if adapter.spec.adalora is not None:
+        adapter = fold_triplets(adapter)
     spec = adapter.spec if keeps_residual else adapter.plain_spec
     tensors, whole = {}, adapter.tensors() if keeps_residual else adapter.whole_factors()
     for path, slot in adapter.slots.items():
@@ -302,8 +312,10 @@ def load_adapter(
     layers = list_adaptable_layers(model)
     rename = legacy_name_mapper(model, layers)
     convert_init = convert_init or _keeps_residual(model, folder)
+    config = read_adapter_json(folder / ADAPTER_CONFIG)
+    is_adalora = config.get("peft_type") == ADALORA
     spec = parse_peft_config(
-        read_adapter_json(folder / ADAPTER_CONFIG), where, convert_init=convert_init
+        as_plain_config(config) if is_adalora else config, where, convert_init=convert_init
     )
     if not isinstance(spec.target_modules, str):
         spec = replace(spec, target_modules=tuple(rename(t) for t in spec.target_modules))
@@ -311,10 +323,13 @@ def load_adapter(
     # before reading tensors, so that a wrong base is named as such and not as a wrong shape
     if not other_base:
         _check_base(model, folder)
-    with open_adapter_weights(folder) as file:
+    with open_adapter_weights(folder) as opened:
         weights = str(folder / ADAPTER_WEIGHTS)
+        file: TensorFile = PlainLoraFile(opened, weights) if is_adalora else opened
         parts, others = sort_lora_tensors(file, weights, layers, rename)
         check_modules(model, spec, set(parts), where)
+        if is_adalora:
+            spec, parts = fit_ranks(spec, file, weights, parts)
         # everything is read and checked before `attach` touches the model
         values = read_lora_values(file, weights, spec, layers, parts)
         targets = {path: layer for path, layer in layers.items() if path in parts}

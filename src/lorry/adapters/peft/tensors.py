@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,19 @@ LORA_TENSOR = re.compile(
 BASE_TENSOR = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
 
 
+class TensorFile(Protocol):
+    """What is read of an open file of tensors: the face of `safetensors.safe_open`."""
+
+    def keys(self) -> list[str]:
+        """Names of its tensors."""
+
+    def get_slice(self, name: str) -> Any:
+        """What knows the shape of a tensor (`get_shape`), nothing read."""
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Its values."""
+
+
 def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
     """{path: layer} of every place an adapter can sit; layers of a foreign model as the bank would
     see them.
@@ -45,7 +59,7 @@ def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
 
 
 def sort_lora_tensors(
-    file: safe_open,
+    file: TensorFile,
     where: str,
     layers: Mapping[str, AdaptableLayer],
     rename: Callable[[str], str],
@@ -98,7 +112,7 @@ def tied_as_stored(model: nn.Module, spec: LoraSpec, others: Collection[str]) ->
 
 def read_further_values(
     model: nn.Module,
-    file: safe_open,
+    file: TensorFile,
     where: str,
     layers: Mapping[str, AdaptableLayer],
     rename: Callable[[str], str],
@@ -139,7 +153,7 @@ def _renamed(body: str, rename: Callable[[str], str]) -> str:
 
 
 def _read_values(
-    file: safe_open, where: str, key: str, wanted: Sequence[int], needs: str
+    file: TensorFile, where: str, key: str, wanted: Sequence[int], needs: str
 ) -> Tensor:
     """A tensor of the file in fp32, its shape checked before a byte is read: a wrong file may claim more
     than there is memory."""
@@ -153,7 +167,7 @@ def _read_values(
 
 
 def _check_base_tensor(
-    layer: AdaptableLayer | None, leaf: str, file: safe_open, key: str, where: str
+    layer: AdaptableLayer | None, leaf: str, file: TensorFile, key: str, where: str
 ) -> None:
     """PEFT's save_embedding_layers stores base weights too: fine if they are this base's, in
     either's precision.
@@ -218,7 +232,7 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
 
 
 def read_lora_values(
-    file: safe_open,
+    file: TensorFile,
     where: str,
     spec: LoraSpec,
     layers: Mapping[str, AdaptableLayer],

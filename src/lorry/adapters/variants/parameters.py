@@ -47,7 +47,8 @@ class FurtherParameter:
     is, an adapted one or another; ``decays``: whether weight decay counts it; ``cut``: along which
     dimension ranks share it and how, None where each has it whole; ``touch``: called when its values
     were written; ``forget``: when the adapter is removed; ``replaces``: what of the base it stands for;
-    ``also``: other names under which files hold it."""
+    ``also``: other names under which files hold it; ``low_rank``: whether it is a factor of the low-rank
+    term itself, which merging and saving as plain LoRA fold in."""
 
     param: nn.Parameter
     module: str
@@ -57,6 +58,7 @@ class FurtherParameter:
     forget: Callable[[], None] = field(default=_nothing, repr=False)
     replaces: Replacement | None = None
     also: tuple[str, ...] = ()
+    low_rank: bool = False
 
     def num_parameters(self) -> int:
         """How many numbers it is, on all ranks that share it."""
@@ -80,6 +82,7 @@ class FurtherStart:
     forget: Callable[[], None] = field(default=_nothing, repr=False)
     replaces: Replacement | None = None
     also: tuple[str, ...] = ()
+    low_rank: bool = False
 
     def parameter(self, param: nn.Parameter) -> FurtherParameter:
         """The adapter's, once it lies in its buffer."""
@@ -92,6 +95,7 @@ class FurtherStart:
             self.forget,
             self.replaces,
             self.also,
+            self.low_rank,
         )
 
     @property
