@@ -84,15 +84,15 @@ def peft_model(model: nn.Module, case: dict[str, Any]) -> Any:
     return wrapped
 
 
-def peft_gradients(wrapped: nn.Module) -> dict[str, Tensor]:
-    """By canonical names."""
+def peft_tensors(wrapped: nn.Module) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their canonical names."""
     return {
         n.replace(".default", "")
         .removeprefix("base_model.model.")
         .replace("lora_embedding_", "lora_")
-        .removesuffix(".weight"): p.grad
+        .removesuffix(".weight"): p
         for n, p in wrapped.named_parameters()
-        if "lora_" in n and p.grad is not None
+        if "lora_" in n
     }
 
 
@@ -120,11 +120,11 @@ def test_logits_gradients_files_and_merge_are_pefts(
     # one step's gradients, of magnitudes too
     backward(theirs, ids)
     backward(model, ids)
-    wanted, own = peft_gradients(theirs), adapter.split_like(adapter.grads)
+    wanted, own = peft_tensors(theirs), adapter.split_like(adapter.grads)
     assert set(own) == set(wanted)
     assert sum(name.endswith(MAGNITUDE) for name in own) == len(adapter.slots)
     for name, grad in own.items():
-        assert relative(grad, wanted[name]) < 1e-5, name
+        assert relative(grad, wanted[name].grad) < 1e-5, name
     # back again
     save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(tiny(family), tmp_path / "ours")
@@ -157,11 +157,7 @@ def test_it_begins_as_the_base(
     theirs = peft.get_peft_model(
         tiny("gpt2"), peft.LoraConfig(task_type="CAUSAL_LM", **whole_spec("gpt2"))
     )
-    starts = {
-        n.replace(".default.weight", "").removeprefix("base_model.model."): p.detach()
-        for n, p in theirs.named_parameters()
-        if MAGNITUDE in n
-    }
+    starts = {n: p.detach() for n, p in peft_tensors(theirs).items() if MAGNITUDE in n}
     own = {n: t for n, t in adapter.tensors().items() if n.endswith(MAGNITUDE)}
     assert set(own) == set(starts)
     for name, values in own.items():
