@@ -245,7 +245,9 @@ class AdaptableLayer(nn.Module):
 
     def base_stamp(self) -> tuple[object, ...]:
         """Changes whenever the base here may have."""
-        return self.weight.data_ptr(), self.weight._version, self.base_terms
+        tensors = (self.weight, getattr(self, "bias", None))
+        memory = (value for t in tensors if t is not None for value in (t.data_ptr(), t._version))
+        return *memory, self.base_terms
 
 
 class BankLinear(AdaptableLayer):
@@ -554,7 +556,8 @@ class LinearGroup:
         if vectors:
             for i, _, _ in slots:
                 self.linears[i].refuse_mixed_magnitude(call, first)
-            if self.trainable_base_tensors():
+            # biases may: a magnitude leaves them as they are
+            if any(t.dim() > 1 for t in self.trainable_base_tensors()):
                 raise ContractError(
                     f"{self.linears[0].path}: base weights do not train beside a DoRA adapter"
                 )

@@ -162,3 +162,31 @@ def test_it_begins_as_the_base(
     assert set(own) == set(starts)
     for name, values in own.items():
         torch.testing.assert_close(values, starts[name], rtol=1e-6, atol=0)
+
+
+@HOMES
+def test_beside_biases_that_train(
+    home: Callable[..., Any], tiny: Any, ids: Tensor, logits: Any, tmp_path: Path
+) -> None:
+    """A magnitude leaves the bias as it is: logits and gradients are PEFT's."""
+    case = {"r": 3, "target_modules": ["c_attn", "c_fc"], "use_dora": True, "bias": "lora_only"}
+    theirs = peft_model(tiny("gpt2"), case)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad and name.endswith(".bias"):
+                p.add_(0.3)
+    theirs.save_pretrained(tmp_path)
+    model = home(tiny("gpt2"))
+    adapter = load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), rtol=0, atol=1e-5)
+    backward(theirs, ids)
+    backward(model, ids)
+    wanted = {
+        n.replace(".default", "").removeprefix("base_model.model.").removesuffix(".weight"): p.grad
+        for n, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    own = adapter.split_like(adapter.grads)
+    assert set(own) == set(wanted)
+    for name, grad in own.items():
+        assert relative(grad, wanted[name]) < 1e-5, name
