@@ -172,6 +172,27 @@ def test_a_budget_finds_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fits memory_budget=3GiB" in out
 
 
+def test_a_budget_finds_the_format(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("llama-3-8b", "dtype=bfloat16", "device=cpu", "r=8", "quantize=auto")
+    found = {
+        budget: plan(*words, f"memory_budget={budget}", capsys=capsys)["choice"]["precision"]
+        for budget in ("40GiB", "16GiB", "11GiB")
+    }
+    assert found == {"40GiB": "bfloat16", "16GiB": "int8", "11GiB": "nf4"}
+    assert lorry("plan", *words) == 2
+    assert "quantize=auto needs a memory budget to choose by" in capsys.readouterr().err
+    # a run takes the first, which fits, and writes down what it took
+    words = ("quantize=auto", "memory_budget=2GiB", "save_strategy=no")
+    assert sft(world, tmp_path / "run", *words, *TRAIN[1:]) == 0
+    resolved = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert resolved["model"]["quantize"] is None
+    assert "r=16, 4 rows, recompute none, float32" in capsys.readouterr().err
+    assert lorry("eval", f"model={world.base}", "quantize=auto", f"data={world.rows}") == 2
+    assert "chosen by a run's memory_budget" in capsys.readouterr().err
+
+
 def test_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     words = (
         "model=llama-3-70b",

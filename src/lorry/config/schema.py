@@ -70,9 +70,10 @@ class ModelConfig(SettingsGroup):
         "auto",
         "dtype of the base weights; auto: bfloat16 where the device is fast in it, else float32",
     )
-    quantize: QuantizeFormat | None = config_field(
+    quantize: QuantizeFormat | Literal["auto"] | None = config_field(
         None,
-        "hold the matrices of the frozen base in 4 or 8 bits; null: as an adapter's base was held, else whole",
+        "hold the matrices of the frozen base in 4 or 8 bits; null: as an adapter's base was held, else whole; "
+        "auto: whole, int8 or nf4, the first that fits memory_budget",
     )
     device: str = config_field(
         "auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS}
@@ -718,6 +719,10 @@ class RunConfig(SettingsGroup):
 
     @model_validator(mode="after")
     def _packed_weights_stay(self) -> RunConfig:
+        if self.model.quantize == "auto" and self.memory_budget is None:
+            raise ValueError(
+                "model.quantize=auto needs a memory budget to choose by; give memory_budget, such as 3GiB"
+            )
         if self.model.quantize is not None and self.lora is None:
             raise ValueError(
                 f"model.quantize={self.model.quantize} with lora=null: packed weights cannot train; "

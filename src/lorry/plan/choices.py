@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import cast
 
 from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import ROW_ALONE, JobConfig, LoraConfig, StepReads, TrainConfig
@@ -44,6 +45,8 @@ from lorry.plan.search import (
 from lorry.plan.shapes import ModelShape
 
 MemoryOfChoice = Callable[[PlanChoice], MemoryEstimate]
+# of quantize=auto, after the whole base: the nearer to it first
+AUTO_FORMATS: tuple[PrecisionName, ...] = ("int8", "nf4")
 SPLIT_FIELDS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
@@ -140,6 +143,18 @@ def open_choices(
         recompute,
         precisions,
     )
+
+
+def base_precisions(
+    quantize: str | None, held: PrecisionName | None, whole: PrecisionName
+) -> list[PrecisionName]:
+    """The formats that a base may have, preferred ones first: several with model.quantize=auto.
+    ``held``: of one whose files are packed already, which stays so; ``whole``: of one that is not."""
+    if held is not None:
+        return [held]
+    if quantize == "auto":
+        return [whole, *AUTO_FORMATS]
+    return [cast(PrecisionName, quantize)] if quantize is not None else [whole]
 
 
 def find_fitting_choice(

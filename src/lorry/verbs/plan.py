@@ -37,6 +37,7 @@ from lorry.plan.choices import (
     MemoryOfChoice,
     PlannedJob,
     adapter_at_rank,
+    base_precisions,
     combine_adapters,
     find_fitting_choice,
     joint_setup,
@@ -137,7 +138,7 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         lora,
         settings.train,
         shape,
-        [_base_precision(settings, device, found_config)],
+        _base_precisions(settings, device, found_config),
         has_budget=has_budget,
         rank=found_config.adapter_rank,
     )
@@ -255,7 +256,7 @@ def _plan_of_router(
     if settings.backend.keep_total:
         train = _train_of_a_process(train, split)
     alone = runs_by_adapter(settings.model_copy(update={"output_dir": Path()}))
-    precision = _base_precision(settings, device, found_config)
+    precision = _base_precisions(settings, device, found_config)[0]
     choice = PlanChoice(
         rank=max((job.rank for job in planned), default=0)
         if router.lora is None
@@ -318,7 +319,7 @@ def _plan_of_jobs(
 ) -> RunPlan:
     """Several adapters over one base in one pass. Raises ConfigError for a split that cannot be."""
     _refuse_stages(split, "several jobs")
-    precision = _base_precision(settings, device, found_config)
+    precision = _base_precisions(settings, device, found_config)[0]
     setup = joint_setup(
         jobs,
         precision,
@@ -495,21 +496,18 @@ def _train_of_a_process(train: TrainConfig, split: ParallelSplit) -> TrainConfig
     return train.model_copy(update=own)
 
 
-def _base_precision(
+def _base_precisions(
     settings: AnyPlanSettings, device: DeviceType, found_config: FoundConfig
-) -> PrecisionName:
+) -> list[PrecisionName]:
     """The base's format: packed if its files are, or if asked, else the dtype; auto is bfloat16 where the
-    device is fast in it.
+    device is fast in it. With quantize=auto several, preferred ones first.
     """
-    if (packed := packed_precision(found_config.config)) is not None:
-        return packed
-    if settings.model.quantize is not None:
-        return settings.model.quantize
-    if settings.model.dtype != "auto":
-        return settings.model.dtype
-    return machine.dtype_of_auto() or (
-        "bfloat16" if device == "cuda" or machine.processor_has_bfloat16() else "float32"
-    )
+    whole = settings.model.dtype
+    if whole == "auto":
+        whole = machine.dtype_of_auto() or (
+            "bfloat16" if device == "cuda" or machine.processor_has_bfloat16() else "float32"
+        )
+    return base_precisions(settings.model.quantize, packed_precision(found_config.config), whole)
 
 
 def _job_settings(settings: AnyPlanSettings, found_config: FoundConfig) -> dict[str, JobSettings]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def _probing(
             layer.product = _ProbedLinear(
                 layer.base_product(),
                 nn.Parameter(torch.zeros((), device=device)),
-                lambda gradient, path=path: show(path, gradient),
+                partial(show, path),
             )
         yield
     finally:

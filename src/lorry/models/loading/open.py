@@ -78,6 +78,10 @@ def open_model(
         else config.dtype
     )
     quantize: str | None = config.quantize
+    if quantize == "auto":
+        raise ConfigError(
+            "model.quantize=auto is chosen by a run's memory_budget; give nf4, fp4, int8, or null"
+        )
     if quantize is None and adapter_paths and adapter_paths[0].is_dir():
         quantize = trained_quantization(adapter_paths[0])
     loaded = load_model(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig, RunConfig, TrainConfig
@@ -14,6 +15,7 @@ from lorry.models.loading.load import pick_device, pick_dtype
 from lorry.models.loading.sources import find_adapters_in, resolve_model
 from lorry.notes import NoteCallback, ignore_note
 from lorry.plan.choices import (
+    base_precisions,
     find_fitting_choice,
     no_choice_fits_error,
     open_choices,
@@ -21,7 +23,7 @@ from lorry.plan.choices import (
     single_device_memory,
 )
 from lorry.plan.configs import count_start_values
-from lorry.plan.memory import DeviceType, packed_precision
+from lorry.plan.memory import DeviceType, PrecisionName, packed_precision
 from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
 from lorry.runs.layout import ADAPTER_CONFIG
@@ -60,11 +62,9 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     )
     where = pick_device(model.device)
     device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
-    precision = (
-        packed_precision(read_model_json(place.directory / "config.json"))
-        or model.quantize
-        or str(pick_dtype(model.dtype, where)).removeprefix("torch.")
-    )
+    whole = cast(PrecisionName, str(pick_dtype(model.dtype, where)).removeprefix("torch."))
+    held = packed_precision(read_model_json(place.directory / "config.json"))
+    precisions = base_precisions(model.quantize, held, whole)
     # an adapter that is trained further has its rank already; only the batch is left to choose
     adapter = place.adapter or (Path(model.adapter) if model.adapter else None)
     frozen = 0
@@ -76,7 +76,7 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
         run.lora,
         run.train,
         shape,
-        [precision],  # type: ignore[list-item]
+        precisions,
         has_budget=True,
         rank=adapter_rank,
     )
@@ -96,7 +96,7 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
         f"memory_budget={run.memory_budget}: {search.best.choice.words()}, predicted peak {size_in_words(search.best.memory.total)} of "
         f"{size_in_words(parse_size(run.memory_budget))}"
     )
-    return _apply_choice(run, search.best.choice, adapter_rank)
+    return _apply_choice(run, search.best.choice, adapter_rank, whole if held is None else None)
 
 
 def _adapter_rank(adapter: Path | None) -> int | None:
@@ -106,9 +106,11 @@ def _adapter_rank(adapter: Path | None) -> int | None:
     return rank if isinstance(rank, int) else None
 
 
-def _apply_choice(run: RunConfig, choice: PlanChoice, existing: int | None) -> RunConfig:
+def _apply_choice(
+    run: RunConfig, choice: PlanChoice, existing: int | None, whole: str | None
+) -> RunConfig:
     """The description with a choice written into it; lora_alpha follows the rank unless it was
-    given.
+    given. ``whole``: the precision of a base that is not packed; None of one that is so already.
     """
     lora = run.lora
     if lora is not None and lora.r == "auto" and existing is None:
@@ -118,8 +120,13 @@ def _apply_choice(run: RunConfig, choice: PlanChoice, existing: int | None) -> R
         "gradient_accumulation_steps": choice.accumulation,
         "gradient_checkpointing": choice.recompute == "full",
     }
+    model = run.model
+    if model.quantize == "auto":
+        packs = whole is not None and choice.precision != whole
+        model = model.model_copy(update={"quantize": choice.precision if packs else None})
     return run.model_copy(
         update={
+            "model": model,
             "lora": lora,
             "train": TrainConfig.model_validate({**run.train.model_dump(), **train}),
         }
