@@ -7,11 +7,11 @@ import pytest
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.errors import DataError
 from lorry.evaluate.answers import (
+    mean_answer_scores,
     metric_intervals,
     metric_means,
     reference_answer,
     score_answer_rows,
-    score_answers,
 )
 
 SAID = ["The Oslo!", "Lima", "in Kyoto"]
@@ -30,10 +30,10 @@ def test_rows_and_their_means() -> None:
             0,
         ],  # "the oslo" against "oslo": precision 1/2, recall 1
     }
-    assert score_answers(SAID, RIGHT) == pytest.approx(
+    assert mean_answer_scores(SAID, RIGHT) == pytest.approx(
         {"exact_match": 2 / 3, "exact_match_strict": 1 / 3, "f1": 2 / 3, "rouge_l": 5 / 9}
     )
-    assert metric_means(rows) == score_answers(SAID, RIGHT)
+    assert metric_means(rows) == mean_answer_scores(SAID, RIGHT)
 
 
 def test_intervals_hold_their_means_and_follow_the_seed() -> None:
@@ -61,4 +61,4 @@ def test_the_reference_is_the_last_thing_said() -> None:
 @pytest.mark.parametrize(("said", "right"), [(["a"], []), ([], []), (["a"], [[]])])
 def test_lists_that_do_not_match(said: list[str], right: list[str | list[str]]) -> None:
     with pytest.raises(DataError):
-        score_answers(said, right)
+        mean_answer_scores(said, right)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, freeze_base, get_bank, select_modules
 from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
-from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.layers import BankEmbedding, BankLinear, local_share
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
@@ -240,13 +240,6 @@ class ShardedBaseWeights(BaseWeights):
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's rows."""
         return whole[self.shares.local_rows(self.params[name])]
-
-
-@torch.no_grad()
-def local_share(param: Tensor) -> Tensor:
-    """What this process has of a parameter: all of it, or its rows of a DTensor, which are its memory."""
-    share: Tensor = param.to_local() if hasattr(param, "to_local") else param.detach()
-    return share
 
 
 def _any_nonzero(flat: Tensor) -> bool:

@@ -2,7 +2,7 @@
 token F1, with intervals.
 
 answers = generate_answers(model, tokenizer, conversations, adapters="default")  # Mix.none(): the base
-score_answers(answers, [reference_answer(c) for c in conversations])  # {"exact_match": 0.8, ...}
+mean_answer_scores(answers, [reference_answer(c) for c in conversations])  # {"exact_match": 0.8, ...}
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def score_answer_rows(
     return {shown: each[name] for name, shown in ANSWER_METRICS.items()}
 
 
-def score_answers(
+def mean_answer_scores(
     predictions: Sequence[str], references: Sequence[ReferenceTexts]
 ) -> dict[str, float]:
     """The means of `score_answer_rows`. Raises DataError as it does."""

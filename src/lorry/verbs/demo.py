@@ -124,7 +124,7 @@ def compare_with_base(
     from lorry.adapters.mix import Mix
     from lorry.data.reading.content import ChatMessage, Conversation
     from lorry.disk import durable
-    from lorry.evaluate.answers import generate_answers, score_answers
+    from lorry.evaluate.answers import generate_answers, mean_answer_scores
     from lorry.train import artifacts
 
     # so that the first few shown are about different people
@@ -146,7 +146,7 @@ def compare_with_base(
     }
     truth, held_out_count = [r["answer"] for r in rows], len(held_out)
     scores = {
-        side: score_answers(texts[:held_out_count], truth[:held_out_count])
+        side: mean_answer_scores(texts[:held_out_count], truth[:held_out_count])
         for side, texts in answers.items()
     }
     held_out_metrics = {

@@ -22,7 +22,7 @@ from lorry.integrations.slime.sync.ranks import say
 Source = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
-def install(args: Any, rebinding: Rebinding) -> None:
+def install_backups(args: Any, rebinding: Rebinding) -> None:
     """Put it in the place of slime's backuper. Raises ConfigError."""
     keep_frozen = needs_frozen(args)
 

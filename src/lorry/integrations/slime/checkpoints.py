@@ -44,11 +44,11 @@ FOLDER = "adapters"
 BASE_DIGEST, BASE_IS_FILE, STEPS = "lorry_base_digest", "lorry_base_is_file", "lorry_steps"
 
 
-def install(args: Any, rebinding: Rebinding) -> None:
+def install_checkpoints(args: Any, rebinding: Rebinding) -> None:
     """Put adapters' loading and saving around slime's. Raises ConfigError."""
     model = import_part("slime.backends.megatron_utils.model")
     actor = import_part("slime.backends.megatron_utils.actor")
-    rebinding.put(model, "setup_model_and_optimizer", count_steps)
+    rebinding.put(model, "setup_model_and_optimizer", _counting)
     rebinding.put(model, "save_checkpoint", lambda original: _saving(args, original))
     rebinding.put(model, "load_checkpoint", lambda original: _loading(args, original))
     # of references and teachers, over a model whose adapters may be trained
@@ -60,7 +60,7 @@ def adapter_folder(root: str | Path, iteration: int) -> Path:
     return Path(root) / FOLDER / f"iter_{iteration:07d}"
 
 
-def count_steps(original: Callable[..., Any]) -> Callable[..., Any]:
+def _counting(original: Callable[..., Any]) -> Callable[..., Any]:
     """`setup_model_and_optimizer`, whose optimizer counts the steps that may have moved an adapter."""
 
     def setup_model_and_optimizer(*given: Any, **more: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorry.integrations.slime import backups, checkpoints
+from lorry.integrations.slime.backups import install_backups
+from lorry.integrations.slime.checkpoints import install_checkpoints
 from lorry.integrations.slime.limits import check_sync
 from lorry.integrations.slime.provider import import_part
 from lorry.integrations.slime.rebinding import Rebinding, original_of
@@ -39,6 +40,6 @@ def rebind(args: Any) -> list[str]:
             rebinding.put(updater, "_update_bucket_weights_from_distributed", sync.see_bucket)
         rebinding.put(updater, "update_weights", sync.update(kind))
         rebinding.put(updater, "connect_rollout_engines", sync.connect)
-    backups.install(args, rebinding)
-    checkpoints.install(args, rebinding)
+    install_backups(args, rebinding)
+    install_checkpoints(args, rebinding)
     return rebinding.names

@@ -32,7 +32,7 @@ from lorry.integrations.slime.sync.engines import (
     refuse_adapters,
 )
 from lorry.integrations.slime.sync.ranks import from_first, is_first, say
-from lorry.integrations.slime.sync.scores import read_prompts, score_answers
+from lorry.integrations.slime.sync.scores import answer_log_probs, fixed_prompts
 from lorry.integrations.slime.sync.sent import SentWeights
 from lorry.runs.layout import ADAPTER_WEIGHTS
 
@@ -119,7 +119,7 @@ class VersionProof:
             found = map(find_server, updater.rollout_engines)
             servers = [server for server in found if server is not None]
         for number in range(from_first(len(servers))):
-            prompts = read_prompts(args.hf_checkpoint, args.vocab_size)
+            prompts = fixed_prompts(args.hf_checkpoint, args.vocab_size)
 
             def answer(number: int = number, prompts: Any = prompts) -> list[Completion]:
                 if not is_first():
@@ -129,8 +129,8 @@ class VersionProof:
 
             answers = from_first(on_every_rank(model, answer))
             tokens = [each.tokens for each in answers]
-            policy = score_answers(model, prompts, tokens, args.vocab_size)
-            base = score_answers(model, prompts, tokens, args.vocab_size, base=True)
+            policy = answer_log_probs(model, prompts, tokens, args.vocab_size)
+            base = answer_log_probs(model, prompts, tokens, args.vocab_size, base=True)
             self._compare(updater, number, answers, (prompts, policy, base), adapter)
 
     def _compare(

@@ -31,7 +31,7 @@ TEXTS = (
 Rows = Sequence[Sequence[int]]
 
 
-def read_prompts(checkpoint: str, vocab: int) -> list[list[int]]:
+def fixed_prompts(checkpoint: str, vocab: int) -> list[list[int]]:
     """Token ids of the fixed prompts; without a tokenizer, fixed ids."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -41,7 +41,7 @@ def read_prompts(checkpoint: str, vocab: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def score_answers(
+def answer_log_probs(
     model: Sequence[Any], prompts: Rows, answers: Rows, vocab: int, *, base: bool = False
 ) -> list[list[float]]:
     """log p of every token of each answer, by the policy, or by its base alone; on every rank. Every
