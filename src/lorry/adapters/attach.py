@@ -9,7 +9,7 @@ change).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,7 +23,14 @@ from lorry.adapters.initialization.initialize import (
 from lorry.adapters.initialization.recording import RunModel
 from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer, BankEmbedding, BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.spec import LAYER_NUMBER, LoraSpec
+from lorry.adapters.parameters.experts import (
+    ExpertMatrices,
+    check_experts,
+    find_expert_layers,
+    install_experts,
+)
+from lorry.adapters.parameters.weights import ForeignWeight, find_foreign_weight
+from lorry.adapters.spec import LAYER_NUMBER, LoraSpec, refuse_at_parameters
 from lorry.adapters.variants.own_weights import SITE, has_own_weights
 from lorry.adapters.variants.registry import further_starts
 from lorry.errors import ConfigError, suggest_nearest
@@ -32,6 +39,11 @@ from lorry.families import ModelFamily
 # what shards or replicates a model, by class name: to ask for the classes would import them all
 DATA_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 FSDP2 = "FSDPModule"
+# what transformers before 5 called the linears of each expert, by the tensor that holds them now
+UNFUSED_NAMES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 
 
 def get_bank(model: nn.Module, *, create: bool = False) -> AdapterBank:
@@ -83,7 +95,7 @@ def attach(
     spec = spec or LoraSpec()
     if initialize:
         require_sources(spec, run_model, original)
-    candidates = find_linears(model)
+    candidates = find_adaptable(model)
     chosen = list(modules) if modules is not None else select_modules(model, candidates, spec)
     if missing := [m for m in chosen if m not in candidates]:
         raise ConfigError(
@@ -95,6 +107,12 @@ def attach(
             "this model is merged; call unmerge(model) before attaching another adapter"
         )
     bank.refuse_name(name)
+    at_parameters = [
+        m for p in chosen if isinstance(m := candidates[p], ExpertMatrices | ForeignWeight)
+    ]
+    for layer in at_parameters:
+        refuse_at_parameters(spec, layer.path)
+    check_experts(m for m in at_parameters if isinstance(m, ExpertMatrices))
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
     further = further_starts(model, name, spec, targets)
@@ -155,6 +173,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
     unused = [p for p, m in bank.modules.items() if p not in used and not has_own_weights(m)]
     for path in unused:
         layer = bank.modules.pop(path)
+        if isinstance(layer, ExpertMatrices | ForeignWeight):
+            layer.release()
         for original in layer.replaced:
             _replace_module(model, path, original)
 
@@ -177,13 +197,28 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer an adapter can sit on: {path: module}."""
-    kinds = (BankLinear, BankEmbedding)
-    return {
-        p: m
-        for p, m in model.named_modules()
-        if p and (isinstance(m, kinds) or wrap_module(m, p) is not None)
-    }
+    """Every linear and embedding an adapter can sit on: {path: module}."""
+    return {p: m for p, m in model.named_modules() if p and _is_linear(m, p)}
+
+
+def _is_linear(module: nn.Module, path: str) -> bool:
+    return isinstance(module, BankLinear | BankEmbedding) or wrap_module(module, path) is not None
+
+
+def find_adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """`find_linears` and, as bank layers, what other modules multiply with: fused experts by the path
+    of the tensor, and the weight of a router by the path of its module. In model order."""
+    found = dict[str, nn.Module]()
+    for path, module in model.named_modules():
+        if not path:
+            continue
+        if _is_linear(module, path):
+            found[path] = module
+        elif (weight := find_foreign_weight(module, path)) is not None:
+            found[path] = weight
+        else:
+            found.update(find_expert_layers(module, path))
+    return found
 
 
 def head_and_embedding(model: nn.Module) -> tuple[str | None, str | None]:
@@ -206,16 +241,18 @@ def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: Lor
     layer that matches nothing.
     """
     head, embed = head_and_embedding(model)
-    inner = [
-        p
-        for p, m in candidates.items()
-        if not isinstance(m, (nn.Embedding, BankEmbedding)) and p != head
-    ]
+    # never by "all-linear": a router's choice of experts is the base's unless somebody names it
+    unasked: tuple[type[nn.Module], ...] = (nn.Embedding, BankEmbedding, ForeignWeight)
+    if spec.target_parameters is not None:
+        unasked += (ExpertMatrices,)
+    inner = [p for p, m in candidates.items() if not isinstance(m, unasked) and p != head]
     wanted = spec.target_modules
     if isinstance(wanted, str) and wanted in ("auto", "all-linear"):
         family: ModelFamily | None = getattr(model, "family", None)
         chosen = (
-            inner if wanted == "all-linear" or family is not None else _text_layers(model, inner)
+            inner
+            if wanted == "all-linear" or family is not None
+            else _text_layers(model, inner, candidates)
         )
     elif isinstance(wanted, str):
         chosen = [p for p in candidates if _full_match(wanted, p, "target_modules")]
@@ -225,9 +262,11 @@ def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: Lor
             )
     else:
         chosen = []
+        unfused = match_unfused_names(wanted, candidates)
         for name in wanted:
             actual = {"lm_head": head, "embed": embed}.get(name, name) or name
             hits = [p for p in candidates if _ends_with(p, actual)]
+            hits += unfused.get(name, [])
             if not hits:
                 hint = (
                     "; write target_modules=all-linear without a list"
@@ -239,11 +278,54 @@ def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: Lor
                     f"target_modules names {name!r}, which matches no layer{hint}; {_describe_known_layers(candidates)}"
                 )
             chosen += [h for h in hits if h not in chosen]
+    chosen += _select_parameters(model, candidates, spec.target_parameters or ())
     chosen = [p for p in candidates if p in set(chosen)]
     return _filter_modules(chosen, spec, candidates)
 
 
-def _text_layers(model: nn.Module, inner: list[str]) -> list[str]:
+def match_unfused_names(
+    names: Collection[str], candidates: Mapping[str, nn.Module]
+) -> dict[str, list[str]]:
+    """{name: paths of the fused experts it stands for} of names that linears of single experts had
+    (transformers before 5). Gate and up, which are one tensor now, count where both are named."""
+    matched = dict[str, list[str]]()
+    for path, layer in candidates.items():
+        if not isinstance(layer, ExpertMatrices):
+            continue
+        for spelling in UNFUSED_NAMES.get(layer.leaf, ()):
+            if set(spelling) <= set(names):
+                for name in spelling:
+                    matched.setdefault(name, []).append(path)
+    return matched
+
+
+def _select_parameters(
+    model: nn.Module, candidates: Mapping[str, nn.Module], names: Collection[str]
+) -> list[str]:
+    """Paths of what `target_parameters` names. Raises ConfigError for a name that matches nothing."""
+    parameters = {
+        p if isinstance(m, ExpertMatrices) else f"{p}.weight": p
+        for p, m in candidates.items()
+        if not isinstance(m, nn.Embedding | BankEmbedding)
+    }
+    chosen = []
+    for name in names:
+        hits = [p for tensor, p in parameters.items() if _ends_with(tensor, name)]
+        if not hits:
+            tensors = [t for t, p in parameters.items() if not _is_linear(candidates[p], p)]
+            known = ", ".join(dict.fromkeys(".".join(t.rsplit(".", 2)[-2:]) for t in tensors))
+            raise ConfigError(
+                f"target_parameters names {name!r}, which matches no parameter that an adapter can sit "
+                f"on{_tensor_named(model, name) or suggest_nearest(name, parameters)}; besides the "
+                f"weights of linears this model has {known or 'none'}"
+            )
+        chosen += hits
+    return chosen
+
+
+def _text_layers(
+    model: nn.Module, inner: list[str], candidates: Mapping[str, nn.Module]
+) -> list[str]:
     """The numbered layers of a foreign model, those of them that text reaches where the model can
     say.
     """
@@ -251,13 +333,22 @@ def _text_layers(model: nn.Module, inner: list[str]) -> list[str]:
     reached: Callable[[Collection[str]], set[str]] | None = getattr(model, "reached", None)
     if reached is None:
         return numbered
-    alive = reached(numbered)
-    return [p for p in numbered if p in alive]
+    # a tensor of experts is no module: it is reached with the one that holds it
+    callers = {
+        p: p.rpartition(".")[0] if isinstance(candidates[p], ExpertMatrices) else p
+        for p in numbered
+    }
+    alive = reached(set(callers.values()))
+    return [p for p in numbered if callers[p] in alive]
 
 
 def find_unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
     """(tensors that hold all experts of a layer at once, other matrices and larger tensors outside
-    linear and embedding layers: convolutions, routers, mixing weights): no adapter can sit on them."""
+    linear and embedding layers: convolutions, mixing weights): no adapter can sit on them."""
+    adaptable = {
+        path if isinstance(layer, ExpertMatrices) else f"{path}.weight"
+        for path, layer in find_adaptable(model).items()
+    }
     experts: list[str] = []
     others: list[str] = []
     holders = {
@@ -273,7 +364,12 @@ def find_unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
             or wrap_module(module, path) is not None
         ):
             continue
-        names = [n for n, p in module.named_parameters(recurse=False, prefix=path) if p.dim() >= 2]
+        names = [
+            name
+            for name, parameter in module.named_parameters(recurse=False, prefix=path)
+            # the biases of fused experts are a matrix, and as little a target as any bias
+            if parameter.dim() >= 2 and name not in adaptable and not name.endswith("bias")
+        ]
         fused = "expert" in f"{path}.{type(module).__name__}".lower()
         (experts if fused else others).extend(names)
     return experts, others
@@ -291,24 +387,34 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
     """What `auto` and `all-linear` pass over, and experts always: "all linear layers" of a mixture
     of experts may be its attention alone."""
     experts, others = find_unadaptable(model)
+    left_out, routers = list[str](), list[str]()
+    for path, layer in find_adaptable(model).items():
+        if isinstance(layer, ExpertMatrices) and path not in adapter.slots:
+            left_out.append(path)
+        elif isinstance(layer, ForeignWeight) and path not in adapter.slots:
+            routers.append(f"{path}.weight")
     skipped = []
+    on = f"the adapter is on {', '.join(_leaf_names(adapter.slots))}"
     if experts:
-        total = sum(p.numel() for p in model.parameters())
-        share = sum(model.get_parameter(n).numel() for n in experts) / total
         skipped.append(
             SkippedModule(
-                (
-                    f"experts ({len(experts)} tensors such as {experts[0]}, {share:.0%} "
-                    "of the base model's weights)"
-                ),
-                (
-                    "each holds all experts of a layer and is not a linear layer; the "
-                    f"adapter is on {', '.join(_leaf_names(adapter.slots))}"
-                ),
+                _describe_experts(model, experts),
+                f"their module has a form that no adapter can sit on; {on}",
             )
+        )
+    if left_out:
+        skipped.append(
+            SkippedModule(_describe_experts(model, left_out), f"the targets do not name them; {on}")
         )
     if adapter.spec.target_modules not in ("auto", "all-linear"):
         return skipped
+    if routers:
+        skipped.append(
+            SkippedModule(
+                f"{len(routers)} weights such as {routers[0]}",
+                "no linear layer: a router and its like are adapted where they are named",
+            )
+        )
     if others:
         skipped.append(
             SkippedModule(
@@ -317,15 +423,14 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
         )
     if adapter.spec.target_modules == "auto" and getattr(model, "reached", None) is not None:
         head, _ = head_and_embedding(model)
-        numbered = [
-            p for p, m in find_linears(model).items() if LAYER_NUMBER.search(p) and p != head
-        ]
+        linears = find_linears(model)
+        numbered = [p for p in linears if LAYER_NUMBER.search(p) and p != head]
         numbered = [
             p
             for p in numbered
             if not isinstance(model.get_submodule(p), (nn.Embedding, BankEmbedding))
         ]
-        if unread := [p for p in numbered if p not in set(_text_layers(model, numbered))]:
+        if unread := [p for p in numbered if p not in set(_text_layers(model, numbered, linears))]:
             skipped.append(
                 SkippedModule(
                     f"{len(unread)} linear layers such as {unread[0]}",
@@ -338,10 +443,18 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
     return skipped
 
 
+def _describe_experts(model: nn.Module, names: Sequence[str]) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(model.get_parameter(n).numel() for n in names) / total
+    return f"experts ({len(names)} tensors such as {names[0]}, {share:.0%} of the base model's weights)"
+
+
 def _tensor_named(model: nn.Module, name: str) -> str:
     """A hint where a name is that of a tensor, but of none that an adapter can sit on."""
     experts, others = find_unadaptable(model)
-    hits = [n for n in (*experts, *others) if _ends_with(n.removesuffix(".weight"), name)]
+    hits = [
+        n for n in (*experts, *others) if _ends_with(n, name) or _ends_with(n, f"{name}.weight")
+    ]
     if not hits:
         return ""
     what = "holds all experts of a layer" if hits[0] in experts else "is not a linear layer"
@@ -358,7 +471,14 @@ def _filter_modules(
     if isinstance(excluded, str):
         gone = [p for p in chosen if _full_match(excluded, p, "exclude_modules")]
     else:
-        gone = [p for p in chosen if any(_ends_with(p, e) for e in excluded or ())]
+        # a tensor of experts also by the module that holds it: `experts` leaves all of them out
+        names = {
+            p: (p, p.rpartition(".")[0]) if isinstance(candidates[p], ExpertMatrices) else (p,)
+            for p in chosen
+        }
+        gone = [
+            p for p in chosen if any(_ends_with(n, e) for n in names[p] for e in excluded or ())
+        ]
     if excluded and not gone:
         raise ConfigError(
             f"exclude_modules={excluded!r} matches none of the chosen layers; {_describe_known_layers(dict.fromkeys(chosen))}"
@@ -407,6 +527,10 @@ def _describe_known_layers(candidates: Iterable[str]) -> str:
 
 def _ensure_bank_layer(model: nn.Module, path: str, module: nn.Module) -> AdaptableLayer:
     """The bank layer at a path, put there if the model still has its own."""
+    if isinstance(module, ExpertMatrices):
+        return install_experts(module)
+    if isinstance(module, ForeignWeight):
+        module.install()
     if isinstance(module, AdaptableLayer):
         return module
     layer = wrap_module(module, path)

@@ -454,8 +454,9 @@ class AdapterBank:
         self.refuse_name(name)
         ranks = {path: spec.rank(path) for path in targets}
         # A's first: the split between the halves is the number of values in them
-        shapes = [(ranks[p], m.in_features) for p, m in targets.items()]
-        shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]
+        rows = {path: ranks[path] * module.num_experts for path, module in targets.items()}
+        shapes = [(rows[p], m.in_features) for p, m in targets.items()]
+        shapes += [(m.out_features, rows[p]) for p, m in targets.items()]
         sizes = [rows * columns for rows, columns in shapes]
         total = sum(sizes) + sum(start.numel for start in further.values())
         device = next(iter(targets.values())).weight.device
@@ -633,7 +634,7 @@ def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: boo
         return
     if kind == "gaussian":
         # std 1/r, PEFT's "gaussian"
-        drawn = torch.randn(shape, generator=generator) / slot.A.shape[0]
+        drawn = torch.randn(shape, generator=generator) / spec.rank(slot.module)
     elif embedding:
         drawn = torch.randn(shape, generator=generator)
     else:

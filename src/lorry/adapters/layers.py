@@ -165,6 +165,17 @@ class AdaptableLayer(nn.Module):
         """W [O,I] of the base, as it is multiplied; it may be the memory of the next that is asked for."""
         raise AssertionError("every bank layer has a matrix of its own")
 
+    @property
+    def num_experts(self) -> int:
+        """How many matrices its weight holds, each of which has a rank of its own in A and B: PEFT's
+        layout A [E r, in], B [out, r E] of fused experts."""
+        return 1
+
+    def count_tokens(self, x: Tensor, *others: object) -> int:
+        """How many tokens its forward is called with, from the arguments of that."""
+        # token ids (an embedding's input) have no width
+        return x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
+
     def whole_features(self) -> tuple[int, int]:
         """(out, in) features on one device, of which this rank may have a part."""
         local, cut = (self.out_features, self.in_features), self.slices

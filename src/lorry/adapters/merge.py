@@ -15,7 +15,7 @@ its own (`separates_tied_head`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,10 +37,12 @@ from lorry.adapters.layers import (
     local_share,
 )
 from lorry.adapters.mix import Mix
+from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.spec import unscaled_spec
 from lorry.adapters.variants.dora import fold_magnitude
 from lorry.errors import ConfigError, ModelError
 
+MergedLayer = BankLinear | BankEmbedding | ExpertMatrices
 WARN_ERROR_RATIO = 0.1  # above this share of the delta lost to rounding, a merge warns
 
 
@@ -166,7 +168,12 @@ def merged_tensors(
     """
     bank = get_bank(model)
     mix = _constant_weights(bank, weights)
-    touched = {id(layer): (path, layer) for path, layer in _adapted_layers(bank, mix).items()}
+    touched, held = dict[int, tuple[str, MergedLayer]](), dict[int, tuple[str, MergedLayer]]()
+    for path, layer in _adapted_layers(bank, mix).items():
+        if layer.holders:  # no module of the tree: known by its tensor
+            held[id(layer.weight)] = (path, layer)
+        else:
+            touched[id(layer)] = (path, layer)
     # tied names share a Parameter, so identity tells what has been sent already
     streamed: set[int] = set()
     # keep_vars: plain state_dict detaches into new tensors, whose identity says nothing
@@ -174,8 +181,11 @@ def merged_tensors(
         owner, _, leaf = name.rpartition(".")
         stored_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         # by module, which may have several names
-        if leaf == "weight" and id(model.get_submodule(owner)) in touched:
-            stored, row = _fold_layer(*touched[id(model.get_submodule(owner))], mix, stored_dtype)
+        folded = held.get(id(tensor))
+        if folded is None and leaf == "weight":
+            folded = touched.get(id(model.get_submodule(owner)))
+        if folded is not None:
+            stored, row = _fold_layer(*folded, mix, stored_dtype)
             if rows is not None:
                 rows.append(row)
             yield name, stored
@@ -193,15 +203,15 @@ def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Te
     bank = get_bank(model)
     path, _, leaf = name.rpartition(".")
     gates = {**dict.fromkeys(bank.base_adapters, 1.0), **weights}
-    layer = bank.modules.get(path)
+    layer = bank.modules.get(path if leaf == "weight" else name)
     _refuse_unfoldable(bank, gates)
-    if leaf != "weight" or layer is None or not any(adapter in layer.slots for adapter in gates):
+    if layer is None or not any(adapter in layer.slots for adapter in gates):
         tensor: Tensor = model.state_dict()[name]
         # a copy even in fp32: experts without a delta would be one tensor under several names
         return tensor.detach().to(torch.float32, copy=True)
     if isinstance(layer, BankLinear) and layer.product is not None:
         raise ConfigError(f"{path} has a custom product, and no adapter can be merged into it")
-    assert isinstance(layer, BankLinear | BankEmbedding), type(layer)
+    assert isinstance(layer, MergedLayer), type(layer)
     return _fold_layer(path, layer, gates, torch.float32)[0]
 
 
@@ -231,9 +241,16 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
     factors = {
         path: [(factor, *slot.factors()) for factor, slot in slots] for path, slots in parts.items()
     }
-    ranks = {path: sum(a.shape[0] for _, a, _ in each) for path, each in factors.items()}
-    halves = [torch.cat([a for _, a, _ in each]) for each in factors.values()]
-    halves += [torch.cat([factor * b for factor, _, b in f], dim=1) for f in factors.values()]
+    experts = {path: bank.modules[path].num_experts for path in parts}
+    ranks = {
+        path: sum(a.shape[0] for _, a, _ in each) // experts[path]
+        for path, each in factors.items()
+    }
+    halves = [join_A([a for _, a, _ in each], experts[path]) for path, each in factors.items()]
+    halves += [
+        join_B([factor * b for factor, _, b in each], experts[path])
+        for path, each in factors.items()
+    ]
     values = torch.cat([half.reshape(-1) for half in halves]).float()
     split = sum(half.numel() for half in halves[: len(parts)])
     whole = Adapter(name, unscaled_spec(ranks), values, torch.zeros_like(values), split)
@@ -244,6 +261,18 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
     for path, a, b in zip(parts, views, views[len(parts) :], strict=False):
         whole.slots[path] = AdapterSlot(path, a, b, 1.0, 0.0)
     return whole
+
+
+def join_A(parts: Sequence[Tensor], experts: int = 1) -> Tensor:
+    """[E sum r, I] of each [E r, I]: the parts below each other, expert by expert."""
+    split = [part.view(experts, -1, part.shape[-1]) for part in parts]
+    return torch.cat(split, dim=1).flatten(0, 1)
+
+
+def join_B(parts: Sequence[Tensor], experts: int = 1) -> Tensor:
+    """[O, sum r E] of each [O, r E], columns ordered (rank, expert): the parts side by side."""
+    split = [part.view(part.shape[0], -1, experts) for part in parts]
+    return torch.cat(split, dim=1).flatten(1)
 
 
 def separates_tied_head(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool:
@@ -305,9 +334,7 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
     return {**dict.fromkeys(bank.base_adapters, 1.0), **constants}
 
 
-def _adapted_layers(
-    bank: AdapterBank, mix: Mapping[str, float]
-) -> dict[str, BankLinear | BankEmbedding]:
+def _adapted_layers(bank: AdapterBank, mix: Mapping[str, float]) -> dict[str, MergedLayer]:
     """The layers at which an adapter of the mix sits. Raises ConfigError where a base weight is no
     dense one.
     """
@@ -320,11 +347,12 @@ def _adapted_layers(
         )
         raise ConfigError(f"{what}; use the adapter unmerged")
     _refuse_unfoldable(bank, mix)
-    layers: dict[str, BankLinear | BankEmbedding] = {}
+    layers: dict[str, MergedLayer] = {}
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):
-            assert isinstance(layer, BankLinear | BankEmbedding), type(layer)
-            if not isinstance(layer.weight, nn.Parameter) or layer.weight.dim() != 2:
+            assert isinstance(layer, MergedLayer), type(layer)
+            dims = 3 if isinstance(layer, ExpertMatrices) else 2
+            if not isinstance(layer.weight, nn.Parameter) or layer.weight.dim() != dims:
                 raise ConfigError(
                     f"{path}.weight is a part of a flat parameter of FullyShardedDataParallel; save "
                     "the adapter and merge it into a model that is not wrapped"
@@ -375,7 +403,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def _fold_layer(
-    path: str, layer: BankLinear | BankEmbedding, mix: Mapping[str, float], dtype: torch.dtype
+    path: str, layer: MergedLayer, mix: Mapping[str, float], dtype: torch.dtype
 ) -> tuple[Tensor, MergeRow]:
     """(the rounded sum, what rounding cost) of one layer; of a sharded weight this rank's share."""
     # fp32 for all adapters together, so that only the final sum is rounded

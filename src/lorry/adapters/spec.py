@@ -25,12 +25,14 @@ class LoraSpec:
 
     r: rank. lora_alpha: scale numerator, 2r when None. use_rslora: alpha/sqrt(r) instead of alpha/r
     (arXiv 2312.03732). target_modules: "auto" (every linear of attention and MLP that text trains:
-    `left_out` names what a foreign model has besides), "all-linear" (every linear but the output
-    head; fused experts are tensors and no linears), a list of names (a module matches when its path
+    `list_skipped_modules` names what a foreign model has besides), "all-linear" (every linear but the
+    output head), either with the fused experts of a mixture, a list of names (a module matches when its path
     equals the name or ends in ".name"; `lm_head` and `embed` are understood for every family), or
     one regular expression matched against the whole path. exclude_modules: list or regular
     expression. layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or
-    regex of the path's end: value}. layers_pattern: the name (or regex) of the list that numbers
+    regex of the path's end: value}. target_parameters: names
+    of tensors that are no linear's, or ends of such (`mlp.experts.down_proj`: the fused experts;
+    `gate.weight`: a router); with it "auto" and "all-linear" mean linears alone. layers_pattern: the name (or regex) of the list that numbers
     layers, where a path has several numbers. modules_to_save: names of modules that train whole, in a copy
     of the adapter's own; trainable_token_indices: token ids whose rows of the embedding (of a map: of the
     modules it names) do; bias: whose biases do, none, all or those of the targets; ensure_weight_tying: a
@@ -63,8 +65,14 @@ class LoraSpec:
     bias: BiasTraining = "none"
     ensure_weight_tying: bool = False
     adalora: AdaLoraSettings | None = None
+    target_parameters: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        # a text would be read letter by letter
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(
+                f"target_parameters is {self.target_parameters!r}; give a list of parameter names"
+            )
         for name in (
             "target_modules",
             "exclude_modules",
@@ -72,6 +80,7 @@ class LoraSpec:
             "layers_pattern",
             "modules_to_save",
             "trainable_token_indices",
+            "target_parameters",
         ):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -120,6 +129,8 @@ class LoraSpec:
             [self.r, *self.rank_pattern.values()],
             keep_residual=self.keep_residual,
         )
+        if self.target_parameters:
+            refuse_at_parameters(self, f"target_parameters={list(self.target_parameters)}")
         # a text is true to Python, also "false"
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
@@ -198,6 +209,17 @@ class LoraSpec:
         # the pattern's rank, not r: PEFT scales each module by its own
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def refuse_at_parameters(spec: LoraSpec, where: str) -> None:
+    """Raise ConfigError for a spec that cannot be at fused experts or another parameter: PEFT adds
+    the update to the weight, which has no input to drop, and has no magnitudes there."""
+    for setting, given in (("lora_dropout", spec.lora_dropout), ("use_dora", spec.use_dora)):
+        if given:
+            raise ConfigError(
+                f"{where}: {setting} does not work at parameters and fused experts; leave it out, or "
+                "the experts with exclude_modules=[experts]"
+            )
 
 
 def unscaled_spec(ranks: Mapping[str, int]) -> LoraSpec:

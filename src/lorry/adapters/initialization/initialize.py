@@ -167,8 +167,8 @@ def _check_layers(
         layer = bank.modules[path]
         if not isinstance(layer, BankLinear):
             raise ConfigError(
-                f"{written} is for linear layers, and {path} is an embedding; leave it out of "
-                "target_modules, or use init_lora_weights=true"
+                f"{written} is for linear layers, and {path} is none; leave it out of the targets, or use "
+                "init_lora_weights=true"
             )
         if way.name != "orthogonal" and (layer.slices is not None or is_sharded(layer.weight)):
             raise ConfigError(

@@ -33,6 +33,7 @@ from lorry.adapters.merging.core_space import (
 )
 from lorry.adapters.merging.methods import combine
 from lorry.adapters.mix import Mix
+from lorry.adapters.parameters.holders import refuse_adapter_at_parameters
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import unscaled_spec
 from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MajoritySign, MergeMethod
@@ -133,6 +134,7 @@ def merge_adapters(
         bank[each].refuse_further(
             "adapters are merged term by term; merge it into the base instead"
         )
+        refuse_adapter_at_parameters(bank[each], bank.modules, "lorry merge of several adapters")
     specs = [bank[each].plain_spec for each in weights]
     # the model's order, which is that in which PEFT draws
     slots_by_path = {

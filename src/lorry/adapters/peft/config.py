@@ -83,6 +83,7 @@ READ_KEYS = frozenset(
         "trainable_token_indices",
         "bias",
         "ensure_weight_tying",
+        "target_parameters",
     }
 )
 # values that mean "off" without being empty
@@ -144,11 +145,18 @@ def parse_peft_config(
         "trainable_token_indices": _read_tokens(config, where),
         "bias": config.get("bias") or "none",
         "ensure_weight_tying": _read_bool(config, "ensure_weight_tying", where),
+        "target_parameters": _read_names(config, "target_parameters", where),
         "rank_pattern": _read_patterns(config, "rank_pattern", where, whole=True),
         "alpha_pattern": _read_patterns(config, "alpha_pattern", where, whole=False),
     }
+    if isinstance(fields["target_parameters"], str):
+        raise ModelError(f"{where}: target_parameters is a text; it must be a list of names")
     if not fields["target_modules"]:
-        raise ModelError(f"{where}: target_modules is empty; the file must name the adapted layers")
+        if not fields["target_parameters"]:
+            raise ModelError(
+                f"{where}: target_modules is empty; the file must name the adapted layers"
+            )
+        fields["target_modules"] = ()
     # PEFT looks at it beside layers_to_transform alone
     if fields["layers_to_transform"] is None:
         fields["layers_pattern"] = None
@@ -220,15 +228,22 @@ def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> 
 
 
 def to_peft_config(
-    spec: LoraSpec, target_modules: list[str], *, transposed: bool, base_name: str | None
+    spec: LoraSpec,
+    target_modules: list[str],
+    target_parameters: list[str] | None = None,
+    *,
+    transposed: bool,
+    base_name: str | None,
 ) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it, with the keys that every PEFT since 0.10 knows (a
-    strange one stops old versions).
+    strange one stops old versions); `target_parameters` (0.17) where there are any.
 
     Layer numbers and exclusions are not repeated: ``target_modules`` already says it all.
     """
     alpha = 2 * spec.r if spec.lora_alpha is None else spec.lora_alpha
+    parameters = {"target_parameters": target_parameters} if target_parameters else {}
     config: dict[str, Any] = {
+        **parameters,
         "alpha_pattern": dict(spec.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": base_name,

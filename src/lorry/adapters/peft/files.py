@@ -31,6 +31,7 @@ from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
 from lorry.adapters.layers import BankEmbedding, BankLinear, stored_slice
 from lorry.adapters.merge import concatenate
+from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.peft.adalora_files import (
     ADALORA,
     PlainLoraFile,
@@ -45,6 +46,15 @@ from lorry.adapters.peft.config import (
     parse_peft_config,
     read_adapter_json,
     to_peft_config,
+)
+from lorry.adapters.peft.parameters import (
+    MISTAKEN_LEAVES,
+    holds_experts,
+    join_single_experts,
+    match_peft_parameters,
+    name_patterns,
+    split_targets,
+    tensor_modules,
 )
 from lorry.adapters.peft.tensors import (
     PEFT_PREFIX,
@@ -132,6 +142,7 @@ def _files_of(
         adapter = fold_triplets(adapter)
     spec = adapter.spec if keeps_residual else adapter.plain_spec
     tensors, whole = {}, adapter.tensors() if keeps_residual else adapter.whole_factors()
+    names = tensor_modules(adapter.slots, modules)
     for path, slot in adapter.slots.items():
         tensor_name = (
             "lora_embedding_{}" if isinstance(modules[path], BankEmbedding) else "lora_{}.weight"
@@ -139,11 +150,11 @@ def _files_of(
         for side in SIDES:
             param = whole[f"{path}.lora_{side}"]
             _refuse_nonfinite(name, f"{path}.lora_{side}", param)
-            tensors[f"{PEFT_PREFIX}{path}.{tensor_name.format(side)}"] = (
+            tensors[f"{PEFT_PREFIX}{names[path]}.{tensor_name.format(side)}"] = (
                 param.detach().cpu().contiguous()
             )
         # readers compute rank and scale from the config alone; it must say what was trained
-        expected = (spec.rank(path), adapter.plain_spec.scale(path))
+        expected = (spec.rank(path) * modules[path].num_experts, adapter.plain_spec.scale(path))
         assert expected == (whole[f"{path}.lora_A"].shape[0], slot.scale), (
             f"{path}: its LoraSpec has rank and scale {expected}"
         )
@@ -156,9 +167,15 @@ def _files_of(
     transposed = any(
         isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots
     )
+    linears, parameters = split_targets(model, adapter.spec, adapter.slots)
+    weights = [path for path in adapter.slots if path not in linears]
     config = to_peft_config(
-        spec,
-        target_names(model, adapter.slots),
+        name_patterns(
+            spec,
+            {f"{p}.weight": p for p in weights if not isinstance(modules[p], ExpertMatrices)},
+        ),
+        target_names(model, linears),
+        parameters,
         transposed=transposed,
         base_name=base_name,
     )
@@ -326,7 +343,16 @@ def load_adapter(
     with open_adapter_weights(folder) as opened:
         weights = str(folder / ADAPTER_WEIGHTS)
         file: TensorFile = PlainLoraFile(opened, weights) if is_adalora else opened
-        parts, others = sort_lora_tensors(file, weights, layers, rename)
+        file, spec = join_single_experts(file, PEFT_PREFIX, spec, layers, where)
+        parameters = match_peft_parameters(spec, layers)
+        spec = name_patterns(
+            spec,
+            {p: f"{p}.weight" for p in parameters if not isinstance(layers[p], ExpertMatrices)},
+        )
+        of_tensor = {name: path for path, name in tensor_modules(parameters, layers).items()}
+        parts, others = sort_lora_tensors(
+            file, weights, layers, lambda module: of_tensor.get(module) or rename(module)
+        )
         check_modules(model, spec, set(parts), where)
         if is_adalora:
             spec, parts = fit_ranks(spec, file, weights, parts)
@@ -507,6 +533,8 @@ def target_names(model: nn.Module, paths: Collection[str]) -> list[str]:
     modules (``paths``), else full paths.
     """
     leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in paths))
+    if MISTAKEN_LEAVES.intersection(leaves) and holds_experts(model):
+        return list(paths)
     selected = {p for p, _ in model.named_modules() if p.rpartition(".")[2] in leaves}
     # short names only where they select exactly these: PEFT would otherwise create more layers
     return leaves if selected == set(paths) else list(paths)

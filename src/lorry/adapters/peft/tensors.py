@@ -15,10 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_linears, head_and_embedding
+from lorry.adapters.attach import find_adaptable, head_and_embedding, match_unfused_names
 from lorry.adapters.bank import wrap_module
 from lorry.adapters.layers import AdaptableLayer, BankEmbedding, stored_slice
+from lorry.adapters.parameters.experts import ExpertMatrices
+from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import match_peft_targets
+from lorry.adapters.peft.parameters import match_peft_parameters
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.parameters import FurtherStart
 from lorry.disk.safetensors_names import check_names
@@ -53,7 +56,7 @@ def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
     """
     layers = {
         p: m if isinstance(m, AdaptableLayer) else wrap_module(m, p)
-        for p, m in find_linears(model).items()
+        for p, m in find_adaptable(model).items()
     }
     return {p: layer for p, layer in layers.items() if layer is not None}
 
@@ -207,15 +210,16 @@ def _check_base_tensor(
 
 def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: str) -> None:
     """The layers the config names and those the file holds must be the same ones."""
-    candidates = find_linears(model)
+    layers = list_adaptable_layers(model)
     head, _ = head_and_embedding(model)
-    inner = [
-        p
-        for p, m in candidates.items()
-        if not isinstance(m, nn.Embedding | BankEmbedding) and p != head
-    ]
+    candidates = [p for p, m in layers.items() if not isinstance(m, ExpertMatrices)]
+    outside = (BankEmbedding, ForeignWeight)
+    inner = [p for p in candidates if not isinstance(layers[p], outside) and p != head]
     # PEFT leaves what the config names and the file lacks at its initial values
-    named = match_peft_targets(spec, candidates, inner)
+    named = match_peft_targets(spec, candidates, inner) | match_peft_parameters(spec, layers)
+    if not isinstance(spec.target_modules, str):
+        unfused = match_unfused_names(spec.target_modules, layers)
+        named |= {path for paths in unfused.values() for path in paths}
     if missing := sorted(named - present):
         raise ModelError(
             f"{where}: names {missing[0]} as a target ({len(missing)} such), but {ADAPTER_WEIGHTS} has no tensors for it"
@@ -244,7 +248,8 @@ def read_lora_values(
     values = {}
     for module, sides in parts.items():
         (out, into), rank = layers[module].whole_features(), spec.rank(module)
-        for side, wanted in (("A", [rank, into]), ("B", [out, rank])):
+        rows = rank * layers[module].num_experts
+        for side, wanted in (("A", [rows, into]), ("B", [out, rows])):
             needs = f"rank {rank} on this model's {module}"
             values[f"{module}.lora_{side}"] = _read_values(file, where, sides[side], wanted, needs)
     return values

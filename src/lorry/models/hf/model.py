@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.layers import AMBIENT_CONTEXT
+from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer
 from lorry.adapters.mix import AdapterContext, Half
 from lorry.errors import ContractError, ModelError
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
@@ -419,13 +419,11 @@ class HfModel(CausalLM):
         # padding counts: layers see the whole frame
         expected = len(frame.spans) * frame.length
 
-        def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            # token ids (an embedding's input) have no width
-            tokens = x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
-            if tokens != expected:
+        def check(module: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(module, AdaptableLayer)
+            if (tokens := module.count_tokens(*args)) != expected:
                 raise ContractError(
-                    f"{getattr(module, 'path', '')}: receives {tokens} of "
+                    f"{module.path}: receives {tokens} of "
                     f"{expected} tokens (a routed or pooled layer), so a mix per "
                     "sequence, a gate or dropout cannot be applied; exclude the "
                     "layer with exclude_modules"

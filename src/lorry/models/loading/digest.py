@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import AdaptableLayer
+from lorry.adapters.parameters.holders import unmerged_parameter
 from lorry.models.layer_weights import WHOLE_WEIGHTS, LayerWeights
 
 # Two runs of a tensor: an optimizer that touched it moved nearly all of its values.
@@ -68,7 +69,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
             unmerged = (
                 module.unmerged_weight
                 if isinstance(module, AdaptableLayer) and name.endswith(".weight")
-                else None
+                else unmerged_parameter(module, name.rpartition(".")[2])
             )
             owner = parameter if unmerged is None else unmerged
             tensors[name] = (owner.detach(), owner)
