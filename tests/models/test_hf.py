@@ -440,19 +440,28 @@ def test_routed_experts_that_few_tokens_meet_are_reached_all_the_same() -> None:
 
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_fused_experts_that_get_no_adapter_are_named_with_their_share(
-    kind: str, targets: str
-) -> None:
+def test_fused_experts_are_adapted_or_named_with_their_share(kind: str, targets: str) -> None:
+    """Also where they are left out by name, or their module has a form of its own (Llama 4's takes
+    rows that are sorted already)."""
     inner = tiny.random_model(MIXTURES[kind])
     fused = {n: p.numel() for n, p in inner.named_parameters() if p.dim() == 3}
     share = sum(fused.values()) / sum(p.numel() for p in inner.parameters())
     model = HfModel(inner)
+    told = f"experts ({len(fused)} tensors such as {next(iter(fused))}, {share:.0%} of"
+    if kind != "llama4":
+        every = attach(model, LoraSpec(r=2, target_modules=targets), "every")
+        assert fused.keys() <= every.slots.keys()
+        (router,) = list_skipped_modules(model, every)
+        assert router.what.startswith("2 weights such as model.layers.0.")
+        spec = LoraSpec(r=2, target_modules=targets, exclude_modules=["experts"])
+        first, *_ = list_skipped_modules(model, attach(model, spec, "without"))
+        assert first.what.startswith(told)
+        assert "the targets do not name them; the adapter is on " in first.why
+        return
     adapter = attach(model, LoraSpec(r=2, target_modules=targets))
     first = list_skipped_modules(model, adapter)[0]
-    assert first.what.startswith(
-        f"experts ({len(fused)} tensors such as {next(iter(fused))}, {share:.0%} of"
-    )
-    assert "is not a linear layer; the adapter is on " in first.why
+    assert first.what.startswith(told)
+    assert "a form that no adapter can sit on; the adapter is on " in first.why
     assert "q_proj" in first.why
     name = next(iter(fused)).removesuffix(".weight").rpartition(".")[2]
     with pytest.raises(

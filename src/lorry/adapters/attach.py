@@ -255,7 +255,12 @@ def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: Lor
             else _text_layers(model, inner, candidates)
         )
     elif isinstance(wanted, str):
-        chosen = [p for p in candidates if _full_match(wanted, p, "target_modules")]
+        # nor by a pattern, which may mean everything of a layer
+        chosen = [
+            p
+            for p, m in candidates.items()
+            if not isinstance(m, ForeignWeight) and _full_match(wanted, p, "target_modules")
+        ]
         if not chosen:
             raise ConfigError(
                 f"target_modules={wanted!r} (a regular expression over whole paths) matches no layer; {_describe_known_layers(candidates)}"

@@ -205,8 +205,8 @@ def join_single_experts(
     modules, left = dict[str, str](), list[str]()
     for key in file.keys():  # noqa: SIM118 (not a mapping)
         match = UNFUSED_TENSOR.fullmatch(key.removeprefix(prefix))
-        holder = "" if match is None else match["holder"].replace(OLD_HOLDER, NEW_HOLDER)
-        if match is None or match["module"] in layers or not _fuses(layers, holder, match["leaf"]):
+        holder = None if match is None else _holder_here(layers, match["holder"], match["leaf"])
+        if match is None or holder is None or match["module"] in layers:
             left.append(key)
             continue
         place = f"{int(match['expert'])}.{match['side']}"
@@ -214,7 +214,7 @@ def join_single_experts(
         modules[f"{holder}.{int(match['expert'])}.{match['leaf']}"] = match["module"]
     if not found:
         return file, spec
-    old = any(OLD_HOLDER in module for module in modules.values())
+    old = any(here != module for here, module in modules.items())
     joined, ranks, alphas = dict[str, _JoinedTensor](), dict[str, int](), dict[str, float]()
     places = {p: m for p, m in layers.items() if isinstance(m, ExpertMatrices)}
     spellings = {path: _spelling(path, layer, found) for path, layer in places.items()}
@@ -268,13 +268,14 @@ def join_single_experts(
     )
 
 
-def _fuses(layers: Mapping[str, AdaptableLayer], holder: str, leaf: str) -> bool:
-    """Whether a linear of a single expert is part of a tensor that the model has."""
-    return any(
-        isinstance(layers.get(f"{holder}.{fused}"), ExpertMatrices)
-        for fused, ways in UNFUSED_NAMES.items()
-        if any(leaf in way for way in ways)
-    )
+def _holder_here(layers: Mapping[str, AdaptableLayer], holder: str, leaf: str) -> str | None:
+    """The module that holds the tensor of which a file's linear of a single expert is a part; None
+    where the model has none."""
+    fused = [f for f, ways in UNFUSED_NAMES.items() if any(leaf in way for way in ways)]
+    for name in (holder, holder.replace(OLD_HOLDER, NEW_HOLDER)):
+        if any(isinstance(layers.get(f"{name}.{f}"), ExpertMatrices) for f in fused):
+            return name
+    return None
 
 
 def _spelling(

@@ -21,7 +21,7 @@ from lorry.adapters.layers import AdaptableLayer, BankEmbedding, stored_slice
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import match_peft_targets
-from lorry.adapters.peft.parameters import match_peft_parameters
+from lorry.adapters.peft.parameters import NEW_HOLDER, OLD_HOLDER, match_peft_parameters
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.parameters import FurtherStart
 from lorry.disk.safetensors_names import check_names
@@ -212,9 +212,19 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
     """The layers the config names and those the file holds must be the same ones."""
     layers = list_adaptable_layers(model)
     head, _ = head_and_embedding(model)
-    candidates = [p for p, m in layers.items() if not isinstance(m, ExpertMatrices)]
+    # a pattern means no router, as where an adapter is made
+    unasked = (
+        (ExpertMatrices, ForeignWeight) if isinstance(spec.target_modules, str) else ExpertMatrices
+    )
+    candidates = [p for p, m in layers.items() if not isinstance(m, unasked)]
     outside = (BankEmbedding, ForeignWeight)
     inner = [p for p in candidates if not isinstance(layers[p], outside) and p != head]
+    for name in spec.target_parameters or ():
+        if not match_peft_parameters(replace(spec, target_parameters=(name,)), layers):
+            raise ModelError(
+                f"{where}: target_parameters names {name!r}, and this model has no parameter of that "
+                "name that an adapter can sit on; the adapter belongs to another model"
+            )
     # PEFT leaves what the config names and the file lacks at its initial values
     named = match_peft_targets(spec, candidates, inner) | match_peft_parameters(spec, layers)
     if not isinstance(spec.target_modules, str):
@@ -297,4 +307,9 @@ def legacy_name_mapper(
     names = {old: current for current, old in spellings.items() if old not in layers}
     # the model may be of a transformers that still has the old name, and the adapter newer
     names |= {current: old for current, old in spellings.items() if old in layers}
-    return lambda path: names.get(path, path)
+
+    def rename(path: str) -> str:
+        renamed = path.replace(OLD_HOLDER, NEW_HOLDER)
+        return renamed if renamed in layers else names.get(path, path)
+
+    return rename
