@@ -270,7 +270,9 @@ def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixtu
     assert plan("llama-3-8b", "quantize=nf4", capsys=capsys)["trainable"]
     shared = plan("llama-3-8b", "quantize=nf4", "backend=fsdp", "processes=8", capsys=capsys)
     assert any("refused where the base is cut" in note for note in shared["notes"])
-    assert any("adapters are on attention only" in note for note in made["notes"])
+    assert any("adapters are on all 8 experts of a layer" in note for note in made["notes"])
+    without = plan("mixtral-8x7b", "exclude_modules=[experts]", "max_length=512", capsys=capsys)
+    assert any("no adapter is on them" in note for note in without["notes"])
     refused = "a run with backend=fsdp refuses such a model"
     assert not any(refused in note for note in made["notes"])
     cut = plan("mixtral-8x7b", "backend=fsdp", "processes=8", "max_length=512", capsys=capsys)

@@ -104,6 +104,7 @@ SHORT_LABELS = {
     "loraplus_lr_ratio": "plus",
     "lr_scheduler_type": "",
     "target_modules": "",
+    "target_parameters": "",
     "init_lora_weights": "init",
     "use_rslora": "rslora",
     "use_dora": "dora",

@@ -118,8 +118,15 @@ class LoraConfig(SettingsGroup):
     target_modules: str | list[str] = config_field(
         "auto",
         (
-            "auto (the linears of attention and MLP that text passes through), "
+            "auto (the linears of attention and MLP that text passes through, fused experts too), "
             "all-linear, names, or a regex"
+        ),
+    )
+    target_parameters: list[str] | None = config_field(
+        None,
+        (
+            "tensors that are no linear's, by the end of their names (mlp.experts.down_proj, "
+            "mlp.gate.weight); a list, even an empty one, takes the place of all experts"
         ),
     )
     exclude_modules: str | list[str] | None = config_field(None, "names or a regex to leave out")
@@ -242,6 +249,17 @@ class LoraConfig(SettingsGroup):
         if value in ("", []):
             raise ValueError("is empty; name a module")
         return value
+
+    @field_validator("target_parameters", mode="before")
+    @classmethod
+    def _parameter_names(cls, value: Any, info: ValidationInfo) -> Any:
+        names = re.split(r"\s*,\s*", value) if isinstance(value, str) and value else value
+        if names and info.data.get("lora_dropout"):
+            raise ValueError(
+                "does not go with lora_dropout: the update is added to the parameter, which has no "
+                "input to drop; set lora_dropout=0"
+            )
+        return names
 
     @field_validator("target_modules", "exclude_modules")
     @classmethod

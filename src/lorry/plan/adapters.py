@@ -19,7 +19,8 @@ from lorry.plan.shapes import ModelShape, Site
 @dataclass(frozen=True, kw_only=True)
 class AdaptedMatrix:
     """One adapted matrix: A is rank x inputs, B outputs x rank. ``layer`` is None for the head and
-    the embedding.
+    the embedding. Of fused experts all of a layer's: ``experts`` of them, of which a token passes
+    ``active``; ``router``: that of such, which is adapted only where it is named.
     """
 
     path: str
@@ -28,10 +29,23 @@ class AdaptedMatrix:
     inputs: int
     outputs: int
     rank: int
+    experts: int = 1
+    active: int = 1
+    router: bool = False
 
     @property
     def parameters(self) -> int:
-        return self.rank * (self.inputs + self.outputs)
+        return self.experts * self.rank * (self.inputs + self.outputs)
+
+    @property
+    def passed(self) -> int:
+        """Values that one token is multiplied with."""
+        return self.parameters // self.experts * self.active
+
+    @property
+    def parameter(self) -> str:
+        """The tensor it is added to, as `target_parameters` names it."""
+        return self.path if self.experts > 1 else f"{self.path}.weight"
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,11 @@ class PlannedAdapter:
         return sum(s.parameters for s in self.matrices) + self.beside
 
     @property
+    def passed(self) -> int:
+        """Of these, the ones that one token is multiplied with: not those of experts it never sees."""
+        return sum(s.passed for s in self.matrices) + self.beside
+
+    @property
     def lowest(self) -> int:
         """The first layer that runs backward: the lowest adapted one; 0 when the embedding is, past
         the last when no layer is.
@@ -63,8 +82,10 @@ class PlannedAdapter:
         return min(layers, default=1 << 30)
 
     def ranks(self, layer: int, site: Site | None = None) -> list[int]:
-        """Ranks of a layer's adapted matrices, of one site or of all."""
-        return [s.rank for s in self.matrices if s.layer == layer and site in (None, s.site)]
+        """Ranks of a layer's adapted matrices that one token passes, of one site or of all."""
+        return [
+            s.rank * s.active for s in self.matrices if s.layer == layer and site in (None, s.site)
+        ]
 
     def adapts_head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
@@ -96,6 +117,7 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
         for i in range(g.layers)
         for linear in shape.linears
     ]
+    known += [matrix for i in range(g.layers) for matrix in _expert_matrices(shape, i, rank)]
     embed = AdaptedMatrix(
         path=shape.embed, layer=None, site=None, inputs=g.vocab, outputs=g.width, rank=rank
     )
@@ -103,6 +125,11 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
         path=shape.head, layer=None, site=None, inputs=g.width, outputs=g.vocab, rank=rank
     )
     chosen = _targeted_matrices({s.path: s for s in (embed, *known, head)}, known, shape, lora)
+    if lora.lora_dropout and (stacked := [s for s in chosen if s.experts > 1 or s.router]):
+        raise ConfigError(
+            f"lora.lora_dropout does not work on fused experts ({stacked[0].path}); set "
+            "lora_dropout=0, or leave them out with lora.exclude_modules=[experts]"
+        )
     if lora.layers_to_transform is not None:
         wanted = (
             lora.layers_to_transform
@@ -118,6 +145,39 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
     if not chosen:
         raise ConfigError("lora.target_modules and lora.exclude_modules leave no layer")
     return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
+
+
+def _expert_matrices(shape: ModelShape, layer: int, rank: int) -> list[AdaptedMatrix]:
+    """A layer's fused experts and their router, by the names that most of transformers' classes
+    have; none of a dense model."""
+    if shape.experts is None:
+        return []
+    width, inner = shape.geometry.width, shape.experts.width
+    mlp, up = f"{shape.layer.format(i=layer)}.mlp", "gate_up_proj" if shape.gated else "up_proj"
+    sizes = ((up, width, (2 if shape.gated else 1) * inner), ("down_proj", inner, width))
+    matrices = [
+        AdaptedMatrix(
+            path=f"{mlp}.experts.{name}",
+            layer=layer,
+            site="mlp.in" if name == up else "mlp.out",
+            inputs=inputs,
+            outputs=outputs,
+            rank=rank,
+            experts=shape.experts.count,
+            active=shape.experts.active,
+        )
+        for name, inputs, outputs in sizes
+    ]
+    router = AdaptedMatrix(
+        path=f"{mlp}.gate",
+        layer=layer,
+        site="mlp.in",
+        inputs=width,
+        outputs=shape.experts.count,
+        rank=rank,
+        router=True,
+    )
+    return [*matrices, router]
 
 
 def router_reads(shape: ModelShape, router: RouterConfig, experts: int) -> StepReads:
@@ -196,29 +256,51 @@ def _targeted_matrices(
 ) -> list[AdaptedMatrix]:
     wanted, excluded = lora.target_modules, lora.exclude_modules
     if isinstance(wanted, str):
+        # "all-linear" is every linear of the layers; never the head, as in PEFT. Experts are in it
+        # unless they are named one by one
+        listed = lora.target_parameters is not None
         chosen = (
-            inner  # "all-linear" is every linear of the layers; never the head, as in PEFT
+            [s for s in inner if not s.router and not (listed and s.experts > 1)]
             if wanted in ("auto", "all-linear")
-            else [s for p, s in every.items() if re.fullmatch(wanted, p)]
+            else [s for p, s in every.items() if not s.router and re.fullmatch(wanted, p)]
         )
         if not chosen:
             raise ConfigError(
                 f"lora.target_modules={wanted!r} matches no layer; {_list_known_names(every)}"
             )
     else:
-        names = {"lm_head": shape.head, "embed": shape.embed}
+        names = {name: [name] for name in wanted}
+        names |= {"lm_head": [shape.head], "embed": [shape.embed]}
+        if shape.experts is not None and {"gate_proj", "up_proj"} <= {*wanted}:
+            names["gate_proj"].append("gate_up_proj")
+            names["up_proj"].append("gate_up_proj")
         for name in wanted:
-            if not any(_ends_with(p, names.get(name, name)) for p in every):
+            if not any(_ends_with(p, end) for p in every for end in names[name]):
                 leaves = {p.rpartition(".")[2] for p in every}
                 raise ConfigError(
                     f"lora.target_modules names {name!r}, which matches no layer{suggest_nearest(name, leaves)}; {_list_known_names(every)}"
                 )
-        chosen = [
-            s for p, s in every.items() if any(_ends_with(p, names.get(n, n)) for n in wanted)
-        ]
+        ends = [end for name in wanted for end in names[name]]
+        chosen = [s for p, s in every.items() if any(_ends_with(p, end) for end in ends)]
+    for name in lora.target_parameters or ():
+        hits = [s for s in every.values() if _ends_with(s.parameter, name)]
+        if not hits:
+            raise ConfigError(
+                f"lora.target_parameters names {name!r}, which matches no parameter; "
+                f"{_list_known_names(every)}"
+            )
+        chosen += [s for s in hits if s not in chosen]
     if isinstance(excluded, str):
         return [s for s in chosen if not re.fullmatch(excluded, s.path)]
-    return [s for s in chosen if not any(_ends_with(s.path, e) for e in excluded or ())]
+    # experts also by the module that holds them
+    return [
+        s
+        for s in chosen
+        if not any(
+            _ends_with(s.path, e) or (s.experts > 1 and _ends_with(s.path.rpartition(".")[0], e))
+            for e in excluded or ()
+        )
+    ]
 
 
 def _with_pattern_rank(matrix: AdaptedMatrix, lora: LoraConfig) -> AdaptedMatrix:

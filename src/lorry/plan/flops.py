@@ -1,6 +1,7 @@
 """FLOPs of a training step and the time they take at a given matrix rate.
 
-Per token, with N = N_b + N_h weights of matrices used, P adapter values, L layers, causal attention
+Per token, with N = N_b + N_h weights of matrices used, P adapter values (of experts those that it
+passes), L layers, causal attention
 over T (its backward is 2.5 times its forward): forward F = 2N + 2 L q T + 2P, backward B = 2N + 5 L
 q T + 4P, since the base is frozen and has no weight gradients. Recompute repeats the layers'
 forward. Layers below the lowest adapter have no backward. Under a router at `level: expert` N_b has
@@ -41,7 +42,7 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     # the head's gradient always runs where the head does: the loss is behind it
     share = max(run - adapter.lowest, 0) / g.layers  # layers that run backward
     weights = shape.active_body + g.layers * max(setup.mixed_mlps - 1, 0) * shape.mlp_linears
-    body, p = 2 * weights * run // g.layers, adapter.parameters
+    body, p = 2 * weights * run // g.layers, adapter.passed
     head = 2 * shape.head_size if setup.reads.highest_layer is None else 0
     # q k^T and p v over half the square, 2 FLOPs each
     scores = shape.queries * setup.length

@@ -14,7 +14,10 @@ from typing import Any, Literal
 from lorry.errors import ModelError
 from lorry.families import SITES, ModelFamily, ModelGeometry, Site, find_family, unsupported_fields
 from lorry.families.common import UnsupportedConfigError
-from lorry.families.llama import LLAMA, QWEN3
+from lorry.families.llama import LLAMA, QWEN2, QWEN3
+
+# whose sizes and names an architecture without a family has
+READERS = {"qwen2_moe": QWEN2, "qwen3_moe": QWEN3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ class ModelShape:
 
     @property
     def mlp_linears(self) -> int:
-        """Weights of one layer's dense MLP; 0 where it has experts."""
+        """Weights of one layer's dense MLP; of experts those that every token passes."""
         return sum(linear.size for linear in self.linears if linear.site.startswith("mlp"))
 
     @property
@@ -152,7 +155,7 @@ def read_model_shape(
     reader, experts = family, None
     if family is None:
         # sizes alone are read here, and nearly every newer architecture names them as Llama does
-        reader, experts = (QWEN3 if kind == "qwen3_moe" else LLAMA), _read_experts(config)
+        reader, experts = READERS.get(kind, LLAMA), _read_experts(config)
     assert reader is not None
     why = _why_not_native(family, kind, config) if native else "native=false"
     try:
@@ -177,6 +180,8 @@ def read_model_shape(
         for linear in _layer_matrices(reader, geometry)
         if experts is None or linear.site.startswith("attention")
     )
+    if kind == "qwen2_moe":
+        linears += _shared_expert(reader, geometry, config, where)
     return ModelShape(
         geometry=geometry,
         linears=linears,
@@ -191,7 +196,7 @@ def read_model_shape(
         layer=reader.layer,
         native=not why,
         why=why,
-        estimate=family is None and kind not in ("mixtral", "qwen3_moe"),
+        estimate=family is None and kind not in ("mixtral", "qwen2_moe", "qwen3_moe"),
     )
 
 
@@ -233,6 +238,32 @@ def _read_experts(config: Mapping[str, Any]) -> ExpertShape | None:
             "config.json: a model with experts needs num_experts_per_tok and moe_intermediate_size"
         )
     return ExpertShape(count=int(count), active=active, width=width)
+
+
+def _shared_expert(
+    reader: ModelFamily, g: ModelGeometry, config: Mapping[str, Any], where: str
+) -> tuple[LayerMatrix, ...]:
+    """The MLP that every token of a Qwen2-MoE passes besides its experts, and the linear that weighs
+    it."""
+    width = config.get("shared_expert_intermediate_size")
+    if not isinstance(width, int):
+        raise ModelError(
+            f"{where}: no shared_expert_intermediate_size; Qwen2-MoE has a shared expert"
+        )
+    shared = f"{reader.layer}.mlp.shared_expert"
+    matrices = [
+        replace(linear, path=f"{shared}.{linear.target}")
+        for linear in _layer_matrices(reader, replace(g, mlp_width=width))
+        if linear.site.startswith("mlp")
+    ]
+    gate = LayerMatrix(
+        target="shared_expert_gate",
+        path=f"{shared}_gate",
+        inputs=g.width,
+        outputs=1,
+        site="mlp.in",
+    )
+    return (*matrices, gate)
 
 
 def _check_geometry(g: ModelGeometry, where: str) -> None:

@@ -408,7 +408,7 @@ def _run_plan(
         alternative=alternative,
         trainable=not _unbuilt_backend(settings.backend) and not _unpacked(settings, shape),
         jobs=jobs,
-        notes=_plan_notes(settings, shape, found_config, choice, setup.device),
+        notes=_plan_notes(settings, shape, found_config, choice, setup.device, adapter),
     )
 
 
@@ -620,6 +620,7 @@ def _plan_notes(
     found_config: FoundConfig,
     choice: PlanChoice,
     device: DeviceType,
+    adapter: PlannedAdapter,
 ) -> list[str]:
     notes = []
     if not shape.native:
@@ -629,7 +630,15 @@ def _plan_notes(
     if shape.estimate:
         notes.append("the architecture is assumed to be like Llama's")
     if shape.experts is not None:
-        notes.append("the model's experts count as base weights; adapters are on attention only")
+        on = [matrix for matrix in adapter.matrices if matrix.experts > 1]
+        notes.append(
+            "the model's experts count as base weights; "
+            + (
+                f"adapters are on all {on[0].experts} experts of a layer"
+                if on
+                else "no adapter is on them"
+            )
+        )
         if settings.backend.name == "fsdp":
             notes.append(
                 "transformers stacks the experts of Mixtral, Qwen3-MoE and most others, which no "

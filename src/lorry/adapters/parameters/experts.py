@@ -144,7 +144,8 @@ class ExpertMatrices(AdaptableLayer):
     def release(self) -> None:
         """Give the module its own forward back, unless another of its tensors has adapters."""
         holder = self.holders[0]
-        if not any(layer.slots for layer in expert_layers(holder).values()):
+        layers = expert_layers(holder)
+        if layers and not any(layer.slots for layer in layers.values()):
             del holder.__dict__[_LAYERS], holder.__dict__["forward"]
 
 

@@ -46,6 +46,7 @@ ALIAS_RENAMES: dict[str, str] = {
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",
     "lora_target_modules": "lora.target_modules",
+    "lora_target_parameters": "lora.target_parameters",
     "lora_exclude_modules": "lora.exclude_modules",
     "lora_layers_to_transform": "lora.layers_to_transform",
     **dict.fromkeys(
@@ -373,7 +374,6 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
         [
             "use_qalora",
             "modules_to_save",
-            "target_parameters",
             "trainable_token_indices",
             "ensure_weight_tying",
             "layers_pattern",

@@ -215,7 +215,10 @@ def whole_side_values(adapter: PlannedAdapter) -> int:
     """Values of the sides that every tensor rank holds whole, whose gradients are sums over them: A
     of a column-parallel matrix, B of a row-parallel one.
     """
-    return sum(m.rank * (m.outputs if _splits_inputs(m) else m.inputs) for m in adapter.matrices)
+    return sum(
+        m.experts * m.rank * (m.outputs if _splits_inputs(m) else m.inputs)
+        for m in adapter.matrices
+    )
 
 
 def _stage_memory(
