@@ -243,8 +243,7 @@ def concatenate(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ad
     }
     experts = {path: bank.modules[path].num_experts for path in parts}
     ranks = {
-        path: sum(a.shape[0] for _, a, _ in each) // experts[path]
-        for path, each in factors.items()
+        path: sum(a.shape[0] for _, a, _ in each) // experts[path] for path, each in factors.items()
     }
     halves = [join_A([a for _, a, _ in each], experts[path]) for path, each in factors.items()]
     halves += [

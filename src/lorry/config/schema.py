@@ -261,6 +261,13 @@ class LoraConfig(SettingsGroup):
             )
         return names
 
+    @field_validator("use_dora")
+    @classmethod
+    def _no_magnitude_at_parameters(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("target_parameters"):
+            raise ValueError("does not go with target_parameters, which have no magnitudes")
+        return value
+
     @field_validator("target_modules", "exclude_modules")
     @classmethod
     def _regex(cls, value: str | list[str] | None) -> str | list[str] | None:

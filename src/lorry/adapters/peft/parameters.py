@@ -65,12 +65,12 @@ def split_targets(
     """(those that are target_modules, the parameters that are target_parameters) of an adapter's
     places, as PEFT finds them in this model."""
     found, fused = find_adaptable(model), holds_experts(model)
+    allowed = not (spec.lora_dropout or spec.use_dora)  # PEFT has neither at parameters
     parameters = {
         path: path if isinstance(found[path], ExpertMatrices) else f"{path}.weight"
         for path in paths
         if isinstance(found[path], ExpertMatrices | ForeignWeight)
-        # PEFT has no dropout at parameters
-        or (fused and not spec.lora_dropout and path.rpartition(".")[2] in MISTAKEN_LEAVES)
+        or (fused and allowed and path.rpartition(".")[2] in MISTAKEN_LEAVES)
     }
     return [p for p in paths if p not in parameters], _shorten(model, list(parameters.values()))
 
