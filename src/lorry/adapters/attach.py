@@ -26,10 +26,15 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.parameters.experts import (
     ExpertMatrices,
     check_experts,
+    expert_layers,
     find_expert_layers,
     install_experts,
 )
-from lorry.adapters.parameters.weights import ForeignWeight, find_foreign_weight
+from lorry.adapters.parameters.weights import (
+    ForeignWeight,
+    find_foreign_weight,
+    foreign_weight_of,
+)
 from lorry.adapters.spec import LAYER_NUMBER, LoraSpec, refuse_at_parameters
 from lorry.adapters.variants.own_weights import SITE, has_own_weights
 from lorry.adapters.variants.registry import further_starts
@@ -116,6 +121,7 @@ def attach(
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
     further = further_starts(model, name, spec, targets)
+    _refuse_two_forwards(model, {start.module for start in further.values()})
     adapter = bank.add(name, spec, targets, seed=seed, trainable=trainable, further=further)
     if not initialize:
         return adapter
@@ -124,6 +130,20 @@ def attach(
     except BaseException:
         detach(model, name)
         raise
+
+
+def _refuse_two_forwards(model: nn.Module, owned: Collection[str]) -> None:
+    """Raises ConfigError where a module with adapters at its parameters also has weights of an
+    adapter's own, or is to get some (``owned``: paths): either takes the place of its forward."""
+    for path, module in model.named_modules():
+        layers = [*expert_layers(module).values(), foreign_weight_of(module)]
+        if any(layer is not None for layer in layers) and (
+            path in owned or has_own_weights(module)
+        ):
+            raise ConfigError(
+                f"{path} has adapters at its parameters, and modules_to_save or bias give it weights of "
+                "an adapter's own; leave one of the two out"
+            )
 
 
 def find_wrapper(model: nn.Module, names: Collection[str]) -> str | None:

@@ -214,7 +214,12 @@ class LoraSpec:
 def refuse_at_parameters(spec: LoraSpec, where: str) -> None:
     """Raise ConfigError for a spec that cannot be at fused experts or another parameter: PEFT adds
     the update to the weight, which has no input to drop, and has no magnitudes there."""
-    for setting, given in (("lora_dropout", spec.lora_dropout), ("use_dora", spec.use_dora)):
+    unfit = {
+        "lora_dropout": spec.lora_dropout,
+        "use_dora": spec.use_dora,
+        "variant=adalora": spec.adalora is not None,
+    }
+    for setting, given in unfit.items():
         if given:
             raise ConfigError(
                 f"{where}: {setting} does not work at parameters and fused experts; leave it out, or "
