@@ -207,8 +207,8 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"adapter_name": "x" * 65}, "is not a name"),
         ({"bias": "all"}, "lora.bias: 'all' is not built yet; give none"),
         (
-            {"init_lora_weights": "mica"},
-            "lora.init_lora_weights: got 'mica'; give true or false or one of gaussian, pissa, olora, milora, eva",
+            {"init_lora_weights": "xavier"},
+            "lora.init_lora_weights: got 'xavier'; give true or false or one of gaussian, pissa, olora, milora, eva",
         ),
         (
             {"backend": "megatron", "tensor_parallel": 2, "sequence_parallel": True},

@@ -120,6 +120,8 @@ def attach(
     check_experts(m for m in at_parameters if isinstance(m, ExpertMatrices))
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
+    if trainable:
+        _refuse_half(spec, targets)
     further = further_starts(model, name, spec, targets)
     _refuse_two_forwards(model, {start.module for start in further.values()})
     adapter = bank.add(name, spec, targets, seed=seed, trainable=trainable, further=further)
@@ -143,6 +145,23 @@ def _refuse_two_forwards(model: nn.Module, owned: Collection[str]) -> None:
             raise ConfigError(
                 f"{path} has adapters at its parameters, and modules_to_save or bias give it weights of "
                 "an adapter's own; leave one of the two out"
+            )
+
+
+def _refuse_half(spec: LoraSpec, targets: Mapping[str, AdaptableLayer]) -> None:
+    """Raises ConfigError for a layer of which one half cannot train alone."""
+    if len(spec.train) == 2:
+        return
+    for path, layer in targets.items():
+        if layer.slices is not None:
+            raise ConfigError(
+                f"train={spec.train[0]} is for layers that a process has whole; leave "
+                "backend.tensor_parallel out, or train both halves"
+            )
+        if isinstance(layer, BankEmbedding):
+            raise ConfigError(
+                f"train={spec.train[0]} is for linear layers, and {path} is an embedding, whose A begins "
+                "at zero; leave it out of target_modules, or train both halves"
             )
 
 

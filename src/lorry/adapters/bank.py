@@ -53,7 +53,8 @@ class Adapter:
     others (`routing.stacking.stack_masters`); grads: the same, or empty of one that is frozen; split: where
     the B half starts; slots: module path -> AdapterSlot; further: what lies behind the B's, by canonical
     name; initial: [P] fp32, the frozen values of which every slot takes the product off
-    (`AdapterSlot.initial`), or None.
+    (`AdapterSlot.initial`), or None; sides: the halves in the buffer; held: [F] fp32, where the other one
+    is, of an adapter of which one half trains (`LoraSpec.train`).
     """
 
     name: str
@@ -64,6 +65,8 @@ class Adapter:
     slots: dict[str, AdapterSlot] = field(default_factory=dict, repr=False)
     further: dict[str, FurtherParameter] = field(default_factory=dict, repr=False)
     initial: Tensor | None = field(default=None, repr=False)
+    sides: tuple[Side, ...] = SIDES
+    held: Tensor | None = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy whose masters are views of its own buffers, as the original's are of its."""
@@ -71,6 +74,7 @@ class Adapter:
         grads = self.grads.detach().clone()
         # the copied masters have memory of their own until the loop below points them into `buffer`
         twin = Adapter(self.name, self.spec, buffer, grads, self.split, deepcopy(self.slots, memo))
+        twin.sides = self.sides
         twin.further = deepcopy(self.further, memo)
         memo[id(self)] = twin
         # not new ones: whoever was copied along (an optimizer) refers to these objects
@@ -78,6 +82,8 @@ class Adapter:
             twin.use_buffers(buffer, grads)
         if self.initial is not None:
             twin.use_initial(self.initial.clone())
+        if self.held is not None:
+            twin.use_held(self.held.clone())
         return twin
 
     @property
@@ -118,14 +124,16 @@ class Adapter:
     def num_parameters(self) -> int:
         """How many numbers train, on all ranks that share its modules."""
         low_rank = sum(
-            math.prod(slot.whole_shape(side)) for slot in self.slots.values() for side in SIDES
+            math.prod(slot.whole_shape(side)) for slot in self.slots.values() for side in self.sides
         )
         return low_rank + sum(one.num_parameters() for one in self.further.values())
 
     def ranges(self) -> list[tuple[slice, bool, bool]]:
         """Every A, then every B, which may have a rate of its own (LoRA+); both decay. Then what is
         further."""
-        end = sum(slot.B.numel() for slot in self.slots.values()) + self.split
+        end = self.split
+        if "B" in self.sides:
+            end += sum(slot.B.numel() for slot in self.slots.values())
         parts = [(slice(0, self.split), False, True), (slice(self.split, end), True, True)]
         for one in self.further.values():
             here = slice(end, end := end + one.param.numel())
@@ -142,7 +150,7 @@ class Adapter:
 
     def _names_by_module(self) -> dict[str, list[str]]:
         """{path: the canonical names of what it has there}."""
-        names = {module: [f"{module}.lora_A", f"{module}.lora_B"] for module in self.slots}
+        names = {module: [f"{module}.lora_{side}" for side in self.sides] for module in self.slots}
         for name, one in self.further.items():
             names.setdefault(one.module, []).append(name)
         return names
@@ -152,7 +160,7 @@ class Adapter:
         low_rank = {
             f"{module}.lora_{side}": getattr(slot, side)
             for module, slot in self.slots.items()
-            for side in "AB"
+            for side in self.sides
         }
         return low_rank | {name: one.param for name, one in self.further.items()}
 
@@ -319,6 +327,28 @@ class Adapter:
             param.data = view
         self.bind_grads()
 
+    def use_held(self, held: Tensor) -> None:
+        """Let the half that does not train be views of ``held`` [F], a copy of what it is."""
+        self.held = held
+        masters = self._held_masters()
+        for param, part in zip(
+            masters.values(), held.split([p.numel() for p in masters.values()]), strict=True
+        ):
+            param.data = part.view(param.shape)
+
+    def _held_masters(self) -> dict[str, nn.Parameter]:
+        """The half that does not train, by canonical names."""
+        return {
+            f"{module}.lora_{side}": getattr(slot, side)
+            for side in SIDES
+            if side not in self.sides
+            for module, slot in self.slots.items()
+        }
+
+    def held_tensors(self) -> dict[str, Tensor]:
+        """{canonical name: values} of the half that does not train."""
+        return {name: param.detach() for name, param in self._held_masters().items()}
+
     def use_initial(self, initial: Tensor) -> None:
         """Take the scaled product of these values [P] off, at every module, from now on."""
         self.initial = initial
@@ -345,7 +375,8 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R], ...} views of the masters, canonical names, in
         the buffer's order."""
-        return dict(zip(self._names(), (p.detach() for p in self._params()), strict=True))
+        moving = zip(self._names(), (p.detach() for p in self._params()), strict=True)
+        return dict(moving) | self.held_tensors()
 
     def split_like(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut any [P] tensor (values, moments) into named views."""
@@ -367,11 +398,11 @@ class Adapter:
 
     def _names(self) -> list[str]:
         # every A and then every B: not the order of `masters`, which goes by module
-        low_rank = [f"{m}.lora_{side}" for side in SIDES for m in self.slots]
+        low_rank = [f"{m}.lora_{side}" for side in self.sides for m in self.slots]
         return [*low_rank, *self.further]
 
     def _params(self) -> list[nn.Parameter]:
-        low_rank = [getattr(slot, side) for side in SIDES for slot in self.slots.values()]
+        low_rank = [getattr(slot, side) for side in self.sides for slot in self.slots.values()]
         return [*low_rank, *(one.param for one in self.further.values())]
 
     def _views(self, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -464,13 +495,25 @@ class AdapterBank:
             device = torch.device("cpu")
         # before torch.zeros, which succeeds on Linux whatever is free
         refuse_too_large(name, max(ranks.values()), total, device)
-        values = torch.zeros(total, dtype=torch.float32, device=device)
+        # of one that does not train at all, one buffer holds everything
+        sides = spec.train if trainable else SIDES
+        half = {"A": sum(sizes[: len(targets)]), "B": sum(sizes[len(targets) :])}
+        held = sum(count for side, count in half.items() if side not in sides)
+        values = torch.zeros(total - held, dtype=torch.float32, device=device)
         grads = torch.zeros_like(values) if trainable else values.new_empty(0)
-        adapter = Adapter(name, spec, values, grads, sum(sizes[: len(targets)]))
+        adapter = Adapter(name, spec, values, grads, half["A"] if "A" in sides else 0, sides=sides)
+        still = values.new_zeros(held)
+        adapter.held = still if held else None
         # Parameters over views of `values`: a step on the flat buffer is a step on each of them
-        low_rank, rest = values.split([sum(sizes), total - sum(sizes)])
-        views = zip(low_rank.split(sizes), shapes, strict=True)
-        params = [nn.Parameter(view.view(shape)) for view, shape in views]
+        moving, rest = values.split([sum(sizes) - held, total - sum(sizes)])
+        views = list[Tensor]()
+        for side, own in (("A", sizes[: len(targets)]), ("B", sizes[len(targets) :])):
+            if side in sides:
+                mine, moving = moving.tensor_split([half[side]])
+            else:
+                mine = still
+            views += mine.split(own)
+        params = [nn.Parameter(view.view(shape)) for view, shape in zip(views, shapes, strict=True)]
         for (path, module), a, b in zip(
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
         ):
@@ -487,6 +530,8 @@ class AdapterBank:
             adapter.further[key] = start.parameter(param)
             start.use(param, adapter.slots.get(start.module))
         if trainable:
+            for param in adapter._held_masters().values():
+                param.requires_grad_(False)
             adapter.bind_grads()
         else:
             adapter.freeze()
@@ -562,6 +607,8 @@ class AdapterBank:
         for adapter in (*self.base_adapters.values(), *self.adapters.values()):
             if adapter.initial is not None:
                 adapter.use_initial(adapter.initial.to(device))
+            if adapter.held is not None:
+                adapter.use_held(adapter.held.to(device))
             if adapter.buffer is not None:
                 adapter.use_buffers(adapter.buffer.to(device), adapter.grads.to(device))
                 continue
@@ -570,7 +617,7 @@ class AdapterBank:
 
     def frozen_tensors(self, trained: Collection[str]) -> dict[str, Tensor]:
         """{`NAME/MODULE.lora_A`: its values} of every adapter but those of these names, and what these
-        take off: what training them must leave as it is, the start they stand on first.
+        take off or hold still: what training them must leave as it is, the start they stand on first.
         """
         others = {n: a for n, a in self.adapters.items() if n not in trained}
         frozen = {
@@ -578,11 +625,24 @@ class AdapterBank:
             for name, adapter in {**self.base_adapters, **others}.items()
             for tensor, values in adapter.tensors().items()
         }
-        return frozen | {
-            f"{name}/{tensor} at first": values
-            for name, adapter in self.adapters.items()
-            if adapter.initial is not None
-            for tensor, values in adapter.split_like(adapter.initial).items()
+        return (
+            frozen
+            | {
+                f"{name}/{tensor} at first": values
+                for name, adapter in self.adapters.items()
+                if adapter.initial is not None
+                for tensor, values in adapter.split_like(adapter.initial).items()
+            }
+            | self._held_tensors(trained)
+        )
+
+    def _held_tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The halves that do not train, of these adapters."""
+        adapters = {name: self.adapters[name] for name in names if name in self.adapters}
+        return {
+            f"{name}/{tensor}": values
+            for name, adapter in adapters.items()
+            for tensor, values in adapter.held_tensors().items()
         }
 
     def parameters(self) -> list[nn.Parameter]:

@@ -647,7 +647,12 @@ class LowRankFunction(torch.autograd.Function):
         # the ys are saved where a magnitude scales them: no other gradient of a linear needs its output
         ctx.scaled = [i for i, scaled in enumerate(work.scaled) if scaled]
         outputs = [ys[i] for i in ctx.scaled]
-        ctx.save_for_backward(x, *outputs, *work.down_outputs, *work.gates)
+        # nor is x, where B's alone train: their gradients are made of what the A's made of it
+        flags = iter(ctx.needs_input_grad[2:])
+        wanted = TermParams.unflat(linears.stacks, flags)
+        reads_x = any(part.A for term in wanted for part in term.parts) or any(flags) or outputs
+        kept = x if reads_x else None
+        ctx.save_for_backward(kept, *outputs, *work.down_outputs, *work.gates)
         return tuple(ys)
 
     @staticmethod

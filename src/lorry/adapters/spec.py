@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lorry.adapters.tensor_parallel.slices import SIDES, Side
 from lorry.config.adapter.adalora import AdaLoraSettings
-from lorry.config.adapter.initialization import check_initialization
+from lorry.config.adapter.initialization import check_initialization, find_initialization
 from lorry.errors import ConfigError
 
 BiasTraining = Literal["none", "all", "lora_only"]
@@ -41,7 +42,9 @@ class LoraSpec:
     corda, lora_ga, eva, loftq, orthogonal: from the base or from rows
     (`adapters.initialization`). rho: how many times its rank EVA may give a module. keep_residual: save
     A and B without what pissa or olora took off the base. use_dora: a magnitude for every output
-    feature beside A and B (arXiv 2402.09353, `variants.magnitude`). adalora: AdaLoRA's numbers (or
+    feature beside A and B (arXiv 2402.09353, `variants.magnitude`). train: the halves that train, "B" alone as in
+    LoRA-FA; the other one keeps its first values, without memory for gradients or moments. adalora:
+    AdaLoRA's numbers (or
     a map of them), with which the ranks begin as r everywhere and end as its target_r on average;
     None is plain LoRA. Raises ConfigError for values outside their range, or that do not go together.
     """
@@ -59,6 +62,7 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     use_dora: bool = False
+    train: tuple[Side, ...] = SIDES
     layers_pattern: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
@@ -132,6 +136,7 @@ class LoraSpec:
         if self.target_parameters:
             refuse_at_parameters(self, f"target_parameters={list(self.target_parameters)}")
         # a text is true to Python, also "false"
+        self._settle_halves()
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -141,9 +146,36 @@ class LoraSpec:
             self.adalora.refuse_rank(self.r)
             self._refuse_with_adalora()
 
+    def _settle_halves(self) -> None:
+        """Put the halves that train in order. Raises ConfigError for what they cannot go with."""
+        halves = tuple(self.train)
+        if not halves or len({*halves}) < len(halves) or not {*halves} <= {*SIDES}:
+            raise ConfigError(f"train is {self.train!r}; give A, B or both, each once")
+        way = find_initialization(self.init_lora_weights)
+        if way is not None and way.trains is not None and halves in (SIDES, (way.trains,)):
+            halves = (way.trains,)
+        elif way is not None and way.trains is not None:
+            raise ConfigError(
+                f"init_lora_weights={way.name} trains {way.trains} alone; leave train out"
+            )
+        halves = tuple(side for side in SIDES if side in halves)
+        if halves != SIDES and way is not None and way.takes_off:
+            raise ConfigError(
+                f"train={','.join(halves)} with init_lora_weights={way.name}, whose first A and B are "
+                "both taken off the base again, is not built; train both, or begin with true or eva"
+            )
+        # of an A or B that is zero and stays so nothing would come
+        if halves == ("A",) and self.init_lora_weights in (True, "gaussian"):
+            raise ConfigError(
+                "train=A leaves lora_B at zero, so nothing would ever train; give "
+                "init_lora_weights=mica, orthogonal or false with it, or train B"
+            )
+        object.__setattr__(self, "train", halves)
+
     def _refuse_with_adalora(self) -> None:
         """Raises ConfigError for what has another meaning there, or none."""
         for name, value in (
+            ("train", self.train != SIDES),
             ("use_rslora", self.use_rslora),
             ("use_dora", self.use_dora),
             ("modules_to_save", self.modules_to_save),
@@ -218,6 +250,7 @@ def refuse_at_parameters(spec: LoraSpec, where: str) -> None:
         "lora_dropout": spec.lora_dropout,
         "use_dora": spec.use_dora,
         "variant=adalora": spec.adalora is not None,
+        "train of one half": spec.train != SIDES,
     }
     for setting, given in unfit.items():
         if given:

@@ -49,7 +49,7 @@ NO_ADAPTERS_FOR_JOBS = (
 JOBS = "a list of maps, such as [{name: a, r: 8}, {name: b, learning_rate: 1e-3}]"
 DEVICE, DEVICE_WORDS = r"^(auto|cpu|mps|cuda(:\d+)?)$", "auto, cpu, cuda, cuda:N or mps"
 InitializationName = Literal[
-    "gaussian", "pissa", "olora", "milora", "eva", "corda", "lora_ga", "loftq", "orthogonal",
+    "gaussian", "pissa", "olora", "milora", "eva", "corda", "lora_ga", "loftq", "orthogonal", "mica",
     "pissa_niter_1", "pissa_niter_2", "pissa_niter_4", "pissa_niter_8", "pissa_niter_16",
     "pissa_niter_32", "pissa_niter_64",
 ]  # fmt: skip
@@ -136,8 +136,11 @@ class LoraConfig(SettingsGroup):
         True,
         (
             "true: Kaiming A, zero B; gaussian; false: both random; from the base: pissa, olora, milora, "
-            "loftq (of a packed one); from rows: eva, corda, lora_ga; orthogonal"
+            "loftq (of a packed one), mica (B frozen); from rows: eva, corda, lora_ga; orthogonal"
         ),
+    )
+    train: list[Literal["A", "B"]] = config_field(
+        ["A", "B"], "the halves that train; B alone as in LoRA-FA: less memory"
     )
     init_rows: PositiveInt = config_field(
         64, "training rows that eva, corda and lora_ga begin from", le=1_000_000
@@ -169,6 +172,23 @@ class LoraConfig(SettingsGroup):
     orth_reg_weight: float = config_field(
         0.5, "AdaLoRA: factor of the penalty that keeps A and B orthogonal", ge=0
     )
+
+    @field_validator("train")
+    @classmethod
+    def _halves(cls, value: list[str]) -> list[str]:
+        if not value or len({*value}) < len(value):
+            raise ValueError("give A, B or both, each once")
+        return sorted(value)
+
+    @model_validator(mode="after")
+    def _halves_that_move(self) -> Self:
+        starts = self.init_lora_weights
+        if self.train == ["A"] and starts in (True, "gaussian"):
+            raise ValueError(
+                "train=A leaves lora_B at zero, so nothing would ever train; give "
+                "init_lora_weights=mica, orthogonal or false with it, or train B"
+            )
+        return self
 
     @property
     def adalora(self) -> dict[str, Any] | None:
@@ -215,6 +235,7 @@ class LoraConfig(SettingsGroup):
                 "take away; give a smaller target_r, or variant=lora"
             )
         for name in (
+            "train",
             "use_dora",
             "use_rslora",
             "rank_pattern",
@@ -719,6 +740,13 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _adalora_has_steps(self) -> RunConfig:
         lora, steps = self.lora, self.train.max_steps
+        if lora is not None and lora.train != ["A", "B"]:
+            for backend in ("tensor_parallel", "megatron"):
+                if self.backend.name == backend or getattr(self.backend, backend, 1) > 1:
+                    raise ValueError(
+                        f"lora.train={','.join(lora.train)} is for layers that a process has whole, on Lorry's own "
+                        "or transformers' code; leave backend.tensor_parallel and backend=megatron out"
+                    )
         if lora is None or lora.variant != "adalora":
             return self
         if 0 < steps <= lora.tinit + lora.tfinal:

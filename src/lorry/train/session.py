@@ -7,6 +7,7 @@ adapter is one job.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -70,7 +71,7 @@ from lorry.tasks.build import PreparedJob, PreparedJobs, TaskInputs, trained_nam
 from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
 from lorry.train.card.card import render_run_card
-from lorry.train.checks import ContractChecks
+from lorry.train.checks import ContractChecks, tensor_fingerprint
 from lorry.train.engine import TrainingEngine
 from lorry.train.evaluation.benchmarks import BenchmarkEvaluator, load_eval_benchmarks, main_metric
 from lorry.train.evaluation.run_evaluation import Measure, RunEvaluation, default_best_metric
@@ -626,7 +627,8 @@ def build_engine(
             run,
             opened,
             jobs,
-            dict(digest for evaluation in run_evaluations for digest in evaluation.digests.items()),
+            dict(digest for evaluation in run_evaluations for digest in evaluation.digests.items())
+            | _held_digest(opened.model, trained_names(jobs)),
             backend,
         ),
         checks=ContractChecks(),
@@ -680,6 +682,18 @@ def _task_inputs(
     ]
     total = max(job.total for job in training)
     return TaskInputs(run, opened, jobs, stream, held, total, backend)
+
+
+def _held_digest(model: CausalLM, names: Sequence[str]) -> dict[str, str]:
+    """Of the halves of adapters that do not train, which no checkpoint has: another machine may have made
+    others of the base."""
+    held = [
+        f"{name}/{tensor} {tensor_fingerprint(values.cpu())}"
+        for name in names
+        if (adapter := get_bank(model).adapters.get(name)) is not None
+        for tensor, values in adapter.held_tensors().items()
+    ]
+    return {"frozen halves": hashlib.sha256("\n".join(held).encode()).hexdigest()} if held else {}
 
 
 def _run_identity(

@@ -45,6 +45,12 @@ def milora(weight: Tensor, rank: int, scale: float) -> Factors:
     return scaled_factors(u[:, -rank:], s[-rank:], vh[-rank:], scale)
 
 
+def mica(weight: Tensor, rank: int) -> Factors:
+    """B: the left singular vectors of the r smallest values, A zero (arXiv 2604.01694)."""
+    u, _, _ = torch.linalg.svd(weight, full_matrices=False)
+    return weight.new_zeros(rank, weight.shape[1]), u[:, -rank:]
+
+
 def olora(weight: Tensor, rank: int) -> Factors:
     """The first columns and rows of Q R = W (arXiv 2406.01775); s multiplies them as it is."""
     q, r = torch.linalg.qr(weight)

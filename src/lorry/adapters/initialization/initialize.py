@@ -145,6 +145,8 @@ class _Sources:
             return factors.loftq(whole, weight, rank, scale)
         if way.name == "corda":
             return factors.corda(weight, self.moments[path], rank, scale)
+        if way.name == "mica":
+            return factors.mica(weight, rank)
         if way.name == "olora":
             return factors.olora(weight, rank)
         if way.name == "milora":

@@ -18,12 +18,14 @@ PISSA_NITER = re.compile(r"pissa_niter_(\d{1,3})")
 class Initialization:
     """One way to start. ``reads``: what of the base and its rows it is made from (rounding: the base
     whole and as it is packed); ``takes_off``: the product of the first A and B is taken off, so that
-    the model begins as its base; ``niter``: power iterations of a randomised SVD."""
+    the model begins as its base; ``niter``: power iterations of a randomised SVD; ``trains``: the only
+    half that trains, the other being what it is about; None: both do."""
 
     name: str
     reads: ReadsWhat
     takes_off: bool = False
     niter: int | None = None
+    trains: Literal["A", "B"] | None = None
 
     @property
     def reads_rows(self) -> bool:
@@ -47,6 +49,7 @@ INITIALIZATIONS = {
         Initialization("eva", "inputs"),
         Initialization("loftq", "rounding"),
         Initialization("orthogonal", "nothing"),
+        Initialization("mica", "weight", trains="A"),
     )
 }
 

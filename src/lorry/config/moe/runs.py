@@ -153,6 +153,13 @@ class RouterConfig(SettingsGroup):
         known = [name for name in LoraConfig.model_fields if name not in ("adapter_name", "bias")]
         if odd := [name for name in value if name not in known]:
             raise ValueError(f"has no setting {odd[0]!r}; there are {', '.join(known)}")
+        if value.get("variant", "lora") == "adalora" or value.get("train", ["A", "B"]) != [
+            "A",
+            "B",
+        ]:
+            raise ValueError(
+                "a classifier's own adapter is plain: leave variant=adalora and train out"
+            )
         if value.get("r") == "auto":
             raise ValueError("r=auto is of experts, by their memory budget; give a number")
         try:

@@ -226,8 +226,12 @@ class LinearsBackward:
         ``norm``: what went into that); grads: those of the outputs."""
         if not self.needs_gradient:
             return
-        # the norm again instead of a saved tensor of the input's size
-        x = x if norm is None else norm.compute(x)
+        trains_a = any(part.A for term in self.needs for part in term.parts)
+        if norm is not None and (
+            trains_a or self.trains_base or self.products.inner_grads is not None
+        ):
+            # the norm again instead of a saved tensor of the input's size; of B's alone nothing reads it
+            x = norm.compute(x)
         self.terms = self.products.master_gradients(x, grads, self.needs)
         if self.trains_base:
             self.base = [
