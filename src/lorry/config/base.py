@@ -122,8 +122,9 @@ DirPath = Annotated[Path, AfterValidator(_clean_directory)]
 DtypeName = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)
 ]
-# matrices of linears: nf4 and fp4 in blocks of 64 as bitsandbytes has them, int8 with a scale an output
-QuantizeFormat = Literal["nf4", "fp4", "int8"]
+# matrices of linears: nf4 and fp4 in blocks of 64 as bitsandbytes has them, int8 with a scale an output;
+# keep: as the files have them packed
+QuantizeFormat = Literal["nf4", "fp4", "int8", "keep"]
 # how a GGUF file stores matrices; auto: as the base does, of an adapter f32
 Outtype = Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"]
 MemorySize = Annotated[str, BeforeValidator(_read_size), AfterValidator(_check_size)]

@@ -127,21 +127,21 @@ struct Rows {
 
 // Codes of rows with a grid of scales: every `rows` outputs and `columns` inputs share one, or inputs name theirs in `groups`.
 // kind: 0 two codes a byte, 1 whole numbers, 2 signed ones, 3 eight-bit floats. A code counts less its block's zero, times the scale,
-// plus the minimum.
+// plus the minimum, `rounded` to bfloat16 if asked.
 struct Grid {
     const uint8_t* codes;
     const void* scales;
     const uint8_t* zeros;
     const uint16_t* minimums;
     const int32_t* groups;
-    long kind, halves, rows, columns, across;
+    long kind, halves, rows, columns, across, rounded;
 
     inline float scale(long place) const { return halves ? half(((const uint16_t*)scales)[place]) : ((const float*)scales)[place]; }
 
     inline float value(float code, long place, float by) const {
-        if (zeros) return (code - zeros[place]) * by;
         // scales of halves: the product of one and a code is exact, however it is rounded
-        return minimums ? code * by + half(minimums[place]) : code * by;
+        const float exact = zeros ? (code - zeros[place]) * by : minimums ? code * by + half(minimums[place]) : code * by;
+        return rounded ? widen(narrow(exact)) : exact;
     }
 
     template <typename T>
@@ -166,9 +166,9 @@ struct Grid {
             } else if (kind == 1)
                 for (long i = 0; i < many; i++) to[i] = convert(value(from[at + i], place, by), (T*)nullptr);
             else if (kind == 2)
-                for (long i = 0; i < many; i++) to[i] = convert((float)(int8_t)from[at + i] * by, (T*)nullptr);
+                for (long i = 0; i < many; i++) to[i] = convert(value((int8_t)from[at + i], place, by), (T*)nullptr);
             else
-                for (long i = 0; i < many; i++) to[i] = convert(eighth(from[at + i]) * by, (T*)nullptr);
+                for (long i = 0; i < many; i++) to[i] = convert(value(eighth(from[at + i]), place, by), (T*)nullptr);
         }
     }
 };
@@ -241,10 +241,10 @@ static void multiply_any(const Source& source, const void* x, const void* bias, 
 #define ROWS const int8_t *codes, const float *largest
 #define GRID                                                                                                                          \
     const uint8_t *codes, const void *scales, const uint8_t *zeros, const uint16_t *minimums, const int32_t *groups, long kind, long halves, \
-        long rows, long columns, long across
+        long rows, long columns, long across, long rounded
 #define FLAT_SOURCE Flat{codes, scales, scale_levels, scale_scales, offset, levels}
 #define ROWS_SOURCE Rows{codes, largest}
-#define GRID_SOURCE Grid{codes, scales, zeros, minimums, groups, kind, halves, rows, columns, across}
+#define GRID_SOURCE Grid{codes, scales, zeros, minimums, groups, kind, halves, rows, columns, across, rounded}
 #define OUT void *out, long outputs, long inputs, long narrow_out
 #define PRODUCT const void *x, const void *bias, void *y, long tokens, long outputs, long inputs, long narrow
 

@@ -26,7 +26,7 @@ class PackedSource:
     [256], scales fp32 [blocks / 256] and offset fp32 [1], else None thrice; levels fp32 [16]. rows: codes
     int8 [O,I], largest values fp32 [O]. grid: codes uint8 or int8, scales, zeros, minimums, groups; kind (0 two
     codes a byte, 1 unsigned, 2 signed, 3 eight-bit floats), whether scales are halves, outputs and inputs
-    that share one, scales side by side.
+    that share one, scales side by side, whether values are rounded to bfloat16 first.
     """
 
     layout: Literal["flat", "rows", "grid"]

@@ -154,6 +154,8 @@ def base_precisions(
         return [held]
     if quantize == "auto":
         return [whole, *AUTO_FORMATS]
+    if quantize == "keep":
+        return ["int8"]  # Q4_0, Q4_1 and Q8_0 take at most about as much
     return [cast(PrecisionName, quantize)] if quantize is not None else [whole]
 
 

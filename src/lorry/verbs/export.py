@@ -59,7 +59,11 @@ def main(settings: ExportSettings) -> int:
         )
     )
     quantization = quantization_of(opened.model)
-    if settings.to in ("peft", "gguf-lora") and quantization is not None:
+    if (
+        settings.to in ("peft", "gguf-lora")
+        and quantization is not None
+        and not quantization.keeps_values
+    ):
         print_note(
             f"note: the adapter was trained over a base held in {quantization.name}; over the plain weights its "
             "answers are not quite those that were measured. to=hf or to=gguf writes the model it was trained as"

@@ -72,10 +72,11 @@ def open_to_write(config: ModelConfig, *, adapters: Sequence[str] = ()) -> Opene
 
     opened = open_with_adapters(config, adapters=adapters)
     if (quantization := quantization_of(opened.model)) is not None:
-        print_note(
-            f"note: the base counts as {quantization.name} held it when the adapter was trained, not as its "
-            "files have it"
-        )
+        if not quantization.keeps_values:
+            print_note(
+                f"note: the base counts as {quantization.name} held it when the adapter was trained, and is "
+                "written whole"
+            )
         open_linears(opened.model)
     return opened
 

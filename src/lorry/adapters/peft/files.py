@@ -73,6 +73,7 @@ from lorry.adapters.quantization.linear import (
     quantization_facts,
     quantization_of,
 )
+from lorry.adapters.quantization.packed import Quantization
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
 from lorry.adapters.variants.adalora import fold_triplets
 from lorry.adapters.variants.registry import further_starts
@@ -654,6 +655,10 @@ def _check_base(model: nn.Module, folder: Path) -> None:
     facts = read_adapter_json(folder / ADAPTER_FACTS)
     trained, here = facts.get("quantization"), quantization_of(model)
     trained_format = trained.get("format") if isinstance(trained, Mapping) else None
+    if trained_format is not None and Quantization(trained_format).keeps_values:
+        trained_format = None
+    if here is not None and here.keeps_values:
+        here = None
     if trained_format != (None if here is None else here.name):
         asked = f"model.quantize={trained_format}" if trained_format else "no model.quantize"
         raise ModelError(

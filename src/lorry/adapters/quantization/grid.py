@@ -34,7 +34,8 @@ class PackedGrid(PackedMatrix):
     """Codes uint8 [O,ceil(I/2)] for nibbles, else [O,I]; scales fp32, or fp16 as int16 bits, [ceil(O /
     outputs), groups]; zeros uint8 like the scales, or None; minimums fp16 as int16 bits likewise; groups
     int32 [I] or None: which column of scales each input has. ``tile``: (outputs, inputs) that share a scale,
-    the inputs an even number or all of them."""
+    the inputs an even number or all of them. ``rounded``: whether values are those of a bfloat16 checkpoint,
+    whatever they are opened to."""
 
     scales: Tensor
     kind: CodeKind
@@ -42,11 +43,13 @@ class PackedGrid(PackedMatrix):
     zeros: Tensor | None = None
     minimums: Tensor | None = None
     groups: Tensor | None = None
+    rounded: bool = False
 
     def source(self) -> PackedSource:
         kind, halves = KIND_NUMBERS[self.kind], int(self.scales.dtype == torch.int16)
         tensors = (self.codes, self.scales, self.zeros, self.minimums, self.groups)
-        return PackedSource("grid", (*tensors, kind, halves, *self.tile, self.scales.shape[1]))
+        across, rounded = self.scales.shape[1], int(self.rounded)
+        return PackedSource("grid", (*tensors, kind, halves, *self.tile, across, rounded))
 
     def open_plainly(self, out: Tensor) -> None:
         outputs, width = self.tile
@@ -70,7 +73,7 @@ class PackedGrid(PackedMatrix):
             values *= scales[place]
             if minimums is not None:
                 values += _as_floats(minimums)[place]
-            out[here].copy_(values)
+            out[here].copy_(values.bfloat16() if self.rounded else values)
 
     def _codes(self, rows: slice) -> Tensor:
         """The codes of some outputs as numbers, fp32 [rows, I]."""

@@ -56,6 +56,11 @@ class Quantization:
     name: str
     double: bool = True
 
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the base is the one whose matrices are whole, bit for bit."""
+        return self.name == "gguf"
+
     def facts(self) -> dict[str, str | int | bool]:
         """As files of an adapter record it."""
         if self.name in LEVELS:
@@ -94,6 +99,12 @@ class PackedMatrix(ABC):
     @abstractmethod
     def open_plainly(self, out: Tensor) -> None:
         """Write its values to out [O,I], contiguous, in plain torch."""
+
+    def to(self, device: torch.device) -> PackedMatrix:
+        """The same on another device."""
+        tensors, settings = self.fields()
+        moved: dict[str, Any] = {name: t.to(device) for name, t in tensors.items()}
+        return type(self)(**settings, **moved)
 
     def open(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """The values [O,I] that it stands for, in ``dtype``, contiguous; written to ``into`` if given."""

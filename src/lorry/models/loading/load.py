@@ -43,6 +43,7 @@ from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tensor_files import read_tensor_entries, stored_float_dtype
 from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.loading.weights import load_decoder
+from lorry.models.packed.gguf import PackedGguf
 from lorry.models.packed.parts import PackedFormat
 from lorry.models.packed.reading import MatrixSource, PackedCheckpoint, PackedWhileRead
 from lorry.models.proofs import find_native_mismatch, prove_hf_model
@@ -146,6 +147,7 @@ def load_model(
         )
     model: CausalLM
     if description.family is not None:
+        matrices = _matrix_source(quantization, description, location)
         decoder = load_decoder(
             location.directory,
             description.family,
@@ -154,17 +156,26 @@ def load_model(
             torch_device,
             ranks,
             shard,
-            _matrix_source(quantization, description),
+            matrices,
         )
+        if isinstance(matrices, PackedGguf) and matrices.whole:
+            counts = ", ".join(f"{count} of {kind}" for kind, count in matrices.whole.items())
+            add_note(
+                f"matrices that stay whole, since Q4_0, Q4_1 and Q8_0 alone are kept: {counts}"
+            )
+
         if (ranks is not None or convert is not None) and shard is None:  # else it is taken already
             remember_base_digest(decoder)
         model = decoder if convert is None else keep_base_digest(decoder, convert(decoder))
         # PEFT's field for the base: adapters saved later name it
         model.config["_name_or_path"] = str(location.directory)
     else:
-        if description.packed_as is not None:
+        if description.packed_as is not None or (
+            quantization is not None and quantization.keeps_values
+        ):
+            assert quantization is not None
             raise ModelError(
-                f"{location.directory}: its matrices are packed ({description.packed_as.quantization.name}), which Lorry's "
+                f"{location.directory}: its matrices are packed ({quantization.name}), which Lorry's "
                 f"own decoder alone computes with, and {description.why}; give the unquantised checkpoint"
             )
         add_note(f"{description.why}; it runs in transformers, more slowly")
@@ -213,13 +224,16 @@ def load_model(
 
 
 def _matrix_source(
-    quantization: Quantization | None, description: ModelDescription
+    quantization: Quantization | None, description: ModelDescription, location: ModelLocation
 ) -> MatrixSource | None:
     """Where the decoder's packed matrices come from; None where it holds whole ones."""
     if description.packed_as is not None:
         return PackedCheckpoint(description.packed_as)
     if quantization is None or description.family is None:
         return None
+    if quantization.keeps_values:
+        assert location.file is not None  # `_pick_quantization` asks for one
+        return PackedGguf(location.file, description.config)
     return PackedWhileRead(quantization, description.family.transposed)
 
 
@@ -305,7 +319,10 @@ def trained_quantization(adapter: Path) -> str | None:
         str(packed.get("format"))
         for facts in _adapter_facts(adapter)
         if isinstance(packed := facts.get("quantization"), dict)
-    } & set(QUANTIZATIONS)
+    }
+    if formats == {PackedGguf.quantization.name}:
+        return KEEP
+    formats &= set(QUANTIZATIONS)
     return formats.pop() if len(formats) == 1 else None
 
 
@@ -332,6 +349,10 @@ def _pick_quantization(
             f"model.quantize={name}: {location.directory} holds its matrices in {held.name} already, and packing "
             f"them again would round them twice; leave quantize out, or give the unquantised checkpoint"
         )
+    if name == KEEP and location.file is not None:
+        return PackedGguf.quantization
+    if name == KEEP and quantize is None:
+        return None  # an adapter's base is whole here: the same one, bit for bit
     if name == KEEP:
         raise ConfigError(
             f"model.quantize={KEEP}: the matrices of {location.directory} are whole; choose "

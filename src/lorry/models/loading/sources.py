@@ -13,7 +13,12 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from lorry.errors import ModelError, suggest_nearest
-from lorry.models.gguf.embedded import EMBEDDED, convert_gguf, resolve_embedded_model
+from lorry.models.gguf.embedded import (
+    EMBEDDED,
+    convert_gguf,
+    find_embedded_file,
+    resolve_embedded_model,
+)
 from lorry.models.loading.describe import read_model_json
 from lorry.notes import NoteCallback
 from lorry.runs.layout import (
@@ -42,12 +47,13 @@ IGNORE_PATTERNS = ["*/*", "consolidated*", "training_args*", "optimizer*"]
 @dataclass(frozen=True)
 class ModelLocation:
     """A model on this disk. kind: directory, hub, gguf or embedded; adapter: the adapter or run
-    directory that was asked for.
+    directory that was asked for; file: the GGUF file that the directory was converted from.
     """
 
     directory: Path
     kind: str
     adapter: Path | None = None
+    file: Path | None = None
 
 
 def resolve_model(
@@ -65,13 +71,14 @@ def resolve_model(
     comes near.
     """
     if name in EMBEDDED:
-        return ModelLocation(resolve_embedded_model(name, add_note), "embedded")
+        directory = resolve_embedded_model(name, add_note)
+        return ModelLocation(directory, "embedded", file=find_embedded_file(name))
     path = Path(name).expanduser()
     if path.is_file():
         # a single .safetensors has no config beside its name
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file; give the directory of the model, or a .gguf file")
-        return ModelLocation(convert_gguf(path, add_note), "gguf")
+        return ModelLocation(convert_gguf(path, add_note), "gguf", file=path)
     if path.is_dir():
         location = _locate_adapter_base(path.resolve(), add_note, base_only)
         if (

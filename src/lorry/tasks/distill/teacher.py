@@ -25,8 +25,8 @@ from lorry.config import DistillConfig, ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
 from lorry.generation.scorer import ModelScorer
-from lorry.models.loading.describe import read_model_json
-from lorry.models.loading.load import pick_device, pick_dtype, trained_quantization
+from lorry.models.loading.describe import has_packed_matrices, read_model_json
+from lorry.models.loading.load import KEEP, pick_device, pick_dtype, trained_quantization
 from lorry.models.loading.open import (
     OpenedModel,
     list_adapter_folders,
@@ -35,6 +35,7 @@ from lorry.models.loading.open import (
 )
 from lorry.models.loading.sources import ModelLocation, resolve_model
 from lorry.models.loading.tokenizer import load_tokenizer
+from lorry.models.packed.gguf import PackedGguf
 from lorry.models.scoring.score import scale_by_temperature
 from lorry.notes import NoteCallback
 
@@ -80,7 +81,7 @@ class TeacherLocation:
             held = trained_quantization(folders[0])
         same_base = (
             place.directory.resolve() == base.directory.resolve()
-            and (own or held == opened.source["quantize"])
+            and (own or _same_matrices(base.directory, held, opened.source["quantize"]))
             and (own or over == (None if start is None else start.sha256))
         )
         # in another dtype the base would say something else, and has to be loaded in it
@@ -203,6 +204,13 @@ def open_teacher(
         opened_teacher.model,
         Mix.one(opened_teacher.adapters[0]) if opened_teacher.adapters else Mix.none(),
     )
+
+
+def _same_matrices(directory: Path, asked: str | None, held: str | None) -> bool:
+    """Whether matrices held as is asked have the values of those that are held: what files pack is the
+    same whoever asks, and what a GGUF file packs is the converted base."""
+    plain = (None, KEEP, PackedGguf.quantization.name)
+    return has_packed_matrices(directory) or asked == held or (asked in plain and held in plain)
 
 
 def _adapter_bank_names(opened: OpenedModel) -> list[str]:

@@ -151,9 +151,9 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
             # the two libraries' own affair
             warnings.simplefilter("ignore", (FutureWarning, UserWarning))
             plain = reopen_model(Path(base), dtype)
-            if (held := trained_quantization(folder)) is not None:
+            if (held := trained_quantization(folder)) in QUANTIZATIONS:
                 # the base that the adapter was trained over, in classes that PEFT knows
-                round_base_linears(plain, QUANTIZATIONS[held])
+                round_base_linears(plain, QUANTIZATIONS[str(held)])
             return PeftModel.from_pretrained(plain, str(folder)).eval(), "peft"
     except (ModelError, SafetensorError) as error:
         raise ContractError(
