@@ -59,7 +59,7 @@ class Quantization:
     @property
     def keeps_values(self) -> bool:
         """Whether the base is the one whose matrices are whole, bit for bit."""
-        return self.name == "gguf"
+        return self == KEPT_GGUF
 
     def facts(self) -> dict[str, str | int | bool]:
         """As files of an adapter record it."""
@@ -68,6 +68,8 @@ class Quantization:
         return {"format": self.name}
 
 
+# a GGUF file's own, in place of the bfloat16 matrices that are converted from it
+KEPT_GGUF = Quantization("gguf")
 QUANTIZATIONS: Mapping[str, Quantization] = {
     name: Quantization(name) for name in ("nf4", "fp4", "int8")
 }

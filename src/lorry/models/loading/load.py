@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry.adapters.peft.files import keep_base_digest, remember_base_digest
 from lorry.adapters.quantization.linear import quantize_linears
-from lorry.adapters.quantization.packed import QUANTIZATIONS, Quantization
+from lorry.adapters.quantization.packed import KEPT_GGUF, QUANTIZATIONS, Quantization
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config.parsing.sizes import size_in_words
 from lorry.errors import ConfigError, ModelError
@@ -43,7 +43,6 @@ from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tensor_files import read_tensor_entries, stored_float_dtype
 from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.loading.weights import load_decoder
-from lorry.models.packed.gguf import PackedGguf
 from lorry.models.packed.parts import PackedFormat
 from lorry.models.packed.reading import MatrixSource, PackedCheckpoint, PackedWhileRead
 from lorry.models.proofs import find_native_mismatch, prove_hf_model
@@ -158,11 +157,8 @@ def load_model(
             shard,
             matrices,
         )
-        if isinstance(matrices, PackedGguf) and matrices.whole:
-            counts = ", ".join(f"{count} of {kind}" for kind, count in matrices.whole.items())
-            add_note(
-                f"matrices that stay whole, since Q4_0, Q4_1 and Q8_0 alone are kept: {counts}"
-            )
+        for note in matrices.notes() if matrices is not None else ():
+            add_note(note)
 
         if (ranks is not None or convert is not None) and shard is None:  # else it is taken already
             remember_base_digest(decoder)
@@ -232,6 +228,9 @@ def _matrix_source(
     if quantization is None or description.family is None:
         return None
     if quantization.keeps_values:
+        # imported here: gguf and transformers' reader of it, which no other model needs
+        from lorry.models.packed.gguf import PackedGguf
+
         assert location.file is not None  # `_pick_quantization` asks for one
         return PackedGguf(location.file, description.config)
     return PackedWhileRead(quantization, description.family.transposed)
@@ -320,7 +319,7 @@ def trained_quantization(adapter: Path) -> str | None:
         for facts in _adapter_facts(adapter)
         if isinstance(packed := facts.get("quantization"), dict)
     }
-    if formats == {PackedGguf.quantization.name}:
+    if formats == {KEPT_GGUF.name}:
         return KEEP
     formats &= set(QUANTIZATIONS)
     return formats.pop() if len(formats) == 1 else None
@@ -350,7 +349,7 @@ def _pick_quantization(
             f"them again would round them twice; leave quantize out, or give the unquantised checkpoint"
         )
     if name == KEEP and location.file is not None:
-        return PackedGguf.quantization
+        return KEPT_GGUF
     if name == KEEP and quantize is None:
         return None  # an adapter's base is whole here: the same one, bit for bit
     if name == KEEP:

@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from lorry.adapters.quantization.grid import PackedGrid, pack_nibbles
-from lorry.adapters.quantization.packed import PackedMatrix, Quantization
+from lorry.adapters.quantization.packed import KEPT_GGUF, PackedMatrix
 from lorry.errors import ConfigError, ModelError
 from lorry.models.gguf.architecture import (
     ARCHITECTURES,
@@ -45,7 +45,7 @@ class PackedGguf:
     """The matrices of a GGUF file that are Q4_0, Q4_1 or Q8_0, for the model converted from it. Raises
     ConfigError for an architecture whose tensors are not known by name."""
 
-    quantization = Quantization("gguf")
+    quantization = KEPT_GGUF
 
     def __init__(self, file: Path, config: Mapping[str, object]) -> None:
         kind = config.get("model_type")
@@ -61,8 +61,16 @@ class PackedGguf:
                 "quantize out, or choose nf4, fp4 or int8"
             )
         self.architecture: GgufArchitecture = describe_architecture(config)
-        # matrices that stay whole, by the name of their format or of what is wrong with them
+        # matrices that stay whole, by their format
         self.whole = Counter[str]()
+
+    def notes(self) -> list[str]:
+        """What stayed whole."""
+        counts = ", ".join(f"{count} of {kind}" for kind, count in self.whole.items())
+        kept = ", ".join(sorted(kind.name for kind in KEPT))
+        return (
+            [f"matrices that stay whole, since {kept} alone are kept: {counts}"] if counts else []
+        )
 
     def join(self, entries: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
         """The converted ones, as they are."""
@@ -116,7 +124,7 @@ def _grid(
         else:
             zeros = torch.full_like(scales, Q4_0_ZERO, dtype=torch.uint8)
     return PackedGrid(
-        PackedGguf.quantization,
+        KEPT_GGUF,
         shape,
         codes.contiguous(),
         scales,

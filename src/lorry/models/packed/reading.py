@@ -43,6 +43,9 @@ class MatrixSource(Protocol):
     ) -> PackedMatrix | None:
         """The matrix (O, I) of a weight; None where it stays whole. Raises ModelError."""
 
+    def notes(self) -> list[str]:
+        """What to tell of what was read."""
+
 
 @dataclass(frozen=True)
 class PackedWhileRead:
@@ -66,6 +69,10 @@ class PackedWhileRead:
         stored = FLOAT_DTYPES[entry.dtype]
         (weight,) = read_tensors({name: entry}, stored, device).values()
         return pack(weight.t() if self.transposed else weight, self.quantization)
+
+    def notes(self) -> list[str]:
+        """None."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,10 @@ class PackedCheckpoint:
         # copies: views would keep all of the file's memory that was read
         parts = {part: read_stored(t).clone().to(device) for part, t in entry.parts.items()}
         return self.packed_as.read(f"{entry.file}: {entry.name}", parts, shape)
+
+    def notes(self) -> list[str]:
+        """That they stay packed."""
+        return [f"its files hold matrices packed ({self.quantization.name}), which stay so"]
 
 
 def read_matrices(

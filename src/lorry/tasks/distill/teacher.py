@@ -21,6 +21,7 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter, start_chain
+from lorry.adapters.quantization.packed import KEPT_GGUF
 from lorry.config import DistillConfig, ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
@@ -35,7 +36,6 @@ from lorry.models.loading.open import (
 )
 from lorry.models.loading.sources import ModelLocation, resolve_model
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.models.packed.gguf import PackedGguf
 from lorry.models.scoring.score import scale_by_temperature
 from lorry.notes import NoteCallback
 
@@ -209,7 +209,7 @@ def open_teacher(
 def _same_matrices(directory: Path, asked: str | None, held: str | None) -> bool:
     """Whether matrices held as is asked have the values of those that are held: what files pack is the
     same whoever asks, and what a GGUF file packs is the converted base."""
-    plain = (None, KEEP, PackedGguf.quantization.name)
+    plain = (None, KEEP, KEPT_GGUF.name)
     return has_packed_matrices(directory) or asked == held or (asked in plain and held in plain)
 
 
