@@ -172,3 +172,17 @@ def test_the_plan_lies_above_the_floor(case: Any) -> None:
         assert memory.above_imports / 2**20 > 0.995 * (
             floor["bf16"] + floor["adapter_mib"] + floor[kept]
         )
+
+
+def test_magnitudes_keep_what_attention_and_the_mlp_add() -> None:
+    """Two widths a layer, as the engine clones them; a recomputed step keeps those of one layer."""
+    shape = read_model_shape(KNOWN_CONFIGS["smollm2-135m"])
+    plain, dora = (
+        plan_adapter(shape, LoraConfig.model_validate({"r": 16, "use_dora": on}), 16)
+        for on in (False, True)
+    )
+    layers = range(shape.geometry.layers)
+    outputs = sum(m.outputs for m in dora.matrices)
+    assert dora.parameters - plain.parameters == outputs
+    saved = [saved_bytes_per_token(shape, each, setup(), layers) for each in (plain, dora)]
+    assert saved[1] - saved[0] == len(layers) * 2 * shape.geometry.width * setup().element

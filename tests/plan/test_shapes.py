@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorry.adapters.attach import attach
-from lorry.adapters.spec import LoraSpec
 from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.families import find_family
@@ -20,6 +19,7 @@ from lorry.models.decoder.model import Decoder
 from lorry.plan.adapters import largest_rank, plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.shapes import read_model_shape
+from lorry.train.session import lora_spec_of
 from tests.support.tiny import FOREIGN, VARIANTS
 
 # Billions of parameters as the model's page or its name says them.
@@ -87,6 +87,7 @@ def test_experts_that_a_token_visits() -> None:
         {"target_modules": "all-linear", "layers_to_transform": [1]},
         {"target_modules": ["lm_head", "embed"]},
         {"target_modules": r".*\.1\..*(proj|dense|c_fc)"},
+        {"use_dora": True},
     ],
     ids=str,
 )
@@ -98,7 +99,7 @@ def test_adapters_have_the_engines_size(name: str, lora: dict[str, Any]) -> None
     described = LoraConfig.model_validate({"r": 4, **lora})
     if name == "llama tied" and "lm_head" in lora.get("target_modules", ""):
         described = described.model_copy(update={"target_modules": ["embed"]})
-    adapter = attach(model, LoraSpec(**described.model_dump(exclude={"adapter_name", "bias"})))
+    adapter = attach(model, lora_spec_of(described))
     planned = plan_adapter(read_model_shape(VARIANTS[name]), described, 4)
     assert planned.parameters == adapter.values.numel()
     assert {s.path for s in planned.matrices} == set(adapter.slots)

@@ -163,7 +163,10 @@ class AdaptableLayer(nn.Module):
 
     def matrix(self) -> Tensor:
         """W [O,I] of the base, as it is multiplied; it may be the memory of the next that is asked for."""
-        raise AssertionError("every bank layer has a matrix of its own")
+        raise ConfigError(
+            f"{self.path}: use_dora is for linears and embeddings, and this is neither; leave it out with "
+            "exclude_modules, or train a plain LoRA (use_dora=false)"
+        )
 
     @property
     def num_experts(self) -> int:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from lorry.config.moe import RouterConfig
 from lorry.config.schema import LoraConfig, StepReads
 from lorry.errors import ConfigError, suggest_nearest
+from lorry.families import SITES
 from lorry.plan.ranks import MOST_RANK
 from lorry.plan.shapes import ModelShape, Site
 
@@ -20,7 +21,8 @@ from lorry.plan.shapes import ModelShape, Site
 class AdaptedMatrix:
     """One adapted matrix: A is rank x inputs, B outputs x rank. ``layer`` is None for the head and
     the embedding. Of fused experts all of a layer's: ``experts`` of them, of which a token passes
-    ``active``; ``router``: that of such, which is adapted only where it is named.
+    ``active``; ``router``: that of such, which is adapted only where it is named. ``magnitude``:
+    with one for every output (DoRA).
     """
 
     path: str
@@ -32,10 +34,12 @@ class AdaptedMatrix:
     experts: int = 1
     active: int = 1
     router: bool = False
+    magnitude: bool = False
 
     @property
     def parameters(self) -> int:
-        return self.experts * self.rank * (self.inputs + self.outputs)
+        low_rank = self.experts * self.rank * (self.inputs + self.outputs)
+        return low_rank + self.outputs * self.magnitude
 
     @property
     def passed(self) -> int:
@@ -86,6 +90,14 @@ class PlannedAdapter:
         return [
             s.rank * s.active for s in self.matrices if s.layer == layer and site in (None, s.site)
         ]
+
+    def kept_outputs(self, layer: int) -> int:
+        """Elements per token that a layer keeps for magnitudes alone: what attention and the MLP add to
+        the stream. The other outputs it has anyway."""
+        sites = (SITES.attn_out, SITES.mlp_out)
+        return sum(
+            s.outputs for s in self.matrices if s.layer == layer and s.magnitude and s.site in sites
+        )
 
     def adapts_head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
@@ -144,6 +156,7 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
         chosen = [s for s in chosen if s.layer in wanted]
     if not chosen:
         raise ConfigError("lora.target_modules and lora.exclude_modules leave no layer")
+    chosen = [replace(s, magnitude=lora.use_dora) for s in chosen]
     return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
 
 

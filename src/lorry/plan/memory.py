@@ -354,7 +354,11 @@ def saved_bytes_per_token(
     shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup, layers: range
 ) -> int:
     """Bytes per token that are held when the last of ``layers`` has run forward."""
-    per_layer = {i: layer_saved_bytes(shape, setup, adapter.ranks(i)) for i in layers}
+    per_layer = {
+        i: layer_saved_bytes(shape, setup, adapter.ranks(i))
+        + setup.element * adapter.kept_outputs(i)
+        for i in layers
+    }
     if not per_layer:
         return 0
     if setup.recompute == "full":  # every layer's input, and one layer alive

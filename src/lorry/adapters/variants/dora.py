@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankLinear, is_sharded
+from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankLinear
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.magnitude import start_terms, weight_norm
 from lorry.adapters.variants.parameters import FurtherStart
@@ -49,11 +49,6 @@ def _begin(layer: AdaptableLayer, magnitude: nn.Parameter, slot: AdapterSlot | N
 
 
 def _refuse_layer(layer: AdaptableLayer) -> None:
-    if is_sharded(layer.weight):
-        raise ConfigError(
-            f"{layer.path}: use_dora needs the norms of whole rows of the base, of which each process has "
-            "a share; use backend=single, ddp or tensor_parallel, or train a plain LoRA (use_dora=false)"
-        )
     if any(slot.magnitude is not None for slot in start_terms(layer)):
         raise ConfigError(
             f"{layer.path}: the adapter below is a DoRA, whose norms would change with another on top; merge "

@@ -146,6 +146,9 @@ def output_scale(layer: AdaptableLayer, slot: AdapterSlot) -> OutputScale:
 def weight_norm(layer: AdaptableLayer, slot: AdapterSlot) -> Tensor:
     """n [O] of W + s B A, fp32 at least."""
     matrix = layer.matrix().detach()
+    # between passes each rank has a share of a weight that is cut (FSDP2); all of them come here then
+    if (whole := getattr(matrix, "full_tensor", None)) is not None:
+        matrix = whole()
     wide = torch.promote_types(matrix.dtype, torch.float32)
     (a, b), s = (factor.to(wide) for factor in slot.factors()), slot.scale
     start = start_terms(layer)
