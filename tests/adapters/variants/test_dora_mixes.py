@@ -250,9 +250,8 @@ def test_over_a_start(tiny: Any, ids: Tensor, logits: Any, tmp_path: Path) -> No
     torch.testing.assert_close(logits(model, ids), logits(theirs, ids), rtol=0, atol=2e-5)
     below = native(tiny("llama"))
     attach(below, LINEAR, "start", trainable=False)
-    get_bank(below).move_to_base("start", AdapterOrigin("somewhere", "0" * 64))
-    with pytest.raises(ConfigError, match="the adapter below is a DoRA"):
-        attach(below, LINEAR)
+    with pytest.raises(ConfigError, match="merge it into the base first"):
+        get_bank(below).move_to_base("start", AdapterOrigin("somewhere", "0" * 64))
 
 
 def with_two(tiny: Any, second: LoraSpec) -> Any:

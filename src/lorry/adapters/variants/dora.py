@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankLinear
 from lorry.adapters.spec import LoraSpec
-from lorry.adapters.variants.magnitude import start_terms, weight_norm
+from lorry.adapters.variants.magnitude import weight_norm
 from lorry.adapters.variants.parameters import FurtherStart
-from lorry.errors import ConfigError
 
 SUFFIX = "lora_magnitude_vector"  # PEFT's, without .weight
 
@@ -27,7 +26,7 @@ def magnitudes(
         return {}
     starts = dict[str, FurtherStart]()
     for path, layer in targets.items():
-        _refuse_layer(layer)
+        layer.matrix()  # refuses one whose matrix another multiplies
         rows = None if layer.slices is None else layer.slices.rows
         size = layer.out_features
         starts[f"{path}.{SUFFIX}"] = FurtherStart(
@@ -46,15 +45,6 @@ def _begin(layer: AdaptableLayer, magnitude: nn.Parameter, slot: AdapterSlot | N
     assert slot is not None
     magnitude.copy_(weight_norm(layer, slot))
     slot.magnitude = magnitude
-
-
-def _refuse_layer(layer: AdaptableLayer) -> None:
-    if any(slot.magnitude is not None for slot in start_terms(layer)):
-        raise ConfigError(
-            f"{layer.path}: the adapter below is a DoRA, whose norms would change with another on top; merge "
-            "it into the base first (lorry merge), or train a plain LoRA over it"
-        )
-    layer.matrix()  # refuses a product that shows none
 
 
 def fold_magnitude(layer: AdaptableLayer, slot: AdapterSlot, exact: Tensor) -> None:
