@@ -66,6 +66,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 FOREIGN: dict[str, dict[str, Any]] = {  # what runs through transformers
     "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4},
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **LLAMA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+        "decoder_sparse_step": 1,
+    },
+    "qwen3_moe": {
+        **LLAMA,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "decoder_sparse_step": 1,
+    },
     "olmo": {**LLAMA, "eos_token_id": 0},  # its own is beyond a small vocabulary
 }
 
