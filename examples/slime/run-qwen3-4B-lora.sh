@@ -26,6 +26,8 @@ LORA_ARGS=(
   --custom-megatron-init-path lorry.integrations.slime.install
   --custom-megatron-before-log-prob-hook-path lorry.integrations.slime.before_log_prob
   --custom-megatron-before-train-step-hook-path lorry.integrations.slime.before_train_step
+  # --colocate gives up the trainer's memory while weights are sent: answers are compared behind a rollout
+  --rollout-data-postprocess-path lorry.integrations.slime.compare_rollout
 )
 
 # the reference is the base alone: the same directory, and no second model in memory

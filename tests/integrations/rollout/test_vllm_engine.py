@@ -290,6 +290,8 @@ def test_layers_that_hold_something_else_are_named(
 
 
 @needs_vllm
+# minutes of processor time, an hour of the clock where others have the cores
+@pytest.mark.timeout(3600)
 def test_vllm_takes_versions_and_a_merged_model_and_shows_them(tmp_path: Path) -> None:
     """One start of the engine for all of it: minutes. In a process of its own, since vLLM leaves
     threads and settings behind."""
@@ -302,7 +304,6 @@ def test_vllm_takes_versions_and_a_merged_model_and_shows_them(tmp_path: Path) -
         env={**os.environ, "PYTHONPATH": str(root / "src"), "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,
-        timeout=1100,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "stopped" not in done.stdout

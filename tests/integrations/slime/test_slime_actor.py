@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ pytest.importorskip(
     "megatron.core", reason="megatron-core is an extra: pip install 'lorry[megatron]'"
 )
 
+from lorry.errors import ContractError
+from lorry.integrations.slime import compare_rollout
+from lorry.integrations.slime.sync.rollouts import KEPT
 from tests.support.ranks import run_ranks
 from tests.support.slime_ranks import LAYOUTS, TOKENS, arguments
 from tests.support.slime_runs import (
@@ -120,6 +126,85 @@ def test_a_teacher_is_its_own_weights_without_the_adapter(models: Path, tmp_path
     scores = rollout(actor, 0)
     assert close(scores["teacher_log_probs"], expected(tmp_path / "teacher"))
     assert close(scores["log_probs"], expected(models / "llama", models / "llama-canonical"))
+
+
+ANSWER = 4  # tokens of a row that an engine made
+COMPARED = ["--offload-train", "--rollout-data-postprocess-path"]
+COMPARED += ["lorry.integrations.slime.compare_rollout"]
+
+
+def doubled(adapter: Path, folder: Path) -> Path:
+    """The adapter at twice its scale: what an engine has that merged it, and adds it."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("policy", ""),
+        (
+            "base",
+            r"rollout 0, the policy: .*(from the trainer's on average|of the adapter's effect)",
+        ),
+        (
+            "doubled",
+            r"rollout 0, the policy: .*(from the trainer's on average|of the adapter's effect)",
+        ),
+    ],
+)
+def test_where_memory_is_given_up_a_rollout_s_own_scores_are_compared_before_its_step(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str, message: str
+) -> None:
+    adapter = models / "llama-canonical"
+    adapters = {"policy": adapter, "base": None, "doubled": doubled(adapter, tmp_path / "twice")}
+    said = expected(models / "llama", adapters[engine])[:, -ANSWER:]
+    words = [*COMPARED, "--lora-adapter-path", adapter]
+    actor = start_actor(arguments(models / "llama", *words))
+    before = actor.compute_log_prob(TOKENS)["log_probs"]
+    data = {**DATA, "response_lengths": [ANSWER] * len(said), "rollout_log_probs": list(said)}
+    if message:
+        with pytest.raises(ContractError, match=message):
+            actor.train(0, data)
+        # no step was made on them
+        assert torch.equal(actor.compute_log_prob(TOKENS)["log_probs"], before)
+        return
+    actor.train(0, data)
+    assert not torch.equal(actor.compute_log_prob(TOKENS)["log_probs"], before)
+    found = re.search(
+        r"rollout 0: engines' log-probabilities of 12 tokens are (\S+) nats", out(capsys)
+    )
+    assert found is not None
+    assert float(found[1]) < 1e-5
+    # at another temperature than 1, the engine's and the trainer's
+    actor.args.rollout_temperature = 0.5
+    with pytest.raises(ContractError, match="rollout 1, the policy: "):
+        actor.train(1, data)
+
+
+def out(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
+def test_what_of_a_rollout_is_kept() -> None:
+    args = Namespace(lora_check_every=2)
+    rows = {"tokens": [torch.arange(9)] * 3, "response_lengths": [4, 2, 3]}
+    values = [torch.zeros(4), torch.zeros(1), torch.zeros(3)]
+    compare_rollout(args, 1, {**rows, "rollout_log_probs": values})
+    assert not hasattr(args, KEPT)
+    compare_rollout(args, 2, {**rows, "rollout_log_probs": values})
+    # the second has a part of its values alone; the others, the shortest prompt first
+    assert [row.answer for row in getattr(args, KEPT)] == [[5, 6, 7, 8], [6, 7, 8]]
+    for nothing in (None, {}, rows):
+        with pytest.raises(
+            ContractError, match="hands --rollout-data-postprocess-path no rollout_log"
+        ):
+            compare_rollout(args, 2, nothing)
+    compare_rollout(Namespace(lora_check_every=0), 2, None)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ import pytest
 
 from lorry.errors import ConfigError
 from lorry.integrations.slime.arguments import (
+    COMPARE_ROLLOUT,
     HOOKS,
+    ROLLOUT_DATA,
     check_arguments,
     check_words,
     complete_arguments,
@@ -56,6 +58,15 @@ def test_hooks_of_a_reference_are_not_asked_for_where_there_is_none() -> None:
     check_arguments(arguments(use_kl_loss=False, **without(LOG_PROB, TRAIN_STEP)))
     own = {LOG_PROB: "mine.hooks.watch", TRAIN_STEP: "mine.hooks.watch"}
     check_arguments(arguments(use_kl_loss=False, **own))
+
+
+def test_what_compares_a_rollout_needs_the_hook_of_the_step() -> None:
+    compared = {"use_kl_loss": False, ROLLOUT_DATA: COMPARE_ROLLOUT}
+    check_arguments(arguments(**compared))
+    with pytest.raises(
+        ConfigError, match=r"before-train-step-hook-path is missing.*compare_rollout"
+    ):
+        check_arguments(arguments(**compared, **without(TRAIN_STEP)))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +151,9 @@ def test_it_is_imported_without_slime_and_megatron_and_says_what_is_missing() ->
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names, slime, megatron = done.stdout.splitlines()
-    assert names == "['before_log_prob', 'before_train_step', 'install', 'model_provider']"
+    assert names == str(
+        ["before_log_prob", "before_train_step", "compare_rollout", "install", "model_provider"]
+    )
     assert slime.startswith("ConfigError slime.utils.arguments cannot be imported")
     assert "docs/slime.md" in slime
     assert megatron.startswith("ConfigError megatron-core is not installed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lorry.errors import ConfigError, ContractError
 from lorry.integrations.rollout import VersionPublisher
+from lorry.integrations.slime.arguments import COMPARE_ROLLOUT
 from lorry.integrations.slime.backups import AdapterBackuper, needs_frozen
 from lorry.integrations.slime.generate import adapter_name, generate
 from lorry.integrations.slime.limits import GENERATE, check_sync
@@ -81,6 +83,19 @@ def test_a_quantised_checkpoint_takes_adapters_and_no_merged_weights(model: Path
     with pytest.raises(ConfigError, match=r"quantised \(fp8\).*--lora-sync adapter"):
         check_sync(arguments(model))
     check_sync(arguments(model, **ADAPTER))
+
+
+def test_what_is_not_proved_where_memory_is_given_up_is_said(model: Path) -> None:
+    given = {"offload_train": True}
+    with pytest.warns(
+        UserWarning, match="give --rollout-data-postprocess-path lorry.*compare_roll"
+    ):
+        check_sync(arguments(model, **given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_sync(arguments(model, **given, rollout_data_postprocess_path=COMPARE_ROLLOUT))
+        check_sync(arguments(model, **given, lora_check_every=0))
+        check_sync(arguments(model))
 
 
 def test_a_generation_of_ones_own_is_told_what_to_add(model: Path) -> None:

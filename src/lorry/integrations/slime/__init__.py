@@ -14,5 +14,6 @@ Importing this needs neither slime nor Megatron; what is called does. docs/slime
 from lorry.integrations.slime.hooks import before_log_prob, before_train_step
 from lorry.integrations.slime.install import install
 from lorry.integrations.slime.provider import model_provider
+from lorry.integrations.slime.sync.rollouts import compare_rollout
 
-__all__ = ["before_log_prob", "before_train_step", "install", "model_provider"]
+__all__ = ["before_log_prob", "before_train_step", "compare_rollout", "install", "model_provider"]

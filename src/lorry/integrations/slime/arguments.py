@@ -18,6 +18,8 @@ PLUGIN = "lorry.integrations.slime"
 PROVIDER, INSTALL = "custom_model_provider_path", "custom_megatron_init_path"
 LOG_PROB = "custom_megatron_before_log_prob_hook_path"
 TRAIN_STEP = "custom_megatron_before_train_step_hook_path"
+# the one that may be left out, and what it names
+ROLLOUT_DATA, COMPARE_ROLLOUT = "rollout_data_postprocess_path", f"{PLUGIN}.compare_rollout"
 # slime's attributes, and the functions here that they have to name
 HOOKS: Mapping[str, str] = {
     PROVIDER: f"{PLUGIN}.model_provider",
@@ -112,19 +114,19 @@ def _check_known(names: Iterable[str]) -> None:
     for name in sorted(names):
         if name.startswith("lora") and name not in DEFAULTS:
             raise ConfigError(
-                f"{_flag(name)} is no flag of Lorry's; there are: "
-                f"{', '.join(sorted(map(_flag, DEFAULTS)))}"
+                f"{flag(name)} is no flag of Lorry's; there are: "
+                f"{', '.join(sorted(map(flag, DEFAULTS)))}"
             )
 
 
 def _no_lora(args: Any) -> str:
     given = sorted(n for n, value in vars(args).items() if n in DEFAULTS and value != DEFAULTS[n])
     if given:
-        return f"{_flag(given[0])} is set, but not --use-lora; add it to train adapters"
+        return f"{flag(given[0])} is set, but not --use-lora; add it to train adapters"
     return (
         "Lorry's plugin is installed, but --use-lora did not reach it: with slime's own train.py, "
         "which drops flags it does not know, set use_lora: true in the file of --custom-config-path, or "
-        f"start python -m {PLUGIN}.train; without LoRA, leave {_flag(INSTALL)} and {_flag(PROVIDER)} out"
+        f"start python -m {PLUGIN}.train; without LoRA, leave {flag(INSTALL)} and {flag(PROVIDER)} out"
     )
 
 
@@ -137,6 +139,8 @@ def _needed_hooks(args: Any, dropout: float) -> Iterator[tuple[str, str]]:
         yield TRAIN_STEP, f"{why}; without it the adapter would stay off after they are scored"
     elif dropout:
         yield TRAIN_STEP, "lora_dropout needs to know which step begins"
+    elif getattr(args, ROLLOUT_DATA, None) == COMPARE_ROLLOUT:
+        yield TRAIN_STEP, "what compare_rollout keeps is compared there"
 
 
 def other_scorer(args: Any) -> str:
@@ -152,13 +156,13 @@ def other_scorer(args: Any) -> str:
 def _check_hook(args: Any, name: str, reason: str) -> None:
     path, right = getattr(args, name, None), HOOKS[name]
     if path is None:
-        raise ConfigError(f"{_flag(name)} is missing: set it to {right}; {reason}")
+        raise ConfigError(f"{flag(name)} is missing: set it to {right}; {reason}")
     if ".py" in path or ":" in path or "/" in path:
         raise ConfigError(
-            f"{_flag(name)} {path}: slime imports package.module.function, not a file; write {right}"
+            f"{flag(name)} {path}: slime imports package.module.function, not a file; write {right}"
         )
     if path != right:
-        raise ConfigError(f"{_flag(name)} is {path}; with LoRA it has to be {right}: {reason}")
+        raise ConfigError(f"{flag(name)} is {path}; with LoRA it has to be {right}: {reason}")
 
 
 def _check_names(args: Any) -> None:
@@ -185,7 +189,7 @@ def _check_model(args: Any) -> None:
     ):
         if value := getattr(args, name, None):
             given = "" if value is True else f" {value}"
-            raise ConfigError(f"{_flag(name)}{given} is not supported with LoRA: {why}")
+            raise ConfigError(f"{flag(name)}{given} is not supported with LoRA: {why}")
 
 
 def _check_reference(args: Any) -> None:
@@ -206,5 +210,6 @@ def _check_values(args: Any) -> None:
         raise ConfigError(f"--lora-check-every is {every!r}; it is a number of versions, or 0")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """How an attribute of slime's namespace is written on the command line."""
     return "--" + name.replace("_", "-")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorry.errors import ConfigError
+from lorry.integrations.slime.sync.rollouts import check_kept_rollout
 
 # of the scores' names, whether they are the adapter's
 PASSES = {"": True, "ref_": False, "teacher_": False}
@@ -42,11 +43,13 @@ def before_train_step(
     optimizer: Any,
     opt_param_scheduler: Any,
 ) -> None:
-    """slime's hook before every training step: the adapter is on, and its dropout knows the step."""
+    """slime's hook before every training step: the adapter is on, and its dropout knows the step. What
+    `compare_rollout` kept is compared before the first. Raises ContractError."""
     from lorry.integrations.megatron.attach import set_dropout_step, set_lora_enabled
 
     if not _is_critic(model):
         set_lora_enabled(model, True)
+        check_kept_rollout(args, model, rollout_id)
         set_dropout_step(model, rollout_id * MOST_STEPS + step_id)
 
 

@@ -9,7 +9,12 @@ from typing import Any
 from lorry.disk.documents import read_json_document
 from lorry.errors import ConfigError
 from lorry.integrations.arguments import spec_from_arguments
-from lorry.integrations.slime.arguments import lora_argument
+from lorry.integrations.slime.arguments import (
+    COMPARE_ROLLOUT,
+    ROLLOUT_DATA,
+    flag,
+    lora_argument,
+)
 
 GENERATE = "lorry.integrations.slime.generate.generate"
 
@@ -38,6 +43,17 @@ def check_sync(args: Any) -> None:
             f"--tensor-model-parallel-size {cut} cuts a KV group in two (--num-query-groups {groups}); "
             f"use a size that divides {groups}"
         )
+    if (
+        getattr(args, "offload_train", False)
+        and lora_argument(args, "lora_check_every")
+        and getattr(args, ROLLOUT_DATA, None) != COMPARE_ROLLOUT
+    ):
+        warnings.warn(
+            "--offload-train: engines cannot be asked while the trainer's memory is given up, so that they "
+            f"answer with what they hold is not proved; give {flag(ROLLOUT_DATA)} {COMPARE_ROLLOUT}, which "
+            "compares each rollout's log-probabilities with the trainer's",
+            stacklevel=2,
+        )
     if lora_argument(args, "lora_sync") == "merged":
         _check_merged(args)
     else:
@@ -61,13 +77,13 @@ def _check_merged(args: Any) -> None:
 
 
 def _check_adapter(args: Any) -> None:
-    for flag, given in (
+    for asked, given in (
         ("--update-weight-mode delta", getattr(args, "update_weight_mode", "full") == "delta"),
         ("--keep-old-actor", getattr(args, "keep_old_actor", False)),
     ):
         if given:
             raise ConfigError(
-                f"{flag} sends or keeps whole weights, which --lora-sync adapter does not; use "
+                f"{asked} sends or keeps whole weights, which --lora-sync adapter does not; use "
                 "--lora-sync merged"
             )
     if not getattr(args, "sglang_enable_lora", False):

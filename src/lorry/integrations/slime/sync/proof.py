@@ -113,7 +113,7 @@ class VersionProof:
         names the prompt."""
         args, model = self.args, updater.model
         if getattr(args, "offload_train", False):
-            return  # the model's memory is given up while weights are sent
+            return  # the model's memory is given up meanwhile: `rollouts.compare_rollout`
         servers = []
         if is_first():
             found = map(find_server, updater.rollout_engines)

@@ -42,10 +42,16 @@ def fixed_prompts(checkpoint: str, vocab: int) -> list[list[int]]:
 
 @torch.no_grad()
 def answer_log_probs(
-    model: Sequence[Any], prompts: Rows, answers: Rows, vocab: int, *, base: bool = False
+    model: Sequence[Any],
+    prompts: Rows,
+    answers: Rows,
+    vocab: int,
+    *,
+    base: bool = False,
+    temperature: float = 1.0,
 ) -> list[list[float]]:
-    """log p of every token of each answer, by the policy, or by its base alone; on every rank. Every
-    rank calls it."""
+    """log p of every token of each answer at a temperature, by the policy, or by its base alone; on every
+    rank. Every rank calls it."""
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     multiple = parallel_state.get_tensor_model_parallel_world_size()
     length = -(-max(map(len, rows)) // multiple) * multiple
@@ -58,7 +64,7 @@ def answer_log_probs(
         chunk.eval()
     try:
         with disable_lora(model) if base else nullcontext():
-            values = _next_token_scores(model, frame, vocab)
+            values = _next_token_scores(model, frame, vocab, temperature)
     finally:
         for chunk, mode in zip(model, training, strict=True):
             chunk.train(mode)
@@ -68,7 +74,9 @@ def answer_log_probs(
     ]
 
 
-def _next_token_scores(model: Sequence[Any], frame: Tensor, vocab: int) -> Tensor:
+def _next_token_scores(
+    model: Sequence[Any], frame: Tensor, vocab: int, temperature: float
+) -> Tensor:
     """[rows, length - 1] log p of each token that came next, from the last stage to all."""
     rows, length = frame.shape
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=frame.device).triu(1)
@@ -79,7 +87,7 @@ def _next_token_scores(model: Sequence[Any], frame: Tensor, vocab: int) -> Tenso
 
         def collect(output: Tensor, non_loss_data: bool = True) -> Tensor:
             whole = gather_from_tensor_model_parallel_region(output)[:, :-1, :vocab]
-            scores: Tensor = whole.float().log_softmax(-1)
+            scores: Tensor = (whole.float() / temperature).log_softmax(-1)
             return scores.gather(2, frame[:, 1:, None]).squeeze(2)
 
         return logits, collect

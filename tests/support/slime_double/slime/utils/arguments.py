@@ -54,6 +54,7 @@ FLOATS: dict[str, Any] = {
     "weight-decay": 0.01,
     "kl-coef": 0.0,
     "kl-loss-coef": 0.0,
+    "rollout-temperature": 1.0,
 }
 SWITCHES = (
     "group-query-attention",
@@ -99,6 +100,7 @@ TEXTS: dict[str, Any] = {
     "custom-megatron-init-path": None,
     "custom-megatron-before-log-prob-hook-path": None,
     "custom-megatron-before-train-step-hook-path": None,
+    "rollout-data-postprocess-path": None,
 }
 # of the driver's loop, which the double has no more of
 RAN: list[argparse.Namespace] = []

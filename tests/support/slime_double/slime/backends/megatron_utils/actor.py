@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from slime.utils.distributed_utils import get_gloo_group, init_gloo_group
+from slime.utils.misc import load_function
 from slime.utils.tensor_backper import TensorBackuper
 
 from .checkpoint import load_checkpoint
@@ -91,6 +92,10 @@ class MegatronTrainRayActor:
         rollout_data.update(self.compute_log_prob(rows))
         if self._active_model_tag != "actor":
             self._switch_model("actor")
+        if self.args.rollout_data_postprocess_path:
+            load_function(self.args.rollout_data_postprocess_path)(
+                self.args, rollout_id, rollout_data
+            )
         losses = train(
             rollout_id, self.model, self.optimizer, self.opt_param_scheduler, rollout_data
         )
