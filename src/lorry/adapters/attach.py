@@ -36,6 +36,7 @@ from lorry.adapters.parameters.weights import (
     foreign_weight_of,
 )
 from lorry.adapters.spec import LAYER_NUMBER, LoraSpec, refuse_at_parameters
+from lorry.adapters.variants.alora import watch_tokens
 from lorry.adapters.variants.own_weights import SITE, has_own_weights
 from lorry.adapters.variants.registry import further_starts
 from lorry.errors import ConfigError, suggest_nearest
@@ -125,6 +126,8 @@ def attach(
     further = further_starts(model, name, spec, targets)
     _refuse_two_forwards(model, {start.module for start in further.values()})
     adapter = bank.add(name, spec, targets, seed=seed, trainable=trainable, further=further)
+    if spec.alora_invocation_tokens:
+        watch_tokens(model, bank)
     if not initialize:
         return adapter
     try:

@@ -385,6 +385,8 @@ class Adapter:
     def refuse_further(self, what: str) -> None:
         """Raises ConfigError if it is more than low-rank terms, for ``what`` can be done with those alone."""
         beside = [name for name, one in self.further.items() if not one.low_rank]
+        if self.spec.alora_invocation_tokens:
+            raise ConfigError(f"{self.label} counts from its invocation tokens on; {what}")
         if beside:
             raise ConfigError(f"{self.label} has {beside[0]} beside its low-rank terms; {what}")
 
@@ -518,7 +520,13 @@ class AdapterBank:
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
         ):
             slot = AdapterSlot(
-                path, a, b, spec.scale(path), spec.lora_dropout, slices=module.slices
+                path,
+                a,
+                b,
+                spec.scale(path),
+                spec.lora_dropout,
+                slices=module.slices,
+                waits=bool(spec.alora_invocation_tokens),
             )
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module

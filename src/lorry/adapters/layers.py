@@ -70,6 +70,8 @@ class AdapterSlot:
     slices: LayerSlices | None = None
     initial: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     magnitude: nn.Parameter | None = None
+    # whether it waits for tokens that invoke it (`variants.alora`)
+    waits: bool = False
     # AdaLoRA's factor of each rank [R,1]
     E: nn.Parameter | None = field(default=None, repr=False)
     # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
@@ -224,12 +226,16 @@ class AdaptableLayer(nn.Module):
 
     def terms(self, call: AdapterContext) -> list[tuple[AdapterSlot, slice | None, float | Tensor]]:
         """The terms that have a slot at this module: those of the frozen base, then the call's.
-        Raises ContractError on a merged layer, whose weight holds what was active when it was."""
-        terms = [
-            (self.slots[t.adapter], t.rows, t.gate)
-            for t in call.mix.terms
-            if t.adapter in self.slots
-        ]
+        Raises ContractError on a merged layer, whose weight holds what was active when it was, and for
+        an adapter that waits for tokens which nobody has looked for."""
+        here = [(self.slots[t.adapter], t) for t in call.mix.terms if t.adapter in self.slots]
+        if any(slot.waits and not t.invoked for slot, t in here):
+            raise ContractError(
+                f"{self.path}: an adapter that tokens invoke (alora_invocation_tokens) is active, and "
+                "this way of running the model has not looked for them; call the model itself, or "
+                "lorry.generate"
+            )
+        terms = [(slot, t.rows, t.gate) for slot, t in here]
         if self.unmerged_weight is not None:
             if terms:
                 raise ContractError(

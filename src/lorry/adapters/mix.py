@@ -24,13 +24,15 @@ from lorry.errors import ContractError
 class MixTerm:
     """One adapter's share: ``rows`` of the packed tokens (None = all), ``gate`` g: a number, or a
     tensor [rows] with gradient; ``route``: the column of the mix's router (of the layers, or of the
-    sequence) whose gates multiply it.
+    sequence) whose gates multiply it; ``invoked``: of an adapter that tokens invoke (`variants.alora`),
+    whether its gates are those of the tokens already.
     """
 
     adapter: str
     rows: slice | None = None
     gate: float | Tensor = 1.0
     route: int | None = None
+    invoked: bool = False
 
 
 Half = Literal["attn", "mlp"]

@@ -43,7 +43,9 @@ class LoraSpec:
     (`adapters.initialization`). rho: how many times its rank EVA may give a module. keep_residual: save
     A and B without what pissa or olora took off the base. use_dora: a magnitude for every output
     feature beside A and B (arXiv 2402.09353, `variants.magnitude`). train: the halves that train, "B" alone as in
-    LoRA-FA; the other one keeps its first values, without memory for gradients or moments. adalora:
+    LoRA-FA; the other one keeps its first values, without memory for gradients or moments.
+    alora_invocation_tokens: token ids from whose last occurrence in a sequence on the adapter counts
+    (`variants.alora`). adalora:
     AdaLoRA's numbers (or
     a map of them), with which the ranks begin as r everywhere and end as its target_r on average;
     None is plain LoRA. Raises ConfigError for values outside their range, or that do not go together.
@@ -63,6 +65,7 @@ class LoraSpec:
     layers_to_transform: tuple[int, ...] | None = None
     use_dora: bool = False
     train: tuple[Side, ...] = SIDES
+    alora_invocation_tokens: tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
@@ -137,6 +140,7 @@ class LoraSpec:
             refuse_at_parameters(self, f"target_parameters={list(self.target_parameters)}")
         # a text is true to Python, also "false"
         self._settle_halves()
+        self._check_invocation()
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -145,6 +149,32 @@ class LoraSpec:
         if self.adalora is not None:
             self.adalora.refuse_rank(self.r)
             self._refuse_with_adalora()
+
+    def _check_invocation(self) -> None:
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return
+        if (
+            isinstance(tokens, str)
+            or not tokens
+            or not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens)
+        ):
+            raise ConfigError(
+                f"alora_invocation_tokens is {tokens!r:.80}; it must be a list of token ids"
+            )
+        object.__setattr__(self, "alora_invocation_tokens", tuple(tokens))
+        for name, given in (
+            ("use_dora", self.use_dora),
+            ("adalora", self.adalora is not None),
+            ("modules_to_save", self.modules_to_save),
+            ("trainable_token_indices", self.trainable_token_indices is not None),
+            ("bias", self.bias != "none"),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{name} does not go with alora_invocation_tokens, whose adapter is a low-rank term "
+                    "that counts for some of the tokens; leave one of them out"
+                )
 
     def _settle_halves(self) -> None:
         """Put the halves that train in order. Raises ConfigError for what they cannot go with."""
@@ -251,6 +281,7 @@ def refuse_at_parameters(spec: LoraSpec, where: str) -> None:
         "use_dora": spec.use_dora,
         "variant=adalora": spec.adalora is not None,
         "train of one half": spec.train != SIDES,
+        "alora_invocation_tokens": spec.alora_invocation_tokens is not None,
     }
     for setting, given in unfit.items():
         if given:

@@ -142,6 +142,9 @@ class LoraConfig(SettingsGroup):
     train: list[Literal["A", "B"]] = config_field(
         ["A", "B"], "the halves that train; B alone as in LoRA-FA: less memory"
     )
+    alora_invocation_tokens: list[NonNegativeInt] | None = config_field(
+        None, "aLoRA: the adapter counts from the last occurrence of these token ids on"
+    )
     init_rows: PositiveInt = config_field(
         64, "training rows that eva, corda and lora_ga begin from", le=1_000_000
     )
@@ -179,6 +182,18 @@ class LoraConfig(SettingsGroup):
         if not value or len({*value}) < len(value):
             raise ValueError("give A, B or both, each once")
         return sorted(value)
+
+    @model_validator(mode="after")
+    def _invoked_low_rank_terms(self) -> Self:
+        if self.alora_invocation_tokens is None:
+            return self
+        if not self.alora_invocation_tokens:
+            raise ValueError("alora_invocation_tokens is empty; give token ids, or null")
+        if self.use_dora or self.variant != "lora":
+            raise ValueError(
+                "alora_invocation_tokens does not go with DoRA or AdaLoRA; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _halves_that_move(self) -> Self:
@@ -740,6 +755,11 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _adalora_has_steps(self) -> RunConfig:
         lora, steps = self.lora, self.train.max_steps
+        if lora is not None and lora.alora_invocation_tokens and self.backend.name == "megatron":
+            raise ValueError(
+                "alora_invocation_tokens: Megatron's layers do not see which tokens come; leave "
+                "backend=megatron out"
+            )
         if lora is not None and lora.train != ["A", "B"]:
             for backend in ("tensor_parallel", "megatron"):
                 if self.backend.name == backend or getattr(self.backend, backend, 1) > 1:

@@ -27,7 +27,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix, SequenceRouter
+from lorry.adapters.variants.alora import answering_mix, has_invocations
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.generation.request import (
     Completion,
@@ -37,7 +39,7 @@ from lorry.generation.request import (
     resolve_constant_mix,
 )
 from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
-from lorry.models.causal_lm import CausalLM, PackedInput, prompt_gates
+from lorry.models.causal_lm import CausalLM, PackedInput, invoke, prompt_gates
 from lorry.models.decoder.decode import DecodeRunner
 
 # Running requests at once unless the caller says otherwise. A decode step reads every weight once
@@ -101,6 +103,11 @@ class GenerationEngine:
             stopping_criterion,
         )
         self._check_length(request)
+        reason = getattr(self.model, "recompute_reason", "")
+        if reason and has_invocations(get_bank(self.model, create=True), request.mix):
+            raise ConfigError(
+                f"an adapter that tokens invoke needs a key/value cache to generate with, and {reason}"
+            )
         self._count += 1
         self._arrived.append(request)
         self.requests[request.request_id] = request
@@ -165,8 +172,9 @@ class GenerationEngine:
     # --- who runs
 
     def _fix_gates(self) -> None:
-        """Give requests that came under a router of the sequence the gates of their prompts: from
-        then on their mix is one of constants, whoever shares the batch and however long they answer.
+        """Give requests that came under a router of the sequence the gates of their prompts, and look
+        there for what invokes an adapter: from then on their mix is one of constants, whoever shares
+        the batch and however long they answer.
         """
         by_router: dict[SequenceRouter, list[Request]] = {}
         for request in self._arrived:
@@ -177,6 +185,9 @@ class GenerationEngine:
             gates = prompt_gates(cast(CausalLM, self.model), prompts, router)
             for request, row in zip(requests, gates.tolist(), strict=True):
                 request.mix = request.mix.with_gates(row)
+        bank = get_bank(self.model, create=True)
+        for request in self._arrived:
+            request.answering = answering_mix(bank, request.mix, request.prompt)
 
     def _schedule(self) -> list[int]:
         """Give the rows of finished requests to waiting ones, and drop those that nobody takes or
@@ -241,7 +252,8 @@ class GenerationEngine:
             lengths = torch.tensor([len(request.prompt) for request in requests])
             token_rows = torch.repeat_interleave(torch.tensor(group), lengths).to(device)
             ends = [stop for _, stop in packed.segments]
-            call = _adapter_context(requests, [0, *ends])
+            call = _adapter_context([request.mix for request in requests], [0, *ends])
+            call = invoke(cast(CausalLM, self.model), packed, call)
             hidden = self.runner.forward_cached(
                 packed, token_rows, self.cache, call, decoding=False
             )
@@ -254,7 +266,7 @@ class GenerationEngine:
         count, device = len(self.running), self.runner.device
         newest = torch.tensor([request.tokens[-1] for request in self.running], device=device)
         packed = PackedInput(newest, self.cache.lengths, [(i, i + 1) for i in range(count)])
-        call = _adapter_context(self.running, range(count + 1))
+        call = _adapter_context([request.answering for request in self.running], range(count + 1))
         rows = torch.arange(count, device=device)
         hidden = self.runner.forward_cached(packed, rows, self.cache, call, decoding=True)
         self._append_tokens(self.runner.logits(hidden, call), self.running)
@@ -284,9 +296,9 @@ class GenerationEngine:
                 requests[row].logprobs.append(value)
 
 
-def _adapter_context(requests: Sequence[Request], starts: Sequence[int]) -> AdapterContext:
+def _adapter_context(mixes: Sequence[Mix], starts: Sequence[int]) -> AdapterContext:
     """The call of packed sequences, each under its request's mix; ``starts`` [S+1]."""
-    return AdapterContext(Mix.packed([request.mix for request in requests], starts))
+    return AdapterContext(Mix.packed(mixes, starts))
 
 
 @contextmanager

@@ -46,7 +46,8 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what has been answered so far. ``generator``: its own random numbers;
+    """A prompt and what has been answered so far. ``mix``: of the prompt, ``answering``: of what comes
+    behind it (other than that where tokens invoke an adapter); ``generator``: its own random numbers;
     ``seen``: the tokens of prompt and answer, which a repetition penalty is for."""
 
     request_id: int
@@ -59,9 +60,10 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     seen: set[int] = field(init=False)
+    answering: Mix = field(init=False)
 
     def __post_init__(self) -> None:
-        self.seen = set(self.prompt)
+        self.seen, self.answering = set(self.prompt), self.mix
 
     @property
     def longest(self) -> int:

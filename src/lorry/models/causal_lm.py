@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import default_context
+from lorry.adapters.attach import default_context, get_bank
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm, SequenceRouter
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
+from lorry.adapters.variants.alora import with_invocations
 from lorry.errors import ContractError
 from lorry.models.layer_weights import WHOLE_WEIGHTS, LayerWeights
 
@@ -268,15 +269,26 @@ def _prompt_groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[i
         yield group
 
 
+def invoke(model: CausalLM, packed: PackedInput, call: AdapterContext) -> AdapterContext:
+    """The call with the gates of adapters that tokens invoke, of these; the call itself without one."""
+    if not call.mix.terms:
+        return call
+    bank = get_bank(model, create=True)
+    mix = with_invocations(bank, call.mix, packed.tokens, packed.segments)
+    return call if mix is call.mix else replace(call, mix=mix)
+
+
 def with_prompt_gates(
     model: CausalLM, packed: PackedInput, call: AdapterContext, lengths: Sequence[int]
 ) -> AdapterContext:
-    """The call with the gates that its mix's `SequenceRouter` makes of each sequence's prompt, the
-    first ``lengths`` [S] tokens of it; the call itself without such a router.
+    """The call with what of its mix hangs on whole sequences: the gates of adapters that tokens invoke
+    (`variants.alora`), and those that its `SequenceRouter` makes of each sequence's prompt, the first
+    ``lengths`` [S] tokens of it; the call itself where it has neither.
 
     One pass of the base over the prompts of the sequences that are routed. Raises ContractError for
     a term that is for a part of a sequence: gates are a sequence's.
     """
+    call = invoke(model, packed, call)
     router = call.mix.sequence_router
     if router is None:
         return call

@@ -507,9 +507,38 @@ def prepare_jobs(
             for role, settings in task.row_sets(job_run).items()
         }
         stream = task.stream(job_run, data, row_sets)
+        _check_invocation(job_run, data, opened.model, notebook.add)
         jobs[name] = PreparedJob(job_run, data, row_sets, stream, task.beside(job_run))
     notebook.tell(*_data_notes(jobs))
     return jobs
+
+
+def _check_invocation(
+    run: RunConfig, data: PreparedData, model: CausalLM, add_note: NoteCallback
+) -> None:
+    """Say in how many rows an adapter that tokens invoke counts at all. Raises ConfigError for ids outside
+    the vocabulary, and DataError where it is none."""
+    ids = [] if run.lora is None else run.lora.alora_invocation_tokens or []
+    if outside := [token for token in ids if token >= model.vocab_size]:
+        raise ConfigError(
+            f"lora.alora_invocation_tokens names the token {outside[0]}; this model has "
+            f"{model.vocab_size} (0 to {model.vocab_size - 1})"
+        )
+    if not ids or data.tokens is None:
+        return
+    rows, held = len(data.tokens.edges) - 1, data.tokens.count_holding(ids)
+    text = data.encoder.tokenizer.decode(ids)
+    if not held:
+        raise DataError(
+            f"{data.report.source}: none of the {rows} rows holds the invocation tokens {ids} "
+            f"({text!r:.60}), so the adapter would never count; give ids that the chat template or the "
+            "rows contain"
+        )
+    if held < rows:
+        add_note(
+            f"{data.report.source}: {rows - held} of {rows} rows do not hold the invocation tokens "
+            f"{ids} ({text!r:.60}) and train nothing"
+        )
 
 
 def _data_notes(jobs: PreparedJobs) -> list[str]:

@@ -84,6 +84,7 @@ READ_KEYS = frozenset(
         "bias",
         "ensure_weight_tying",
         "target_parameters",
+        "alora_invocation_tokens",
     }
 )
 # values that mean "off" without being empty
@@ -140,6 +141,7 @@ def parse_peft_config(
         "target_modules": _read_names(config, "target_modules", where),
         "exclude_modules": _read_names(config, "exclude_modules", where),
         "layers_to_transform": _read_layers(config, where),
+        "alora_invocation_tokens": _read_invocation(config, where),
         "layers_pattern": _read_names(config, "layers_pattern", where),
         "modules_to_save": _read_name_list(config, "modules_to_save", where),
         "trainable_token_indices": _read_tokens(config, where),
@@ -275,6 +277,8 @@ def to_peft_config(
         config["trainable_token_indices"] = list(asked)
     if spec.ensure_weight_tying:
         config["ensure_weight_tying"] = True
+    if spec.alora_invocation_tokens:
+        config["alora_invocation_tokens"] = list(spec.alora_invocation_tokens)
     return config
 
 
@@ -396,6 +400,20 @@ def _read_tokens(
 
 def _list_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value or ()
+
+
+def _read_invocation(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+    """alora_invocation_tokens: null, or ids; an empty list is no adapter of that kind to PEFT either."""
+    value = config.get("alora_invocation_tokens")
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise ModelError(
+            f"{where}: alora_invocation_tokens is {value!r:.80}; it must be a list of token ids"
+        )
+    for token in value:
+        _check_number(token, f"{where}: alora_invocation_tokens", whole=True)
+    return tuple(value)
 
 
 def _read_layers(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:

@@ -56,6 +56,20 @@ class TokenSet:
     role: str = ""
     mixing: MixtureOrder | None = None  # of a mixture: which set each sequence is of
 
+    def count_holding(self, ids: Sequence[int]) -> int:
+        """How many of the sequences hold these tokens, one behind the other."""
+        last = len(self.tokens) - len(ids)
+        if last < 0:
+            return 0
+        found = np.ones(last + 1, dtype=bool)
+        for place, token in enumerate(ids):
+            found &= self.tokens[place : place + last + 1] == token
+        starts = np.flatnonzero(found)
+        sequences = np.searchsorted(self.edges, starts, side="right") - 1
+        # not over the end of one into the next
+        whole = starts + len(ids) <= self.edges[sequences + 1]
+        return len(np.unique(sequences[whole]))
+
     @classmethod
     def build(
         cls,

@@ -99,6 +99,11 @@ def _own_tokens(stack: StackedAdapters) -> slice:
     )
 
 
+def _has_token_gates(call: AdapterContext) -> bool:
+    """Whether a term has gates made of these very tokens, which products of constants know nothing of."""
+    return any(isinstance(term.gate, Tensor) for term in call.mix.terms)
+
+
 class DecodeRunner:
     """A decoder with the face that `models.causal_lm.CausalLM` asks for.
 
@@ -140,6 +145,10 @@ class DecodeRunner:
         decoding: bool,
     ) -> Tensor:
         """As `Decoder.forward_cached`: tokens [T] -> hidden [T,D]."""
+        if _has_token_gates(call):
+            # of a prompt that invokes an adapter; the answer's are constants
+            self.mix = None
+            return self.model.forward_cached(packed, rows, cache, call, decoding=decoding)
         # a router's gates differ from token to token: the layers put each pass's into the products
         products = self._work(call, anew=not decoding)
         return self.model.forward_cached(
@@ -149,6 +158,8 @@ class DecodeRunner:
     @torch.no_grad()
     def logits(self, hidden: Tensor, call: AdapterContext) -> Tensor:
         """[T,D] -> [T,V] in the base's dtype."""
+        if _has_token_gates(call):
+            return self.model.logits(hidden, call)
         head = under(self.model.head, call)
         (values,) = SmallBatchProducts.of(
             head.group, head.group.stacks(call, head.path)[0]
@@ -157,7 +168,7 @@ class DecodeRunner:
 
     def _work(self, call: AdapterContext, *, anew: bool) -> list[LayerLinears[LinearProducts]]:
         """The products of every layer, adapters included; ``anew``: whatever was looked up."""
-        if anew or call.mix != self.mix:
+        if anew or self.mix is None or call.mix != self.mix:
             self.mix = call.mix
             self.layers = [
                 LayerLinears(

@@ -27,7 +27,7 @@ from lorry.adapters.variants.own_weights import own_rows, under
 from lorry.data.batch import Batch
 from lorry.errors import ContractError, DataError
 from lorry.kernels.softmax import accumulator_dtype
-from lorry.models.causal_lm import CausalLM, PackedInput, pooled_states, with_prompt_gates
+from lorry.models.causal_lm import CausalLM, PackedInput, invoke, pooled_states, with_prompt_gates
 from lorry.models.scoring.tiles import (
     LogitsStatistics,
     OutputHead,
@@ -147,6 +147,8 @@ def evaluate_wants(
     packed = PackedInput(batch.tokens, batch.positions, batch.segments)
     if call.mix.sequence_router is not None:
         call = with_prompt_gates(model, packed, call, prompt_lengths(batch))
+    else:
+        call = invoke(model, packed, call)
     routed = [name for name, want in wants.items() if isinstance(want, RouterLogits)]
     stop = None if scores or final or routed or of_final else max(of_layers, default=None)
     run = partial(hidden_sharing_prefixes, model) if share_prefixes else model.hidden
