@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -371,6 +372,20 @@ class Adapter:
             slot.touch()
         for one in self.further.values():
             one.touch()
+
+    @contextmanager
+    def held_still(self) -> Iterator[None]:
+        """While the block runs nobody writes the masters without saying so (`touch`), as between the
+        micro-batches of one step: what is made of them stays, whatever gradients are made. Elsewhere a
+        backward pass means that an optimizer may write them next."""
+        for slot in self.slots.values():
+            slot.still = True
+        try:
+            yield
+        finally:
+            for slot in self.slots.values():
+                slot.still = False
+            self.touch()
 
     def tensors(self) -> dict[str, Tensor]:
         """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R], ...} views of the masters, canonical names, in

@@ -76,6 +76,8 @@ class AdapterSlot:
     E: nn.Parameter | None = field(default=None, repr=False)
     # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
+    # whether nobody writes the masters without a `touch` for now (`Adapter.held_still`)
+    still: bool = field(default=False, repr=False)
     # no two slots of a process share one
     slot_id: int = field(default_factory=count().__next__, repr=False)
     # of an embedding with a magnitude: the norms it divides by, and of what they were made
@@ -754,7 +756,8 @@ def align_rows(rows: slice) -> tuple[slice, slice]:
 
 def _touch_slots(slots: Sequence[AdapterSlot]) -> None:
     for slot in slots:
-        slot.touch()
+        if not slot.still:
+            slot.touch()
 
 
 class BankEmbedding(AdaptableLayer):
@@ -821,9 +824,8 @@ class BankEmbedding(AdaptableLayer):
             if slot.norm is None or slot.norm[0] != stamp:
                 slot.norm = (stamp, weight_norm(self, slot))
             start, stop, _ = (term.rows or slice(None)).indices(flat.shape[0])
-            scaled = MagnitudeFunction.apply(
-                flat[start:stop], slot.magnitude, slot.norm[1], slot.touch
-            )
+            stale = partial(_touch_slots, [slot])
+            scaled = MagnitudeFunction.apply(flat[start:stop], slot.magnitude, slot.norm[1], stale)
             flat = torch.cat([flat[:start], scaled, flat[stop:]])
         return flat
 

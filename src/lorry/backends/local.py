@@ -5,12 +5,13 @@ base weights that train.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import AdapterBank
+from lorry.adapters.bank import Adapter, AdapterBank
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RouterParameters
@@ -105,10 +106,14 @@ class LocalBackend:
                 for term, values in term_sums.items():
                     sums[term] += values if counted else 0.0
 
-        if self.gradient is None:
-            add(batches)
-        else:
-            self.gradient.make(batches, add)
+        with ExitStack() as stack:
+            for owner in self.owners.values():
+                if isinstance(owner, Adapter):
+                    stack.enter_context(owner.held_still())
+            if self.gradient is None:
+                add(batches)
+            else:
+                self.gradient.make(batches, add)
         # a reported term makes no gradient: an adapter with nothing else does not step
         weights = torch.stack([w for term, w in totals.items() if term not in task.reported]).sum(0)
         named = {n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0}

@@ -27,9 +27,12 @@ from lorry.adapters.router import RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants import magnitude
 from lorry.adapters.variants.magnitude import OutputScale, weight_norm
+from lorry.backends.distributed.communicator import ONE_PROCESS
 from lorry.errors import ConfigError, ContractError
 from lorry.kernels import load_library
 from lorry.models.causal_lm import PackedInput
+from tests.support.layouts import TARGETS, backend_for, steps_of, uneven
+from tests.support.seam import Fixed
 
 LINEAR = LoraSpec(r=3, use_dora=True)
 
@@ -341,3 +344,28 @@ def test_the_norm_is_made_once_between_writes(
     with torch.no_grad():
         model(ids)
     assert len(made) == 3 * len(adapter.slots)
+
+
+def test_the_norm_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three micro-batches; in a loop of one's own after every backward pass, which an optimizer that
+    no version counter sees may follow."""
+    spec = LoraSpec(r=3, target_modules=(*TARGETS, "embed"), use_dora=True)
+    backend, task = backend_for(ONE_PROCESS, {"default": spec}), Fixed(steps_of(uneven))
+    adapter, made, real = backend.bank["default"], list[str](), weight_norm
+
+    def counted(layer: Any, slot: Any) -> Tensor:
+        made.append(layer.path)
+        return real(layer, slot)
+
+    monkeypatch.setattr(magnitude, "weight_norm", counted)
+    monkeypatch.setattr("lorry.adapters.layers.weight_norm", counted)
+    for step in range(3):
+        batches = task.step_batches(step, {})
+        assert len(batches) == 3
+        backend.forward_backward(batches, task, step)
+        backend.step({"default": 1e-2})
+        assert len(made) == (step + 1) * len(adapter.slots)
+    made.clear()
+    for _ in range(2):
+        outputs(backend.model, [[1, 2, 3]], Mix.one("default")).sum().backward()
+    assert len(made) == 2 * len(adapter.slots)
