@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -167,6 +168,10 @@ class BaseWeights(WholeOnEachRank):
             param.grad = view if param.dtype == torch.float32 else None
 
     @torch.no_grad()
+    def held_still(self) -> AbstractContextManager[None]:
+        """Nothing: it computes with the parameters themselves."""
+        return nullcontext()
+
     def touch(self) -> None:
         """Say that ``values`` was written: the parameters that are not views of it are made again,
         rounded once.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -180,6 +181,10 @@ class RouterParameters(WholeOnEachRank):
     def touch(self) -> None:
         """Nothing: it computes with the masters themselves."""
         return
+
+    def held_still(self) -> AbstractContextManager[None]:
+        """Nothing: it computes with the masters themselves."""
+        return nullcontext()
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient (inf or nan if any entry is)."""

@@ -10,6 +10,7 @@ backend, contracts and checkpoints take it as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,6 +99,9 @@ class ParameterSet(Protocol):
 
     def touch(self) -> None:
         """Say that ``values`` was written as a whole: what is computed with is made again from it."""
+
+    def held_still(self) -> AbstractContextManager[None]:
+        """While the block runs nobody writes ``values`` without `touch`, whatever gradients are made."""
 
     def norm(self) -> float:
         """Euclidean norm of the gradient; inf or nan if any entry is."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.router import RouterParameters
@@ -108,8 +108,7 @@ class LocalBackend:
 
         with ExitStack() as stack:
             for owner in self.owners.values():
-                if isinstance(owner, Adapter):
-                    stack.enter_context(owner.held_still())
+                stack.enter_context(owner.held_still())
             if self.gradient is None:
                 add(batches)
             else:

@@ -12,6 +12,7 @@ adapter. S sequences, D width, K experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -134,6 +135,10 @@ class LoraClassifier(RouterParameters):
         grads = self.split_like(self.grads)
         silent = [HEAD + name for name in self.head_names if not grads[HEAD + name].any()]
         return [*self.adapter.zero_grad_names(), *silent]
+
+    def held_still(self) -> AbstractContextManager[None]:
+        """The adapter is."""
+        return self.adapter.held_still()
 
     def touch(self) -> None:
         """The adapter's compute copies are made again."""
