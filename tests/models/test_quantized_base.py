@@ -4,13 +4,14 @@ on the opened matrices; adapters know which base they were trained on."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -265,6 +266,62 @@ def test_a_merge_is_onto_the_values_it_was_trained_over(
         load_adapter(plain, run, other_base=True)
         assert float((plain(IDS).logits - merged(IDS).logits).abs().max()) > 1e-2
     assert get_bank(over).names() == ["default"]
+
+
+def losses_told(text: str) -> list[float]:
+    """The two losses of the line that compares bases."""
+    found = re.search(r"([\d.]+) over the base held in nf4, as trained; ([\d.]+) merged onto", text)
+    assert found is not None, text
+    return [float(loss) for loss in found.groups()]
+
+
+def eval_loss(capsys: pytest.CaptureFixture[str], *words: str) -> float:
+    capsys.readouterr()
+    assert cli.main(["eval", *words]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("loss"))
+    return float(line.split()[-1].split("[")[0])
+
+
+def test_a_merge_onto_the_original_weights_tells_both_losses(
+    models: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are PEFT's merge onto the files' own; the losses are those that eval gives of each."""
+    rows, merged = run.parent / "rows.jsonl", tmp_path / "merged"
+    words = ["merge", str(run), "onto=original", f"output_dir={merged}", "dtype=float32"]
+    assert cli.main(words) == 2
+    assert "onto=original needs rows" in capsys.readouterr().err
+    assert cli.main([*words, f"data={rows}"]) == 0
+    told = losses_told(capsys.readouterr().err)
+    plain = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.float32)
+    peft = PeftModel.from_pretrained(plain, run).merge_and_unload()
+    state = peft.state_dict()
+    for name, tensor in load_file(merged / "model.safetensors").items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-6)
+    assert told[0] == pytest.approx(eval_loss(capsys, str(run), f"data={rows}"), abs=2e-3)
+    original = eval_loss(capsys, str(run), f"data={rows}", "other_base=true")
+    assert told[1] == pytest.approx(original, abs=2e-3)
+    assert told[1] == pytest.approx(eval_loss(capsys, str(merged), f"data={rows}"), abs=2e-3)
+    assert abs(told[0] - told[1]) > 1e-3
+
+
+def test_another_combination_is_refused_and_accepted_when_asked(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(run), f"data={run.parent / 'rows.jsonl'}", "model.quantize=int8"]
+    assert cli.main(words) != 0
+    assert "other_base=true accepts" in capsys.readouterr().err
+    assert cli.main([*words, "other_base=true"]) == 0
+
+
+def test_a_run_over_whole_weights_has_no_other_base(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = opened(models / "llama", None)
+    attach(base, LoraSpec(r=2, init_lora_weights=False))
+    save_adapter(base, tmp_path / "adapter")
+    rows = tinyrun.write_rows(tmp_path / "rows.jsonl", tinyrun.rows(4))
+    assert cli.main(["merge", str(tmp_path / "adapter"), "onto=original", f"data={rows}"]) == 2
+    assert "there are no others" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["peft", "gguf-lora"])

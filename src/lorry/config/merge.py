@@ -102,6 +102,7 @@ INSTEAD = {
     "dtype": "leave it out: they are stored in float32",
     "adapter": "name the folder of one, RUN/NAME",
     "weight": "give weights=[...]",
+    "onto": "merge one into its base",
 }
 FOLD_FIELDS = tuple(INSTEAD)
 
@@ -133,6 +134,13 @@ class MergeSettings(SettingsGroup):
         "dtype to store; auto: that of the base model; float32 keeps the adapter exactly",
     )
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
+    onto: Literal["trained", "original"] = config_field(
+        "trained",
+        (
+            "which weights, where the run's base was held in 4 or 8 bits: trained, the values that the adapter "
+            "was trained over; original, those of the base's files, with the loss of both on data"
+        ),
+    )
     weight: float = config_field(
         1.0,
         (
@@ -185,6 +193,15 @@ class MergeSettings(SettingsGroup):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> MergeSettings:
         # by value, not by whether it was written: a description that was dumped has every field
+        if not self.several and self.onto == "original":
+            if self.data.path is None:
+                raise ValueError(
+                    "onto=original needs rows on which to compare both bases: the adapter never saw the "
+                    "original weights; give data=FILE"
+                )
+            if odd := first_changed(self, ADAPTER_FIELDS):
+                raise ValueError(f"{odd} is for merging several adapters: name more")
+            return self
         if not self.several:
             if odd := self._given_data() or first_changed(self, ADAPTER_FIELDS):
                 raise ValueError(

@@ -85,6 +85,11 @@ class ModelConfig(SettingsGroup):
         False,
         "read an adapter whose pissa or olora initialisation changed its base, as if this were that base before",
     )
+    other_base: bool = config_field(
+        False,
+        "read adapters over another base than they were trained on: other weights, or held otherwise; quantize=null "
+        "holds it as its files are",
+    )
     chat_template_path: PathText | None = config_field(
         None, "Jinja file used instead of the tokenizer's chat template"
     )

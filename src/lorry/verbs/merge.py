@@ -9,17 +9,28 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorry.config.evaluation import EvalSettings
 from lorry.config.merge import MergeSettings
 from lorry.config.schema import ModelConfig
 from lorry.disk.integrity import file_digest
+from lorry.errors import ConfigError
+from lorry.formatting import format_count
 from lorry.verbs.checks import probe
 from lorry.verbs.checks.logit_check import LogitsBeforeMerge
+from lorry.verbs.eval import encode_eval_rows, open_eval_source
 from lorry.verbs.merge_adapters import merge_several
-from lorry.verbs.open_model import open_to_write, print_note, resolve_adapter_name
+from lorry.verbs.open_model import (
+    open_to_write,
+    open_with_adapters,
+    print_note,
+    resolve_adapter_name,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from lorry.adapters.mix import Mix
+    from lorry.evaluate.rows import EvalRows
     from lorry.models.loading.open import OpenedModel
 
 MERGE_RECORD_FILE = "lorry_merge.json"
@@ -31,6 +42,8 @@ def main(settings: MergeSettings) -> int:
 
     if settings.several:
         return merge_several(settings)
+    if settings.onto == "original":
+        return merge_onto_original(settings)
     stored = stored_dtype(settings.run)
     opened = open_to_write(
         ModelConfig.model_validate(
@@ -46,6 +59,55 @@ def main(settings: MergeSettings) -> int:
     )
     print(settings.output_dir)
     return 0
+
+
+def merge_onto_original(settings: MergeSettings) -> int:
+    """Merge onto the weights of the base's files, which the adapter was not trained over; tell the loss on
+    the given rows of the adapter over what it was trained over, and of what was written. Raises
+    ConfigError where there are no two bases."""
+    from lorry.adapters.mix import Mix
+    from lorry.models.loading.describe import has_packed_matrices
+    from lorry.models.loading.open import stored_dtype
+    from lorry.models.loading.reopen import free_model_memory
+
+    stored = stored_dtype(settings.run)
+    computed = probe.logits_dtype_name(settings.run, stored)
+    model = {"name": settings.run, "dtype": computed}
+    trained = open_with_adapters(ModelConfig.model_validate(model))
+    name = resolve_adapter_name(trained, settings.adapter, settings.run)
+    held = trained.source["quantize"]
+    if held is None or has_packed_matrices(Path(trained.source["path"])):
+        raise ConfigError(
+            f"onto=original: {settings.run} was trained over {'' if held is None else 'packed '}weights that its "
+            "base's files hold, and there are no others; leave onto out"
+        )
+    evaluation = EvalSettings.model_validate(
+        {"model": {"name": settings.run}, "data": settings.data.model_dump()}
+    )
+    rows = encode_eval_rows(evaluation, trained, open_eval_source(evaluation))
+    mix = Mix.constants({name: settings.weight}) if settings.weight else Mix.none()
+    losses = [mean_loss(trained, rows, mix, evaluation.batch_size)]
+    free_model_memory(trained.model)
+    opened = open_with_adapters(ModelConfig.model_validate({**model, "other_base": True}))
+    dtype = stored if settings.dtype == "auto" else settings.dtype
+    write_merged(opened, {name: settings.weight}, settings.output_dir, dtype)
+    written = open_with_adapters(
+        ModelConfig.model_validate({"name": str(settings.output_dir), "dtype": computed})
+    )
+    losses.append(mean_loss(written, rows, Mix.none(), evaluation.batch_size))
+    print_note(
+        f"loss on {format_count(len(rows.rows), 'row')} of {settings.data.path}: {losses[0]:.4f} over the base "
+        f"held in {held}, as trained; {losses[1]:.4f} merged onto the original weights ({losses[1] - losses[0]:+.4f})"
+    )
+    print(settings.output_dir)
+    return 0
+
+
+def mean_loss(opened: OpenedModel, rows: EvalRows, mix: Mix, batch_rows: int) -> float:
+    """Nats a supervised token."""
+    from lorry.evaluate.rows import evaluate_rows
+
+    return evaluate_rows(opened.model, rows, mix, batch_rows=batch_rows).metrics["loss"]
 
 
 def write_merged(

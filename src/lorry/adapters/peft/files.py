@@ -665,7 +665,7 @@ def _check_base(model: nn.Module, folder: Path) -> None:
             f"{folder / ADAPTER_FACTS}: this adapter was trained on a base held in "
             f"{trained_format or 'its full dtype'}, and this one is held in "
             f"{here.name if here is not None else 'its full dtype'}, with other values; open it with {asked} "
-            "(in Python, other_base=True accepts the difference)"
+            "(other_base=true accepts the difference)"
         )
     saved_digest = facts.get("base_digest")
     if saved_digest is not None and saved_digest != base_digest(model):
@@ -673,7 +673,7 @@ def _check_base(model: nn.Module, folder: Path) -> None:
             f"{folder / ADAPTER_FACTS}: this adapter was trained on other base "
             "weights than this model's; load it on its own base model, "
             f"{read_adapter_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} "
-            "(in Python, other_base=True accepts the difference)"
+            "(other_base=true accepts the difference)"
         )
 
 

@@ -94,16 +94,17 @@ def load_model(
     shard: Sharder | None = None,
     convert: ModelConverter | None = None,
     quantize: str | None = None,
+    as_trained: bool = True,
     add_note: NoteCallback,
 ) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
     implementation; ``ranks``: those that share it, all of which call this together and get a part
     each; ``shard``: cuts its weights over the ranks of a run, which all load it then; ``convert``:
     takes the decoder for another implementation of its layers, on all of them too; ``quantize``: nf4,
-    fp4 or int8, in which matrices of linears are held (an adapter has it of the base it was trained
-    on). ``add_note`` hears what a person should know. Raises ModelError when anything does not fit,
-    ConfigError for an unknown dtype or device, and for a model that ranks cannot share or ``convert``
-    cannot take.
+    fp4 or int8, in which matrices of linears are held, or keep; None of it means as the base of the
+    adapter that was named was held (``as_trained``), else as the files are. ``add_note`` hears what a
+    person should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype
+    or device, and for a model that ranks cannot share or ``convert`` cannot take.
     """
     location = resolve_model(
         str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, add_note=add_note
@@ -123,6 +124,11 @@ def load_model(
         packed=True,
         add_note=add_note,
     )
+    if quantize is None and as_trained and location.adapter is not None:
+        quantize = trained_quantization(location.adapter)
+        # the converted base is the same one, bit for bit, where the GGUF file is not at hand
+        if quantize == KEEP and location.file is None:
+            quantize = None
     quantization = _pick_quantization(quantize, location, description.packed_as)
     if quantization is not None:
         _refuse_cut_matrices(quantization, ranks, shard, convert)
@@ -332,12 +338,10 @@ def _adapter_facts(adapter: Path) -> list[dict[str, Any]]:
 
 
 def _pick_quantization(
-    quantize: str | None, location: ModelLocation, packed_as: PackedFormat | None
+    name: str | None, location: ModelLocation, packed_as: PackedFormat | None
 ) -> Quantization | None:
-    """How matrices are held: as the files have them packed, as was asked for, or as an adapter's base had
-    them. Raises ConfigError for an unknown name, and for another format than the files'."""
-    adapter = location.adapter
-    name = trained_quantization(adapter) if quantize is None and adapter is not None else quantize
+    """How matrices are held: as the files have them packed, or as was asked for. Raises ConfigError for
+    an unknown name, and for another format than the files'."""
     if name is not None and name not in (*QUANTIZATIONS, KEEP):
         raise ConfigError(f"quantize={name!r}; choose {', '.join((*QUANTIZATIONS, KEEP))}")
     if packed_as is not None:
@@ -350,8 +354,6 @@ def _pick_quantization(
         )
     if name == KEEP and location.file is not None:
         return KEPT_GGUF
-    if name == KEEP and quantize is None:
-        return None  # an adapter's base is whole here: the same one, bit for bit
     if name == KEEP:
         raise ConfigError(
             f"model.quantize={KEEP}: the matrices of {location.directory} are whole; choose "

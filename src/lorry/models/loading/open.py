@@ -5,7 +5,7 @@ folder of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +22,17 @@ from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
+from lorry.models.loading.describe import read_model_json
 from lorry.models.loading.load import load_model, trained_dtype, trained_quantization
 from lorry.models.loading.sources import resolve_model
-from lorry.models.loading.tensor_files import read_tensor_entries, stored_float_dtype
+from lorry.models.loading.tensor_files import (
+    TensorEntry,
+    read_tensor_entries,
+    stored_float_dtype,
+)
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
+from lorry.models.packed.formats import find_packing, packed_format
+from lorry.models.packed.reading import PackedCheckpoint
 from lorry.notes import NoteCallback, ignore_note
 from lorry.runs.layout import (
     ADAPTER_CONFIG,
@@ -82,7 +89,7 @@ def open_model(
         raise ConfigError(
             "model.quantize=auto is chosen by a run's memory_budget; give nf4, fp4, int8, or null"
         )
-    if quantize is None and adapter_paths and adapter_paths[0].is_dir():
+    if quantize is None and not config.other_base and adapter_paths and adapter_paths[0].is_dir():
         quantize = trained_quantization(adapter_paths[0])
     loaded = load_model(
         config.name,
@@ -95,6 +102,7 @@ def open_model(
         shard=shard,
         convert=convert,
         quantize=quantize,
+        as_trained=not config.other_base,
         add_note=add_note,
     )
     paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []
@@ -115,14 +123,19 @@ def open_model(
                 f"({', '.join(f.name for f in folders)}); name the folder of one"
             )
         for folder in folders:
-            load_start(loaded.model, folder)
+            load_start(loaded.model, folder, other_base=config.other_base)
         return OpenedModel(loaded.model, tokenizer, loaded.source, [])
     # a mixture is trained by nobody once it is there: its experts hold no memory for gradients
     trainable = not _mixtures(paths)
     for path in folders:
         name = pick_adapter_name(path, names)
         load_adapter(
-            loaded.model, path, name, trainable=trainable, convert_init=config.convert_init
+            loaded.model,
+            path,
+            name,
+            trainable=trainable,
+            other_base=config.other_base,
+            convert_init=config.convert_init,
         )
         names.append(name)
     if (mixture := _open_mixture(loaded.model, paths, folders, names, add_note)) is not None:
@@ -233,6 +246,10 @@ def stored_dtype(name: str) -> str:
     float32 where several are mixed, since it holds them all. Raises ModelError when there is no
     such model.
     """
-    entries = read_tensor_entries(resolve_model(name, add_note=ignore_note).directory)
+    directory = resolve_model(name, add_note=ignore_note).directory
+    entries: Mapping[str, TensorEntry] = read_tensor_entries(directory)
+    if (stated := find_packing(read_model_json(directory / "config.json"))) is not None:
+        # scales of packed matrices have formats of their own
+        entries = PackedCheckpoint(packed_format(stated, str(directory))).join(entries)
     dtype = str(stored_float_dtype(entries)).removeprefix("torch.")
     return dtype if dtype in ("bfloat16", "float16") else "float32"
