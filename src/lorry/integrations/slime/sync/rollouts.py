@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from lorry.errors import ContractError
 from lorry.generation.request import Completion
 from lorry.integrations.rollout.proofs import GreedyProbe
@@ -50,16 +52,18 @@ def compare_rollout(
 def _pick_rows(data: Mapping[str, Any]) -> list[RolloutRow]:
     """The rows with the shortest prompts, of those whose log-probabilities are whole (with context
     parallelism a rank has a part)."""
+    tokens, values = data["tokens"], data["rollout_log_probs"]
+    lengths = [int(length) for length in data["response_lengths"]]
+    prompts = [len(ids) - length for ids, length in zip(tokens, lengths, strict=True)]
+    whole = [n for n, start in enumerate(prompts) if start and 0 < lengths[n] == len(values[n])]
     rows = []
-    for tokens, length, values in zip(
-        data["tokens"], data["response_lengths"], data["rollout_log_probs"], strict=True
-    ):
-        if 0 < length == len(values) < len(tokens):
-            ids, most = [int(token) for token in tokens], min(int(length), MOST_TOKENS)
-            start = len(ids) - int(length)
-            said = [float(value) for value in values[:most]]
-            rows.append(RolloutRow(ids[:start], ids[start : start + most], said))
-    return sorted(rows, key=lambda row: len(row.prompt))[:MOST_ROWS]
+    for n in sorted(whole, key=prompts.__getitem__)[:MOST_ROWS]:
+        start, stop = prompts[n], prompts[n] + min(lengths[n], MOST_TOKENS)
+        # one transfer each: they lie on the GPU
+        ids = torch.as_tensor(tokens[n][:stop]).tolist()
+        said = torch.as_tensor(values[n][: stop - start]).tolist()
+        rows.append(RolloutRow(ids[:start], ids[start:], said))
+    return rows
 
 
 def check_kept_rollout(args: Any, model: Sequence[Any], rollout_id: int) -> None:
