@@ -156,6 +156,11 @@ def test_several_files() -> None:
             "lora.modules_to_save=['lm_head'] is not supported yet",
         ),
         (["optim=adafactor"], "optim=adafactor is not supported yet"),
+        (
+            ["backend=megatron", "backend.pipeline_parallel=2"],
+            "backend.pipeline_parallel=2 is not supported yet; nearest: tensor_parallel=N",
+        ),
+        (["deepspeed=z3.json"], "deepspeed=z3.json is not supported yet; nearest: backend=fsdp"),
         (["r", "=", "8"], "r: unexpected word; settings are key=value without spaces"),
         (["-r", "8"], "-r: not an option"),
         (["--r"], "--r: a value is missing"),

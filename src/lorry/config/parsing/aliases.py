@@ -487,6 +487,14 @@ _UNLEARN_SETTINGS = (
     "anchor",
     "reference",
 )
+# of some of these, what there is in their place
+NEAREST_SETTINGS: dict[str, str] = {
+    "pipeline_parallel": "tensor_parallel=N (backend=ddp, fsdp or megatron) or backend=fsdp",
+    **dict.fromkeys(["fsdp", "fsdp_config", "deepspeed"], "backend=fsdp processes=N"),
+    "megatron_config": "backend=megatron",
+    **dict.fromkeys(["logging_dir", "mlflow_tracking_uri", "comet_project_name"], "report_to"),
+    **dict.fromkeys(["rewards", "reward_funcs", "reward_model"], "examples/rollout/grpo.py"),
+}
 OTHER_VERB_SETTINGS: dict[str, str] = {
     "teacher": "lorry distill",
     **dict.fromkeys(_UNLEARN_SETTINGS, _UNLEARN),

@@ -16,6 +16,7 @@ from lorry.config.parsing.aliases import (
     ALIAS_RENAMES,
     HOMONYMS,
     IGNORED_ALIASES,
+    NEAREST_SETTINGS,
     OTHER_VERB_SETTINGS,
     UNSUPPORTED_ALIASES,
 )
@@ -220,7 +221,8 @@ def _place_alias(
                     f"{_quote_setting(setting.key, value)} changes nothing: Lorry does so anyway"
                 )
             return []
-        raise ConfigError(f"{_place_of(setting, value)} is not supported yet")
+        nearest = f"; nearest: {NEAREST_SETTINGS[word]}" if word in NEAREST_SETTINGS else ""
+        raise ConfigError(f"{_place_of(setting, value)} is not supported yet{nearest}")
     if word in OTHER_VERB_SETTINGS:
         raise ConfigError(
             f"{setting.where}: {setting.key!r} is a setting of {OTHER_VERB_SETTINGS[word]}"

@@ -55,7 +55,7 @@ def _pick_rows(data: Mapping[str, Any]) -> list[RolloutRow]:
     tokens, values = data["tokens"], data["rollout_log_probs"]
     lengths = [int(length) for length in data["response_lengths"]]
     prompts = [len(ids) - length for ids, length in zip(tokens, lengths, strict=True)]
-    whole = [n for n, start in enumerate(prompts) if start and 0 < lengths[n] == len(values[n])]
+    whole = [n for n, start in enumerate(prompts) if start > 0 and 0 < lengths[n] == len(values[n])]
     rows = []
     for n in sorted(whole, key=prompts.__getitem__)[:MOST_ROWS]:
         start, stop = prompts[n], prompts[n] + min(lengths[n], MOST_TOKENS)
