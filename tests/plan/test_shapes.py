@@ -88,6 +88,7 @@ def test_experts_that_a_token_visits() -> None:
         {"target_modules": ["lm_head", "embed"]},
         {"target_modules": r".*\.1\..*(proj|dense|c_fc)"},
         {"use_dora": True},
+        {"lora_B_bias": True},
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ from lorry.adapters.product import (
     Linears,
     LowRankFunction,
     PartParams,
+    SlotBias,
     SlotShare,
     StackedAdapters,
     TermParams,
@@ -56,7 +57,7 @@ StackEntry = tuple[tuple[object, ...], ComputeCopies]
 class AdapterSlot:
     """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat
     buffer), scale and dropout; ``slices``: how the module, and with it one of the two, is cut over
-    ranks; ``magnitude`` [O]: of a DoRA adapter.
+    ranks; ``magnitude`` [O]: of a DoRA adapter; ``bias`` [O]: beside B (`lora_bias`).
 
     `LinearGroup` makes the compute copies from them. ``initial``: frozen A0 [R,I] and B0 [O,R], whose
     scaled product is taken off (an initialisation at which the adapter is not zero).
@@ -70,6 +71,7 @@ class AdapterSlot:
     slices: LayerSlices | None = None
     initial: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     magnitude: nn.Parameter | None = None
+    bias: nn.Parameter | None = None
     # whether it waits for tokens that invoke it (`variants.alora`)
     waits: bool = False
     # AdaLoRA's factor of each rank [R,1]
@@ -89,7 +91,7 @@ class AdapterSlot:
         """Changes whenever a master may have changed."""
         # data_ptr too: `AdapterBank.to` gives the masters other memory without a write
         stamp = (self.write_count, self.A._version, self.B._version, self.A.data_ptr())
-        others = [one for one in (self.magnitude, self.E) if one is not None]
+        others = [one for one in (self.magnitude, self.bias, self.E) if one is not None]
         return (*stamp, *(one._version for one in others)) if others else stamp
 
     @property
@@ -574,8 +576,11 @@ class LinearGroup:
             # waste
             tokens, term_rows = align_rows(first.rows)
         masters = [slot for _, _, slot in slots]
-        vectors = [j for j, slot in enumerate(masters) if slot.magnitude is not None]
-        if vectors:
+        # a DoRA has a magnitude at each, any other adapter a bias or nothing
+        scaled = masters[0].magnitude is not None
+        own = [(j, s.magnitude if scaled else s.bias) for j, s in enumerate(masters)]
+        vectors = [(j, vector) for j, vector in own if vector is not None]
+        if scaled:
             for i, _, _ in slots:
                 self.linears[i].refuse_mixed_magnitude(call, first)
             # biases may: a magnitude leaves them as they are
@@ -592,14 +597,15 @@ class LinearGroup:
                 partial(_touch_slots, masters),
                 term_rows,
                 routed,
-                vectors,
+                [j for j, _ in vectors],
+                scaled,
             )
         )
         terms.append(
             TermParams(
                 tuple(PartParams(slot.lora_A, slot.B) for slot in masters),
                 torch.stack(gates, 1) if gates else None,
-                tuple(masters[j].magnitude for j in vectors),
+                tuple(vector for _, vector in vectors),
             )
         )
 
@@ -640,6 +646,8 @@ class LinearGroup:
             )
             cache[key] = entry = (stamp, copies)
         copies = entry[1]
+        if any(slot.bias is not None for _, _, slot in slots):
+            copies = replace(copies, biases=_slot_biases(slots, dtype, constants, columns))
         if several or constants[0] == 1.0:
             return copies
         parts = [replace(p, scale=p.scale * constants[0]) for p in copies.parts]
@@ -705,6 +713,22 @@ class LinearGroup:
         if by_rank:
             rank_scales = torch.tensor(scales, dtype=dtype).repeat_interleave(ranks).to(a.device)
         return ComputeCopies(a, parts, shares, wanted, rank_scales)
+
+
+def _slot_biases(
+    slots: Sequence[tuple[int, int, AdapterSlot]],
+    dtype: torch.dtype,
+    constants: Sequence[float],
+    columns: Sequence[int] | None,
+) -> list[SlotBias]:
+    """Of those of the slots that have one, in their order; as `LinearGroup._compute_copies` has them."""
+    biases = list[SlotBias]()
+    for j, (i, k, slot) in enumerate(slots):
+        if slot.bias is not None:
+            scale = slot.scale * constants[k]
+            values = (slot.bias.detach() * scale).to(dtype)
+            biases.append(SlotBias(i, values, scale, None if columns is None else columns[j]))
+    return biases
 
 
 def _share_rows(one: slice | None, other: slice | None) -> bool:

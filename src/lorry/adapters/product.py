@@ -68,13 +68,24 @@ class SlotShare:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotBias:
+    """One adapter's bias at a linear: ``values`` [O], ``scale`` times the master; ``column``: of the
+    gates that multiplies it, None where nothing does."""
+
+    layer: int
+    values: Tensor
+    scale: float
+    column: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeCopies:
     """The copies of masters that products read, and what of a stack hangs on nothing but the adapters.
 
     lora_A [S,I]: the stacked copies; ``slots``: whose masters are where (None for one ungated adapter,
     whose ``parts`` are that); ``columns`` [S] int64: the column of the gates [tokens, C] that
     multiplies each of its ranks, None where nothing does; ``rank_scales`` [S]: the scale of each rank,
-    None where the parts have it in theirs or in lora_B.
+    None where the parts have it in theirs or in lora_B; ``biases``: of the slots that have one.
     """
 
     lora_A: Tensor
@@ -82,6 +93,7 @@ class ComputeCopies:
     slots: Sequence[SlotShare] | None = None
     columns: Tensor | None = None
     rank_scales: Tensor | None = None
+    biases: Sequence[SlotBias] = ()
 
 
 @dataclass(slots=True)
@@ -91,7 +103,7 @@ class StackedAdapters:
 
     ``tokens``: which rows of x; ``term_rows``: which of those the term is for, where a few more are
     taken along; ``routed``: whether its gates are the router's; ``vectors``: which of the slots have a
-    vector [O] beside A and B, a magnitude. ``mark_stale`` is called when
+    vector [O] beside A and B, all of them a magnitude (``scaled``), or a bias. ``mark_stale`` is called when
     gradients for the masters are made: they are about to change. ``make_copies`` is called when a
     product first asks for them: where whole MLPs run in place of a product, none does.
     """
@@ -104,6 +116,7 @@ class StackedAdapters:
     term_rows: slice | None = None
     routed: bool = False
     vectors: Sequence[int] = ()
+    scaled: bool = False
     made_copies: ComputeCopies | None = field(default=None, init=False, repr=False)
 
     @property
@@ -445,20 +458,48 @@ class LinearProducts:
     @property
     def scaled(self) -> list[bool]:
         """Of each linear, whether a DoRA term is there: its backward needs the output."""
-        on = {part.layer for stack in self.stacks if stack.vectors for part in stack.parts}
+        on = {part.layer for stack in self.stacks if stack.scaled for part in stack.parts}
         return [i in on for i in range(len(self.layers))]
 
     def _finish(self, ys: list[Tensor]) -> list[Tensor]:
         """Every y [T,O], with the magnitudes of its terms; where a rank has made its columns' part of it
         alone, the sum over ranks."""
-        for stack in self.stacks:
-            if stack.vectors:
+        for stack, gate in zip(self.stacks, self.gates, strict=True):
+            if stack.scaled:
                 for part in stack.parts:
                     assert part.output_scale is not None
                     part.output_scale.scale_output(stack.own_rows(ys[part.layer]))
+            elif stack.vectors and self._adds_biases:
+                for bias in stack.copies.biases:
+                    rows = stack.own_rows(ys[bias.layer])
+                    if gate is None or bias.column is None:
+                        rows += bias.values
+                    else:
+                        rows.addr_(gate[:, bias.column].to(rows.dtype), bias.values)
         for y in ys:
             self._add_up("output", y)
         return ys
+
+    @property
+    def _adds_biases(self) -> bool:
+        """Whether this process adds them: of a sum over ranks one alone."""
+        cut = self.slices
+        return cut is None or cut.columns is None or cut.ranks.rank == 0
+
+    def _bias_gradients(
+        self, stack: StackedAdapters, grads: Sequence[Tensor], gate: Tensor | None
+    ) -> list[Tensor]:
+        """fp32 at least, of the biases of a stack, from those of the ys."""
+        gradients = []
+        for bias in stack.copies.biases:
+            g = stack.own_rows(grads[bias.layer])
+            wide = torch.promote_types(g.dtype, torch.float32)
+            if gate is None or bias.column is None:
+                total = g.sum(0, dtype=wide)
+            else:
+                total = torch.mv(g.t(), gate[:, bias.column].to(g.dtype)).to(wide)
+            gradients.append(total * bias.scale)
+        return gradients
 
     def _add_up(
         self, what: Literal["output", "input gradient"], part: Tensor, *, of_terms: bool = False
@@ -482,7 +523,7 @@ class LinearProducts:
         needs. ``outputs``: the ys, of those that are ``scaled``.
         """
         dx = None
-        if any(stack.vectors for stack in self.stacks):
+        if any(stack.scaled for stack in self.stacks):
             grads = self._through_magnitudes(grads, outputs)
         for layer, g in zip(self.layers, grads, strict=True):
             dx = layer.backward(g, dx) if needed else None
@@ -522,7 +563,7 @@ class LinearProducts:
         self.vector_grads = []
         for stack in self.stacks:
             self.vector_grads.append([])
-            for part in stack.parts if stack.vectors else ():
+            for part in stack.parts if stack.scaled else ():
                 g, y, scale = grads[part.layer].contiguous(), outputs[part.layer], part.output_scale
                 assert y is not None
                 assert scale is not None
@@ -540,7 +581,7 @@ class LinearProducts:
     def _dead_row_gradients(self, x: Tensor, grads: Sequence[Tensor]) -> None:
         """Of magnitudes that are 0: their outputs say nothing of what they scale, which is made again."""
         for k, (stack, h) in enumerate(zip(self.stacks, self.down_outputs, strict=True)):
-            for j, part in enumerate(stack.parts if stack.vectors else ()):
+            for j, part in enumerate(stack.parts if stack.scaled else ()):
                 scale, layer = part.output_scale, self.layers[part.layer]
                 assert scale is not None
                 assert isinstance(layer, MatrixProduct)
@@ -608,12 +649,22 @@ class LinearProducts:
                     )
                 )
             dgate = stack.gate_gradient(h, raw, gate) if gate is not None and need.gate else None
+            if dgate is not None and stack.vectors and self._adds_biases:
+                for bias in stack.copies.biases:
+                    through = stack.own_rows(grads[bias.layer]) @ bias.values
+                    dgate[:, bias.column] += through.to(dgate.dtype)
             # of a cut linear: a sum over its rows, or with a partial sum of A x, either way a part
             if dgate is not None and self.slices is not None and not self.slices.sums_ranks:
                 self.slices.ranks.add_up(dgate)
+            own_vectors = list[Tensor]()
+            if any(need.vectors):
+                own_vectors = (
+                    self.vector_grads[k]
+                    if stack.scaled
+                    else self._bias_gradients(stack, grads, gate)
+                )
             vectors = tuple(
-                self.vector_grads[k][j].float() if wanted else None
-                for j, wanted in enumerate(need.vectors)
+                own_vectors[j].float() if wanted else None for j, wanted in enumerate(need.vectors)
             )
             out.append(TermParams(tuple(parts), dgate, vectors))
         return out

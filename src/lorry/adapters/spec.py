@@ -42,7 +42,8 @@ class LoraSpec:
     corda, lora_ga, eva, loftq, orthogonal: from the base or from rows
     (`adapters.initialization`). rho: how many times its rank EVA may give a module. keep_residual: save
     A and B without what pissa or olora took off the base. use_dora: a magnitude for every output
-    feature beside A and B (arXiv 2402.09353, `variants.magnitude`). train: the halves that train, "B" alone as in
+    feature beside A and B (arXiv 2402.09353, `variants.magnitude`). lora_bias: a bias beside every B, scaled
+    with it. train: the halves that train, "B" alone as in
     LoRA-FA; the other one keeps its first values, without memory for gradients or moments.
     alora_invocation_tokens: token ids from whose last occurrence in a sequence on the adapter counts
     (`variants.alora`). adalora:
@@ -64,6 +65,7 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     use_dora: bool = False
+    lora_bias: bool = False
     train: tuple[Side, ...] = SIDES
     alora_invocation_tokens: tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] | None = None
@@ -141,9 +143,17 @@ class LoraSpec:
         # a text is true to Python, also "false"
         self._settle_halves()
         self._check_invocation()
-        for name in ("use_rslora", "use_dora"):
+        for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError(
+                "lora_bias does not go with use_dora: PEFT has no such adapter; give one"
+            )
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"lora_bias does not go with init_lora_weights={self.init_lora_weights}; leave one out"
+            )
         if isinstance(self.adalora, Mapping):
             object.__setattr__(self, "adalora", AdaLoraSettings(**self.adalora))
         if self.adalora is not None:
@@ -165,6 +175,7 @@ class LoraSpec:
         object.__setattr__(self, "alora_invocation_tokens", tuple(tokens))
         for name, given in (
             ("use_dora", self.use_dora),
+            ("lora_bias", self.lora_bias),
             ("adalora", self.adalora is not None),
             ("modules_to_save", self.modules_to_save),
             ("trainable_token_indices", self.trainable_token_indices is not None),

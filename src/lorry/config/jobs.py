@@ -108,6 +108,7 @@ SHORT_LABELS = {
     "init_lora_weights": "init",
     "use_rslora": "rslora",
     "use_dora": "dora",
+    "lora_B_bias": "bias",
     "path": "",
     "data": "",
 }

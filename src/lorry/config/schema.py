@@ -137,6 +137,10 @@ class LoraConfig(SettingsGroup):
     exclude_modules: str | list[str] | None = config_field(None, "names or a regex to leave out")
     use_rslora: bool = config_field(False, "scale by lora_alpha / sqrt(r)")
     use_dora: bool = config_field(False, "DoRA: a trained magnitude for every output feature")
+    # PEFT's lora_bias, which scripts use for PEFT's bias (`ALIAS_READERS`)
+    lora_B_bias: bool = config_field(
+        False, "a trained bias beside every lora_B; also lora_bias=true"
+    )
     init_lora_weights: bool | InitializationName = config_field(
         True,
         (

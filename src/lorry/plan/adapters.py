@@ -22,7 +22,7 @@ class AdaptedMatrix:
     """One adapted matrix: A is rank x inputs, B outputs x rank. ``layer`` is None for the head and
     the embedding. Of fused experts all of a layer's: ``experts`` of them, of which a token passes
     ``active``; ``router``: that of such, which is adapted only where it is named. ``magnitude``:
-    with one for every output (DoRA).
+    with one for every output (DoRA); ``bias``: beside B.
     """
 
     path: str
@@ -35,11 +35,12 @@ class AdaptedMatrix:
     active: int = 1
     router: bool = False
     magnitude: bool = False
+    bias: bool = False
 
     @property
     def parameters(self) -> int:
         low_rank = self.experts * self.rank * (self.inputs + self.outputs)
-        return low_rank + self.outputs * self.magnitude
+        return low_rank + self.outputs * (self.magnitude + self.bias)
 
     @property
     def passed(self) -> int:
@@ -156,7 +157,7 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
         chosen = [s for s in chosen if s.layer in wanted]
     if not chosen:
         raise ConfigError("lora.target_modules and lora.exclude_modules leave no layer")
-    chosen = [replace(s, magnitude=lora.use_dora) for s in chosen]
+    chosen = [replace(s, magnitude=lora.use_dora, bias=lora.lora_B_bias) for s in chosen]
     return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
 
 

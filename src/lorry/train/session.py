@@ -567,9 +567,13 @@ def _row_accounting(jobs: PreparedJobs) -> str:
 def lora_spec_of(lora: LoraConfig) -> LoraSpec:
     """The bank's spec from the run's settings."""
     adalora = lora.adalora
-    others = {"adapter_name", "bias", "init_rows", *ADALORA_FIELDS}
+    others = {"adapter_name", "bias", "init_rows", "lora_B_bias", *ADALORA_FIELDS}
     plain: dict[str, Any] = lora.model_dump(exclude=others)
-    return LoraSpec(**plain, adalora=None if adalora is None else AdaLoraSettings(**adalora))
+    return LoraSpec(
+        **plain,
+        lora_bias=lora.lora_B_bias,
+        adalora=None if adalora is None else AdaLoraSettings(**adalora),
+    )
 
 
 def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) -> str:

@@ -74,6 +74,7 @@ READ_KEYS = frozenset(
         "exclude_modules",
         "use_rslora",
         "use_dora",
+        "lora_bias",
         "init_lora_weights",
         "rank_pattern",
         "alpha_pattern",
@@ -94,9 +95,7 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # of these the same base gives the same product again
 REPEATABLE_INITS = ("pissa", "olora")
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
-REFUSAL_REASONS = {
-    "lora_bias": "a bias beside every lora_B, which the plain low-rank sum lacks",
-}
+REFUSAL_REASONS: Mapping[str, str] = {}
 
 
 def read_adapter_json(file: Path) -> dict[str, Any]:
@@ -138,6 +137,7 @@ def parse_peft_config(
             config.get("init_lora_weights", True), where, convert=convert_init
         ),
         "use_dora": _read_bool(config, "use_dora", where),
+        "lora_bias": _read_bool(config, "lora_bias", where),
         "target_modules": _read_names(config, "target_modules", where),
         "exclude_modules": _read_names(config, "exclude_modules", where),
         "layers_to_transform": _read_layers(config, where),
@@ -275,6 +275,8 @@ def to_peft_config(
         config["trainable_token_indices"] = {name: list(ids) for name, ids in asked.items()}
     elif asked is not None:
         config["trainable_token_indices"] = list(asked)
+    if spec.lora_bias:
+        config["lora_bias"] = True
     if spec.ensure_weight_tying:
         config["ensure_weight_tying"] = True
     if spec.alora_invocation_tokens:

@@ -11,10 +11,18 @@ from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.adalora import adalora_starts
 from lorry.adapters.variants.dora import magnitudes
+from lorry.adapters.variants.lora_bias import lora_biases
 from lorry.adapters.variants.parameters import FurtherStart, Variant
 from lorry.adapters.variants.starts import biases, saved_modules, token_rows
 
-VARIANTS: tuple[Variant, ...] = (magnitudes, adalora_starts, biases, token_rows, saved_modules)
+VARIANTS: tuple[Variant, ...] = (
+    magnitudes,
+    lora_biases,
+    adalora_starts,
+    biases,
+    token_rows,
+    saved_modules,
+)
 
 
 def further_starts(

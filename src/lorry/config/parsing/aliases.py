@@ -194,14 +194,10 @@ def _bits(value: Any) -> tuple[str, Any] | None:
 
 def _lora_bias(value: Any) -> tuple[str, Any] | None:
     """Scripts' `lora_bias` is a word and means PEFT's `bias`; PEFT's own `lora_bias` is a switch
-    and another thing.
+    and another thing, a bias beside every lora_B.
     """
     if value is True:
-        raise ValueError(
-            "is true: in PEFT that trains a bias beside every lora_B, which is not "
-            "built yet; leave it out (bias, which trains biases of the base model, "
-            "is another setting)"
-        )
+        return "lora.lora_B_bias", True
     return None if value is False or value is None else ("lora.bias", value)
 
 
