@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-variants bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -116,6 +116,11 @@ bench-unlearn: bench-setup
 # A mixture of K=4 experts against one adapter, PEFT's Arrow and X-LoRA: some twenty minutes on one core.
 bench-experts: bench-setup
 	$(BIN)/python benchmarks/experts.py
+
+# A base in 4 and 8 bits against bfloat16, and PEFT with bitsandbytes.
+bench-variants: bench-setup
+	$(BIN)/python benchmarks/variants.py
+	$(BIN)/python benchmarks/variants.py --shape 1b --rounds 1
 
 # TOFU's suite against padded transformers: some ten minutes on one core.
 bench-suite: bench-setup

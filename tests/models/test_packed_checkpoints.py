@@ -320,6 +320,15 @@ def test_a_run_over_a_packed_checkpoint(
         assert cli.main(["export", str(run), f"to={to}", f"output_dir={tmp_path / to}"]) == 0
 
 
+def test_packed_weights_do_not_train(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tinyrun.write_rows(tmp_path / "rows.jsonl", tinyrun.rows(4))
+    words = [f"model={models / 'gptq'}", f"data={rows}", "lora=null", "max_steps=1"]
+    assert cli.main(["sft", *words, f"output_dir={tmp_path / 'run'}"]) == 2
+    assert "holds its matrices packed, and packed weights cannot train" in capsys.readouterr().err
+
+
 # --- bitsandbytes itself
 
 

@@ -39,7 +39,7 @@ from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
 from lorry.config import RunConfig, dump_settings, runs_by_adapter
 from lorry.config.adapter.adalora import AdaLoraSettings
-from lorry.config.schema import ADALORA_FIELDS, DataConfig, LoraConfig, TrainConfig
+from lorry.config.schema import ADALORA_FIELDS, DataConfig, LoraConfig, ModelConfig, TrainConfig
 from lorry.data.prepare import EncodedRows, PreparedData, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.errors import ConfigError, ContractError, DataError, explain_out_of_memory
@@ -49,8 +49,10 @@ from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
+from lorry.models.loading.describe import has_packed_matrices
 from lorry.models.loading.open import OpenedModel, open_model, refuse_mixture
-from lorry.notes import NoteCallback
+from lorry.models.loading.sources import resolve_model
+from lorry.notes import NoteCallback, ignore_note
 from lorry.plan.constants import MIN_BATCH_TOKENS
 from lorry.runs import ownership
 from lorry.runs.layout import (
@@ -254,6 +256,8 @@ def open_base(
             f"lora=null with backend.tensor_parallel={ranks.size}: base weights train where each "
             "process has whole ones; leave tensor_parallel out, or train an adapter"
         )
+    if run.lora is None:
+        _refuse_packed_files(run.model)
     opened = open_model(
         run.model,
         add_note,
@@ -574,6 +578,16 @@ def lora_spec_of(lora: LoraConfig) -> LoraSpec:
         lora_bias=lora.lora_B_bias,
         adalora=None if adalora is None else AdaLoraSettings(**adalora),
     )
+
+
+def _refuse_packed_files(model: ModelConfig) -> None:
+    """Raises ConfigError for a base whose own weights should train and are packed in its files."""
+    directory = resolve_model(model.name, revision=model.revision, add_note=ignore_note).directory
+    if has_packed_matrices(directory):
+        raise ConfigError(
+            f"lora=null: {directory} holds its matrices packed, and packed weights cannot train; give the "
+            "unquantised checkpoint, or train an adapter"
+        )
 
 
 def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) -> str:
