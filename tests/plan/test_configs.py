@@ -82,6 +82,14 @@ def test_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"config.json": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "not JSON"),
         ({"adapter_config.json": {"r": 4}}, "no base_model_name_or_path and r"),
         (
+            {"adapter_config.json": {"peft_type": "VERA", "base_model_name_or_path": "x", "r": 4}},
+            "adapter_config.json: peft_type='VERA': VeRA is left out .* nearest: LoRA of r=1",
+        ),
+        (
+            {"adapter_config.json": {"use_qalora": True, "base_model_name_or_path": "x", "r": 4}},
+            "use_qalora=True: QALoRA is left out",
+        ),
+        (
             {"adapter_config.json": {"base_model_name_or_path": "x/y/z", "r": 4}},
             "no model at 'x/y/z'",
         ),

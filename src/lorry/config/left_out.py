@@ -8,6 +8,7 @@ people's files and settings contain; the rest is named rather than read as somet
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,14 @@ def find_left_out(word: Any) -> LeftOut | None:
         return None
     name = word.lower().replace("-", "_")
     return LEFT_OUT.get(name.removeprefix("use_").removesuffix("_config"))
+
+
+def find_in_adapter(config: Mapping[str, Any]) -> tuple[str, LeftOut] | None:
+    """(key, method) of an adapter_config.json that asks for one that is left out; None of any other."""
+    if method := find_left_out(config.get("peft_type")):
+        return "peft_type", method
+    found = ((key, explain_setting(key, value)) for key, value in config.items())
+    return next(((key, method) for key, method in found if method is not None), None)
 
 
 def explain_setting(word: str, value: Any) -> LeftOut | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lorry.config.left_out import find_in_adapter
 from lorry.disk import documents
 from lorry.errors import ModelError, suggest_nearest
 from lorry.plan.known import KNOWN_CONFIGS
@@ -134,6 +135,11 @@ def _count_values(file: Path) -> int:
 def _adapter_facts(path: Path) -> tuple[str, int]:
     """(base, rank) of an adapter directory. Raises ModelError."""
     adapter = _read_config(path / ADAPTER_CONFIG)
+    if asked := find_in_adapter(adapter):
+        key, method = asked
+        raise ModelError(
+            f"{path / ADAPTER_CONFIG}: {key}={adapter[key]!r:.80}: {method}; {method.file}"
+        )
     # of one that was trained over another, its own settings lie one level down
     own = adapter.get("lora")
     base = adapter.get("base_model_name_or_path")
