@@ -104,6 +104,10 @@ ADALORA_FIELDS = (
 )  # fmt: skip
 
 
+# the bound of r=auto without memory_budget: SmolLM2's adapter is then a fifth of its weights
+AUTO_RANK = 64
+
+
 class LoraConfig(SettingsGroup):
     """the adapter; lora=null means none"""
 
@@ -114,7 +118,12 @@ class LoraConfig(SettingsGroup):
     )
     # far beyond any matrix; twice that is the limit of lora_alpha, which follows from it
     r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = config_field(
-        16, "rank; auto: the largest power of two that fits memory_budget"
+        16, "rank; auto: what the rows ask for (rank_by), at most what fits memory_budget"
+    )
+    rank_by: Literal["data", "memory"] | None = config_field(
+        None,
+        "data: each module's rank by its first gradient and the amount of data, at most r; memory: r alone; "
+        "null: data with r=auto, else memory",
     )
     lora_alpha: PositiveInt | PositiveFloat | None = derived_field(
         "2 x r", "the adapter's update is scaled by lora_alpha / r", le=2**31
@@ -213,6 +222,16 @@ class LoraConfig(SettingsGroup):
                 "init_lora_weights=mica, orthogonal or false with it, or train B"
             )
         return self
+
+    @property
+    def most_rank(self) -> int:
+        """r, or with r=auto and without a memory budget the most that rows may ask for."""
+        return AUTO_RANK if self.r == "auto" else self.r
+
+    @property
+    def ranks_follow_data(self) -> bool:
+        """Whether rows choose the ranks, of which r is the bound."""
+        return self.rank_by == "data" or (self.rank_by is None and self.r == "auto")
 
     @property
     def adalora(self) -> dict[str, Any] | None:
@@ -757,8 +776,13 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _rank_is_to_be_had(self) -> RunConfig:
         # here and not in LoraConfig: memory_budget is a setting of the run
-        if self.lora is not None and self.lora.r == "auto" and self.memory_budget is None:
-            raise ValueError("lora.r=auto needs a memory budget; give memory_budget, such as 3GiB")
+        lora = self.lora
+        if lora is None or lora.r != "auto" or self.memory_budget is not None:
+            return self
+        if not lora.ranks_follow_data:
+            raise ValueError(
+                "lora.r=auto with rank_by=memory needs a memory budget; give memory_budget, such as 3GiB"
+            )
         return self
 
     @model_validator(mode="after")

@@ -129,8 +129,10 @@ def open_choices(
     memory_budget. ``rank``: of an adapter that exists already."""
     if rank is None and lora.r == "auto":
         ranks = rank_grid(largest_rank(shape, lora))
+        if not has_budget:  # rows are yet to choose; no more than this
+            ranks = [min(ranks[-1], lora.most_rank)]
     else:
-        ranks = [rank if rank is not None else int(lora.r)]
+        ranks = [rank if rank is not None else lora.most_rank]
     rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     # either field given fixes the split: half of what somebody asked for is not what they asked
     split = has_budget and not (SPLIT_FIELDS & train.model_fields_set)

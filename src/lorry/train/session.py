@@ -200,6 +200,8 @@ def planned_run_of(run: RunConfig, opened: OpenedModel) -> PlannedRun | None:
     """
     if run.task != "sft" or run.lora is None or run.jobs or opened.adapters:
         return None
+    if run.lora.ranks_follow_data:
+        return None  # fewer than r
     if run.backend.name != "single":
         return None  # the rate is of one process
     return PlannedRun(run.model.name, run.lora, run.train, run.data.max_length)
@@ -571,8 +573,8 @@ def _row_accounting(jobs: PreparedJobs) -> str:
 def lora_spec_of(lora: LoraConfig) -> LoraSpec:
     """The bank's spec from the run's settings."""
     adalora = lora.adalora
-    others = {"adapter_name", "bias", "init_rows", "lora_B_bias", *ADALORA_FIELDS}
-    plain: dict[str, Any] = lora.model_dump(exclude=others)
+    others = {"adapter_name", "bias", "init_rows", "rank_by", "lora_B_bias", *ADALORA_FIELDS}
+    plain: dict[str, Any] = {**lora.model_dump(exclude=others), "r": lora.most_rank}
     return LoraSpec(
         **plain,
         lora_bias=lora.lora_B_bias,

@@ -527,7 +527,7 @@ def _job_settings(settings: AnyPlanSettings, found_config: FoundConfig) -> dict[
             (lora := require_lora(run.lora)),
             run.train,
             run.data.max_length,
-            int(lora.r),
+            lora.most_rank,
             run.step_reads,
         )
         for name, run in runs.items()

@@ -114,7 +114,13 @@ def _apply_choice(
     """
     lora = run.lora
     if lora is not None and lora.r == "auto" and existing is None:
-        lora = LoraConfig.model_validate({**lora.model_dump(exclude_none=True), "r": choice.rank})
+        lora = LoraConfig.model_validate(
+            {
+                **lora.model_dump(exclude_none=True),
+                "r": choice.rank,
+                "rank_by": lora.rank_by or "data",
+            }
+        )
     train = {
         "per_device_train_batch_size": choice.rows,
         "gradient_accumulation_steps": choice.accumulation,

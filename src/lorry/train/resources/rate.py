@@ -216,7 +216,7 @@ def _achieved_rate(
         tiles=machine.has_tiles(),
         whole=True,
     )
-    flops = count_flops(shape, plan_adapter(shape, run.lora, int(run.lora.r)), setup).step
+    flops = count_flops(shape, plan_adapter(shape, run.lora, run.lora.most_rank), setup).step
     return RunRate(
         rate=speed * flops,
         at=rates.utc_timestamp(),

@@ -1,0 +1,182 @@
+"""Ranks that a run's own rows choose (`lora.rank_by=data`), module by module, once the rows are there and
+before an adapter has its first values.
+
+A module gets as many ranks as the gradient of its weight has directions in the first step, and no fewer than
+the whole adapter needs to have room for what the rows have to say: the supervised tokens times the loss of
+the base on them, in bits. What memory, or the shape of a matrix, allows is the bound of both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.initialization.initialize import spec_of_ranks
+from lorry.adapters.initialization.spectrum import ENERGY, gradient_ranks
+from lorry.adapters.layers import BankLinear, is_sharded
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.spec import LoraSpec
+from lorry.data.batch import Batch, collate
+from lorry.errors import ConfigError
+from lorry.models.causal_lm import CausalLM
+from lorry.models.loading.open import OpenedModel
+from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
+from lorry.notes import NoteCallback
+from lorry.plan.ranks import capacity_rank, next_rank, rank_grid
+from lorry.tasks.build import PreparedJob, PreparedJobs
+
+
+@dataclass(frozen=True)
+class ChosenRanks:
+    """``ranks``: by module; ``directions``: of each module's gradient; ``capacity``: the rank, everywhere,
+    that has room for ``bits``; ``bound``: the most that was allowed."""
+
+    ranks: Mapping[str, int]
+    directions: Mapping[str, int]
+    capacity: int
+    bits: float
+    bound: int
+
+    def describe(self, name: str, rows: int, bound: str) -> str:
+        """What was chosen, what decided, and what else would have. ``bound``: whose that is."""
+        chosen, directions = self.ranks.values(), self.directions.values()
+        cut = sum(max(self.capacity, d) > self.bound for d in directions)
+        by_capacity = sum(self.capacity > d for d in directions)
+        decided = [
+            (len(self.ranks) - by_capacity - cut, "the gradients of the first step"),
+            (by_capacity, "the amount of data"),
+            (cut, bound),
+        ]
+        who = ", ".join(f"{count} by {what}" for count, what in decided if count > 0)
+        return (
+            f"adapter {name!r}: ranks {min(chosen)} to {max(chosen)}, {who}. {ENERGY:.0%} of the gradient "
+            f"of {rows} rows lies in {min(directions)} to {max(directions)} directions; what the rows say "
+            f"({_size(self.bits)}) fits rank {self.capacity}; {bound} would have given r={self.bound}"
+        )
+
+
+def _size(bits: float) -> str:
+    for unit, factor in (("Gbit", 1e9), ("Mbit", 1e6), ("kbit", 1e3)):
+        if bits >= factor:
+            return f"{bits / factor:.3g} {unit}"
+    return f"{bits:.3g} bit"
+
+
+def jobs_ranked_by_data(opened: OpenedModel, jobs: PreparedJobs) -> dict[str, PreparedJob]:
+    """Those whose adapter is new and takes its ranks from the rows."""
+    bank = get_bank(opened.model)
+    return {
+        name: job
+        for name, job in jobs.items()
+        if name in bank.adapters
+        and name not in opened.adapters
+        and job.run.lora is not None
+        and job.run.lora.ranks_follow_data
+    }
+
+
+def choose_ranks(opened: OpenedModel, jobs: PreparedJobs, add_note: NoteCallback) -> None:
+    """Give every new adapter the ranks that its rows ask for, at most those it has, and say which and why.
+    Raises ConfigError where there are no rows to ask, or the model is cut over processes."""
+    bank = get_bank(opened.model)
+    for name, job in jobs_ranked_by_data(opened, jobs).items():
+        began = time.process_time()
+        batch, rows = _first_rows(job)
+        chosen = ranks_of_rows(opened.model, bank, bank[name], batch, _supervised_tokens(job))
+        replace_ranks(bank, name, chosen.ranks, seed=job.run.train.seed)
+        lora, budget = job.run.lora, job.run.memory_budget
+        assert lora is not None
+        bound = f"memory_budget={budget}" if budget is not None else "the largest that is tried"
+        words = chosen.describe(name, rows, bound)
+        add_note(f"{words}; {time.process_time() - began:.1f} s of processor time")
+
+
+def ranks_of_rows(
+    model: CausalLM, bank: AdapterBank, adapter: Adapter, batch: Batch, supervised: int
+) -> ChosenRanks:
+    """The ranks for an adapter's modules by a batch of its rows. ``supervised``: how many tokens there are
+    to learn in all. Raises ConfigError."""
+    layers = _check_layers(bank, adapter)
+    loss = 0.0
+
+    def run_model() -> None:
+        nonlocal loss
+        moved = batch.to(model.device)
+        wants = {"logprob": TokenScore(log_prob)}
+        scores = evaluate_wants(model, moved, wants, AdapterContext(Mix.none()))["logprob"]
+        total = -(scores * moved.weights).sum() / moved.weights.sum()
+        loss = float(total.detach())
+        total.backward()
+
+    bound = max(slot.A.shape[0] for slot in adapter.slots.values())
+    with _without_gradients_of(bank):
+        directions = gradient_ranks(layers, run_model, bound)
+    grid = rank_grid(bound)
+    sides = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
+    per_rank = sum(layer.in_features + layer.out_features for layer in layers.values())
+    bits = supervised * max(loss, 0.0) / math.log(2)
+    capacity = capacity_rank(bits, lambda rank: rank * per_rank, grid)
+    ranks = {
+        path: min(
+            next_rank(max(found, capacity), grid), adapter.slots[path].A.shape[0], sides[path]
+        )
+        for path, found in directions.items()
+    }
+    return ChosenRanks(ranks, directions, capacity, bits, bound)
+
+
+def replace_ranks(bank: AdapterBank, name: str, ranks: Mapping[str, int], *, seed: int) -> None:
+    """Make an adapter anew at these ranks, the scale of every module as it was."""
+    spec = bank[name].spec
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    bank.replace(name, spec_of_ranks(_at_rank(spec, common), ranks), list(ranks), seed=seed)
+
+
+def _at_rank(spec: LoraSpec, rank: int) -> LoraSpec:
+    """The spec with another r, whose scale is the same."""
+    ratio = rank / spec.r
+    alpha = 2 * spec.r if spec.lora_alpha is None else spec.lora_alpha
+    return replace(
+        spec, r=rank, lora_alpha=alpha * (math.sqrt(ratio) if spec.use_rslora else ratio)
+    )
+
+
+def _check_layers(bank: AdapterBank, adapter: Adapter) -> dict[str, BankLinear]:
+    adapter.refuse_further("rank_by=data chooses the ranks of low-rank terms alone")
+    layers = dict[str, BankLinear]()
+    for path in adapter.slots:
+        layer = bank.modules[path]
+        if not isinstance(layer, BankLinear):
+            raise ConfigError(
+                f"lora.rank_by=data is for linear layers, and {path} is an embedding; leave it out of "
+                "target_modules, or give r=N"
+            )
+        if layer.slices is not None or is_sharded(layer.weight):
+            raise ConfigError(
+                f"lora.rank_by=data reads the gradient of whole matrices, of which each process has a part "
+                f"of {path}; train on one process or with backend=ddp, or give r=N"
+            )
+        layers[path] = layer
+    return layers
+
+
+def _first_rows(job: PreparedJob) -> tuple[Batch, int]:
+    """The first training rows in the order of the first epoch, as many as one micro-batch has, packed; and
+    how many these are."""
+    tokens = job.data.tokens
+    if tokens is None:
+        raise ConfigError("lora.rank_by=data reads rows before training; leave data.streaming out")
+    order = tokens.order(job.run.train.seed, 0, job.run.data.shuffle)
+    picked = order[: job.run.train.per_device_train_batch_size]
+    return collate([tokens.example(int(row), 0) for row in picked]), len(picked)
+
+
+def _supervised_tokens(job: PreparedJob) -> int:
+    return job.data.report.supervised
