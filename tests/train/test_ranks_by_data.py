@@ -1,0 +1,165 @@
+"""Ranks that a run's rows choose (r=auto, rank_by=data): by the gradients that torch's own autograd makes, by
+how much there is to learn, within what memory allows; resumed bit for bit. Dtype float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorry.adapters.attach import get_bank
+from lorry.config import RunConfig, build_settings
+from lorry.errors import ConfigError
+from lorry.tasks import ranks
+from lorry.tasks.ranks import ChosenRanks
+from lorry.train.monitoring.events import StepRecord
+from lorry.train.session import train_run
+from tests.support.mortal import World, finished, same
+from tests.support.mortal import world as world
+from tests.support.tinyrun import Heard, quick  # noqa: F401 - a fixture
+
+GRID = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
+
+
+class Stop(Exception):
+    """The run ends here, as a kill would have it."""
+
+
+class StopAt(Heard):
+    def step(self, record: StepRecord) -> None:
+        if record["step"] == 6:
+            raise Stop
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ChosenRanks]]:
+    """(the batch, what was chosen) of every time that ranks are chosen."""
+    seen = list[tuple[Any, ChosenRanks]]()
+    whole = ranks.ranks_of_rows
+
+    def choose(model: Any, bank: Any, adapter: Any, batch: Any, supervised: int) -> ChosenRanks:
+        chosen = whole(model, bank, adapter, batch, supervised)
+        seen.append((batch, chosen))
+        return chosen
+
+    monkeypatch.setattr(ranks, "ranks_of_rows", choose)
+    return seen
+
+
+def directions(gradient: torch.Tensor) -> int:
+    squares = np.linalg.svd(gradient.double().numpy(), compute_uv=False) ** 2
+    return int(np.searchsorted(np.cumsum(squares) / squares.sum(), 0.9) + 1)
+
+
+def test_each_module_has_the_rank_of_its_first_gradient(
+    world: World, tmp_path: Path, asked: Any
+) -> None:
+    heard = Heard()
+    result = train_run(world.run(tmp_path, r="auto"), [], [heard])
+    ((batch, chosen),) = asked
+    # transformers' model, row by row, as torch differentiates it
+    plain = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32)
+    losses = []
+    for segment in batch.segments.unique():
+        tokens, weights = (x[batch.segments == segment] for x in (batch.tokens, batch.weights))
+        scores = plain(tokens[None]).logits[0].log_softmax(-1)
+        # a token's score is at the place before it
+        picked = scores[:-1].gather(1, tokens[1:, None])[:, 0]
+        losses.append(-(picked * (weights[:-1] if weights[-1] == 0 else weights[1:])).sum())
+    loss = torch.stack(losses).sum() / batch.weights.sum()
+    loss.backward()
+    adapter = get_bank(result.model)[result.adapter]
+    found = {path: slot.A.shape[0] for path, slot in adapter.slots.items()}
+    assert len(set(found.values())) > 1
+    for path, rank in found.items():
+        gradient = plain.get_submodule(path).weight.grad
+        wanted = directions(gradient)
+        assert chosen.directions[path] == wanted
+        assert rank == min(next(r for r in GRID if r >= wanted), *gradient.shape)
+        assert adapter.slots[path].scale == pytest.approx(2.0)
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) | {config["r"]} == set(found.values())
+    (note,) = [note for note in heard.notes if "by the gradients of the first step" in note]
+    assert f"ranks {min(found.values())} to {max(found.values())}" in note
+    assert "the largest that is tried would have given r=64" in note
+    supervised = json.loads((tmp_path / "run" / "receipt.json").read_text())["data"]["supervised"]
+    assert chosen.bits == pytest.approx(supervised * float(loss) / math.log(2), rel=1e-4)
+    assert chosen.capacity == 1
+
+
+def test_it_resumes_bit_for_bit_with_the_ranks_that_it_has(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_run(world.run(tmp_path / "whole", r="auto"), [])
+    with pytest.raises(Stop):
+        train_run(world.run(tmp_path / "killed", r="auto"), [], [StopAt()])
+
+    def asked_again(*args: Any) -> None:
+        raise AssertionError("a resumed run chose its ranks again")
+
+    monkeypatch.setattr(ranks, "ranks_of_rows", asked_again)
+    train_run(world.run(tmp_path / "killed", r="auto"), [])
+    same(finished(tmp_path / "killed"), finished(tmp_path / "whole"), "r=auto")
+
+
+def test_r_and_memory_are_bounds_and_jobs_have_each_their_own(
+    world: World, tmp_path: Path, asked: Any
+) -> None:
+    train_run(world.run(tmp_path / "few", r=3, rank_by="data", max_steps=2), [])
+    assert max(asked[-1][1].ranks.values()) == 3
+    heard = Heard()
+    run = world.run(tmp_path / "memory", r="auto", memory_budget="2GiB", max_steps=2)
+    train_run(run, [], [heard])
+    assert any("memory_budget=2GiB would have given r=" in note for note in heard.notes)
+    heard = Heard()
+    train_run(
+        world.run(tmp_path / "plain", r="auto", rank_by="memory", memory_budget="2GiB", max_steps=2),
+        [],
+        [heard],
+    )
+    assert not any("gradients of the first step" in note for note in heard.notes)
+    jobs = [{"name": "one", "r": "auto"}, {"name": "two", "r": 2}]
+    more = {"load_best_model_at_end": False, "max_steps": 2}
+    result = train_run(world.run(tmp_path / "jobs", jobs=jobs, **more), [])
+    bank = get_bank(result.model)
+    assert {slot.A.shape[0] for slot in bank["two"].slots.values()} == {2}
+    assert len({slot.A.shape[0] for slot in bank["one"].slots.values()}) > 1
+
+
+def test_what_is_to_be_learnt_sets_the_least_rank(
+    world: World, tmp_path: Path, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_supervised_tokens", lambda job: 10**9)
+    heard = Heard()
+    train_run(world.run(tmp_path, r="auto", max_steps=2), [], [heard])
+    chosen = asked[-1][1]
+    assert chosen.capacity == chosen.bound == max(chosen.ranks.values())
+    assert any("by the amount of data" in note for note in heard.notes)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "is for linear layers, and .* is an embedding"),
+        ({"streaming": True}, "reads rows before training"),
+        ({"use_dora": True}, "chooses the ranks of low-rank terms alone"),
+    ],
+)
+def test_what_has_no_ranks_to_choose_is_refused(
+    more: dict[str, Any], message: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_run(world.run(tmp_path, r="auto", max_steps=2, save_steps=2, **more), [])
+    assert not (tmp_path / "run" / "receipt.json").exists()
+
+
+def test_memory_alone_needs_a_budget() -> None:
+    with pytest.raises(ConfigError, match="rank_by=memory needs a memory budget"):
+        build_settings(RunConfig, {"data": "d", "r": "auto", "rank_by": "memory"}, print)
