@@ -276,11 +276,9 @@ def test_plain_numbers_are_bytes_and_words_are_close(size: int) -> None:
         assert parse_size(size_in_words(size)) == pytest.approx(size, rel=0.04)
 
 
-def test_an_automatic_rank_needs_a_budget() -> None:
-    with pytest.raises(
-        ConfigError, match=r"lora\.r=auto needs a memory budget; give memory_budget"
-    ):
-        run(r="auto")
+def test_without_a_budget_an_automatic_rank_is_bounded_all_the_same() -> None:
+    """The rows choose, once they are there: the plan is of the most that they may."""
+    assert [o.rank for o in choices_of(run(r="auto"))] == [64]
 
 
 def test_a_plan_is_above_what_was_measured() -> None:

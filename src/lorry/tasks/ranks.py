@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import Adapter, AdapterBank
@@ -98,6 +98,20 @@ def choose_ranks(opened: OpenedModel, jobs: PreparedJobs, add_note: NoteCallback
         add_note(f"{words}; {time.process_time() - began:.1f} s of processor time")
 
 
+def restore_ranks(
+    opened: OpenedModel, jobs: PreparedJobs, read: Callable[[], Mapping[str, Tensor]]
+) -> None:
+    """Give every such adapter the ranks that a checkpoint has values for. ``read``: its tensors, asked for
+    where ranks hang on them."""
+    bank = get_bank(opened.model)
+    for name, job in jobs_ranked_by_data(opened, jobs).items():
+        stored, adapter = read(), bank[name]
+        names = {path: f"adapter/{name}/{path}.lora_A" for path in adapter.slots}
+        ranks = {path: stored[key].shape[0] for path, key in names.items() if key in stored}
+        if len(ranks) == len(names):  # else it is another run's, which is refused by what differs
+            replace_ranks(bank, name, ranks, seed=job.run.train.seed)
+
+
 def ranks_of_rows(
     model: CausalLM, bank: AdapterBank, adapter: Adapter, batch: Batch, supervised: int
 ) -> ChosenRanks:
@@ -116,9 +130,9 @@ def ranks_of_rows(
         total.backward()
 
     bound = max(slot.A.shape[0] for slot in adapter.slots.values())
-    with _without_gradients_of(bank):
-        directions = gradient_ranks(layers, run_model, bound)
-    grid = rank_grid(bound)
+    directions = gradient_ranks(layers, run_model, bound)
+    # the bound need not be of the grid
+    grid = sorted({*rank_grid(bound), bound})
     sides = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
     per_rank = sum(layer.in_features + layer.out_features for layer in layers.values())
     bits = supervised * max(loss, 0.0) / math.log(2)

@@ -70,6 +70,7 @@ from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
 from lorry.runs.read import read_evaluation
 from lorry.tasks.build import PreparedJob, PreparedJobs, TaskInputs, trained_names
+from lorry.tasks.ranks import choose_ranks, restore_ranks
 from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
 from lorry.train.card.card import render_run_card
@@ -173,6 +174,10 @@ def _train_run(
         convert = converter_of(run.backend, run.model, communicator, notebook.add)
         opened = open_base(run, notebook.add, tensor_ranks(communicator), shard, convert)
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
+        if resume_from is None:
+            choose_ranks(opened, jobs, notebook.add)
+        else:
+            restore_ranks(opened, jobs, lambda: checkpoint.load_checkpoint(resume_from)[0])
         evaluations: list[RunEvaluation] = [
             Measure(BenchmarkEvaluator(run, opened, exams, communicator))
         ]
