@@ -301,7 +301,7 @@ def test_the_description_of_a_run_can_be_planned(
             2,
             "memory_budget=200MiB: nothing fits. The smallest choice",
         ),
-        (["smollm2-135m", "r=auto"], 2, "lora.r=auto needs a memory budget"),
+        (["smollm2-135m", "r=auto", "rank_by=memory"], 2, "rank_by=memory needs a memory budget"),
         (
             ["smollm2-135m", "memory_budget=much"],
             2,
@@ -379,7 +379,8 @@ FEW = ("dtype=float32", "threads=1", "max_steps=2", "logging_steps=2", "max_leng
 def test_sft_takes_the_rank_that_fits(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sft(world, tmp_path / "run", *FEW, "r=auto", "memory_budget=2GiB") == 0
+    words = (*FEW, "r=auto", "rank_by=memory", "memory_budget=2GiB")
+    assert sft(world, tmp_path / "run", *words) == 0
     assert (
         "memory_budget=2GiB: r=16, 8 rows, recompute none, float32, predicted peak"
         in capsys.readouterr().err
