@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import find_linears, get_bank
+from lorry.adapters.attach import find_adaptable, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.flat_buffer import euclidean_norm
 from lorry.adapters.mix import Half, Level, Mix
@@ -319,7 +319,7 @@ def site_modules(model: nn.Module, site: tuple[int, Half]) -> list[str]:
         family: Any = model.family
         return [family.path(target, site[0]) for target in _half_targets(family, site[1])]
     within = f"{_foreign_halves(model)[0][site]}."
-    return [path for path in find_linears(model) if path.startswith(within)]
+    return [path for path in find_adaptable(model) if path.startswith(within)]
 
 
 def layers_and_width(model: nn.Module) -> tuple[int, int]:

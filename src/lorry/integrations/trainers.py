@@ -42,6 +42,7 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import GeneratorNoise
 from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.merge import MergeReport, merge, unmerge
+from lorry.adapters.parameters.holders import refuse_adapter_at_parameters
 from lorry.adapters.peft.files import remember_base_digest, save_adapter
 from lorry.errors import ConfigError, ContractError, LorryError
 from lorry.integrations.agreement import AdapterAgreement, Group, find_agreement, watch
@@ -232,6 +233,8 @@ def _register(bank: AdapterBank) -> None:
                 f"adapter {adapter.name!r}: a parameter's name cannot have a dot; name it otherwise"
             )
         adapter.refuse_further("under FSDP an adapter has A and B alone")
+        # their bank layers are no modules of the tree: nobody would find what is registered there
+        refuse_adapter_at_parameters(adapter, bank.modules, "FSDP of another library")
         for path, slot in adapter.slots.items():
             layer = bank.modules[path]
             for side, master in (("lora_A", slot.A), ("lora_B", slot.B)):

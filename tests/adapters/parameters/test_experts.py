@@ -15,8 +15,10 @@ from lorry.adapters.attach import attach, detach, find_adaptable, get_bank, list
 from lorry.adapters.bank import Adapter
 from lorry.adapters.layers import AMBIENT_CONTEXT
 from lorry.adapters.merge import concatenate, merge, merged_tensors, unmerge
+from lorry.adapters.merging.weighted import merge_adapters
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.parameters.experts import ExpertMatrices
+from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError
 from lorry.models.causal_lm import PackedInput
@@ -333,3 +335,26 @@ def test_names_of_single_experts_mean_the_tensor_of_all() -> None:
     assert left.what.startswith(
         "experts (4 tensors such as model.layers.0.mlp.experts.gate_up_proj"
     )
+
+
+def test_what_knows_linears_alone_refuses_by_name() -> None:
+    model = expert_models.model("mixtral")
+    for name in "ab":
+        attach(model, spec(target_modules=["q_proj", "gate"]), name)
+    with pytest.raises(
+        ConfigError, match=r"adapter 'a' is on .*mlp.gate, and lorry merge of several"
+    ):
+        merge_adapters(model, {"a": 1.0, "b": 1.0}, "both")
+    with pytest.raises(ConfigError, match=r"'a' has an adapter at .*mlp.gate, which no router"):
+        attach_gate_vectors(model, ["a", "b"])
+
+
+def test_layers_recomputed_in_backward_have_the_same_gradient() -> None:
+    grads = []
+    for recompute in (False, True):
+        model = HfModel(expert_models.model("qwen2_moe"))
+        adapter = attach(model, spec())
+        model.gradient_checkpointing = recompute
+        model(text_ids()).logits.square().mean().backward()
+        grads.append(adapter.grads.clone())
+    assert torch.equal(*grads)

@@ -270,3 +270,20 @@ def test_wrappers_in_the_other_order_do_not_fit(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(ModelError, match="rank 2 on this model's"):
         load_adapter(expert_models.model("mixtral"), tmp_path)
+
+
+def test_an_adapter_on_other_experts_is_refused(tmp_path: Path) -> None:
+    """The digest of linears alone would not tell: an expert of another fine-tuning."""
+    model = expert_models.model("mixtral")
+    attach(model, LoraSpec(r=2), "experts")
+    attach(model, LoraSpec(r=2, target_modules=["q_proj"]), "attention")
+    for name in ("experts", "attention"):
+        save_adapter(model, tmp_path / name, name)
+    other = expert_models.model("mixtral")
+    with torch.no_grad():
+        other.model.layers[1].mlp.experts.down_proj.mul_(1.1)
+    load_adapter(other, tmp_path / "attention")
+    with pytest.raises(ModelError, match="trained on other base weights"):
+        load_adapter(other, tmp_path / "experts")
+    load_adapter(other, tmp_path / "experts", other_base=True)
+    load_adapter(expert_models.model("mixtral"), tmp_path / "experts")

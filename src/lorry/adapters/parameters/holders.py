@@ -25,9 +25,13 @@ def refuse_adapter_at_parameters(
 ) -> None:
     """Raise ConfigError for an adapter on fused experts or on a router, where ``what`` knows linears
     alone."""
-    for path in adapter.slots:
-        if isinstance(modules[path], ExpertMatrices | ForeignWeight):
-            raise ConfigError(
-                f"adapter {adapter.name!r} is on {path}, and {what} takes adapters on linears and "
-                "embeddings alone"
-            )
+    for path in at_parameters(adapter, modules):
+        raise ConfigError(
+            f"adapter {adapter.name!r} is on {path}, and {what} takes adapters on linears and "
+            "embeddings alone"
+        )
+
+
+def at_parameters(adapter: Adapter, modules: Mapping[str, AdaptableLayer]) -> list[str]:
+    """The fused experts and routers that an adapter is on."""
+    return [p for p in adapter.slots if isinstance(modules[p], ExpertMatrices | ForeignWeight)]

@@ -27,11 +27,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, find_linears, get_bank
+from lorry.adapters.attach import attach, find_adaptable, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
 from lorry.adapters.layers import BankEmbedding, BankLinear, stored_slice
 from lorry.adapters.merge import concatenate
 from lorry.adapters.parameters.experts import ExpertMatrices
+from lorry.adapters.parameters.holders import at_parameters
+from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.adalora_files import (
     ADALORA,
     PlainLoraFile,
@@ -190,6 +192,8 @@ def _files_of(
     }
     if keeps_residual:
         facts["keep_residual"] = True
+    if at_parameters(adapter, modules):
+        facts["parameters_digest"] = parameters_digest(model)
     if (quantization := quantization_facts(model)) is not None:
         facts["quantization"] = quantization
     if start is not None:
@@ -554,6 +558,18 @@ def base_digest(model: nn.Module) -> str:
     return digest_samples(_sampled_weights(model)) if known is None else known
 
 
+def parameters_digest(model: nn.Module) -> str:
+    """As `base_digest`, over fused experts and routers, which only an adapter on one of them is
+    compared by."""
+    samples = {}
+    for path, layer in find_adaptable(model).items():
+        if isinstance(layer, ExpertMatrices | ForeignWeight):
+            weight = layer.weight if layer.unmerged_weight is None else layer.unmerged_weight
+            places = sample_positions(weight.numel())
+            samples[path] = tuple(weight.shape), values_at_positions(weight.detach(), places)
+    return digest_samples(samples)
+
+
 def values_at_positions(weight: Tensor, positions: Tensor) -> Tensor:
     """The values [n] of a weight at flat positions [n]."""
     return weight.reshape(-1)[positions.to(weight.device)]
@@ -667,8 +683,10 @@ def _check_base(model: nn.Module, folder: Path) -> None:
             f"{here.name if here is not None else 'its full dtype'}, with other values; open it with {asked} "
             "(other_base=true accepts the difference)"
         )
-    saved_digest = facts.get("base_digest")
-    if saved_digest is not None and saved_digest != base_digest(model):
+    saved_digest, experts = facts.get("base_digest"), facts.get("parameters_digest")
+    if (saved_digest is not None and saved_digest != base_digest(model)) or (
+        experts is not None and experts != parameters_digest(model)
+    ):
         raise ModelError(
             f"{folder / ADAPTER_FACTS}: this adapter was trained on other base "
             "weights than this model's; load it on its own base model, "

@@ -23,6 +23,7 @@ from lorry.adapters.attach import get_bank, head_and_embedding
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import AdapterSlot, BankLinear
 from lorry.adapters.mix import Half, Mix
+from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.router import ROUTER_NAME, refuse_router_name, refuse_unweighable
 from lorry.errors import ConfigError
 
@@ -191,7 +192,9 @@ def refuse_outside_layers(model: nn.Module, experts: Sequence[str]) -> None:
     bank, outside = get_bank(model), head_and_embedding(model)
     for name in experts:
         for path, slot in bank[name].slots.items():
-            if path in outside or not isinstance(bank.modules[path], BankLinear):
+            layer = bank.modules[path]
+            alone = isinstance(layer, BankLinear) and not isinstance(layer, ForeignWeight)
+            if path in outside or not alone:
                 raise ConfigError(
                     f"expert {name!r} has an adapter at {path}, which no router of the linears gates; "
                     "train it without"
