@@ -27,14 +27,14 @@ class LoraSpec:
     r: rank. lora_alpha: scale numerator, 2r when None. use_rslora: alpha/sqrt(r) instead of alpha/r
     (arXiv 2312.03732). target_modules: "auto" (every linear of attention and MLP that text trains:
     `list_skipped_modules` names what a foreign model has besides), "all-linear" (every linear but the
-    output head), either with the fused experts of a mixture, a list of names (a module matches when its path
-    equals the name or ends in ".name"; `lm_head` and `embed` are understood for every family), or
+    output head), either with the fused experts of a mixture, a list of names (a module matches when its
+    path equals the name or ends in ".name"; `lm_head` and `embed` are understood for every family), or
     one regular expression matched against the whole path. exclude_modules: list or regular
     expression. layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or
-    regex of the path's end: value}. target_parameters: names
-    of tensors that are no linear's, or ends of such (`mlp.experts.down_proj`: the fused experts;
-    `gate.weight`: a router); with it "auto" and "all-linear" mean linears alone. layers_pattern: the name (or regex) of the list that numbers
-    layers, where a path has several numbers. modules_to_save: names of modules that train whole, in a copy
+    regex of the path's end: value}. target_parameters: names of tensors that are no linear's, or ends of
+    such (`mlp.experts.down_proj`: the fused experts; `gate.weight`: a router); with it "auto" and
+    "all-linear" mean linears alone. layers_pattern: the name (or regex) of the list that numbers layers,
+    where a path has several numbers. modules_to_save: names of modules that train whole, in a copy
     of the adapter's own; trainable_token_indices: token ids whose rows of the embedding (of a map: of the
     modules it names) do; bias: whose biases do, none, all or those of the targets; ensure_weight_tying: a
     tied head and embedding that train have one weight. init_lora_weights: True = Kaiming-uniform A and zero B,
@@ -291,7 +291,6 @@ def refuse_at_parameters(spec: LoraSpec, where: str) -> None:
         "lora_dropout": spec.lora_dropout,
         "use_dora": spec.use_dora,
         "variant=adalora": spec.adalora is not None,
-        "train of one half": spec.train != SIDES,
         "alora_invocation_tokens": spec.alora_invocation_tokens is not None,
     }
     for setting, given in unfit.items():

@@ -358,3 +358,47 @@ def test_layers_recomputed_in_backward_have_the_same_gradient() -> None:
         model(text_ids()).logits.square().mean().backward()
         grads.append(adapter.grads.clone())
     assert torch.equal(*grads)
+
+
+class Even:
+    """A router of the layers that gates everything with a half."""
+
+    adapters, halves, level = ("default",), ("attn", "mlp"), "delta"
+
+    def parameters(self, layer: int) -> list[Tensor]:
+        return []
+
+    def logits(self, layer: int, half: str, x: Tensor) -> Tensor:
+        return torch.zeros(x.shape[0], 1)
+
+    def gates(self, logits: Tensor) -> Tensor:
+        return logits + 0.5
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_router_of_the_layers_gates_experts_too(kind: str) -> None:
+    model = HfModel(expert_models.model(kind))
+    attach(model, spec())
+    outs = []
+    for mix in (Mix.layer_routed(Even()), Mix.constants({"default": 0.5}), Mix.none()):
+        call = AdapterContext(mix)
+        with torch.no_grad():
+            hidden = model.hidden(PackedInput.of([[5, 6, 7, 8], [9, 8]]), call).last
+            outs.append(model.logits(hidden, call))
+    assert (outs[0] - outs[1]).abs().max() <= 1e-5
+    assert (outs[0] - outs[2]).abs().max() > 1e-2
+
+
+def test_one_half_alone_trains() -> None:
+    """`train: [B]`: no gradient for A, the same one for B."""
+    grads = []
+    for halves in (("A", "B"), ("B",)):
+        model = expert_models.model("mixtral")
+        adapter = attach(model, spec(target_parameters=EXPERTS, train=halves))
+        model(input_ids=text_ids()).logits.square().mean().backward()
+        slot = adapter.slots["model.layers.0.mlp.experts.down_proj"]
+        grads.append((slot.A.grad, slot.B.grad))
+    assert grads[0][0] is not None
+    assert grads[1][0] is None
+    assert torch.equal(grads[0][1], grads[1][1])
