@@ -126,6 +126,7 @@ def test_jobs_on_different_parameters_are_the_runs_alone(qwen: World, tmp_path: 
     [
         ({"target_parameters": ["mlp.experts.down_proj"], "lora_dropout": 0.1}, "lora_dropout"),
         ({"target_parameters": ["mlp.gate.weight"], "use_dora": True}, "target_parameters"),
+        ({"target_parameters": ["mlp.gate.weight"], "lora_bias": True}, "target_parameters"),
     ],
 )
 def test_refused_before_anything_is_read(

@@ -286,10 +286,12 @@ class LoraSpec:
 
 def refuse_at_parameters(spec: LoraSpec, where: str) -> None:
     """Raise ConfigError for a spec that cannot be at fused experts or another parameter: PEFT adds
-    the update to the weight, which has no input to drop, and has no magnitudes there."""
+    the update to the weight, which has no input to drop, and has neither magnitudes nor biases there.
+    """
     unfit = {
         "lora_dropout": spec.lora_dropout,
         "use_dora": spec.use_dora,
+        "lora_bias": spec.lora_bias,
         "variant=adalora": spec.adalora is not None,
         "alora_invocation_tokens": spec.alora_invocation_tokens is not None,
     }

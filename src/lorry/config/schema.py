@@ -325,11 +325,11 @@ class LoraConfig(SettingsGroup):
             )
         return names
 
-    @field_validator("use_dora")
+    @field_validator("use_dora", "lora_B_bias")
     @classmethod
-    def _no_magnitude_at_parameters(cls, value: bool, info: ValidationInfo) -> bool:
+    def _low_rank_at_parameters(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("target_parameters"):
-            raise ValueError("does not go with target_parameters, which have no magnitudes")
+            raise ValueError("does not go with target_parameters, which have low-rank terms alone")
         return value
 
     @field_validator("target_modules", "exclude_modules")

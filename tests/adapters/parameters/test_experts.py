@@ -277,6 +277,11 @@ def test_terms_of_several_adapters_join_as_one() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"lora_dropout": 0.1}, "lora_dropout does not work at parameters"),
     "dora": ({"use_dora": True}, "use_dora does not work at parameters"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias does not work at parameters"),
+    "adalora": (
+        {"adalora": {"target_r": 1, "total_step": 9}},
+        "variant=adalora does not work at parameters",
+    ),
     "unknown": ({"target_parameters": ["experts.gate_proj"]}, "names 'experts.gate_proj', which"),
     "text": ({"target_parameters": "experts.down_proj"}, "give a list of parameter names"),
     "initialisation": ({"init_lora_weights": "pissa"}, "is for linear layers"),

@@ -65,7 +65,8 @@ def split_targets(
     """(those that are target_modules, the parameters that are target_parameters) of an adapter's
     places, as PEFT finds them in this model."""
     found, fused = find_adaptable(model), holds_experts(model)
-    allowed = not (spec.lora_dropout or spec.use_dora)  # PEFT has neither at parameters
+    # PEFT has none of these at parameters
+    allowed = not (spec.lora_dropout or spec.use_dora or spec.lora_bias)
     parameters = {
         path: path if isinstance(found[path], ExpertMatrices) else f"{path}.weight"
         for path in paths
