@@ -281,6 +281,24 @@ def test_the_same_part_under_two_names(tiny: Any, shake: Any, tmp_path: Path) ->
     refused(tiny, tmp_path, "embed_out", "lm_head", "are the same matrix of", family="gpt_neox")
 
 
+def test_a_model_of_an_older_transformers_is_the_same_base(
+    tiny: Any, shake: Any, tmp_path: Path
+) -> None:
+    """Whose head is `embed_out`, as in releases before 5.17."""
+    model, older = tiny("gpt_neox"), tiny("gpt_neox")
+    head = "lm_head" if hasattr(model, "lm_head") else "embed_out"
+    other = {"lm_head": "embed_out", "embed_out": "lm_head"}[head]
+    setattr(older, other, getattr(older, head))
+    delattr(older, head)
+    older.get_output_embeddings = lambda: getattr(older, other)
+    assert base_digest(older) == base_digest(model)
+    adapter = attach(model, LoraSpec(r=2, target_modules=(head,), init_lora_weights=False))
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(older, tmp_path)
+    assert list(loaded.slots) == [other]
+    assert torch.equal(loaded.values, adapter.values)
+
+
 def embedding_file(tiny: Any, shake: Any, folder: Path, family: str = "llama-tied") -> None:
     """A PEFT adapter on head and embedding, whose file carries both base weights as well."""
     with warnings.catch_warnings():

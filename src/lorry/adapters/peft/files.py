@@ -62,6 +62,7 @@ from lorry.adapters.peft.tensors import (
     PEFT_PREFIX,
     TensorFile,
     check_modules,
+    family_of,
     legacy_name_mapper,
     list_adaptable_layers,
     open_adapter_weights,
@@ -597,7 +598,10 @@ def _sampled_weights(
     """{path: (shape, the values at its `sample_positions`)} of what `base_digest` looks at, as one
     device has it; in bfloat16 where ranks share the model. ``values_at``: as above."""
     samples, ranks = dict[str, tuple[tuple[int, ...], Tensor]](), None
-    for path, module in find_linears(model).items():
+    family = family_of(model)
+    for own_path, module in find_linears(model).items():
+        # of an older release of transformers, it is the same base
+        path = own_path if family is None else family.current_name(own_path)
         if isinstance(module, BankLinear) and isinstance(module.product, QuantizedLinear):
             # by the values it computes with: in another format it is another base
             opened = module.product.open(torch.float32)

@@ -26,7 +26,7 @@ from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.parameters import FurtherStart
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError, suggest_nearest
-from lorry.families import find_family
+from lorry.families import ModelFamily, find_family
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PEFT_PREFIX = "base_model.model."
@@ -290,19 +290,25 @@ def open_adapter_weights(folder: Path) -> Iterator[safe_open]:
         ) from e
 
 
-def legacy_name_mapper(
-    model: nn.Module, layers: Mapping[str, AdaptableLayer]
-) -> Callable[[str], str]:
-    """Checkpoints and models of other releases spell some modules otherwise (GPT-NeoX's head was
-    `embed_out`): the name in this model.
-    """
+def family_of(model: nn.Module) -> ModelFamily | None:
+    """The family whose names a model's modules have, by its config where it does not say."""
+    own: ModelFamily | None = getattr(model, "family", None)
     config = getattr(model, "config", None)
     kind = (
         config.get("model_type")
         if isinstance(config, Mapping)
         else getattr(config, "model_type", None)
     )
-    family = getattr(model, "family", None) or find_family(str(kind))
+    return own or find_family(str(kind))
+
+
+def legacy_name_mapper(
+    model: nn.Module, layers: Mapping[str, AdaptableLayer]
+) -> Callable[[str], str]:
+    """Checkpoints and models of other releases spell some modules otherwise (GPT-NeoX's head was
+    `embed_out`): the name in this model.
+    """
+    family = family_of(model)
     spellings = {} if family is None else family.on_disk
     names = {old: current for current, old in spellings.items() if old not in layers}
     # the model may be of a transformers that still has the old name, and the adapter newer
