@@ -464,6 +464,8 @@ class AdapterBank:
         self.noise: DropoutNoise | None = None
         # what was active when `merge` folded it in; None while nothing is merged
         self.before_merge: Mix | None = None
+        # (module, name in it, the base's parameter) where a merged adapter's own weight stands
+        self.displaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:

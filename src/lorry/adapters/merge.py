@@ -36,10 +36,17 @@ from lorry.adapters.layers import (
     is_sharded,
     local_share,
 )
+from lorry.adapters.merging.replaced import (
+    displace,
+    put_back,
+    replaced_tensor,
+    replacements,
+)
 from lorry.adapters.mix import Mix
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.spec import unscaled_spec
 from lorry.adapters.variants.dora import fold_magnitude
+from lorry.adapters.variants.parameters import FurtherParameter
 from lorry.errors import ConfigError, ModelError
 
 MergedLayer = BankLinear | BankEmbedding | ExpertMatrices
@@ -116,9 +123,18 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
         # collected first: an infinite weight in a late layer must not leave half a merged model
         merged[path] = stored
         rows.append(row)
+    own, made = dict[str, Tensor](), dict[tuple[int, int], Tensor]()
+    for name, one in replacements(bank, mix).items():
+        base = model.get_parameter(name)
+        # both sides of a tied pair that have one thing in its place stay one tensor
+        if (id(base), id(one)) not in made:
+            made[id(base), id(one)], row = _replace(name, base, one, base.dtype)
+            rows.append(row)
+        own[name] = made[id(base), id(one)]
     for path, stored in merged.items():
         bank.modules[path].use_merged_weight(nn.Parameter(stored, requires_grad=False))
     # only after every layer was folded: until here an error leaves the model untouched
+    bank.displaced = displace(model, own)
     if untied:
         _declare_tied(model, False)
     bank.before_merge = bank.active
@@ -139,6 +155,8 @@ def unmerge(model: nn.Module) -> None:
     for layer in bank.modules.values():
         if layer.unmerged_weight is not None:
             layer.restore_weight()
+    put_back(bank.displaced)
+    bank.displaced = []
     sides = [
         find_linears(model)[p]
         for p in head_and_embedding(model)
@@ -174,8 +192,9 @@ def merged_tensors(
             held[id(layer.weight)] = (path, layer)
         else:
             touched[id(layer)] = (path, layer)
+    own = replacements(bank, mix)
     # tied names share a Parameter, so identity tells what has been sent already
-    streamed: set[int] = set()
+    streamed: set[object] = set()
     # keep_vars: plain state_dict detaches into new tensors, whose identity says nothing
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
@@ -186,6 +205,14 @@ def merged_tensors(
             folded = touched.get(id(model.get_submodule(owner)))
         if folded is not None:
             stored, row = _fold_layer(*folded, mix, stored_dtype)
+            if rows is not None:
+                rows.append(row)
+            yield name, stored
+        elif (one := own.get(name)) is not None:
+            if (id(tensor), id(one)) in streamed:
+                continue  # the other side of a tied pair that stays tied
+            streamed.add((id(tensor), id(one)))
+            stored, row = _replace(name, tensor, one, stored_dtype)
             if rows is not None:
                 rows.append(row)
             yield name, stored
@@ -205,6 +232,8 @@ def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Te
     gates = {**dict.fromkeys(bank.base_adapters, 1.0), **weights}
     layer = bank.modules.get(path if leaf == "weight" else name)
     _refuse_unfoldable(bank, gates)
+    if (one := replacements(bank, gates).get(name)) is not None:
+        return _replace(name, model.get_parameter(name), one, torch.float32)[0]
     if layer is None or not any(adapter in layer.slots for adapter in gates):
         tensor: Tensor = model.state_dict()[name]
         # a copy even in fp32: experts without a delta would be one tensor under several names
@@ -279,16 +308,26 @@ def separates_tied_head(model: nn.Module, weights: Mapping[str, float] | None = 
     `tie_word_embeddings=false`).
     """
     bank = get_bank(model)
-    touched = _adapted_layers(bank, _constant_weights(bank, weights))
-    sides = [
-        find_linears(model).get(path) for path in head_and_embedding(model) if path is not None
-    ]
+    mix = _constant_weights(bank, weights)
+    touched, own = _adapted_layers(bank, mix), replacements(bank, mix)
+    ends = [path for path in head_and_embedding(model) if path is not None]
+    sides = [find_linears(model).get(path) for path in ends]
     shared = (
         len(sides) == 2
         and all(s is not None for s in sides)
         and len({id(s.weight) for s in sides if s is not None}) == 1
     )
-    return shared and any(s is layer for s in sides for layer in touched.values())
+    # what both have of an adapter's own they have together
+    differ = len({id(own.get(f"{path}.weight")) for path in ends}) > 1
+    return shared and (differ or any(s is layer for s in sides for layer in touched.values()))
+
+
+def _replace(
+    name: str, base: Tensor, one: FurtherParameter, dtype: torch.dtype
+) -> tuple[Tensor, MergeRow]:
+    """(the rounded tensor, what rounding cost) of one that an adapter has of its own."""
+    stored, delta, error = replaced_tensor(name, base, one, dtype)
+    return stored, MergeRow(name, delta, error)
 
 
 def _declare_tied(model: nn.Module, tied: bool) -> None:
@@ -366,7 +405,7 @@ def _refuse_unfoldable(bank: AdapterBank, mix: Mapping[str, float]) -> None:
         adapter = {**bank.base_adapters, **bank.adapters}[name]
         if adapter.spec.use_dora:
             _refuse_mixed_magnitudes(bank, adapter, mix)
-        else:
+        elif any(one.replaces is None for one in adapter.further.values()):
             adapter.refuse_further("it cannot be merged into the base's weights")
 
 

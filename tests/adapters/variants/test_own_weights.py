@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import detach, get_bank
+from lorry.adapters.attach import attach, detach, get_bank
+from lorry.adapters.merge import merge, merged_tensors, separates_tied_head, unmerge
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.peft.tensors import PEFT_PREFIX
+from lorry.adapters.spec import LoraSpec
+from lorry.errors import ContractError
 from lorry.families import find_family
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
@@ -104,6 +107,15 @@ def shaken(model: nn.Module) -> None:
                 param.add_(torch.randn(param.shape, generator=draw) * 0.2)
 
 
+@torch.no_grad()
+def shake_adapter(model: nn.Module, name: str = "default") -> None:
+    """The same of all that an adapter of ours has."""
+    adapter = get_bank(model)[name]
+    draw = torch.Generator().manual_seed(1)
+    adapter.values.add_(torch.randn(adapter.values.shape, generator=draw) * 0.2)
+    adapter.touch()
+
+
 def stored(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Ours by PEFT's names."""
     names = {name: f"{name}.weight" if name[-6:-1] == "lora_" else name for name in gradients}
@@ -149,3 +161,35 @@ def test_files_logits_and_gradients_are_pefts(
         assert torch.equal(model(input_ids=ids).logits, bare(input_ids=ids).logits), way
         detach(model)
         assert torch.equal(model(input_ids=ids).logits, bare(input_ids=ids).logits), way
+
+
+# Llama has no biases
+@pytest.mark.parametrize(("kind", "name"), [*GRID[:20:2], *GRID[21::2]])
+def test_merged_it_is_the_same_model(kind: str, name: str, tiny: Any, ids: Tensor) -> None:
+    """In place, streamed and loaded as a model; and taken out again, bit for bit."""
+    for way in ("attached", "our decoder"):
+        model = WAYS[way](tiny(kind))
+        attach(model, LoraSpec(**settings_of(kind, name)))
+        shake_adapter(model)
+        params = dict(model.named_parameters())
+        before = model(input_ids=ids).logits
+        untied = separates_tied_head(model)
+        streamed = dict(merged_tensors(model))
+        report = merge(model)
+        after = model(input_ids=ids).logits
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5, msg=way)
+        assert report.untied == untied
+        assert all(row.delta > 0 for row in report.rows)
+        twin = tiny(kind, **({"tie_word_embeddings": False} if untied else {}))
+        missing, unknown = twin.load_state_dict(streamed, strict=False)
+        assert not unknown
+        assert set(missing) <= ({"lm_head.weight"} if not untied else set())
+        twin.tie_weights()
+        torch.testing.assert_close(twin(input_ids=ids).logits, before, rtol=1e-5, atol=1e-5)
+        get_bank(model).activate(Mix.one("default"))
+        with pytest.raises(ContractError, match="is merged; call unmerge"):
+            model(input_ids=ids)
+        get_bank(model).activate(Mix.none())
+        unmerge(model)
+        assert all(p is params[n] for n, p in model.named_parameters()), way
+        assert torch.equal(model(input_ids=ids).logits, before), way
