@@ -238,7 +238,7 @@ jobs:
         ("seed: 1", "adapter_name: x", 10, "lora.adapter_name is the same for all jobs of a run"),
         ("output_dir: x", "r: 4", 8, "output_dir is the same for all jobs of a run"),
         ("r: 5", "r: 4", 10, "lora.r is given twice for the job 'b'; keep one"),
-        ("modules_to_save: [x]", "r: 4", 8, "modules_to_save=['x'] is not supported yet"),
+        ("megatron_config: [x]", "r: 4", 8, "megatron_config=['x'] is not supported yet"),
     ],
 )
 def test_a_mistake_in_a_job_is_told_with_its_line(

@@ -31,7 +31,6 @@ from lorry.config.parsing.aliases import (
     HOMONYMS,
     IGNORED_ALIASES,
     UNSUPPORTED_ALIASES,
-    UNSUPPORTED_VALUES,
 )
 from lorry.config.parsing.names import schema_names
 from lorry.errors import ConfigError
@@ -152,8 +151,8 @@ def test_several_files() -> None:
         (["train=5"], "'train' is a group; set one of its settings, such as train.learning_rate"),
         (["use_dora=maybe"], "use_dora: got 'maybe'"),
         (
-            ["lora.modules_to_save=[lm_head]"],
-            "lora.modules_to_save=['lm_head'] is not supported yet",
+            ["lora.megatron_config=[a]"],
+            "lora.megatron_config=['a'] is not supported yet",
         ),
         (["optim=adafactor"], "optim=adafactor is not supported yet"),
         (
@@ -287,8 +286,30 @@ def test_pefts_lora_bias_is_not_bias(given: str) -> None:
     lora = run(given).lora
     assert lora is not None
     assert (lora.lora_B_bias, lora.bias) == (True, "none")
-    with pytest.raises(ConfigError, match=r"lora\.bias: 'lora_only' is not built yet"):
-        run("lora_bias=lora_only")
+    lora = run("lora_bias=lora_only").lora
+    assert lora is not None
+    assert lora.bias == "lora_only"
+
+
+@pytest.mark.parametrize(
+    ("given", "setting", "value"),
+    [
+        ("modules_to_save=lm_head,embed_tokens", "modules_to_save", ["lm_head", "embed_tokens"]),
+        ("additional_target=lm_head, norm", "modules_to_save", ["lm_head", "norm"]),
+        ("lora_modules_to_save=[lm_head]", "modules_to_save", ["lm_head"]),
+        ("trainable_token_indices=[5,6]", "trainable_token_indices", [5, 6]),
+        (
+            "peft_trainable_token_indices={lm_head: [5]}",
+            "trainable_token_indices",
+            {"lm_head": [5]},
+        ),
+        ("peft_ensure_weight_tying=true", "ensure_weight_tying", True),
+        ("layers_pattern=layers", "layers_pattern", "layers"),
+        ("bias=all", "bias", "all"),
+    ],
+)
+def test_what_trains_beside_the_low_rank_terms(given: str, setting: str, value: Any) -> None:
+    assert getattr(run(given).lora, setting) == value
 
 
 def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
@@ -307,9 +328,6 @@ def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
     assert [word for word in HOMONYMS if word not in names.leaves] == [], (
         "what is no name of ours belongs to NOTED"
     )
-    assert [
-        dotted for dotted in UNSUPPORTED_VALUES if dotted not in names.fields and dotted != "to"
-    ] == []
 
 
 @pytest.mark.parametrize(

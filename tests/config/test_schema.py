@@ -205,7 +205,9 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"adapter_name": "a/b"}, "lora.adapter_name: 'a/b' is not a name"),
         ({"adapter_name": ".."}, "lora.adapter_name: '..' is not a name"),
         ({"adapter_name": "x" * 65}, "is not a name"),
-        ({"bias": "all"}, "lora.bias: 'all' is not built yet; give none"),
+        ({"bias": "some"}, "lora.bias: got 'some'; give one of none, all, lora_only"),
+        ({"modules_to_save": []}, "is empty"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices"),
         (
             {"init_lora_weights": "xavier"},
             "lora.init_lora_weights: got 'xavier'; give true or false or one of gaussian, pissa, olora, milora, eva",

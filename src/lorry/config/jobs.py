@@ -109,6 +109,8 @@ SHORT_LABELS = {
     "use_rslora": "rslora",
     "use_dora": "dora",
     "lora_B_bias": "bias",
+    "modules_to_save": "whole",
+    "trainable_token_indices": "rows",
     "path": "",
     "data": "",
 }

@@ -98,6 +98,8 @@ class ModelConfig(SettingsGroup):
     )
 
 
+# the settings of an adapter that give it weights in the base's place
+OWN_WEIGHT_FIELDS = ("modules_to_save", "trainable_token_indices", "bias", "new_tokens")
 # what of an adapter's settings is AdaLoRA's alone
 ADALORA_FIELDS = (
     "variant", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
@@ -177,9 +179,32 @@ class LoraConfig(SettingsGroup):
     layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = config_field(
         None, "adapt only the layers of these numbers"
     )
-    # a setting of one value, so that PEFT's files read, and the other values get an error of their
-    # own (`UNSUPPORTED_VALUES`)
-    bias: Literal["none"] = config_field("none", "biases stay frozen")
+    layers_pattern: str | list[str] | None = config_field(
+        None, "name of the list whose numbers layers_to_transform means, where paths have several"
+    )
+    bias: Literal["none", "all", "lora_only"] = config_field(
+        "none",
+        "biases that train in the base's place: none, all, or those of the adapter's modules",
+    )
+    modules_to_save: list[str] | None = config_field(
+        None,
+        "modules that train whole in the base's place: lm_head, embed, norms, any by its name's end",
+    )
+    trainable_token_indices: list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None = (
+        config_field(
+            None,
+            "token ids whose rows of the embedding train (of a tied head too); or a map by module",
+        )
+    )
+    new_tokens: list[str] | PathText | None = config_field(
+        None, "tokens to add to the tokenizer, or an added_tokens file; their rows alone train"
+    )
+    new_token_init: Literal["subtokens", "mean"] = config_field(
+        "subtokens", "their rows begin as the mean of the tokens they replace, or of all rows"
+    )
+    ensure_weight_tying: bool = config_field(
+        False, "a tied head and embedding that train keep one weight"
+    )
     adapter_name: CheckedName = config_field("default", "name of the adapter")
     init_r: PositiveInt | None = config_field(
         None, "AdaLoRA: rank of every module at first; null: r if given, else 12"
@@ -330,6 +355,13 @@ class LoraConfig(SettingsGroup):
     def _low_rank_at_parameters(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("target_parameters"):
             raise ValueError("does not go with target_parameters, which have low-rank terms alone")
+        return value
+
+    @field_validator("modules_to_save", "trainable_token_indices", "layers_pattern", "new_tokens")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value in ("", [], {}):
+            raise ValueError("is empty; leave it out, or name something")
         return value
 
     @field_validator("target_modules", "exclude_modules")
@@ -822,6 +854,26 @@ class RunConfig(SettingsGroup):
             if isinstance(value, str) and "," in value and PLAIN_NAMES.fullmatch(value)
             else value
         )
+
+    @model_validator(mode="after")
+    def _own_weights_need_a_whole_base(self) -> Self:
+        b = self.backend
+        if b.name not in ("fsdp", "megatron") and b.tensor_parallel == 1:
+            return self
+        # what is a job's own is in plain values there
+        each = [
+            {} if self.lora is None else self.lora.model_dump(),
+            *(job.lora for job in self.jobs),
+        ]
+        for settings in each:
+            own = [f for f in OWN_WEIGHT_FIELDS if settings.get(f) not in (None, "none")]
+            if own:
+                where = f"backend={b.name}" if b.tensor_parallel == 1 else "tensor_parallel"
+                raise ValueError(
+                    f"lora.{own[0]} trains weights in the base's place, which has to be whole in every "
+                    f"process, and {where} cuts it; use backend=single or ddp"
+                )
+        return self
 
     @model_validator(mode="after")
     def _packed_weights_stay(self) -> RunConfig:

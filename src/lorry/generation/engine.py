@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,7 @@ from lorry.generation.request import (
 from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
 from lorry.models.causal_lm import CausalLM, PackedInput, invoke, prompt_gates
 from lorry.models.decoder.decode import DecodeRunner
+from lorry.models.owners import owners_in, owning_adapters
 
 # Running requests at once unless the caller says otherwise. A decode step reads every weight once
 # however many rows share it, so that rows cost little; but each holds the keys and values of all its
@@ -199,7 +201,8 @@ class GenerationEngine:
         self.waiting.extend(sorted(self._arrived, key=lambda request: first_seen[request.mix]))
         self._arrived = []
         free = [row for row, request in enumerate(self.running) if request.finish_reason]
-        fresh = free[: len(self.waiting)]
+        ready = self._count_ready()
+        fresh = free[:ready]
         for row in fresh:
             self.running[row] = self.waiting.popleft()
         # Rows nobody takes are all behind the fresh ones, which therefore keep their numbers.
@@ -207,13 +210,24 @@ class GenerationEngine:
             rows = [row for row in range(len(self.running)) if row not in unused]
             self.running = [self.running[row] for row in rows]
             self.cache.keep(torch.tensor(rows, device=self.runner.device))
-        more = min(len(self.waiting), self.batch_rows - len(self.running))
+        more = min(ready - len(fresh), self.batch_rows - len(self.running))
         for _ in range(more):
             fresh.append(len(self.running))
             self.running.append(self.waiting.popleft())
         if fresh:
             self._reserve_rows(more)
         return fresh
+
+    def _count_ready(self) -> int:
+        """How many of the waiting requests, from the first on, may run beside those that run: an adapter with
+        weights of its own in the base's place has a pass for itself."""
+        owning = owning_adapters(self.model)
+        if not owning or not self.waiting:
+            return len(self.waiting)
+        busy = [request for request in self.running if not request.finish_reason]
+        owners = owners_in((busy or self.waiting)[0].mix, owning)
+        alike = (owners_in(request.mix, owning) == owners for request in self.waiting)
+        return sum(1 for _ in takewhile(bool, alike))
 
     def _reserve_rows(self, more: int) -> None:
         """Rows of the cache for the running requests, ``more`` of which have none yet. The cache

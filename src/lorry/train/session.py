@@ -25,6 +25,7 @@ from lorry.adapters.peft.files import base_digest, start_files
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.trainable import base_parameter_set
+from lorry.adapters.variants.new_tokens import begin_rows
 from lorry.backends.distributed.communicator import (
     ONE_PROCESS,
     Communicator,
@@ -52,6 +53,7 @@ from lorry.models.layer_weights import Sharder
 from lorry.models.loading.describe import has_packed_matrices
 from lorry.models.loading.open import OpenedModel, open_model, refuse_mixture
 from lorry.models.loading.sources import resolve_model
+from lorry.models.new_tokens import add_new_tokens
 from lorry.notes import NoteCallback, ignore_note
 from lorry.plan.constants import MIN_BATCH_TOKENS
 from lorry.runs import ownership
@@ -578,7 +580,15 @@ def _row_accounting(jobs: PreparedJobs) -> str:
 def lora_spec_of(lora: LoraConfig) -> LoraSpec:
     """The bank's spec from the run's settings."""
     adalora = lora.adalora
-    others = {"adapter_name", "bias", "init_rows", "rank_by", "lora_B_bias", *ADALORA_FIELDS}
+    left_out = (
+        "adapter_name",
+        "init_rows",
+        "rank_by",
+        "lora_B_bias",
+        "new_tokens",
+        "new_token_init",
+    )
+    others = {*left_out, *ADALORA_FIELDS}
     plain: dict[str, Any] = {**lora.model_dump(exclude=others), "r": lora.most_rank}
     return LoraSpec(
         **plain,
@@ -604,9 +614,10 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) 
         refuse_adapter_settings(run.train, run.memory_budget)
         return enable_base_training(opened, run.trainable or "all", run.output_dir, add_note)
     if not opened.adapters:
-        adapter = attach(
-            opened.model, lora_spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed
-        )
+        spec, new = add_new_tokens(opened, run.lora, lora_spec_of(run.lora))
+        adapter = attach(opened.model, spec, run.lora.adapter_name, seed=run.train.seed)
+        if new is not None:
+            begin_rows(opened.model, adapter, new)
         _note_skipped_modules(opened.model, adapter, add_note)
         return adapter.name
     if len(opened.adapters) > 1:

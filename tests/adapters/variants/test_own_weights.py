@@ -15,16 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import attach, detach, get_bank
+from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
 from lorry.adapters.merge import merge, merged_tensors, separates_tied_head, unmerge
-from lorry.adapters.mix import Mix
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.peft.tensors import PEFT_PREFIX
 from lorry.adapters.spec import LoraSpec
-from lorry.errors import ContractError
+from lorry.backends.local import LocalBackend
+from lorry.backends.optim import OptimSettings
+from lorry.data.batch import TokenizedExample, collate
+from lorry.errors import ConfigError, ContractError
 from lorry.families import find_family
+from lorry.generation.engine import generate_completions
+from lorry.generation.sampling import SamplingParams
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
+from lorry.models.scoring.score import (
+    HiddenState,
+    PromptState,
+    TokenScore,
+    evaluate_wants,
+    log_prob,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = {"gpt2": "c_attn", "gpt_neox": "query_key_value"}
@@ -193,3 +205,198 @@ def test_merged_it_is_the_same_model(kind: str, name: str, tiny: Any, ids: Tenso
         unmerge(model)
         assert all(p is params[n] for n, p in model.named_parameters()), way
         assert torch.equal(model(input_ids=ids).logits, before), way
+
+
+def examples(adapters: list[int]) -> Any:
+    """A batch of sequences of 7 to 10 tokens, numbered by adapter (-1: the base)."""
+    draw = torch.Generator().manual_seed(5)
+    rows = [torch.randint(3, 60, (7 + n,), generator=draw).tolist() for n in range(len(adapters))]
+    return collate(
+        [
+            TokenizedExample(row, [0.0] * 3 + [1.0] * (len(row) - 3), adapter=adapter, key=n)
+            for n, (row, adapter) in enumerate(zip(rows, adapters, strict=True))
+        ]
+    )
+
+
+@pytest.mark.parametrize("way", ["behind our face", "our decoder"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_sequences_of_several_owners_are_run_apart(way: str, dropout: float, tiny: Any) -> None:
+    """One batch of two adapters with norms, rows and heads of their own, a plain one and the base: scores
+    and gradients are those of each sequence by itself."""
+    specs = [
+        LoraSpec(r=2, lora_dropout=dropout, modules_to_save=("norm",)),
+        LoraSpec(r=2, lora_dropout=dropout, trainable_token_indices=(9, 30, 4)),
+        LoraSpec(r=2, lora_dropout=dropout, modules_to_save=("lm_head",)),
+        LoraSpec(r=2, lora_dropout=dropout),
+    ]
+    model = WAYS[way](tiny("llama-tied"))
+    for n, spec in enumerate(specs):
+        attach(model, spec, f"a{n}")
+        shake_adapter(model, f"a{n}")
+    backend = LocalBackend(model, [f"a{n}" for n in range(4)], OptimSettings())
+    batch = examples([0, 1, -1, 2, 3, 1, 0])
+    wants = {"s": TokenScore(log_prob), "h": HiddenState(1), "p": PromptState(None, "mean")}
+
+    def run(part: Any) -> dict[str, Tensor]:
+        call = AdapterContext(
+            backend.batch_mix(part, backend.trained), backend._noise(part, backend.trained, 0)
+        )
+        return evaluate_wants(model, part, wants, call)
+
+    def gradients(losses: list[Tensor]) -> dict[str, Tensor]:
+        for owner in backend.owners.values():
+            owner.grads.zero_()
+        sum(losses).backward()
+        return {name: owner.grads.clone() for name, owner in backend.owners.items()}
+
+    together = run(batch)
+    alone = [run(select(batch, [s])) for s in range(len(batch))]
+    for name in wants:
+        expected = torch.cat([got[name] for got in alone])
+        torch.testing.assert_close(together[name], expected, rtol=1e-5, atol=1e-5)
+    ours = gradients([together["s"].sum()])
+    for name, wanted in gradients([got["s"].sum() for got in alone]).items():
+        # of the whole: single entries are sums that cancel
+        assert (ours[name] - wanted).norm() <= 1e-5 * wanted.norm(), name
+        assert bool(wanted.any()), name
+
+
+def select(batch: Any, sequences: list[int]) -> Any:
+    """Some sequences of a batch, by its examples."""
+    return collate(
+        [
+            TokenizedExample(
+                batch.tokens[slice(*batch.segments[s])].tolist(),
+                batch.weights[slice(*batch.segments[s])].tolist(),
+                adapter=int(batch.adapter[s]),
+                key=int(batch.key[s]),
+            )
+            for s in sequences
+        ]
+    )
+
+
+@pytest.mark.parametrize("way", ["behind our face", "our decoder"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_are_those_of_each_alone(way: str, dtype: torch.dtype, tiny: Any) -> None:
+    """Requests of several owners in one engine, greedy; bfloat16 takes the decode kernels where there are."""
+    model = WAYS[way](tiny("llama-tied").to(dtype))
+    attach(model, LoraSpec(r=2, modules_to_save=("norm", "lm_head")), "whole")
+    attach(model, LoraSpec(r=2, trainable_token_indices=tuple(range(10, 50))), "rows")
+    for name in ("whole", "rows"):
+        shake_adapter(model, name)
+    prompts, params = [[5, 9, 30], [7, 8], [12, 40, 3, 5]], SamplingParams(max_new_tokens=6)
+    names: list[str | None] = ["whole", "rows", None]
+    wanted = [
+        generate_completions(model, [prompt], params, adapters=[name])[0].tokens
+        for name in names
+        for prompt in prompts
+    ]
+    several = [(name, prompt) for name in names for prompt in prompts]
+    several = several[::2] + several[1::2]
+    got = generate_completions(
+        model, [p for _, p in several], params, adapters=[n for n, _ in several], batch_rows=4
+    )
+    place = {
+        (name, tuple(p)): n for n, (name, p) in enumerate((n, p) for n in names for p in prompts)
+    }
+    for (name, prompt), one in zip(several, got, strict=True):
+        assert one.tokens == wanted[place[name, tuple(prompt)]], (name, prompt)
+    assert len({tuple(tokens) for tokens in wanted}) > 6, "the adapters must matter"
+
+
+def test_bfloat16_steps_move_masters_and_what_passes_read(tiny: Any) -> None:
+    """A base in bfloat16 on our decoder: fp32 masters, copies made anew after a step; gradients within
+    bfloat16's rounding of float32's."""
+    settings = {
+        "r": 2,
+        "modules_to_save": ("norm", "lm_head"),
+        "trainable_token_indices": {"embed_tokens": (9, 30, 4)},
+    }
+    grads = {}
+    batch = examples([0, 0, 0])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = native(tiny("llama").bfloat16().to(dtype))
+        adapter = attach(model, LoraSpec(**settings))
+        optimizer = torch.optim.AdamW(lora_parameters(model), lr=0.05)
+        scores = []
+        for step in range(3):
+            optimizer.zero_grad(set_to_none=False)
+            got = evaluate_wants(
+                model, batch, {"s": TokenScore(log_prob)}, AdapterContext(Mix.one("default"))
+            )
+            loss = -got["s"].sum() / int(batch.weights.sum())
+            loss.backward()
+            scores.append(float(loss))
+            if step == 0:
+                grads[dtype] = {n: g.clone() for n, g in adapter.split_like(adapter.grads).items()}
+            optimizer.step()
+        assert scores[0] > scores[1] > scores[2], "a stale copy would not move"
+        assert adapter.values.dtype == torch.float32
+    for name, grad in grads[torch.float32].items():
+        if name.endswith("lora_A"):
+            continue  # 0: B is
+        difference = (grads[torch.bfloat16][name] - grad).norm() / grad.norm()
+        assert difference < 0.05, (name, float(difference))
+
+
+def test_what_has_no_meaning_is_refused(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
+    model = native(tiny("llama-tied"))
+    attach(model, LoraSpec(r=2, modules_to_save=("norm",)), "one")
+    attach(model, LoraSpec(r=2, modules_to_save=("norm",)), "two")
+    with pytest.raises(ContractError, match="'one', 'two' have weights of their own here"):
+        model(input_ids=ids)
+    get_bank(model).activate(Mix.constants({"one": 0.5}))
+    with pytest.raises(ContractError, match=r"no meaning at g = 0\.5"):
+        model(input_ids=ids)
+    with pytest.raises(ConfigError, match=r"has no weight but 1 \(asked: 0\.5\)"):
+        merge(model, {"one": 0.5})
+    with pytest.raises(ConfigError, match="both have model"):
+        merge(model, {"one": 1.0, "two": 1.0})
+    for spec, message in [
+        ({"modules_to_save": ("norms",)}, "'norms', which matches no module"),
+        ({"modules_to_save": ("lm_head",), "target_modules": ("lm_head",)}, "trains whole or"),
+        ({"modules_to_save": ("mlp",), "target_modules": "all-linear"}, "trains whole or"),
+        ({"trainable_token_indices": (64,)}, "64 rows, 0 to 63"),
+        ({"trainable_token_indices": (3,), "target_modules": ("embed_tokens",)}, "both train"),
+        ({"trainable_token_indices": (3,), "modules_to_save": ("embed_tokens",)}, "both train"),
+        ({"trainable_token_indices": {"norm": (3,)}}, "takes an embedding or a head"),
+        (
+            {
+                "trainable_token_indices": {"embed_tokens": (3,), "lm_head": (4,)},
+                "ensure_weight_tying": True,
+            },
+            "other tokens for the head",
+        ),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            attach(native(tiny("llama-tied")), LoraSpec(**spec))
+    for spec, message in [
+        ({"trainable_token_indices": (3, 3)}, "names token 3 twice"),
+        ({"trainable_token_indices": (-1,)}, "has -1"),
+        ({"trainable_token_indices": ()}, "must be a list of token ids"),
+        ({"modules_to_save": "norm"}, "must be a list of names"),
+        ({"bias": "some"}, "none, all or lora_only"),
+        ({"layers_pattern": "layers"}, "give layers_to_transform"),
+        ({"bias": "all", "alora_invocation_tokens": (5, 6)}, "an adapter of some tokens"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            LoraSpec(**spec)
+
+
+def test_layers_pattern_says_which_number_is_a_layers(tiny: Any) -> None:
+    """As PEFT selects them, which is the judge."""
+    settings = {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    }
+    model = tiny("llama")
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    adapter = attach(model, LoraSpec(**settings))
+    assert [f"base_model.model.{path}" for path in adapter.slots] == [
+        name for name, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+    ]
+    with pytest.raises(ConfigError, match="names layer 1"):
+        attach(model, LoraSpec(**{**settings, "layers_pattern": "blocks"}), "other")

@@ -79,6 +79,7 @@ from lorry.adapters.quantization.linear import (
 from lorry.adapters.quantization.packed import Quantization
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
 from lorry.adapters.variants.adalora import fold_triplets
+from lorry.adapters.variants.new_tokens import NewTokens, grow_vocabulary, grown_with
 from lorry.adapters.variants.registry import further_starts
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content
@@ -197,6 +198,8 @@ def _files_of(
         facts["parameters_digest"] = parameters_digest(model)
     if (quantization := quantization_facts(model)) is not None:
         facts["quantization"] = quantization
+    if (new := grown_with(model)) is not None:
+        facts["new_tokens"] = new.facts()
     if start is not None:
         facts["start"] = {"path": start.path, "sha256": start.sha256}
         config = over_adapter_config(config)
@@ -331,6 +334,7 @@ def load_adapter(
     folder, name = find_adapter(path, name)
     start = next(iter(start_chain(folder)), None)
     _check_start(model, folder, start)
+    _grow_as_saved(model, folder, other_base=other_base)
     where = str(folder / ADAPTER_CONFIG)
     layers = list_adaptable_layers(model)
     rename = legacy_name_mapper(model, layers)
@@ -381,6 +385,28 @@ def load_adapter(
     # copies were written under the masters, which no compute copy can know
     adapter.touch()
     return adapter
+
+
+def _grow_as_saved(model: nn.Module, folder: Path, *, other_base: bool) -> None:
+    """Give the model's embedding the new tokens that an adapter of ours was trained with."""
+    file = folder / ADAPTER_FACTS
+    facts = read_adapter_json(file).get("new_tokens") if file.is_file() else None
+    if facts is None:
+        return
+    new = NewTokens.of(facts, str(file))
+    if not other_base:
+        _check_base(model, folder)
+    try:
+        grow_base(model, new)
+    except ConfigError as e:
+        raise ModelError(f"{file}: {e}") from e
+
+
+def grow_base(model: nn.Module, new: NewTokens) -> None:
+    """`grow_vocabulary`; the digest stays that of the base as it lies on disk."""
+    if grown_with(model) is None and _KNOWN_DIGEST not in model.__dict__:
+        remember_base_digest(model)
+    grow_vocabulary(model, new)
 
 
 def _keeps_residual(model: nn.Module, folder: Path) -> bool:

@@ -150,7 +150,7 @@ class RouterConfig(SettingsGroup):
         """All of its settings, so that a run's description says what a default was."""
         if value is None:
             return None
-        known = [name for name in LoraConfig.model_fields if name not in ("adapter_name", "bias")]
+        known = [name for name in LoraConfig.model_fields if name != "adapter_name"]
         if odd := [name for name in value if name not in known]:
             raise ValueError(f"has no setting {odd[0]!r}; there are {', '.join(known)}")
         if value.get("variant", "lora") == "adalora" or value.get("train", ["A", "B"]) != [

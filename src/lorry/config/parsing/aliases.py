@@ -54,6 +54,10 @@ ALIAS_RENAMES: dict[str, str] = {
     ),
     **dict.fromkeys(["dora", "lora_use_dora", "peft_use_dora"], "lora.use_dora"),
     "peft_init_lora_weights": "lora.init_lora_weights",
+    **dict.fromkeys(["lora_modules_to_save", "peft_modules_to_save"], "lora.modules_to_save"),
+    "peft_trainable_token_indices": "lora.trainable_token_indices",
+    "peft_ensure_weight_tying": "lora.ensure_weight_tying",
+    **dict.fromkeys(["lora_layers_pattern", "peft_layers_pattern"], "lora.layers_pattern"),
     **dict.fromkeys(
         ["cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "seq_length"],
         "data.max_length",
@@ -227,6 +231,11 @@ ALIAS_READERS: dict[str, AliasReader] = {
     "train_on_prompt": _negated_switch("data.completion_only_loss"),
     "train_on_responses_only": lambda on: ("data.completion_only_loss", on),
     "lora_target_linear": _switch_meaning("lora.target_modules", "all-linear"),
+    # LLaMA-Factory's, names with commas
+    "additional_target": lambda names: (
+        "lora.modules_to_save",
+        re.split(r"\s*,\s*", names) if isinstance(names, str) else names,
+    ),
     "lora_target": lambda names: ("lora.target_modules", "all-linear" if names == "all" else names),
     # other tools take both under this name; a share is below 1, steps are whole
     "warmup": lambda much: (
@@ -369,10 +378,6 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         [
             "use_qalora",
-            "modules_to_save",
-            "trainable_token_indices",
-            "ensure_weight_tying",
-            "layers_pattern",
             "layer_replication",
             "kasa_config",
             "velora_config",
@@ -497,8 +502,4 @@ OTHER_VERB_SETTINGS: dict[str, str] = {
     "beta": f"lorry distill, and of {_UNLEARN}",
     **dict.fromkeys(["forget_split", "retain_split", "data_split", "data_sub_set"], _SPLIT_OWNERS),
     "tasks": "lorry eval; in training they are called eval_tasks",
-}
-
-UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
-    "lora.bias": ("all", "lora_only"),
 }

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from lorry.config.parsing.aliases import UNSUPPORTED_VALUES
 from lorry.config.parsing.names import SchemaNames, describe_allowed, show_value, union_members
 from lorry.errors import suggest_nearest
 
@@ -69,9 +68,6 @@ def _error_sentence(item: ErrorDetails, dotted: str, names: SchemaNames) -> str:
         case (int(at), str(name)):  # of a list of maps, one entry's setting
             return _entry_sentence(item, f"{dotted}.{at}", name)
     field = names.fields[dotted]
-    # known and not built: "one of ..." alone would say that it does not exist
-    if item["input"] in UNSUPPORTED_VALUES.get(dotted, ()):
-        return f"{dotted}: {item['input']!r} is not built yet; give {describe_allowed(field)}"
     return f"{dotted}: got {show_value(item['input'])}; give {describe_allowed(field)}{_nearest_choice(item['input'], field)}"
 
 

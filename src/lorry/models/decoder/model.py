@@ -9,6 +9,7 @@ an argument, and a forward that can stop at any layer. It must give transformers
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -252,6 +253,23 @@ class Decoder(CausalLM):
     def vocab_size(self) -> int:
         """Rows of the embedding table."""
         return self.geometry.vocab
+
+    @torch.no_grad()
+    def resize_vocabulary(self, rows: int) -> None:
+        """More rows of the embedding and the head, zeros behind those that are there; a tied pair stays
+        one tensor."""
+        tied = self.head.weight is self.embed.weight
+        for module in (self.embed, self.head):
+            old = module.weight
+            grown = torch.cat([old.detach(), old.new_zeros(rows - old.shape[0], old.shape[1])])
+            # the old table goes before the other side is made
+            module.weight = nn.Parameter(grown, requires_grad=False)
+            if tied:
+                self.tie()
+                break
+        self.geometry = replace(self.geometry, vocab=rows)
+        self.local_geometry = self.geometry
+        self.config["vocab_size"] = rows
 
     @property
     def context(self) -> int:

@@ -130,6 +130,12 @@ class HfModel(CausalLM):
         """How many tokens have an embedding."""
         return int(self.inner.get_input_embeddings().weight.shape[0])
 
+    def resize_vocabulary(self, rows: int) -> None:
+        """As of the decoder: transformers' own way."""
+        self.inner.resize_token_embeddings(rows, mean_resizing=False)
+        self.inner.requires_grad_(False)
+        self.config = self.inner.config.to_dict()
+
     @property
     def head(self) -> nn.Module | None:
         return self.inner.get_output_embeddings() if self._plain else None

@@ -28,6 +28,7 @@ from lorry.data.batch import Batch
 from lorry.errors import ContractError, DataError
 from lorry.kernels.softmax import accumulator_dtype
 from lorry.models.causal_lm import CausalLM, PackedInput, invoke, pooled_states, with_prompt_gates
+from lorry.models.owners import BatchPart, parts_by_owner
 from lorry.models.scoring.tiles import (
     LogitsStatistics,
     OutputHead,
@@ -136,8 +137,23 @@ def evaluate_wants(
     stops at the highest. A router of the sequence (`SequenceRouter`) sees what comes before a
     sequence's first supervised token, as it would in generation. ``share_prefixes``: what sequences
     have in common at their beginning is run once where it can be (`models/shared_prefixes.py`).
-    Raises DataError for a sequence without a prompt where such a router asks for it.
+    Raises DataError for a sequence without a prompt where such a router asks for it. Sequences of several
+    adapters with weights of their own are run in parts (`models.owners`).
     """
+    if (parts := parts_by_owner(model, batch, call)) is not None:
+        return _joined(model, batch, wants, parts, share_prefixes=share_prefixes)
+    return _evaluate_together(model, batch, wants, call, share_prefixes=share_prefixes)
+
+
+def _evaluate_together(
+    model: CausalLM,
+    batch: Batch,
+    wants: Mapping[str, Want],
+    call: AdapterContext,
+    *,
+    share_prefixes: bool,
+) -> dict[str, Tensor]:
+    """`evaluate_wants` in one pass."""
     scores = {n: w for n, w in wants.items() if isinstance(w, TokenScore)}
     final = [n for n, w in wants.items() if isinstance(w, FinalHidden)]
     layers = {n: w.layer for n, w in wants.items() if isinstance(w, HiddenState)}
@@ -184,6 +200,29 @@ def evaluate_wants(
             for name, column in zip(group, table.unbind(1), strict=True):
                 # 0 at all other tokens, whose scores no loss reads
                 outputs[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, at, column)
+    return outputs
+
+
+def _joined(
+    model: CausalLM,
+    batch: Batch,
+    wants: Mapping[str, Want],
+    parts: Sequence[BatchPart],
+    *,
+    share_prefixes: bool,
+) -> dict[str, Tensor]:
+    """`evaluate_wants` of a batch from that of its parts."""
+    made = [
+        _evaluate_together(model, p.batch, wants, p.call, share_prefixes=share_prefixes)
+        for p in parts
+    ]
+    outputs = dict[str, Tensor]()
+    for name, want in wants.items():
+        by_sequence = isinstance(want, PromptState)
+        count = len(batch) if by_sequence else batch.tokens.numel()
+        at = torch.cat([p.sequences if by_sequence else p.rows for p in parts])
+        values = torch.cat([got[name] for got in made])
+        outputs[name] = values.new_zeros(count, *values.shape[1:]).index_copy(0, at, values)
     return outputs
 
 
