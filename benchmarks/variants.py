@@ -147,15 +147,15 @@ def _lorry(engine: str, folder: Path, case: Mapping[str, Any]) -> dict[str, Any]
         str(folder / "base"), dtype="bfloat16", quantize=quantize, add_note=ignore_note
     ).model
     loading = measure.peak_rss() - before
-    parameters = {id(p): p.nbytes for p in model.parameters()}
     vocabulary = model.get_parameter("model.embed_tokens.weight")
-    matrices = sum(p.nbytes for name, p in model.named_parameters() if "_proj.weight" in name)
     largest = max(
         [vocabulary.nbytes]
         + [2 * p.shape[0] * p.shape[1] for p in quantized_linears(model).values()]
     )
     if whole:
         open_linears(model)
+    parameters = {id(p): p.nbytes for p in model.parameters()}
+    matrices = sum(p.nbytes for name, p in model.named_parameters() if "_proj.weight" in name)
     adapter = load_adapter(model, folder / "init", "one", other_base=True)
     mix = Mix.one("one")
     get_bank(model).activate(mix)

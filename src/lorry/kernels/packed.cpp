@@ -39,12 +39,45 @@ static inline float eighth(uint8_t bits) {
     return (bits & 0x80 ? -0x1p120f : 0x1p120f) * out;
 }
 
+// The 16 values of a block, rounded once, and then only looked up by codes of which a byte has two, the first in the high half.
+template <typename T>
+struct Table {
+    alignas(64) T values[16];
+
+    explicit Table(const float* scaled) {
+        for (int i = 0; i < 16; i++) values[i] = convert(scaled[i], (T*)nullptr);
+    }
+
+    inline long look_up_wide(const uint8_t*, T*, long) const { return 0; }
+
+    inline void look_up(const uint8_t* codes, T* out, long count) const {
+        long i = look_up_wide(codes, out, count);
+        for (; i + 1 < count; i += 2) {
+            out[i] = values[codes[i / 2] >> 4];
+            out[i + 1] = values[codes[i / 2] & 15];
+        }
+        if (i < count) out[i] = values[codes[i / 2] >> 4];
+    }
+};
+
 #ifdef __AVX512F__
+// As `narrow`, in all lanes at once.
+template <>
+inline Table<bf16>::Table(const float* scaled) {
+    const __m512 x = _mm512_loadu_ps(scaled);
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    _mm256_store_si256((__m256i*)values, _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0)));
+}
+
 // 16 bytes at a time: lanes of 32 bits choose from 16, and hold both values of a byte in bfloat16.
-static inline long look_up_wide(const uint8_t* codes, const bf16* table, bf16* out, long values) {
-    const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)table)), second = _mm512_slli_epi32(first, 16);
+template <>
+inline long Table<bf16>::look_up_wide(const uint8_t* codes, bf16* out, long count) const {
+    const __m512i first = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)values)), second = _mm512_slli_epi32(first, 16);
     long i = 0;
-    for (; i + 32 <= values; i += 32) {
+    for (; i + 32 <= count; i += 32) {
         const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i / 2)));
         const __m512i high = _mm512_permutexvar_epi32(_mm512_srli_epi32(byte, 4), first);
         // a permutation reads the low four bits of each lane
@@ -53,36 +86,21 @@ static inline long look_up_wide(const uint8_t* codes, const bf16* table, bf16* o
     return i;
 }
 
-static inline long look_up_wide(const uint8_t* codes, const float* table, float* out, long count) {
-    const __m512 values = _mm512_loadu_ps(table);
+template <>
+inline long Table<float>::look_up_wide(const uint8_t* codes, float* out, long count) const {
+    const __m512 all = _mm512_load_ps(values);
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     long i = 0;
     for (; i + 32 <= count; i += 32) {
         const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i / 2)));
-        const __m512 a = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), values), b = _mm512_permutexvar_ps(byte, values);
+        const __m512 a = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), all), b = _mm512_permutexvar_ps(byte, all);
         _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(a, low, b));
         _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(a, high, b));
     }
     return i;
 }
-#else
-template <typename T>
-static inline long look_up_wide(const uint8_t*, const T*, T*, long) {
-    return 0;
-}
 #endif
-
-// Two codes a byte, the first in the high half.
-template <typename T>
-static inline void look_up(const uint8_t* codes, const T* table, T* out, long values) {
-    long i = look_up_wide(codes, table, out, values);
-    for (; i + 1 < values; i += 2) {
-        out[i] = table[codes[i / 2] >> 4];
-        out[i + 1] = table[codes[i / 2] & 15];
-    }
-    if (i < values) out[i] = table[codes[i / 2] >> 4];
-}
 
 // Four bits in blocks of the flattened matrix. Scales are floats, or (`scale_levels` not null) eight-bit codes with a scale for every
 // 256 and an offset.
@@ -101,11 +119,12 @@ struct Flat {
         const long end = (r + 1) * columns;
         for (long at = r * columns; at < end;) {
             const long block = at / BLOCK, next = std::min((block + 1) * BLOCK, end);
-            alignas(64) T table[16];
+            alignas(64) float scaled[16];
             const float by = scale(block);
-            for (int i = 0; i < 16; i++) table[i] = convert(levels[i] * by, (T*)nullptr);
-            if (at % 2) *out++ = table[codes[at++ / 2] & 15];
-            look_up(codes + at / 2, table, out, next - at);
+            for (int i = 0; i < 16; i++) scaled[i] = levels[i] * by;
+            const Table<T> table(scaled);
+            if (at % 2) *out++ = table.values[codes[at++ / 2] & 15];
+            table.look_up(codes + at / 2, out, next - at);
             out += next - at;
             at = next;
         }
@@ -160,9 +179,10 @@ struct Grid {
             const float by = scale(place);
             T* to = out + at;
             if (kind == 0) {
-                alignas(64) T table[16];
-                for (int i = 0; i < 16; i++) table[i] = convert(value((float)i, place, by), (T*)nullptr);
-                look_up(from + at / 2, table, to, many);
+                alignas(64) float values[16];
+                for (int i = 0; i < 16; i++) values[i] = value((float)i, place, by);
+                const Table<T> table(values);
+                table.look_up(from + at / 2, to, many);
             } else if (kind == 1)
                 for (long i = 0; i < many; i++) to[i] = convert(value(from[at + i], place, by), (T*)nullptr);
             else if (kind == 2)

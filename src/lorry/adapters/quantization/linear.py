@@ -67,7 +67,7 @@ class QuantizedLinear:
         self.quantization, self.shape = packed.quantization, packed.shape
         # the tensors themselves are the layer's, which may move them
         tensors, settings = packed.fields()
-        self.parts = tuple(tensors)
+        self.parts = {part: parameter_name(part) for part in tensors}
         self.matrix_of: Callable[..., PackedMatrix] = partial(type(packed), **settings)
 
     @property
@@ -78,9 +78,9 @@ class QuantizedLinear:
     @property
     def packed(self) -> PackedMatrix:
         """The matrix, as the layer holds it now. Raises ContractError where something cast its scales."""
-        held = {
-            part: self.layer.get_parameter(parameter_name(part)).detach() for part in self.parts
-        }
+        # not `get_parameter`, which takes longer than the product of one row with a small matrix
+        parameters: Mapping[str, nn.Parameter] = self.layer._parameters  # type: ignore[assignment]
+        held = {part: parameters[name].detach() for part, name in self.parts.items()}
         for tensor in held.values():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise ContractError(
@@ -154,9 +154,9 @@ def quantize_linears(model: nn.Module, quantization: Quantization, dtype: torch.
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
     packed = {
-        id(product.layer.get_parameter(parameter_name(part)))
+        id(product.layer.get_parameter(name))
         for product in quantized_linears(model).values()
-        for part in product.parts
+        for name in product.parts.values()
     }
     for parameter in model.parameters():
         if id(parameter) not in packed and parameter.is_floating_point():
@@ -184,8 +184,8 @@ def open_linears(model: nn.Module) -> None:
         layer = product.layer
         weight = product.open(product.dtype)
         layer.product = None
-        for part in product.parts:
-            delattr(layer, parameter_name(part))
+        for name in product.parts.values():
+            delattr(layer, name)
         weight = weight.t().contiguous() if layer.transposed else weight
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
