@@ -108,6 +108,7 @@ SHORT_LABELS = {
     "init_lora_weights": "init",
     "use_rslora": "rslora",
     "use_dora": "dora",
+    "variant": "",
     "lora_B_bias": "bias",
     "modules_to_save": "whole",
     "trainable_token_indices": "rows",

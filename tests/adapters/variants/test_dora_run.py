@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from lorry import cli
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 from tests.support.mortal import World, finished, same
@@ -36,7 +37,9 @@ class StopLate(Heard):
             raise Stop
 
 
-def test_stopped_and_resumed_bit_for_bit(world: World, tmp_path: Path) -> None:
+def test_stopped_and_resumed_bit_for_bit(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run_jobs(world, tmp_path / "whole")
     assert {contract["status"] for contract in result.contracts} == {"held"}
     with pytest.raises(Stop):
@@ -47,3 +50,11 @@ def test_stopped_and_resumed_bit_for_bit(world: World, tmp_path: Path) -> None:
     assert any(name.endswith("lora_magnitude_vector") for name in tensors)
     plain = load_file(tmp_path / "whole" / "run" / "plain" / "adapter_model.safetensors")
     assert len(tensors) == len(plain) * 3 // 2
+    # out of the run again: merged, and for PEFT, with what else does not read it
+    run = str(tmp_path / "whole" / "run" / "dora")
+    capsys.readouterr()
+    assert cli.main(["export", run, "to=peft", f"output_dir={tmp_path / 'peft'}"]) == 0
+    printed = "".join(capsys.readouterr())
+    assert "reloaded by peft" in printed
+    assert "vLLM takes no adapter that has more than A and B" in printed
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()

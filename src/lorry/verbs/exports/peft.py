@@ -30,9 +30,12 @@ def export_peft(opened: OpenedModel, name: str, output: Path, weight: float = 1.
     Raises ConfigError for a place that is taken, ContractError if the adapter opened again is
     another one.
     """
+    from lorry.adapters.attach import get_bank
     from lorry.disk import durable
     from lorry.models.loading.reopen import free_model_memory
 
+    adapter = get_bank(opened.model)[name]
+    beside = [key for key, one in adapter.further.items() if not one.low_rank]
     # of the model in memory, which is freed before the export is opened
     before = LogitsBeforeMerge.of(opened, {name: weight})
     with durable.build_directory(output) as folder:
@@ -41,6 +44,11 @@ def export_peft(opened: OpenedModel, name: str, output: Path, weight: float = 1.
         free_model_memory(opened.model)
         model, library = load_adapted_model(folder, opened.source["path"], before.dtype)
         lines = before.compare(model, "float32", library)
+    if beside:
+        lines.append(
+            f"note: vLLM takes no adapter that has more than A and B ({beside[0]}); for it merge the run "
+            "(lorry merge) and serve the merged model"
+        )
     for line in lines:
         print_note(line)
 
