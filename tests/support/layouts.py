@@ -107,7 +107,7 @@ def backend_for(
     return make(
         model,
         names,
-        OptimSettings(),
+        OptimSettings(total_steps=STEPS),
         gradient=gradient,
         communicator=communicator,
         moment_ranks=moment_ranks,
@@ -172,7 +172,7 @@ def read_backend_for(
     return make(
         opened.model,
         names,
-        OptimSettings(),
+        OptimSettings(total_steps=STEPS),
         gradient=gradient,
         communicator=communicator,
         moment_ranks=moment_ranks,

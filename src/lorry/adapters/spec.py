@@ -225,6 +225,7 @@ class LoraSpec:
             ("train", self.train != SIDES),
             ("use_rslora", self.use_rslora),
             ("use_dora", self.use_dora),
+            ("lora_bias", self.lora_bias),
             ("modules_to_save", self.modules_to_save),
             ("trainable_token_indices", self.trainable_token_indices is not None),
             ("bias", self.bias != "none"),

@@ -110,6 +110,10 @@ ADALORA_FIELDS = (
 AUTO_RANK = 64
 
 
+# what of an adapter's settings trains besides A and B
+BESIDE_LOW_RANK = ("bias", "modules_to_save", "trainable_token_indices", "new_tokens")
+
+
 class LoraConfig(SettingsGroup):
     """the adapter; lora=null means none"""
 
@@ -236,6 +240,12 @@ class LoraConfig(SettingsGroup):
             raise ValueError(
                 "alora_invocation_tokens does not go with DoRA or AdaLoRA; leave one of them out"
             )
+        for name in ("lora_B_bias", *BESIDE_LOW_RANK):
+            if getattr(self, name) != self._default(name):
+                raise ValueError(
+                    f"alora_invocation_tokens does not go with {name}, which counts for every token; "
+                    "leave one of them out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -305,6 +315,9 @@ class LoraConfig(SettingsGroup):
         for name in (
             "train",
             "use_dora",
+            "lora_B_bias",
+            *BESIDE_LOW_RANK,
+            "rank_by",
             "use_rslora",
             "rank_pattern",
             "alpha_pattern",

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from lorry.config.moe import RouterConfig
 from lorry.config.schema import LoraConfig, StepReads
@@ -22,7 +23,8 @@ class AdaptedMatrix:
     """One adapted matrix: A is rank x inputs, B outputs x rank. ``layer`` is None for the head and
     the embedding. Of fused experts all of a layer's: ``experts`` of them, of which a token passes
     ``active``; ``router``: that of such, which is adapted only where it is named. ``magnitude``:
-    with one for every output (DoRA); ``bias``: beside B.
+    with one for every output (DoRA); ``bias``: beside B; ``scored``: with a factor for every rank and two running means for
+    every value (AdaLoRA); ``trained``: the halves that train.
     """
 
     path: str
@@ -36,16 +38,29 @@ class AdaptedMatrix:
     router: bool = False
     magnitude: bool = False
     bias: bool = False
+    scored: bool = False
+    trained: tuple[Literal["A", "B"], ...] = ("A", "B")
 
     @property
     def parameters(self) -> int:
-        low_rank = self.experts * self.rank * (self.inputs + self.outputs)
-        return low_rank + self.outputs * (self.magnitude + self.bias)
+        """Values that train."""
+        width = sum(self.inputs if half == "A" else self.outputs for half in self.trained)
+        low_rank = self.experts * self.rank * width
+        vectors = self.outputs * (self.magnitude + self.bias)
+        return low_rank + vectors + self.rank * self.scored
+
+    @property
+    def held(self) -> int:
+        """Values of the half that does not."""
+        both = self.experts * self.rank * (self.inputs + self.outputs)
+        return both - self.experts * self.rank * sum(
+            self.inputs if half == "A" else self.outputs for half in self.trained
+        )
 
     @property
     def passed(self) -> int:
         """Values that one token is multiplied with."""
-        return self.parameters // self.experts * self.active
+        return (self.parameters + self.held) // self.experts * self.active
 
     @property
     def parameter(self) -> str:
@@ -69,6 +84,16 @@ class PlannedAdapter:
     def parameters(self) -> int:
         """P of the floor."""
         return sum(s.parameters for s in self.matrices) + self.beside
+
+    @property
+    def held(self) -> int:
+        """Values of its own that do not train."""
+        return sum(s.held for s in self.matrices)
+
+    @property
+    def scored(self) -> bool:
+        """Whether every value has two running means besides its moments."""
+        return any(s.scored for s in self.matrices)
 
     @property
     def passed(self) -> int:
@@ -157,7 +182,17 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
         chosen = [s for s in chosen if s.layer in wanted]
     if not chosen:
         raise ConfigError("lora.target_modules and lora.exclude_modules leave no layer")
-    chosen = [replace(s, magnitude=lora.use_dora, bias=lora.lora_B_bias) for s in chosen]
+    trained = ("A",) if lora.init_lora_weights == "mica" else tuple(lora.train)
+    chosen = [
+        replace(
+            s,
+            magnitude=lora.use_dora,
+            bias=lora.lora_B_bias,
+            scored=lora.variant == "adalora",
+            trained=trained,
+        )
+        for s in chosen
+    ]
     return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
 
 

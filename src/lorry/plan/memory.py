@@ -209,13 +209,17 @@ def tabulate_memory(
             ),
             MemoryComponent(
                 "optimizer",
-                (MOMENT_BYTES + 4 * setup.reads.copies) * adapter.parameters,
-                "AdamW's two moments, fp32" + (", and a copy" if setup.reads.copies else ""),
+                (moment_bytes(adapter) + 4 * setup.reads.copies) * adapter.parameters,
+                "AdamW's two moments, fp32"
+                + (", and AdaLoRA's two means" if adapter.scored else "")
+                + (", and a copy" if setup.reads.copies else ""),
             ),
             *(
                 [
                     MemoryComponent(
-                        "frozen adapters", frozen, "the adapters that the run starts from"
+                        "frozen adapters",
+                        frozen,
+                        "the adapters that the run starts from, and a half that does not train",
                     )
                 ]
                 if (frozen := frozen_adapter_bytes(adapter, setup))
@@ -321,12 +325,18 @@ def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
     return (MASTER_BYTES + copy) * adapter.parameters
 
 
+def moment_bytes(adapter: PlannedAdapter) -> int:
+    """Of each value: AdamW's two moments, and AdaLoRA's sensitivity and uncertainty, fp32."""
+    return MOMENT_BYTES * (2 if adapter.scored else 1)
+
+
 def frozen_adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
-    """Those under the adapter that trains: values and their copy, no gradients and no moments
-    (`AdapterBank.move_to_base`); of those that no token passes the values alone.
+    """Those under the adapter that trains, and a half of it that does not: values and their copy, no
+    gradients and no moments (`AdapterBank.move_to_base`, `LoraSpec.train`); of those that no token
+    passes the values alone.
     """
     copy = 0 if setup.precision == "float32" else setup.element
-    return (VALUE_BYTES + copy) * adapter.frozen + VALUE_BYTES * adapter.idle
+    return (VALUE_BYTES + copy) * (adapter.frozen + adapter.held) + VALUE_BYTES * adapter.idle
 
 
 # --- what comes and goes

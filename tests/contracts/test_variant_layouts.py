@@ -1,0 +1,35 @@
+"""AdaLoRA, one half alone and adapters that tokens invoke on two processes are what they are on one: scores
+and masks are made of summed gradients, a frozen half is each process's own copy, gates are the tokens'."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lorry.backends.distributed.communicator import ONE_PROCESS
+from tests.support import layouts
+from tests.support.layout_equality import BOUNDS, compare_training
+from tests.support.ranks import run_ranks
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
+from tests.support.variant_ranks import LAYOUTS, trainings
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:  # noqa: F811 - the fixture
+    out = tmp_path_factory.mktemp("variants")
+    layouts.write_models(out)
+    run_ranks("tests.support.variant_ranks", out)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_are_one(folder: Path, layout: str) -> None:
+    alone = trainings(partial(layouts.read_backend_for, ONE_PROCESS, None, folder))
+    ranks = [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
+    for training in ("adalora", "half", "alora"):
+        compare_training(ranks, alone, layout, training, BOUNDS["float64"])
