@@ -301,7 +301,13 @@ def test_vllm_takes_versions_and_a_merged_model_and_shows_them(tmp_path: Path) -
     done = subprocess.run(
         [sys.executable, "benchmarks/rollout.py", "--in-process", "--steps", "2", "--no-keep"],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root / "src"), "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(root / "src"),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # threads that wait for each other take minutes a step where others have the cores
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
     )
