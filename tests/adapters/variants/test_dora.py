@@ -190,3 +190,8 @@ def test_beside_biases_that_train(
     assert set(own) == set(wanted)
     for name, grad in own.items():
         assert relative(grad, wanted[name]) < 1e-5, name
+    expected = logits(theirs, ids)
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-4)
+    unmerge(model)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
