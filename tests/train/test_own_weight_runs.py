@@ -96,6 +96,9 @@ def test_peft_opens_what_was_trained(
     receipt = json.loads((run / "receipt.json").read_text())
     tensors = load_file(run / "adapter_model.safetensors")
     assert receipt["trainable_parameters"] == sum(t.numel() for t in tensors.values())
+    assert ("resize_token_embeddings" in (run / "README.md").read_text()) == (name == "new tokens")
+    # the verb opens what it wrote with PEFT, and compares logits
+    assert main(["export", str(run), "to=peft", f"output_dir={tmp_path / 'peft'}"]) == 0
     # merged, it is a model and a tokenizer that agree
     assert main(["merge", str(run), f"output_dir={tmp_path / 'merged'}", "dtype=float32"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

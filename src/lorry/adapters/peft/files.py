@@ -389,17 +389,21 @@ def load_adapter(
 
 def _grow_as_saved(model: nn.Module, folder: Path, *, other_base: bool) -> None:
     """Give the model's embedding the new tokens that an adapter of ours was trained with."""
-    file = folder / ADAPTER_FACTS
-    facts = read_adapter_json(file).get("new_tokens") if file.is_file() else None
-    if facts is None:
+    if (new := saved_new_tokens(folder)) is None:
         return
-    new = NewTokens.of(facts, str(file))
     if not other_base:
         _check_base(model, folder)
     try:
         grow_base(model, new)
     except ConfigError as e:
-        raise ModelError(f"{file}: {e}") from e
+        raise ModelError(f"{folder / ADAPTER_FACTS}: {e}") from e
+
+
+def saved_new_tokens(folder: Path) -> NewTokens | None:
+    """The new tokens that an adapter of ours was trained with. Raises ModelError."""
+    file = folder / ADAPTER_FACTS
+    facts = read_adapter_json(file).get("new_tokens") if file.is_file() else None
+    return None if facts is None else NewTokens.of(facts, str(file))
 
 
 def grow_base(model: nn.Module, new: NewTokens) -> None:

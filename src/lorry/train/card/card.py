@@ -413,6 +413,10 @@ def _usage_section(run: RunRecord, at: str | None) -> str:
         f"base = AutoModelForCausalLM.from_pretrained({base})",
         f"model = PeftModel.from_pretrained(base, {place}{folder})",
     ]  # fmt: skip
+    if (run.config["lora"] or {}).get("new_tokens"):
+        theirs[1] = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        rows = f"len(AutoTokenizer.from_pretrained({place}))"
+        theirs.insert(4, f"base.resize_token_embeddings({rows})")
     caveat = (
         ""
         if base_id(run)

@@ -124,8 +124,10 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
     """
     from safetensors import SafetensorError
 
+    from lorry.adapters.peft.files import saved_new_tokens
     from lorry.adapters.quantization.linear import round_base_linears
     from lorry.adapters.quantization.packed import QUANTIZATIONS
+    from lorry.adapters.variants.new_tokens import grow_vocabulary
     from lorry.models.loading.describe import has_packed_matrices, model_file_errors
     from lorry.models.loading.load import trained_quantization
     from lorry.models.loading.reopen import reopen_model
@@ -151,6 +153,8 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
             # the two libraries' own affair
             warnings.simplefilter("ignore", (FutureWarning, UserWarning))
             plain = reopen_model(Path(base), dtype)
+            if (new := saved_new_tokens(folder)) is not None:
+                grow_vocabulary(plain, new)  # as a reader does by the tokenizer's length
             if (held := trained_quantization(folder)) in QUANTIZATIONS:
                 # the base that the adapter was trained over, in classes that PEFT knows
                 round_base_linears(plain, QUANTIZATIONS[str(held)])
