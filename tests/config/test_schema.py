@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from lorry.config import EvalSettings, ExportSettings, MergeSettings, RunConfig, build_settings
+from lorry.config.parsing.parse import parse_settings
 from lorry.errors import ConfigError
 
 
@@ -263,3 +264,10 @@ def test_missing_settings_are_named() -> None:
         build_settings(RunConfig, {"r": 8}, print)
     with pytest.raises(ConfigError, match=r"^to is missing; give to=hf, dense, .* or hf-moe$"):
         build_settings(ExportSettings, {"run": "runs/a"}, print)
+
+
+@pytest.mark.parametrize("setting", ["use_dora=true", "lora_bias=true"])
+def test_vectors_beside_the_factors_are_not_megatrons(setting: str) -> None:
+    """Said before anything is loaded: another library multiplies there."""
+    with pytest.raises(ConfigError, match=r"under backend=megatron .*give backend=ddp or fsdp"):
+        parse_settings(RunConfig, ["data=people.jsonl", "backend=megatron", setting], print)

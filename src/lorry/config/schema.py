@@ -845,6 +845,16 @@ class RunConfig(SettingsGroup):
                         f"lora.train={','.join(lora.train)} is for layers that a process has whole, on Lorry's own "
                         "or transformers' code; leave backend.tensor_parallel and backend=megatron out"
                     )
+        if (
+            lora is not None
+            and self.backend.name == "megatron"
+            and (lora.use_dora or lora.lora_B_bias)
+        ):
+            asked = "use_dora" if lora.use_dora else "lora_bias"
+            raise ValueError(
+                f"lora.{asked} needs linears that Lorry multiplies itself, and under backend=megatron "
+                "Megatron-core does; give backend=ddp or fsdp"
+            )
         if lora is None or lora.variant != "adalora":
             return self
         if 0 < steps <= lora.tinit + lora.tfinal:
