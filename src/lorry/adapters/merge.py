@@ -405,14 +405,14 @@ def _refuse_unfoldable(bank: AdapterBank, mix: Mapping[str, float]) -> None:
         adapter = {**bank.base_adapters, **bank.adapters}[name]
         if adapter.spec.use_dora:
             _refuse_mixed_magnitudes(bank, adapter, mix)
-        elif any(one.replaces is None for one in adapter.further.values()):
+        elif adapter.spec.alora_invocation_tokens or any(
+            one.replaces is None for one in adapter.further.values()
+        ):
             adapter.refuse_further("it cannot be merged into the base's weights")
 
 
 def _refuse_mixed_magnitudes(bank: AdapterBank, adapter: Adapter, mix: Mapping[str, float]) -> None:
     """Raises ConfigError for a DoRA that is not merged whole and alone, or into shares of weights."""
-    if adapter.spec.alora_invocation_tokens:
-        adapter.refuse_further("it cannot be merged into the base's weights")
     if mix[adapter.name] != 1:
         raise ConfigError(
             f"{adapter.label} is a DoRA, c (W + s B A), which has no weight but 1 "
