@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from lorry.config.adapter.initialization import check_initialization, check_run_initialization
 from lorry.config.base import (
     CheckedName,
     DirPath,
@@ -35,6 +36,7 @@ from lorry.config.base import (
 from lorry.config.data import DataConfig
 from lorry.config.parsing.names import show_value
 from lorry.config.suite import TrainingSuiteConfig
+from lorry.errors import ConfigError
 
 # numbers of an evaluation of which less is better: a loss, and the terms that tasks/distill and
 # tasks/moe make theirs of (nll_EXPERT among them)
@@ -341,6 +343,15 @@ class LoraConfig(SettingsGroup):
             return value  # with r=auto it follows once the rank is known
         # so that the scale is 2 at every rank, and a sweep over ranks changes the rank alone
         return 2 * info.data.get("r", 1)
+
+    @model_validator(mode="after")
+    def _can_begin_so(self) -> Self:
+        ranks = [r for r in (self.r, *self.rank_pattern.values()) if r != "auto"]
+        try:
+            check_initialization(self.init_lora_weights, ranks, keep_residual=self.keep_residual)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @field_validator("target_modules", "exclude_modules", mode="before")
     @classmethod
@@ -909,6 +920,23 @@ class RunConfig(SettingsGroup):
                 f"model.quantize={self.model.quantize} with lora=null: packed weights cannot train; "
                 "leave quantize out, or train an adapter"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _initialization_is_possible(self) -> RunConfig:
+        if self.lora is None:
+            return self
+        backend, cut_by = self.backend, None
+        if backend.tensor_parallel > 1:
+            cut_by = f"backend.tensor_parallel={backend.tensor_parallel}"
+        elif backend.name in ("fsdp", "megatron"):
+            cut_by = f"backend={backend.name}"
+        check_run_initialization(
+            self.lora.init_lora_weights,
+            quantize=self.model.quantize,
+            cut_by=cut_by,
+            streaming=self.data.streaming,
+        )
         return self
 
     @model_validator(mode="after")

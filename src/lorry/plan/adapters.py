@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from lorry.config.adapter.initialization import find_initialization
 from lorry.config.moe import RouterConfig
 from lorry.config.schema import LoraConfig, StepReads
 from lorry.errors import ConfigError, suggest_nearest
@@ -193,7 +194,11 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
         )
         for s in chosen
     ]
-    return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
+    planned = PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
+    way = find_initialization(lora.init_lora_weights)
+    # what it takes off the base lies beside it, frozen, and every token passes it too
+    taken_off = planned.parameters if way is not None and way.takes_off else 0
+    return replace(planned, frozen=taken_off)
 
 
 def _expert_matrices(shape: ModelShape, layer: int, rank: int) -> list[AdaptedMatrix]:

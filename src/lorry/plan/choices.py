@@ -92,7 +92,8 @@ def adapter_at_rank(
 
     @cache
     def adapter(rank: int) -> PlannedAdapter:
-        return replace(plan_adapter(shape, lora, rank), frozen=frozen)
+        planned = plan_adapter(shape, lora, rank)
+        return replace(planned, frozen=planned.frozen + frozen)
 
     return adapter
 

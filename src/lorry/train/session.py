@@ -72,6 +72,7 @@ from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
 from lorry.runs.read import read_evaluation
 from lorry.tasks.build import PreparedJob, PreparedJobs, TaskInputs, trained_names
+from lorry.tasks.initialization import initialize_jobs, make_room_for_state
 from lorry.tasks.ranks import choose_ranks, restore_ranks
 from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
@@ -178,8 +179,12 @@ def _train_run(
         jobs = prepare_jobs(run, attach_jobs(run, opened, notebook.add), opened, notebook)
         if resume_from is None:
             choose_ranks(opened, jobs, notebook.add)
+            initialize_jobs(opened, jobs, notebook.add)
         else:
-            restore_ranks(opened, jobs, lambda: checkpoint.load_checkpoint(resume_from)[0])
+            # it is verified and read whole when the engine resumes, after what differs was said
+            stored = partial(checkpoint.load_checkpoint, resume_from)
+            restore_ranks(opened, jobs, lambda: stored()[0])
+            make_room_for_state(opened, jobs, lambda: stored()[0])
         evaluations: list[RunEvaluation] = [
             Measure(BenchmarkEvaluator(run, opened, exams, communicator))
         ]
@@ -615,7 +620,14 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) 
         return enable_base_training(opened, run.trainable or "all", run.output_dir, add_note)
     if not opened.adapters:
         spec, new = add_new_tokens(opened, run.lora, lora_spec_of(run.lora))
-        adapter = attach(opened.model, spec, run.lora.adapter_name, seed=run.train.seed)
+        adapter = attach(
+            opened.model,
+            spec,
+            run.lora.adapter_name,
+            seed=run.train.seed,
+            # from rows, which are read next
+            initialize=False,
+        )
         if new is not None:
             begin_rows(opened.model, adapter, new)
         _note_skipped_modules(opened.model, adapter, add_note)

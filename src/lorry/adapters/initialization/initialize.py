@@ -186,7 +186,11 @@ def _check_layers(
             )
         # of lora_ga A and B have other directions
         rank, needed = adapter.spec.rank(path), 2 if way.name == "lora_ga" else 1
-        smaller = min(layer.out_features, layer.in_features)
+        # EVA's directions are of inputs alone
+        sides = (
+            (layer.in_features,) if way.name == "eva" else (layer.out_features, layer.in_features)
+        )
+        smaller = min(sides)
         if way.reads != "nothing" and needed * rank > smaller:
             twice = ", of which it needs twice as many directions" if needed == 2 else ""
             raise ConfigError(

@@ -85,3 +85,34 @@ def check_initialization(
             "finds again for pissa and olora alone; leave it out: the saved adapter then has "
             "all of it, and any reader computes the same"
         )
+
+
+def check_run_initialization(
+    value: bool | str, *, quantize: str | None, cut_by: str | None, streaming: bool
+) -> None:
+    """Raise ValueError where a run's base or rows cannot be what its adapter begins from. ``cut_by``: the
+    setting that gives each process a part of every matrix."""
+    way = find_initialization(value)
+    if way is None or way.reads == "nothing":
+        return
+    written = f"lora.init_lora_weights={value}"
+    if cut_by is not None:
+        raise ValueError(
+            f"{written} reads whole matrices, and with {cut_by} each process has a part; train on one "
+            "device or with backend=ddp, or leave init_lora_weights out"
+        )
+    if way.reads == "rounding" and quantize is None:
+        raise ValueError(
+            f"{written} begins from what packing the base rounds off; give model.quantize=nf4 (or fp4, "
+            "int8), or init_lora_weights=pissa"
+        )
+    if way.reads == "gradients" and quantize is not None:
+        raise ValueError(
+            f"{written} needs gradients of the base, which model.quantize={quantize} packs; leave quantize "
+            "out, or give init_lora_weights=eva"
+        )
+    if way.reads_rows and streaming:
+        raise ValueError(
+            f"{written} reads rows before training, and a streamed source does not go back; leave "
+            "data.streaming out"
+        )

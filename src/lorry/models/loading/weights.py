@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorry.adapters.layers import BankLinear
 from lorry.adapters.peft.files import remember_base_digest
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
-from lorry.errors import ModelError
+from lorry.errors import ConfigError, ModelError
 from lorry.families import ModelFamily
 from lorry.models.decoder.model import Decoder
 from lorry.models.layer_weights import Sharder
@@ -145,6 +146,34 @@ def _without_empty_biases(
             if not known and not bool(read_stored(entries[bias]).any()):
                 empty.add(bias)
     return {name: entry for name, entry in entries.items() if name not in empty}
+
+
+def stored_matrices(model: nn.Module, directory: Path) -> Callable[[str], Tensor]:
+    """A function from a linear's path to its matrix [O,I], fp32, as the files of the model have it:
+    read when it is asked for, also where the model holds it packed. It raises ConfigError where no file
+    has it whole, and what `read_tensors` raises."""
+
+    def read(path: str) -> Tensor:
+        entries, family = read_tensor_entries(directory), getattr(model, "family", None)
+        name = f"{path}.weight"
+        if family is not None:
+            prefix = family.embed.partition(".")[0]
+            found = (e for e in entries if name in _possible_names(e, prefix, family))
+            file_name = next(found, name)
+        else:
+            file_name = name
+        if file_name not in entries or entries[file_name].parts:
+            what = "no tensor" if file_name not in entries else "only in packed form"
+            raise ConfigError(
+                f"{directory} has {what} {name}; what packing rounded off {path} cannot be read from it"
+            )
+        (weight,) = read_tensors(
+            {name: entries[file_name]}, torch.float32, torch.device("cpu")
+        ).values()
+        layer = model.get_submodule(path)
+        return weight.t() if isinstance(layer, BankLinear) and layer.transposed else weight
+
+    return read
 
 
 def match_tensor_names(
