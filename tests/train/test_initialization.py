@@ -179,6 +179,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "with backend.tensor_parallel=2",
     ),
     "raw": ({"init_lora_weights": "corda", "keep_residual": True}, "keep_residual=true writes"),
+    "dora": ({"init_lora_weights": "pissa", "use_dora": True}, "does not go with use_dora"),
     "one job": (
         {"jobs": [{"name": "a"}, {"name": "b", "init_lora_weights": "loftq"}]},
         "give model.quantize=nf4",

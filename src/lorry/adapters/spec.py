@@ -143,6 +143,7 @@ class LoraSpec:
             self.init_lora_weights,
             [self.r, *self.rank_pattern.values()],
             keep_residual=self.keep_residual,
+            use_dora=self.use_dora,
         )
         if self.target_parameters:
             refuse_at_parameters(self, f"target_parameters={list(self.target_parameters)}")

@@ -348,7 +348,12 @@ class LoraConfig(SettingsGroup):
     def _can_begin_so(self) -> Self:
         ranks = [r for r in (self.r, *self.rank_pattern.values()) if r != "auto"]
         try:
-            check_initialization(self.init_lora_weights, ranks, keep_residual=self.keep_residual)
+            check_initialization(
+                self.init_lora_weights,
+                ranks,
+                keep_residual=self.keep_residual,
+                use_dora=self.use_dora,
+            )
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self

@@ -343,3 +343,35 @@ def test_bad_rows(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
         LoraSpec(init_lora_weights="pisa")
     with pytest.raises(ConfigError, match=r"rho is 0\.5"):
         LoraSpec(init_lora_weights="eva", rho=0.5)
+
+
+def test_what_is_more_than_low_rank(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
+    """Another start than plain LoRA's has to know A and B alone; whole modules beside them are fine."""
+    model = tiny("gpt2")
+    spec = LoraSpec(r=2, target_modules=("c_attn",), init_lora_weights="pissa", bias="lora_only")
+    with pytest.raises(ConfigError, match=r"c_attn\.bias too; leave one of the two out"):
+        attach(model, spec)
+    with pytest.raises(ConfigError, match=r"does not go with use_dora"):
+        LoraSpec(init_lora_weights="loftq", use_dora=True)
+    whole = LoraSpec(
+        r=2, target_modules=("q_proj",), init_lora_weights="eva", modules_to_save=("lm_head",)
+    )
+    other = tiny("llama")
+    with pytest.raises(ConfigError, match=r"makes an adapter of other ranks.*lm_head"):
+        attach(other, whole, run_model=lambda: other(ids))
+
+
+def test_a_whole_module_beside_it(
+    tiny: Callable[..., nn.Module], ids: Tensor, logits: Any, tmp_path: Path
+) -> None:
+    """pissa with modules_to_save: saved and read by both libraries."""
+    mine = tiny("llama")
+    begun(mine, "pissa", ids, modules_to_save=("lm_head",))
+    stepped(mine, ids)
+    save_adapter(mine, tmp_path / "adapter")
+    here = logits(mine, ids)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(theirs, ids), here, rtol=0, atol=1e-5)
+    again = tiny("llama")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again, ids), here)

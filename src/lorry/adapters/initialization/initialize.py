@@ -161,11 +161,17 @@ def _check_layers(
 ) -> dict[str, BankLinear]:
     """The adapter's linears. Raises ConfigError for a layer that the initialisation is not of."""
     layers, written = dict[str, BankLinear](), f"init_lora_weights={way.name}"
-    if way.name == "eva":
-        adapter.refuse_further("EVA chooses the ranks of low-rank terms alone")
+    if way.name == "eva" and adapter.further:
+        raise ConfigError(
+            f"{written} makes an adapter of other ranks, and {adapter.label} has "
+            f"{next(iter(adapter.further))} besides; leave one of the two out"
+        )
     for path in adapter.slots:
-        if way.takes_off and any(one.module == path for one in adapter.further.values()):
-            adapter.refuse_further(f"{written} takes low-rank terms alone off")
+        if beside := [name for name, one in adapter.further.items() if one.module == path]:
+            raise ConfigError(
+                f"{written} is for A and B alone, and {adapter.label} has {beside[0]} too; leave one of "
+                "the two out"
+            )
         layer = bank.modules[path]
         if not isinstance(layer, BankLinear):
             raise ConfigError(

@@ -71,10 +71,15 @@ def find_initialization(value: bool | str) -> Initialization | None:
 
 
 def check_initialization(
-    value: bool | str, ranks: list[int], *, keep_residual: bool = False
+    value: bool | str, ranks: list[int], *, keep_residual: bool = False, use_dora: bool = False
 ) -> None:
-    """Raise ConfigError for a start that adapters of these ranks cannot have."""
+    """Raise ConfigError for a start that an adapter of these ranks, or a DoRA, cannot have."""
     way = find_initialization(value)
+    if way is not None and use_dora:
+        raise ConfigError(
+            f"init_lora_weights={value} does not go with use_dora, whose magnitudes begin as the norms of "
+            "the base's rows; give init_lora_weights=true or gaussian, or leave use_dora out"
+        )
     if way is not None and way.name == "orthogonal" and (odd := [r for r in ranks if r % 2]):
         raise ConfigError(
             f"init_lora_weights=orthogonal needs an even rank, half of it for A and half for B; r is {odd[0]}"
