@@ -349,7 +349,7 @@ def test_what_is_more_than_low_rank(tiny: Callable[..., nn.Module], ids: Tensor)
     """Another start than plain LoRA's has to know A and B alone; whole modules beside them are fine."""
     model = tiny("gpt2")
     spec = LoraSpec(r=2, target_modules=("c_attn",), init_lora_weights="pissa", bias="lora_only")
-    with pytest.raises(ConfigError, match=r"c_attn\.bias too; leave one of the two out"):
+    with pytest.raises(ConfigError, match=r"bias too; leave one of the two out"):
         attach(model, spec)
     with pytest.raises(ConfigError, match=r"does not go with use_dora"):
         LoraSpec(init_lora_weights="loftq", use_dora=True)
