@@ -49,6 +49,16 @@ def settings(init: str, **more: Any) -> dict[str, Any]:
     return {"init_lora_weights": init, "init_rows": 8, **packed, **more}
 
 
+def test_a_half_that_never_trains_is_made_again(world: World, tmp_path: Path) -> None:
+    """EVA with a frozen A (LoRA-FA): no checkpoint has it."""
+    given = settings("eva", lora={"train": ["B"]})
+    train_run(world.run(tmp_path / "whole", **given), [])
+    with pytest.raises(Stop):
+        train_run(world.run(tmp_path / "killed", **given), [], [StopAt(6)])
+    train_run(world.run(tmp_path / "killed", **given), [])
+    same(finished(tmp_path / "killed"), finished(tmp_path / "whole"), "eva, B alone")
+
+
 @pytest.mark.parametrize("init", EVERY)
 def test_a_run_resumes_bit_for_bit(
     init: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +175,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "needs an even rank.*r is 5",
     ),
     "loftq": ({"init_lora_weights": "loftq"}, "give model.quantize=nf4"),
+    "kept": ({"init_lora_weights": "loftq", "quantize": "keep"}, "give model.quantize=nf4"),
     "gradients": (
         {"init_lora_weights": "lora_ga", "quantize": "int8"},
         "needs gradients of the base, which model.quantize=int8 packs",

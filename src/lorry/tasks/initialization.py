@@ -17,6 +17,7 @@ from lorry.adapters.bank import Adapter
 from lorry.adapters.initialization.initialize import initialize_adapter, spec_of_ranks
 from lorry.adapters.initialization.recording import RunModel, counting_tokens
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.tensor_parallel.slices import SIDES
 from lorry.config.adapter.initialization import Initialization, find_initialization
 from lorry.data.batch import Batch, collate
 from lorry.errors import ConfigError
@@ -31,8 +32,17 @@ from lorry.tasks.build import PreparedJob, PreparedJobs
 def initialize_jobs(opened: OpenedModel, jobs: PreparedJobs, add_note: NoteCallback) -> None:
     """Give every new adapter its first values, and say which and how long it took. Raises what
     `initialize_adapter` raises, ConfigError where a job has no row to begin from."""
+    _initialize(opened, jobs, _ways(opened, jobs), add_note)
+
+
+def _initialize(
+    opened: OpenedModel,
+    jobs: PreparedJobs,
+    ways: Mapping[str, Initialization],
+    add_note: NoteCallback,
+) -> None:
     bank = get_bank(opened.model)
-    for name, way in _ways(opened, jobs).items():
+    for name, way in ways.items():
         job, began = jobs[name], time.process_time()
         assert job.run.lora is not None
         rows = list(_first_rows(job, job.run.lora.init_rows)) if way.reads_rows else []
@@ -52,12 +62,20 @@ def initialize_jobs(opened: OpenedModel, jobs: PreparedJobs, add_note: NoteCallb
 
 
 def make_room_for_state(
-    opened: OpenedModel, jobs: PreparedJobs, read: Callable[[], Mapping[str, Tensor]]
+    opened: OpenedModel,
+    jobs: PreparedJobs,
+    read: Callable[[], Mapping[str, Tensor]],
+    add_note: NoteCallback,
 ) -> None:
     """Give every adapter the ranks, and the place for what it takes off, that a checkpoint has values
-    for. ``read``: its tensors, asked for where ranks hang on them."""
-    bank = get_bank(opened.model)
-    for name, way in _ways(opened, jobs).items():
+    for. ``read``: its tensors, asked for where ranks hang on them. A half that never trains is in no
+    checkpoint, and is made again."""
+    bank, ways = get_bank(opened.model), _ways(opened, jobs)
+    frozen = {name for name in ways if bank[name].spec.train != SIDES}
+    _initialize(opened, jobs, {name: ways[name] for name in ways if name in frozen}, add_note)
+    for name, way in ways.items():
+        if name in frozen:
+            continue
         adapter, seed = bank[name], jobs[name].run.train.seed
         if way.name == "eva":
             ranks = _stored_ranks(adapter, read())

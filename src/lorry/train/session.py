@@ -184,7 +184,7 @@ def _train_run(
             # it is verified and read whole when the engine resumes, after what differs was said
             stored = partial(checkpoint.load_checkpoint, resume_from)
             restore_ranks(opened, jobs, lambda: stored()[0])
-            make_room_for_state(opened, jobs, lambda: stored()[0])
+            make_room_for_state(opened, jobs, lambda: stored()[0], notebook.add)
         evaluations: list[RunEvaluation] = [
             Measure(BenchmarkEvaluator(run, opened, exams, communicator))
         ]

@@ -27,7 +27,8 @@ _COUNTED: ContextVar[Tensor | None] = ContextVar("lorry_counted_tokens", default
 
 @contextmanager
 def counting_tokens(counted: Tensor) -> Iterator[None]:
-    """Around a forward pass over T tokens: only those that ``counted`` [T] bool names are recorded."""
+    """Around a forward pass over T tokens, which may be padded behind: only those that ``counted`` [T]
+    bool names are recorded."""
     token = _COUNTED.set(counted)
     try:
         yield
@@ -70,15 +71,18 @@ class _Recorder:
         if self.readers[path] != path:
             return
         self.last = (path, x)
-        rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        counted = _COUNTED.get()
+        counted, rows = _COUNTED.get(), x.detach()
+        if counted is not None:
+            if len(rows) < len(counted):
+                raise ContractError(
+                    f"{path} reads {len(rows)} tokens, of {len(counted)} that were given"
+                )
+            # what lies behind them is padding
+            rows = rows[: len(counted)]
+        rows = rows.to(torch.promote_types(x.dtype, torch.float32))
         if self.normed:
             rows = rows / rows.max().abs()
         elif counted is not None:
-            if len(counted) != len(rows):
-                raise ContractError(
-                    f"{path} reads {len(rows)} tokens, of which {len(counted)} are known"
-                )
             rows = rows[counted.to(rows.device)]
         known = self.moments.get(path)
         if known is None:

@@ -106,7 +106,8 @@ def check_run_initialization(
             f"{written} reads whole matrices, and with {cut_by} each process has a part; train on one "
             "device or with backend=ddp, or leave init_lora_weights out"
         )
-    if way.reads == "rounding" and quantize is None:
+    # what is kept as a file has it rounds nothing off
+    if way.reads == "rounding" and quantize in (None, "keep"):
         raise ValueError(
             f"{written} begins from what packing the base rounds off; give model.quantize=nf4 (or fp4, "
             "int8), or init_lora_weights=pissa"
