@@ -313,7 +313,7 @@ def test_vllm_takes_versions_and_a_merged_model_and_shows_them(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "stopped" not in done.stdout
-    assert "not found" not in done.stdout.replace(
-        "greedy answers of the version before: not found", ""
-    )
+    # vLLM's own log says "libiomp is not found"
+    missed = {line for line in done.stdout.splitlines() if line.endswith(": not found")}
+    assert missed <= {"greedy answers of the version before: not found"}
     assert ContractError.__name__ in done.stdout
