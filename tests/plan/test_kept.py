@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lorry.adapters.attach import attach
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.spec import LoraSpec
 from lorry.config.schema import LoraConfig
 from lorry.families import find_family
 from lorry.kernels import attention as kernel
@@ -24,6 +23,7 @@ from lorry.plan import constants
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.memory import MemorySetup, PrecisionName, saved_bytes_per_token
 from lorry.plan.shapes import read_model_shape
+from lorry.train.session import lora_spec_of
 from tests.support.tiny import VARIANTS
 
 T, RANK = 128, 4
@@ -57,7 +57,7 @@ def kept(
     model = model.to(getattr(torch, precision)).requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    attach(model, LoraSpec(**lora.model_dump(exclude={"adapter_name", "bias"})))
+    attach(model, lora_spec_of(lora))
     model.gradient_checkpointing = recompute
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, Tensor] = {}

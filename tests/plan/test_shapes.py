@@ -89,6 +89,9 @@ def test_experts_that_a_token_visits() -> None:
         {"target_modules": r".*\.1\..*(proj|dense|c_fc)"},
         {"use_dora": True},
         {"lora_B_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed", "lm_head"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [3, 5, 6]},
     ],
     ids=str,
 )

@@ -73,18 +73,21 @@ class AdaptedMatrix:
 class PlannedAdapter:
     """All of an adapter's matrices. ``beside``: values of other adapters that are held with it and
     that no token of a micro-batch passes; ``frozen``: values of adapters under it that do not train,
-    which every token passes; ``idle``: of such as no token does.
+    which every token passes; ``idle``: of such as no token does; ``own``: {module, or its kind: values} of
+    matrices, rows and new tokens that train in the base's place.
     """
 
     matrices: tuple[AdaptedMatrix, ...]
     beside: int = 0
     frozen: int = 0
     idle: int = 0
+    own: tuple[tuple[str, int], ...] = ()
 
     @property
     def parameters(self) -> int:
         """P of the floor."""
-        return sum(s.parameters for s in self.matrices) + self.beside
+        own = sum(values for _, values in self.own)
+        return sum(s.parameters for s in self.matrices) + self.beside + own
 
     @property
     def held(self) -> int:
@@ -107,7 +110,7 @@ class PlannedAdapter:
         the last when no layer is.
         """
         layers = [s.layer for s in self.matrices if s.layer is not None]
-        if any(is_embedding(s) for s in self.matrices):
+        if self.own or any(is_embedding(s) for s in self.matrices):
             return 0
         # past the last of any model: an adapter on the head alone needs no layer's backward
         return min(layers, default=1 << 30)
@@ -128,9 +131,12 @@ class PlannedAdapter:
 
     def adapts_head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
-        return any(s.layer is None and not is_embedding(s) for s in self.matrices)
+        return any(what == HEAD for what, _ in self.own) or any(
+            s.layer is None and not is_embedding(s) for s in self.matrices
+        )
 
 
+HEAD = "head"
 EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in")
 
 
@@ -198,7 +204,36 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
     way = find_initialization(lora.init_lora_weights)
     # what it takes off the base lies beside it, frozen, and every token passes it too
     taken_off = planned.parameters if way is not None and way.takes_off else 0
-    return replace(planned, frozen=taken_off)
+    own = _own_values(shape, lora, [embed, *known, head])
+    return replace(planned, frozen=taken_off, own=own)
+
+
+def _own_values(
+    shape: ModelShape, lora: LoraConfig, matrices: Sequence[AdaptedMatrix]
+) -> tuple[tuple[str, int], ...]:
+    """What trains in the base's place: whole matrices by the end of their path, and rows. Norms and biases,
+    thousands of values, are left out; tokens of a file count as none."""
+    g, names = shape.geometry, {"lm_head": shape.head, "embed": shape.embed}
+    kind = {shape.embed: "embedding", shape.head: HEAD}
+    ends = tuple(names.get(name, name) for name in lora.modules_to_save or ())
+    parents = tuple(f"{end}." for end in ends)
+    own = [
+        (kind.get(m.path, m.path), m.inputs * m.outputs)
+        for m in matrices
+        # a module may hold it: mlp
+        if ends and (m.path.endswith(ends) or any(p in f"{m.path}." for p in parents))
+    ]
+    if lora.ensure_weight_tying and g.tied and len({m for m, _ in own} & {HEAD, "embedding"}) == 2:
+        own = [(what, values) for what, values in own if what != "embedding"]
+    asked = lora.trainable_token_indices
+    lists = asked if isinstance(asked, dict) else {"embedding": asked or []}
+    for name, ids in lists.items():
+        if ids:
+            is_head = names.get(name, name) == shape.head or g.tied
+            own.append((HEAD if is_head else "embedding", len(ids) * g.width))
+    if isinstance(lora.new_tokens, list):
+        own.append((HEAD, len(lora.new_tokens) * g.width * (1 if g.tied else 2)))
+    return tuple(own)
 
 
 def _expert_matrices(shape: ModelShape, layer: int, rank: int) -> list[AdaptedMatrix]:
