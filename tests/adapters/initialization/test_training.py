@@ -299,7 +299,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "embedding": (
         {"init_lora_weights": "milora", "target_modules": ("q_proj", "embed_tokens")},
-        "embed_tokens is an embedding",
+        r"is for linear layers, and model\.embed_tokens is none",
     ),
 }
 
