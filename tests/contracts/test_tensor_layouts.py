@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -38,7 +37,6 @@ from lorry.tasks.unlearn.gradients import GradientRectified, SharpnessAware
 from lorry.train.checks import ContractChecks
 from lorry.train.finish import contract_targets
 from lorry.train.session import open_base
-from lorry.verbs import attack, moe
 from tests.support import tiny, tinyrun
 from tests.support.layouts import (
     ALPHA,
@@ -250,13 +248,6 @@ def test_base_weights_do_not_train_on_ranks_that_share_them(tmp_path: Path) -> N
     run = tinyrun.described(tmp_path / "nowhere", tmp_path / "rows", tmp_path / "x")
     with pytest.raises(ConfigError, match=r"lora=null with backend\.tensor_parallel=2"):
         open_base(run.model_copy(update={"lora": None}), print, ThreadRanks(0, 2, Meeting(2)))
-
-
-@pytest.mark.parametrize("main", [attack.main, moe.main])
-def test_verbs_that_need_whole_weights_say_so(main: Any) -> None:
-    shared = SimpleNamespace(jobs=["one"], backend=SimpleNamespace(tensor_parallel=2))
-    with pytest.raises(ConfigError, match=r"backend\.tensor_parallel=2: .*leave it out"):
-        main(shared)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import base_digest, load_adapter, save_adapter
 from lorry.adapters.router import RoutingRule, TokenRouter
-from lorry.adapters.routing.linear_router import ArrowRouter
+from lorry.adapters.routing.gate_vectors import attach_gate_vectors
+from lorry.adapters.routing.linear_router import SPECTRAL_ROUTERS, attach_spectral_router
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, GatherColumns, LayerSlices
@@ -273,18 +274,37 @@ def test_ranks_divide_what_layers_keep(name: str, recompute: bool) -> None:
         assert (none, gathers) == (0, kept)
 
 
-def test_a_router_of_single_linears_is_refused() -> None:
-    """Its rows would be compared with a part of what they read."""
-    inner = model_of("llama")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox parallel"])
+@pytest.mark.parametrize("kind", ["arrow", "spectr", "phatgoose", "sigmoid"])
+def test_a_router_of_single_linears_reads_whole_inputs(name: str, kind: str) -> None:
+    """Of which ranks have a part at a row-parallel linear: scores, and the gradients of experts and of
+    the router's own vectors; also in the training of these, where each has its own sigmoid."""
+    inner = model_of(name)
 
-    def work(ranks: ThreadRanks) -> None:
-        model = decoder_of(inner, ranks, torch.float32)
-        for seed, name in enumerate(("x", "y")):
-            attach(model, LoraSpec(r=R, target_modules="all-linear"), name, seed=seed)
-        step_of(model, Mix.layer_routed(ArrowRouter(get_bank(model), ("x", "y"))), drop=False)
+    def work(ranks: ThreadRanks | None) -> tuple[Tensor | None, Step]:
+        model = decoder_of(inner, ranks, torch.float64)
+        for seed, expert in enumerate(("x", "y", "z")):
+            rank = R + seed  # a router pads what has fewer rows
+            spec = LoraSpec(r=rank, target_modules="all-linear", init_lora_weights=False)
+            attach(model, spec, expert, seed=seed)
+        if kind in SPECTRAL_ROUTERS:
+            router = attach_spectral_router(model, kind, ("x", "y", "z"))
+            return None, step_of(model, router.mix(), drop=False)
+        vectors = attach_gate_vectors(model, ("x", "y", "z"))
+        draw = torch.Generator().manual_seed(2)
+        vectors.values.copy_(torch.randn(vectors.values.shape, generator=draw) * 0.3)
+        mix = vectors.mix() if kind == "phatgoose" else vectors.training_mix("y")
+        made = step_of(model, mix, drop=False)
+        return vectors.grads.clone(), made
 
-    with pytest.raises(ConfigError, match=r"router of single linears.*backend\.tensor_parallel"):
-        on_ranks(2, work)
+    one, *several = [work(None), *on_ranks(2, work)]
+    assert max(float(g.norm()) for g in one[1].grads.values()) > 1e-3
+    for grads, step in several:
+        assert relative(step.scores, one[1].scores) < 1e-9
+        assert max(relative(step.grads[k], g) for k, g in one[1].grads.items()) < 1e-5
+        if grads is not None and one[0] is not None:
+            assert float(one[0].norm()) > 1e-3
+            assert relative(grads, one[0]) < 1e-5
 
 
 def test_a_sum_of_a_rank_is_made_four_times_a_layer() -> None:

@@ -51,6 +51,8 @@ def commands(world: World, data: Path, out: Path) -> dict[str, list[str]]:
         f"relearn_steps=[0,2] output_dir={out}/relearn {COMMON}",
         "quantize": f"attack {run} quantize forget={data}/forget.jsonl output_dir={out}/quantize "
         f"{COMMON}",
+        "rephrase": f"attack {run} rephrase forget={data}/forget.jsonl max_new_tokens=12 "
+        f"output_dir={out}/rephrase {COMMON}",
         "sweep": f"sweep model={base} data={rows} eval={rows} sweep.r=[2,4] jobs_per_pass=1 "
         f"eval_steps=2 output_dir={out}/sweep {train}",
         "moe": f"moe model={base} experts={experts} router.train.max_steps=2 r=2 "
@@ -89,7 +91,13 @@ def pair(world: World, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     made |= {
         f"fsdp {name}": [*words, "backend=fsdp", *(several[1:] if name == "moe" else ())]
         for name, words in commands(world, data, folder / "fsdp").items()
-        if name in ("file", "sets", "suite", "moe", "quantize")
+        if name in ("file", "sets", "suite", "moe", "quantize", "relearn", "rephrase")
+    }
+    # every matrix shared by the two
+    made |= {
+        f"tensor {name}": [*words, "backend=ddp", "tensor_parallel=2"]
+        for name, words in commands(world, data, folder / "tensor").items()
+        if name in ("moe", "quantize", "relearn", "rephrase")
     }
     # what is there is not measured, or trained, again
     made |= {"suite again": made["suite"], "moe again": made["moe"]}
@@ -127,6 +135,9 @@ def same(got: Any, true: Any, where: str = "") -> None:
         ("fsdp file", "file.json"),
         ("fsdp sets", "sets.json"),
         ("fsdp suite", "suite/TOFU_EVAL.json"),
+        ("rephrase", "rephrase/attacks.json"),
+        ("fsdp rephrase", "rephrase/attacks.json"),
+        ("tensor rephrase", "rephrase/attacks.json"),
     ],
 )
 def test_two_processes_ask_as_one_does(
@@ -134,8 +145,9 @@ def test_two_processes_ask_as_one_does(
 ) -> None:
     ended, folder = pair
     assert ended.codes[name] == [0, 0]
-    assert lorry(*commands(world, data, tmp_path)[name.removeprefix("fsdp ")]) == 0
-    made = folder / "fsdp" if name.startswith("fsdp") else folder
+    layout, _, command = name.rpartition(" ")
+    assert lorry(*commands(world, data, tmp_path)[command]) == 0
+    made = folder / layout
     same(read_json(made / file), read_json(tmp_path / file))
     (shown, _), silent = ended.printed[name]
     assert shown
@@ -147,16 +159,16 @@ def test_relearning_is_that_of_one(
 ) -> None:
     """A step divides its sum otherwise, so that its digits differ sooner than those of a pass."""
     ended, folder = pair
-    assert ended.codes["relearn"] == [0, 0]
     assert lorry(*commands(world, data, tmp_path)["relearn"]) == 0
-    curves = [
-        read_json(path / "relearn" / "attacks.json")["relearn"]["curves"]["run"]
-        for path in (folder, tmp_path)
-    ]
-    assert [point["step"] for point in curves[0]] == [0, 2]
-    for mine, alone in zip(*curves, strict=True):
-        for metric, value in alone.items():
-            assert mine[metric] == pytest.approx(value, rel=1e-3, abs=1e-4), metric
+    alone = read_json(tmp_path / "relearn" / "attacks.json")["relearn"]["curves"]["run"]
+    for layout in ("", "fsdp ", "tensor "):
+        assert ended.codes[f"{layout}relearn"] == [0, 0]
+        file = folder / layout.strip() / "relearn" / "attacks.json"
+        curve = read_json(file)["relearn"]["curves"]["run"]
+        assert [point["step"] for point in curve] == [0, 2]
+        for mine, one in zip(curve, alone, strict=True):
+            for metric, value in one.items():
+                assert mine[metric] == pytest.approx(value, rel=1e-3, abs=1e-4), (layout, metric)
 
 
 def test_a_sweep_of_two_is_that_of_one(
@@ -176,13 +188,14 @@ def test_a_sweep_of_two_is_that_of_one(
 def test_a_mixture_of_two_is_that_of_one(
     pair: tuple[Ended, Path], world: World, data: Path, tmp_path: Path
 ) -> None:
-    """Experts, router and their files, the base whole and cut; a second time nothing is left to do."""
+    """Experts, router and their files, the base whole, cut and shared; a second time nothing is left to
+    do."""
     ended, folder = pair
-    assert ended.codes["moe"] == ended.codes["fsdp moe"] == [0, 0]
+    assert ended.codes["moe"] == ended.codes["fsdp moe"] == ended.codes["tensor moe"] == [0, 0]
     assert lorry(*commands(world, data, tmp_path)["moe"]) == 0
     for file in ("one/adapter_model.safetensors", "router/router.safetensors"):
         alone = load_file(tmp_path / "moe" / file)
-        for made in (folder, folder / "fsdp"):
+        for made in (folder, folder / "fsdp", folder / "tensor"):
             mine = load_file(made / "moe" / file)
             assert mine.keys() == alone.keys()
             for tensor, value in alone.items():
@@ -256,7 +269,8 @@ def test_how_many_made_a_run_is_written_down(
     [
         ("nothing", 3, "/nowhere.jsonl"),
         ("wrong word", 2, "unknown setting 'dat'"),
-        ("fsdp quantize", 2, "attacks change base weights"),
+        ("fsdp quantize", 2, "with backend=fsdp every process has a part"),
+        ("tensor quantize", 2, "with backend.tensor_parallel=2 every process has a part"),
         ("fewer rows to ask", 2, "rank 1 has another set of rows to ask than rank 0"),
         ("another adapter", 2, "rank 1 has another adapter than rank 0"),
     ],

@@ -274,7 +274,13 @@ class Adapter:
     def whole_factors(self) -> dict[str, Tensor]:
         """All that the adapter adds, by the names of `tensors`, with `AdapterSlot.factors` as one device
         has them; all ranks that share the modules call this together."""
-        whole = self.tensors() if self.ranks is None else self.whole_tensors(self.values)
+        if self.ranks is None:
+            whole = self.tensors()
+        else:
+            flat = self.buffer
+            if flat is None:  # of an expert, frozen in a mixture
+                flat = torch.cat([param.detach().flatten() for param in self._params()])
+            whole = self.whole_tensors(flat)
         if self.initial is not None:
             assert self.ranks is None, self.label
             for module, slot in self.slots.items():

@@ -34,7 +34,12 @@ from lorry.adapters.product import (
     TermParams,
 )
 from lorry.adapters.tensor_parallel.ranks import CopyToRanks, ReduceFromRanks
-from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices, Side
+from lorry.adapters.tensor_parallel.slices import (
+    DimensionSlice,
+    LayerSlices,
+    Side,
+    gather_inputs,
+)
 from lorry.adapters.variants.magnitude import (
     MagnitudeFunction,
     MatrixProduct,
@@ -400,7 +405,7 @@ class BankLinear(AdaptableLayer):
         routed = any(t.route is not None and t.adapter in self.slots for t in call.mix.terms)
         if not routed or not isinstance(router, LinearRouter):
             return call
-        gates = router.linear_gates([self.path], x)
+        gates = router.linear_gates([self.path], gather_inputs(x, self.slices))
         return replace(call, mix=call.mix.with_token_gates(gates))
 
     def delta(self, slot: AdapterSlot) -> Tensor:
@@ -539,11 +544,6 @@ class LinearGroup:
             if term.adapter in linear.slots
         ]
         first = group[0]
-        if first.route is not None and self.slices and isinstance(call.router, LinearRouter):
-            raise ConfigError(
-                f"{self.linears[0].path}: a router of single linears reads whole inputs, of which "
-                "tensor-parallel processes have parts; leave backend.tensor_parallel out"
-            )
         routed, gates = (
             first.route is not None,
             [t.gate for t in group if isinstance(t.gate, Tensor)],

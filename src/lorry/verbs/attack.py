@@ -24,7 +24,7 @@ from lorry.errors import ConfigError
 from lorry.formatting import format_count, format_number
 from lorry.runs import ownership
 from lorry.runs.layout import ATTACKS, SUITES, is_adapter_folder, list_adapter_subfolders
-from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
+from lorry.verbs.open_model import open_on_ranks, print_note, resolve_adapter_name
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
@@ -49,11 +49,6 @@ def main(settings: AttackSettings) -> int:
     """Read the rows, attack the run (and the oracle), print, write."""
     from lorry.train.processes import share_command
 
-    if settings.backend.tensor_parallel > 1:
-        raise ConfigError(
-            f"backend.tensor_parallel={settings.backend.tensor_parallel}: attacks merge and round "
-            "whole weights; leave it out"
-        )
     with share_command(settings) as (placed, communicator):
         attack(placed, communicator)
     return 0
@@ -215,7 +210,7 @@ def attack_relearn(
     curves, digest = {}, ""
     for side, model in sides_of(settings).items():
         # its adapter is a part of the frozen base: a new one is trained over it
-        opened = open_with_adapters(model, as_start=True)
+        opened = open_on_ranks(settings, communicator, model, as_start=True)
         refuse_other_questions(communicator, opened.model, whole.digest)
         encoder = encoder_of(opened)
         if side == RUN_SIDE:
@@ -260,7 +255,7 @@ def attack_quantize(
     whole = attacks.knowledge_set(name, rows)
     values, digest = {}, ""
     for side, model in sides_of(settings).items():
-        opened = open_with_adapters(model)
+        opened = open_on_ranks(settings, communicator, model)
         refuse_other_questions(communicator, opened.model, whole.digest)
         encoder, adapter = encoder_of(opened), only_adapter(opened, model)
         mix = Mix.none() if adapter is None else Mix.one(adapter)
@@ -301,7 +296,7 @@ def attack_rephrase(
     whole, sets = attacks.knowledge_set(name, rows), attacks.rephrased_sets(name, rows)
     values, digest = {}, ""
     for side, model in sides_of(settings).items():
-        opened = open_with_adapters(model)
+        opened = open_on_ranks(settings, communicator, model)
         refuse_other_questions(communicator, opened.model, whole.digest)
         encoder, adapter = encoder_of(opened), only_adapter(opened, model)
         mixes = {side: Mix.none() if adapter is None else Mix.one(adapter)}

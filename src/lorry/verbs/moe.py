@@ -72,11 +72,6 @@ def main(run: MoeRunConfig) -> int:
 
     if not run.jobs:
         raise ConfigError("experts is missing: give experts=[{name: a, data: a.jsonl}, ...]")
-    if run.backend.tensor_parallel > 1:
-        raise ConfigError(
-            f"backend.tensor_parallel={run.backend.tensor_parallel}: `lorry moe` opens whole "
-            "models between its stages; leave it out"
-        )
     if run.background:
         raise ConfigError("background: `lorry moe` runs in the terminal; leave it out")
     if run.train.push_to_hub or run.router.train.get("push_to_hub"):

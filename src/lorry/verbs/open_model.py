@@ -81,16 +81,26 @@ def open_to_write(config: ModelConfig, *, adapters: Sequence[str] = ()) -> Opene
     return opened
 
 
-def open_on_ranks(settings: PlacedSettings, communicator: Communicator) -> OpenedModel:
-    """The model of a command with its adapters, on every rank of it as its backend has it. Raises what
-    `open_with_adapters` raises."""
+def open_on_ranks(
+    settings: PlacedSettings,
+    communicator: Communicator,
+    config: ModelConfig | None = None,
+    *,
+    as_start: bool = False,
+) -> OpenedModel:
+    """The model of a command (or another of its models, ``config``) with its adapters, on every rank of
+    it as its backend has it. ``as_start`` and what is raised: as `open_with_adapters`."""
     from lorry.backends.distributed.fsdp import sharder_of
     from lorry.backends.distributed.megatron import converter_of
 
     shard = sharder_of(settings.backend, communicator, settings.model.device)
     convert = converter_of(settings.backend, settings.model, communicator, print_note)
     return open_with_adapters(
-        settings.model, communicator=communicator, shard=shard, convert=convert
+        config or settings.model,
+        as_start=as_start,
+        communicator=communicator,
+        shard=shard,
+        convert=convert,
     )
 
 

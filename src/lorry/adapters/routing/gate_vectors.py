@@ -58,7 +58,7 @@ class GateVectors(RouterParameters):
         self.halves: Sequence[Half] = ("attn", "mlp")
         self.top_k, self.temperature, self.layers = top_k, temperature, layers
         shapes = {
-            f"{path}.weight": (len(adapters), bank.modules[path].in_features)
+            f"{path}.weight": (len(adapters), bank.modules[path].whole_features()[1])
             for paths in layers
             for path in paths
         }

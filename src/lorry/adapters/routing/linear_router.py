@@ -113,7 +113,7 @@ class SpectralRouter(ABC):
         some = next(slot for slot in slots if slot is not None)
         # experts of other ranks have fewer rows: rows of zeros beside them change no norm
         count = max(len(rows) for rows in slot_rows if rows is not None)
-        width = some.A.shape[1]
+        width = some.whole_shape("A")[1]
         rows = torch.zeros(len(slot_rows), count, width, dtype=torch.float32, device=some.A.device)
         for into, values in zip(rows, slot_rows, strict=True):
             if values is not None:
@@ -171,9 +171,15 @@ class SpectrRouter(SpectralRouter):
 
 def delta_core(slot: AdapterSlot) -> Tensor:
     """C [m, I] float64, m = min(O, R), with ||C x|| = ||B A x|| for every x, and the right singular
-    vectors of B A: B = Q R with Q orthonormal, C = R A."""
-    a, b = (factor.double() for factor in slot.factors())
-    return torch.linalg.qr(b).R @ a
+    vectors of B A: B = Q R with Q orthonormal, C = R A. Of ranks that share the linear all call this
+    together, and have the same."""
+    a, b = slot.factors()
+    cut = slot.slices
+    if cut is not None and cut.columns is not None:
+        a = cut.columns.gather(a, cut.ranks)
+    if cut is not None and cut.rows is not None:
+        b = cut.rows.gather(b.t(), cut.ranks).t()
+    return torch.linalg.qr(b.double()).R @ a.double()
 
 
 def check_choice(top_k: int, temperature: float, experts: int) -> None:

@@ -143,6 +143,15 @@ class GatherColumns(torch.autograd.Function):
         return ctx.part.cut(grads[0], 1), None, None
 
 
+def gather_inputs(x: Tensor, slices: LayerSlices | None) -> Tensor:
+    """The whole [t, I] that a row-parallel layer reads, from this rank's columns of it; as it is where
+    nothing of it is cut. All ranks call this together, and each has the whole gradient."""
+    if slices is None or slices.columns is None:
+        return x
+    whole: Tensor = GatherColumns.apply(x, slices.columns, slices.ranks)
+    return whole
+
+
 def gather_outputs(y: Tensor, slices: LayerSlices | None) -> Tensor:
     """The whole [t, O] of a column-parallel layer from this rank's columns of it; as it is where nothing
     is cut. All ranks call this together."""

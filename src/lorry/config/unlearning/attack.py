@@ -85,13 +85,26 @@ class AttackSettings(SettingsGroup):
 
     @field_validator("backend")
     @classmethod
-    def _base_is_whole(cls, value: SharedBackendConfig) -> SharedBackendConfig:
-        if value.name in ("fsdp", "megatron"):
-            what = "cuts" if value.name == "fsdp" else "keeps in Megatron's layers"
+    def _layers_are_ours(cls, value: SharedBackendConfig) -> SharedBackendConfig:
+        if value.name == "megatron":
             raise ValueError(
-                f"attacks change base weights, which backend={value.name} {what}; give backend=ddp"
+                "attacks ask and train Lorry's own layers, and backend=megatron has Megatron's; give "
+                "backend=ddp or fsdp"
             )
         return value
+
+    @validate_model(mode="after")
+    def _rounded_weights_are_whole(self) -> AttackSettings:
+        backend = self.backend
+        cut = "backend=fsdp" if backend.name == "fsdp" else ""
+        if backend.tensor_parallel > 1:
+            cut = f"backend.tensor_parallel={backend.tensor_parallel}"
+        if self.attack == "quantize" and cut:
+            raise ValueError(
+                f"attack=quantize merges and rounds whole base weights, of which with {cut} every "
+                "process has a part; give backend=ddp alone (relearn and rephrase run with either)"
+            )
+        return self
 
     @field_validator("relearn_steps")
     @classmethod

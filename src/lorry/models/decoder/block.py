@@ -25,6 +25,7 @@ from lorry.adapters.layers import BankLinear, LinearGroup
 from lorry.adapters.mix import AdapterContext, Half, LinearRouter, mixes_mlps
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.tensor_parallel.slices import gather_inputs
 from lorry.adapters.variants.own_weights import has_own_weights, under
 from lorry.errors import ContractError
 from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, RotaryConfig
@@ -317,13 +318,16 @@ class DecoderBlock:
         """What the linears of a role make of x, whose gates a router of the linears makes first."""
         product, router = getattr(products, role), state.call.router
         if isinstance(router, LinearRouter) and any(stack.routed for stack in product.stacks):
-            apply_router_gates(router.linear_gates(self.paths(role), x), product)
+            apply_router_gates(self.linear_gates(router, role, x), product)
         outputs: list[Tensor] = product.forward(x)
         return outputs
 
-    def paths(self, role: LinearRole) -> list[str]:
-        """Of the linears of a role."""
-        return [linear.path for linear in getattr(self.linears, role).linears]
+    def linear_gates(self, router: LinearRouter, role: LinearRole, x: Tensor) -> Tensor:
+        """What a router of the linears makes for those of a role, of which x is what they read: of ranks
+        that share the model a part, maybe, and the router compares whole inputs."""
+        group: LinearGroup = getattr(self.linears, role)
+        paths = [linear.path for linear in group.linears]
+        return router.linear_gates(paths, gather_inputs(x, group.slices))
 
     def apply_positions(self, q: Tensor, k: Tensor, state: ForwardContext) -> tuple[Tensor, Tensor]:
         """q and k with their head norms and positions."""

@@ -301,7 +301,7 @@ class RouterBackward:
         if not routed or not (inputs or self.params):
             return None
         with torch.enable_grad():
-            gates = router.linear_gates(self.block.paths(role), inputs[0] if inputs else x)
+            gates = self.block.linear_gates(router, role, inputs[0] if inputs else x)
         return self._take([(gates, gate_gradient(gates, routed))], inputs)
 
     def _take(
