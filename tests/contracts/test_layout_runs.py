@@ -71,6 +71,19 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
         # the same as "run", to the bit
         "moments": ["sft", *words_of(folder, out / "moments", **EVALUATED, shard_optimizer=True)],
         "fsdp run": ["sft", *words_of(folder, out / "fsdp-run", **EVALUATED)],
+        # the teacher is shared too, or whole where it cannot be (of 1 KV head)
+        **{
+            f"tensor {kind}": [
+                *words(
+                    "distill",
+                    f"tensor-{kind}",
+                    model=folder / "shared",
+                    teacher=folder / teacher,
+                ),
+                "tensor_parallel=2",
+            ]
+            for kind, teacher in (("distill", "shared-teacher"), ("whole", "teacher"))
+        },
         "fsdp jobs": words("sft", "fsdp-jobs", jobs=JOBS),
         # of a model of its own
         "fsdp distill": words("distill", "fsdp-distill", teacher=folder / "teacher"),
@@ -92,6 +105,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Ranks:  # noq
     folder = tmp_path_factory.mktemp("runs")
     write_files(folder)
     tinyrun.model_directory(folder / "teacher", num_hidden_layers=2)
+    tinyrun.model_directory(folder / "shared-teacher", num_hidden_layers=2, num_key_value_heads=2)
     return start_ranks(folder, commands=commands(folder, folder))
 
 
@@ -180,12 +194,25 @@ def test_a_task_knows_nothing_of_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["jobs", "distill", "unlearn", "whole", "fsdp jobs", "fsdp distill", "fsdp unlearn"]
+    "name",
+    [
+        "jobs",
+        "distill",
+        "unlearn",
+        "whole",
+        "fsdp jobs",
+        "fsdp distill",
+        "fsdp unlearn",
+        "tensor distill",
+        "tensor whole",
+    ],
 )
 def test_other_tasks_are_those_of_one(pair: Ranks, name: str, tmp_path: Path) -> None:
     """A task knows nothing of ranks: several jobs, a teacher, a method with a reference."""
     assert [ended[name] for ended in pair.ended] == [0, 0]
-    verb, *words = commands(pair.folder, tmp_path)[name]
+    verb, *words = (
+        word for word in commands(pair.folder, tmp_path)[name] if not word.startswith("tensor_p")
+    )
     schema = {"sft": RunConfig, "distill": DistillRunConfig, "unlearn": UnlearnRunConfig}[verb]
     one = train_run(parse_settings(schema, words, print))
     runs = [
@@ -196,6 +223,15 @@ def test_other_tasks_are_those_of_one(pair: Ranks, name: str, tmp_path: Path) ->
     for two, single in zip(*runs, strict=True):
         for key in single.keys() & {"loss", "grad_norm", "tokens", "loss_distill", "loss_forget"}:
             assert two[key] == pytest.approx(single[key], rel=1e-4), key
+
+
+def test_a_teacher_lies_whole_where_ranks_cannot_share_it(pair: Ranks) -> None:
+    """It is said; one that they can share is cut without a word."""
+    notes = " ".join(pair.printed[0][1].split())
+    assert (
+        "teacher lies whole on every process (tensor_parallel=2 does not divide 1 KV heads" in notes
+    )
+    assert "shared-teacher lies whole" not in notes
 
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])

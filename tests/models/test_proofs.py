@@ -23,6 +23,7 @@ from lorry.models.hf.model import HfModel
 from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
 from tests.support import tiny
+from tests.support.threads import Meeting, ThreadRanks
 from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 BERT = {
@@ -246,6 +247,24 @@ def test_a_fault_of_our_own_code_is_raised(tmp_path: Path, monkeypatch: pytest.M
         load_model(path, dtype="float32", add_note=print)
 
 
+def test_what_ranks_that_share_a_model_meet_in_the_proof_is_told_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one device the model would run another way; where only Lorry's decoder can be shared, it would be
+    told as that of a config that cannot."""
+    _, path = saved(tiny.LLAMA, tmp_path)
+
+    def fail(*given: Any, **named: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    for kind in (Decoder, DecodeRunner):
+        monkeypatch.setattr(kind, "new_cache", fail)
+    assert "start new thread" in load_model(path, dtype="float32", add_note=print).source["why"]
+    ranks = ThreadRanks(0, 2, Meeting(2))
+    with pytest.raises(RuntimeError, match=r"^can't start new thread$"):
+        load_model(path, dtype="float32", add_note=print, ranks=ranks)
+
+
 def test_a_decoder_that_sees_the_future_does_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +295,7 @@ def test_a_proof_is_made_once_for_a_config_and_again_for_another(
     monkeypatch.setattr(
         proofs,
         "_compare_native",
-        lambda family, config, dtype, device: made.append(family.name) or "not this one",
+        lambda family, *given: made.append(family.name) or "not this one",
     )
     for forget in (False, True):  # another process finds it on disk
         if forget:

@@ -234,8 +234,11 @@ def _ignores_future(model: CausalLM, rows: list[list[int]], which: int, cut: int
 
 
 @torch.no_grad()
-def find_cache_error(model: CausalLM) -> str:
-    """ "" if prompts of two lengths, and the tokens after them one by one, give what whole sequences give; else what is wrong."""
+def find_cache_error(model: CausalLM, *, has_another_way: bool = True) -> str:
+    """ "" if prompts of two lengths, and the tokens after them one by one, give what whole sequences give; else
+    what is wrong. What is raised on the way is wrong too, and raised where there ``has_another_way`` to
+    run the model is none.
+    """
     length = min(PROOF_TOKENS, model.context or PROOF_TOKENS)
     prompts = [length - DECODE_STEPS, max(1, length // 2)]
     if length < DECODE_STEPS + 1:
@@ -289,6 +292,8 @@ def find_cache_error(model: CausalLM) -> str:
             raise  # a signal, or no memory, says nothing of the cache
         if isinstance(model, Decoder) and isinstance(e, AttributeError | TypeError):
             raise  # a fault of our own code, which a slower way would only hide
+        if not has_another_way:
+            raise  # it would be told as that of a model which cannot be run
         return f"its cache cannot be used ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     # the median over steps: a router that rounding tips over at one token is no fault of the cache
     worst = float(torch.stack(errors).median(0).values.max())
@@ -312,8 +317,11 @@ def find_native_mismatch(
     dtype: torch.dtype,
     device: torch.device,
     add_note: NoteCallback,
+    *,
+    has_another_way: bool = True,
 ) -> str:
-    """ "" if the native decoder computes this config, shown by (a), (b) and (c) on a twin; else what differs."""
+    """ "" if the native decoder computes this config, shown by (a), (b) and (c) on a twin; else what
+    differs. ``has_another_way``: as in `find_cache_error`."""
     if proofs_disabled(add_note):
         return ""
     name = _native_proof_digest(config, dtype, device)
@@ -322,7 +330,7 @@ def find_native_mismatch(
         _proven_digests().add(name)
         return ""
     try:
-        why = _compare_native(family, config, dtype, device)
+        why = _compare_native(family, config, dtype, device, has_another_way)
     except ModelError as e:
         return f"Lorry's decoder could not be checked on a small copy of it: {e}"
     if why:
@@ -333,7 +341,11 @@ def find_native_mismatch(
 
 
 def _compare_native(
-    family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    family: ModelFamily,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    has_another_way: bool,
 ) -> str:
     small = shrink_config(family, config)
     with (
@@ -358,7 +370,7 @@ def _compare_native(
     native = native.to(device, dtype)
     if native.geometry.tied:
         native.tie()
-    if why := find_future_leak(native) or find_cache_error(native):
+    if why := find_future_leak(native) or find_cache_error(native, has_another_way=has_another_way):
         return f"Lorry's decoder is not correct for this config: {why}"
     return ""
 

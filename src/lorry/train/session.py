@@ -687,7 +687,9 @@ def build_engine(
     )
     inputs = _task_inputs(run, opened, jobs, training, backend)
     # `repeat`: what a task tells while it trains may be true again, as a note of the set-up is not
-    inputs = replace(inputs, tell=notebook.repeat, open_model=partial(open_model, shard=shard))
+    ranks = tensor_ranks(communicator)
+    open_other = partial(open_model, ranks=ranks, shard=shard, must_share=False)
+    inputs = replace(inputs, tell=notebook.repeat, open_model=open_other)
     built = TASKS[run.task].build(inputs)
     notebook.tell(*built.notes, *(job.warmup_note() for job in training))
     run_evaluations: list[RunEvaluation] = [

@@ -95,16 +95,18 @@ def load_model(
     convert: ModelConverter | None = None,
     quantize: str | None = None,
     as_trained: bool = True,
+    must_share: bool = True,
     add_note: NoteCallback,
 ) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
     implementation; ``ranks``: those that share it, all of which call this together and get a part
-    each; ``shard``: cuts its weights over the ranks of a run, which all load it then; ``convert``:
-    takes the decoder for another implementation of its layers, on all of them too; ``quantize``: nf4,
-    fp4 or int8, in which matrices of linears are held, or keep; None of it means as the base of the
-    adapter that was named was held (``as_trained``), else as the files are. ``add_note`` hears what a
-    person should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype
-    or device, and for a model that ranks cannot share or ``convert`` cannot take.
+    each (not ``must_share``: where it cannot be shared each has the whole of it, with a note);
+    ``shard``: cuts its weights over the ranks of a run, which all load it then; ``convert``: takes
+    the decoder for another implementation of its layers, on all of them too; ``quantize``: nf4, fp4 or
+    int8, in which matrices of linears are held, or keep; None of it means as the base of the adapter
+    that was named was held (``as_trained``), else as the files are. ``add_note`` hears what a person
+    should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype or
+    device, and for a model that ranks cannot share or ``convert`` cannot take.
     """
     location = resolve_model(
         str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, add_note=add_note
@@ -130,16 +132,25 @@ def load_model(
         if quantize == KEEP and location.file is None:
             quantize = None
     quantization = _pick_quantization(quantize, location, description.packed_as)
-    if quantization is not None:
-        _refuse_cut_matrices(quantization, ranks, shard, convert)
-    _refuse_unfit(description, ranks, convert)
     if description.family is not None and (
         why := find_native_mismatch(
-            description.family, description.config, torch_dtype, torch_device, add_note
+            description.family,
+            description.config,
+            torch_dtype,
+            torch_device,
+            add_note,
+            has_another_way=convert is None and (ranks is None or not must_share),
         )
     ):
         description = replace(description, family=None, why=why)
-        _refuse_unfit(description, ranks, convert)
+    try:
+        _refuse_unfit(description, quantization, ranks, shard, convert)
+    except ConfigError as error:
+        if must_share or ranks is None:
+            raise
+        ranks = None
+        _refuse_unfit(description, quantization, ranks, shard, convert)
+        add_note(f"{location.directory.name} lies whole on every process ({error})")
     if (ranks is not None or convert is not None) and description.family is not None:
         prove_shared_layers(
             description.family,
@@ -276,9 +287,15 @@ def _pack_foreign(
 
 
 def _refuse_unfit(
-    description: ModelDescription, ranks: TensorRanks | None, convert: ModelConverter | None
+    description: ModelDescription,
+    quantization: Quantization | None,
+    ranks: TensorRanks | None,
+    shard: Sharder | None,
+    convert: ModelConverter | None,
 ) -> None:
-    """Raises ConfigError for a model that these ranks cannot share, or that has no other layers."""
+    """Raises ConfigError for a model that these ranks cannot share or cut, or that has no other layers."""
+    if quantization is not None:
+        _refuse_cut_matrices(quantization, ranks, shard, convert)
     family = description.family
     if convert is not None:
         convert.refuse_unfit(family, description.config, description.why)

@@ -66,13 +66,14 @@ def open_model(
     ranks: TensorRanks | None = None,
     shard: Sharder | None = None,
     convert: ModelConverter | None = None,
+    must_share: bool = True,
 ) -> OpenedModel:
     """Load the base and every adapter named: that of `config.name` if it is a run,
     `config.adapter`, and ``adapters``.
 
     ``as_start``: they become a part of the frozen base, under every mix (`AdapterBank.move_to_base`);
     there may be one. ``ranks``: those that share the model, all of which call this together.
-    ``shard``, ``convert``: as in `load_model`.
+    ``shard``, ``convert``, ``must_share``: as in `load_model`.
 
     A run's own tokenizer and chat template go before those of its base. Raises ModelError if
     anything is missing, damaged or belongs to another base, ConfigError for a chat template file
@@ -103,6 +104,7 @@ def open_model(
         convert=convert,
         quantize=quantize,
         as_trained=not config.other_base,
+        must_share=must_share,
         add_note=add_note,
     )
     paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []
