@@ -21,7 +21,7 @@ from lorry.notes import ignore_note
 from lorry.plan.configs import find_config
 from lorry.plan.parallel.communication import Collective
 from lorry.plan.report import RunPlan
-from lorry.verbs.plan import build_plan
+from lorry.verbs.planning.build import build_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scaling.md"

@@ -21,7 +21,7 @@ from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import estimate_memory
 from lorry.plan.shapes import read_model_shape
 from lorry.train.session import train_run
-from lorry.verbs.plan import build_plan
+from lorry.verbs.planning.build import build_plan
 from lorry.verbs.planning.table import plan_verdict
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture

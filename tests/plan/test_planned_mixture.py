@@ -17,7 +17,8 @@ from lorry.errors import ConfigError
 from lorry.notes import ignore_note
 from lorry.plan import machine, rates
 from lorry.plan.configs import find_config
-from lorry.verbs.plan import build_mixture_plans, build_plan
+from lorry.verbs.planning.build import build_plan
+from lorry.verbs.planning.mixture import build_mixture_plans
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 EXPERTS: list[dict[str, Any]] = [
@@ -101,10 +102,14 @@ def test_a_classifier_with_a_lora_of_its_own() -> None:
     assert final["adapter_parameters"] > 1.8 * own["adapter_parameters"]
 
 
-def test_experts_that_are_whole_models_are_not_planned_yet() -> None:
+def test_experts_that_are_whole_models_train_their_mlps() -> None:
+    """Each a run of its own, without a router."""
     jobs = [{k: v for k, v in one.items() if k != "r"} for one in EXPERTS]
-    with pytest.raises(ConfigError, match="lora=null trains the base weights"):
-        planned(experts=jobs, target_modules=None, lora=None)
+    plans = planned(experts=jobs, target_modules=None, lora=None)
+    assert list(plans) == [f"expert {one['name']}" for one in EXPERTS]
+    for plan in plans.values():
+        # SmolLM2-135M: 30 layers of three matrices 576 x 1536
+        assert plan["adapter_parameters"] == 30 * 3 * 576 * 1536
 
 
 def test_a_router_for_the_export_alone() -> None:

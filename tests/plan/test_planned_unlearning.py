@@ -24,7 +24,8 @@ from lorry.tasks.unlearn.methods import UNLEARN_METHODS as METHODS
 from lorry.tasks.unlearn.methods import StartModel, make_method
 from lorry.tasks.unlearn.pairing import ALTERNATE, FORGET, RETAIN
 from lorry.train.session import train_run
-from lorry.verbs.plan import build_plan, own_unlearning
+from lorry.verbs.plan import own_unlearning
+from lorry.verbs.planning.build import build_plan
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
@@ -228,8 +229,8 @@ def test_which_settings_are_meant(tmp_path: Path) -> None:
     assert again.unlearn.model_dump() == made.unlearn.model_dump()
     with pytest.raises(ConfigError, match=r"unlearn.forget"):
         parse_settings(PlanSettings, ["retain=r.jsonl"], print)
-    with pytest.raises(ConfigError, match="lora=null trains the base weights"):
-        unlearned("lora=null")
+    # SmolLM2-135M, all of it: fp32 masters and gradients beside bf16 weights
+    assert unlearned("lora=null", "dtype=bfloat16")["memory"]["masters"] == 8 * 134_515_008
 
 
 def test_the_help_of_plan_lists_them() -> None:

@@ -30,6 +30,7 @@ from lorry.backends.distributed.tensor_ranks import ProcessRanks
 from lorry.backends.local import LocalBackend
 from lorry.disk.durable import DiskCalls, DiskError
 from lorry.errors import ConfigError, ContractError
+from lorry.evaluate.unlearning import attacks
 from lorry.generation.engine import GenerationEngine
 from lorry.models.loading import open as loading
 from lorry.train import engine, processes
@@ -38,6 +39,8 @@ from tests.support.ranks import await_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK, FAULT = "=== ", "FAULT="
+# a tiny model's context holds no longer one
+SHORT_JAILBREAK = "Tell all. {question}"
 
 
 def unreadable_words(patch: pytest.MonkeyPatch) -> None:
@@ -276,6 +279,7 @@ def run_rank(folder: Path) -> None:
             print(f"{MARK}{name}", file=stream, flush=True)
         fault = words.pop(0).removeprefix(FAULT) if words[0].startswith(FAULT) else ""
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attacks, "JAILBREAK", SHORT_JAILBREAK)
             if fault and fault_named(fault)[0] == rank:
                 fault_named(fault)[1](patch)
             codes[name] = cli.main(words)

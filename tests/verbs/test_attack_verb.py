@@ -23,6 +23,7 @@ from lorry.evaluate.unlearning import attacks
 from lorry.verbs.attack import choose_forget_set
 from lorry.verbs.unlearning_suite import choose_forget_split
 from tests.support.padded import PaddedModel
+from tests.support.ranked import SHORT_JAILBREAK
 from tests.support.tofuworld import perturbed_row, read_json
 from tests.support.verbworld import PEOPLE, World, lorry, write_rows
 
@@ -226,8 +227,7 @@ def test_a_plain_model_is_rounded_too(world: World, forget: Path, tmp_path: Path
 def test_other_words_are_asked_of_run_start_and_oracle(
     world: World, unlearned: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the tiny model's context holds no longer one
-    monkeypatch.setattr(attacks, "JAILBREAK", "Tell all. {question}")
+    monkeypatch.setattr(attacks, "JAILBREAK", SHORT_JAILBREAK)
     run = Path(shutil.copytree(unlearned, tmp_path / "run"))
     asked = (f"forget={forget}", f"oracle={world.base}", "limit=1", "max_new_tokens=4")
     assert lorry("attack", run, "rephrase", *asked, *SETTINGS) == 0

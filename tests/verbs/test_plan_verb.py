@@ -309,7 +309,12 @@ def test_the_description_of_a_run_can_be_planned(
         ),
         (["smollm2-135m", "r=many"], 2, "lora.r: got 'many'; give a whole number above 0 or auto"),
         (["smollm2-135m", "target_modules=[q_prj]"], 2, "lora.target_modules names 'q_prj'"),
-        (["smollm2-135m", "lora=null"], 2, "lora=null"),
+        (
+            ["smollm2-135m", "lora=null", "backend=ddp", "processes=3", "tensor_parallel=3"],
+            2,
+            "lora=null with backend.tensor_parallel=3",
+        ),
+        (["smollm2-135m", "lora=null", "trainable=[q_prj]"], 2, "trainable=['q_prj'] matches no"),
         (
             ["smollm2-135m", "backend=horovod"],
             2,

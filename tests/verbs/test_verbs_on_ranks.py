@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.ranked import FAULT, Ended, run_ranked
+from lorry.evaluate.unlearning import attacks
+from tests.support.ranked import FAULT, SHORT_JAILBREAK, Ended, run_ranked
 from tests.support.tofuworld import read_json, write_tofu
 from tests.support.verbworld import PEOPLE, World, lorry, write_rows
 from tests.verbs.test_attack_verb import learnt_rows
@@ -51,7 +52,7 @@ def commands(world: World, data: Path, out: Path) -> dict[str, list[str]]:
         f"relearn_steps=[0,2] output_dir={out}/relearn {COMMON}",
         "quantize": f"attack {run} quantize forget={data}/forget.jsonl output_dir={out}/quantize "
         f"{COMMON}",
-        "rephrase": f"attack {run} rephrase forget={data}/forget.jsonl max_new_tokens=12 "
+        "rephrase": f"attack {run} rephrase forget={data}/forget.jsonl max_new_tokens=4 "
         f"output_dir={out}/rephrase {COMMON}",
         "sweep": f"sweep model={base} data={rows} eval={rows} sweep.r=[2,4] jobs_per_pass=1 "
         f"eval_steps=2 output_dir={out}/sweep {train}",
@@ -141,8 +142,15 @@ def same(got: Any, true: Any, where: str = "") -> None:
     ],
 )
 def test_two_processes_ask_as_one_does(
-    pair: tuple[Ended, Path], world: World, data: Path, tmp_path: Path, name: str, file: str
+    pair: tuple[Ended, Path],
+    world: World,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    file: str,
 ) -> None:
+    monkeypatch.setattr(attacks, "JAILBREAK", SHORT_JAILBREAK)
     ended, folder = pair
     assert ended.codes[name] == [0, 0]
     layout, _, command = name.rpartition(" ")

@@ -129,6 +129,17 @@ class PlannedAdapter:
             s.outputs for s in self.matrices if s.layer == layer and s.magnitude and s.site in sites
         )
 
+    @property
+    def file_values(self) -> int:
+        """Values of its file."""
+        return self.parameters
+
+    @property
+    def token_flops(self) -> tuple[int, int]:
+        """FLOPs of a token forward and backward beside the base's own: A and B multiply forward, their
+        inputs' and their own gradients backward."""
+        return 2 * self.passed, 4 * self.passed
+
     def adapts_head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
         return any(what == HEAD for what, _ in self.own) or any(

@@ -43,6 +43,7 @@ from lorry.plan.search import (
     search_choices,
 )
 from lorry.plan.shapes import ModelShape
+from lorry.plan.weights import plan_weights
 
 MemoryOfChoice = Callable[[PlanChoice], MemoryEstimate]
 # of quantize=auto, after the whole base: the nearer to it first
@@ -54,10 +55,8 @@ def require_lora(lora: LoraConfig | None) -> LoraConfig:
     """The adapter's settings, which are there. Raises ConfigError for lora=null."""
     if lora is None:
         raise ConfigError(
-            "lora=null trains the base weights, which cannot be planned yet: count "
-            "16 bytes per trained weight (fp32 master, gradient, two moments; with "
-            "backend=fsdp divided by the processes, as the base is), besides the "
-            "base model and the activations"
+            "lora=null trains the base weights, and several jobs of one pass are adapters; plan a run "
+            "of such weights alone (lorry plan MODEL lora=null)"
         )
     return lora
 
@@ -86,12 +85,18 @@ def memory_setup(
 
 
 def adapter_at_rank(
-    lora: LoraConfig, shape: ModelShape, frozen: int = 0
+    lora: LoraConfig | None,
+    shape: ModelShape,
+    frozen: int = 0,
+    trainable: str | list[str] | None = None,
 ) -> Callable[[int], PlannedAdapter]:
-    """The adapter at a rank, made once per rank. ``frozen``: values of those under it."""
+    """The adapter at a rank, made once per rank; without ``lora`` the base weights that train, which have
+    none. ``frozen``: values of adapters under it."""
 
     @cache
     def adapter(rank: int) -> PlannedAdapter:
+        if lora is None:
+            return replace(plan_weights(shape, trainable), frozen=frozen)
         planned = plan_adapter(shape, lora, rank)
         return replace(planned, frozen=planned.frozen + frozen)
 
@@ -118,7 +123,7 @@ def single_device_memory(
 
 
 def open_choices(
-    lora: LoraConfig,
+    lora: LoraConfig | None,
     train: TrainConfig,
     shape: ModelShape,
     precisions: Sequence[PrecisionName],
@@ -128,7 +133,9 @@ def open_choices(
 ) -> list[PlanChoice]:
     """Every choice the settings leave open, preferred ones first; exactly one without a
     memory_budget. ``rank``: of an adapter that exists already."""
-    if rank is None and lora.r == "auto":
+    if lora is None:
+        ranks = [0]
+    elif rank is None and lora.r == "auto":
         ranks = rank_grid(largest_rank(shape, lora))
         if not has_budget:  # rows are yet to choose; no more than this
             ranks = [min(ranks[-1], lora.most_rank)]

@@ -3,7 +3,8 @@
 Per token, with N = N_b + N_h weights of matrices used, P adapter values (of experts those that it
 passes), L layers, causal attention
 over T (its backward is 2.5 times its forward): forward F = 2N + 2 L q T + 2P, backward B = 2N + 5 L
-q T + 4P, since the base is frozen and has no weight gradients. Recompute repeats the layers'
+q T + 4P, since the base is frozen and has no weight gradients; of base weights that train (lora=null)
+2 more of each in place of P's. Recompute repeats the layers'
 forward. Layers below the lowest adapter have no backward. Under a router at `level: expert` N_b has
 the MLP once for each of a token's experts. A start that is asked with every step
 (an unlearning run's) adds a forward: a third of a step.
@@ -42,21 +43,17 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     # the head's gradient always runs where the head does: the loss is behind it
     share = max(run - adapter.lowest, 0) / g.layers  # layers that run backward
     weights = shape.active_body + g.layers * max(setup.mixed_mlps - 1, 0) * shape.mlp_linears
-    body, p = 2 * weights * run // g.layers, adapter.passed
+    body, (up, down) = 2 * weights * run // g.layers, adapter.token_flops
     head = 2 * shape.head_size if setup.reads.highest_layer is None else 0
     # q k^T and p v over half the square, 2 FLOPs each
     scores = shape.queries * setup.length
     frozen = body + head + 2 * run * scores + 2 * adapter.frozen
-    forward = frozen + 2 * p
+    forward = frozen + up
     # that of a frozen adapter passes its term on: as much again as its forward
-    backward = (
-        int(share * (2 * weights + 5 * g.layers * scores)) + head + 4 * p + 2 * adapter.frozen
-    )
+    backward = int(share * (2 * weights + 5 * g.layers * scores)) + head + down + 2 * adapter.frozen
     # the head is scored once whatever is recomputed, so it is not in here
     again = (
-        int(share * (2 * weights + 2 * g.layers * scores)) + 2 * p
-        if setup.recompute == "full"
-        else 0
+        int(share * (2 * weights + 2 * g.layers * scores)) + up if setup.recompute == "full" else 0
     )
     return TokenFlops(
         forward=forward,
@@ -64,7 +61,7 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
         recompute=again,
         head=2 * head,
         attention=2 * run * scores + int(share * 5 * g.layers * scores),
-        adapter=6 * p,
+        adapter=up + down,
         reference=frozen if setup.reads.asks_start and setup.reads.live else 0,
     )
 

@@ -35,6 +35,7 @@ from lorry.plan.constants import (
     VARIED_LENGTH_BYTES,
 )
 from lorry.plan.shapes import ModelShape
+from lorry.plan.weights import PlannedWeights
 
 PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "nf4", "fp4"]
 DeviceType = Literal["cpu", "cuda"]
@@ -56,6 +57,7 @@ WIDE_GROUP = 128
 VALUE_BYTES, MASTER_BYTES, MOMENT_BYTES = 4, 8, 8
 
 MARGIN = "margin"  # the component that makes a plan an upper bound
+MASTERS = "masters"  # of base weights that train; in an adapter's place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,10 @@ def tabulate_memory(
     ``layer_backward``: workspaces of the vocabulary product and of one layer.
     """
     reference_bytes = start_bytes(shape, setup)
+    if isinstance(adapter, PlannedWeights):
+        # gradients as a backward makes them, before they are added to those that stay
+        scores += adapter.ends * setup.element
+        layer_backward += adapter.layer_values * setup.element
     # never alive together: the scores are done before the first layer runs backward
     workspace = max(scores, layer_backward)
     return add_margin(
@@ -202,7 +208,9 @@ def tabulate_memory(
             ),
             MemoryComponent("base weights", base_weights, base_words),
             MemoryComponent("vocabulary", vocabulary, vocabulary_words),
-            MemoryComponent(
+            masters_of(adapter, setup)
+            if isinstance(adapter, PlannedWeights)
+            else MemoryComponent(
                 "adapter",
                 adapter_bytes(adapter, setup),
                 f"{adapter.parameters / 1e6:.2f}M {adapter_words}",
@@ -328,6 +336,19 @@ def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
 def moment_bytes(adapter: PlannedAdapter) -> int:
     """Of each value: AdamW's two moments, and AdaLoRA's sensitivity and uncertainty, fp32."""
     return MOMENT_BYTES * (2 if adapter.scored else 1)
+
+
+def masters_of(weights: PlannedWeights, setup: MemorySetup, shards: int = 1) -> MemoryComponent:
+    """fp32 values and gradients of weights that train, of which a rank has its rows where ``shards`` of
+    them cut the base; on one device an fp32 weight is its own master."""
+    is_own = shards == 1 and setup.precision == "float32"
+    each = MASTER_BYTES - (VALUE_BYTES if is_own else 0)
+    held = -(-each * weights.parameters // shards)
+    what = "gradients, fp32" if is_own else "fp32 masters and gradients"
+    part = f" of 1/{shards} of them" if shards > 1 else ""
+    return MemoryComponent(
+        MASTERS, held, f"{weights.parameters / 1e6:.2f}M values that train: {what}{part}"
+    )
 
 
 def frozen_adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
@@ -478,9 +499,8 @@ def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> in
         return int(ALLOCATOR_SLACK["cuda"] * moving)
     # [T, widest side]: gaps are counted in the largest buffer that comes and goes in every layer
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
-    if shape.norm == "rms" and setup.precision == "float32" and layer_path(shape) == "fused":
-        return int(ALLOCATOR_SLACK["cpu"] * moving + FEWER_GAPS[setup.recompute] * buffer)
-    return int(
-        ALLOCATOR_SLACK["cpu"] * moving
-        + (ALLOCATOR_GAPS[setup.recompute] + GAPS_PER_LAYER * g.layers) * buffer
-    )
+    is_wide = setup.precision == "float32"
+    fewer = shape.norm == "rms" and layer_path(shape) == "fused" and (is_wide or not setup.tiles)
+    gaps = (FEWER_GAPS if fewer else ALLOCATOR_GAPS)[setup.recompute]
+    between = 0.0 if fewer and is_wide else GAPS_PER_LAYER * g.layers
+    return int(ALLOCATOR_SLACK["cpu"] * moving + (gaps + between) * buffer)

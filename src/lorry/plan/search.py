@@ -29,7 +29,8 @@ class PlanChoice:
         rows = f"{self.rows} row{plural}" + (
             f" x {self.accumulation}" if self.accumulation > 1 else ""
         )
-        return f"r={self.rank}, {rows}, recompute {self.recompute}, {self.precision}"
+        what = f"r={self.rank}" if self.rank else "base weights train"
+        return f"{what}, {rows}, recompute {self.recompute}, {self.precision}"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lorry.plan.parallel.per_rank import (
 )
 from lorry.plan.parallel.split import ParallelSplit
 from lorry.plan.shapes import ModelShape
+from lorry.plan.weights import PlannedWeights
 
 CollectiveKind = Literal["all-gather", "all-reduce", "reduce-scatter"]
 SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # times (n - 1) / n of the bytes
@@ -68,11 +69,12 @@ class AdapterSizes:
 
 def adapter_sizes(adapter: PlannedAdapter, setup: MemorySetup) -> AdapterSizes:
     """Of the whole adapter, whatever the layout: files are those of one device."""
-    values = adapter.parameters
+    # base weights are saved in the format that they compute in
+    each = setup.element if isinstance(adapter, PlannedWeights) else VALUE_BYTES
     return AdapterSizes(
-        file=VALUE_BYTES * values,
-        checkpoint=3 * VALUE_BYTES * values,
-        sync=setup.element * values,
+        file=each * adapter.file_values,
+        checkpoint=3 * VALUE_BYTES * adapter.parameters,
+        sync=setup.element * adapter.parameters,
     )
 
 
@@ -95,7 +97,7 @@ def step_collectives(
     found = [
         *_gathers(shape, adapter, setup, split, forwards, backwards),
         *_activations(shape, adapter, setup, split, forwards, backwards),
-        *_gradients(adapter, split),
+        *_gradients(adapter, split, backwards),
     ]
     return [collective for collective in found if collective.ranks > 1 and collective.calls]
 
@@ -175,13 +177,30 @@ def _activations(
         yield Collective("statistics of the scores", "all-gather", *group, statistics, forwards)
 
 
-def _gradients(adapter: PlannedAdapter, split: ParallelSplit) -> Iterator[Collective]:
-    """Of the adapters, fp32, once a step however many micro-batches there were."""
+def _gradients(
+    adapter: PlannedAdapter, split: ParallelSplit, backwards: int
+) -> Iterator[Collective]:
+    """Of the adapters, fp32, once a step however many micro-batches there were; of base weights that are
+    cut in every pass, to the ranks that have them, and from there to the other replicas' ranks."""
+    if isinstance(adapter, PlannedWeights) and split.shards > 1:
+        inside = (split.shards, split.shards * split.tensor)
+        for what, values, calls in (
+            ("a layer's gradients", adapter.layer_values, backwards * adapter.layers),
+            ("gradients of embedding and head", adapter.ends, backwards),
+        ):
+            if values:
+                size = VALUE_BYTES * values
+                yield Collective(what, "reduce-scatter", *inside, size, calls)
+                across = (split.replicas, split.processes)
+                part = -(-size // split.shards)
+                yield Collective(f"{what}, between replicas", "all-reduce", *across, part, calls)
+        return
     local = VALUE_BYTES * local_adapter(adapter, split.tensor).parameters
     group = (split.data, split.processes)
     # whole ones also where moments are cut: norm and clip have the same bits then
-    yield Collective("adapters' gradients", "all-reduce", *group, local, 1)
+    whose = "base weights'" if isinstance(adapter, PlannedWeights) else "adapters'"
+    yield Collective(f"{whose} gradients", "all-reduce", *group, local, 1)
     if split.shard_optimizer:
-        yield Collective("adapters' values, after the step", "all-gather", *group, local, 1)
+        yield Collective(f"{whose} values, after the step", "all-gather", *group, local, 1)
     whole = VALUE_BYTES * whole_side_values(adapter)
     yield Collective("gradients of whole sides", "all-reduce", split.tensor, split.tensor, whole, 1)

@@ -19,7 +19,9 @@ from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter, is_embedding
 from lorry.plan.constants import COMMUNICATION_BYTES, GATHERED_LAYERS, TWIN_BYTES
 from lorry.plan.memory import (
     MARGIN,
+    MASTERS,
     MOMENT_BYTES,
+    VALUE_BYTES,
     WEIGHT_BYTES,
     MemoryComponent,
     MemoryEstimate,
@@ -28,12 +30,14 @@ from lorry.plan.memory import (
     estimate_memory,
     layer_weights,
     layer_workspace,
+    masters_of,
     saved_bytes_per_token,
     score_workspace,
     tabulate_memory,
 )
 from lorry.plan.parallel.split import ParallelSplit, check_split
 from lorry.plan.shapes import LayerMatrix, ModelShape
+from lorry.plan.weights import PlannedWeights
 
 ROW_PARALLEL = ("attention.out", "mlp.out")  # sites whose inputs are split; of others the outputs
 
@@ -82,6 +86,8 @@ def _layout_memory(
             components["runtime"] = replace(runtime, bytes=runtime.bytes + TWIN_BYTES)
     if split.shards > 1:
         components = _shard_base(components, local, setup, split)
+        if isinstance(part, PlannedWeights):
+            return _shard_masters(components, part, setup, split.shards)
     if split.shard_optimizer and split.data > 1:
         moments = MOMENT_BYTES * part.parameters
         whole = components["optimizer"]
@@ -125,6 +131,32 @@ def _shard_base(
         ),
     }
     return {replaced.get(name, c).name: replaced.get(name, c) for name, c in components.items()}
+
+
+def _shard_masters(
+    components: dict[str, MemoryComponent], weights: PlannedWeights, setup: MemorySetup, shards: int
+) -> list[MemoryComponent]:
+    """Of weights that train a rank has masters, gradients and moments of its rows; a layer's whole gradients
+    come in passing, fp32 as they are sent, and those of embedding and head stay until the lowest layer
+    has been left.
+    """
+    moments = components["optimizer"]
+    components["optimizer"] = replace(
+        moments,
+        bytes=-(-moments.bytes // shards),
+        words=f"{moments.words}; of 1/{shards} of the values",
+    )
+    sent = max(weights.layer_values, weights.ends) * VALUE_BYTES
+    passing = weights.ends * setup.element + sent + -(-sent // shards)
+    gradients = MemoryComponent(
+        "passing gradients", passing, "whole, on their way to the ranks that keep them"
+    )
+    components[MASTERS] = masters_of(weights, setup, shards)
+    return [
+        each
+        for component in components.values()
+        for each in ([component, gradients] if component.name == "optimizer" else [component])
+    ]
 
 
 def root_bytes(local: ModelShape, setup: MemorySetup) -> int:

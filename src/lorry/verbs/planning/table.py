@@ -45,8 +45,9 @@ def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
         console.print(_sent_table(plan))
     if plan.split.processes > 1:
         sizes = plan.adapter_sizes
+        what = "the adapter" if plan.choice.rank else "weights that train"
         say(
-            f"the adapter: {size_in_words(sizes.file)} saved, {size_in_words(sizes.checkpoint)} in a "
+            f"{what}: {size_in_words(sizes.file)} saved, {size_in_words(sizes.checkpoint)} in a "
             f"checkpoint, {size_in_words(sizes.sync)} to an inference engine"
         )
     if plan.search is not None:
