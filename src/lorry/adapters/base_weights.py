@@ -167,11 +167,11 @@ class BaseWeights(WholeOnEachRank):
         for (_, param), view in self.parameter_views(self.grads):
             param.grad = view if param.dtype == torch.float32 else None
 
-    @torch.no_grad()
     def held_still(self) -> AbstractContextManager[None]:
         """Nothing: it computes with the parameters themselves."""
         return nullcontext()
 
+    @torch.no_grad()
     def touch(self) -> None:
         """Say that ``values`` was written: the parameters that are not views of it are made again,
         rounded once.
