@@ -18,9 +18,9 @@ from lorry.families import find_family
 from lorry.models.decoder.model import Decoder
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.configs import find_config
+from lorry.plan.full.weights import plan_weights
 from lorry.plan.memory import MemorySetup, estimate_memory
 from lorry.plan.shapes import read_model_shape
-from lorry.plan.weights import plan_weights
 from lorry.verbs.planning.build import build_plan
 from tests.support import tiny
 

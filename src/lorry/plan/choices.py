@@ -26,6 +26,7 @@ from lorry.config.schema import ROW_ALONE, JobConfig, LoraConfig, StepReads, Tra
 from lorry.errors import ConfigError
 from lorry.plan.adapters import PlannedAdapter, largest_rank, plan_adapter
 from lorry.plan.constants import MIN_BATCH_TOKENS
+from lorry.plan.full.weights import plan_weights
 from lorry.plan.memory import (
     DeviceType,
     MemoryEstimate,
@@ -43,7 +44,6 @@ from lorry.plan.search import (
     search_choices,
 )
 from lorry.plan.shapes import ModelShape
-from lorry.plan.weights import plan_weights
 
 MemoryOfChoice = Callable[[PlanChoice], MemoryEstimate]
 # of quantize=auto, after the whole base: the nearer to it first

@@ -34,8 +34,8 @@ from lorry.plan.constants import (
     SCORE_TILE,
     VARIED_LENGTH_BYTES,
 )
+from lorry.plan.full.weights import PlannedWeights
 from lorry.plan.shapes import ModelShape
-from lorry.plan.weights import PlannedWeights
 
 PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "nf4", "fp4"]
 DeviceType = Literal["cpu", "cuda"]

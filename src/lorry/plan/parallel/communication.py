@@ -15,6 +15,7 @@ from typing import Literal
 
 from lorry.plan.adapters import PlannedAdapter, is_embedding
 from lorry.plan.constants import SCORE_STATISTICS
+from lorry.plan.full.weights import PlannedWeights
 from lorry.plan.memory import VALUE_BYTES, MemorySetup, layers_run
 from lorry.plan.parallel.per_rank import (
     layer_tensors,
@@ -26,7 +27,6 @@ from lorry.plan.parallel.per_rank import (
 )
 from lorry.plan.parallel.split import ParallelSplit
 from lorry.plan.shapes import ModelShape
-from lorry.plan.weights import PlannedWeights
 
 CollectiveKind = Literal["all-gather", "all-reduce", "reduce-scatter"]
 SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # times (n - 1) / n of the bytes

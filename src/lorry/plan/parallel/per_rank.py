@@ -17,6 +17,7 @@ from dataclasses import replace
 from lorry.config.parsing.sizes import size_in_words
 from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter, is_embedding
 from lorry.plan.constants import COMMUNICATION_BYTES, GATHERED_LAYERS, TWIN_BYTES
+from lorry.plan.full.weights import PlannedWeights
 from lorry.plan.memory import (
     MARGIN,
     MASTERS,
@@ -37,7 +38,6 @@ from lorry.plan.memory import (
 )
 from lorry.plan.parallel.split import ParallelSplit, check_split
 from lorry.plan.shapes import LayerMatrix, ModelShape
-from lorry.plan.weights import PlannedWeights
 
 ROW_PARALLEL = ("attention.out", "mlp.out")  # sites whose inputs are split; of others the outputs
 

@@ -1,0 +1,1 @@
+"""Full fine-tuning (`lora=null`): what a plan counts in an adapter's place."""
