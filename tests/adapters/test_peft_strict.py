@@ -134,7 +134,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save, a text": ({"modules_to_save": "lm_head"}, "modules_to_save"),
     "modules_to_save, absent": ({"modules_to_save": ["lm_heed"]}, "'lm_heed', which matches no"),
     "modules_to_save, a pattern": ({"modules_to_save": ["("]}, "modules_to_save"),
-    "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    "alora": ({"alora_invocation_tokens": [1, -2]}, "alora_invocation_tokens"),
     "a token twice": ({"trainable_token_indices": [5, 5]}, "names token 5 twice"),
     "a token that is none": ({"trainable_token_indices": [-1]}, "has -1"),
     "a token outside": ({"trainable_token_indices": [64]}, "64 rows, 0 to 63"),

@@ -406,7 +406,8 @@ def _refuse_unfoldable(bank: AdapterBank, mix: Mapping[str, float]) -> None:
         if adapter.spec.use_dora:
             _refuse_mixed_magnitudes(bank, adapter, mix)
         elif adapter.spec.alora_invocation_tokens or any(
-            one.replaces is None for one in adapter.further.values()
+            one.replaces is None and not name.endswith(".lora_B.bias")
+            for name, one in adapter.further.items()
         ):
             adapter.refuse_further("it cannot be merged into the base's weights")
 

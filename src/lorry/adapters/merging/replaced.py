@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.bank import Adapter, AdapterBank
 from lorry.adapters.variants.own_weights import SITE, site_at
-from lorry.adapters.variants.parameters import FurtherParameter
+from lorry.adapters.variants.parameters import FurtherParameter, Replacement
 from lorry.errors import ConfigError, ModelError
 
 
@@ -29,7 +29,35 @@ def replacements(bank: AdapterBank, mix: Mapping[str, float]) -> dict[str, Furth
                         "of them"
                     )
                 found[f"{path}.{leaf}"] = one
-    return found
+    return found | _raised_biases(bank, mix, found)
+
+
+@torch.no_grad()
+def _raised_biases(
+    bank: AdapterBank, mix: Mapping[str, float], found: Mapping[str, FurtherParameter]
+) -> dict[str, FurtherParameter]:
+    """{`MODULE.bias`: it and the sum of g s b of what a mix has there (`lora_bias`)}. Raises ConfigError for
+    a layer without one: its class would not load it."""
+    raised = dict[str, FurtherParameter]()
+    for path, layer in bank.modules.items():
+        added = [
+            gate * slot.scale * slot.bias.detach()
+            for name, gate in mix.items()
+            if (slot := layer.slots.get(name)) is not None and slot.bias is not None
+        ]
+        if not added:
+            continue
+        own, before = found.get(f"{path}.bias"), getattr(layer, "bias", None)
+        if before is None:
+            raise ConfigError(
+                f"{path} has no bias, which lora_bias would be merged into; use the adapter unmerged"
+            )
+        whole = (before if own is None else own.param).detach().float() + sum(added)
+        place = Replacement(((path, "bias"),))
+        raised[f"{path}.bias"] = FurtherParameter(
+            nn.Parameter(whole, requires_grad=False), path, replaces=place
+        )
+    return raised
 
 
 def _refuse_weight(adapter: Adapter, gate: float, tensor: str) -> None:
