@@ -103,6 +103,9 @@ def attach(
         require_sources(spec, run_model, original)
     candidates = find_adaptable(model)
     chosen = list(modules) if modules is not None else select_modules(model, candidates, spec)
+    # of a file it says no more than that its matrices are each other's, which they are
+    if modules is None and spec.ensure_weight_tying:
+        _refuse_tied_terms(model, chosen)
     if missing := [m for m in chosen if m not in candidates]:
         raise ConfigError(
             f"no linear or embedding layer named {missing[0]!r} in this model{suggest_nearest(missing[0], candidates)}"
@@ -166,6 +169,16 @@ def _refuse_half(spec: LoraSpec, targets: Mapping[str, AdaptableLayer]) -> None:
                 f"train={spec.train[0]} is for linear layers, and {path} is an embedding, whose A begins "
                 "at zero; leave it out of target_modules, or train both halves"
             )
+
+
+def _refuse_tied_terms(model: nn.Module, chosen: Collection[str]) -> None:
+    """Raises ConfigError for terms at both sides of a tied head: they would train apart."""
+    head, embed = head_and_embedding(model)
+    if head in chosen and embed in chosen:
+        raise ConfigError(
+            f"ensure_weight_tying with {head} and {embed} both among target_modules: the two have low-rank "
+            "terms of their own here; target one of them, or name them in modules_to_save"
+        )
 
 
 def find_wrapper(model: nn.Module, names: Collection[str]) -> str | None:

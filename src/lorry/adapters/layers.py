@@ -8,7 +8,7 @@ optimizers of the base never see them): they are `AdapterSlot`s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -397,6 +397,13 @@ class BankLinear(AdaptableLayer):
         self.group = LinearGroup([self])
         if "weight" in whole:
             self.product = None
+        elif self.product is not None and "bias" in whole:
+            held_by: Callable[[BankLinear], FrozenLinear] | None = getattr(
+                self.product, "held_by", None
+            )
+            if held_by is None:
+                raise ContractError(f"{self.path} has a custom product, which reads no other bias")
+            self.product = held_by(self)
 
     def _with_own_gates(self, call: AdapterContext, x: Tensor) -> AdapterContext:
         """The call with the gates that a router of the linears makes of x [T,in], what this one

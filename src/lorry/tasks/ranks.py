@@ -133,13 +133,18 @@ def ranks_of_rows(
     directions = gradient_ranks(layers, run_model, bound)
     # the bound need not be of the grid
     grid = sorted({*rank_grid(bound), bound})
+    # an orthogonal start has its directions in pairs
+    step = 2 if adapter.spec.init_lora_weights == "orthogonal" else 1
+    grid = [rank for rank in grid if rank % step == 0]
     sides = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
     per_rank = sum(layer.in_features + layer.out_features for layer in layers.values())
     bits = supervised * max(loss, 0.0) / math.log(2)
     capacity = capacity_rank(bits, lambda rank: rank * per_rank, grid)
     ranks = {
         path: min(
-            next_rank(max(found, capacity), grid), adapter.slots[path].A.shape[0], sides[path]
+            next_rank(max(found, capacity), grid),
+            adapter.slots[path].A.shape[0],
+            sides[path] // step * step,
         )
         for path, found in directions.items()
     }

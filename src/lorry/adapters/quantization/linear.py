@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -70,10 +71,17 @@ class QuantizedLinear:
         self.parts = {part: parameter_name(part) for part in tensors}
         self.matrix_of: Callable[..., PackedMatrix] = partial(type(packed), **settings)
 
+    def held_by(self, layer: BankLinear) -> QuantizedLinear:
+        """The same matrix with the bias of another layer that holds it, a twin."""
+        twin = copy(self)
+        twin.layer = layer
+        return twin
+
     @property
     def requires_grad(self) -> bool:
-        """Never: what is packed cannot train, and its bias stays with it."""
-        return False
+        """Whether the bias does: what is packed cannot train."""
+        bias = self.layer.bias
+        return bias is not None and bias.requires_grad
 
     @property
     def packed(self) -> PackedMatrix:
@@ -90,8 +98,8 @@ class QuantizedLinear:
         return self.matrix_of(**held)
 
     def parameters(self) -> Sequence[Tensor]:
-        """None that may train."""
-        return []
+        """The bias, which an adapter may have of its own."""
+        return [] if self.layer.bias is None else [self.layer.bias]
 
     def open(self, dtype: torch.dtype) -> Tensor:
         """The matrix [O,I] it computes with, a new tensor."""
@@ -113,8 +121,8 @@ class QuantizedLinear:
         return torch.mm(g, weight) if into is None else into.addmm_(g, weight)
 
     def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
-        """None."""
-        return []
+        """That of the bias, if it wants one."""
+        return [g.sum(0)] if self.requires_grad else []
 
     def _weight(self) -> Tensor:
         """The matrix [O,I], until the next product of this thread."""

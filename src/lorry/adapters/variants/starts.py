@@ -52,8 +52,9 @@ def saved_modules(
                 f"modules_to_save names {path}, and target_modules {inside[0]}: a module trains whole or "
                 "has a low-rank adapter; leave it out of one of the two (exclude_modules)"
             )
-        params = dict(module.named_parameters())
-        if kept := sorted(set(module.state_dict()) - set(params) - _second_names(module)):
+        packed = _packed_parts(module)
+        params = {name: p for name, p in module.named_parameters() if name not in packed}
+        if kept := sorted(set(module.state_dict()) - {*params, *packed} - _second_names(module)):
             raise ConfigError(
                 f"modules_to_save names {path}, whose {kept[0]} is no parameter but changes while it "
                 "trains; name the modules inside it"
@@ -70,6 +71,17 @@ def saved_modules(
             holder, _, leaf = f"{path}.{param}".rpartition(".")
             starts[f"{holder}.{leaf}"] = _own_start(model, name, holder, leaf)
     return starts
+
+
+def _packed_parts(module: nn.Module) -> set[str]:
+    """The scales and the like that matrices in few bits are held with: whole, they are a weight alone."""
+    return {
+        f"{path}.{leaf}" if path else leaf
+        for path, inner in module.named_modules()
+        if isinstance(inner, BankLinear) and inner.product is not None
+        for leaf, _ in inner.named_parameters(recurse=False)
+        if leaf not in ("weight", "bias")
+    }
 
 
 def biases(
@@ -290,7 +302,8 @@ def _refuse_layout(model: nn.Module, module: nn.Module, what: str) -> None:
 
 def _whole_shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
     if leaf == "weight" and isinstance(module, BankLinear) and module.product is not None:
-        return module.product.shape
+        outputs, inputs = module.product.shape
+        return (inputs, outputs) if module.transposed else (outputs, inputs)
     return tuple(module.get_parameter(leaf).shape)
 
 
@@ -301,7 +314,8 @@ def _base_values(module: nn.Module, leaf: str) -> Tensor:
         opened: Callable[[torch.dtype], Tensor] | None = getattr(module.product, "open", None)
         if opened is None:
             raise ConfigError(f"{module.path} has a custom product, and cannot train whole")
-        return opened(torch.float32)
+        whole = opened(torch.float32)
+        return whole.t() if module.transposed else whole
     return module.get_parameter(leaf).detach()
 
 
