@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorry.adapters.attach import attach
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.spec import lora_spec_of
 from lorry.config.schema import LoraConfig
 from lorry.families import find_family
 from lorry.kernels import attention as kernel
@@ -23,7 +24,6 @@ from lorry.plan import constants
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.memory import MemorySetup, PrecisionName, saved_bytes_per_token
 from lorry.plan.shapes import read_model_shape
-from lorry.train.session import lora_spec_of
 from tests.support.tiny import VARIANTS
 
 T, RANK = 128, 4

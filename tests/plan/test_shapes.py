@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorry.adapters.attach import attach
+from lorry.adapters.spec import lora_spec_of
 from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.families import find_family
@@ -19,7 +20,6 @@ from lorry.models.decoder.model import Decoder
 from lorry.plan.adapters import largest_rank, plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.shapes import read_model_shape
-from lorry.train.session import lora_spec_of
 from tests.support.tiny import FOREIGN, VARIANTS
 
 # Billions of parameters as the model's page or its name says them.

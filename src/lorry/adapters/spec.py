@@ -8,11 +8,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lorry.adapters.tensor_parallel.slices import SIDES, Side
 from lorry.config.adapter.adalora import AdaLoraSettings
 from lorry.config.adapter.initialization import check_initialization, find_initialization
+from lorry.config.schema import ADALORA_FIELDS, LoraConfig
 from lorry.errors import ConfigError
 
 BiasTraining = Literal["none", "all", "lora_only"]
@@ -309,6 +310,26 @@ def refuse_at_parameters(spec: LoraSpec, where: str) -> None:
                 f"{where}: {setting} does not work at parameters and fused experts; leave it out, or "
                 "the experts with exclude_modules=[experts]"
             )
+
+
+def lora_spec_of(lora: LoraConfig) -> LoraSpec:
+    """The bank's spec from the run's settings."""
+    adalora = lora.adalora
+    left_out = (
+        "adapter_name",
+        "init_rows",
+        "rank_by",
+        "lora_B_bias",
+        "new_tokens",
+        "new_token_init",
+    )
+    others = {*left_out, *ADALORA_FIELDS}
+    plain: dict[str, Any] = {**lora.model_dump(exclude=others), "r": lora.most_rank}
+    return LoraSpec(
+        **plain,
+        lora_bias=lora.lora_B_bias,
+        adalora=None if adalora is None else AdaLoraSettings(**adalora),
+    )
 
 
 def unscaled_spec(ranks: Mapping[str, int]) -> LoraSpec:

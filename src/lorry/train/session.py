@@ -22,7 +22,7 @@ import torch
 from lorry.adapters.attach import attach, get_bank, list_skipped_modules
 from lorry.adapters.bank import Adapter
 from lorry.adapters.peft.files import base_digest, start_files
-from lorry.adapters.spec import LoraSpec
+from lorry.adapters.spec import lora_spec_of
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.trainable import base_parameter_set
 from lorry.adapters.variants.new_tokens import begin_rows
@@ -39,8 +39,7 @@ from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
 from lorry.config import RunConfig, dump_settings, runs_by_adapter
-from lorry.config.adapter.adalora import AdaLoraSettings
-from lorry.config.schema import ADALORA_FIELDS, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from lorry.config.schema import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from lorry.data.prepare import EncodedRows, PreparedData, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.errors import ConfigError, ContractError, DataError, explain_out_of_memory
@@ -579,26 +578,6 @@ def _row_accounting(jobs: PreparedJobs) -> str:
     # one line in contracts.json: the first facts of a single set, of several the counts of each
     return "; ".join(
         lines[0][:3] if len(lines) == 1 else dict.fromkeys(facts[0] for facts in lines)
-    )
-
-
-def lora_spec_of(lora: LoraConfig) -> LoraSpec:
-    """The bank's spec from the run's settings."""
-    adalora = lora.adalora
-    left_out = (
-        "adapter_name",
-        "init_rows",
-        "rank_by",
-        "lora_B_bias",
-        "new_tokens",
-        "new_token_init",
-    )
-    others = {*left_out, *ADALORA_FIELDS}
-    plain: dict[str, Any] = {**lora.model_dump(exclude=others), "r": lora.most_rank}
-    return LoraSpec(
-        **plain,
-        lora_bias=lora.lora_B_bias,
-        adalora=None if adalora is None else AdaLoraSettings(**adalora),
     )
 
 

@@ -65,6 +65,13 @@ class ClassifierTrainConfig(SettingsGroup):
     seed: int = config_field(42, "of splits, first values, order and dropout", ge=0)
 
 
+# what `router.lora` may say
+PLAIN_LORA = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
+    "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+
+
 class RouterConfig(SettingsGroup):
     """how a token gets its experts"""
 
@@ -153,13 +160,6 @@ class RouterConfig(SettingsGroup):
         known = [name for name in LoraConfig.model_fields if name != "adapter_name"]
         if odd := [name for name in value if name not in known]:
             raise ValueError(f"has no setting {odd[0]!r}; there are {', '.join(known)}")
-        if value.get("variant", "lora") == "adalora" or value.get("train", ["A", "B"]) != [
-            "A",
-            "B",
-        ]:
-            raise ValueError(
-                "a classifier's own adapter is plain: leave variant=adalora and train out"
-            )
         if value.get("r") == "auto":
             raise ValueError("r=auto is of experts, by their memory budget; give a number")
         try:
@@ -167,7 +167,17 @@ class RouterConfig(SettingsGroup):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
-        return whole.model_dump(mode="json", include=set(known))
+        given = whole.model_dump(mode="json", include=set(known))
+        default = LoraConfig(r=whole.r).model_dump(mode="json")
+        if odd := [key for key in known if key not in PLAIN_LORA and given[key] != default[key]]:
+            raise ValueError(
+                f"{odd[0]}: a classifier's own adapter is plain LoRA ({', '.join(PLAIN_LORA)}); leave it out"
+            )
+        if given["init_lora_weights"] not in (True, False, "gaussian"):
+            raise ValueError(
+                "init_lora_weights: a classifier's own adapter begins at random; leave it out"
+            )
+        return given
 
     train_experts: bool = config_field(
         False,

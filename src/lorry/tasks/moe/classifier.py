@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from lorry.adapters.attach import get_bank
 from lorry.adapters.router import ROUTER_NAME
 from lorry.adapters.routing.lora_classifier import LoraClassifier, attach_lora_classifier
-from lorry.adapters.spec import LoraSpec
+from lorry.adapters.spec import lora_spec_of
 from lorry.backends.protocol import LossTerms, ScoringBackend
 from lorry.config.moe import RouterRunConfig
+from lorry.config.schema import LoraConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.stream.dataset import TrainStream
@@ -101,7 +102,7 @@ def attach_classifier_run(run: RouterRunConfig, opened: OpenedModel) -> None:
         # any two tokens: a model of transformers may name its width in many ways
         width = prompt_states(opened.model, [[0, 0]], rule.layer, rule.pooling).shape[1]
     attach_lora_classifier(
-        opened.model, names, rule, LoraSpec(**router.lora), width,
+        opened.model, names, rule, lora_spec_of(LoraConfig.model_validate(router.lora)), width,
         hidden=router.hidden, seed=run.train.seed,
     )  # fmt: skip
 

@@ -72,8 +72,8 @@ def check_experts(
     from lorry.adapters.attach import attach, detach, get_bank
     from lorry.adapters.peft.files import find_adapter, load_adapter
     from lorry.adapters.router import ROUTER_NAME
+    from lorry.adapters.spec import lora_spec_of
     from lorry.tasks.moe.builder import attach_run_router
-    from lorry.train.session import lora_spec_of
     from lorry.verbs.exports.moe import shared_mix
 
     for name, own in runs_by_adapter(run).items():
