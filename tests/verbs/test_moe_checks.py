@@ -159,6 +159,31 @@ def test_the_export_of_a_mixture_whose_classifier_has_a_lora(
     assert "the checks have held" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        ("init_lora_weights=eva",),
+        ("init_lora_weights=orthogonal", "r=2"),
+        ("init_lora_weights=mica",),
+        ("variant=adalora", "init_r=4", "target_r=2"),
+    ],
+)
+def test_experts_that_begin_otherwise_than_at_random(
+    start: tuple[str, ...], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows, or a rank above 1, were asked for before anything had been read or trained."""
+
+    def stop(run: object, stages: object) -> None:
+        raise LorryError("the checks have held")
+
+    monkeypatch.setattr(moe, "make_experts", stop)
+    experts = ", ".join(f"{{name: {n}, data: {made / n}.jsonl}}" for n in "ab")
+    words = ["router.kind=uniform", "dtype=float32", MLP, f"output_dir={tmp_path / 'm'}"]
+    assert run_lorry("moe", f"model={made / 'base'}", f"experts=[{experts}]", *words, *start) == 1
+    assert "the checks have held" in capsys.readouterr().err
+
+
 def test_experts_of_the_mixture_that_makes_room(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -392,6 +392,14 @@ def test_a_router_of_another_lora_is_refused(
         (["router={kind: sequence, lora: {r: auto}}"], "r=auto is of experts"),
         (["router={kind: sequence, lora: {rank: 8}}"], "router.lora: has no setting 'rank'"),
         (["router={kind: sequence, lora: {r: 0}}"], "router.lora: r: Input should be"),
+        (
+            ["router={kind: sequence, lora: {r: 2, use_dora: true}}"],
+            "router.lora: use_dora: a classifier's own adapter is plain LoRA",
+        ),
+        (
+            ["router={kind: sequence, lora: {r: 2, init_lora_weights: pissa}}"],
+            "init_lora_weights: a classifier's own adapter begins at random",
+        ),
         (["router={kind: sequence, dropout: 0.2, lora: {r: 2}}"], "give lora_dropout there"),
         (
             ["router={kind: sequence, layer: 0, lora: {r: 2, layers_to_transform: 1}}"],

@@ -100,20 +100,14 @@ class ModelConfig(SettingsGroup):
     )
 
 
-# the settings of an adapter that give it weights in the base's place
-OWN_WEIGHT_FIELDS = ("modules_to_save", "trainable_token_indices", "bias", "new_tokens")
+# the settings of an adapter that give it weights in the base's place, besides A and B
+OWN_WEIGHT_FIELDS = ("bias", "modules_to_save", "trainable_token_indices", "new_tokens")
 # what of an adapter's settings is AdaLoRA's alone
 ADALORA_FIELDS = (
     "variant", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
 )  # fmt: skip
-
-
 # the bound of r=auto without memory_budget: SmolLM2's adapter is then a fifth of its weights
 AUTO_RANK = 64
-
-
-# what of an adapter's settings trains besides A and B
-BESIDE_LOW_RANK = ("bias", "modules_to_save", "trainable_token_indices", "new_tokens")
 
 
 class LoraConfig(SettingsGroup):
@@ -242,7 +236,7 @@ class LoraConfig(SettingsGroup):
             raise ValueError(
                 "alora_invocation_tokens does not go with DoRA or AdaLoRA; leave one of them out"
             )
-        for name in ("lora_B_bias", *BESIDE_LOW_RANK):
+        for name in ("lora_B_bias", *OWN_WEIGHT_FIELDS):
             if getattr(self, name) != self._default(name):
                 raise ValueError(
                     f"alora_invocation_tokens does not go with {name}, which counts for every token; "
@@ -318,7 +312,7 @@ class LoraConfig(SettingsGroup):
             "train",
             "use_dora",
             "lora_B_bias",
-            *BESIDE_LOW_RANK,
+            *OWN_WEIGHT_FIELDS,
             "rank_by",
             "use_rslora",
             "rank_pattern",
@@ -847,30 +841,38 @@ class RunConfig(SettingsGroup):
         return self
 
     @model_validator(mode="after")
-    def _adalora_has_steps(self) -> RunConfig:
-        lora, steps = self.lora, self.train.max_steps
-        if lora is not None and lora.alora_invocation_tokens and self.backend.name == "megatron":
+    def _megatron_has_low_rank_terms_alone(self) -> RunConfig:
+        lora = self.lora
+        if lora is None or self.backend.name != "megatron":
+            return self
+        if lora.alora_invocation_tokens:
             raise ValueError(
                 "alora_invocation_tokens: Megatron's layers do not see which tokens come; leave "
                 "backend=megatron out"
             )
-        if lora is not None and lora.train != ["A", "B"]:
-            for backend in ("tensor_parallel", "megatron"):
-                if self.backend.name == backend or getattr(self.backend, backend, 1) > 1:
-                    raise ValueError(
-                        f"lora.train={','.join(lora.train)} is for layers that a process has whole, on Lorry's own "
-                        "or transformers' code; leave backend.tensor_parallel and backend=megatron out"
-                    )
-        if (
-            lora is not None
-            and self.backend.name == "megatron"
-            and (lora.use_dora or lora.lora_B_bias)
-        ):
+        if lora.use_dora or lora.lora_B_bias:
             asked = "use_dora" if lora.use_dora else "lora_bias"
             raise ValueError(
                 f"lora.{asked} needs linears that Lorry multiplies itself, and under backend=megatron "
                 "Megatron-core does; give backend=ddp or fsdp"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _halves_are_whole(self) -> RunConfig:
+        lora, backend = self.lora, self.backend
+        if lora is None or lora.train == ["A", "B"]:
+            return self
+        if backend.name == "megatron" or backend.tensor_parallel > 1:
+            raise ValueError(
+                f"lora.train={','.join(lora.train)} is for layers that a process has whole, on Lorry's own "
+                "or transformers' code; leave backend.tensor_parallel and backend=megatron out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adalora_has_steps(self) -> RunConfig:
+        lora, steps = self.lora, self.train.max_steps
         if lora is None or lora.variant != "adalora":
             return self
         if 0 < steps <= lora.tinit + lora.tfinal:

@@ -8,7 +8,6 @@ with rank 1, and the routers and the export over them say by their own checks wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,13 @@ from lorry.runs.layout import ROUTER, ROUTER_FILE
 
 if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
+
+# of an expert that is yet to be trained: the smallest, and plain LoRA's first values, which ask for no
+# rows and are taken at any rank
+ANY_VALUES: Mapping[str, Any] = {
+    "r": 1, "rank_pattern": {}, "variant": "lora", "init_lora_weights": True, "keep_residual": False,
+    "train": ["A", "B"],
+}  # fmt: skip
 
 
 def check_rows(run: MoeRunConfig) -> None:
@@ -86,7 +92,7 @@ def check_experts(
             refuse_other_tokenizer(name, place, opened.tokenizer)
         if name not in adapters and own.lora is not None:
             # where it lies is asked for, not what it holds
-            spec = replace(lora_spec_of(own.lora.model_copy(update={"r": 1})), rank_pattern={})
+            spec = lora_spec_of(own.lora.model_copy(update=ANY_VALUES))
             attach(opened.model, spec, name)
     bank = get_bank(opened.model, create=True)
     for router in routers:
