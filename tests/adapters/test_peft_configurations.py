@@ -124,7 +124,7 @@ def compare_gradients(theirs: nn.Module, ours: Adapter) -> None:
         # an embedding's A and B are parameters of their own there
         names += [
             f"base_model.model.{name.replace('.lora_', '.lora_embedding_')}.default",
-            f"base_model.model.{name.removesuffix('.weight')}.modules_to_save.default.weight",
+            "base_model.model.{}.modules_to_save.default.{}".format(*name.rsplit(".", 1)),
             f"base_model.model.{name}",
         ]
         mine = next((found[each] for each in names if each in found), None)
@@ -209,3 +209,55 @@ def test_what_peft_trains_is_read_or_refused(
 def opened(model: nn.Module, way: str) -> nn.Module:
     """The same base for a way of running it."""
     return native(model) if way == WAYS[0] else model
+
+
+class Plain(nn.Module):
+    """No transformer: what PEFT's tests of custom models adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.emb = nn.Embedding(32, 16)
+        self.lin0 = nn.Linear(16, 24)
+        self.norm = nn.LayerNorm(24)
+        self.lin1 = nn.Linear(24, 8, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.lin1(self.norm(torch.relu(self.lin0(self.emb(ids)))))
+        return out
+
+
+BOTH = ["lin0", "lin1"]
+PLAIN: dict[str, dict[str, Any]] = {
+    "one": {"target_modules": ["lin0"]},
+    "both": {"target_modules": BOTH, "lora_alpha": 32},
+    "embedding": {"target_modules": ["emb", "lin0"]},
+    "rslora": {"target_modules": BOTH, "use_rslora": True},
+    "one saved": {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+    "norm saved": {"target_modules": ["lin0"], "modules_to_save": ["norm"]},
+    "dora": {"target_modules": BOTH, "use_dora": True},
+    "dora, embedding": {"target_modules": ["emb", "lin0"], "use_dora": True},
+    "lora bias": {"target_modules": ["lin0"], "lora_bias": True},
+    "bias all": {"target_modules": BOTH, "bias": "all"},
+    "bias lora_only": {"target_modules": BOTH, "bias": "lora_only"},
+    "tokens": {"target_modules": ["lin0"], "trainable_token_indices": {"emb": [1, 5]}},
+}
+
+
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_of_a_plain_torch_model_too(name: str, tmp_path: Path) -> None:
+    theirs = trained(Plain().eval(), {**PLAIN[name], "task_type": None})
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(32, (3, 7), generator=torch.Generator().manual_seed(2))
+    expected = theirs(ids)
+    (expected.square().mean()).backward()
+    model = Plain().eval()
+    adapter = load_adapter(model, tmp_path)
+    got = model(ids)
+    assert (got - Plain()(ids)).abs().max() > 1e-2, "the adapter must matter"
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    got.square().mean().backward()
+    compare_gradients(theirs, adapter)
+    whole = copy.deepcopy(theirs).merge_and_unload()
+    merge(model)
+    torch.testing.assert_close(model(ids), whole(ids), rtol=0, atol=1e-4)
