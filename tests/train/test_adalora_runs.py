@@ -135,3 +135,13 @@ def test_refused_where_the_rows_make_too_few_steps(world: World, tmp_path: Path)
     run = world.run(tmp_path, **{**ADALORA, "tinit": 40}, max_steps=-1, num_train_epochs=2)
     with pytest.raises(ConfigError, match="tinit=40 and the last tfinal=2 steps, and the run has"):
         train_run(run, [])
+
+
+def test_a_module_may_lose_all_its_ranks_in_the_first_steps(world: World, tmp_path: Path) -> None:
+    """Its E is then what it began as; that it never trained would be another thing."""
+    early = {**ADALORA, "target_r": 1, "tinit": 0, "tfinal": 9, "deltaT": 1, "r": 2}
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    result = train_run(world.run(tmp_path, **early, target_modules=targets), [])
+    assert {c["status"] for c in result.contracts} == {"held"}
+    left = config_of(tmp_path / "run")["target_modules"]
+    assert 0 < len(left) < len(targets), left

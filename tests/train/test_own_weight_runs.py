@@ -19,12 +19,20 @@ import lorry
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.cli import main
-from lorry.errors import ConfigError, ModelError
+from lorry.adapters.variants.own_weights import OwnRows
+from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.new_tokens import read_new_tokens
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 from tests.support.mortal import World, finished, same
-from tests.support.tinyrun import Heard, quick  # noqa: F401 - a fixture
+from tests.support.tinyrun import (
+    Heard,
+    described,
+    model_directory,
+    quick,  # noqa: F401 - a fixture
+    rows,
+    write_rows,
+)
 
 TOKENS = ["<think>", "</think>"]
 CASES: dict[str, dict[str, Any]] = {
@@ -197,3 +205,38 @@ def test_damaged_facts_are_refused(whole: tuple[str, Path, Any], tmp_path: Path)
         facts.write_text(json.dumps({**written, "new_tokens": damaged}))
         with pytest.raises(ModelError, match=message):
             lorry.load(tmp_path / "run")
+
+
+def test_rows_whose_tokens_come_late_do_not_stop_a_run(tmp_path: Path) -> None:
+    """Of a model whose head is a matrix of its own: a row of its embedding has a gradient where its token
+    occurs alone. Float32."""
+    model = model_directory(tmp_path / "untied", tie_word_embeddings=False)
+    data = write_rows(tmp_path / "data.jsonl", rows(12))
+    run = described(model, data, tmp_path / "run", new_tokens=["<later>"], max_steps=4)
+    held = {c["id"]: (c["status"], c["detail"]) for c in train_run(run, []).contracts}
+    assert {status for status, _ in held.values()} == {"held"}
+    assert "1 modules got no supervised token" in held[3][1]
+    values = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    # the head's row has one at every target
+    assert {n.rpartition(".")[0] for n in values if n.endswith("_delta")} == {
+        "base_model.model.model.embed_tokens.token_adapter",
+        "base_model.model.lm_head.token_adapter",
+    }
+
+
+def test_rows_whose_tokens_occur_have_to_get_a_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_directory(tmp_path / "untied", tie_word_embeddings=False)
+    made = [{**row, "question": f"<now> {row['question']}"} for row in rows(12)]
+    data = write_rows(tmp_path / "data.jsonl", made)
+    find = OwnRows.find
+
+    def detached(self: OwnRows, ids: Any) -> Any:
+        positions, order = find(self, ids)
+        return positions[:0], order[:0]
+
+    monkeypatch.setattr(OwnRows, "find", detached)
+    run = described(model, data, tmp_path / "run", new_tokens=["<now>"], max_steps=4)
+    with pytest.raises(ContractError, match="no gradient reached model.embed_tokens"):
+        train_run(run, [])

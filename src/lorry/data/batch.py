@@ -92,6 +92,16 @@ class Batch:
             - self.starts[:-1][self.sequence_of]
         )
 
+    def tokens_read(self, adapter: int) -> Tensor:
+        """[n] int64: the tokens of an adapter's sequences behind which there is a supervised one."""
+        later = self.weights.new_zeros(len(self), dtype=torch.int64)
+        places = torch.where(self.weights != 0, self.positions, 0)
+        later.scatter_reduce_(0, self.sequence_of, places, "amax")
+        read = (self.positions < later[self.sequence_of]) & (
+            self.adapter[self.sequence_of] == adapter
+        )
+        return self.tokens[read]
+
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
         """(start, stop) of each sequence as Python ints."""

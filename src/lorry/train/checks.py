@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
 from lorry.adapters.trainable import PARAMETER_KINDS
+from lorry.adapters.variants.starts import TOKEN_ROWS
 from lorry.backends.distributed.communicator import Communicator
 from lorry.backends.protocol import Backend, GradientNorms, ParameterInspection, Task
 from lorry.data.batch import Batch
@@ -278,7 +279,8 @@ class ContractChecks:
     ) -> None:
         """Contract 3, until it is proven: the modules without a gradient so far, and whether the
         adapter moved. ``unreached``: the modules that no supervised token of the step went through,
-        where a token has some of the experts: that they are silent proves nothing.
+        where a token has some of the experts, or only rows of an embedding train: that they are
+        silent proves nothing.
         """
         unproven = [
             n
@@ -330,6 +332,11 @@ class ContractChecks:
         fingerprints = _parameter_fingerprints(backend) if names else {}
         for name in names:
             unmoved = [t for t in self._moving(name) if fingerprints[t] == self._start[t]]
+            factors = [t for t in self._moving(name) if t.endswith(".lora_E")]
+            # AdaLoRA may have taken all ranks of a module away again; where it did of every one
+            # nothing was shown
+            if not set(factors) <= set(unmoved):
+                unmoved = [t for t in unmoved if t not in factors]
             if unmoved:
                 raise self.fail(
                     3,
@@ -342,8 +349,11 @@ class ContractChecks:
         # held only when the last adapter was proven
         if names and len(self._moved) == len(self._proof):
             steps = max(self._proof.values())
-            # an expert may get no token for a while, which is no fault: it is told, not proven
-            asleep = sum(map(len, self._unreached.values()))
+            # an expert may get no token for a while, and a row's token not occur, which is no
+            # fault: it is told, not proven
+            asleep = sum(
+                len(modules & self._silent[name]) for name, modules in self._unreached.items()
+            )
             unproven = f"; {asleep} modules got no supervised token in them" if asleep else ""
             self.held(
                 3,
@@ -398,12 +408,12 @@ class ContractChecks:
         """The tensors that must move: of a base or a router all that train, but of low-rank
         matrices, an adapter's or a router's own, those that began at zero (lora_B; an embedding's
         lora_A), or else lora_B; none of a module that no supervised token went through."""
-        asleep = self._unreached.get(name, set())
+        # what had a gradient moves, whether or not tokens were counted there
+        asleep = self._unreached.get(name, set()) & self._silent.get(name, set())
         mine = [
             t
             for t in self._start
-            if t.split("/")[1] == name
-            and t.split("/", 2)[2].removesuffix(".lora_A").removesuffix(".lora_B") not in asleep
+            if t.split("/")[1] == name and _module_of(t.split("/", 2)[2]) not in asleep
         ]
         low_rank = [t for t in mine if t.endswith((".lora_A", ".lora_B"))]
         others = [t for t in mine if t not in set(low_rank)]
@@ -500,6 +510,13 @@ class ContractChecks:
         )
         self.held(2, f"{len(inspection.saved)} tensors; {frozen}")
         self.held(7, "every loss and gradient was finite")
+
+
+def _module_of(tensor: str) -> str:
+    """The module of one of an adapter's tensors, by its canonical name."""
+    for part in (".lora_A", ".lora_B", f".{TOKEN_ROWS}"):
+        tensor = tensor.removesuffix(part)
+    return tensor
 
 
 def _parameter_fingerprints(backend: Backend) -> dict[str, str]:

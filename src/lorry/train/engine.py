@@ -57,7 +57,7 @@ class TrainingEngine:
     ``models``: frozen ones the task scores with besides the backend; ``evaluations``: what is asked
     of an adapter besides the loss of held-out rows; ``record(step)``: what the task adds to the
     line of a step; ``conclude``: what it does with the values that the run ends with;
-    ``unreached()``: which targets no gradient of a step could reach (`tasks.build.BuiltTask`).
+    ``unreached(batches)``: which targets no gradient of a step with these could reach.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TrainingEngine:
         evaluations: Sequence[RunEvaluation] = (),
         record: Callable[[int], Mapping[str, Any]] = lambda step: {},
         conclude: Callable[[], None] = lambda: None,
-        unreached: Callable[[], Mapping[str, Collection[str]]] = dict,
+        unreached: Callable[[Sequence[Batch]], Mapping[str, Collection[str]]] = lambda batches: {},
     ) -> None:
         self.record_task, self.conclude_task, self.unreached = record, conclude, unreached
         self.communicator = backend.communicator
@@ -191,7 +191,7 @@ class TrainingEngine:
             self.checks.fail(7, str(error))
             raise
         self.task.after_step(stats)
-        self.checks.after_step(self.backend, norms, rates, self.unreached())
+        self.checks.after_step(self.backend, norms, rates, self.unreached(batches))
         self.progress.step += 1
         # what is not added up over ranks drifts apart from the first step on; later, each
         # checkpoint

@@ -26,6 +26,7 @@ from lorry.adapters.spec import lora_spec_of
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.trainable import base_parameter_set
 from lorry.adapters.variants.new_tokens import begin_rows
+from lorry.adapters.variants.starts import rows_read_by_tokens
 from lorry.backends.distributed.communicator import (
     ONE_PROCESS,
     Communicator,
@@ -40,6 +41,7 @@ from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
 from lorry.config import RunConfig, dump_settings, runs_by_adapter
 from lorry.config.schema import DataConfig, LoraConfig, ModelConfig, TrainConfig
+from lorry.data.batch import Batch
 from lorry.data.prepare import EncodedRows, PreparedData, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.errors import ConfigError, ContractError, DataError, explain_out_of_memory
@@ -70,7 +72,7 @@ from lorry.runs.layout import (
 from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
 from lorry.runs.read import read_evaluation
-from lorry.tasks.build import PreparedJob, PreparedJobs, TaskInputs, trained_names
+from lorry.tasks.build import BuiltTask, PreparedJob, PreparedJobs, TaskInputs, trained_names
 from lorry.tasks.initialization import initialize_jobs, make_room_for_state
 from lorry.tasks.ranks import choose_ranks, restore_ranks
 from lorry.tasks.registry import TASKS
@@ -700,8 +702,24 @@ def build_engine(
         evaluations=run_evaluations,
         record=built.record,
         conclude=built.conclude,
-        unreached=built.unreached,
+        unreached=lambda batches: _unreached(opened.model, backend, built, batches),
     )
+
+
+def _unreached(
+    model: CausalLM, backend: Backend, built: BuiltTask, batches: Sequence[Batch]
+) -> dict[str, set[str]]:
+    """The targets that no gradient of a step reaches: of the task, and embeddings of which rows train
+    whose tokens do not occur."""
+    found = {name: set(modules) for name, modules in built.unreached().items()}
+    for number, name in enumerate(built.task.adapters):
+        if name not in get_bank(model).adapters:
+            continue
+        for path, ids in rows_read_by_tokens(model, get_bank(model)[name]).items():
+            read = [batch.tokens_read(number).cpu() for batch in batches]
+            if not any(bool(torch.isin(tokens, ids.cpu()).any()) for tokens in read):
+                found.setdefault(name, set()).add(path)
+    return found
 
 
 def _training_job(name: str, job: PreparedJob, ends: Collection[int]) -> TrainingJob:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from lorry.adapters.variants.own_weights import (
 from lorry.adapters.variants.parameters import FurtherStart, Replacement
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import ModelFamily
+
+if TYPE_CHECKING:
+    from lorry.adapters.bank import Adapter
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name; they replace rows all the same
 
@@ -146,6 +150,21 @@ def token_rows(
                 )
         starts[f"{path}.{TOKEN_ROWS}"] = _row_start(model, name, path, ids, users)
     return starts
+
+
+def rows_read_by_tokens(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """{path of an embedding: ids [n] of its rows that train} of an adapter: rows that only their own
+    tokens reach, as no head has them too."""
+    return {
+        one.module: one.replaces.ids
+        for one in adapter.further.values()
+        if one.replaces is not None
+        and one.replaces.ids is not None
+        and all(
+            isinstance(model.get_submodule(path), (nn.Embedding, BankEmbedding))
+            for path, _ in one.replaces.sites
+        )
+    }
 
 
 @dataclass(frozen=True)
