@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorry
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
-from lorry.cli import main
 from lorry.adapters.variants.own_weights import OwnRows
+from lorry.cli import main
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.new_tokens import read_new_tokens
 from lorry.train.monitoring.events import StepRecord
@@ -238,5 +238,5 @@ def test_rows_whose_tokens_occur_have_to_get_a_gradient(
 
     monkeypatch.setattr(OwnRows, "find", detached)
     run = described(model, data, tmp_path / "run", new_tokens=["<now>"], max_steps=4)
-    with pytest.raises(ContractError, match="no gradient reached model.embed_tokens"):
+    with pytest.raises(ContractError, match=r"no gradient reached model\.embed_tokens"):
         train_run(run, [])
