@@ -255,6 +255,7 @@ def test_formats_that_cannot_be_read_are_refused_by_name(
         ("gptq", {"group_size": 0}, "group_size=0"),
         ("awq", {"version": "gemv"}, "layout 'gemv'"),
         ("fp8", {"weight_block_size": [128, 3]}, "weight_block_size"),
+        ("fp8", {"weight_block_size": 128}, "weight_block_size=128; two even numbers"),
         ("nf4", {"bnb_4bit_quant_type": "int4"}, "bnb_4bit_quant_type='int4'"),
     ],
 )

@@ -161,3 +161,17 @@ def test_sft_shows_each_job(
     ]
     assert lorry("doctor", str(out)) == 0
     assert "2 intact" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("charts")
+def test_combinations_of_other_settings_in_other_passes(world: World, tmp_path: Path) -> None:
+    """Every row has all that is tried, whatever its pass has: seeds of one combination are one, and one
+    without a rate of its own has the run's in the chart, where it was a KeyError after all had trained."""
+    tried, out = "sweep=[{learning_rate: 1e-2, r: 2}, {r: 4}]", tmp_path / "passes"
+    more = ("seeds=2", "jobs_per_pass=3", "learning_rate=1e-3", "max_steps=1")
+    assert sweep(world, out, tried, *more) == 0
+    written = json.loads((out / "sweep.json").read_text())
+    assert [one["seeds"] for one in written["combinations"]] == [2, 2]
+    rates = {one["settings"]["train.learning_rate"] for one in written["combinations"]}
+    assert rates == {1e-2, 1e-3}
+    assert (out / "sweep.png").is_file()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -268,6 +268,16 @@ class LoraSpec:
             alpha_pattern={key: factor * each for key, each in self.alpha_pattern.items()},
             init_lora_weights=True,
             keep_residual=False,
+        )
+
+    def at_modules(self, modules: Iterable[str]) -> LoraSpec:
+        """The same at these modules alone, by their paths, whatever chose them before."""
+        return replace(
+            self,
+            target_modules=tuple(modules),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
         )
 
     def layer_number(self, module: str) -> int | None:

@@ -84,9 +84,7 @@ def _train_and_rank(settings: SweepSettings) -> None:
         listener = terminal_listener(run.train.logging_steps)
         with push_when_finished(run.train, run.output_dir, listener.note):
             result = train_run(run, listeners=[listener])
-        rows += sweep_rows(
-            run, result, settings.model_settings(run.model), settings.model_label(run.model)
-        )
+        rows += sweep_rows(settings, run, result)
         paths.append(write_report([result.path]).parent)
     held_out = any("eval_loss" in row for row in rows)
     loss = "eval_loss" if held_out else "loss"
@@ -121,16 +119,14 @@ def _train_and_rank(settings: SweepSettings) -> None:
     print(ranked[0].path)
 
 
-def sweep_rows(
-    run: RunConfig, result: TrainResult, model_settings: Mapping[str, Any], base: str
-) -> list[dict[str, Any]]:
-    """A row of sweep.json for each job of a pass. ``base``: what its base is called where the sweep has
-    several, and ``model_settings``, in which that is unlike another."""
+def sweep_rows(sweep: SweepSettings, run: RunConfig, result: TrainResult) -> list[dict[str, Any]]:
+    """A row of sweep.json for each job of a pass, ``run``."""
     from lorry.adapters.trainable import parameter_set
 
     job_by_name, names = {job.name: job for job in run.jobs}, result.adapters
-    # also of a job whose value is the run's own: others of the sweep have another
-    varied = dict.fromkeys(name for job in run.jobs for name in job.own_settings())
+    base, model_settings = sweep.model_label(run.model), sweep.model_settings(run.model)
+    # also of a job whose value is the run's own: others of the sweep, in other passes too, have another
+    varied = dict.fromkeys(name for job in sweep.tried_jobs() for name in job.own_settings())
     whole = {name: job.model_dump(mode="json") for name, job in runs_by_adapter(run).items()}
     rows = []
     for name in names:

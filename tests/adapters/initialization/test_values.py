@@ -335,6 +335,26 @@ def test_eva_by_float64(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
         assert cosine.min() > 1 - 1e-4, path
 
 
+def test_eva_on_layers_by_pattern(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
+    """Other ranks at the same modules: the pattern without layers was refused."""
+    model = tiny("llama")
+    spec = LoraSpec(
+        r=1,
+        rho=16.0,
+        target_modules=TARGETS["llama"],
+        init_lora_weights="eva",
+        layers_to_transform=(1,),
+        layers_pattern="layers",
+    )
+
+    def run() -> None:
+        model(input_ids=ids)
+
+    adapter = attach(model, spec, run_model=run)
+    assert {slot.A.shape[0] for slot in adapter.slots.values()} != {1}
+    assert all(".1." in path for path in adapter.slots)
+
+
 def test_eva_near_peft(tiny: Callable[..., nn.Module]) -> None:
     """PEFT's incremental SVD over the same rows: the same ranks but for a few ties, and the same space."""
     ids = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(1))

@@ -246,6 +246,26 @@ def ours_model(tiny: Any) -> nn.Module:
     return model
 
 
+def test_layers_by_pattern_are_saved(tiny: Any, tmp_path: Path) -> None:
+    """What is left names its modules by their paths; the pattern without layers was refused, after a run."""
+    model = tiny("llama")
+    spec = LoraSpec(
+        r=4,
+        target_modules=TARGETS,
+        adalora=NUMBERS,
+        layers_to_transform=[1],
+        layers_pattern="layers",
+    )
+    adapter = attach(model, spec)
+    with torch.no_grad():
+        for slot in adapter.slots.values():
+            assert slot.E is not None
+            slot.E.fill_(1.0)
+    save_adapter(model, tmp_path)
+    assert load_adapter(tiny("llama"), tmp_path).slots.keys() == adapter.slots.keys()
+    assert all(".1." in path for path in adapter.slots)
+
+
 def test_it_takes_its_place_beside_others(tiny: Any, ids: Tensor, logits: Any) -> None:
     model, adapter = trained(tiny, ids)
     expected = logits(model, ids)

@@ -256,7 +256,4 @@ def spec_of_ranks(spec: LoraSpec, ranks: Mapping[str, int]) -> LoraSpec:
         # by whole paths alone: files sort their patterns, and the first that matches counts
         rank_pattern={path: rank for path, rank in ranks.items() if rank != spec.r},
         alpha_pattern={p: alpha for p, alpha in alphas.items() if alpha != plain.alpha(p)},
-        target_modules=tuple(ranks),
-        exclude_modules=None,
-        layers_to_transform=None,
-    )
+    ).at_modules(ranks)

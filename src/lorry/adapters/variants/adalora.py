@@ -197,10 +197,7 @@ def plain_spec(spec: LoraSpec, ranks: Mapping[str, int]) -> LoraSpec:
         spec,
         r=most,
         lora_alpha=spec.alpha("") * most / spec.r,
-        target_modules=tuple(ranks),
-        exclude_modules=None,
-        layers_to_transform=None,
         rank_pattern=others,
         alpha_pattern={path: spec.alpha("") * rank / spec.r for path, rank in others.items()},
         adalora=None,
-    )
+    ).at_modules(ranks)

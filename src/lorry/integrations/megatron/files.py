@@ -10,7 +10,6 @@ nobody waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -343,9 +342,7 @@ def _read(chunk: nn.Module, path: Path) -> tuple[Path, LoraSpec, dict[str, Tenso
         read_further_values(tree, file, weights, layers, lambda module: module, {}, others)
     paths = [path for path in find_linears(tree) if path in parts]
     # layer numbers and patterns select by rules; what the file holds is what they came to
-    spec = replace(
-        spec, target_modules=tuple(paths), exclude_modules=None, layers_to_transform=None
-    )
+    spec = spec.at_modules(paths)
     facts = folder / ADAPTER_FACTS
     return folder, spec, values, read_adapter_json(facts) if facts.is_file() else {}
 

@@ -108,7 +108,11 @@ def _awq(stated: Mapping[str, Any], where: str) -> PackedFormat:
 
 def _float8(stated: Mapping[str, Any], where: str) -> PackedFormat:
     block = stated.get("weight_block_size") or (128, 128)
-    if len(block) != 2 or not all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in block):
+    if (
+        not isinstance(block, (list, tuple))
+        or len(block) != 2
+        or not all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in block)
+    ):
         raise ModelError(
             f"{where}: weight_block_size={block!r}; two even numbers, (outputs, inputs), are expected"
         )
