@@ -339,8 +339,8 @@ def test_eva_on_layers_by_pattern(tiny: Callable[..., nn.Module], ids: Tensor) -
     """Other ranks at the same modules: the pattern without layers was refused."""
     model = tiny("llama")
     spec = LoraSpec(
-        r=1,
-        rho=16.0,
+        r=4,
+        rho=4.0,
         target_modules=TARGETS["llama"],
         init_lora_weights="eva",
         layers_to_transform=(1,),
@@ -351,7 +351,7 @@ def test_eva_on_layers_by_pattern(tiny: Callable[..., nn.Module], ids: Tensor) -
         model(input_ids=ids)
 
     adapter = attach(model, spec, run_model=run)
-    assert {slot.A.shape[0] for slot in adapter.slots.values()} != {1}
+    assert {slot.A.shape[0] for slot in adapter.slots.values()} != {4}
     assert all(".1." in path for path in adapter.slots)
 
 
