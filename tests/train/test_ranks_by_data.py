@@ -162,7 +162,7 @@ def test_what_is_to_be_learnt_sets_the_least_rank(
     [
         (
             {"target_modules": ["embed_tokens", "q_proj"]},
-            "is for linear layers, and .* is an embedding",
+            "is for linear layers, and .* is none",
         ),
         ({"streaming": True}, "reads rows before training"),
         ({"use_dora": True}, "chooses the ranks of low-rank terms alone"),

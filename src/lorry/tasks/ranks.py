@@ -168,14 +168,16 @@ def _at_rank(spec: LoraSpec, rank: int) -> LoraSpec:
 
 
 def _check_layers(bank: AdapterBank, adapter: Adapter) -> dict[str, BankLinear]:
-    adapter.refuse_further("rank_by=data chooses the ranks of low-rank terms alone")
+    adapter.refuse_further(
+        "rank_by=data chooses the ranks of low-rank terms alone; give r=N, or rank_by=memory and memory_budget"
+    )
     layers = dict[str, BankLinear]()
     for path in adapter.slots:
         layer = bank.modules[path]
         if not isinstance(layer, BankLinear):
             raise ConfigError(
-                f"lora.rank_by=data is for linear layers, and {path} is an embedding; leave it out of "
-                "target_modules, or give r=N"
+                f"lora.rank_by=data is for linear layers, and {path} is none (fused experts, a router or an "
+                "embedding); leave it out (exclude_modules), give r=N, or rank_by=memory and memory_budget"
             )
         if layer.slices is not None or is_sharded(layer.weight):
             raise ConfigError(
