@@ -244,6 +244,20 @@ def test_3_a_name_shared_with_layers_that_train_is_said_longer() -> None:
     )
 
 
+def test_3_modules_whose_ranks_are_all_taken_may_stand_still() -> None:
+    checks = ContractChecks()
+    at = {f"adapter/a/{m}.lora_{half}": "zero" for m in ("q", "k") for half in ("B", "E")}
+    checks._start = at
+    # one factor moved, the other is 0 again: its module's B stands with it, another's B does not
+    unmoved = ["adapter/a/q.lora_E", "adapter/a/q.lora_B", "adapter/a/k.lora_B"]
+    assert checks._without_taken_ranks("a", unmoved) == ["adapter/a/k.lora_B"]
+    # no factor moved at all: nothing trains
+    assert checks._without_taken_ranks("a", [*at]) == [*at]
+    # an adapter that has none
+    checks._start = {"adapter/a/q.lora_B": "zero"}
+    assert checks._without_taken_ranks("a", ["adapter/a/q.lora_B"]) == ["adapter/a/q.lora_B"]
+
+
 def test_3_a_matrix_that_does_not_move(tmp_path: Path) -> None:
     """B's rate is zero: gradients everywhere, and yet nothing is learnt."""
     stuck = engine_for(

@@ -145,3 +145,15 @@ def test_a_module_may_lose_all_its_ranks_in_the_first_steps(world: World, tmp_pa
     assert {c["status"] for c in result.contracts} == {"held"}
     left = config_of(tmp_path / "run")["target_modules"]
     assert 0 < len(left) < len(targets), left
+
+
+def test_what_lost_its_ranks_at_once_moves_no_matrix_either(world: World, tmp_path: Path) -> None:
+    """Without the penalty A and B have a gradient through E alone."""
+    schedule = {**ADALORA, "target_r": 1, "tinit": 1, "tfinal": 1, "deltaT": 1}
+    schedule["orth_reg_weight"] = 0.0
+    heard = Heard()
+    run = world.run(tmp_path, **schedule, target_modules="all-linear", max_steps=4)
+    result = train_run(run, [], [heard])
+    (note,) = [n for n in heard.notes if "AdaLoRA left ranks" in n]
+    assert "have none" in note
+    assert {c["id"]: c["status"] for c in result.contracts}[3] == "held"

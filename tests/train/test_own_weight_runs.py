@@ -240,3 +240,12 @@ def test_rows_whose_tokens_occur_have_to_get_a_gradient(
     run = described(model, data, tmp_path / "run", new_tokens=["<now>"], max_steps=4)
     with pytest.raises(ContractError, match=r"no gradient reached model\.embed_tokens"):
         train_run(run, [])
+
+
+def test_tokens_that_no_row_holds_are_said(world: World, tmp_path: Path) -> None:
+    heard = Heard()
+    run = world.run(tmp_path / "tied", new_tokens=TOKENS, trainable_token_indices=[0], max_steps=2)
+    train_run(run, [], [heard])
+    (note,) = [n for n in heard.notes if "whose rows train" in n]
+    assert "no row holds 2 of the 3 tokens" in note
+    assert "320 ('<think>'), 321 ('</think>')" in note

@@ -331,7 +331,8 @@ def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: Lor
                 hint = (
                     "; write target_modules=all-linear without a list"
                     if name == "all-linear"
-                    else _tensor_named(model, actual)
+                    else _half_of_experts(name, candidates)
+                    or _tensor_named(model, actual)
                     or suggest_nearest(name, _leaf_names(candidates))
                 )
                 raise ConfigError(
@@ -507,6 +508,16 @@ def _describe_experts(model: nn.Module, names: Sequence[str]) -> str:
     total = sum(p.numel() for p in model.parameters())
     share = sum(model.get_parameter(n).numel() for n in names) / total
     return f"experts ({len(names)} tensors such as {names[0]}, {share:.0%} of the base model's weights)"
+
+
+def _half_of_experts(name: str, candidates: Mapping[str, nn.Module]) -> str:
+    """A hint where a name is one of several that fused experts hold in one tensor."""
+    for path, layer in candidates.items():
+        if isinstance(layer, ExpertMatrices):
+            for spelling in UNFUSED_NAMES.get(layer.leaf, ()):
+                if name in spelling:
+                    return f" by itself; {path} holds {' and '.join(spelling)} of all experts: name both"
+    return ""
 
 
 def _tensor_named(model: nn.Module, name: str) -> str:

@@ -332,11 +332,7 @@ class ContractChecks:
         fingerprints = _parameter_fingerprints(backend) if names else {}
         for name in names:
             unmoved = [t for t in self._moving(name) if fingerprints[t] == self._start[t]]
-            factors = [t for t in self._moving(name) if t.endswith(".lora_E")]
-            # AdaLoRA may have taken all ranks of a module away again; where it did of every one
-            # nothing was shown
-            if not set(factors) <= set(unmoved):
-                unmoved = [t for t in unmoved if t not in factors]
+            unmoved = self._without_taken_ranks(name, unmoved)
             if unmoved:
                 raise self.fail(
                     3,
@@ -375,6 +371,16 @@ class ContractChecks:
             what = "matrices B" if others else "zero-initialised matrices"
             parts.append(f"{sum(self._moved[name] for name in adapters)} {what}{whose}")
         return " and ".join(parts)
+
+    def _without_taken_ranks(self, name: str, unmoved: Sequence[str]) -> list[str]:
+        """Tensors that did not move, but for those of modules whose ranks AdaLoRA has all taken: their
+        factors had a gradient, and are 0 again as they began. Where no factor moved none is left out.
+        """
+        factors = [t for t in self._moving(name) if t.endswith(".lora_E")]
+        taken = [t.removesuffix("lora_E") for t in factors if t in set(unmoved)]
+        if len(taken) == len(factors):
+            return list(unmoved)
+        return [t for t in unmoved if not t.startswith(tuple(taken))]
 
     def _excluding(self, name: str, silent: Sequence[str]) -> str:
         """The setting that leaves out these modules of an adapter and none that trains: the

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from lorry.adapters.attach import attach, get_bank, list_skipped_modules
 from lorry.adapters.bank import Adapter
 from lorry.adapters.peft.files import base_digest, start_files
-from lorry.adapters.spec import lora_spec_of
+from lorry.adapters.spec import LoraSpec, lora_spec_of
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.trainable import base_parameter_set
 from lorry.adapters.variants.new_tokens import begin_rows
@@ -105,6 +106,7 @@ SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 # shapes (`CausalLM.shapes_follow_tokens`): the worst token of 30 layers was seen at 0.93 in
 # float32. Elsewhere 0.
 LEAK_FACTOR = 10
+MAX_NAMED_TOKENS = 8  # in one note
 
 
 @dataclass
@@ -527,6 +529,8 @@ def prepare_jobs(
         }
         stream = task.stream(job_run, data, row_sets)
         _check_invocation(job_run, data, opened.model, notebook.add)
+        if job_run.lora is not None:
+            _note_absent_tokens(get_bank(opened.model)[name].spec, data, notebook.add)
         jobs[name] = PreparedJob(job_run, data, row_sets, stream, task.beside(job_run))
     notebook.tell(*_data_notes(jobs))
     return jobs
@@ -557,6 +561,28 @@ def _check_invocation(
         add_note(
             f"{data.report.source}: {rows - held} of {rows} rows do not hold the invocation tokens "
             f"{ids} ({text!r:.60}) and train nothing"
+        )
+
+
+def _note_absent_tokens(spec: LoraSpec, data: PreparedData, add_note: NoteCallback) -> None:
+    """Say which of the tokens whose rows an adapter trains are in no row of the data."""
+    asked = spec.trainable_token_indices or ()
+    ids = dict.fromkeys(
+        chain.from_iterable(asked.values()) if isinstance(asked, Mapping) else asked
+    )
+    if not ids or data.tokens is None:
+        return
+    if absent := data.tokens.absent(list(ids)):
+        named = ", ".join(
+            f"{token} ({data.encoder.tokenizer.decode([token])!r:.60})"
+            for token in absent[:MAX_NAMED_TOKENS]
+        )
+        more = (
+            f" and {len(absent) - MAX_NAMED_TOKENS} more" if len(absent) > MAX_NAMED_TOKENS else ""
+        )
+        add_note(
+            f"{data.report.source}: no row holds {len(absent)} of the {len(ids)} tokens whose rows train: "
+            f"{named}{more}; as inputs they learn nothing"
         )
 
 

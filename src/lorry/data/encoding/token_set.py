@@ -70,6 +70,12 @@ class TokenSet:
         whole = starts + len(ids) <= self.edges[sequences + 1]
         return len(np.unique(sequences[whole]))
 
+    def absent(self, ids: Sequence[int]) -> list[int]:
+        """Those of the tokens that no sequence holds."""
+        present = np.zeros(max(ids, default=-1) + 1, dtype=bool)
+        present[self.tokens[self.tokens < len(present)]] = True
+        return [token for token in ids if not present[token]]
+
     @classmethod
     def build(
         cls,
