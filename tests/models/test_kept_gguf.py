@@ -17,10 +17,12 @@ from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.quantization import packed as packing
 from lorry.adapters.quantization.linear import quantized_linears
 from lorry.adapters.spec import LoraSpec
+from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.gguf.header import check_gguf
 from lorry.models.gguf.writer import read_gguf_tensor
 from lorry.models.loading.load import load_model
+from lorry.models.loading.open import open_model
 from lorry.models.packed import gguf as kept
 from lorry.notes import ignore_note
 from tests.support import tinyrun
@@ -139,6 +141,11 @@ def test_adapters_are_those_of_the_converted_base(files: Path, tmp_path: Path) -
         with torch.no_grad():
             expected = (held if name == "held" else whole)(IDS).logits
             assert torch.equal(other(IDS).logits, expected)
+    # named beside the converted directory, where no GGUF file is at hand: nobody asked for keep
+    directory = held.config["_name_or_path"]
+    config = ModelConfig(name=directory, adapter=str(tmp_path / "held"), dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(open_model(config, ignore_note).model(IDS).logits, held(IDS).logits)
 
 
 def test_a_run_over_kept_matrices(

@@ -98,12 +98,6 @@ class LoraSpec:
             raise ConfigError(f"bias is {self.bias!r}; it must be none, all or lora_only")
         _check_names("modules_to_save", self.modules_to_save)
         _check_tokens(self.trainable_token_indices)
-        own = self.modules_to_save or self.trainable_token_indices or self.bias != "none"
-        if own and self.alora_invocation_tokens:
-            raise ConfigError(
-                "alora_invocation_tokens: an adapter of some tokens has no weights of its own in the base's "
-                "place; leave modules_to_save, trainable_token_indices and bias out"
-            )
         for pattern in _as_tuple(self.layers_pattern):
             _compile("layers_pattern", pattern)
         if self.layers_pattern and self.layers_to_transform is None:
@@ -148,9 +142,9 @@ class LoraSpec:
         )
         if self.target_parameters:
             refuse_at_parameters(self, f"target_parameters={list(self.target_parameters)}")
-        # a text is true to Python, also "false"
         self._settle_halves()
         self._check_invocation()
+        # a text is true to Python, also "false"
         for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")

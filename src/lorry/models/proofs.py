@@ -236,8 +236,8 @@ def _ignores_future(model: CausalLM, rows: list[list[int]], which: int, cut: int
 @torch.no_grad()
 def find_cache_error(model: CausalLM, *, has_another_way: bool = True) -> str:
     """ "" if prompts of two lengths, and the tokens after them one by one, give what whole sequences give; else
-    what is wrong. What is raised on the way is wrong too, and raised where there ``has_another_way`` to
-    run the model is none.
+    what is wrong. So is what is raised on the way, unless nothing ``has_another_way`` to run the model:
+    then it is raised as it is.
     """
     length = min(PROOF_TOKENS, model.context or PROOF_TOKENS)
     prompts = [length - DECODE_STEPS, max(1, length // 2)]

@@ -379,7 +379,7 @@ def test_what_has_no_meaning_is_refused(tiny: Any, ids: Tensor, tmp_path: Path) 
         ({"modules_to_save": "norm"}, "must be a list of names"),
         ({"bias": "some"}, "none, all or lora_only"),
         ({"layers_pattern": "layers"}, "give layers_to_transform"),
-        ({"bias": "all", "alora_invocation_tokens": (5, 6)}, "an adapter of some tokens"),
+        ({"bias": "all", "alora_invocation_tokens": (5, 6)}, "bias does not go with alora"),
     ]:
         with pytest.raises(ConfigError, match=message):
             LoraSpec(**spec)

@@ -21,7 +21,6 @@ from lorry.adapters.initialization.ranks import redistribute_ranks
 from lorry.adapters.initialization.recording import RunModel, record_gradients, record_inputs
 from lorry.adapters.layers import BankLinear, is_sharded
 from lorry.adapters.spec import LoraSpec
-from lorry.adapters.variants.magnitude import weight_norm
 from lorry.config.adapter.initialization import Initialization, find_initialization
 from lorry.errors import ConfigError, ModelError
 
@@ -93,9 +92,6 @@ def initialize_adapter(
                     )
             slot.A.copy_(a)
             slot.B.copy_(b)
-            if slot.magnitude is not None:
-                # of the weight with these: the model begins as they make it
-                slot.magnitude.copy_(weight_norm(layers[path], slot))
     if way.takes_off:
         adapter.use_initial(adapter.values.clone())
     adapter.touch()

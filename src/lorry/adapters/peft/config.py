@@ -95,7 +95,6 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # of these the same base gives the same product again
 REPEATABLE_INITS = ("pissa", "olora")
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
-REFUSAL_REASONS: Mapping[str, str] = {}
 
 
 def read_adapter_json(file: Path) -> dict[str, Any]:
@@ -122,9 +121,8 @@ def parse_peft_config(
         )
     for key, value in config.items():
         if key not in READ_KEYS | INFORMATION_KEYS and not _is_neutral(key, value):
-            reason = REFUSAL_REASONS.get(key, "it may change what the adapter computes")
             raise ModelError(
-                f"{where}: {key}={value!r:.80} is not supported ({reason}); only plain LoRA can be read"
+                f"{where}: {key}={value!r:.80} is not supported; it may change what the adapter computes"
                 f"{_left_out(key)}"
             )
     fields: dict[str, Any] = {

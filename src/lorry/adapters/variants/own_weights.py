@@ -4,7 +4,7 @@
 A pass asks for a module as it computes under the pass's mix (`under`): the module itself, or a twin of it
 that holds the adapter's weights and lives as long as the graph does. The base's parameters are neither
 written nor replaced, so every other mix, and none, has them as they were. A pass has one owner at most of
-the weights of a module; `models.scoring.owners` runs the sequences of a batch apart that have several.
+the weights of a module; `models.owners` runs the sequences of a batch apart that have several.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def owner_of(mix: Mix, adapters: Mapping[str, object], where: str) -> str | None
     if not terms:
         return None
     term = terms[0]
-    if len(terms) == 1 and term.rows is None and term.route is None and term.gate is not None:
+    if len(terms) == 1 and term.rows is None and term.route is None:
         if not isinstance(term.gate, Tensor) and term.gate == 1.0:
             return term.adapter
         raise ContractError(

@@ -94,6 +94,7 @@ def load_model(
     shard: Sharder | None = None,
     convert: ModelConverter | None = None,
     quantize: str | None = None,
+    adapter: Path | None = None,
     as_trained: bool = True,
     must_share: bool = True,
     add_note: NoteCallback,
@@ -103,8 +104,8 @@ def load_model(
     each (not ``must_share``: where it cannot be shared each has the whole of it, with a note);
     ``shard``: cuts its weights over the ranks of a run, which all load it then; ``convert``: takes
     the decoder for another implementation of its layers, on all of them too; ``quantize``: nf4, fp4 or
-    int8, in which matrices of linears are held, or keep; None of it means as the base of the adapter
-    that was named was held (``as_trained``), else as the files are. ``add_note`` hears what a person
+    int8, in which matrices of linears are held, or keep; None of it means as the base of the ``adapter``,
+    or of the one that was named, was held (``as_trained``), else as the files are. ``add_note`` hears what a person
     should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype or
     device, and for a model that ranks cannot share or ``convert`` cannot take.
     """
@@ -126,8 +127,10 @@ def load_model(
         packed=True,
         add_note=add_note,
     )
-    if quantize is None and as_trained and location.adapter is not None:
-        quantize = trained_quantization(location.adapter)
+    for folder in (adapter, location.adapter) if as_trained else ():
+        if quantize is not None or folder is None:
+            continue
+        quantize = trained_quantization(folder)
         # the converted base is the same one, bit for bit, where the GGUF file is not at hand
         if quantize == KEEP and location.file is None:
             quantize = None

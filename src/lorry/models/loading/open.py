@@ -23,7 +23,7 @@ from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.describe import read_model_json
-from lorry.models.loading.load import load_model, trained_dtype, trained_quantization
+from lorry.models.loading.load import load_model, trained_dtype
 from lorry.models.loading.sources import resolve_model
 from lorry.models.loading.tensor_files import (
     TensorEntry,
@@ -80,18 +80,12 @@ def open_model(
     that cannot be read.
     """
     adapter_paths = [Path(p) for p in (config.adapter, *adapters) if p]
-    dtype = (
-        trained_dtype(adapter_paths[0])
-        if config.dtype == "auto" and adapter_paths and adapter_paths[0].is_dir()
-        else config.dtype
-    )
-    quantize: str | None = config.quantize
-    if quantize == "auto":
+    first = next((path for path in adapter_paths[:1] if path.is_dir()), None)
+    dtype = trained_dtype(first) if config.dtype == "auto" and first is not None else config.dtype
+    if config.quantize == "auto":
         raise ConfigError(
             "model.quantize=auto is chosen by a run's memory_budget; give nf4, fp4, int8, or null"
         )
-    if quantize is None and not config.other_base and adapter_paths and adapter_paths[0].is_dir():
-        quantize = trained_quantization(adapter_paths[0])
     loaded = load_model(
         config.name,
         revision=config.revision,
@@ -102,7 +96,8 @@ def open_model(
         ranks=ranks,
         shard=shard,
         convert=convert,
-        quantize=quantize,
+        quantize=config.quantize,
+        adapter=first,
         as_trained=not config.other_base,
         must_share=must_share,
         add_note=add_note,

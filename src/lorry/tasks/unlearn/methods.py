@@ -89,7 +89,7 @@ class StartModel:
 class UnlearnMethod(ABC):
     """A forget term and, where there is one, a retain term.
 
-    Which settings it reads, and their defaults, stand in `config.unlearn.UNLEARN_METHODS`; ``fixed``:
+    Which settings it reads, and their defaults, stand in `config.unlearning.unlearn.UNLEARN_METHODS`; ``fixed``:
     those that are part of what it is. ``needs_alternates``: an alternate answer beside each forget
     row, ``needs_retain_alternates`` beside each retain row, too; ``retain_divergence``: from the
     start, where ``retain_loss`` is KL; ``forget_mean``: what the forget term is a mean over;
