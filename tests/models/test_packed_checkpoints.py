@@ -182,6 +182,19 @@ def test_older_files_of_gptq_have_no_order(models: Path, tmp_path: Path) -> None
 
 
 Q = "model.layers.0.self_attn.q_proj"
+STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
+
+
+def store(tensors: dict[str, Tensor], part: str, dtype: torch.dtype) -> None:
+    """A part in another dtype."""
+    tensors[f"{Q}.{part}"] = tensors[f"{Q}.{part}"].to(dtype)
+
+
+def state(tensors: dict[str, Tensor], text: str | None = None, **changes: object) -> None:
+    """Another text as the JSON of bitsandbytes, or its settings changed."""
+    settings = json.loads(bytes(tensors[STATE].tolist()))
+    written = json.dumps({**settings, **changes}) if text is None else text
+    tensors[STATE] = torch.tensor(list(written.encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +225,16 @@ Q = "model.layers.0.self_attn.q_proj"
             lambda t: t[f"{Q}.weight.quant_state.bitsandbytes__nf4"].fill_(1),
             "quant_state is no JSON",
         ),
+        # read without it, every input would have the scale of another group
+        ("gptq-order", lambda t: t.pop(f"{Q}.g_idx"), "its g_idx are missing"),
+        ("gptq-order", lambda t: store(t, "g_idx", torch.float32), "g_idx is torch.float32"),
+        ("gptq", lambda t: store(t, "scales", torch.int64), "scales are torch.int64"),
+        ("fp8", lambda t: store(t, "weight_scale_inv", torch.int32), "scale_inv are torch.int32"),
+        ("int8", lambda t: store(t, "SCB", torch.int32), "SCB are torch.int32"),
+        ("int8", lambda t: t.__setitem__(f"{Q}.weight_format", torch.ones(3)), "weight_format is"),
+        ("nf4", lambda t: state(t, "[" * 9000), "quant_state is no JSON"),
+        ("nf4", lambda t: state(t, nested_offset="x"), "nested_offset=x"),
+        ("nf4", lambda t: state(t, nested_offset=10**400), "nested_offset=1000"),
     ],
 )
 def test_damaged_files_are_named(

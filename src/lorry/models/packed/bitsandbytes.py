@@ -70,7 +70,7 @@ class BitsAndBytes4Bit:
                 )
         _check_table(where, "quant_map", parts["quant_map"], LEVELS[str(kind)])
         # bytes, whatever type they were stored as (bnb_4bit_quant_storage)
-        codes = parts["codes"].contiguous().view(torch.uint8).view(-1)
+        codes = parts["codes"].contiguous().reshape(-1).view(torch.uint8)
         need_shape(where, "codes", tuple(codes.shape), (-(-shape[0] * shape[1] // 2),), shape)
         scales = parts["absmax"]
         if not double:
@@ -78,18 +78,24 @@ class BitsAndBytes4Bit:
                 Quantization(self.quantization.name, double=False),
                 shape,
                 codes,
-                finite_scales(where, "absmax", scales.float()),
+                _fp32(where, "absmax", scales),
             )
         if scales.dtype != torch.uint8:
             raise ModelError(f"{where}: its absmax are {scales.dtype}, with scales of their own")
         _check_table(where, "nested_quant_map", parts["nested_quant_map"], dynamic_levels())
-        offset = torch.tensor([state.get("nested_offset", float("nan"))], dtype=torch.float32)
+        stored = state.get("nested_offset")
+        # an int may be larger than any float
+        if isinstance(stored, bool) or not isinstance(stored, (int, float)) or abs(stored) > 1e30:
+            raise ModelError(
+                f"{where}: nested_offset={str(stored)[:80]} in its quant_state; a number is expected"
+            )
+        offset = torch.tensor([stored], dtype=torch.float32)
         return Packed4Bit(
             Quantization(self.quantization.name),
             shape,
             codes,
             scales,
-            finite_scales(where, "nested_absmax", parts["nested_absmax"].float()),
+            _fp32(where, "nested_absmax", parts["nested_absmax"]),
             finite_scales(where, "nested_offset", offset).to(codes.device),
         )
 
@@ -114,14 +120,20 @@ class BitsAndBytes8Bit:
 
     def read(self, where: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedInt8:
         layout = parts.get("weight_format")
-        if layout is not None and int(layout) != 0:
+        if layout is not None and bool(layout.float().any()):
             raise ModelError(
-                f"{where}: its weight_format is {int(layout)}, a layout of old GPU kernels; 0, rows, can be read"
+                f"{where}: its weight_format is {str(layout.tolist())[:80]}, a layout of old GPU kernels; 0, rows, "
+                "can be read"
             )
         if parts["codes"].dtype != torch.int8:
             raise ModelError(f"{where}: its codes are {parts['codes'].dtype}, not int8")
-        scales = finite_scales(where, "SCB", parts["SCB"].float())
+        scales = _fp32(where, "SCB", parts["SCB"])
         return PackedInt8(self.quantization, shape, parts["codes"], scales)
+
+
+def _fp32(where: str, part: str, scales: Tensor) -> Tensor:
+    """Scales in float32, whatever floats they are stored as. Raises ModelError."""
+    return finite_scales(where, part, scales.float() if scales.is_floating_point() else scales)
 
 
 def _read_state(where: str, stored: Tensor) -> dict[str, Any]:
@@ -129,10 +141,11 @@ def _read_state(where: str, stored: Tensor) -> dict[str, Any]:
     try:
         if stored.dtype != torch.uint8 or stored.numel() > MAX_STATE_BYTES:
             raise ValueError(f"{stored.numel()} values of {stored.dtype}")
-        state = json.loads(bytes(stored.tolist()).decode())
+        state = json.loads(bytes(stored.flatten().tolist()).decode())
         if not isinstance(state, dict):
             raise ValueError("no object")
-    except ValueError as error:  # also of JSON and of its encoding
+    # ValueError: also of JSON and of its encoding; the other of brackets without an end
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{where}: its quant_state is no JSON of settings ({error})") from error
     return state
 

@@ -55,7 +55,8 @@ class Float8:
                 f"{where}: its weight holds NaN; the checkpoint is damaged: get another copy"
             )
         tile = self._tile(tuple(scales.shape), shape)
-        grid = scales.float().reshape(-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
+        floats = scales.float() if scales.is_floating_point() else scales
+        grid = floats.reshape(-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
         return PackedGrid(
             self.quantization,
             shape,

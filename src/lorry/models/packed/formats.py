@@ -92,7 +92,11 @@ def _gptq(stated: Mapping[str, Any], where: str) -> PackedFormat:
         raise ModelError(
             f"{where}: GPTQ of {bits} bits cannot be read (4 and 8 can); give the unquantised checkpoint"
         )
-    return Gptq(_group_size(stated, where), zeros_off=1 if layout == "gptq" else 0)
+    return Gptq(
+        _group_size(stated, where),
+        zeros_off=1 if layout == "gptq" else 0,
+        ordered=bool(stated.get("desc_act")),
+    )
 
 
 def _awq(stated: Mapping[str, Any], where: str) -> PackedFormat:

@@ -31,10 +31,12 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Gptq:
     """`P.qweight` int32 [I bits/32, O], `P.qzeros` int32 [G, O bits/32], `P.scales` [G,O], `P.g_idx` int32
     [I] (older files: none). ``group_size``: inputs of a group, None for all of them; ``zeros_off``: what is
-    added to stored zeros."""
+    added to stored zeros; ``ordered``: whether the file says that its inputs are in an order of their
+    own (`desc_act`), which only g_idx has."""
 
     group_size: int | None
     zeros_off: int = 1
+    ordered: bool = False
     quantization: ClassVar[Quantization] = Quantization("gptq")
     marker: ClassVar[str] = "qweight"
     endings: ClassVar[Mapping[str, str]] = {
@@ -42,7 +44,9 @@ class Gptq:
     }
 
     def check(self, where: str, shapes: Shapes, shape: tuple[int, int]) -> None:
-        need_parts(where, shapes, ["qweight", "qzeros", "scales"])
+        # without it every input would be read with another group's scale
+        order = ["g_idx"] if self.ordered and self.group_size is not None else []
+        need_parts(where, shapes, ["qweight", "qzeros", "scales", *order])
         (outputs, inputs), size = shape, self.group_size or shape[1]
         bits = _bits(where, shapes["qweight"], inputs)
         groups = _group_count(where, size, inputs)
@@ -143,10 +147,12 @@ def _groups(where: str, stored: Tensor | None, size: int, count: int) -> Tensor 
     for one that does not exist."""
     if stored is None:
         return None
+    if stored.is_floating_point():
+        raise ModelError(f"{where}: its g_idx is {stored.dtype}; whole numbers are expected")
     plain = torch.arange(len(stored), device=stored.device) // size
     if torch.equal(stored.long(), plain):
         return None
-    if stored.is_floating_point() or int(stored.min()) < 0 or int(stored.max()) >= count:
+    if int(stored.min()) < 0 or int(stored.max()) >= count:
         raise ModelError(
             f"{where}: its g_idx name groups from {stored.min()} to {stored.max()}, and there are {count}"
         )

@@ -54,7 +54,11 @@ def need_shape(
 
 def finite_scales(where: str, part: str, scales: Tensor) -> Tensor:
     """Scales as `PackedGrid` holds them: fp16 as int16 bits, any other format as fp32. Raises ModelError
-    for NaN or infinity."""
+    for NaN or infinity, and for numbers that are no floats."""
+    if not scales.is_floating_point():
+        raise ModelError(
+            f"{where}: its {part} are {scales.dtype}, and floats are expected; get another copy"
+        )
     values = scales.float()
     if not bool(values.isfinite().all()):
         raise ModelError(
