@@ -403,13 +403,18 @@ class Adapter:
         """Cut any [P] tensor (values, moments) into named views."""
         return {n: view for n, (_, view) in zip(self._names(), self._views(flat), strict=True)}
 
-    def refuse_further(self, what: str) -> None:
-        """Raises ConfigError if it is more than low-rank terms, for ``what`` can be done with those alone."""
+    def refuse_further(self, what: str, merged: str = "") -> None:
+        """Raises ConfigError if it is more than low-rank terms, for ``what`` can be done with those alone.
+        ``merged``: what to do with one that can be merged into the base, as one that tokens invoke cannot.
+        """
         beside = [name for name, one in self.further.items() if not one.low_rank]
         if self.spec.alora_invocation_tokens:
             raise ConfigError(f"{self.label} counts from its invocation tokens on; {what}")
         if beside:
-            raise ConfigError(f"{self.label} has {beside[0]} beside its low-rank terms; {what}")
+            remedy = merged and f"; {merged}"
+            raise ConfigError(
+                f"{self.label} has {beside[0]} beside its low-rank terms; {what}{remedy}"
+            )
 
     def freeze(self) -> None:
         """Nothing of it trains from now on, and it holds no memory for gradients."""
@@ -608,7 +613,9 @@ class AdapterBank:
         g = 1, without dropout and without a gradient buffer, and no longer one of the bank's names.
         Raises ConfigError if there is no such adapter."""
         adapter = self[name]
-        adapter.refuse_further("no other can be trained on top of it; merge it into the base first")
+        adapter.refuse_further(
+            "no other can be trained on top of it", "merge it into the base first"
+        )
         adapter.freeze()
         for path, slot in adapter.slots.items():
             # a policy that drops what the reference does not would not be the start at step 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import attach, get_bank, lora_parameters
+from lorry.adapters.bank import AdapterOrigin
 from lorry.adapters.merge import concatenate, merge
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter, save_adapter
@@ -184,6 +185,9 @@ def test_what_knows_one_weight_alone_refuses_it(tiny: Any) -> None:
     for refused in (lambda: merge(model), lambda: concatenate(model, "x", {"default": 1.0})):
         with pytest.raises(ConfigError, match="counts from its invocation tokens on"):
             refused()
+    # what to do instead is not to merge it, which cannot be done
+    with pytest.raises(ConfigError, match="no other can be trained on top of it$"):
+        get_bank(model).move_to_base("default", AdapterOrigin("here", "0"))
     with pytest.raises(ConfigError, match="must be a list of token ids"):
         LoraSpec(alora_invocation_tokens=())
     with pytest.raises(ConfigError, match="use_dora does not go with alora_invocation_tokens"):

@@ -132,7 +132,7 @@ def merge_adapters(
             )
     for each in weights:
         bank[each].refuse_further(
-            "adapters are merged term by term; merge it into the base instead"
+            "adapters are merged term by term", "merge it into the base instead"
         )
         refuse_adapter_at_parameters(bank[each], bank.modules, "lorry merge of several adapters")
     specs = [bank[each].plain_spec for each in weights]

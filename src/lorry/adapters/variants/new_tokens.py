@@ -110,7 +110,7 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
     if needed > rows and bank is not None and (bank.adapters or bank.base_adapters):
         raise ConfigError(
             "new_tokens: this model has an adapter already, and its embedding does not grow under it; load "
-            "the one with new tokens first"
+            "the one with new tokens first, or what lorry merge makes of it"
         )
     paths = [path for path in (ends.embed, ends.head) if path is not None]
     starts = {path: new.starts(model.get_parameter(f"{path}.weight")) for path in paths}

@@ -81,7 +81,7 @@ def _list_matrices(
     architecture: GgufArchitecture, adapter: Adapter
 ) -> Iterator[tuple[str, Tensor]]:
     """(GGUF name, fp32 values) of each A [r, in] and B [out, r], the scale beyond alpha / r in B."""
-    adapter.refuse_further("a GGUF adapter has A and B alone; lorry export to=gguf merges it")
+    adapter.refuse_further("a GGUF adapter has A and B alone", "lorry export to=gguf merges it")
     alpha = _file_alpha(adapter)
     if alpha == 0 or not math.isfinite(alpha):
         # llama.cpp takes 0 for "no alpha given", which is a scale of 1
