@@ -186,7 +186,7 @@ def test_what_knows_one_weight_alone_refuses_it(tiny: Any) -> None:
         with pytest.raises(ConfigError, match="counts from its invocation tokens on"):
             refused()
     # what to do instead is not to merge it, which cannot be done
-    with pytest.raises(ConfigError, match="no other can be trained on top of it$"):
+    with pytest.raises(ConfigError, match=r"no other can be trained on top of it$"):
         get_bank(model).move_to_base("default", AdapterOrigin("here", "0"))
     with pytest.raises(ConfigError, match="must be a list of token ids"):
         LoraSpec(alora_invocation_tokens=())
