@@ -5,7 +5,7 @@ first of the very rows that it trains on; and how a resumed run makes room for w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from lorry.models.loading.open import OpenedModel
 from lorry.models.loading.weights import stored_matrices
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from lorry.notes import NoteCallback
-from lorry.tasks.build import PreparedJob, PreparedJobs
+from lorry.tasks.build import PreparedJobs
+from lorry.tasks.ranks import first_examples, stored_ranks
 
 
 def initialize_jobs(opened: OpenedModel, jobs: PreparedJobs, add_note: NoteCallback) -> None:
@@ -45,7 +46,9 @@ def _initialize(
     for name, way in ways.items():
         job, began = jobs[name], time.process_time()
         assert job.run.lora is not None
-        rows = list(_first_rows(job, job.run.lora.init_rows)) if way.reads_rows else []
+        count = job.run.lora.init_rows if way.reads_rows else 0
+        # each by itself
+        rows = [collate([example]) for example in first_examples(job, count)]
         if way.reads_rows and not rows:
             raise ConfigError(
                 f"lora.init_lora_weights={way.name} begins from training rows, of which {name} has none"
@@ -78,7 +81,7 @@ def make_room_for_state(
             continue
         adapter, seed = bank[name], jobs[name].run.train.seed
         if way.name == "eva":
-            ranks = _stored_ranks(adapter, read())
+            ranks = stored_ranks(adapter, read())
             if ranks:  # else it is another run's, which is refused by what differs
                 bank.replace(name, spec_of_ranks(adapter.spec, ranks), list(ranks), seed=seed)
         elif way.takes_off:
@@ -96,21 +99,6 @@ def _ways(opened: OpenedModel, jobs: PreparedJobs) -> dict[str, Initialization]:
         if way is not None and bank[name].initial is None:
             ways[name] = way
     return ways
-
-
-def _stored_ranks(adapter: Adapter, stored: Mapping[str, Tensor]) -> dict[str, int]:
-    """{module: rank} of the adapter that a checkpoint holds, of the modules that are here."""
-    names = {path: f"adapter/{adapter.name}/{path}.lora_A" for path in adapter.slots}
-    return {path: stored[name].shape[0] for path, name in names.items() if name in stored}
-
-
-def _first_rows(job: PreparedJob, count: int) -> Iterator[Batch]:
-    """The first training rows in the order of the first epoch, each by itself."""
-    tokens = job.data.tokens
-    if tokens is None:
-        return
-    for row in tokens.order(job.run.train.seed, 0, job.run.data.shuffle)[:count]:
-        yield collate([tokens.example(int(row), 0)])
 
 
 def _runner(model: CausalLM, rows: list[Batch], way: Initialization) -> RunModel:

@@ -23,7 +23,7 @@ from lorry.adapters.initialization.spectrum import ENERGY, gradient_ranks
 from lorry.adapters.layers import BankLinear, is_sharded
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
-from lorry.data.batch import Batch, collate
+from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel
@@ -88,13 +88,18 @@ def choose_ranks(opened: OpenedModel, jobs: PreparedJobs, add_note: NoteCallback
     bank = get_bank(opened.model)
     for name, job in jobs_ranked_by_data(opened, jobs).items():
         began = time.process_time()
-        batch, rows = _first_rows(job)
-        chosen = ranks_of_rows(opened.model, bank, bank[name], batch, _supervised_tokens(job))
+        examples = first_examples(job, job.run.train.per_device_train_batch_size)
+        if not examples:
+            raise ConfigError(
+                "lora.rank_by=data reads rows before training; leave data.streaming out"
+            )
+        batch, supervised = collate(examples), _supervised_tokens(job)
+        chosen = ranks_of_rows(opened.model, bank, bank[name], batch, supervised)
         replace_ranks(bank, name, chosen.ranks, seed=job.run.train.seed)
         lora, budget = job.run.lora, job.run.memory_budget
         assert lora is not None
         bound = f"memory_budget={budget}" if budget is not None else "the largest that is tried"
-        words = chosen.describe(name, rows, bound)
+        words = chosen.describe(name, len(examples), bound)
         add_note(f"{words}; {time.process_time() - began:.1f} s of processor time")
 
 
@@ -105,11 +110,16 @@ def restore_ranks(
     where ranks hang on them."""
     bank = get_bank(opened.model)
     for name, job in jobs_ranked_by_data(opened, jobs).items():
-        stored, adapter = read(), bank[name]
-        names = {path: f"adapter/{name}/{path}.lora_A" for path in adapter.slots}
-        ranks = {path: stored[key].shape[0] for path, key in names.items() if key in stored}
-        if len(ranks) == len(names):  # else it is another run's, which is refused by what differs
+        ranks = stored_ranks(bank[name], read())
+        # else it is another run's, which is refused by what differs
+        if len(ranks) == len(bank[name].slots):
             replace_ranks(bank, name, ranks, seed=job.run.train.seed)
+
+
+def stored_ranks(adapter: Adapter, stored: Mapping[str, Tensor]) -> dict[str, int]:
+    """{module: rank} of the adapter that a checkpoint holds, of the modules that are here."""
+    names = {path: f"adapter/{adapter.name}/{path}.lora_A" for path in adapter.slots}
+    return {path: stored[name].shape[0] for path, name in names.items() if name in stored}
 
 
 def ranks_of_rows(
@@ -188,15 +198,13 @@ def _check_layers(bank: AdapterBank, adapter: Adapter) -> dict[str, BankLinear]:
     return layers
 
 
-def _first_rows(job: PreparedJob) -> tuple[Batch, int]:
-    """The first training rows in the order of the first epoch, as many as one micro-batch has, packed; and
-    how many these are."""
+def first_examples(job: PreparedJob, count: int) -> list[TokenizedExample]:
+    """The first training rows in the order of the first epoch; none of a stream, which does not go back."""
     tokens = job.data.tokens
     if tokens is None:
-        raise ConfigError("lora.rank_by=data reads rows before training; leave data.streaming out")
+        return []
     order = tokens.order(job.run.train.seed, 0, job.run.data.shuffle)
-    picked = order[: job.run.train.per_device_train_batch_size]
-    return collate([tokens.example(int(row), 0) for row in picked]), len(picked)
+    return [tokens.example(int(row), 0) for row in order[:count]]
 
 
 def _supervised_tokens(job: PreparedJob) -> int:

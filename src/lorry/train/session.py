@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -185,9 +185,12 @@ def _train_run(
             initialize_jobs(opened, jobs, notebook.add)
         else:
             # it is verified and read whole when the engine resumes, after what differs was said
-            stored = partial(checkpoint.load_checkpoint, resume_from)
-            restore_ranks(opened, jobs, lambda: stored()[0])
-            make_room_for_state(opened, jobs, lambda: stored()[0], notebook.add)
+            load = partial(checkpoint.load_checkpoint, resume_from)
+            # read once, however many jobs ask
+            stored = cache(lambda: load()[0])
+            restore_ranks(opened, jobs, stored)
+            make_room_for_state(opened, jobs, stored, notebook.add)
+            stored.cache_clear()
         evaluations: list[RunEvaluation] = [
             Measure(BenchmarkEvaluator(run, opened, exams, communicator))
         ]
