@@ -201,6 +201,8 @@ def test_damaged_facts_are_refused(whole: tuple[str, Path, Any], tmp_path: Path)
     for damaged, message in [
         ({"pieces": [[1, ["x"]]], "init": "mean"}, "not what Lorry writes"),
         ({"pieces": [[400, [9999]]], "init": "subtokens"}, "made of token 9999"),
+        # that many rows, most of no token
+        ({"pieces": [[2**30, [5]]], "init": "mean"}, "do not follow one another"),
     ]:
         facts.write_text(json.dumps({**written, "new_tokens": damaged}))
         with pytest.raises(ModelError, match=message):

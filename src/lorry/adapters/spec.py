@@ -174,6 +174,11 @@ class LoraSpec:
             raise ConfigError(
                 f"alora_invocation_tokens is {tokens!r:.80}; it must be a list of token ids"
             )
+        if self.keep_residual:
+            raise ConfigError(
+                "keep_residual does not go with alora_invocation_tokens: PEFT takes the product off the base of "
+                "every token, and the adapter counts for some; leave keep_residual out"
+            )
         object.__setattr__(self, "alora_invocation_tokens", tuple(tokens))
         for name, given in (
             ("use_dora", self.use_dora),

@@ -15,10 +15,11 @@ from lorry.adapters.attach import attach, get_bank, lora_parameters
 from lorry.adapters.bank import AdapterOrigin
 from lorry.adapters.merge import concatenate, merge
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.peft.config import parse_peft_config
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.alora import find_invocation, with_invocations
-from lorry.errors import ConfigError, ContractError
+from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import PackedInput
@@ -192,6 +193,22 @@ def test_what_knows_one_weight_alone_refuses_it(tiny: Any) -> None:
         LoraSpec(alora_invocation_tokens=())
     with pytest.raises(ConfigError, match="use_dora does not go with alora_invocation_tokens"):
         spec(use_dora=True)
+
+
+def test_a_base_that_was_changed_for_all_tokens_is_refused() -> None:
+    """PEFT takes the product off everywhere, before the invocation too."""
+    tokens: dict[str, Any] = {"alora_invocation_tokens": [5]}
+    LoraSpec(init_lora_weights="pissa", **tokens)
+    with pytest.raises(ConfigError, match="keep_residual does not go with alora_invocation_tokens"):
+        LoraSpec(init_lora_weights="pissa", keep_residual=True, **tokens)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "target_modules": ["q_proj"],
+        "init_lora_weights": "pissa",
+    }
+    assert parse_peft_config(config, "x", convert_init=True).init_lora_weights == "pissa"
+    with pytest.raises(ModelError, match="such a file is not read"):
+        parse_peft_config({**config, **tokens}, "x", convert_init=True)
 
 
 def test_a_class_that_computes_anew_is_refused_in_generation(tiny: Any) -> None:

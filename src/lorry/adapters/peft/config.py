@@ -149,6 +149,11 @@ def parse_peft_config(
         "rank_pattern": _read_patterns(config, "rank_pattern", where, whole=True),
         "alpha_pattern": _read_patterns(config, "alpha_pattern", where, whole=False),
     }
+    if fields["alora_invocation_tokens"] and fields["init_lora_weights"] in REPEATABLE_INITS:
+        raise ModelError(
+            f"{where}: init_lora_weights={fields['init_lora_weights']!r} took its product off the base of every "
+            "token, and with alora_invocation_tokens the adapter counts for some; such a file is not read"
+        )
     if isinstance(fields["target_parameters"], str):
         raise ModelError(f"{where}: target_parameters is a text; it must be a list of names")
     if not fields["target_modules"]:

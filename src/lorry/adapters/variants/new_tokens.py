@@ -105,6 +105,13 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
         raise ConfigError(
             "new_tokens: an embedding that is cut over processes does not grow; use backend=single or ddp"
         )
+    # a row between would be of no token, and a wrong file may ask for more than there is memory
+    missing = sorted(token for token in new.pieces if token >= rows)
+    if missing != list(range(rows, rows + len(missing))):
+        raise ModelError(
+            f"new tokens have the ids {missing[0]} to {missing[-1]}, and this model has {rows} rows; they do not "
+            "follow one another behind these: it is another base, or the file is damaged"
+        )
     needed = max(new.pieces) + 1
     bank = model.__dict__.get("lorry_bank")
     if needed > rows and bank is not None and (bank.adapters or bank.base_adapters):
