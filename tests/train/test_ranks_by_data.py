@@ -96,18 +96,20 @@ def test_each_module_has_the_rank_of_its_first_gradient(
     assert chosen.capacity == 1
 
 
+@pytest.mark.parametrize("train", [["A", "B"], ["B"]])
 def test_it_resumes_bit_for_bit_with_the_ranks_that_it_has(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: list[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_run(world.run(tmp_path / "whole", r="auto"), [])
+    more = {"lora.train": train}
+    train_run(world.run(tmp_path / "whole", r="auto", **more), [])
     with pytest.raises(Stop):
-        train_run(world.run(tmp_path / "killed", r="auto"), [], [StopAt()])
+        train_run(world.run(tmp_path / "killed", r="auto", **more), [], [StopAt()])
 
     def asked_again(*args: Any) -> None:
         raise AssertionError("a resumed run chose its ranks again")
 
     monkeypatch.setattr(ranks, "ranks_of_rows", asked_again)
-    train_run(world.run(tmp_path / "killed", r="auto"), [])
+    train_run(world.run(tmp_path / "killed", r="auto", **more), [])
     same(finished(tmp_path / "killed"), finished(tmp_path / "whole"), "r=auto")
 
 

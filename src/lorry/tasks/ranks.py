@@ -117,9 +117,12 @@ def restore_ranks(
 
 
 def stored_ranks(adapter: Adapter, stored: Mapping[str, Tensor]) -> dict[str, int]:
-    """{module: rank} of the adapter that a checkpoint holds, of the modules that are here."""
-    names = {path: f"adapter/{adapter.name}/{path}.lora_A" for path in adapter.slots}
-    return {path: stored[name].shape[0] for path, name in names.items() if name in stored}
+    """{module: rank} of the adapter that a checkpoint holds, of the modules that are here: by a half that
+    trains, which is in it."""
+    side = adapter.sides[0]
+    names = {path: f"adapter/{adapter.name}/{path}.lora_{side}" for path in adapter.slots}
+    rank_dim = 0 if side == "A" else 1
+    return {path: stored[name].shape[rank_dim] for path, name in names.items() if name in stored}
 
 
 def ranks_of_rows(
