@@ -31,7 +31,7 @@ from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import parameter_count
 from lorry.models.decoder.model import Decoder
-from lorry.models.loading import weights
+from lorry.models.loading import tensor_files
 from lorry.models.loading.load import load_model
 from lorry.models.scoring import score, vocab
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
@@ -479,14 +479,14 @@ def test_each_rank_reads_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         inner, folder = model_of(name), tmp_path / name
         tiny.directory(inner, folder)
         truth = load_model(folder, dtype="float32", add_note=print).model
-        original, read = weights._read_part, list[int]()
+        original, read = tensor_files._read_part, list[int]()
 
         def counted(*given: Any, original: Any = original, read: list[int] = read) -> Tensor:
             read.append(1)
             part: Tensor = original(*given)
             return part
 
-        monkeypatch.setattr(weights, "_read_part", counted)
+        monkeypatch.setattr(tensor_files, "_read_part", counted)
 
         def work(ranks: ThreadRanks, folder: Path = folder) -> tuple[Decoder, str, int]:
             model = load_model(folder, dtype="float32", ranks=ranks, add_note=print).model
@@ -494,7 +494,7 @@ def test_each_rank_reads_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             return model, base_digest(model), parameter_count(model)
 
         shared = on_ranks(2, work)
-        monkeypatch.setattr(weights, "_read_part", original)
+        monkeypatch.setattr(tensor_files, "_read_part", original)
         assert isinstance(truth, Decoder)
         for model, digest, count in shared:
             cut = model.cut_tensors()

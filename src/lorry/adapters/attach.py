@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorry.adapters.bank import Adapter, AdapterBank, wrap_module
+from lorry.adapters.bank import Adapter, AdapterBank, is_linear_or_embedding, wrap_module
 from lorry.adapters.initialization.initialize import (
     OriginalWeight,
     initialize_adapter,
@@ -253,11 +253,11 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear and embedding an adapter can sit on: {path: module}."""
-    return {p: m for p, m in model.named_modules() if p and _is_linear(m, p)}
+    return {p: m for p, m in model.named_modules() if p and _is_linear(m)}
 
 
-def _is_linear(module: nn.Module, path: str) -> bool:
-    return isinstance(module, BankLinear | BankEmbedding) or wrap_module(module, path) is not None
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, BankLinear | BankEmbedding) or is_linear_or_embedding(module)
 
 
 def find_adaptable(model: nn.Module) -> dict[str, nn.Module]:
@@ -267,7 +267,7 @@ def find_adaptable(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         if not path:
             continue
-        if _is_linear(module, path):
+        if _is_linear(module):
             found[path] = module
         elif (weight := find_foreign_weight(module, path)) is not None:
             found[path] = weight
@@ -373,7 +373,7 @@ def _select_parameters(
     for name in names:
         hits = [p for tensor, p in parameters.items() if _ends_with(tensor, name)]
         if not hits:
-            tensors = [t for t, p in parameters.items() if not _is_linear(candidates[p], p)]
+            tensors = [t for t, p in parameters.items() if not _is_linear(candidates[p])]
             known = ", ".join(dict.fromkeys(".".join(t.rsplit(".", 2)[-2:]) for t in tensors))
             raise ConfigError(
                 f"target_parameters names {name!r}, which matches no parameter that an adapter can sit "

@@ -747,14 +747,17 @@ def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: boo
         slot.copy_whole(zero_side, drawn)
 
 
+def is_linear_or_embedding(module: nn.Module) -> bool:
+    """Whether `wrap_module` knows a foreign module. Only the exact classes count: a subclass computes
+    something else. Its weight is not looked at: FSDP1 leaves a view in a parameter's place."""
+    return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
 def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
     """The bank layer that takes a foreign module's place and shares its parameters, or None if it
     is no linear or embedding.
-
-    Only the exact classes count: a subclass computes something else.
     """
-    kind = type(module).__name__
-    if type(module) not in (nn.Linear, nn.Embedding) and kind != "Conv1D":
+    if not is_linear_or_embedding(module):
         return None
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
     if isinstance(module, nn.Embedding):
@@ -762,6 +765,6 @@ def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
     return BankLinear(
         weight,
         bias if isinstance(bias, nn.Parameter) else None,
-        transposed=kind == "Conv1D",
+        transposed=type(module).__name__ == "Conv1D",
         path=path,
     )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import LAYER_NUMBER, UNFUSED_NAMES, find_adaptable
+from lorry.adapters.attach import LAYER_NUMBER, UNFUSED_NAMES, find_adaptable, get_bank
 from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
@@ -64,7 +64,8 @@ def split_targets(
 ) -> tuple[list[str], list[str]]:
     """(those that are target_modules, the parameters that are target_parameters) of an adapter's
     places, as PEFT finds them in this model."""
-    found, fused = find_adaptable(model), holds_experts(model)
+    # the bank's own: a trainer that wraps the model puts parts of its own into the paths of its modules
+    found, fused = get_bank(model).modules, holds_experts(model)
     # PEFT has none of these at parameters
     allowed = not (spec.lora_dropout or spec.use_dora or spec.lora_bias)
     parameters = {
