@@ -96,11 +96,19 @@ def test_each_module_has_the_rank_of_its_first_gradient(
     assert chosen.capacity == 1
 
 
-@pytest.mark.parametrize("train", [["A", "B"], ["B"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"lora.train": ["B"]},
+        {"lora.init_lora_weights": "mica"},
+        {"lora.init_lora_weights": "pissa"},
+        {"lora.use_rslora": True},
+    ],
+)
 def test_it_resumes_bit_for_bit_with_the_ranks_that_it_has(
-    train: list[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: dict[str, Any], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"lora.train": train}
     train_run(world.run(tmp_path / "whole", r="auto", **more), [])
     with pytest.raises(Stop):
         train_run(world.run(tmp_path / "killed", r="auto", **more), [], [StopAt()])
