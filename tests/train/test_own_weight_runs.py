@@ -20,7 +20,9 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.variants.own_weights import OwnRows
 from lorry.cli import main
+from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.models.loading.open import open_model
 from lorry.models.new_tokens import read_new_tokens
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
@@ -251,3 +253,21 @@ def test_tokens_that_no_row_holds_are_said(world: World, tmp_path: Path) -> None
     (note,) = [n for n in heard.notes if "whose rows train" in n]
     assert "no row holds 2 of the 3 tokens" in note
     assert "320 ('<think>'), 321 ('</think>')" in note
+
+
+def test_a_base_with_an_adapter_beside_it_knows_its_new_tokens(
+    thoughts: World, tmp_path: Path
+) -> None:
+    """`model=BASE adapter=RUN` is the run: its tokenizer, not the base's, which would cut the tokens."""
+    train_run(thoughts.run(tmp_path / "first", new_tokens=TOKENS, max_steps=3), [])
+    first = tmp_path / "first" / "run"
+    ids = AutoTokenizer.from_pretrained(first)(TOKENS[0])["input_ids"]
+    assert len(ids) == 1
+    opened = open_model(ModelConfig(name=str(thoughts.model), adapter=str(first)), print)
+    assert opened.tokenizer(TOKENS[0])["input_ids"] == ids
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json"):
+        shutil.copy(first / name, bare / name)
+    with pytest.raises(ModelError, match="put the tokenizer that it was trained with beside it"):
+        open_model(ModelConfig(name=str(thoughts.model), adapter=str(bare)), print)

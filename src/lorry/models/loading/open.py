@@ -17,6 +17,7 @@ from lorry.adapters.peft.files import load_adapter, load_start
 from lorry.adapters.routing.files import load_router
 from lorry.adapters.routing.stacking import stack_masters
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
+from lorry.adapters.variants.new_tokens import grown_with
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
@@ -106,9 +107,14 @@ def open_model(
     tokenizer = own_tokenizer(Path(paths[0]), add_note) if paths else None
     # a run may have added a chat template or tokens
     tokenizer = loaded.tokenizer if tokenizer is None else tokenizer
-    if config.chat_template_path is not None and tokenizer is not None:
-        tokenizer.chat_template = _read_template(config.chat_template_path)
     paths += adapter_paths
+
+    def opened(names: list[str], mixture: Mix | None = None) -> OpenedModel:
+        own = _with_new_tokens(tokenizer, loaded.model, folders, add_note)
+        if config.chat_template_path is not None and own is not None:
+            own.chat_template = _read_template(config.chat_template_path)
+        return OpenedModel(loaded.model, own, loaded.source, names, mixture)
+
     names: list[str] = []
     folders = [folder for p in paths for folder in list_adapter_folders(Path(p))]
     if as_start:
@@ -121,7 +127,7 @@ def open_model(
             )
         for folder in folders:
             load_start(loaded.model, folder, other_base=config.other_base)
-        return OpenedModel(loaded.model, tokenizer, loaded.source, [])
+        return opened([])
     # a mixture is trained by nobody once it is there: its experts hold no memory for gradients
     trainable = not _mixtures(paths)
     for path in folders:
@@ -140,7 +146,7 @@ def open_model(
     elif names:
         # `attach` makes the sum of all active; a person who opens a run means one
         get_bank(loaded.model).activate(Mix.one(names[0]))
-    return OpenedModel(loaded.model, tokenizer, loaded.source, names, mixture)
+    return opened(names, mixture)
 
 
 def _open_mixture(
@@ -199,6 +205,24 @@ def own_tokenizer(adapter: Path, add_note: NoteCallback) -> Any | None:
         None,
     )
     return None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, add_note=add_note)
+
+
+def _with_new_tokens(
+    tokenizer: Any | None, model: CausalLM, folders: Sequence[Path], add_note: NoteCallback
+) -> Any | None:
+    """The tokenizer, or, where it lacks new tokens that an adapter brought, the one beside that adapter: the
+    base's would cut them into what they were before. Raises ModelError where there is none."""
+    new = grown_with(model)
+    if new is None or tokenizer is None or len(tokenizer) > max(new.pieces):
+        return tokenizer
+    for folder in folders:
+        own = own_tokenizer(folder, add_note)
+        if own is not None and len(own) > max(new.pieces):
+            return own
+    raise ModelError(
+        f"{folders[0]} has new tokens, and the base's tokenizer does not know them; put the tokenizer that it "
+        "was trained with beside it"
+    )
 
 
 def _read_template(path: str) -> str:
