@@ -186,6 +186,11 @@ def test_what_has_no_ranks_to_choose_is_refused(
     assert not (tmp_path / "run" / "receipt.json").exists()
 
 
+def test_eva_chooses_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"eva moves ranks between modules itself"):
+        build_settings(RunConfig, {"data": "d", "r": "auto", "init_lora_weights": "eva"}, print)
+
+
 def test_memory_alone_needs_a_budget() -> None:
     with pytest.raises(ConfigError, match="rank_by=memory needs a memory budget"):
         build_settings(RunConfig, {"data": "d", "r": "auto", "rank_by": "memory"}, print)

@@ -832,6 +832,11 @@ class RunConfig(SettingsGroup):
     def _rank_is_to_be_had(self) -> RunConfig:
         # here and not in LoraConfig: memory_budget is a setting of the run
         lora = self.lora
+        if lora is not None and lora.ranks_follow_data and lora.init_lora_weights == "eva":
+            raise ValueError(
+                "lora.init_lora_weights=eva moves ranks between modules itself (rho), and r=auto or "
+                "rank_by=data chooses them; give r=N, or another initialisation"
+            )
         if lora is None or lora.r != "auto" or self.memory_budget is not None:
             return self
         if not lora.ranks_follow_data:
