@@ -3,6 +3,7 @@ both. PEFT's `AdaLoraModel.update_and_allocate` runs beside ours on the same val
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, get_bank
@@ -19,7 +21,7 @@ from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.adalora import RankAllocator, fold_triplets
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, ModelError
 
 TARGETS = ("q_proj", "down_proj")
 NUMBERS: dict[str, Any] = {"target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "beta1": 0.8}
@@ -274,3 +276,34 @@ def test_it_takes_its_place_beside_others(tiny: Any, ids: Tensor, logits: Any) -
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-6, rtol=1e-5)
     assert bank["default"].spec.adalora is None
     assert bank.names() == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (torch.zeros(()), "no ranks in common"),
+        (torch.zeros(3), "no ranks in common"),
+        (torch.zeros(0, 2), "no ranks in common"),
+        (torch.ones(4, 16, dtype=torch.int32), "floats are expected"),
+    ],
+)
+def test_a_damaged_matrix_is_no_module_without_ranks(
+    tiny: Any, tmp_path: Path, changed: Tensor, message: str
+) -> None:
+    theirs(tiny("llama")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    values = load_file(file)
+    key = next(name for name in values if name.endswith("q_proj.lora_A"))
+    if changed.dim() == 2 and len(changed):
+        changed = changed[:1, :1].expand(values[key].shape).contiguous()
+    save_file({**values, key: changed}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        load_adapter(tiny("llama"), tmp_path)
+
+
+def test_an_alpha_that_is_no_number_is_refused(tiny: Any, tmp_path: Path) -> None:
+    theirs(tiny("llama")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": float("nan")}))
+    with pytest.raises(ModelError, match="lora_alpha"):
+        load_adapter(tiny("llama"), tmp_path)

@@ -47,7 +47,7 @@ def as_plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     rank = config.get("init_r", DEFAULT_RANK)
     alpha = config.get("lora_alpha", 8)
     # PEFT: no scale at all where alpha is not above 0
-    positive = not isinstance(alpha, (int, float)) or alpha > 0
+    positive = not isinstance(alpha, (int, float)) or not alpha <= 0
     return {**plain, "peft_type": "LORA", "r": rank, "lora_alpha": alpha if positive else rank}
 
 
@@ -84,6 +84,8 @@ class PlainLoraFile:
         module, _, part = key.rpartition(".")
         if part != "lora_A":
             return value
+        if not value.is_floating_point():
+            raise ModelError(f"{self.where}: {key} is {value.dtype}; floats are expected")
         factor: Tensor = self.file.get_tensor(f"{module}.lora_E")
         if list(factor.shape) != [value.shape[0], 1] or not factor.is_floating_point():
             raise ModelError(
@@ -99,7 +101,14 @@ def fit_ranks(
     """The spec with the ranks that the file has, each module scaled as with its first one, and the
     parts of the modules that have any. Raises ModelError if none has."""
     shapes = {path: list(file.get_slice(sides["A"]).get_shape()) for path, sides in parts.items()}
-    ranks = {path: shape[0] for path, shape in shapes.items() if len(shape) == 2 and shape[0]}
+    for path, (sides, shape) in ((p, (parts[p], shapes[p])) for p in parts):
+        other = list(file.get_slice(sides["B"]).get_shape())
+        # what has no rank is left out: not what is damaged
+        if len(shape) != 2 or len(other) != 2 or shape[0] != other[1]:
+            raise ModelError(
+                f"{where}: {path} has lora_A {shape} and lora_B {other}, no ranks in common"
+            )
+    ranks = {path: shape[0] for path, shape in shapes.items() if shape[0]}
     if not ranks:
         raise ModelError(f"{where}: no module has a rank left; the adapter adds nothing")
     return plain_spec(spec, ranks), {path: parts[path] for path in ranks}
