@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from lorry.adapters.attach import get_bank
 from lorry.config import RunConfig, build_settings
 from lorry.errors import ConfigError
+from lorry.runs.read import read_run
+from lorry.runs.summary import describe_run_subject
 from lorry.tasks import ranks
 from lorry.tasks.ranks import ChosenRanks
 from lorry.train.monitoring.events import StepRecord
@@ -89,6 +91,8 @@ def test_each_module_has_the_rank_of_its_first_gradient(
         assert adapter.slots[path].scale == pytest.approx(2.0)
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert set(config["rank_pattern"].values()) | {config["r"]} == set(found.values())
+    subject = describe_run_subject(read_run(tmp_path / "run"))["adapter"]
+    assert subject.startswith(f"rank {min(found.values())} to {max(found.values())}, on ")
     (note,) = [note for note in heard.notes if "by the gradients of the first step" in note]
     assert f"ranks {min(found.values())} to {max(found.values())}" in note
     assert "the largest that is tried would have given r=64" in note

@@ -7,10 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lorry.disk.documents import read_object
+from lorry.errors import DataError
 from lorry.formatting import MISSING_VALUE, format_bytes, format_duration, format_number
 from lorry.runs.evals import RunEvals
+from lorry.runs.layout import ADAPTER_CONFIG
 from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 
@@ -202,6 +206,26 @@ def adapter_settings_text(run: RunRecord, adapter: str) -> str:
     )
 
 
+def _saved_ranks(folder: Path) -> dict[str, Any]:
+    """Rank and alpha of the adapter that a run wrote, where its own settings do not say them; several
+    ranks as the lowest and the highest. Empty where there is none, or none that can be read."""
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        saved = read_object(file, error=DataError)
+    except DataError:
+        return {}  # who loads it is told what is wrong
+    pattern = saved.get("rank_pattern")
+    ranks = {saved.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())}
+    if not all(isinstance(rank, int) for rank in ranks):
+        return {}
+    low, high = min(ranks), max(ranks)
+    if low != high:  # each module has an alpha of its own, so that all have one scale
+        return {"r": f"{low} to {high}", "lora_alpha": None}
+    return {"r": low, "lora_alpha": saved.get("lora_alpha")}
+
+
 def describe_run_subject(run: RunRecord) -> dict[str, str]:
     """model, data and adapter in a few words each, where run.yaml says so."""
     config = flatten_config(run.config)
@@ -213,6 +237,9 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
     # what `auto` came to, which says more than the word
     if config.get("resolved.target_modules"):
         lora["target_modules"] = config["resolved.target_modules"]
+    chosen = lora.get("rank_by") == "data" or lora.get("variant") == "adalora"
+    if chosen or lora.get("r") == "auto" or config.get("model.adapter"):
+        lora |= _saved_ranks(run.path)
     adapter = ", ".join(
         f"{name} {_plain_value(lora[key])}"
         for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("target_modules", "on"))

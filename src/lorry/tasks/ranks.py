@@ -98,7 +98,8 @@ def choose_ranks(opened: OpenedModel, jobs: PreparedJobs, add_note: NoteCallback
         replace_ranks(bank, name, chosen.ranks, seed=job.run.train.seed)
         lora, budget = job.run.lora, job.run.memory_budget
         assert lora is not None
-        bound = f"memory_budget={budget}" if budget is not None else "the largest that is tried"
+        given = "the largest that is tried" if lora.r == "auto" else "the rank that was given"
+        bound = f"memory_budget={budget}" if budget is not None else given
         words = chosen.describe(name, len(examples), bound)
         add_note(f"{words}; {time.process_time() - began:.1f} s of processor time")
 

@@ -532,8 +532,9 @@ def prepare_jobs(
         }
         stream = task.stream(job_run, data, row_sets)
         _check_invocation(job_run, data, opened.model, notebook.add)
-        if job_run.lora is not None:
-            _note_absent_tokens(get_bank(opened.model)[name].spec, data, notebook.add)
+        # a router or the base's weights have none
+        if (adapter := get_bank(opened.model, create=True).adapters.get(name)) is not None:
+            _note_absent_tokens(adapter.spec, data, notebook.add)
         jobs[name] = PreparedJob(job_run, data, row_sets, stream, task.beside(job_run))
     notebook.tell(*_data_notes(jobs))
     return jobs
