@@ -260,12 +260,23 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, BankLinear | BankEmbedding) or is_linear_or_embedding(module)
 
 
+def _holders(model: nn.Module) -> set[int]:
+    """The ids of another library's layers that hold the base weight of a bank layer: no places of their
+    own."""
+    return {
+        id(holder)
+        for module in model.modules()
+        if isinstance(module, AdaptableLayer)
+        for holder in module.holders
+    }
+
+
 def find_adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """`find_linears` and, as bank layers, what other modules multiply with: fused experts by the path
     of the tensor, and the weight of a router by the path of its module. In model order."""
-    found = dict[str, nn.Module]()
+    found, holders = dict[str, nn.Module](), _holders(model)
     for path, module in model.named_modules():
-        if not path:
+        if not path or id(module) in holders:
             continue
         if _is_linear(module):
             found[path] = module
@@ -412,12 +423,7 @@ def find_unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
     }
     experts: list[str] = []
     others: list[str] = []
-    holders = {
-        id(holder)
-        for module in model.modules()
-        if isinstance(module, AdaptableLayer)
-        for holder in module.holders
-    }
+    holders = _holders(model)
     for path, module in model.named_modules():
         if (
             id(module) in holders
