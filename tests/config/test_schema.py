@@ -266,7 +266,7 @@ def test_missing_settings_are_named() -> None:
         build_settings(ExportSettings, {"run": "runs/a"}, print)
 
 
-@pytest.mark.parametrize("setting", ["use_dora=true", "lora_bias=true"])
+@pytest.mark.parametrize("setting", ["use_dora=true", "lora_bias=true", "variant=adalora"])
 def test_vectors_beside_the_factors_are_not_megatrons(setting: str) -> None:
     """Said before anything is loaded: another library multiplies there."""
     with pytest.raises(ConfigError, match=r"under backend=megatron .*give backend=ddp or fsdp"):

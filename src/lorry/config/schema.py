@@ -855,8 +855,14 @@ class RunConfig(SettingsGroup):
                 "alora_invocation_tokens: Megatron's layers do not see which tokens come; leave "
                 "backend=megatron out"
             )
-        if lora.use_dora or lora.lora_B_bias:
-            asked = "use_dora" if lora.use_dora else "lora_bias"
+        if lora.use_dora or lora.lora_B_bias or lora.variant == "adalora":
+            asked = (
+                "variant=adalora"
+                if lora.variant == "adalora"
+                else "use_dora"
+                if lora.use_dora
+                else "lora_bias"
+            )
             raise ValueError(
                 f"lora.{asked} needs linears that Lorry multiplies itself, and under backend=megatron "
                 "Megatron-core does; give backend=ddp or fsdp"

@@ -103,13 +103,11 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _RecordedLinear:
-    """A base product that tells a recorder what it multiplies."""
+@dataclass
+class WatchedLinear:
+    """A base product in whose place somebody looks on: as that multiplies, and nothing of it trains."""
 
     linear: FrozenLinear
-    path: str
-    recorder: _Recorder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,7 +127,6 @@ class _RecordedLinear:
         return []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.recorder.record(self.path, x)
         return self.linear.forward(x)
 
     def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
@@ -140,21 +137,45 @@ class _RecordedLinear:
         return []
 
 
+@contextmanager
+def watched_products(
+    layers: Mapping[str, BankLinear], watch: Callable[[str, BankLinear], WatchedLinear]
+) -> Iterator[None]:
+    """Around passes of the model: each linear multiplies through what ``watch`` makes of its path and it."""
+    before = {path: layer.product for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            layer.product = watch(path, layer)
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.product = before[path]
+
+
+@dataclass
+class _RecordedLinear(WatchedLinear):
+    """A base product that tells a recorder what it multiplies."""
+
+    path: str
+    recorder: _Recorder
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.recorder.record(self.path, x)
+        return self.linear.forward(x)
+
+
 def record_inputs(
     layers: Mapping[str, BankLinear], run_model: RunModel, *, normed: bool = False
 ) -> dict[str, InputMoments]:
     """The moments of what each linear reads while ``run_model`` runs; one object for those that read
     the same. Raises ConfigError naming a linear that read nothing."""
     recorder = _Recorder(normed)
-    before = {path: layer.product for path, layer in layers.items()}
-    try:
-        for path, layer in layers.items():
-            layer.product = _RecordedLinear(layer.base_product(), path, recorder)
-        with torch.no_grad():
-            run_model()
-    finally:
-        for path, layer in layers.items():
-            layer.product = before[path]
+
+    def watch(path: str, layer: BankLinear) -> WatchedLinear:
+        return _RecordedLinear(layer.base_product(), path, recorder)
+
+    with watched_products(layers, watch), torch.no_grad():
+        run_model()
     for path in layers:
         if path not in recorder.readers or not recorder.moments[recorder.readers[path]].tokens:
             raise ConfigError(

@@ -9,8 +9,7 @@ from what the linear reads and what comes back, as a trained weight's is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.initialization.factors import module_seed, seeded_svd
-from lorry.adapters.initialization.recording import RunModel
+from lorry.adapters.initialization.recording import RunModel, WatchedLinear, watched_products
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.product import FrozenLinear
 from lorry.errors import ConfigError
 
 ENERGY = 0.9  # share of a gradient's squared norm that its first directions have to have
@@ -47,22 +45,13 @@ def effective_rank(matrix: Tensor, most: int, *, energy: float = ENERGY, seed: i
     return min(most, int(have.int().argmax()) + 1 if bool(have.any()) else most)
 
 
-@dataclass(slots=True)
-class _ProbedLinear:
+@dataclass
+class _ProbedLinear(WatchedLinear):
     """A base product that shows the gradient its weight would have. ``wanted``: a number that asks autograd
     for it."""
 
-    linear: FrozenLinear
     wanted: nn.Parameter
     show: Callable[[Tensor], None]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.linear.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.linear.shape
 
     @property
     def requires_grad(self) -> bool:
@@ -72,12 +61,6 @@ class _ProbedLinear:
     def parameters(self) -> Sequence[Tensor]:
         """The number that asks."""
         return [self.wanted]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear.forward(x)
-
-    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
-        return self.linear.backward(g, into)
 
     def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """Zero, once the gradient [O,I] was shown."""
@@ -96,29 +79,14 @@ def gradient_ranks(
         here = effective_rank(gradient, most, seed=module_seed(0, path))
         ranks[path] = max(ranks[path], here)
 
-    with _probing(layers, show), torch.enable_grad():
+    def watch(path: str, layer: BankLinear) -> WatchedLinear:
+        wanted = nn.Parameter(torch.zeros((), device=layer.weight.device))
+        return _ProbedLinear(layer.base_product(), wanted, partial(show, path))
+
+    with watched_products(layers, watch), torch.enable_grad():
         run_model()
     if not any(ranks.values()):
         raise ConfigError(
             "no linear that the adapter sits on got a gradient on the rows that r=auto reads; give r=N"
         )
     return ranks
-
-
-@contextmanager
-def _probing(
-    layers: Mapping[str, BankLinear], show: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    before = {path: layer.product for path, layer in layers.items()}
-    try:
-        for path, layer in layers.items():
-            device = layer.weight.device
-            layer.product = _ProbedLinear(
-                layer.base_product(),
-                nn.Parameter(torch.zeros((), device=device)),
-                partial(show, path),
-            )
-        yield
-    finally:
-        for path, layer in layers.items():
-            layer.product = before[path]
