@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from lorry.errors import ModelError
+from lorry.families.packing import find_packing
 from lorry.kernels.build import kernel_status
 from lorry.models.loading.load import has_fast_bfloat16
 from lorry.plan import machine
 from lorry.plan.configs import find_config
 from lorry.plan.known import KNOWN_CONFIGS
+from lorry.plan.memory import packed_precision
 from tests.support.tiny import LLAMA
 
 
@@ -116,3 +118,26 @@ def test_the_processor_is_read_as_torch_reads_it() -> None:
     assert machine.has_tiles() == kernel_status().amx
     assert machine.processor_name()
     assert machine.available_threads() >= 1
+
+
+GPTQ4: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [
+        ({}, None),
+        ({"quantization_config": {}}, None),
+        ({"quantization_config": GPTQ4}, "nf4"),
+        ({"text_config": {"quantization_config": GPTQ4}}, "nf4"),
+        ({"compression_config": GPTQ4}, "nf4"),
+        ({"quantization_config": {**GPTQ4, "group_size": 32}}, "int8"),
+        ({"quantization_config": {**GPTQ4, "bits": 8}}, "int8"),
+        ({"quantization_config": {"quant_method": "awq", "w_bit": 4, "q_group_size": 64}}, "int8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "int8"),
+        ({"quantization_config": {"load_in_4bit": True}}, "nf4"),
+    ],
+)
+def test_the_bytes_of_packed_matrices(config: dict[str, Any], precision: str | None) -> None:
+    assert packed_precision(config) == precision
+    assert (find_packing(config) is None) == (precision is None)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorry.config.schema import ROW_ALONE, StepReads
+from lorry.families.packing import find_packing, stated_bits, stated_group
 from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.constants import (
     ALLOCATOR_GAPS,
@@ -304,11 +305,9 @@ def layer_weights(shape: ModelShape, precision: PrecisionName) -> float:
 def packed_precision(config: Mapping[str, Any]) -> PrecisionName | None:
     """The precision whose bytes a checkpoint's packed matrices take at most, by its config.json; None where
     that says nothing of packed matrices."""
-    stated = config.get("quantization_config")
-    if not isinstance(stated, dict):
+    if (stated := find_packing(config)) is None:
         return None
-    four = stated.get("load_in_4bit") or stated.get("bits", stated.get("w_bit")) == 4
-    group = stated.get("group_size", stated.get("q_group_size", WIDE_GROUP))
+    four, group = stated.get("load_in_4bit") or stated_bits(stated) == 4, stated_group(stated)
     narrow = isinstance(group, int) and 0 < group < WIDE_GROUP
     return "nf4" if four and not narrow else "int8"
 

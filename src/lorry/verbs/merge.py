@@ -86,7 +86,7 @@ def merge_onto_original(settings: MergeSettings) -> int:
     )
     rows = encode_eval_rows(evaluation, trained, open_eval_source(evaluation))
     mix = Mix.constants({name: settings.weight}) if settings.weight else Mix.none()
-    losses = [mean_loss(trained, rows, mix, evaluation.batch_size)]
+    losses = [loss_of_rows(trained, rows, mix, evaluation.batch_size)]
     free_model_memory(trained.model)
     opened = open_with_adapters(ModelConfig.model_validate({**model, "other_base": True}))
     dtype = stored if settings.dtype == "auto" else settings.dtype
@@ -94,7 +94,7 @@ def merge_onto_original(settings: MergeSettings) -> int:
     written = open_with_adapters(
         ModelConfig.model_validate({"name": str(settings.output_dir), "dtype": computed})
     )
-    losses.append(mean_loss(written, rows, Mix.none(), evaluation.batch_size))
+    losses.append(loss_of_rows(written, rows, Mix.none(), evaluation.batch_size))
     print_note(
         f"loss on {format_count(len(rows.rows), 'row')} of {settings.data.path}: {losses[0]:.4f} over the base "
         f"held in {held}, as trained; {losses[1]:.4f} merged onto the original weights ({losses[1] - losses[0]:+.4f})"
@@ -103,7 +103,7 @@ def merge_onto_original(settings: MergeSettings) -> int:
     return 0
 
 
-def mean_loss(opened: OpenedModel, rows: EvalRows, mix: Mix, batch_rows: int) -> float:
+def loss_of_rows(opened: OpenedModel, rows: EvalRows, mix: Mix, batch_rows: int) -> float:
     """Nats a supervised token."""
     from lorry.evaluate.rows import evaluate_rows
 

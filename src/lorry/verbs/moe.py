@@ -41,7 +41,7 @@ from lorry.runs.layout import (
 from lorry.runs.ownership import is_run
 from lorry.runs.stages import data_digests
 from lorry.verbs import merge
-from lorry.verbs.mixture.checks import check_experts, check_rows, refuse_own_experts
+from lorry.verbs.mixture.checks import check_experts_on_base, check_rows, refuse_own_experts
 from lorry.verbs.mixture.outputs import (
     call_verb,
     check_outputs,
@@ -104,7 +104,7 @@ def main(run: MoeRunConfig) -> int:
         if not run.whole_experts:
             communicator.on_main(
                 "the experts' base",
-                lambda: check_experts(
+                lambda: check_experts_on_base(
                     run, _open_base(run), there or brought_adapters(run), trained
                 ),
             )

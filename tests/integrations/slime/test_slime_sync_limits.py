@@ -77,8 +77,12 @@ def test_what_cannot_be_synced_is_named(model: Path, changes: dict[str, Any], me
         check_sync(arguments(model, **changes))
 
 
-def test_a_quantised_checkpoint_takes_adapters_and_no_merged_weights(model: Path) -> None:
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_quantised_checkpoint_takes_adapters_and_no_merged_weights(
+    model: Path, part: str | None
+) -> None:
+    stated = {"quantization_config": {"quant_method": "fp8"}}
+    config = {"model_type": "llama", **(stated if part is None else {part: stated})}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"quantised \(fp8\).*--lora-sync adapter"):
         check_sync(arguments(model))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.adapters.spec import LoraSpec
+from lorry.config.adapter.initialization import find_initialization
 from lorry.config.left_out import find_left_out
 from lorry.disk import documents
 from lorry.errors import ConfigError, ModelError
@@ -90,11 +91,6 @@ READ_KEYS = frozenset(
 )
 # values that mean "off" without being empty
 DEFAULT_VALUES: Mapping[str, Any] = {"megatron_core": "megatron.core"}
-# prefixes: PEFT writes pissa_niter_16 and the like
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# of these the same base gives the same product again
-REPEATABLE_INITS = ("pissa", "olora")
-BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def read_adapter_json(file: Path) -> dict[str, Any]:
@@ -149,7 +145,8 @@ def parse_peft_config(
         "rank_pattern": _read_patterns(config, "rank_pattern", where, whole=True),
         "alpha_pattern": _read_patterns(config, "alpha_pattern", where, whole=False),
     }
-    if fields["alora_invocation_tokens"] and fields["init_lora_weights"] in REPEATABLE_INITS:
+    # a way that is still named is one to be found again
+    if fields["alora_invocation_tokens"] and find_initialization(fields["init_lora_weights"]):
         raise ModelError(
             f"{where}: init_lora_weights={fields['init_lora_weights']!r} took its product off the base of every "
             "token, and with alora_invocation_tokens the adapter counts for some; such a file is not read"
@@ -342,25 +339,28 @@ def _read_bool(config: Mapping[str, Any], key: str, where: str) -> bool:
 
 def _read_init(value: Any, where: str, *, convert: bool) -> bool | str:
     """How the values came to be no longer matters, unless that changed the base as well."""
-    if isinstance(value, str) and value.startswith(BASE_CHANGING_INITS):
-        again = value in REPEATABLE_INITS
-        if convert and again:
-            return value
-        raise ModelError(
-            f"{where}: init_lora_weights={value!r} changed the base weights too, so "
-            "the adapter alone is not the whole change; save it again from PEFT "
-            "with path_initial_model_for_weight_conversion"
-            + (
-                ", or, if this is the very base it began on, in the same dtype, read it with convert_init=true"
-                if again
-                else " (what it took off cannot be found again from the base alone)"
-            )
-        )
-    if isinstance(value, bool) or value == "gaussian":
+    try:
+        if not isinstance(value, bool | str):
+            raise ConfigError("a text, true or false is expected")
+        way = find_initialization(value)
+    except ConfigError as error:
+        raise ModelError(f"{where}: init_lora_weights={value!r:.80} is not known") from error
+    if way is None:
         return value
-    if isinstance(value, str) and value in BASE_KEEPING_INITS:
+    if not way.changes_base:
         return True
-    raise ModelError(f"{where}: init_lora_weights={value!r:.80} is not known")
+    if convert and way.is_repeatable:
+        return value
+    raise ModelError(
+        f"{where}: init_lora_weights={value!r} changed the base weights too, so "
+        "the adapter alone is not the whole change; save it again from PEFT "
+        "with path_initial_model_for_weight_conversion"
+        + (
+            ", or, if this is the very base it began on, in the same dtype, read it with convert_init=true"
+            if way.is_repeatable
+            else " (what it took off cannot be found again from the base alone)"
+        )
+    )
 
 
 def _read_names(config: Mapping[str, Any], key: str, where: str) -> str | tuple[str, ...] | None:

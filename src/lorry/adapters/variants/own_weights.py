@@ -188,7 +188,7 @@ def _dtype_of(module: nn.Module, leaf: str) -> torch.dtype:
     return dtype
 
 
-def own_rows(module: nn.Module) -> OwnRows | None:
+def find_own_rows(module: nn.Module) -> OwnRows | None:
     """Of a twin."""
     rows: OwnRows | None = module.__dict__.get(ROWS)
     return rows
@@ -197,7 +197,7 @@ def own_rows(module: nn.Module) -> OwnRows | None:
 def with_own_rows(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """What a twin's own rows change of its output y: of an embedding the vectors of its tokens (x: ids),
     of a head their logits (x: hidden states). The module itself makes them, of those rows alone."""
-    rows = own_rows(module)
+    rows = find_own_rows(module)
     if rows is None:
         return y
     values = rows.tensor.values(module.get_parameter("weight").dtype)
@@ -229,4 +229,4 @@ def run_under(
     """The forward of a module of a foreign model: as it computes under the call that is ``active``."""
     twin = under(module, active())
     y = type(module).forward(twin, *args, **kwargs)
-    return y if own_rows(twin) is None else with_own_rows(twin, args[0], y)
+    return y if find_own_rows(twin) is None else with_own_rows(twin, args[0], y)

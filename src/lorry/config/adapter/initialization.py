@@ -33,9 +33,14 @@ class Initialization:
         return self.reads in ("inputs", "inputs and weight", "gradients")
 
     @property
+    def changes_base(self) -> bool:
+        """Whether the adapter is for another base than the one that it was made from."""
+        return self.takes_off or self.reads == "rounding"
+
+    @property
     def is_repeatable(self) -> bool:
         """Whether another program, given the base alone, finds the same product to take off."""
-        return self.name in ("pissa", "olora")
+        return self.name in ("pissa", "olora") and self.niter is None
 
 
 INITIALIZATIONS = {
@@ -84,7 +89,7 @@ def check_initialization(
         raise ConfigError(
             f"init_lora_weights=orthogonal needs an even rank, half of it for A and half for B; r is {odd[0]}"
         )
-    if keep_residual and (way is None or not way.is_repeatable or way.niter is not None):
+    if keep_residual and (way is None or not way.is_repeatable):
         raise ConfigError(
             f"keep_residual=true writes the adapter without what {value!r} took off the base, which PEFT "
             "finds again for pissa and olora alone; leave it out: the saved adapter then has "

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorry.disk.documents import read_json_document
 from lorry.errors import ConfigError
+from lorry.families.packing import find_packing
 from lorry.integrations.arguments import spec_from_arguments
 from lorry.integrations.slime.arguments import (
     COMPARE_ROLLOUT,
@@ -62,9 +63,9 @@ def check_sync(args: Any) -> None:
 
 def _check_merged(args: Any) -> None:
     config = read_json_document(Path(args.hf_checkpoint) / "config.json", error=ConfigError)
-    quantised = config.get("quantization_config") if isinstance(config, dict) else None
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    stated = find_packing(config) if isinstance(config, dict) else None
+    if stated is not None:
+        method = stated.get("quant_method", "by a method that it does not name")
         raise ConfigError(
             f"--hf-checkpoint is quantised ({method}): slime would round W + s B A to it at every sync, "
             "and most of a small adapter with it, so engines would answer as the base does. Give an "

@@ -26,9 +26,10 @@ from lorry.disk import documents
 from lorry.errors import LorryError, ModelError, suggest_nearest
 from lorry.families import ModelFamily, find_family, unsupported_fields
 from lorry.families.common import UnsupportedConfigError
+from lorry.families.packing import PACKING_KEYS, find_packing
 from lorry.models.decoder.pointwise import ACTIVATIONS
 from lorry.models.loading.config_json import decode_tagged_floats
-from lorry.models.packed.formats import CONFIG_KEYS, find_packing, packed_format
+from lorry.models.packed.formats import packed_format
 from lorry.models.packed.parts import PackedFormat
 from lorry.notes import NoteCallback
 
@@ -113,7 +114,7 @@ def describe_model(
                 f"{path}: its matrices are packed ({packed_as.quantization.name}), and this needs them whole; give "
                 "the unquantised checkpoint"
             )
-        raw = {key: value for key, value in raw.items() if key not in CONFIG_KEYS}
+        raw = {key: value for key, value in raw.items() if key not in PACKING_KEYS}
     # safetensors readers other than transformers ignore the field: two libraries, two models
     if raw.get("transformers_weights") not in (None, *WEIGHTS):
         raise ModelError(

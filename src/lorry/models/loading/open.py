@@ -20,6 +20,7 @@ from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.variants.new_tokens import grown_with
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
+from lorry.families.packing import find_packing
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder
@@ -32,7 +33,7 @@ from lorry.models.loading.tensor_files import (
     stored_float_dtype,
 )
 from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
-from lorry.models.packed.formats import find_packing, packed_format
+from lorry.models.packed.formats import packed_format
 from lorry.models.packed.reading import PackedCheckpoint
 from lorry.notes import NoteCallback, ignore_note
 from lorry.runs.layout import (

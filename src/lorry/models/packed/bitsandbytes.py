@@ -23,7 +23,13 @@ from lorry.adapters.quantization.packed import (
     Quantization,
 )
 from lorry.errors import ModelError
-from lorry.models.packed.parts import Shapes, finite_scales, need_parts, need_shape
+from lorry.models.packed.parts import (
+    Shapes,
+    finite_scales,
+    fp32_scales,
+    need_parts,
+    need_shape,
+)
 
 # a table of a file may be off by the rounding of another device
 TABLE_TOLERANCE = 1e-6
@@ -78,7 +84,7 @@ class BitsAndBytes4Bit:
                 Quantization(self.quantization.name, double=False),
                 shape,
                 codes,
-                _fp32(where, "absmax", scales),
+                fp32_scales(where, "absmax", scales),
             )
         if scales.dtype != torch.uint8:
             raise ModelError(f"{where}: its absmax are {scales.dtype}, with scales of their own")
@@ -95,7 +101,7 @@ class BitsAndBytes4Bit:
             shape,
             codes,
             scales,
-            _fp32(where, "nested_absmax", parts["nested_absmax"]),
+            fp32_scales(where, "nested_absmax", parts["nested_absmax"]),
             finite_scales(where, "nested_offset", offset).to(codes.device),
         )
 
@@ -127,13 +133,8 @@ class BitsAndBytes8Bit:
             )
         if parts["codes"].dtype != torch.int8:
             raise ModelError(f"{where}: its codes are {parts['codes'].dtype}, not int8")
-        scales = _fp32(where, "SCB", parts["SCB"])
+        scales = fp32_scales(where, "SCB", parts["SCB"])
         return PackedInt8(self.quantization, shape, parts["codes"], scales)
-
-
-def _fp32(where: str, part: str, scales: Tensor) -> Tensor:
-    """Scales in float32, whatever floats they are stored as. Raises ModelError."""
-    return finite_scales(where, part, scales.float() if scales.is_floating_point() else scales)
 
 
 def _read_state(where: str, stored: Tensor) -> dict[str, Any]:

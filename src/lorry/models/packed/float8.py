@@ -14,7 +14,7 @@ from torch import Tensor
 from lorry.adapters.quantization.grid import PackedGrid
 from lorry.adapters.quantization.packed import Quantization
 from lorry.errors import ModelError
-from lorry.models.packed.parts import Shapes, finite_scales, need_parts, need_shape
+from lorry.models.packed.parts import Shapes, fp32_scales, need_parts, need_shape
 
 NOT_A_NUMBER = 0x7F  # of e4m3, which has no infinities
 
@@ -55,13 +55,12 @@ class Float8:
                 f"{where}: its weight holds NaN; the checkpoint is damaged: get another copy"
             )
         tile = self._tile(tuple(scales.shape), shape)
-        floats = scales.float() if scales.is_floating_point() else scales
-        grid = floats.reshape(-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
+        grid = scales.reshape(-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
         return PackedGrid(
             self.quantization,
             shape,
             codes,
-            finite_scales(where, "weight_scale_inv", grid),
+            fp32_scales(where, "weight_scale_inv", grid),
             "e4m3",
             tile,
         )

@@ -8,12 +8,12 @@ from typing import Any
 
 from lorry.adapters.quantization.packed import Quantization
 from lorry.errors import ModelError
+from lorry.families.packing import stated_bits, stated_group
 from lorry.models.packed.bitsandbytes import BitsAndBytes4Bit, BitsAndBytes8Bit
 from lorry.models.packed.float8 import Float8
 from lorry.models.packed.groups import Awq, Gptq
 from lorry.models.packed.parts import PackedFormat
 
-CONFIG_KEYS = ("quantization_config", "compression_config")
 UNPACK_ELSEWHERE = (
     "open it once where its library is installed, save it whole (transformers: "
     "model.dequantize(); model.save_pretrained(DIR)), and give that directory"
@@ -40,16 +40,6 @@ REFUSED = {
     ),
 }
 READ = "bitsandbytes, gptq, awq and fp8"
-
-
-def find_packing(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config.json says of packed weights; {} where that is no object, None where it says nothing."""
-    # one level down: multimodal configs keep the text model in a part
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        for key in CONFIG_KEYS:
-            if stated := part.get(key):
-                return stated if isinstance(stated, dict) else {}
-    return None
 
 
 def packed_format(stated: Mapping[str, Any], where: str) -> PackedFormat:
@@ -82,7 +72,7 @@ def _bitsandbytes(stated: Mapping[str, Any], where: str) -> PackedFormat:
 
 def _gptq(stated: Mapping[str, Any], where: str) -> PackedFormat:
     layout = str(stated.get("checkpoint_format", stated.get("format", "gptq"))).lower()
-    bits = stated.get("bits", 4)
+    bits = stated_bits(stated, 4)
     if layout not in ("gptq", "gptq_v2") or stated.get("is_marlin_format"):
         raise ModelError(
             f"{where}: GPTQ in the layout {layout!r}, which is made for one kernel, cannot be read; 'gptq' and "
@@ -101,7 +91,7 @@ def _gptq(stated: Mapping[str, Any], where: str) -> PackedFormat:
 
 def _awq(stated: Mapping[str, Any], where: str) -> PackedFormat:
     layout = str(stated.get("version", stated.get("format", "gemm"))).lower()
-    bits = stated.get("bits", stated.get("w_bit", 4))
+    bits = stated_bits(stated, 4)
     if layout != "gemm" or bits != 4:
         raise ModelError(
             f"{where}: AWQ of {bits} bits in the layout {layout!r} cannot be read; 4 bits as 'gemm' can: give that "
@@ -125,7 +115,7 @@ def _float8(stated: Mapping[str, Any], where: str) -> PackedFormat:
 
 def _group_size(stated: Mapping[str, Any], where: str) -> int | None:
     """Inputs that share a scale; None (-1 in files) for all."""
-    size = stated.get("group_size", stated.get("q_group_size", 128))
+    size = stated_group(stated)
     if not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1:
         raise ModelError(f"{where}: group_size={size!r}; -1 or a number of inputs is expected")
     return None if size == -1 else size

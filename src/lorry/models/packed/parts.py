@@ -52,6 +52,11 @@ def need_shape(
         )
 
 
+def fp32_scales(where: str, part: str, scales: Tensor) -> Tensor:
+    """`finite_scales` in fp32, whatever floats they are stored as. Raises ModelError."""
+    return finite_scales(where, part, scales.float() if scales.is_floating_point() else scales)
+
+
 def finite_scales(where: str, part: str, scales: Tensor) -> Tensor:
     """Scales as `PackedGrid` holds them: fp16 as int16 bits, any other format as fp32. Raises ModelError
     for NaN or infinity, and for numbers that are no floats."""

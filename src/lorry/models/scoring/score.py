@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.tensor_parallel.ranks import CopyToRanks
-from lorry.adapters.variants.own_weights import own_rows, under
+from lorry.adapters.variants.own_weights import find_own_rows, under
 from lorry.data.batch import Batch
 from lorry.errors import ContractError, DataError
 from lorry.kernels.softmax import accumulator_dtype
@@ -389,7 +389,7 @@ def frozen_head(model: CausalLM, call: AdapterContext) -> OutputHead | None:
         head is None
         or not plain
         or head.bias is not None
-        or own_rows(head) is not None
+        or find_own_rows(head) is not None
         or (head.weight.requires_grad and torch.is_grad_enabled())
     ):
         return None

@@ -65,7 +65,7 @@ def refuse_own_experts(
                 )
 
 
-def check_experts(
+def check_experts_on_base(
     run: MoeRunConfig,
     opened: OpenedModel,
     adapters: Mapping[str, Sequence[str]],

@@ -3,7 +3,7 @@ many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from lorry.plan.memory import (
 from lorry.plan.parallel.communication import adapter_sizes, step_collectives
 from lorry.plan.parallel.per_rank import memory_per_rank
 from lorry.plan.parallel.split import ParallelSplit, check_split
-from lorry.plan.report import RunPlan, StepSpeed
+from lorry.plan.report import RunPlan
 from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
 from lorry.plan.shapes import ModelShape, read_model_shape
 from lorry.verbs.planning.description import (
@@ -96,7 +96,7 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         ),
         adapters(choice.rank),
     )
-    budget, budget_is = budget_of(settings, gpu)
+    budget, _ = budget_of(settings, gpu)
     alternative = None
     # a GPU's own memory: say what would fit it, without choosing it unasked
     if budget is not None and search is None:
@@ -109,8 +109,6 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
             rank=found_config.adapter_rank,
         )
         alternative = find_fitting_choice(f"{budget}B", alternatives, need).best
-    flops = count_flops(shape, adapter, setup)
-    tokens = setup.step_tokens * split.data
     return run_plan(
         settings,
         found_config,
@@ -119,18 +117,9 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         setup,
         split,
         adapter,
-        memory=need(choice),
-        flops=flops,
-        speed=step_speed(
-            settings.backend.threads,
-            shape,
-            setup,
-            tokens,
-            tokens * flops.step,
-            gpu,
-            devices_at_once(split, device, choice.accumulation),
-        ),
-        budget=(budget, budget_is),
+        gpu,
+        flops=[count_flops(shape, adapter, setup)],
+        tokens=[setup.step_tokens * split.data],
         search=search,
         alternative=alternative,
     )
@@ -174,8 +163,6 @@ def _plan_of_jobs(
         )
         for job in jobs
     ]
-    tokens = [job.step_tokens * split.data for job in jobs]
-    work = sum(n * each.step for n, each in zip(tokens, flops, strict=True))
     return run_plan(
         settings,
         found_config,
@@ -184,18 +171,9 @@ def _plan_of_jobs(
         setup,
         split,
         adapter,
-        memory=memory_per_rank(shape, adapter, setup, split, choice.accumulation),
-        flops=max(flops, key=lambda each: each.step),
-        speed=step_speed(
-            settings.backend.threads,
-            shape,
-            setup,
-            sum(tokens),
-            work,
-            gpu,
-            devices_at_once(split, device, choice.accumulation),
-        ),
-        budget=budget_of(settings, gpu),
+        gpu,
+        flops=flops,
+        tokens=[job.step_tokens * split.data for job in jobs],
         jobs=jobs,
     )
 
@@ -208,16 +186,19 @@ def run_plan(
     setup: MemorySetup,
     split: ParallelSplit,
     adapter: PlannedAdapter,
+    gpu: str | None,
     *,
-    memory: MemoryEstimate,
-    flops: TokenFlops,
-    speed: StepSpeed | None,
-    budget: tuple[int | None, str],
+    flops: Sequence[TokenFlops],
+    tokens: Sequence[int],
     search: ChoiceSearchResult | None = None,
     alternative: TriedChoice | None = None,
     jobs: tuple[PlannedJob, ...] = (),
 ) -> RunPlan:
-    """A plan with what follows from its description. ``budget``: bytes, and whose they are."""
+    """A plan with what follows from its description: its memory, its speed, its budget. ``flops`` and
+    ``tokens``: for each job that trains, of a token and of an optimizer step on all processes.
+    """
+    accumulation = choice.accumulation
+    budget, budget_is = budget_of(settings, gpu)
     return RunPlan(
         model=settings.model.name,
         where=found_config.where,
@@ -227,12 +208,20 @@ def run_plan(
         split=split,
         adapter_parameters=adapter.parameters,
         adapter_sizes=adapter_sizes(adapter, setup),
-        memory=memory,
-        sent=tuple(step_collectives(shape, adapter, setup, split, choice.accumulation)),
-        flops=flops,
-        speed=speed,
-        budget=budget[0],
-        budget_is=budget[1],
+        memory=memory_per_rank(shape, adapter, setup, split, accumulation),
+        sent=tuple(step_collectives(shape, adapter, setup, split, accumulation)),
+        flops=max(flops, key=lambda each: each.step),
+        speed=step_speed(
+            settings.backend.threads,
+            shape,
+            setup,
+            sum(tokens),
+            sum(n * each.step for n, each in zip(tokens, flops, strict=True)),
+            gpu,
+            devices_at_once(split, setup.device, accumulation),
+        ),
+        budget=budget,
+        budget_is=budget_is,
         search=search,
         alternative=alternative,
         trainable=not unbuilt_backend(settings.backend) and not why_unpacked(settings, shape),

@@ -55,6 +55,7 @@ def plan_device(settings: AnyPlanSettings) -> tuple[DeviceType, str | None]:
 
 
 def plan_split(settings: AnyPlanSettings) -> ParallelSplit:
+    """How `backend` divides the run over processes, unchecked."""
     b = settings.backend
     return ParallelSplit(
         backend=b.name,
@@ -71,6 +72,7 @@ def plan_split(settings: AnyPlanSettings) -> ParallelSplit:
 
 
 def refuse_stages(split: ParallelSplit, what: str) -> None:
+    """Raise ConfigError where the run would be of Megatron's stages, which have no plan of ``what``."""
     if split.backend == "megatron":
         raise ConfigError(
             f"backend=megatron: {what} cannot be planned on it; give backend=ddp or fsdp"
@@ -113,6 +115,9 @@ def rows_of_a_process(settings: AnyPlanSettings, split: ParallelSplit) -> AnyPla
 
 
 def train_of_a_process(train: TrainConfig, split: ParallelSplit) -> TrainConfig:
+    """The rows and the accumulation that one process has where a step's total is kept: its share, rounded
+    up. Raises ConfigError where a step has fewer rows than there are processes.
+    """
     rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     if rows * accumulation < split.data:
         raise ConfigError(
@@ -168,6 +173,9 @@ def job_settings(settings: AnyPlanSettings, found_config: FoundConfig) -> dict[s
 
 
 def budget_of(settings: AnyPlanSettings, gpu: str | None) -> tuple[int | None, str]:
+    """Bytes that the plan has to fit in, and whose they are: asked for, else the GPU's own; None, "" where
+    nothing says.
+    """
     if settings.memory_budget is not None:
         return parse_size(settings.memory_budget), f"memory_budget={settings.memory_budget}"
     return (machine.GPUS[gpu].memory, f"one {gpu}") if gpu else (None, "")

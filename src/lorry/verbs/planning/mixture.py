@@ -19,22 +19,18 @@ from lorry.plan.choices import (
 )
 from lorry.plan.configs import FoundConfig, count_start_values
 from lorry.plan.flops import count_flops
-from lorry.plan.parallel.per_rank import memory_per_rank
 from lorry.plan.report import RunPlan
 from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
 from lorry.verbs.planning.build import build_plan, run_plan
 from lorry.verbs.planning.description import (
     base_formats,
-    budget_of,
-    devices_at_once,
     job_settings,
     plan_device,
     plan_split,
     refuse_stages,
     train_of_a_process,
 )
-from lorry.verbs.planning.speed import step_speed
 
 
 def build_mixture_plans(settings: MoePlanSettings, found_config: FoundConfig) -> dict[str, RunPlan]:
@@ -116,7 +112,6 @@ def _plan_of_router(
     setup = memory_setup(length, choice, device, machine.has_tiles(), reads)
     if router.level == "expert":
         setup = replace(setup, mixed_mlps=router.top_k)
-    flops = count_flops(shape, adapter, setup)
     return run_plan(
         settings,
         found_config,
@@ -125,16 +120,7 @@ def _plan_of_router(
         setup,
         split,
         adapter,
-        memory=memory_per_rank(shape, adapter, setup, split, choice.accumulation),
-        flops=flops,
-        speed=step_speed(
-            settings.backend.threads,
-            shape,
-            setup,
-            setup.step_tokens * split.data,
-            setup.step_tokens * split.data * flops.step,
-            gpu,
-            devices_at_once(split, device, choice.accumulation),
-        ),
-        budget=budget_of(settings, gpu),
+        gpu,
+        flops=[count_flops(shape, adapter, setup)],
+        tokens=[setup.step_tokens * split.data],
     )
