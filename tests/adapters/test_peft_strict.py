@@ -150,7 +150,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "changed the base"),
     "olora": ({"init_lora_weights": "olora"}, "changed the base"),
     "loftq": ({"init_lora_weights": "loftq"}, "changed the base"),
-    "init, a list": ({"init_lora_weights": ["eva"]}, "init_lora_weights=\\['eva'\\]"),
+    "init, a list": ({"init_lora_weights": ["eva"]}, "init_lora_weights=['eva']"),
     "strange init": ({"init_lora_weights": "zzz"}, "init_lora_weights='zzz'"),
     "another method": ({"peft_type": "IA3"}, "IA3"),
     "a classifier": ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
