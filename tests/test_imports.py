@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lorry"
 
 # A room may import rooms on its own line and on lines above it.
 ORDER = [
-    {"errors", "formatting", "notes", "ranks", "visible"},
+    {"errors", "formatting", "notes", "processor", "ranks", "visible"},
     {"disk"},
     {"streams", "console"},
     {"config", "families", "kernels"},
@@ -41,6 +41,7 @@ NO_TORCH = (
     "errors",
     "formatting",
     "notes",
+    "processor",
     "ranks",
     "visible",
     "disk",

@@ -79,12 +79,14 @@ def test_another_processor_or_source_has_a_library_of_its_own(
 ) -> None:
     compiler = str(build.shutil.which("g++"))
     digests = {build._build_digest(compiler)}
-    monkeypatch.setattr(build, "_processor_flags", lambda: "another processor")
+    monkeypatch.setattr(build, "processor_flags", lambda: {"another processor"})
+    digests.add(build._build_digest(compiler))
+    monkeypatch.setenv("LORRY_ISA", "portable")
     digests.add(build._build_digest(compiler))
     (tmp_path / "one.cpp").write_text("int one() { return 1; }")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     digests.add(build._build_digest(compiler))
-    assert len(digests) == 3
+    assert len(digests) == 4
 
 
 def compiler_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> Path:

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 
+from lorry import processor
 from lorry.errors import ModelError
 from lorry.families.packing import find_packing
 from lorry.kernels.build import kernel_status
@@ -114,9 +115,9 @@ def test_names_that_are_nothing(name: str) -> None:
 
 
 def test_the_processor_is_read_as_torch_reads_it() -> None:
-    assert machine.processor_has_bfloat16() == has_fast_bfloat16(torch.device("cpu"))
+    assert processor.has_bfloat16() == has_fast_bfloat16(torch.device("cpu"))
     assert machine.has_tiles() == kernel_status().amx
-    assert machine.processor_name()
+    assert processor.processor_name()
     assert machine.available_threads() >= 1
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lorry import processor
 from lorry.disk.durable import DiskError
 from lorry.plan import machine, rates
 from lorry.plan.rates import KnownRates, RateMeasurement, RunRate
@@ -250,7 +251,7 @@ def identity(
     flags: str = "avx2 amx_tile amx_bf16",
 ) -> Any:
     (tmp_path / "cpuinfo").write_text(CPU.format(model=model, flags=flags))
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     return machine.machine_identity("cpu", "bfloat16", None)
 
 

@@ -1,7 +1,7 @@
 """Build the kernels once per machine, compiler and source, and load them through ctypes.
 
 Every .cpp of this folder becomes one shared library, `HOME/kernels/DIGEST-CONTENT.so`. The digest
-covers sources, compiler and processor, so a cache directory shared by unlike machines holds one
+covers sources, compiler, processor and instruction set, so a cache directory shared by unlike machines holds one
 library for each; the content's own digest is in the name and checked at every load, and a damaged
 library is built again. OpenMP calls bind to the runtime torch has loaded: one pool of threads for
 both.
@@ -33,21 +33,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest
+from lorry.processor import compiler_flags, isa_in_words, processor_flags
 
 SOURCES = Path(__file__).parent
 # LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library
 # of its own in the cache
 EXTRA_FLAGS = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
 # No -ffast-math: NaN and infinity must pass through the kernels, or broken values would go unseen.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-WIDE_VECTOR_FLAGS = (
-    ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-)
+FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # seconds for `--version`, and for one source: fifteen times what a busy slow core takes
 PROBE_SECONDS, COMPILE_SECONDS = (
     30.0,
@@ -63,29 +60,33 @@ LIBRARY_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-w")
 
 @dataclass(frozen=True)
 class KernelStatus:
-    """Whether the kernels run here; if not, why. ``digest`` names the build, ``amx`` whether matrix
-    tiles are used.
+    """Whether the kernels run here; if not, why. ``digest`` names the build, ``amx`` says whether matrix
+    tiles are used, ``isa`` what instruction set it was built for.
     """
 
     active: bool
     reason: str
     digest: str = ""
     amx: bool = False
+    isa: str = ""
 
     def line(self) -> str:
         """One line for people."""
         if not self.active:
             return f"torch only ({self.reason})"
-        return f"compiled C++ ({self.digest[:12]}{', attention on AMX tiles' if self.amx else ''})"
+        tiles = ", attention on AMX tiles" if self.amx else ""
+        return f"compiled C++ for {self.isa} ({self.digest[:12]}{tiles})"
 
 
 def load_library() -> ctypes.CDLL | None:
-    """The loaded kernels, built first if need be, or None where plain torch has to do."""
+    """The loaded kernels, built first if need be, or None where plain torch has to do. Raises
+    ConfigError where LORRY_ISA asks for what this processor lacks.
+    """
     return _build_and_load()[0]
 
 
 def kernel_status() -> KernelStatus:
-    """What `load_library` gives here, and why."""
+    """What `load_library` gives here, and why. Raises ConfigError likewise."""
     return _build_and_load()[1]
 
 
@@ -148,7 +149,7 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
         return None, KernelStatus(False, f"{compiler} failed: {messages[0]}")
     except (OSError, RuntimeError) as e:  # RuntimeError: nobody's home is known
         return None, KernelStatus(False, f"the built kernels cannot be saved or loaded: {e}")
-    return library, KernelStatus(True, "", digest, bool(library.lorry_amx()))
+    return library, KernelStatus(True, "", digest, bool(library.lorry_amx()), isa_in_words())
 
 
 def _build_digest(compiler: str) -> str:
@@ -157,24 +158,16 @@ def _build_digest(compiler: str) -> str:
         compiler,
         _run_command(compiler, "--version", limit=PROBE_SECONDS),
         *FLAGS,
-        *WIDE_VECTOR_FLAGS,
+        *compiler_flags(),
         *LIBRARY_FLAGS,
         *EXTRA_FLAGS,
     ]
-    parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor_flags()]
+    # what -march=native reads
+    parts += [platform.machine(), platform.processor(), *sorted(processor_flags())]
     parts += [
         p.name + p.read_text() for p in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _processor_flags() -> str:
-    """What -march=native reads: the processor's feature flags, where the system tells them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next(
-        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
-    )
 
 
 def _run_command(*command: str, limit: float) -> str:
@@ -284,7 +277,7 @@ def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
             _run_command(
                 compiler,
                 *FLAGS,
-                *WIDE_VECTOR_FLAGS,
+                *compiler_flags(),
                 *LIBRARY_FLAGS,
                 *EXTRA_FLAGS,
                 "-c",

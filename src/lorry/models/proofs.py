@@ -458,6 +458,7 @@ def _native_proof_digest(
         device.type,
         _code_digest(),
         os.environ.get("LORRY_KERNELS", ""),
+        os.environ.get("LORRY_ISA", ""),
     ]
     parts += [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from lorry.errors import ConfigError
 from lorry.plan.constants import GIB
+from lorry.processor import cpuinfo_values, isa_in_words, processor_flags, processor_name
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-CPUINFO = Path("/proc/cpuinfo")
 # What changes torch's speed from outside: threads it takes unasked, instruction sets it is held to.
 IDENTITY_VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
-    "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "LORRY_KERNELS", "CUDA_VISIBLE_DEVICES",
+    "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "LORRY_KERNELS", "LORRY_ISA", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 
 
@@ -48,26 +48,6 @@ def has_cuda() -> bool:
     return NVIDIA_GPUS.is_dir() and any(NVIDIA_GPUS.iterdir())
 
 
-def _cpuinfo_values(*names: str) -> list[str]:
-    """Values of the first processor under these names, those that the system gives, in order."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    values = dict[str, str]()
-    for line in lines:
-        name, _, value = line.partition(":")
-        values.setdefault(name.strip(), value.strip())
-    return [values[name] for name in names if name in values]
-
-
-def processor_name() -> str:
-    """The processor's name."""
-    return (
-        next(iter(_cpuinfo_values("model name")), "") or platform.processor() or platform.machine()
-    )
-
-
 def available_cores() -> set[int]:
     """The numbers of the CPU cores that this process may use."""
     # not os.cpu_count(): a container or taskset may leave this process fewer
@@ -86,15 +66,16 @@ def machine_identity(device: str, precision: str, threads_asked: int | None) -> 
     alike.
 
     A processor's name alone says little: cloud machines of one name differ in instruction sets,
-    cores and neighbours. ``threads_asked``: None, as many as torch takes by itself. Raises nothing.
+    cores and neighbours. ``threads_asked``: None, as many as torch takes by itself. Raises
+    ConfigError where LORRY_ISA asks for what this processor lacks.
     """
     # a digest: the flags are some 150 words, and only their being equal counts
-    flags = hashlib.sha256(" ".join(sorted(_processor_flags())).encode()).hexdigest()[:16]
+    flags = hashlib.sha256(" ".join(sorted(processor_flags())).encode()).hexdigest()[:16]
     return {
         "host": platform.node(),
         "processor": [
             processor_name(),
-            *_cpuinfo_values("cpu family", "model", "stepping"),
+            *cpuinfo_values("cpu family", "model", "stepping"),
             f"flags {flags}",
         ],
         "cores": available_threads(),
@@ -136,13 +117,6 @@ def load_average() -> float | None:
         return None
 
 
-def _processor_flags() -> set[str]:
-    """The processor's features, as the kernel of the system lists them."""
-    listed = " ".join(_cpuinfo_values("flags", "Features")).split()
-    # macOS has no /proc/cpuinfo; Apple's chips are taken to have bf16, as all since the M2 do
-    return set(listed) if CPUINFO.exists() else {"bf16"} if platform.machine() == "arm64" else set()
-
-
 def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
     """What dtype=auto is told to mean, whatever this machine has: ``LORRY_DTYPE=float32`` or
     ``bfloat16``; None: it decides.
@@ -160,18 +134,11 @@ def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
             )
 
 
-def processor_has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16 itself; models/loading/load.py asks
-    torch the same.
-    """
-    return bool(_processor_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
-
-
 def has_tiles() -> bool:
     """Whether the attention kernel will run: matrix tiles, and a compiler to build it with
-    (kernels/build.py).
+    (kernels/build.py). Raises ConfigError where LORRY_ISA asks for what this processor lacks.
     """
     compiler = (
         any(map(shutil.which, ("g++", "c++", "clang++"))) and os.environ.get("LORRY_KERNELS") != "0"
     )
-    return compiler and {"amx_tile", "amx_bf16"} <= _processor_flags()
+    return compiler and isa_in_words() == "amx"

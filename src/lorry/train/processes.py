@@ -42,7 +42,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")  # whose versi
 # one
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 1 << 16
 # what a person says of a process about dtypes, kernels and checks of them
-ARITHMETIC_VARIABLES = ("LORRY_DTYPE", "LORRY_KERNELS", "LORRY_PROOFS")
+ARITHMETIC_VARIABLES = ("LORRY_DTYPE", "LORRY_KERNELS", "LORRY_ISA", "LORRY_PROOFS")
 SAME_FILES = "copy the same files to every machine, or name a shared place"
 SHARED_WAIT_SECONDS = 10.0  # for a network file system to show what another machine has written
 POLL_SECONDS = 0.2

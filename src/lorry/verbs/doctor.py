@@ -79,6 +79,7 @@ def describe_machine() -> dict[str, str]:
 
     from lorry import kernels
     from lorry.models.loading.load import has_fast_bfloat16, pick_device, pick_dtype
+    from lorry.processor import isa_in_words, requested_isa
 
     memory = psutil.virtual_memory()
     # torch's own word, and not the driver's: a build without CUDA finds none
@@ -86,7 +87,8 @@ def describe_machine() -> dict[str, str]:
     facts = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads used)",
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "instruction set": f"{isa_in_words()}{' (LORRY_ISA)' if requested_isa() else ''}, "
+        f"{torch.backends.cpu.get_cpu_capability()} in torch",
         "fast bfloat16": "yes"
         if has_fast_bfloat16(torch.device("cpu"))
         else "no: dtype=auto is float32 on this CPU",

@@ -50,6 +50,7 @@ from lorry.models.tensor_parallel_proof import prove_shared_layers
 from lorry.notes import NoteCallback
 from lorry.plan.machine import dtype_of_auto
 from lorry.plan.parallel.split import check_tensor_parallel
+from lorry.processor import may_use_bfloat16
 from lorry.runs.layout import ADAPTER_FACTS
 
 __all__ = ["LoadedModel", "load_model", "sample_digest"]
@@ -490,11 +491,13 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run on hardware made for them."""
+    """Whether matrix products in bfloat16 run on hardware made for them, and LORRY_ISA allows it."""
     if device.type == "cuda":
         # older GPUs emulate bf16, more slowly than float32
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(
-        has.get(flag, False) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+    return (
+        device.type == "cpu"
+        and may_use_bfloat16()
+        and any(has.get(flag, False) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
     )

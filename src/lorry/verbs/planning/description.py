@@ -30,6 +30,7 @@ from lorry.plan.memory import (
 )
 from lorry.plan.parallel.per_rank import pipeline_slowdown
 from lorry.plan.parallel.split import ParallelSplit
+from lorry.processor import has_bfloat16
 
 DEFAULT_GPU = "h100"
 
@@ -143,7 +144,7 @@ def base_formats(
     whole = settings.model.dtype
     if whole == "auto":
         whole = machine.dtype_of_auto() or (
-            "bfloat16" if device == "cuda" or machine.processor_has_bfloat16() else "float32"
+            "bfloat16" if device == "cuda" or has_bfloat16() else "float32"
         )
     return base_precisions(settings.model.quantize, packed_precision(found_config.config), whole)
 

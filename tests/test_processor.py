@@ -1,0 +1,143 @@
+"""What LORRY_ISA holds Lorry to: what the compiler is told, what dtype=auto means, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorry import kernels, processor
+from lorry.errors import ConfigError
+from lorry.models.loading.load import has_fast_bfloat16
+
+# what Linux tells of some processors, as far as it matters here
+V3 = "sse2 avx avx2 bmi1 bmi2 f16c fma abm movbe"
+V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
+SKYLAKE, COOPER_LAKE = V4, f"{V4} avx512_bf16"
+SAPPHIRE_RAPIDS = f"{COOPER_LAKE} avx512_fp16 amx_tile amx_bf16 amx_int8"
+WIDE = "-mprefer-vector-width=512"
+
+
+def put_in(
+    flags: str, patch: pytest.MonkeyPatch, folder: Path, *, machine: str = "x86_64", isa: str = ""
+) -> None:
+    """Another processor, and what LORRY_ISA says there."""
+    (folder / "cpuinfo").write_text(f"model name : A Xeon\nflags : {flags}\n")
+    patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
+    patch.setattr(processor.platform, "machine", lambda: machine)
+    patch.setenv("LORRY_ISA", isa)
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        (SAPPHIRE_RAPIDS, ("amx", "avx512_bf16", "avx512", "avx2", "portable")),
+        (COOPER_LAKE, ("avx512_bf16", "avx512", "avx2", "portable")),
+        (SKYLAKE, ("avx512", "avx2", "portable")),
+        (V3, ("avx2", "portable")),
+        ("sse2 avx", ("portable",)),
+        # bfloat16 without 512 bits is none of these sets
+        (f"{V3} avx512_bf16", ("avx2", "portable")),
+    ],
+)
+def test_what_a_processor_has(
+    flags: str, has: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_in(flags, monkeypatch, tmp_path)
+    assert processor.processor_isas() == has
+    assert processor.isa_in_words() == (has[0] if len(has) > 1 else "native")
+    assert processor.compiler_flags() == ("-march=native", WIDE)
+
+
+@pytest.mark.parametrize(
+    ("isa", "flags", "bfloat16"),
+    [
+        ("amx", ("-march=native", WIDE), True),
+        (
+            "avx512_bf16",
+            ("-march=native", "-mno-amx-bf16", "-mno-amx-int8", "-mno-amx-tile", WIDE),
+            True,
+        ),
+        ("avx512", ("-march=x86-64-v4", WIDE), False),
+        ("avx2", ("-march=x86-64-v3",), False),
+        ("portable", ("-march=x86-64",), False),
+    ],
+)
+def test_what_each_means(
+    isa: str,
+    flags: tuple[str, ...],
+    bfloat16: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    put_in(SAPPHIRE_RAPIDS, monkeypatch, tmp_path, isa=isa)
+    assert processor.isa_in_words() == isa
+    assert processor.compiler_flags() == flags
+    assert processor.has_bfloat16() == has_fast_bfloat16(torch.device("cpu")) == bfloat16
+
+
+def test_aarch64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    put_in("", monkeypatch, tmp_path, machine="aarch64")
+    (tmp_path / "cpuinfo").write_text("Features : fp asimd bf16\n")
+    assert processor.isa_in_words() == "native"
+    assert processor.compiler_flags() == ("-march=native",)
+    assert processor.has_bfloat16()
+    monkeypatch.setenv("LORRY_ISA", "portable")
+    assert processor.compiler_flags() == ("-march=armv8-a",)
+    assert not processor.has_bfloat16()
+    monkeypatch.setenv("LORRY_ISA", "avx2")
+    with pytest.raises(
+        ConfigError, match=r"aarch64. lacks it; give one of those it has, portable,"
+    ):
+        processor.compiler_flags()
+
+
+@pytest.mark.parametrize(
+    ("isa", "why"),
+    [
+        ("amx", "this processor .A Xeon, x86_64. lacks it; .* it has, avx512, avx2, portable, or"),
+        ("avx1024", "there is no such instruction set; give one of those it has"),
+    ],
+)
+def test_what_the_processor_lacks_is_refused_wherever_it_is_asked(
+    isa: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LORRY_KERNELS", raising=False)
+    monkeypatch.setattr(kernels.build, "_build_and_load", kernels.build._build_and_load.__wrapped__)
+    put_in(SKYLAKE, monkeypatch, tmp_path, isa=isa)
+    for ask in (
+        kernels.kernel_status,
+        kernels.load_library,
+        processor.has_bfloat16,
+        lambda: has_fast_bfloat16(torch.device("cpu")),
+    ):
+        with pytest.raises(ConfigError, match=f"LORRY_ISA='{isa}' in the environment: {why}"):
+            ask()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+def test_the_status_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A library of its own, of which no instruction is beyond what was asked for."""
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path))
+    monkeypatch.setenv("LORRY_ISA", "portable")
+    monkeypatch.setenv("LORRY_KERNELS_FLAGS", "-O0")
+    monkeypatch.delenv("LORRY_KERNELS", raising=False)
+    command = [sys.executable, "-m", "lorry.kernels"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("compiled C++ for portable (")
+    (made,) = (tmp_path / "kernels").iterdir()
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(made)], capture_output=True, text=True
+    ).stdout
+    assert "%xmm" in listing or "%" not in listing
+    assert "%ymm" not in listing
+    assert "%zmm" not in listing
+    monkeypatch.setenv("LORRY_ISA", "none")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("LORRY_ISA='none' in the environment: there is no such")
