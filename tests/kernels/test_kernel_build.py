@@ -53,15 +53,24 @@ def test_a_compiler_that_fails_leaves_nothing(
 
 @pytest.mark.skipif(build.shutil.which("g++") is None, reason="no g++ on this machine")
 def test_built_once_by_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Twice here, without optimisation: every other test with kernels has those of a real build."""
+    """Twice here, without optimisation: every other test with kernels has those of a real build. For
+    LORRY_ISA, of which no instruction may be more than that."""
+    monkeypatch.setenv("LORRY_ISA", "portable")
     flags = (*build.EXTRA_FLAGS, "-O0")
     monkeypatch.setattr(build, "EXTRA_FLAGS", flags)
     monkeypatch.setenv("LORRY_KERNELS_FLAGS", shlex.join(flags))
     line = subprocess.run(
         [sys.executable, "-m", "lorry.kernels"], capture_output=True, text=True, check=True
     ).stdout
-    assert line.startswith("compiled C++")
+    assert line.startswith("compiled C++ for portable (")
     (made,) = (tmp_path / "kernels").iterdir()
+    if objdump := build.shutil.which("objdump"):
+        machine_code = subprocess.run(
+            [objdump, "-d", "--no-show-raw-insn", str(made)], capture_output=True, text=True
+        ).stdout
+        assert "ret" in machine_code
+        assert "%ymm" not in machine_code
+        assert "%zmm" not in machine_code
     stamp = made.stat().st_mtime_ns
     assert build.load_library() is not None
     assert made.name.startswith(f"{build.kernel_status().digest}-")

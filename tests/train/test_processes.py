@@ -98,7 +98,7 @@ def test_a_gpu_asked_for_by_two_processes_is_refused(
         choose_device(asked, ranks_say(None, None))
 
 
-@pytest.mark.parametrize("name", ["LORRY_DTYPE", "LORRY_KERNELS", "LORRY_PROOFS"])
+@pytest.mark.parametrize("name", ["LORRY_DTYPE", "LORRY_KERNELS", "LORRY_ISA", "LORRY_PROOFS"])
 def test_other_words_about_arithmetic_are_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
