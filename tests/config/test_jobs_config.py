@@ -408,6 +408,47 @@ def test_a_grid_is_every_combination() -> None:
     assert build_settings(SweepSettings, made.model_dump(), print).jobs == made.jobs
 
 
+@pytest.mark.parametrize(
+    ("argv", "own", "notes"),
+    [
+        (["variant=lora,adalora", "target_r=2"], {"lora": None, "adalora": 2},
+         ["target_r=2 belongs to variant=adalora: only adalora has it"]),
+        (["variant=lora,adalora", "target_r=2,4", "init_r=12"],
+         {"lora": None, "adalora-target_r2": 2, "adalora-target_r4": 4},
+         ["target_r belongs to variant=adalora: the other combinations are tried without it",
+          "init_r=12 belongs to variant=adalora: only adalora-target_r2, adalora-target_r4 have it"]),
+        (["jobs=[{name: a, variant: adalora, target_r: 3}, {name: b, variant: adalora}, {name: c}]", "target_r=2"],
+         {"a": 3, "b": 2, "c": None}, ["target_r=2 belongs to variant=adalora: only a, b have it"]),
+        # the run's own is AdaLoRA: as it was, what is plain leaves its settings out
+        (["variant=adalora", "target_r=2", "jobs=[{name: a}, {name: b, variant: lora}]"], {"a": 2, "b": None}, []),
+    ],
+)  # fmt: skip
+def test_what_one_variant_has_goes_to_its_jobs(
+    argv: list[str], own: dict[str, int | None], notes: list[str]
+) -> None:
+    said = list[str]()
+    made = parse_settings(SweepSettings, ["data=d", *argv], said.append)
+    found = {name: one.lora for name, one in runs_by_adapter(made).items()}
+    assert {
+        name: lora.target_r if lora and lora.variant == "adalora" else None
+        for name, lora in found.items()
+    } == own
+    assert said == notes
+    # resolved, it is read back without a word
+    again = build_settings(SweepSettings, made.model_dump(), said.append)
+    assert (again.jobs, said) == (made.jobs, notes)
+
+
+def test_where_no_job_is_of_the_kind_its_settings_are_refused() -> None:
+    for words in (["r=2,4", "target_r=2"], ["variant=lora,dora", "target_r=2"]):
+        with pytest.raises(ConfigError, match="target_r is AdaLoRA's; add variant=adalora"):
+            swept(*words)
+    # nor is a start's
+    with pytest.raises(ConfigError, match="keep_residual=true"):
+        swept("init_lora_weights=true,eva", "keep_residual=true")
+    assert swept("init_lora_weights=true,olora", "keep_residual=true") == ["inittrue", "initolora"]
+
+
 def test_passes_of_a_few_jobs_each() -> None:
     made = parse_settings(
         SweepSettings, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], print

@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lorry.config.adapter.belongs import drop_foreign
 from lorry.config.parsing.names import SchemaNames, show_value, union_members
 from lorry.config.parsing.place import (
     GivenSetting,
@@ -198,14 +199,17 @@ def is_sweep_axis(job_names: SchemaNames, setting: GivenSetting) -> bool:
 
 
 def expand_jobs(
-    expanded: Mapping[str, GivenSetting], axes: Sequence[GivenSetting], groups: Sequence[str]
+    expanded: Mapping[str, GivenSetting],
+    axes: Sequence[GivenSetting],
+    groups: Sequence[str],
+    add_note: NoteCallback,
 ) -> list[JobItem]:
     """The jobs that are meant, with settings of some ``groups``. Raises ConfigError where both a
     list of jobs and a sweep are given.
     """
     jobs, sweep = expanded.get("jobs"), expanded.get("sweep")
     listed = [] if jobs is None or jobs.value is None else _listed_jobs(jobs, groups)
-    sweep_items = _sweep_jobs(sweep, axes, groups)
+    sweep_items = _sweep_jobs(sweep, axes, groups, add_note)
     if listed and sweep_items:
         raise ConfigError(
             f"{sweep_items[0].where}: a list of jobs and a sweep are both given; keep one"
@@ -278,7 +282,10 @@ def _spread_group(
 
 
 def _sweep_jobs(
-    sweep: GivenSetting | None, axes: Sequence[GivenSetting], groups: Sequence[str]
+    sweep: GivenSetting | None,
+    axes: Sequence[GivenSetting],
+    groups: Sequence[str],
+    add_note: NoteCallback,
 ) -> list[JobItem]:
     """Every combination of a map of lists, or the maps of a list as they are; names are made from
     the values.
@@ -327,7 +334,7 @@ def _sweep_jobs(
             f"{grid[0].where}: the sweep has {count:,} combinations ({axes_shown}); at most {MOST_JOBS:,} can be trained. "
             "Shorten the lists, or give the combinations themselves as a list of maps"
         )
-    return _name_combinations([list(chosen) for chosen in product(*choices)]) if grid else []
+    return _name_combinations(drop_foreign([*product(*choices)], add_note)) if grid else []
 
 
 def _name_combinations(combinations: Sequence[Sequence[GivenSetting]]) -> list[JobItem]:

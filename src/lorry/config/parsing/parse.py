@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from lorry.config.adapter.belongs import hand_down
 from lorry.config.jobs import (
     EXPANDED_KEYS,
     JobOverrides,
@@ -234,12 +235,13 @@ def _resolve_settings(
             if bases := take_model_axes(model_names, [*inner, *model_axes], add_note):
                 tree["models"] = [{**tree.get("model", {}), **own} for own in bases]
     with _collect_errors(errors):
-        for item in expand_jobs(expanded, axes, groups):
+        for item in expand_jobs(expanded, axes, groups, job_notes.append):
             with _collect_errors(errors):
                 jobs.append(resolve_job_overrides(names, job_names, item, job_notes.append))
     # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
     if errors:
         raise ConfigError(_list_errors(errors))
+    tree = hand_down(tree, jobs, job_notes.append)
     # a hundred jobs have the same alias; its note comes once
     for note in dict.fromkeys(job_notes):
         add_note(note)

@@ -1,0 +1,426 @@
+"""A study: which rank, alpha, layers, rate and variant of LoRA to take, and what each costs.
+
+    make study-variants                            # SmolLM2-135M, gsm8k and common_gen; hours without AMX
+    python benchmarks/variants_study.py --small    # an hour of one core: fewer tokens, rates and seeds
+    python benchmarks/variants_study.py --docs     # docs/choosing.md and its plot from the JSON
+
+Everything is trained by `lorry sweep`, so that jobs share passes over the base, but for whole
+weights (`lorry sft lora=null`), which cannot. A way of training has a curve: held-out loss over a
+grid of learning rates; where the best lies at the grid's edge, the grid grows. The best of each
+variant then trains again under fresh seeds, each variant in a process of its own, whose time and
+memory are its own.
+
+What is finished is not done again: the same command goes on, and exit code 75 says that the time of
+a sitting is over. Rows come from LORRY_DATA or ../shared/data; the tables: variants_table.py.
+Results: benchmarks/results/variants-study-cpu.json, with --small variants-study-small-cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import variants_table
+from experts_rows import MODEL, ROOT, read_lines, set_rows, shuffled
+from unlearn_study import Unfinished, call
+
+TASKS = ("gsm8k", "common_gen")
+JOBS_PER_PASS = 8
+DEFAULT_RATE = 2e-4  # of `learning_rate`: what it costs is asked, too
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. ``rows``: trained on, once, by task; ``held``: rows that are asked;
+    ``batch``: rows a step, ``large`` times that in part d; ``rates``: the grid of LoRA,
+    ``full_rates`` of whole weights, ``few``: how many of the grid's middle a variant has;
+    ``extend``: how often a grid grows at its edge; ``seeds``: fresh ones of the best of each;
+    ``init_rows``: rows that a data-driven start reads.
+    """
+
+    rows: Mapping[str, int]
+    held: int
+    batch: int
+    large: int
+    rates: Sequence[float]
+    full_rates: Sequence[float]
+    few: int
+    extend: int
+    seeds: int
+    init_rows: int
+
+
+FULL = Size(
+    {"gsm8k": 320, "common_gen": 832}, held=128, batch=8, large=8,
+    rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), full_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    few=3, extend=2, seeds=3, init_rows=64,
+)  # fmt: skip
+SMALL = Size(
+    {"gsm8k": 32, "common_gen": 80}, held=16, batch=2, large=4,
+    rates=(3e-4, 1e-3, 3e-3), full_rates=(3e-5, 1e-4, 3e-4),
+    few=3, extend=1, seeds=2, init_rows=8,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training: settings of a job by group, its part of the study, and its grid: that of
+    LoRA times ``shift``, or of whole weights. ``quantize``: how the base is held."""
+
+    name: str
+    words: str
+    part: str
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shift: float = 1.0
+    quantize: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the base's own weights train."""
+        return self.settings.get("lora", {}) is None
+
+    def grid(self, size: Size) -> list[float]:
+        """The rates that are tried at first."""
+        rates = size.full_rates if self.whole else size.rates
+        if self.part == "variants":
+            left = (len(rates) - size.few) // 2
+            rates = rates[left : left + size.few]
+        return [float(f"{rate * self.shift:.2g}") for rate in rates]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training: a way at a rate under a seed."""
+
+    way: Way
+    rate: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its job."""
+        mantissa, exponent = f"{self.rate:.1e}".split("e")
+        return f"{self.way.name}-lr{mantissa}e{int(exponent)}"
+
+
+def list_ways(size: Size, task: str) -> list[Way]:
+    """All of them, in the order of the parts: the most informative first."""
+    steps = size.rows[task] // size.batch
+    large = {"gradient_accumulation_steps": size.large}
+    variants: list[tuple[str, str, dict[str, Any], float]] = [
+        ("rslora-r64", "rsLoRA, r 64, alpha 32", {"r": 64, "lora_alpha": 32, "use_rslora": True}, 0.3),
+        ("loraplus-16", "LoRA+, ratio 16 (rate of A)", {"train": {"loraplus_lr_ratio": 16}}, 0.25),
+        ("dora", "DoRA", {"use_dora": True}, 1),
+        ("pissa", "PiSSA (16 iterations)", {"init_lora_weights": "pissa_niter_16"}, 1),
+        ("eva", "EVA", {"init_lora_weights": "eva", "init_rows": size.init_rows}, 1),
+        ("lora-ga", "LoRA-GA", {"init_lora_weights": "lora_ga", "init_rows": size.init_rows}, 1),
+        ("adalora", "AdaLoRA, ranks 24 to 16 on average",
+         {"variant": "adalora", "init_r": 24, "target_r": 16, "lora_alpha": 48,
+          "tinit": steps // 8, "tfinal": steps // 4}, 3),
+    ]  # fmt: skip
+    found = [
+        Way(f"r{r}-alpha{alpha}", f"r {r}, alpha {alpha}", "ranks",
+            {"lora": {"r": r, "lora_alpha": alpha}})
+        for r, alpha in ((16, 32), (1, 32), (4, 32), (64, 32), (1, 2), (4, 8), (64, 128))
+    ]  # fmt: skip
+    found.append(Way("full", "whole weights", "full", {"lora": None}))  # type: ignore[dict-item]
+    found += [
+        Way(name, words, "variants",
+            {"lora": {k: v for k, v in own.items() if k != "train"}, "train": own.get("train", {})},
+            shift)
+        for name, words, own, shift in variants
+    ]  # fmt: skip
+    found += [
+        Way("nf4", "NF4 base", "variants", quantize="nf4"),
+        Way("nf4-loftq", "NF4 base, LoftQ", "variants", {"lora": {"init_lora_weights": "loftq"}},
+            quantize="nf4"),
+    ]  # fmt: skip
+    # 162,816 values a layer at r 16 on all seven linears of SmolLM2-135M; 161,280 and 164,736 here
+    found += [
+        Way("attention", "attention, r 42", "targets", {"lora": {"r": 42, "target_modules": ATTENTION}}),
+        Way("mlp", "MLP, r 26", "targets", {"lora": {"r": 26, "target_modules": MLP}}),
+        Way("r16-large", f"r 16, {size.batch * size.large} rows a step", "batch", {"train": large}, 3),
+        Way("full-large", f"whole weights, {size.batch * size.large} rows a step", "batch",
+            {"lora": None, "train": large}, 3),  # type: ignore[dict-item]
+    ]  # fmt: skip
+    return found
+
+
+# --- rows
+
+
+def write_rows(folder: Path, size: Size, seed: int = 0) -> None:
+    """TASK.train.jsonl and TASK.held.jsonl, unless they are there. Exits without the data."""
+    if (folder / "done").exists():
+        return
+    source = Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data"))
+    if not (source / "gsm8k").is_dir():
+        sys.exit(
+            f"{source}/gsm8k is not there; set LORRY_DATA to a folder with gsm8k and common_gen"
+        )
+    concepts = shuffled(read_lines(source / "common_gen/commongen.dev.jsonl"), seed)
+    problems = shuffled(read_lines(source / "gsm8k/train_2000.jsonl"), seed)
+    pools = {
+        "gsm8k": (problems, read_lines(source / "gsm8k/test.jsonl")),
+        # it has no test split with references: the end of what was drawn
+        "common_gen": (concepts[: -FULL.held], concepts[-FULL.held :]),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, (train, held) in pools.items():
+        if len(train) < size.rows[task]:
+            sys.exit(f"{task} has {len(train)} rows to train on; {size.rows[task]} are needed")
+        for name, rows in (("train", train[: size.rows[task]]), ("held", held[: size.held])):
+            lines = (json.dumps(row) + "\n" for row in set_rows(task, rows))
+            (folder / f"{task}.{name}.jsonl").write_text("".join(lines))
+    (folder / "done").touch()
+
+
+# --- training: everything by the command line
+
+
+class Study:
+    """One task's trainings: where they lie, what is done, and what does the rest."""
+
+    def __init__(self, args: argparse.Namespace, size: Size, task: str, deadline: float) -> None:
+        self.work, self.size, self.task = args.work / task, size, task
+        self.data, self.threads, self.deadline = args.work / "data", args.threads, deadline
+        self.ways = list_ways(size, task)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.file = self.work / "points.json"
+        self.points: list[dict[str, Any]] = (
+            json.loads(self.file.read_text()) if self.file.exists() else []
+        )
+
+    def has(self, point: Point) -> bool:
+        """Whether it has trained."""
+        key = (point.way.name, point.rate, point.seed)
+        return any((p["way"], p["rate"], p["seed"]) == key for p in self.points)
+
+    def curve(self, way: Way, seed: int = 0) -> dict[float, float]:
+        """{rate: held-out loss}, by rate, of what has trained."""
+        return {
+            p["rate"]: p["loss"]
+            for p in sorted(self.points, key=lambda p: p["rate"])
+            if p["way"] == way.name and p["seed"] == seed
+        }
+
+    def run_all(self) -> None:
+        """Every part, the most informative first. Raises Unfinished."""
+        for part in ("ranks", "full", "variants"):
+            self.run_curves(part)
+        self.run_seeds()
+        for part in ("targets", "batch"):
+            self.run_curves(part)
+
+    def run_curves(self, part: str) -> None:
+        """The curves of a part, grown at their edges."""
+        ways = [way for way in self.ways if way.part == part]
+        points = [Point(way, rate) for way in ways for rate in way.grid(self.size)]
+        if part == "ranks":
+            points.append(Point(ways[0], DEFAULT_RATE))
+        self.run(part, points)
+        for round_ in range(1, self.size.extend + 1):
+            beyond = {way: next_rate(self.curve(way)) for way in ways}
+            points = [Point(way, rate) for way, rate in beyond.items() if rate is not None]
+            self.run(f"{part}-beyond{round_}", points)
+
+    def run(self, label: str, points: Iterable[Point]) -> None:
+        """Train them, jobs that can share a base in one pass."""
+        groups = dict[str, list[Point]]()
+        for point in points:
+            whole = point.name if point.way.whole else ""
+            groups.setdefault(whole or point.way.quantize or "jobs", []).append(point)
+        for base, members in groups.items():
+            for at in range(0, len(members), JOBS_PER_PASS):
+                chunk = members[at : at + JOBS_PER_PASS]
+                # the number is that of the whole list, so that a piece keeps its name
+                piece = f"{label}-{base}-{at // JOBS_PER_PASS + 1}"
+                if not all(map(self.has, chunk)):
+                    self.train(piece, chunk)
+
+    def run_seeds(self) -> None:
+        """The best of each variant, of r 16 and of whole weights under fresh seeds: a process each."""
+        for way in self.ways:
+            if way.part in ("variants", "full") or way is self.ways[0]:
+                curve = self.curve(way)
+                best = Point(way, min(curve, key=lambda rate: curve[rate]))
+                fresh = [Point(way, best.rate, seed) for seed in range(1, self.size.seeds + 1)]
+                if way.whole:
+                    for point in fresh:
+                        if not self.has(point):
+                            self.train(f"seeds-{way.name}-{point.seed}", [point])
+                elif not all(map(self.has, fresh)):
+                    self.train(f"seeds-{way.name}", [best], seeds=self.size.seeds)
+
+    def train(self, piece: str, points: Sequence[Point], seeds: int = 0) -> None:
+        """One command of Lorry's, and its numbers added to points.json. ``seeds``: each point under
+        so many, from 1."""
+        run, (first, *_) = self.work / piece, points
+        settings: dict[str, Any] = {
+            "model": {"name": MODEL, "quantize": first.way.quantize},
+            "backend": {"threads": self.threads},
+            "data": {
+                "path": str(self.data / f"{self.task}.train.jsonl"),
+                "eval": str(self.data / f"{self.task}.held.jsonl"),
+            },
+            "train": {
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": self.size.batch,
+                "eval_strategy": "epoch",
+                "save_steps": 20,
+                "resume_from_checkpoint": "auto",
+                "seed": 1 if seeds else first.seed,
+            },
+            "output_dir": str(run),
+        }
+        if first.way.whole:
+            # of whole weights a checkpoint is gigabytes, and none is needed: a run is short
+            own = {"learning_rate": first.rate, "save_strategy": "no", "eval_on_start": True}
+            settings["train"] |= own | first.way.settings.get("train", {})
+            settings["lora"] = None
+        else:
+            settings["jobs"] = [
+                {
+                    "name": point.name,
+                    "lora": dict(point.way.settings.get("lora", {})),
+                    "train": {
+                        "learning_rate": point.rate,
+                        **point.way.settings.get("train", {}),
+                    },
+                }
+                for point in points
+            ]
+            settings |= {"jobs_per_pass": JOBS_PER_PASS, "seeds": seeds or 1}
+        path = self.work / f"{piece}.yaml"  # JSON, which YAML can read
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+        print(f"--- {self.task} {piece}: {len(points) * (seeds or 1)}", flush=True)
+        spent, before = self.work / f"{piece}.seconds", children_seconds()
+        try:
+            verb = "sft" if first.way.whole else "sweep"
+            call([verb, str(path)], self.work / f"{piece}.log", self.deadline)
+        finally:
+            earlier = float(spent.read_text()) if spent.exists() else 0.0
+            spent.write_text(str(earlier + children_seconds() - before))
+        self.add(run, points, seeds, float(spent.read_text()))
+        # nothing is asked of the adapters again, and whole weights are half a gigabyte each
+        shutil.rmtree(run)
+
+    def add(self, run: Path, points: Sequence[Point], seeds: int, seconds: float) -> None:
+        """A finished run's numbers, into points.json."""
+        lines = read_lines(run / "metrics.jsonl")
+        memory = max(line.get("peak_memory_bytes", 0) for line in lines)
+        if points[0].way.whole:
+            losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+            found = {points[0].name: losses[-1]}
+            base: dict[str, float] = {"base_loss": losses[0]}
+        else:
+            jobs = json.loads((run / "sweep.json").read_text())["jobs"]
+            found = {job["name"]: job.get("eval_loss") for job in jobs}
+            base = {}
+        for point in points:
+            for seed in range(1, seeds + 1) if seeds else (point.seed,):
+                name = f"{point.name}-seed{seed}" if seeds else point.name
+                loss = found.get(name, found.get(f"seed{seed}"))
+                self.points.append({
+                    "way": point.way.name, "rate": point.rate, "seed": seed,
+                    # one that diverged is as bad as it gets, and JSON has no infinity
+                    "loss": loss if loss is not None and math.isfinite(loss) else 99.0,
+                    "tokens": sum(line.get("tokens", 0) for line in lines),
+                    "jobs": max(len(points), 1) * (seeds or 1), "seconds": round(seconds, 1),
+                    "memory_bytes": memory, **base,
+                })  # fmt: skip
+        # a file appears with all of it, or not at all
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps(self.points, indent=0))
+        os.replace(new, self.file)
+
+
+def next_rate(curve: Mapping[float, float]) -> float | None:
+    """The rate beyond the edge at which the best of a curve lies; None where it lies within, or only
+    one was tried."""
+    rates = sorted(curve)
+    if len(rates) < 2:
+        return None
+    best = min(rates, key=lambda rate: curve[rate])
+    if best == rates[-1]:
+        return float(f"{best * best / rates[-2]:.2g}")
+    if best == rates[0]:
+        return float(f"{best * best / rates[1]:.2g}")
+    return None
+
+
+def children_seconds() -> float:
+    """Processor time of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def settings_of(args: argparse.Namespace, size: Size) -> dict[str, Any]:
+    """What a reader needs to run it again; where it lay on this machine is nobody's business."""
+    kept = {k: v for k, v in vars(args).items() if k in ("small", "threads")}
+    return {**kept, "size": asdict(size), "model": MODEL, "default_rate": DEFAULT_RATE}
+
+
+def record(args: argparse.Namespace, size: Size, studies: Sequence[Study]) -> None:
+    """The JSON of what is finished by now."""
+    values = {
+        study.task: {
+            "ways": [{"name": w.name, "words": w.words, "part": w.part} for w in study.ways],
+            "points": study.points,
+        }
+        for study in studies
+        if study.points
+    }
+    if not values:
+        return
+    path = ROOT / "benchmarks/results" / f"{variants_table.NAMES[args.small]}.json"
+    made = variants_table.make_record(values, settings_of(args, size))
+    path.write_text(json.dumps(made, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def main() -> int:
+    """Train what is missing until all is done or the time is over."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="an hour of one core")
+    parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--minutes", type=float, default=20.0, help="of one call of this script")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
+    parser.add_argument("--record", action="store_true", help="the JSON of what is finished")
+    parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and its plot")
+    args = parser.parse_args()
+    size = SMALL if args.small else FULL
+    args.work = args.work or ROOT / "build" / f"study-{variants_table.NAMES[args.small]}"
+    args.threads = args.threads or (1 if args.small else 2)
+    if args.docs:
+        variants_table.write_docs(ROOT)
+        return 0
+    write_rows(args.work / "data", size)
+    deadline = time.monotonic() + 60 * args.minutes
+    studies = [Study(args, size, task, deadline) for task in args.tasks]
+    finished = True
+    try:
+        for study in [] if args.record else studies:
+            study.run_all()
+    except Unfinished:
+        finished = False
+        print("the time of this sitting is over; the same command goes on", flush=True)
+    record(args, size, studies)
+    return 0 if finished else 75  # EX_TEMPFAIL: try again
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,500 @@
+"""What benchmarks/variants_study.py found, as a record, and as the tables and the plot of
+docs/choosing.md, which are made of the record and of nothing else.
+
+A loss is that of the same held-out rows for all. What a seed does to every way of training alike
+(the order of rows) is taken off: the noise of one training is what is left of the fresh seeds'
+losses beyond the means of their ways and of their seeds, pooled over all ways, and every interval
+is Student's t with it. The best rate is the lowest point of a parabola through the best of a curve
+and its two neighbours, over the logarithm of the rate; its interval comes of curves drawn with that
+noise. All of it is about these held-out rows and no others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from measure import machine
+from plots import LINES
+from results import grid
+
+NAMES = {False: "variants-study-cpu", True: "variants-study-small-cpu"}  # by --small
+BEGIN = "<!-- made by: python benchmarks/variants_study.py --docs -->\n"
+END = "<!-- end of what is made -->\n"
+PLAIN, WHOLE = "r16-alpha32", "full"
+DRAWS, LEVEL = 4000, 0.95
+REGRET = "LoRA Without Regret (Schulman 2025)"
+COMPARISON = "PEFT's method comparison (2026)"
+Interval = tuple[float, float, float]  # value, low, high
+Curve = Mapping[float, float]  # {rate: loss}
+
+
+# --- one task's numbers
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one task showed: ``ways`` and ``points`` as in the record."""
+
+    ways: Sequence[Mapping[str, Any]]
+    points: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def words(self) -> dict[str, str]:
+        """{way: what it is called}."""
+        return {way["name"]: way["words"] for way in self.ways}
+
+    @cached_property
+    def curves(self) -> dict[str, dict[float, float]]:
+        """{way: {rate: loss}} of seed 0, by rate."""
+        found = dict[str, dict[float, float]]()
+        for point in sorted(self.points, key=lambda p: p["rate"]):
+            if not point["seed"]:
+                found.setdefault(point["way"], {})[point["rate"]] = point["loss"]
+        return found
+
+    @cached_property
+    def fresh(self) -> dict[str, dict[int, Mapping[str, Any]]]:
+        """{way: {seed: its point}} of the best rates under fresh seeds."""
+        found = dict[str, dict[int, Mapping[str, Any]]]()
+        for point in self.points:
+            if point["seed"]:
+                found.setdefault(point["way"], {})[point["seed"]] = point
+        return found
+
+    @cached_property
+    def noise(self) -> tuple[float, int] | None:
+        """(standard deviation of one training, degrees of freedom), beyond what a seed does to all
+        ways alike; None before there are two ways with two seeds."""
+        seeds = max(map(len, self.fresh.values()), default=0)
+        rows = [
+            [points[seed]["loss"] for seed in sorted(points)]
+            for points in self.fresh.values()
+            if len(points) == seeds
+        ]
+        if seeds < 2 or len(rows) < 2:
+            return None
+        mean = sum(map(sum, rows)) / len(rows) / seeds
+        columns = [sum(row[at] for row in rows) / len(rows) for at in range(seeds)]
+        left = [
+            loss - sum(row) / seeds - column + mean
+            for row in rows
+            for loss, column in zip(row, columns, strict=True)
+        ]
+        freedom = (len(rows) - 1) * (seeds - 1)
+        return math.sqrt(sum(value**2 for value in left) / freedom), freedom
+
+    @cached_property
+    def base_loss(self) -> float | None:
+        """Of the model before any training."""
+        return next((p["base_loss"] for p in self.points if "base_loss" in p), None)
+
+    def half_width(self, trainings: int) -> float:
+        """Of the interval of a difference of two means over so many trainings each; infinite where
+        the noise is not known."""
+        from scipy.special import stdtrit
+
+        if self.noise is None:
+            return math.inf
+        deviation, freedom = self.noise
+        t = float(stdtrit(freedom, (1 + LEVEL) / 2))
+        return t * deviation * math.sqrt(2 / trainings)
+
+    def lowest(self, way: str) -> float:
+        """The best loss of a curve."""
+        return min(self.curves[way].values())
+
+    def over(self, way: str, other: str) -> Interval | None:
+        """What the best of one curve lies over that of another, as a share; one seed each."""
+        if not {way, other} <= set(self.curves):
+            return None
+        return self._share(self.lowest(way), self.lowest(other), 1)
+
+    def over_fresh(self, way: str, other: str = PLAIN) -> Interval | None:
+        """The same of the fresh seeds' means."""
+        both = [self.fresh.get(name, {}) for name in (way, other)]
+        seeds = set(both[0]) & set(both[1])
+        if not seeds:
+            return None
+        means = [sum(points[s]["loss"] for s in seeds) / len(seeds) for points in both]
+        return self._share(*means, len(seeds))
+
+    def _share(self, loss: float, other: float, trainings: int) -> Interval:
+        width = self.half_width(trainings)
+        return tuple((loss - other + by) / other for by in (0, -width, width))  # type: ignore[return-value]
+
+    def drawn_rates(self, way: str) -> list[float]:
+        """The best rate of a way's curve, then those of the curves drawn with the noise."""
+        import numpy as np
+
+        curve = self.curves[way]
+        found = [best_rate(curve)]
+        if self.noise is not None:
+            generator = np.random.default_rng([*way.encode()])
+            noise = generator.normal(0, self.noise[0], (DRAWS, len(curve)))
+            found += [
+                best_rate(dict(zip(curve, losses, strict=True)))
+                for losses in noise + np.array([*curve.values()])
+            ]
+        return found
+
+    def ratio(self, way: str, other: str) -> Interval | None:
+        """The best rate of one way over that of another."""
+        if not {way, other} <= set(self.curves):
+            return None
+        pairs = zip(self.drawn_rates(way), self.drawn_rates(other), strict=True)
+        return interval([one / two for one, two in pairs])
+
+    def cost(self, way: str) -> tuple[float, float] | None:
+        """(seconds of processor time for a training, MiB of its process), of the fresh seeds; of a
+        pass of several each has its share of the time, and all of the memory."""
+        points = [*self.fresh.get(way, {}).values()]
+        if not points:
+            return None
+        seconds = [p["seconds"] / p["jobs"] for p in points]
+        return sum(seconds) / len(points), max(p["memory_bytes"] for p in points) / 2**20
+
+
+def best_rate(curve: Curve) -> float:
+    """Where the parabola through the best of a curve and its neighbours is lowest, over the
+    logarithm of the rate, within the rates tried; at an edge that rate itself."""
+    rates = sorted(curve)
+    at = min(range(len(rates)), key=lambda n: curve[rates[n]])
+    if not 0 < at < len(rates) - 1:
+        return rates[at]
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(r), curve[r]) for r in rates[at - 1 : at + 2])
+    up = (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0)
+    if not up:  # all three alike
+        return rates[at]
+    return math.exp(x1 - ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / (2 * up))
+
+
+def at_edge(curve: Curve) -> str:
+    """``<=`` or ``>=`` where the best of a curve is its lowest or highest rate."""
+    rates = sorted(curve)
+    best = min(rates, key=lambda rate: curve[rate])
+    return "<= " if best == rates[0] else ">= " if best == rates[-1] else ""
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """(the first, 2.5% and 97.5% of the others); without others the bounds are infinite."""
+    import numpy as np
+
+    if len(values) < 2:
+        return values[0], -math.inf, math.inf
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return values[0], float(low), float(high)
+
+
+# --- in words
+
+
+def rate(value: float) -> str:
+    """1.2e-3."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def share(value: Interval | None) -> str:
+    """+0.4% [-0.3%, +1.1%], in words where it may as well be nothing."""
+    if value is None:
+        return "not run"
+    shown = "{:+.1%} [{:+.1%}, {:+.1%}]".format(*value)
+    if not math.isfinite(value[1]):
+        return f"{value[0]:+.1%} (no interval)"
+    return shown + (", cannot be told apart" if value[1] <= 0 <= value[2] else "")
+
+
+def times(value: Interval | None) -> str:
+    """x1.4 [0.9, 2.3]."""
+    if value is None:
+        return "not run"
+    if not math.isfinite(value[1]):
+        return f"x{value[0]:.2g} (no interval)"
+    return "x{:.2g} [{:.2g}, {:.2g}]".format(*value)
+
+
+def rate_interval(found: Found, way: str) -> str:
+    """The best rate of a way with its interval, and whether it lies at the edge of what was tried."""
+    value, low, high = interval(found.drawn_rates(way))
+    edge = at_edge(found.curves[way])
+    if not math.isfinite(low):
+        return f"{edge}{rate(value)}"
+    return f"{edge}{rate(value)} [{rate(low)}, {rate(high)}]"
+
+
+# --- the claims
+
+
+def variant_range(found: Found) -> str:
+    """How far the variants lie from plain LoRA, and from where to where their best rates."""
+    names = [way["name"] for way in found.ways if way["part"] == "variants"]
+    over = {n: value for n in names if (value := found.over_fresh(n)) is not None}
+    if not over:
+        return "not run"
+    low, high = (pick(over, key=lambda n: over[n][0]) for pick in (min, max))
+    rates = [best_rate(found.curves[name]) for name in over]
+    return (
+        f"from {over[low][0]:+.1%} ({found.words[low]}) to {over[high][0]:+.1%} ({found.words[high]}); "
+        f"best rates from {rate(min(rates))} to {rate(max(rates))}"
+    )
+
+
+def batch_effect(found: Found) -> str:
+    """What larger batches cost LoRA and whole weights."""
+    return (
+        f"LoRA {share(found.over('r16-large', PLAIN))}; "
+        f"whole weights {share(found.over('full-large', WHOLE))}"
+    )
+
+
+def dora_cost(found: Found) -> str:
+    """DoRA's loss, time and memory against LoRA's."""
+    own, plain = found.cost("dora"), found.cost(PLAIN)
+    if own is None or plain is None:
+        return "not run"
+    return (
+        f"loss {share(found.over_fresh('dora'))}; time x{own[0] / plain[0]:.2f}, "
+        f"memory x{own[1] / plain[1]:.2f}"
+    )
+
+
+def starts(found: Found) -> str:
+    """The initialisations against LoRA's own."""
+    return "; ".join(
+        f"{words} {share(found.over_fresh(name))}"
+        for name, words in (("pissa", "PiSSA"), ("eva", "EVA"), ("lora-ga", "LoRA-GA"))
+    )
+
+
+CLAIMS: Sequence[tuple[str, str, Callable[[Found], str]]] = (
+    ("at alpha 32 the best rate is nearly the same for all ranks", REGRET,
+     lambda f: f"r 64's over r 1's: {times(f.ratio('r64-alpha32', 'r1-alpha32'))}"),
+    ("with alpha = 2r it falls as the rank grows", "follows from s = alpha/r",
+     lambda f: f"r 64's over r 1's: {times(f.ratio('r64-alpha128', 'r1-alpha2'))}"),
+    ("LoRA's best rate is 10 times that of whole weights, 15 times in short runs", REGRET,
+     lambda f: f"r 16's over whole weights': {times(f.ratio(PLAIN, WHOLE))}"),
+    ("LoRA comes to the loss of whole weights", REGRET,
+     lambda f: f"r 16 over whole weights: {share(f.over_fresh(PLAIN, WHOLE))}"),
+    ("a small rank is as good until its capacity is full", REGRET,
+     lambda f: f"r 1 over r 64, alpha 32: {share(f.over('r1-alpha32', 'r64-alpha32'))}"),
+    ("attention alone loses at equal parameters, MLPs alone do not", REGRET,
+     lambda f: f"attention {share(f.over('attention', PLAIN))}; MLP {share(f.over('mlp', PLAIN))}"),
+    ("larger batches cost LoRA more than whole weights", REGRET, batch_effect),
+    ("with rates tuned, variants lie within 1 to 2%, each at a rate of its own",
+     "Learning Rate Matters (2602.04998)", variant_range),
+    ("rsLoRA at r 64 is the best LoRA", COMPARISON,
+     lambda f: f"over r 16: {share(f.over_fresh('rslora-r64'))}; over r 64, alpha 32: "
+               f"{share(f.over('rslora-r64', 'r64-alpha32'))}"),
+    ("DoRA: nothing gained, 1.26 times the time, 1.10 times the memory", COMPARISON, dora_cost),
+    ("AdaLoRA is far behind", COMPARISON, lambda f: share(f.over_fresh("adalora"))),
+    ("LoRA+ (ratio 16) is better", "2402.12354", lambda f: share(f.over_fresh("loraplus-16"))),
+    ("starts from the base or from rows are better", "2404.02948, 2410.07170, 2407.05000", starts),
+    ("a base in NF4 costs nothing", "QLoRA (2305.14314)", lambda f: share(f.over_fresh("nf4"))),
+    ("LoftQ takes back what 4 bits cost", "2310.08659",
+     lambda f: f"over NF4 alone: {share(f.over_fresh('nf4-loftq', 'nf4'))}"),
+)  # fmt: skip
+
+
+def claims_table(tasks: Mapping[str, Found]) -> tuple[list[str], list[list[str]]]:
+    """Claim, source, what each task showed."""
+    return ["claim", "source", *(f"seen on {task}" for task in tasks)], [
+        [claim, source, *(seen(found) for found in tasks.values())]
+        for claim, source, seen in CLAIMS
+    ]
+
+
+# --- the other tables
+
+
+def curves_table(found: Found) -> tuple[list[str], list[list[str]]]:
+    """Every way: its curve, its best rate, the loss there, and that over plain LoRA's."""
+    columns = ["", "loss by rate", "best rate [95%]", "lowest loss", "over r 16, alpha 32"]
+    return columns, [
+        [
+            words,
+            ", ".join(f"{rate(r)}: {loss:.3f}" for r, loss in found.curves[name].items()),
+            rate_interval(found, name),
+            f"{found.lowest(name):.4f}",
+            "" if name == PLAIN else share(found.over(name, PLAIN)),
+        ]
+        for name, words in found.words.items()
+        if name in found.curves
+    ]
+
+
+def seeds_table(found: Found) -> tuple[list[str], list[list[str]]]:
+    """The best of each variant under fresh seeds, with time and memory."""
+    columns = ["", "rate", "loss, mean of the seeds", "over r 16, alpha 32", "CPU s", "MiB"]
+    rows = []
+    for name, words in found.words.items():
+        points, cost = [*found.fresh.get(name, {}).values()], found.cost(name)
+        if cost is not None:
+            mean = sum(point["loss"] for point in points) / len(points)
+            over = "" if name == PLAIN else share(found.over_fresh(name))
+            cells = [f"{mean:.4f}", over, f"{cost[0]:.0f}", f"{cost[1]:.0f}"]
+            rows.append([words, rate(points[0]["rate"]), *cells])
+    return columns, rows
+
+
+def passed_over(found: Found, default: float) -> str:
+    """What the default rate costs against the best of its curve, in words; empty where it was not
+    tried."""
+    curve = found.curves.get(PLAIN, {})
+    if default not in curve:
+        return ""
+    best = min(curve, key=lambda r: curve[r])
+    lost = (curve[default] - curve[best]) / curve[best]
+    return f"loss {curve[default]:.3f} at {rate(default)}, {curve[best]:.3f} at {rate(best)} ({lost:+.1%})"
+
+
+# --- the record and the page
+
+
+def found_of(record: Mapping[str, Any]) -> dict[str, Found]:
+    """{task: what it showed}."""
+    return {task: Found(v["ways"], v["points"]) for task, v in record["values"].items()}
+
+
+def make_record(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything as JSON. ``values``: of each task its ways and points."""
+    columns, rows = claims_table(found_of({"values": values}))
+    small = " (small)" if settings["small"] else ""
+    return {
+        "title": f"Ranks, rates, layers and variants{small}, {settings['model']}",
+        "text": (
+            "`make study-variants`, or `benchmarks/variants_study.py` with the settings in the JSON: "
+            "held-out loss [95%]; docs/choosing.md has the rest."
+        ),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "settings": settings,
+        "columns": columns,
+        "rows": rows,
+        "values": values,
+    }
+
+
+def docs_section(record: Mapping[str, Any], picture: str) -> str:
+    """What stands between the marks of docs/choosing.md."""
+    settings, where = record["settings"], record["machine"]
+    size, threads = settings["size"], settings["threads"]
+    small = " --small" if settings["small"] else ""
+    tasks = found_of(record)
+    rows = ", ".join(f"{size['rows'][task]} of {task}" for task in tasks)
+    parts = [
+        f"{record['date']}, `python benchmarks/variants_study.py{small}`, {settings['model']} on "
+        f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows} rows, {size['batch']} a "
+        f"step, {size['held']} held-out rows each, {size['seeds']} fresh seeds of the best of each.",
+        table(claims_table(tasks)),
+        f"![Held-out loss by learning rate]({picture})",
+    ]
+    for task, found in tasks.items():
+        parts += [f"### {task}", task_text(found, settings), table(curves_table(found))]
+        if found.fresh:
+            parts += ["The best of each under fresh seeds:", table(seeds_table(found))]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def task_text(found: Found, settings: Mapping[str, Any]) -> str:
+    """How many trainings of how many tokens, and how much one of them says."""
+    tokens = [p["tokens"] / p["jobs"] for p in found.points]
+    said = [f"{len(found.points)} trainings of about {sum(tokens) / len(tokens):,.0f} tokens."]
+    if found.base_loss is not None:
+        said.append(f"Before training the loss is {found.base_loss:.3f}.")
+    if found.noise is not None:
+        deviation, freedom = found.noise
+        plain = found.lowest(PLAIN)
+        said.append(
+            f"The noise of one training is {deviation:.4f} ({deviation / plain:.2%} of the loss; "
+            f"{freedom} degrees of freedom): two of one seed are told apart from "
+            f"{found.half_width(1) / plain:.1%} on, two means over {settings['size']['seeds']} seeds from "
+            f"{found.half_width(settings['size']['seeds']) / plain:.1%}."
+        )
+    if lost := passed_over(found, settings["default_rate"]):
+        said.append(f"At the default rate, r 16: {lost}.")
+    return " ".join(said)
+
+
+def table(columns_and_rows: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
+    """As Markdown."""
+    return grid(*columns_and_rows)
+
+
+def shown_record(root: Path) -> tuple[str, dict[str, Any]]:
+    """(name, record) of what docs/choosing.md shows: the full study's, else the small one's. Exits
+    where there is none."""
+    for name in (NAMES[False], NAMES[True]):
+        path = root / "benchmarks/results" / f"{name}.json"
+        if path.exists():
+            return name, dict(json.loads(path.read_text()))
+    raise SystemExit("no record of the study is there; run make study-variants")
+
+
+def page_with(page: str, section: str) -> str:
+    """docs/choosing.md with another section between the marks."""
+    before, mark, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise SystemExit(f"docs/choosing.md lacks the lines {BEGIN!r} and {END!r}")
+    return before + BEGIN + section + END + after
+
+
+def write_docs(root: Path) -> None:
+    """The section of docs/choosing.md, and its plot."""
+    name, record = shown_record(root)
+    page, picture = root / "docs/choosing.md", f"results/{name}.png"
+    page.write_text(page_with(page.read_text(), docs_section(record, picture)))
+    draw(found_of(record), root / "docs" / picture)
+    print(f"{page} and {picture}, from {name}.json")
+
+
+PANELS: Sequence[tuple[str, Callable[[Mapping[str, Any]], bool]]] = (
+    ("ranks at alpha 32", lambda w: w["part"] == "ranks" and w["name"].endswith("alpha32")),
+    ("ranks at alpha 2r", lambda w: w["name"] in (PLAIN, "r1-alpha2", "r4-alpha8", "r64-alpha128")),
+    ("whole weights, layers, batches",
+     lambda w: w["name"] == PLAIN or w["part"] in ("full", "targets", "batch")),
+    ("variants", lambda w: w["name"] == PLAIN or w["part"] == "variants"),
+)  # fmt: skip
+
+
+def draw(tasks: Mapping[str, Found], path: Path) -> None:
+    """Loss against rate, a row of panels for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(tasks), len(PANELS), figsize=(4.2 * len(PANELS), 3.6 * len(tasks)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for row, (task, found) in zip(axes, tasks.items(), strict=True):
+        for axis, (title, shown) in zip(row, PANELS, strict=True):
+            ways = [way for way in found.ways if shown(way) and way["name"] in found.curves]
+            for way, colour in zip(ways, LINES * 2, strict=False):
+                curve = found.curves[way["name"]]
+                axis.plot(
+                    [*curve], [*curve.values()], "o-", color=colour, markersize=3.5, linewidth=1.2,
+                    label=way["words"],
+                )  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_title(f"{task}: {title}", fontsize=9)
+            # what diverged would press the rest into a line
+            lowest = [found.lowest(way["name"]) for way in ways]
+            if lowest and found.base_loss is not None:
+                axis.set_ylim(min(lowest) - 0.02, found.base_loss * 1.02)
+            axis.tick_params(labelsize=7)
+            axis.legend(fontsize=6, frameon=False)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("learning rate", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
