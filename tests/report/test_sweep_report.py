@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from lorry.report.html import render_page
 from lorry.report.plots import render_panel_png
 from lorry.report.sweep import Combination, combine_seeds, rate_panel, sweep_advice
+from lorry.report.sweep_sections import sweep_section
+from lorry.runs.read import RunRecord, read_run
+from tests.support.runs import full
 
 
 def row(rank: int, rate: float, seed: int, loss: float | None) -> dict[str, Any]:
@@ -101,3 +108,50 @@ def test_a_curve_for_each_rank_over_the_rates() -> None:
     assert max(bars[1].values) == pytest.approx(0.508 + 12.706 * 0.5, rel=1e-3)
     assert render_panel_png(panel).startswith(b"\x89PNG")
     assert rate_panel(combine_seeds(rows[:2], "eval_loss"), held_out=True) is None
+
+
+def swept_run(folder: Path, jobs: Sequence[str], document: object) -> RunRecord:
+    """A run of some jobs, and a sweep.json above its directory."""
+    run = full(folder / "pass-1")
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    described = {**settings, "jobs": [{"name": name} for name in jobs]}
+    (run / "run.yaml").write_text(yaml.safe_dump(described))
+    (folder / "sweep.json").write_text(json.dumps(document))
+    return read_run(run)
+
+
+def test_a_page_shows_the_sweep_that_its_run_is_a_pass_of(tmp_path: Path) -> None:
+    rows = [row(r, rate, 0, r * rate) for r in (4, 8) for rate in (1e-4, 1e-3)]
+    document = {"jobs": rows, "advice": ["take <r4>: loss 0.0004"]}
+    run = swept_run(tmp_path, ["r4-lr0.0001-seed0"], document)
+    page = sweep_section([run, run])
+    assert page is not None
+    assert page.count("take &lt;r4&gt;: loss 0.0004") == 1  # one sweep, however many of its passes
+    assert "Held-out loss by learning rate" in page
+    places = [page.index(f">r{r}-lr{rate}</th>") for r, rate in
+              ((4, 0.0001), (8, 0.0001), (4, 0.001), (8, 0.001))]  # fmt: skip
+    assert places == sorted(places)
+    assert "<td>r 4, learning_rate 0.0001</td>" in page
+    assert 'id="sweep"' in render_page([run])
+    # a run beside which a sweep of others lies is no pass of it
+    assert sweep_section([swept_run(tmp_path, ["other"], document)]) is None
+    # nor has a run without one a section
+    assert sweep_section([read_run(full(tmp_path / "x" / "y" / "z"))]) is None
+
+
+@pytest.mark.parametrize(
+    ("document", "why"),
+    [
+        ([], "expected an object, got list"),
+        ({"jobs": []}, "jobs have to be a list of some"),
+        ({"jobs": [row(4, 1e-3, 0, 1.0)], "advice": [3]}, "advice a list of texts"),
+        ({"jobs": [{**row(4, 1e-3, 0, 1.0), "eval_loss": "low"}]}, "job 1 lacks"),
+        ({"jobs": [row(4, -1.0, 0, 1.0)]}, "job 1 lacks"),
+    ],
+)
+def test_a_damaged_sweep_is_said_on_the_page_of_its_run(
+    document: object, why: str, tmp_path: Path
+) -> None:
+    page = sweep_section([swept_run(tmp_path, ["a"], document)])
+    assert page is not None
+    assert why in page

@@ -63,6 +63,8 @@ def test_a_grid_in_one_pass(
     page = (out / "report.html").read_text()
     assert "Held-out loss of each adapter" in page
     assert all(f">{job['name']}</th>" in page for job in jobs)
+    assert "Held-out loss by learning rate" in page
+    assert page.count("is the highest that was tried") == 1
     document = json.loads((out / "sweep.json").read_text())
     assert [one["seeds"] for one in document["combinations"]] == [1] * 4
     assert (
@@ -124,6 +126,9 @@ def test_several_passes_are_ranked_together(
         == "last training loss (nothing held out)"
     )
     assert [job["loss"] for job in jobs] == sorted(job["loss"] for job in jobs)
+    # a pass of one job has the page of the whole sweep, too
+    for number in (1, 2):
+        assert 'id="sweep"' in (out / f"pass-{number}" / "report.html").read_text()
     assert {job["name"]: str(Path(job["path"]).relative_to(out)) for job in jobs} == {
         "seed0": "pass-1/seed0", "seed1": "pass-1/seed1", "seed2": "pass-2",
     }  # fmt: skip

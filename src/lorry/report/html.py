@@ -24,6 +24,7 @@ from lorry.report.inline_svg import render_chart
 from lorry.report.markup import SafeHtml, html_tag, join_html
 from lorry.report.plots import SERIES_COLORS
 from lorry.report.router_sections import router_section
+from lorry.report.sweep_sections import sweep_section
 from lorry.report.unlearning.curves import unlearning_panels
 from lorry.report.unlearning.sections import attack_tables, suite_tables
 from lorry.runs import status
@@ -337,6 +338,7 @@ def _unlearning_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
 PageSection = Callable[[Sequence[RunRecord]], SafeHtml | None]
 PAGE_SECTIONS: tuple[PageSection, ...] = (
     _figures_section,
+    sweep_section,
     _adapters_section,
     _unlearning_section,
     _curves_section,

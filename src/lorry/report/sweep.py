@@ -57,6 +57,10 @@ class Combination:
         width = self.half_width
         return format_number(self.mean) + ("" if width is None else f" +- {format_number(width)}")
 
+    def describe_settings(self) -> str:
+        """``r 8, learning_rate 0.001``."""
+        return ", ".join(f"{name.rpartition('.')[2]} {v}" for name, v in self.settings.items())
+
     def as_json(self) -> dict[str, Any]:
         """Its row in sweep.json."""
         return {

@@ -124,7 +124,7 @@ class RunRecord:
     evals: RunEvals = field(default_factory=RunEvals)
 
     @cached_property
-    def _described_jobs(self) -> dict[str, dict[str, Any]]:
+    def described_jobs(self) -> dict[str, dict[str, Any]]:
         """The jobs of run.yaml by name: a run may have a thousand, each of which is asked for its
         groups many times.
         """
@@ -141,7 +141,7 @@ class RunRecord:
     @property
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs of a run of several; none of a run of one. Raises DataError."""
-        jobs = self._described_jobs
+        jobs = self.described_jobs
         return list(jobs.values()) if len(jobs) > 1 else []
 
     @property
@@ -154,7 +154,7 @@ class RunRecord:
         whose own settings go before the run's; empty where it is null. Raises DataError where
         run.yaml holds something else there.
         """
-        jobs = self._described_jobs
+        jobs = self.described_jobs
         # a run of one job is that job, and nothing else of it has the job's name
         own = next(iter(jobs.values()), {}) if len(jobs) == 1 else jobs.get(job or "", {})
         return _settings_map(self, name, self.config.get(name)) | _settings_map(

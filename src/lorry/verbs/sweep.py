@@ -23,7 +23,7 @@ from lorry.console import VisibleConsole
 from lorry.disk import durable
 from lorry.errors import ConfigError
 from lorry.runs import ownership
-from lorry.runs.layout import REPORT, SWEEP, SWEEP_PLOT, RunDir
+from lorry.runs.layout import SWEEP, SWEEP_PLOT, RunDir
 
 if TYPE_CHECKING:
     from lorry.report.sweep import Combination
@@ -61,7 +61,7 @@ def _train_and_rank(settings: SweepSettings) -> None:
     from lorry.train.session import train_run
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
-    rows, paths = list[dict[str, Any]](), list[Path]()
+    rows, run_dirs = list[dict[str, Any]](), list[Path]()
     passes = settings.passes()
     for run in passes:
         claim_output_dir(
@@ -85,7 +85,7 @@ def _train_and_rank(settings: SweepSettings) -> None:
         with push_when_finished(run.train, run.output_dir, listener.note):
             result = train_run(run, listeners=[listener])
         rows += sweep_rows(settings, run, result)
-        paths.append(write_report([result.path]).parent)
+        run_dirs.append(result.path)
     held_out = any("eval_loss" in row for row in rows)
     loss = "eval_loss" if held_out else "loss"
     ranked = combine_seeds(rows, loss)
@@ -113,8 +113,9 @@ def _train_and_rank(settings: SweepSettings) -> None:
         print(line, file=sys.stderr)
     if SWEEP_PLOT in files:
         print(f"plot    {settings.output_dir / SWEEP_PLOT}", file=sys.stderr)
-    for path in paths:
-        print(f"report  {path / REPORT}", file=sys.stderr)
+    # after sweep.json, which their pages show
+    for run_dir in run_dirs:
+        print(f"report  {write_report([run_dir])}", file=sys.stderr)
     # alone on standard output: `lorry chat $(lorry sweep ...)`
     print(ranked[0].path)
 
@@ -163,10 +164,9 @@ def _ranking_key(row: Mapping[str, Any], loss: str) -> float:
 def _sweep_row_cells(one: Combination) -> tuple[str, str, dict[str, str]]:
     from lorry.formatting import format_number
 
-    settings = ", ".join(f"{name.rpartition('.')[2]} {v}" for name, v in one.settings.items())
     return (
         one.name,
-        settings,
+        one.describe_settings(),
         {
             "loss": one.describe_loss(),
             "seeds": str(len(one.losses)),
