@@ -208,12 +208,12 @@ class Study:
         key = (point.way.name, point.rate, point.seed)
         return any((p["way"], p["rate"], p["seed"]) == key for p in self.points)
 
-    def curve(self, way: Way, seed: int = 0) -> dict[float, float]:
-        """{rate: held-out loss}, by rate, of what has trained."""
+    def curve(self, way: Way, rates: Sequence[float] | None = None) -> dict[float, float]:
+        """{rate: held-out loss} of what has trained under seed 0, at these rates or at all."""
         return {
             p["rate"]: p["loss"]
-            for p in sorted(self.points, key=lambda p: p["rate"])
-            if p["way"] == way.name and p["seed"] == seed
+            for p in self.points
+            if p["way"] == way.name and not p["seed"] and (rates is None or p["rate"] in rates)
         }
 
     def run_all(self) -> None:
@@ -226,15 +226,18 @@ class Study:
 
     def run_curves(self, part: str) -> None:
         """The curves of a part, grown at their edges."""
-        ways = [way for way in self.ways if way.part == part]
-        points = [Point(way, rate) for way in ways for rate in way.grid(self.size)]
+        tried = {way.name: way.grid(self.size) for way in self.ways if way.part == part}
         if part == "ranks":
-            points.append(Point(ways[0], DEFAULT_RATE))
-        self.run(part, points)
-        for round_ in range(1, self.size.extend + 1):
-            beyond = {way: next_rate(self.curve(way)) for way in ways}
-            points = [Point(way, rate) for way, rate in beyond.items() if rate is not None]
-            self.run(f"{part}-beyond{round_}", points)
+            tried[variants_table.PLAIN].append(DEFAULT_RATE)
+        by_name = {way.name: way for way in self.ways}
+        self.run(part, [Point(by_name[name], rate) for name in tried for rate in tried[name]])
+        for number in range(1, self.size.extend + 1):
+            # of what was tried before this round: the same command a second time finds the same
+            curves = {name: self.curve(by_name[name], rates) for name, rates in tried.items()}
+            beyond = {n: rate for n, curve in curves.items() if (rate := next_rate(curve))}
+            self.run(f"{part}-beyond{number}", [Point(by_name[n], r) for n, r in beyond.items()])
+            for name, rate in beyond.items():
+                tried[name].append(rate)
 
     def run(self, label: str, points: Iterable[Point]) -> None:
         """Train them, jobs that can share a base in one pass."""
