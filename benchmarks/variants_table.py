@@ -389,7 +389,7 @@ def docs_section(record: Mapping[str, Any], picture: str) -> str:
     tasks = found_of(record)
     rows = ", ".join(f"{size['rows'][task]} of {task}" for task in tasks)
     parts = [
-        f"{record['date']}, `python benchmarks/variants_study.py{small}`, {settings['model']} on "
+        f"{record['date']}, `python benchmarks/variants_study.py{small}`, {settings['model']} in {size['dtype']} on "
         f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows} rows, {size['batch']} a "
         f"step, {size['held']} held-out rows each, {size['seeds']} fresh seeds of the best of each.",
         table(claims_table(tasks)),
