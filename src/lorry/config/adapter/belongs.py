@@ -27,8 +27,11 @@ MOST_NAMED = 4  # jobs in a note
 class HasTree(Protocol):
     """A job: its name and its own settings, {group: {setting: value}}."""
 
-    name: str
-    tree: dict[str, dict[str, Any]]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tree(self) -> dict[str, dict[str, Any]]: ...
 
 
 def hand_down(
