@@ -1,4 +1,4 @@
-"""The norm of a flat buffer against numpy's sum in float64."""
+"""A flat buffer: its norm against numpy's sum in float64; its tensors in stacks against slices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
+from lorry.adapters.flat_buffer import BLOCK, euclidean_norm, stack_equal
 
 
 @pytest.mark.parametrize("count", [0, 1, BLOCK - 1, BLOCK, 5 * BLOCK + 3, 30_000_000])
@@ -27,3 +27,25 @@ def test_a_value_that_is_none_is_in_the_norm(at: int, value: float) -> None:
     flat = torch.ones(2 * BLOCK + 1, dtype=torch.float32)
     flat[at] = value
     assert not math.isfinite(euclidean_norm(flat))
+
+
+# of three layers that are alike: q, k, a wide one; and of modules in no order
+LAYERS = [(4, 6), (2, 6), (4, 6), (4, 9)] * 3
+NO_ORDER = [(4, 6), (4, 6), (2, 3), (4, 6), (4, 6), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize(("shapes", "count"), [(LAYERS, 4), (NO_ORDER, 4), ([(3, 2)], 1), ([], 0)])
+def test_stacks_hold_every_tensor_once(shapes: list[tuple[int, int]], count: int) -> None:
+    before, behind = 5, 3
+    flat = torch.arange(before + sum(math.prod(s) for s in shapes) + behind, dtype=torch.float32)
+    starts = [before + sum(math.prod(s) for s in shapes[:n]) for n in range(len(shapes))]
+    stacks = stack_equal(shapes, starts)
+    assert len(stacks) == count
+    assert sorted(m for stack in stacks for m in stack.members) == list(range(len(shapes)))
+    for stack in stacks:
+        for number, got in zip(stack.members, stack.view(flat), strict=True):
+            size = math.prod(shapes[number])
+            wanted = flat[starts[number] : starts[number] + size].view(shapes[number])
+            assert torch.equal(got, wanted)
+        stack.view(flat).zero_()
+    assert flat.count_nonzero() == before + behind - 1  # the first value is 0

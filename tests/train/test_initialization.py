@@ -176,10 +176,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "loftq": ({"init_lora_weights": "loftq"}, "give model.quantize=nf4"),
     "kept": ({"init_lora_weights": "loftq", "quantize": "keep"}, "give model.quantize=nf4"),
-    "gradients": (
-        {"init_lora_weights": "lora_ga", "quantize": "int8"},
-        "needs gradients of the base, which model.quantize=int8 packs",
-    ),
     "streamed": ({"init_lora_weights": "eva", "streaming": True}, "leave data.streaming out"),
     "cut": (
         {"init_lora_weights": "pissa", "backend": "fsdp", "processes": 2},

@@ -111,7 +111,8 @@ class AdapterSlot:
     def factors(self) -> tuple[Tensor, Tensor]:
         """lora_A [R',I] and lora_B [O,R'] whose scaled product is all that the adapter adds here,
         fp32: the masters, or behind them what is taken off, R' = 2R."""
-        a, b = self.lora_A.detach(), self.B.detach()
+        with torch.no_grad():
+            a, b = self.lora_A.detach(), self.B.detach()
         if self.initial is None:
             return a, b
         a0, b0 = self.initial

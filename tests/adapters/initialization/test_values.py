@@ -23,7 +23,7 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.bank import Adapter
 from lorry.adapters.initialization.factors import module_seed
 from lorry.adapters.initialization.recording import counting_tokens
-from lorry.adapters.quantization.linear import quantize_linears
+from lorry.adapters.quantization.linear import open_linears, quantize_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS, pack
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
@@ -233,10 +233,20 @@ def test_lora_ga_as_peft(family: str, tiny: Callable[..., nn.Module], ids: Tenso
             torch.testing.assert_close(got.norm(dim=1), want.norm(dim=1), rtol=0.02, atol=1e-6)
 
 
-def test_lora_ga_by_float64(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
-    """The gradient's own directions, by autograd and numpy in float64: what B A is made of."""
-    mine, truth = tiny("llama"), tiny("llama").double()
+@pytest.mark.parametrize("format_name", [None, "nf4", "int8"])
+def test_lora_ga_by_float64(
+    format_name: str | None, tiny: Callable[..., nn.Module], ids: Tensor
+) -> None:
+    """The gradient's own directions, by autograd and numpy in float64: what B A is made of. Of a packed base
+    (opened to float32) that at the values it computes with."""
+    mine, truth = tiny("llama"), tiny("llama")
+    if format_name is not None:
+        for model in (mine, truth):
+            quantize_linears(model, QUANTIZATIONS[format_name], torch.float32)
+        open_linears(truth)
     path = "model.layers.1.mlp.down_proj"
+    truth = truth.double()
+    truth.get_submodule(path).weight.requires_grad_(True)
     truth(input_ids=ids, labels=ids).loss.backward()
     u, s, vh = np.linalg.svd(truth.get_submodule(path).weight.grad.numpy())
     adapter = attach(

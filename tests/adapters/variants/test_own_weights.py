@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from lorry.adapters.spec import LoraSpec
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.data.batch import TokenizedExample, collate
-from lorry.errors import ConfigError, ContractError
+from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.families import find_family
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
@@ -383,6 +384,46 @@ def test_what_has_no_meaning_is_refused(tiny: Any, ids: Tensor, tmp_path: Path) 
     ]:
         with pytest.raises(ConfigError, match=message):
             LoraSpec(**spec)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["k_proj", "norm"], "target_modules": ["q_proj"]},
+        {"modules_to_save": ["self_attn"], "target_modules": ["up_proj"]},
+    ],
+    ids=["linears", "blocks"],
+)
+def test_biases_of_whole_modules_beside_all_others(
+    settings: dict[str, Any], tiny: Any, ids: Tensor, tmp_path: Path
+) -> None:
+    """PEFT writes those of whole modules three times, once as the base has them."""
+    asked = peft.LoraConfig(r=2, bias="all", task_type="CAUSAL_LM", **settings)
+    theirs = peft.get_peft_model(tiny("qwen2"), asked).eval()
+    shaken(theirs)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    copies = [name for name in tensors if ".modules_to_save." in name]
+    base = [name for name in tensors if ".original_module." in name]
+    assert copies
+    assert len(base) == len(copies)
+    model = tiny("qwen2")
+    adapter = load_adapter(model, tmp_path)
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        assert (tiny("qwen2")(input_ids=ids).logits - wanted).abs().max() > 1e-2
+    assert all(".bias" not in name or "original" not in name for name in adapter.tensors())
+    # and back: what Lorry writes is each once
+    save_adapter(model, tmp_path / "again")
+    back = peft.PeftModel.from_pretrained(tiny("qwen2"), tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    for name, message in ((copies[0], "two different ones"), (base[0], "differs from the weight")):
+        save_file({**tensors, name: tensors[name] + 1}, file)
+        with pytest.raises(ModelError, match=message):
+            load_adapter(tiny("qwen2"), tmp_path)
 
 
 def test_layers_pattern_says_which_number_is_a_layers(tiny: Any) -> None:

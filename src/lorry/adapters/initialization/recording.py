@@ -3,7 +3,8 @@
     moments = record_inputs(layers, run_model)         # {path: InputMoments}
     gradients = record_gradients(layers, run_model)    # {path: [O,I]}
 
-Neither keeps a row: of inputs their sum and second moments [I,I] remain, of gradients the mean.
+Neither keeps a row: of inputs their sum and second moments [I,I] remain, of gradients the mean. A base in few
+bits has a gradient as any other: it is made from what a linear reads and what comes back.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.product import FrozenLinear
@@ -185,45 +187,52 @@ def record_inputs(
     return {path: recorder.moments[recorder.readers[path]] for path in layers}
 
 
+@dataclass
+class ProbedLinear(WatchedLinear):
+    """A base product that shows the gradient its weight would have, whole or in few bits. ``wanted``: a
+    number that asks autograd for it."""
+
+    wanted: nn.Parameter
+    show: Callable[[Tensor], None]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Always."""
+        return True
+
+    def parameters(self) -> Sequence[Tensor]:
+        """The number that asks."""
+        return [self.wanted]
+
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """Zero, once the gradient [O,I] was shown."""
+        self.show(torch.mm(g.t(), x))
+        return [torch.zeros_like(self.wanted)]
+
+
 def record_gradients(layers: Mapping[str, BankLinear], run_model: RunModel) -> dict[str, Tensor]:
     """The mean gradient [O,I], fp32, of each linear's weight over the backward passes of ``run_model``.
-    Raises ConfigError naming a linear that had none, or whose weight cannot have one."""
+    Raises ConfigError naming a linear that had none."""
     sums, counts = dict[str, Tensor](), dict.fromkeys(layers, 0)
-    if packed := [path for path, layer in layers.items() if layer.product is not None]:
-        raise ConfigError(
-            f"init_lora_weights=lora_ga needs the gradient of {packed[0]}.weight, which is packed and has "
-            "none; use a base in its full dtype (model.quantize=null), or init_lora_weights=eva"
-        )
-    handles, wanted = [], {path: layer.weight.requires_grad for path, layer in layers.items()}
 
-    def take(path: str, weight: torch.nn.Parameter) -> None:
-        assert weight.grad is not None
-        gradient = weight.grad.detach().float()
+    def add(path: str, gradient: Tensor) -> None:
+        gradient = gradient.float()
         sums[path] = gradient if path not in sums else sums[path].add_(gradient)
-        counts[path] += 1
-        weight.grad = None
 
-    try:
-        for path, layer in layers.items():
-            layer.weight.requires_grad_(True)
-            handles.append(
-                layer.weight.register_post_accumulate_grad_hook(
-                    lambda weight, path=path: take(path, weight)
-                )
-            )
-        with torch.enable_grad():
-            run_model()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for path, layer in layers.items():
-            layer.weight.requires_grad_(wanted[path])
+    def count(path: str, _: Tensor) -> None:
+        counts[path] += 1
+
+    def watch(path: str, layer: BankLinear) -> WatchedLinear:
+        wanted = nn.Parameter(torch.zeros((), device=layer.weight.device))
+        # once a backward pass, however often the linear multiplied in it
+        wanted.register_post_accumulate_grad_hook(partial(count, path))
+        return ProbedLinear(layer.base_product(), wanted, partial(add, path))
+
+    with watched_products(layers, watch), torch.enable_grad():
+        run_model()
     if missing := [path for path in layers if path not in sums]:
         raise ConfigError(
             f"{missing[0]}.weight got no gradient on the rows that the initialisation reads; "
             "run_model has to call backward() of a loss that depends on it"
         )
-    return {
-        path: (sums[path].t() if layer.transposed else sums[path]) / counts[path]
-        for path, layer in layers.items()
-    }
+    return {path: total / counts[path] for path, total in sums.items()}

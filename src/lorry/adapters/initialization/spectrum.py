@@ -3,21 +3,24 @@ a first step can use of a rank.
 
     ranks = gradient_ranks(layers, run_model, most=256)     # {path: effective rank of dL/dW}
 
-No gradient is kept, and none is larger than one matrix. A base in few bits has one as any other: it is made
-from what the linear reads and what comes back, as a trained weight's is.
+No gradient is kept, and none is larger than one matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lorry.adapters.initialization.factors import module_seed, seeded_svd
-from lorry.adapters.initialization.recording import RunModel, WatchedLinear, watched_products
+from lorry.adapters.initialization.recording import (
+    ProbedLinear,
+    RunModel,
+    WatchedLinear,
+    watched_products,
+)
 from lorry.adapters.layers import BankLinear
 from lorry.errors import ConfigError
 
@@ -45,29 +48,6 @@ def effective_rank(matrix: Tensor, most: int, *, energy: float = ENERGY, seed: i
     return min(most, int(have.int().argmax()) + 1 if bool(have.any()) else most)
 
 
-@dataclass
-class _ProbedLinear(WatchedLinear):
-    """A base product that shows the gradient its weight would have. ``wanted``: a number that asks autograd
-    for it."""
-
-    wanted: nn.Parameter
-    show: Callable[[Tensor], None]
-
-    @property
-    def requires_grad(self) -> bool:
-        """Always."""
-        return True
-
-    def parameters(self) -> Sequence[Tensor]:
-        """The number that asks."""
-        return [self.wanted]
-
-    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
-        """Zero, once the gradient [O,I] was shown."""
-        self.show(torch.mm(g.t(), x))
-        return [torch.zeros_like(self.wanted)]
-
-
 def gradient_ranks(
     layers: Mapping[str, BankLinear], run_model: RunModel, most: int
 ) -> dict[str, int]:
@@ -81,7 +61,7 @@ def gradient_ranks(
 
     def watch(path: str, layer: BankLinear) -> WatchedLinear:
         wanted = nn.Parameter(torch.zeros((), device=layer.weight.device))
-        return _ProbedLinear(layer.base_product(), wanted, partial(show, path))
+        return ProbedLinear(layer.base_product(), wanted, partial(show, path))
 
     with watched_products(layers, watch), torch.enable_grad():
         run_model()

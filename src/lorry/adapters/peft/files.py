@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,7 +80,12 @@ from lorry.adapters.quantization.linear import (
 from lorry.adapters.quantization.packed import Quantization
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
 from lorry.adapters.variants.adalora import fold_triplets
-from lorry.adapters.variants.new_tokens import NewTokens, grow_vocabulary, grown_with
+from lorry.adapters.variants.new_tokens import (
+    NewTokens,
+    grow_vocabulary,
+    grown_with,
+    shrink_vocabulary,
+)
 from lorry.adapters.variants.registry import further_starts
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content
@@ -334,7 +340,29 @@ def load_adapter(
     folder, name = find_adapter(path, name)
     start = next(iter(start_chain(folder)), None)
     _check_start(model, folder, start)
-    _grow_as_saved(model, folder, other_base=other_base)
+    with _grown_as_saved(model, folder, other_base=other_base):
+        return _load_checked(
+            model,
+            folder,
+            name,
+            None if start is None else start[0],
+            trainable=trainable,
+            other_base=other_base,
+            convert_init=convert_init,
+        )
+
+
+def _load_checked(
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    start: Path | None,
+    *,
+    trainable: bool,
+    other_base: bool,
+    convert_init: bool,
+) -> Adapter:
+    """`load_adapter` of a folder; ``start``: of the adapter that its own was trained over."""
     where = str(folder / ADAPTER_CONFIG)
     layers = list_adaptable_layers(model)
     rename = legacy_name_mapper(model, layers)
@@ -376,7 +404,7 @@ def load_adapter(
             raise ModelError(f"{where}: {e}") from e
         values |= read_further_values(model, file, weights, layers, rename, further, others)
     if start is not None and get_bank(model, create=True).start is None:
-        load_start(model, start[0], other_base=other_base)
+        load_start(model, start, other_base=other_base)
     adapter = attach(model, spec, name, modules=list(targets), trainable=trainable)
     with torch.no_grad():
         for key, view in adapter.tensors().items():
@@ -387,16 +415,29 @@ def load_adapter(
     return adapter
 
 
-def _grow_as_saved(model: nn.Module, folder: Path, *, other_base: bool) -> None:
-    """Give the model's embedding the new tokens that an adapter of ours was trained with."""
-    if (new := saved_new_tokens(folder)) is None:
+@contextmanager
+def _grown_as_saved(model: nn.Module, folder: Path, *, other_base: bool) -> Iterator[None]:
+    """With the new tokens in the model's embedding that an adapter of ours was trained with; they stay,
+    unless the block raises."""
+    new = saved_new_tokens(folder)
+    if new is None:
+        yield
         return
     if not other_base:
         _check_base(model, folder)
+    grown, digest = grown_with(model), model.__dict__.get(_KNOWN_DIGEST)
     try:
         grow_base(model, new)
     except ConfigError as e:
         raise ModelError(f"{folder / ADAPTER_FACTS}: {e}") from e
+    try:
+        yield
+    except BaseException:
+        if grown is None:
+            shrink_vocabulary(model)
+        if digest is None:
+            model.__dict__.pop(_KNOWN_DIGEST, None)
+        raise
 
 
 def saved_new_tokens(folder: Path) -> NewTokens | None:

@@ -23,6 +23,7 @@ from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import match_peft_targets
 from lorry.adapters.peft.parameters import NEW_HOLDER, OLD_HOLDER, match_peft_parameters
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.adapters.variants.parameters import FurtherStart
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError, suggest_nearest
@@ -32,6 +33,10 @@ from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 PEFT_PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))"
+)
+# of a module that trains whole, as a PEFT model has it: its copy, and the base's own
+WHOLE_TENSOR = re.compile(
+    r"(?P<module>.+?)\.(?P<which>modules_to_save|original_module)\.(?P<leaf>.+)"
 )
 # PEFT wraps an adapted layer, whose base weight is then called base_layer.weight
 BASE_TENSOR = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
@@ -126,8 +131,18 @@ def read_further_values(
     the file's ``others``. Base tensors that PEFT adds are compared with the model's and left out."""
     ends, values = head_and_embedding(model), dict[str, Tensor]()
     canonical = {other: name for name, start in further.items() for other in (name, *start.also)}
+
+    def find(body: str) -> str | None:
+        return canonical.get(body) or canonical.get(_renamed(body, rename))
+
     for body, key in others.items():
-        if (name := canonical.get(body) or canonical.get(_renamed(body, rename))) is not None:
+        # with bias=all PEFT writes a whole module's bias three times: by its name, the copy that trains,
+        # and the base's
+        whole = WHOLE_TENSOR.fullmatch(body)
+        name = find(body) if whole is None else _name_of_whole(whole, find)
+        if whole is not None and name is not None and whole["which"] == "original_module":
+            _compare_with_base(further[name].make_values(), file, key, where)
+        elif name is not None:
             read = _read_values(file, where, key, further[name].whole_shape, name)
             if name in values and not torch.equal(values[name], read):
                 raise ModelError(
@@ -153,6 +168,14 @@ def _renamed(body: str, rename: Callable[[str], str]) -> str:
     """A tensor's name with its module's in this model (`legacy_name_mapper`)."""
     module, _, leaf = body.rpartition(".")
     return f"{rename(module)}.{leaf}"
+
+
+def _name_of_whole(whole: re.Match[str], find: Callable[[str], str | None]) -> str | None:
+    """The canonical name of a parameter that a `WHOLE_TENSOR` is; inside a module the adapter's name may
+    still stand before it."""
+    leaf: str = whole["leaf"]
+    names = (find(f"{whole['module']}.{end}") for end in (leaf, leaf.partition(".")[2]))
+    return next((name for name in names if name is not None), None)
 
 
 def _read_values(
@@ -195,6 +218,17 @@ def _check_base_tensor(
             f"{where}: {key} is {shape}, the base model has {has}; the adapter "
             "belongs to another base model or a resized vocabulary"
         )
+    _compare_with_base(base, file, key, where, cut)
+
+
+def _compare_with_base(
+    base: Tensor,
+    file: TensorFile,
+    key: str,
+    where: str,
+    cut: tuple[int, DimensionSlice] | None = None,
+) -> None:
+    """Raise ModelError unless a tensor of the file is the base's, of which ranks may have a part."""
     # equal in either precision: PEFT saves the base in its dtype, which may be wider or narrower
     stored, expected = file.get_tensor(key), base.detach().cpu()
     stored = stored if cut is None else cut[1].cut(stored, cut[0])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.bank import Adapter
+from lorry.adapters.flat_buffer import TensorStack, stack_equal
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.parameters import FurtherStart
@@ -24,6 +25,10 @@ from lorry.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorry.adapters.trainable import ParameterSet
+
+# values whose scores are smoothed at a time on a CPU: with their gradients and both means they stay in
+# its cache, which takes a third of the time of whole passes over the buffers
+BLOCK = 1 << 15
 
 
 def adalora_starts(
@@ -74,29 +79,41 @@ class RankAllocator:
         self.adapter, self.settings, self.total_steps = adapter, settings, total_steps
         self.sensitivity = torch.zeros_like(adapter.values)
         self.uncertainty = torch.zeros_like(adapter.values)
-        self.ranks = [slot.A.shape[0] for slot in adapter.slots.values()]
-        self.kept = torch.ones(sum(self.ranks), dtype=torch.uint8, device=adapter.values.device)
+        self.modules, self.rank = len(adapter.slots), adapter.spec.r
+        self.kept = torch.ones(
+            self.modules * self.rank, dtype=torch.uint8, device=adapter.values.device
+        )
+        self._halves = (self._stacks("A"), self._stacks("B"))
+
+    def _stacks(self, half: str) -> list[TensorStack]:
+        """The A's or B's of all modules, as they lie in the adapter's buffer."""
+        views = self.adapter.split_like(self.sensitivity)
+        own = [views[f"{path}.lora_{half}"] for path in self.adapter.slots]
+        return stack_equal([v.shape for v in own], [v.storage_offset() for v in own])
+
+    def _factors(self, flat: Tensor) -> Tensor:
+        """Of [P] what is the E's, [modules, R]: they lie behind all A's and B's, one after the other."""
+        return flat[flat.numel() - self.modules * self.rank :].view(self.modules, self.rank)
 
     @torch.no_grad()
     def add_orthogonality_gradient(self) -> None:
         """Add that of orth_reg_weight times the mean, over all A and B, of the Frobenius norms of
         A A^T - I and B^T B - I: once a step, as a term of the loss has it."""
-        slots = self.adapter.slots.values()
-        factor = self.settings.orth_reg_weight / (2 * len(slots))
+        factor = self.settings.orth_reg_weight / (2 * self.modules)
         if not factor:
             return
-        for slot in slots:
-            # of the rows of A, and of B's columns as rows
-            for master, transposed in ((slot.A, False), (slot.B, True)):
-                assert master.grad is not None
-                rows = master.t() if transposed else master
-                off = rows @ rows.t()
-                off.diagonal().sub_(1)
-                norm = off.norm()
+        for stacks, transposed in zip(self._halves, (False, True), strict=True):
+            for stack in stacks:
+                values, grads = stack.view(self.adapter.values), stack.view(self.adapter.grads)
+                # of the rows of A, and of B's columns as rows
+                rows = values.mT if transposed else values
+                off = rows @ rows.mT
+                off.diagonal(dim1=1, dim2=2).sub_(1)
+                norm = torch.linalg.vector_norm(off, dim=(1, 2), keepdim=True)
                 # of a norm at 0 there is no gradient; torch.norm gives 0 too
-                scale = torch.where(norm > 0, 2 * factor / norm, torch.zeros_like(norm))
-                grad = off.mul_(scale) @ rows
-                master.grad.add_(grad.t() if transposed else grad)
+                off.mul_(torch.where(norm > 0, 2 * factor / norm, 0.0))
+                # off is symmetric
+                grads.baddbmm_(*((values, off) if transposed else (off, values)))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -105,48 +122,50 @@ class RankAllocator:
         end = self.total_steps - self.settings.tfinal
         if step < end:
             self._smooth()
+        ranks = self.kept.numel()
         if step > end and not bool(self.kept.all()):
             kept = self.kept.bool()
         else:
-            budget = self.settings.budget(
-                step, self.total_steps, sum(self.ranks), self.settings.target_r * len(self.ranks)
-            )
+            least = self.settings.target_r * self.modules
+            budget = self.settings.budget(step, self.total_steps, ranks, least)
             if budget is None:
                 return
             kept = self._fitting(budget)
             if step >= end:
                 self.kept.copy_(kept)
-        for slot, own in zip(self.adapter.slots.values(), kept.split(self.ranks), strict=True):
-            assert slot.E is not None
-            slot.E.masked_fill_(~own[:, None], 0.0)
+        values = self._factors(self.adapter.values)
+        values.masked_fill_(~kept.view(values.shape), 0.0)
+        self.adapter.touch()
 
     def _smooth(self) -> None:
         beta1, beta2 = self.settings.beta1, self.settings.beta2
-        now = (self.adapter.values * self.adapter.grads).abs_()
-        self.sensitivity.mul_(beta1).add_(now, alpha=1 - beta1)
-        # from the new mean, as PEFT has it
-        distance = now.sub_(self.sensitivity).abs_()
-        self.uncertainty.mul_(beta2).add_(distance, alpha=1 - beta2)
+        flat = (self.adapter.values, self.adapter.grads, self.sensitivity, self.uncertainty)
+        size = BLOCK if self.kept.device.type == "cpu" else max(self.sensitivity.numel(), 1)
+        scratch = torch.empty_like(self.sensitivity[:size])
+        for values, grads, mean, spread in zip(*(t.split(size) for t in flat), strict=True):
+            now = torch.mul(values, grads, out=scratch[: len(values)]).abs_()
+            mean.mul_(beta1).add_(now, alpha=1 - beta1)
+            # from the new mean, as PEFT has it
+            distance = now.sub_(mean).abs_()
+            spread.mul_(beta2).add_(distance, alpha=1 - beta2)
 
     def _fitting(self, budget: int) -> Tensor:
         """[ranks of all modules] bool: the triplets that stay, ``budget`` of them or fewer where scores
         are equal."""
-        scores = torch.cat(self.scores())
+        scores = self.scores().flatten()
         if budget >= scores.numel():
             return torch.ones_like(scores, dtype=torch.bool)
         threshold = torch.kthvalue(scores, scores.numel() - budget)[0]
         return scores > threshold
 
-    def scores(self) -> list[Tensor]:
-        """[R] of each module: sensitivity times uncertainty of E, and their means over A's row and B's
-        column."""
-        adapter = self.adapter
-        each = adapter.split_like(self.sensitivity * self.uncertainty)
-        return [
-            each[f"{path}.lora_E"][:, 0]
-            + (each[f"{path}.lora_A"].mean(1) + each[f"{path}.lora_B"].mean(0))
-            for path in adapter.slots
-        ]
+    def scores(self) -> Tensor:
+        """[modules, R]: sensitivity times uncertainty of E, and their means over A's row and B's column."""
+        means = torch.zeros_like(self._factors(self.sensitivity))
+        for stacks, dim in zip(self._halves, (2, 1), strict=True):
+            for stack in stacks:
+                product = stack.view(self.sensitivity) * stack.view(self.uncertainty)
+                means[list(stack.members)] += product.mean(dim)
+        return self._factors(self.sensitivity) * self._factors(self.uncertainty) + means
 
 
 def rank_allocator(params: ParameterSet, total_steps: int) -> RankAllocator | None:

@@ -20,7 +20,7 @@ from lorry.adapters.variants.starts import TOKEN_ROWS, Ends
 from lorry.errors import ConfigError, ModelError
 
 NewTokenInit = Literal["subtokens", "mean"]
-GROWN = "lorry_new_tokens"  # of a model's dictionary
+GROWN = "lorry_new_tokens"  # of a model's dictionary: what it grew by, and how many rows it had
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class NewTokens:
 
 def grown_with(model: nn.Module) -> NewTokens | None:
     """The new tokens that a model's embedding has been given."""
-    new: NewTokens | None = model.__dict__.get(GROWN)
-    return new
+    grown: tuple[NewTokens, int] | None = model.__dict__.get(GROWN)
+    return None if grown is None else grown[0]
 
 
 @torch.no_grad()
@@ -122,21 +122,33 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
     paths = [path for path in (ends.embed, ends.head) if path is not None]
     starts = {path: new.starts(model.get_parameter(f"{path}.weight")) for path in paths}
     if needed > rows:
-        resize = getattr(model, "resize_vocabulary", None) or getattr(
-            model, "resize_token_embeddings", None
-        )
-        if resize is None:
-            raise ConfigError(
-                f"{type(model).__name__} has no way to give its embedding more rows; give it a method "
-                "resize_token_embeddings(rows), as transformers' models have"
-            )
-        resize(needed)
+        _resize(model, needed)
         for path, values in starts.items():
             grown = model.get_parameter(f"{path}.weight")
             for token, row in zip(new.pieces, values, strict=True):
                 if token >= rows:
                     grown[token] = row.to(grown.dtype)
-    model.__dict__[GROWN] = new
+    model.__dict__[GROWN] = (new, rows)
+
+
+def shrink_vocabulary(model: nn.Module) -> None:
+    """Take back what `grow_vocabulary` gave a model: nothing is left of it."""
+    new, rows = model.__dict__.pop(GROWN)
+    if max(new.pieces) >= rows:
+        _resize(model, rows)
+
+
+def _resize(model: nn.Module, rows: int) -> None:
+    """Give embedding and head as many rows. Raises ConfigError for a model that cannot."""
+    resize = getattr(model, "resize_vocabulary", None) or getattr(
+        model, "resize_token_embeddings", None
+    )
+    if resize is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no way to give its embedding more rows; give it a method "
+            "resize_token_embeddings(rows), as transformers' models have"
+        )
+    resize(rows)
 
 
 @torch.no_grad()

@@ -117,11 +117,6 @@ def check_run_initialization(
             f"{written} begins from what packing the base rounds off; give model.quantize=nf4 (or fp4, "
             "int8), or init_lora_weights=pissa"
         )
-    if way.reads == "gradients" and quantize is not None:
-        raise ValueError(
-            f"{written} needs gradients of the base, which model.quantize={quantize} packs; leave quantize "
-            "out, or give init_lora_weights=eva"
-        )
     if way.reads_rows and streaming:
         raise ValueError(
             f"{written} reads rows before training, and a streamed source does not go back; leave "

@@ -256,12 +256,13 @@ class Decoder(CausalLM):
 
     @torch.no_grad()
     def resize_vocabulary(self, rows: int) -> None:
-        """More rows of the embedding and the head, zeros behind those that are there; a tied pair stays
+        """So many rows of the embedding and the head, zeros behind those that are there; a tied pair stays
         one tensor."""
         tied = self.head.weight is self.embed.weight
         for module in (self.embed, self.head):
             old = module.weight
-            grown = torch.cat([old.detach(), old.new_zeros(rows - old.shape[0], old.shape[1])])
+            added = old.new_zeros(max(rows - old.shape[0], 0), old.shape[1])
+            grown = torch.cat([old.detach()[:rows], added])
             # the old table goes before the other side is made
             module.weight = nn.Parameter(grown, requires_grad=False)
             if tied:

@@ -85,6 +85,11 @@ def plan_notes(
         notes.append(
             f"its files hold matrices packed, which stay so: their bytes count as {choice.precision}'s, an upper bound"
         )
+    if settings.model.quantize == "keep" and packed_precision(found_config.config) is None:
+        notes.append(
+            f"model.quantize=keep holds matrices as the GGUF file has them (Q4_0, Q4_1, Q8_0): their bytes count as "
+            f"{choice.precision}'s, an upper bound; those of other types stay whole, which is not counted"
+        )
     if unbuilt := unbuilt_backend(settings.backend):
         notes.append(f"{unbuilt} is not built yet: this plan has not been checked against a run")
     elif settings.backend.name != "single" and device == "cuda":
