@@ -1,15 +1,18 @@
 """A base held in 4 and 8 bits against the same in bfloat16: a step, generation, bytes, and the peak of
-loading; PEFT with bitsandbytes beside it, where that is installed.
+loading; PEFT with bitsandbytes beside it, where that is installed. DoRA and AdaLoRA against LoRA: a whole
+step, the optimizer's part too, and its memory.
 
     make bench-variants                                      # SmolLM2-135M's shape, three rounds
     python benchmarks/variants.py --shape 1b --rounds 1      # the matrices of a model of 1.2B
     python benchmarks/variants.py --layers 2 --steps 1 --rounds 1 --no-keep
+    python benchmarks/variants.py --only lora dora adalora --no-keep
 
 Random weights and one adapter of rank 16 on every linear, random and not zero; one sequence a step; bfloat16,
 one thread; every engine in a fresh process, in turns. Nothing is said of a packed base unless a step's
 loss and gradient are those of the same values held whole (`opened-*`), within EXACT of its length: what is
-left of that is the order of sums. Times are CPU time, the least of those timed: what else runs on the
-machine takes turns, and does not count. One JSON goes to benchmarks/results/.
+left of that is the order of sums. Every variant begins as its base, so that its first loss has to be
+LoRA's. Times are CPU time, the least of those timed: what else runs on the machine takes turns, and does
+not count. One JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ SHAPES = {
         "rope_theta": 500000.0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
     },
 }  # fmt: skip
+RANK = 16
 # of each: the base's `quantize`, and whether its matrices are made whole again
 ENGINES = {
     "bf16": ("Lorry, bfloat16", None, False),
@@ -48,12 +52,23 @@ ENGINES = {
     "opened-nf4": ("Lorry, NF4's values in bfloat16", "nf4", True),
     "opened-int8": ("Lorry, int8's values in bfloat16", "int8", True),
 }
+# settings of an adapter over bfloat16
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("Lorry, LoRA, whole step", {}),
+    "dora": ("Lorry, DoRA, whole step", {"use_dora": True}),
+    "adalora": ("Lorry, AdaLoRA, whole step", {"adalora": {"target_r": RANK // 2}}),
+}
 BNB = "peft-nf4"
-SAYS = {**{name: says for name, (says, _, _) in ENGINES.items()}, BNB: "PEFT, bitsandbytes NF4"}
+SAYS = {
+    **{name: says for name, (says, _, _) in ENGINES.items()},
+    **{name: says for name, (says, _) in VARIANTS.items()},
+    BNB: "PEFT, bitsandbytes NF4",
+}
 SAME = {"nf4": "opened-nf4", "int8": "opened-int8"}
 EXACT = 1e-2  # of the gradient, bfloat16 against bfloat16 of the same values
 LENGTHS = (1024, 128)
-RANK, PROMPT = 16, 32
+VARIANT_LENGTHS = (1024, 512, 128)
+PROMPT = 32
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,9 @@ def targets(shape: str) -> list[Target]:
         Target("nf4", "answers", "bf16", 1 / 0.9),
         Target("nf4", "matrix bytes", "bf16", 0.26),
         Target("nf4", "weight bytes", "bf16", 0.42),
+        Target("dora", "step 1024", "lora", 1.10),
+        Target("dora", "step bytes", "lora", 1.05),
+        Target("adalora", "step 1024", "lora", 1.05),
     ]
 
 
@@ -123,6 +141,8 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
 
     case = json.loads((folder / "case.json").read_text())
     torch.set_num_threads(1)
+    if engine in VARIANTS:
+        return _variant(engine, folder, case)
     return _bitsandbytes(folder, case) if engine == BNB else _lorry(engine, folder, case)
 
 
@@ -195,6 +215,59 @@ def _lorry(engine: str, folder: Path, case: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
+def _variant(engine: str, folder: Path, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole steps, the longest first: its peak is what is told of memory. Of AdaLoRA all of them are steps at
+    which ranks go."""
+    import torch
+
+    from lorry.adapters.attach import attach, get_bank
+    from lorry.adapters.mix import AdapterContext, Mix
+    from lorry.adapters.spec import LoraSpec
+    from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
+    from lorry.models.causal_lm import PackedInput
+    from lorry.models.loading.load import load_model
+    from lorry.notes import ignore_note
+    from lorry.train.resources.peak import tune_allocator
+
+    tune_allocator()
+    before = measure.rss()
+    model = load_model(str(folder / "base"), dtype="bfloat16", add_note=ignore_note).model
+    adapter = attach(model, LoraSpec(r=RANK, **VARIANTS[engine][1]), "one")
+    steps = len(VARIANT_LENGTHS) * (case["steps"] + case["warmup"])
+    # a few more: of the last ones none takes ranks
+    optimizer = ParameterSetOptimizer(adapter, OptimSettings(total_steps=2 * steps))
+    mix = Mix.one("one")
+    get_bank(model).activate(mix)
+    call, losses, norms = AdapterContext(mix), dict[str, float](), list[float]()
+
+    def step(length: int) -> list[float]:
+        packed = PackedInput.of([tokens_of(case, length)])
+
+        def once() -> None:
+            with adapter.held_still():
+                logits = model.logits(model.hidden(packed, call).last, call)
+                loss = torch.nn.functional.cross_entropy(logits[:-1].float(), packed.tokens[1:])
+                loss.backward()
+            optimizer.add_penalty_gradients()
+            norms.append(adapter.norm())
+            optimizer.step(1e-4, norms[-1])
+            losses.setdefault(str(length), float(loss.detach()))
+
+        return experts.timed(once, case["warmup"], case["steps"])
+
+    measure.forget_peak()
+    seconds, peak = dict[str, list[float]](), 0
+    for length in VARIANT_LENGTHS:
+        seconds[str(length)] = step(length)
+        peak = peak or measure.peak_rss()
+    return {
+        "seconds": seconds,
+        "losses": losses,
+        "gradient_norm": norms[0],
+        "step_bytes": peak - before,
+    }
+
+
 def _bitsandbytes(folder: Path, case: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT over transformers' model with bitsandbytes' linears; steps of 512 tokens alone."""
     import torch
@@ -233,6 +306,11 @@ def refused(folder: Path, engine: str, runs: Mapping[str, Sequence[Any]]) -> str
     norm = mine.get("gradient_norm", 1.0)
     if not (math.isfinite(norm) and norm > 0):
         return f"its gradient is {norm}"
+    if engine in VARIANTS:
+        # later lengths are after steps
+        longest = str(VARIANT_LENGTHS[0])
+        away = abs(mine["losses"][longest] / runs["lora"][0]["losses"][longest] - 1)
+        return f"its first loss is {away:.1e} off LoRA's" if not away < EXACT else None
     if (other := SAME.get(engine)) is None:
         return None
     apart = experts.differs(folder, engine, other)
@@ -253,7 +331,7 @@ def figures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
         for figure, key in (("token", "token_seconds"), ("answers", "answers_seconds")):
             if key in mine[0]:
                 found[name][figure] = min(s for run in mine for s in run[key])
-        for figure in ("matrix", "weight", "largest", "loading"):
+        for figure in ("matrix", "weight", "largest", "loading", "step"):
             if f"{figure}_bytes" in mine[0]:
                 found[name][f"{figure} bytes"] = min(run[f"{figure}_bytes"] for run in mine)
     return found
@@ -297,7 +375,10 @@ def in_fresh_process(engine: str, folder: Path) -> dict[str, Any]:
 
 def contest(folder: Path, case: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Engines in turns; then the gates; then the record."""
-    names = [*ENGINES, *([BNB] if importlib.util.find_spec("bitsandbytes") else [])]
+    asked = case["only"] or SAYS
+    names = [name for name in (*ENGINES, *VARIANTS) if name in asked]
+    if BNB in asked and importlib.util.find_spec("bitsandbytes"):
+        names.append(BNB)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     loads = list[float]()
     for number in range(rounds):
@@ -314,7 +395,8 @@ def contest(folder: Path, case: Mapping[str, Any], rounds: int) -> dict[str, Any
         f"{case['shape']}'s shape{layers}, rank {RANK} on every "
         "linear, bfloat16, one thread: forward and backward of a step, a token of one answer, and answers to 64 "
         f"prompts of {PROMPT} tokens ({case['new']} each), least CPU time (`benchmarks/variants.py`). Loss and gradient of a "
-        "packed base are those of its values held whole.",
+        "packed base are those of its values held whole. Whole steps: with the optimizer's part, of AdaLoRA with "
+        "ranks that go; their memory is the peak at 1,024 tokens above the imports.",
     ]
     if not clean:
         text.append(
@@ -337,7 +419,9 @@ def contest(folder: Path, case: Mapping[str, Any], rounds: int) -> dict[str, Any
         "targets": goals(found, case["shape"]),
         "refused": reasons,
         "gradients_apart": {
-            name: experts.differs(folder, name, other) for name, other in SAME.items()
+            name: experts.differs(folder, name, other)
+            for name, other in SAME.items()
+            if name in runs and other in runs
         },
         "runs": runs,
     }
@@ -352,6 +436,7 @@ COLUMNS = {
     "matrices MiB": ("matrix bytes", 2.0**-20, ".0f"),
     "weights MiB": ("weight bytes", 2.0**-20, ".0f"),
     "loading MiB": ("loading bytes", 2.0**-20, ".0f"),
+    "step MiB": ("step bytes", 2.0**-20, ".0f"),
 }
 
 
@@ -372,6 +457,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="135m")
     for name, default in (("layers", 0), ("steps", 3), ("warmup", 1), ("new", 32), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", nargs="+", choices=sorted(SAYS), default=[])
     parser.add_argument("--no-keep", action="store_true", help="print only")
     return parser.parse_args()
 

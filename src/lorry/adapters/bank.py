@@ -614,7 +614,8 @@ class AdapterBank:
         Raises ConfigError if there is no such adapter."""
         adapter = self[name]
         adapter.refuse_further(
-            "no other can be trained on top of it", "merge it into the base first"
+            "no other can be trained on top of it",
+            "merge it into the base first (lorry merge ADAPTER output_dir=DIR), and train over model=DIR",
         )
         adapter.freeze()
         for path, slot in adapter.slots.items():
