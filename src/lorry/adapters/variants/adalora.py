@@ -89,7 +89,7 @@ class RankAllocator:
         """The A's or B's of all modules, as they lie in the adapter's buffer."""
         views = self.adapter.split_like(self.sensitivity)
         own = [views[f"{path}.lora_{half}"] for path in self.adapter.slots]
-        return stack_equal([v.shape for v in own], [v.storage_offset() for v in own])
+        return stack_equal([v.shape for v in own], [int(v.storage_offset()) for v in own])
 
     def _factors(self, flat: Tensor) -> Tensor:
         """Of [P] what is the E's, [modules, R]: they lie behind all A's and B's, one after the other."""
