@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, detach, get_bank
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -100,6 +100,48 @@ def test_a_copied_model_trains_its_own_adapter() -> None:
     adapter.touch()
     assert not torch.equal(twin(x), before)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["one", "with a gate"])
+def test_compute_copies_stay_in_their_memory_unless_a_graph_reads_them(gated: bool) -> None:
+    """In bfloat16 they are other tensors than the masters."""
+    model, x = linear(torch.bfloat16), torch.randn(4, 32).bfloat16()
+    attach(model, LoraSpec(r=4, target_modules="all-linear"), "a")
+    layer, adapter = model[0], get_bank(model)["a"]  # type: ignore[index]
+    assert isinstance(layer, BankLinear)
+    slot = layer.slots["a"]
+    gate = torch.full((4,), 0.5) if gated else 1.0
+    call = AdapterContext(Mix((MixTerm("a", None, gate),)))
+
+    def memory() -> tuple[int, int]:
+        (entry,) = slot.stacks.values()
+        a, b = entry.copies.lora_A, entry.copies.parts[0].lora_B
+        # a scale is in the copies of B where there are gates
+        assert torch.equal(a, slot.A.detach().bfloat16())
+        assert torch.equal(b, (slot.B.detach() * (slot.scale if gated else 1.0)).bfloat16())
+        return a.data_ptr(), b.data_ptr()
+
+    def train(other_pass: bool) -> Tensor:
+        fill(model, "a", 0.3)
+        adapter.grads.zero_()
+        y = layer(x, call)
+        first = memory()
+        if other_pass:
+            # what was written here would be what the graph above reads
+            fill(model, "a", 0.7)
+            layer(x, call)
+            assert not set(first) & set(memory())
+        y.float().square().sum().backward()
+        return adapter.grads.clone()
+
+    expected = train(False)
+    assert expected.any()
+    there = memory()
+    for value in (0.1, 0.2):
+        fill(model, "a", value)
+        layer(x, call)
+        assert memory() == there
+    assert torch.equal(train(True), expected)
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias", "both"])

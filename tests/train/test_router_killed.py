@@ -65,13 +65,25 @@ SPLITS = {"train_split": 0.5, "val_split": 0.25, "test_split": 0.25}
 @pytest.mark.parametrize(
     ("router", "shares"),
     [
+        ({"kind": "token", "input": "both"}, [0.55]),
+        (
+            {
+                "kind": "token",
+                "input": "both",
+                "level": "expert",
+                "top_k": 1,
+                "straight_through": True,
+            },
+            [0.6],
+        ),
+        ({"kind": "token", "input": "both", "level": "expert", "train_experts": True}, [0.5]),
         ({"kind": "phatgoose", "top_k": 1}, [0.55]),
         (
             {"kind": "sequence", "lora": {"r": 2, "lora_dropout": 0.1}, "layer": 0, **SPLITS},
             [0.55, 0.95],
         ),
     ],
-    ids=["phatgoose", "sequence"],
+    ids=["token", "one whole MLP", "experts train", "phatgoose", "sequence"],
 )
 def test_killed_anywhere(
     router: dict[str, Any],

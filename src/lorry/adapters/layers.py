@@ -8,6 +8,7 @@ optimizers of the base never see them): they are `AdapterSlot`s.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -54,8 +55,29 @@ from lorry.errors import ConfigError, ContractError
 AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)
 
 
-# what compute copies were made from, and they
-StackEntry = tuple[tuple[object, ...], ComputeCopies]
+class CopiesInUse:
+    """Lives as long as anybody, a graph for one, holds the compute copies that were handed out with it."""
+
+
+@dataclass(slots=True)
+class StackEntry:
+    """Compute copies, and of what they were made (``stamp``)."""
+
+    stamp: tuple[object, ...]
+    copies: ComputeCopies
+    in_use: weakref.ref[CopiesInUse] | None = None
+
+    def hand_out(self) -> ComputeCopies:
+        """The copies, marked as in use for as long as what this returns lives."""
+        mark = None if self.in_use is None else self.in_use()
+        if mark is None:
+            mark = CopiesInUse()
+            self.in_use = weakref.ref(mark)
+        return replace(self.copies, in_use=mark)
+
+    def memory(self) -> ComputeCopies | None:
+        """The copies whose memory may be written, since nobody reads them any more."""
+        return None if self.in_use is not None and self.in_use() is not None else self.copies
 
 
 @dataclass
@@ -633,7 +655,9 @@ class LinearGroup:
         columns: Sequence[int] | None,
     ) -> ComputeCopies:
         """The stacked A's, each linear's share, and who has what of it, remade where a master has
-        changed. slots: (linear, term, slot), linear by linear; constants: of each term."""
+        changed: in the same memory unless a graph still reads it, since new copies at every step would
+        lie between the activations of one. slots: (linear, term, slot), linear by linear; constants:
+        of each term."""
         several = columns is not None or len(constants) > 1
         # dtype and place in the group as well as the masters: a base cast to another dtype needs
         # new copies
@@ -646,14 +670,15 @@ class LinearGroup:
         )
         cache, key = slots[0][2].stacks, (several, *(slot.slot_id for _, _, slot in slots))
         entry = cache.get(key)
-        if entry is None or entry[0] != stamp:
+        if entry is None or entry.stamp != stamp:
+            memory = None if entry is None else entry.memory()
             copies = (
-                self._copies_of_several(slots, dtype, constants, columns)
+                self._copies_of_several(slots, dtype, constants, columns, memory)
                 if several
-                else self._copies_of_one(slots, dtype)
+                else self._copies_of_one(slots, dtype, memory)
             )
-            cache[key] = entry = (stamp, copies)
-        copies = entry[1]
+            cache[key] = entry = StackEntry(stamp, copies)
+        copies = entry.hand_out()
         if any(slot.bias is not None for _, _, slot in slots):
             copies = replace(copies, biases=_slot_biases(slots, dtype, constants, columns))
         if several or constants[0] == 1.0:
@@ -662,17 +687,22 @@ class LinearGroup:
         return replace(copies, parts=parts)
 
     def _copies_of_one(
-        self, slots: Sequence[tuple[int, int, AdapterSlot]], dtype: torch.dtype
+        self,
+        slots: Sequence[tuple[int, int, AdapterSlot]],
+        dtype: torch.dtype,
+        memory: ComputeCopies | None,
     ) -> ComputeCopies:
-        """Of one adapter without gates: its scale, and a constant, multiply the product."""
+        """Of one adapter without gates: its scale, and a constant, multiply the product. ``memory``: of
+        earlier copies, which may be written."""
         factors = [slot.factors() for _, _, slot in slots]
-        a = joined_rows([a for a, _ in factors], dtype)
+        a = joined_rows([a for a, _ in factors], dtype, memory and memory.lora_A)
         parts, at = [], 0
-        for (i, _, slot), (own, b) in zip(slots, factors, strict=True):
+        for j, ((i, _, slot), (own, b)) in enumerate(zip(slots, factors, strict=True)):
             rows = slice(at, at + own.shape[0])
             trained = None if slot.initial is None else slice(at, at + slot.A.shape[0])
             scale = None if slot.magnitude is None else output_scale(self.linears[i], slot)
-            parts.append(AdapterShare(i, rows, b.to(dtype), slot.scale, trained, scale))
+            b = cast_values(b, dtype, memory and memory.parts[j].lora_B)
+            parts.append(AdapterShare(i, rows, b, slot.scale, trained, scale))
             at = rows.stop
         return ComputeCopies(a, parts)
 
@@ -682,12 +712,15 @@ class LinearGroup:
         dtype: torch.dtype,
         constants: Sequence[float],
         columns_of_slots: Sequence[int] | None,
+        memory: ComputeCopies | None,
     ) -> ComputeCopies:
-        """Of several, or of one with gates. In the masters' own dtype they are views where masters
-        lie side by side (`routing.stacking.stack_masters`), and scales and constants the part's, or
-        `rank_scales` where they differ; elsewhere they are in the copies of the B's."""
+        """Of several, or of one with gates; ``memory`` as above. In the masters' own dtype they are views
+        where masters lie side by side (`routing.stacking.stack_masters`), and scales and constants the
+        part's, or `rank_scales` where they differ; elsewhere they are in the copies of the B's."""
         factors = {id(slot): slot.factors() for _, _, slot in slots}
-        a = joined_rows([factors[id(slot)][0] for _, _, slot in slots], dtype)
+        a = joined_rows(
+            [factors[id(slot)][0] for _, _, slot in slots], dtype, memory and memory.lora_A
+        )
         by_linear = {i: [entry for entry in slots if entry[0] == i] for i, _, _ in slots}
         views = [
             joined_columns([factors[id(slot)][1] for _, _, slot in own], dtype)
@@ -711,7 +744,11 @@ class LinearGroup:
             b = (
                 view
                 if lie_together and view is not None
-                else torch.cat([up * scale for up, scale in ups], 1).to(dtype)
+                else cast_values(
+                    torch.cat([up * scale for up, scale in ups], 1),
+                    dtype,
+                    memory and memory.parts[len(parts)].lora_B,
+                )
             )
             parts.append(AdapterShare(i, slice(start, at), b, common))
         ranks = torch.tensor([factors[id(slot)][0].shape[0] for _, _, slot in slots])
@@ -746,13 +783,40 @@ def _share_rows(one: slice | None, other: slice | None) -> bool:
     return bool(one.start < other.stop and other.start < one.stop)
 
 
-def joined_rows(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[S,I], one below the other, in a dtype: a view where that is their own and they lie so."""
-    first = masters[0].detach()
-    if dtype == first.dtype and _lie_at(masters, [m.numel() for m in masters]):
-        rows = sum(m.shape[0] for m in masters)
-        return first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
-    return torch.cat([m.detach() for m in masters]).to(dtype)
+def joined_rows(
+    masters: Sequence[Tensor], dtype: torch.dtype, memory: Tensor | None = None
+) -> Tensor:
+    """[S,I], one below the other, in a dtype: a view where that is their own and they lie so; in
+    ``memory`` if they fit there (`cast_values`)."""
+    first, rows = masters[0].detach(), sum(m.shape[0] for m in masters)
+    if dtype == first.dtype:
+        if _lie_at(masters, [m.numel() for m in masters]):
+            return first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+        return torch.cat([m.detach() for m in masters])
+    if memory is None or not _fits(memory, (rows, first.shape[1]), first.device, dtype):
+        memory = first.new_empty((rows, first.shape[1]), dtype=dtype)
+    # each into its place: joined first, they would be there once more in float32
+    for part, master in zip(memory.split([m.shape[0] for m in masters]), masters, strict=True):
+        part.copy_(master.detach())
+    return memory
+
+
+def cast_values(values: Tensor, dtype: torch.dtype, memory: Tensor | None) -> Tensor:
+    """Values in a dtype: themselves where that is their own (then ``memory`` may be theirs, and stays
+    as it is), else a copy, in ``memory`` if it fits there."""
+    if values.dtype == dtype:
+        return values
+    if memory is None or not _fits(memory, values.shape, values.device, dtype):
+        return values.to(dtype)
+    return memory.copy_(values)
+
+
+def _fits(memory: Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether such values can be written there."""
+    # what inference mode made cannot be written outside of it
+    writable = not memory.is_inference() or torch.is_inference_mode_enabled()
+    alike = memory.shape == torch.Size(shape) and memory.dtype == dtype
+    return writable and alike and memory.device == device
 
 
 def joined_columns(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:

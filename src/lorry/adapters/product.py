@@ -85,7 +85,8 @@ class ComputeCopies:
     lora_A [S,I]: the stacked copies; ``slots``: whose masters are where (None for one ungated adapter,
     whose ``parts`` are that); ``columns`` [S] int64: the column of the gates [tokens, C] that
     multiplies each of its ranks, None where nothing does; ``rank_scales`` [S]: the scale of each rank,
-    None where the parts have it in theirs or in lora_B; ``biases``: of the slots that have one.
+    None where the parts have it in theirs or in lora_B; ``biases``: of the slots that have one;
+    ``in_use``: what says, by being alive, that these copies are read.
     """
 
     lora_A: Tensor
@@ -94,6 +95,7 @@ class ComputeCopies:
     columns: Tensor | None = None
     rank_scales: Tensor | None = None
     biases: Sequence[SlotBias] = ()
+    in_use: object | None = None
 
 
 @dataclass(slots=True)
