@@ -695,13 +695,13 @@ class LinearGroup:
         """Of one adapter without gates: its scale, and a constant, multiply the product. ``memory``: of
         earlier copies, which may be written."""
         factors = [slot.factors() for _, _, slot in slots]
-        a = joined_rows([a for a, _ in factors], dtype, memory and memory.lora_A)
+        a = joined_rows([a for a, _ in factors], dtype, None if memory is None else memory.lora_A)
         parts, at = [], 0
         for j, ((i, _, slot), (own, b)) in enumerate(zip(slots, factors, strict=True)):
             rows = slice(at, at + own.shape[0])
             trained = None if slot.initial is None else slice(at, at + slot.A.shape[0])
             scale = None if slot.magnitude is None else output_scale(self.linears[i], slot)
-            b = cast_values(b, dtype, memory and memory.parts[j].lora_B)
+            b = cast_values(b, dtype, None if memory is None else memory.parts[j].lora_B)
             parts.append(AdapterShare(i, rows, b, slot.scale, trained, scale))
             at = rows.stop
         return ComputeCopies(a, parts)
@@ -719,7 +719,9 @@ class LinearGroup:
         part's, or `rank_scales` where they differ; elsewhere they are in the copies of the B's."""
         factors = {id(slot): slot.factors() for _, _, slot in slots}
         a = joined_rows(
-            [factors[id(slot)][0] for _, _, slot in slots], dtype, memory and memory.lora_A
+            [factors[id(slot)][0] for _, _, slot in slots],
+            dtype,
+            None if memory is None else memory.lora_A,
         )
         by_linear = {i: [entry for entry in slots if entry[0] == i] for i, _, _ in slots}
         views = [
@@ -747,7 +749,7 @@ class LinearGroup:
                 else cast_values(
                     torch.cat([up * scale for up, scale in ups], 1),
                     dtype,
-                    memory and memory.parts[len(parts)].lora_B,
+                    None if memory is None else memory.parts[len(parts)].lora_B,
                 )
             )
             parts.append(AdapterShare(i, slice(start, at), b, common))
