@@ -206,6 +206,17 @@ FAULTS = {
     "no wrapper": ("ContractError", APART),
     "warm-up": ("ContractError", "after optimizer step 3"),
     "another seed": ("ContractError", "before the first step"),
+    "another base": (
+        "ContractError",
+        "rank 1 has another base than rank 0: 1 of 23 tensors differ, the first is "
+        "model.layers.1.mlp.up_proj.weight",
+    ),
+    "another norm": ("ContractError", "the first is model.norm.weight"),
+    "another dtype": ("ContractError", "the first is model.embed_tokens.weight"),
+    "another buffer": (
+        "ContractError",
+        "rank 1 has another base than rank 0: 24 tensors in place of 23",
+    ),
     "another alpha": ("ContractError", "rank 1 has other adapters than rank 0"),
     "another rank": ("ContractError", "rank 1 has other adapters than rank 0"),
     "frozen parameters": ("ContractError", "get_lora_parameters(model)"),
@@ -228,6 +239,12 @@ def test_a_fault_is_found_on_every_rank(pair: Pair, name: str) -> None:
     for faults in pair.faults:
         assert faults[name][0] == kind, faults[name]
         assert words in faults[name][1]
+
+
+def test_a_base_that_rank_0_gives_the_others_is_not_compared(pair: Pair) -> None:
+    for faults in pair.faults:
+        for how in ("given by rank 0", "not there yet", "read by rank 0"):
+            assert faults[f"another base, {how}"] == ["", ""]
 
 
 def test_what_one_rank_cannot_do_no_rank_takes_for_done(pair: Pair) -> None:

@@ -10,6 +10,7 @@ ended); rank 0 also the adapters, OUT/CASE.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +37,7 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import LorryError
 from lorry.integrations import trainers
+from lorry.integrations.agreement import RANK_0_LOADS
 from tests.support.tiny import GPT2, LLAMA
 
 STEPS, ROWS, RANKS, LENGTH = 3, 4, 2, 12
@@ -230,6 +233,22 @@ def faults(rank: int, out: Path) -> dict[str, list[str]]:
                 trainers.get_lora_parameters(model)[0][0, 0] += 1e-3
         return model
 
+    def on_base(change: Callable[[nn.Module], Any], **given: Any) -> nn.Module:
+        """A base that rank 1 has otherwise, or all where ``given``."""
+        model = base()
+        if rank:
+            change(model)
+        return FSDP(model, spec(), **given)
+
+    def another_value(model: nn.Module, name: str = "model.layers.1.mlp.up_proj.weight") -> None:
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[-1] += 1e-6
+
+    def rank_0_loads() -> None:
+        """As accelerate's launcher says it; rank 1 has memory that nobody has written yet."""
+        with patch.dict(os.environ, dict.fromkeys(RANK_0_LOADS, "true")):
+            on_base(another_value)
+
     def not_merged() -> None:
         model = hidden()
         if rank:
@@ -251,6 +270,13 @@ def faults(rank: int, out: Path) -> dict[str, list[str]]:
         "warm-up": lambda: steps(hidden(), rank, synchronise=False, rates=(0.0, 0.0, RATE)),
         "another seed": lambda: steps(FSDP(base(), Namespace(use_lora=True, lora_seed=rank)), rank),
         "another alpha": lambda: steps(hidden(lora_alpha=6 + rank), rank),
+        "another base": lambda: on_base(another_value),
+        "another norm": lambda: on_base(lambda m: another_value(m, "model.norm.weight")),
+        "another dtype": lambda: on_base(lambda m: m.to(torch.bfloat16)),
+        "another buffer": lambda: on_base(lambda m: m.register_buffer("more", torch.ones(1))),
+        "another base, given by rank 0": lambda: on_base(another_value, compare_base=False),
+        "another base, not there yet": lambda: on_base(lambda m: m.to("meta")),
+        "another base, read by rank 0": rank_0_loads,
         "another rank": lambda: steps(hidden(r=3 + rank), rank),
         "frozen parameters": lambda: steps_over_base(sharded(hidden()), rank),
         "no parameters": lambda: steps(hidden(), rank, parameters=[{"params": []}]),

@@ -1,18 +1,19 @@
-"""What the ranks of somebody else's data-parallel training have to agree on: whose adapters they
-train, and that their values stay equal.
+"""What the ranks of somebody else's data-parallel training have to agree on: over which base, whose
+adapters they train, and that their values stay equal.
 
 Nobody but this module sees both the bank and the process group there. It watches torch's optimizers
 by the two hooks that torch has for all of them: the adapters are compared before the first step,
 after the first two that change them, and by `trainers.save_lora`. A gradient that nobody averaged
-shows in the first of these.
+shows in the first of these. The base is compared once, while every rank has it whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.optim.optimizer import (
 )
 
 from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.peft.files import sample_positions, values_at_positions
 from lorry.errors import ContractError
 
 Group = distributed.ProcessGroup | None
@@ -32,6 +34,12 @@ COMPARED_STEPS = 2
 # steps within which every target has to see a gradient, as in contract 3 of our own runs
 STEPS_TO_REACH = 3
 SYNCHRONISE = "lorry.integrations.trainers.synchronise(model)"
+# bytes of a tensor's digest: equal by accident once in 2^64
+TENSOR_DIGEST = 8
+# of a tensor that has no values on this rank
+NO_VALUES = bytes(TENSOR_DIGEST)
+# accelerate's two that say: rank 0 alone reads the checkpoint, and gives the others its values
+RANK_0_LOADS = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 class AdapterAgreement:
@@ -77,6 +85,41 @@ class AdapterAgreement:
         """This one, in the group."""
         return distributed.get_rank(self.group) if self.size > 1 else 0
 
+    def compare_bases(self, model: nn.Module) -> None:
+        """Raises ContractError, naming a rank and a tensor, where another rank has another base than
+        rank 0: of every parameter and buffer its name, shape, dtype and a sample of its values count.
+
+        To be called while each rank has all of it: of shares nothing can be compared. What has no
+        values yet on a rank (the meta device, accelerate's loading on rank 0 alone) will be given those
+        of rank 0, and is passed over.
+        """
+        if self.size == 1:
+            return
+        tensors = dict(_tensors_of_base(model))
+        counts = self.exchange(len(tensors).to_bytes(TENSOR_DIGEST, "big"))
+        for rank, count in enumerate(counts):
+            if count != counts[0]:
+                raise ContractError(
+                    f"rank {rank} has another base than rank 0: {int.from_bytes(count, 'big')} tensors "
+                    f"in place of {int.from_bytes(counts[0], 'big')}; load the same model on every rank"
+                )
+        waits = self.rank > 0 and _rank_0_loads()
+        digests = [NO_VALUES if waits else hash_sample(*named) for named in tensors.items()]
+        everybody = [_parts(each) for each in self.exchange(b"".join(digests))]
+        for rank, theirs in enumerate(everybody):
+            others = [
+                name
+                for name, first, other in zip(tensors, everybody[0], theirs, strict=True)
+                if first != other and NO_VALUES not in (first, other)
+            ]
+            if others:
+                raise ContractError(
+                    f"rank {rank} has another base than rank 0: {len(others)} of {len(tensors)} tensors "
+                    f"differ, the first is {others[0]}; load the same model, revision and dtype on "
+                    "every rank (compare_base=False where the wrapper gives all ranks the weights of "
+                    "rank 0, as FSDP1 with sync_module_states=True)"
+                )
+
     def compare_layouts(self) -> None:
         """Raises ContractError where another rank has other adapters: names, targets, ranks, scale,
         dropout. Once; before anything of theirs is sent.
@@ -110,9 +153,12 @@ class AdapterAgreement:
         return [part.cpu().numpy().tobytes() for part in parts]
 
     def device(self) -> torch.device:
-        """One that the group can send from: the CPU where it can (gloo), else the adapters'."""
+        """One that the group can send from: the CPU where it can (gloo), else the adapters' or, while
+        the model is not there yet, the current one of its kind."""
         config = distributed.get_backend_config(self.group)
-        return torch.device("cpu") if "cpu:" in config else self.bank.parameters()[0].device
+        kind = "cpu" if "cpu:" in config else config.partition(":")[0]
+        here = self.bank.parameters()[0].device
+        return here if here.type == kind else torch.device(kind)
 
     def average_gradients(self) -> None:
         """Replace each master's gradient by its mean over the ranks, the same bits on each; one
@@ -211,6 +257,19 @@ def hash_layout(adapters: Sequence[Adapter]) -> bytes:
     return digest.digest()
 
 
+def hash_sample(name: str, tensor: Tensor) -> bytes:
+    """Digest of a tensor's name, shape, dtype and the values at its `sample_positions`, to the bit;
+    `NO_VALUES` on the meta device.
+    """
+    if tensor.is_meta:
+        return NO_VALUES
+    digest = hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    if tensor.numel():
+        values = values_at_positions(tensor.detach(), sample_positions(tensor.numel()))
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()[:TENSOR_DIGEST]
+
+
 def hash_values(tensors: Iterable[Tensor]) -> bytes:
     """SHA-256 of their bytes."""
     digest = hashlib.sha256()
@@ -234,6 +293,21 @@ def fingerprint(gradients: Iterable[Tensor | None]) -> bytes:
         # of the gradients one by one, so that two exchanged ones do not sum to the same
         sums *= 31
     return sums.numpy().tobytes()
+
+
+def _tensors_of_base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Of a model whose adapters are none of its parameters."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _rank_0_loads() -> bool:
+    return all(os.environ.get(name, "").lower() in ("true", "1") for name in RANK_0_LOADS)
+
+
+def _parts(digests: bytes) -> list[bytes]:
+    starts = range(0, len(digests), TENSOR_DIGEST)
+    return [digests[start : start + TENSOR_DIGEST] for start in starts]
 
 
 # what is watched, by bank

@@ -63,19 +63,25 @@ __all__ = [
 FSDP = (FSDP2, "FullyShardedDataParallel")
 
 
-def apply_lora_to_fsdp_model(model: nn.Module, args: Any, group: Group = None) -> nn.Module:
+def apply_lora_to_fsdp_model(
+    model: nn.Module, args: Any, group: Group = None, *, compare_base: bool = True
+) -> nn.Module:
     """Attach an adapter that FSDP does not see, before FSDP wraps the model; returns the model.
 
     ``args``: what `add_lora_arguments` parsed, a LoraSpec, or None where the model has its adapters
     already (`lorry.attach`, `lorry.load_adapter`). ``group``: the ranks that share the gradients;
-    None: all.
+    None: all. ``compare_base``: whether their base weights are compared now; False where the wrapper
+    gives all ranks those of rank 0 (FSDP1's sync_module_states).
 
-    Call `synchronise` once a step, and make the optimizer and clip by `get_lora_parameters`. Raises
-    ConfigError for a model that is wrapped already or is Lorry's own decoder, and what
-    `spec_from_arguments` and `lorry.attach` raise.
+    Collective: every rank of the group calls it. Call `synchronise` once a step, and make the
+    optimizer and clip by `get_lora_parameters`. Raises ConfigError for a model that is wrapped already
+    or is Lorry's own decoder, what `spec_from_arguments` and `lorry.attach` raise, and ContractError
+    where a rank has another base than rank 0.
     """
     bank = _attach(model, args)
-    watch(bank, group, registered=False)
+    agreement = watch(bank, group, registered=False)
+    if compare_base:
+        agreement.compare_bases(model)
     _call_before_forward(model, lambda inputs: _follow_device(bank, inputs))
     return model
 
@@ -85,7 +91,8 @@ def apply_lora_to_model(model: nn.Module, args: Any, group: Group = None) -> nn.
     Trainer, TRL and DeepSpeed ZeRO-1 and -2; returns the model. They are named as PEFT's,
     `PATH.lora_A.NAME`, also in the model's state dict.
 
-    ``args``, ``group`` and what is raised: as `apply_lora_to_fsdp_model`.
+    ``args``, ``group``: as in `apply_lora_to_fsdp_model`. Raises the ConfigErrors of that; bases are
+    not compared, since these wrappers give every rank the weights of rank 0.
     """
     bank = _attach(model, args)
     watch(bank, group, registered=True)
