@@ -91,21 +91,20 @@ class Layout:
         backend, tensor = self.plan
         return ParallelSplit(backend=backend, processes=self.processes, tensor=tensor)
 
-    def environments(self, cores: int) -> list[dict[str, str]]:
-        """Of each process, as torchrun sets it; the cores divided."""
-        threads = {"OMP_NUM_THREADS": str(max(1, cores // self.processes))}
-        if self.processes == 1:
-            return [threads]
-        shared = {
-            **threads,
-            "WORLD_SIZE": str(self.processes),
-            "LOCAL_WORLD_SIZE": str(self.processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        return [
-            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(self.processes)
-        ]
+
+def environments(processes: int, cores: int) -> list[dict[str, str]]:
+    """Of each process, as torchrun sets it; the cores divided."""
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    if processes == 1:
+        return [threads]
+    shared = {
+        **threads,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ import gates
 import measure
 import wire
 from case import Case, read_rows
-from layout_engines import LAYOUTS, RankWatch
+from layout_engines import LAYOUTS, RankWatch, environments
 from turns import in_fresh_process
 
 SHARE = 1.04  # of 1/N of the base that a process may hold where it is sharded: tensors filled up
@@ -101,7 +101,6 @@ class Turn:
 def take_turn(engine: str, folder: Path, cores: int) -> Turn | str:
     """The processes of a layout, which divide the cores; where one fails, what it said last."""
     layout = LAYOUTS[engine]
-    environments = layout.environments(cores)
     started = [
         subprocess.Popen(
             [sys.executable, __file__, engine, str(folder)],
@@ -110,7 +109,7 @@ def take_turn(engine: str, folder: Path, cores: int) -> Turn | str:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for environment in environments
+        for environment in environments(layout.processes, cores)
     ]
     try:
         said = [process.communicate(timeout=LIMIT) for process in started]

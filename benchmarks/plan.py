@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/plan.py              # all configurations, about five minutes on one core
     .venv/bin/python benchmarks/plan.py --only gpt2  # those whose name holds a word; nothing is written
 
-Each configuration runs in a fresh process: five steps of Lorry's local backend on packed rows of
-one length. Measured: the peak resident set minus the resident set after imports. Predicted:
-`lorry.plan` on the same config, before anything is made. JSON goes to
-benchmarks/results/plan-cpu.json, a plot to docs/results/plan.png; exit code 1 if one prediction is
-off by more than 10%.
+Each configuration runs in a fresh process, or in two that train all weights together (`lora=null`),
+of which the fullest counts: five steps of Lorry's backend on packed rows of one length. Measured: the
+peak resident set minus the resident set after imports. Predicted: `lorry.plan` on the same config,
+before anything is made. JSON goes to benchmarks/results/plan-cpu.json, a plot to
+docs/results/plan.png; exit code 1 if one prediction is off by more than 10%.
 
 To calibrate src/lorry/plan/constants.py: `rest` is what was measured beyond runtime, weights,
 adapter, optimizer and kept activations, to be explained by `work` (derived) and `alloc` (GAPS,
@@ -25,8 +25,10 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import Mock
+
+from layout_engines import environments
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOT = (
@@ -52,7 +54,7 @@ SMALL_QWEN3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: rows packed sequences of length tokens each."""
+    """One configuration: rows packed sequences of length tokens each; of rank 0 all weights train."""
 
     model: str
     rank: int
@@ -60,11 +62,19 @@ class Case:
     recompute: str = "none"
     rows: int = 1
     dtype: str = "bfloat16"
+    backend: Literal["single", "ddp", "fsdp"] = "single"
 
     @property
     def name(self) -> str:
         kind = "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        return f"{self.model} r={self.rank} {self.rows}x{self.length} {self.recompute}{kind}"
+        kind += "" if self.processes == 1 else f" {self.backend} {self.processes}"
+        trained = f"r={self.rank}" if self.rank else "lora=null"
+        return f"{self.model} {trained} {self.rows}x{self.length} {self.recompute}{kind}"
+
+    @property
+    def processes(self) -> int:
+        """How many train it, each on ``rows`` of its own."""
+        return 1 if self.backend == "single" else 2
 
 
 CASES = (
@@ -90,6 +100,11 @@ CASES = (
     Case("gpt2", 16, 512, dtype="float32"),
     Case("smollm2-135m", 16, 1024, dtype="float32"),
     Case("smollm2-135m", 16, 512, "full", dtype="float32"),
+    *(
+        Case(REAL, 0, 512, dtype=dtype, backend=backend)
+        for dtype in ("bfloat16", "float32")
+        for backend in ("ddp", "fsdp")
+    ),
 )
 
 
@@ -103,7 +118,11 @@ def predict(case: Case) -> dict[str, Any]:
     """The plan's numbers; imports no torch."""
     from lorry.config.schema import LoraConfig
     from lorry.plan.adapters import plan_adapter
-    from lorry.plan.memory import MemorySetup, estimate_memory
+    from lorry.plan.full.weights import plan_weights
+    from lorry.plan.machine import has_tiles
+    from lorry.plan.memory import MemorySetup
+    from lorry.plan.parallel.per_rank import memory_per_rank
+    from lorry.plan.parallel.split import ParallelSplit
     from lorry.plan.shapes import read_model_shape
 
     shape = read_model_shape(config_of(case.model))
@@ -112,8 +131,15 @@ def predict(case: Case) -> dict[str, Any]:
         length=case.length,
         recompute=case.recompute,
         precision=case.dtype,  # type: ignore[arg-type]
+        tiles=has_tiles(),
     )
-    memory = estimate_memory(shape, plan_adapter(shape, LoraConfig(r=case.rank), case.rank), setup)
+    trained = (
+        plan_adapter(shape, LoraConfig(r=case.rank), case.rank)
+        if case.rank
+        else plan_weights(shape, "all")
+    )
+    split = ParallelSplit(backend=case.backend, processes=case.processes)
+    memory = memory_per_rank(shape, trained, setup, split, 1)
     parts = {c.name: c.bytes for c in memory.components if c.name != "libraries"}
     g = shape.geometry
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
@@ -134,9 +160,13 @@ def resident(what: str) -> int:
 def measure(case: Case) -> dict[str, Any]:
     """Real steps; returns the peak above imports and each step's peak so far."""
     from lorry.adapters.attach import attach
+    from lorry.adapters.base_weights import make_weights_trainable
     from lorry.adapters.spec import LoraSpec
-    from lorry.backends.local import LocalBackend
+    from lorry.backends.distributed.communicator import open_communicator
+    from lorry.backends.distributed.fsdp import sharder_of
     from lorry.backends.optim import OptimSettings
+    from lorry.backends.registry import BACKENDS
+    from lorry.config.schema import TrainBackendConfig
     from lorry.data.batch import TokenizedExample, collate
     from lorry.models.loading.load import load_model
     from lorry.notes import ignore_note
@@ -145,31 +175,37 @@ def measure(case: Case) -> dict[str, Any]:
 
     tune_allocator()
     imports = resident("VmRSS")
+    settings = TrainBackendConfig(name=case.backend)
+    communicator = open_communicator(settings)
+    shard = sharder_of(settings, communicator, "cpu")
     model = (
-        load_model(REAL, dtype=case.dtype, add_note=ignore_note).model
+        load_model(REAL, dtype=case.dtype, shard=shard, add_note=ignore_note).model
         if case.model == REAL
         else random_model(case)
     )
-    attach(model, LoraSpec(r=case.rank))
+    if case.rank:
+        attach(model, LoraSpec(r=case.rank))
+        trained = "default"
+    else:
+        make_weights_trainable(model, "all")
+        trained = "base"
     model.gradient_checkpointing = case.recompute == "full"
-    local, task = (
-        LocalBackend(model, ["default"], OptimSettings()),
-        SftTask(Mock(), [], 0, ["default"]),
-    )
+    backend = BACKENDS[case.backend](model, [trained], OptimSettings(), communicator=communicator)
+    task = SftTask(Mock(), [], 0, [trained])
     peaks, losses = [], []
     for step in range(STEPS):
         ids = [
             [(row * 7919 + i * 31 + step) % 5000 for i in range(case.length)]
-            for row in range(case.rows)
+            for row in range(case.rows * case.processes)
         ]
         batch = collate(
             [TokenizedExample(tokens, [0.0] + [1.0] * (case.length - 1)) for tokens in ids]
         )
         task.stream.batches = lambda _, batch=batch: [batch]
         losses.append(
-            local.forward_backward(task.step_batches(step, {}), task, step).loss["default"]
+            backend.forward_backward(task.step_batches(step, {}), task, step).loss[trained]
         )
-        local.step({"default": RATE})
+        backend.step({trained: RATE})
         peaks.append(resident("VmHWM") - imports)
     if not all(0 < loss < 100 for loss in losses):
         raise SystemExit(
@@ -221,13 +257,27 @@ def unique(model: Any) -> dict[str, Any]:
 def run(case: Case) -> dict[str, Any]:
     """Both sides of one configuration."""
     command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    row = {"case": case.name, **asdict(case), **predict(case), **json.loads(out.splitlines()[-1])}
+    started = [
+        subprocess.Popen(
+            command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True
+        )
+        for variables in launched(case)
+    ]
+    said = [json.loads(each.communicate()[0].splitlines()[-1]) for each in started]
+    fullest = max(said, key=lambda each: each["measured"])
+    row = {"case": case.name, **asdict(case), **predict(case), **fullest}
     fixed = sum(
         row["components"][n]
         for n in ("runtime", "base weights", "vocabulary", "adapter", "optimizer", "activations")
     )
     return {**row, "error": row["predicted"] / row["measured"] - 1, "rest": row["measured"] - fixed}
+
+
+def launched(case: Case) -> list[dict[str, str]]:
+    """What is added to the environment of each process."""
+    if case.processes == 1:
+        return [{}]
+    return environments(case.processes, len(os.sched_getaffinity(0)))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import layout_turns
 import pytest
 import wire
 from case import Case, read_rows
-from layout_engines import LAYOUTS, RankWatch, local_bytes
+from layout_engines import LAYOUTS, RankWatch, environments, local_bytes
 from transformers import LlamaConfig
 
 from lorry import kernels
@@ -69,11 +69,11 @@ def test_a_layout_that_holds_the_whole_base_is_no_sharded_one(held: int, refused
 
 
 def test_cores_are_divided_and_processes_find_each_other() -> None:
-    first, second = LAYOUTS["lorry-ddp"].environments(4)
+    first, second = environments(2, 4)
     assert (first["RANK"], second["RANK"], first["WORLD_SIZE"]) == ("0", "1", "2")
     assert first["OMP_NUM_THREADS"] == "2"
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
-    assert LAYOUTS["lorry"].environments(4) == [{"OMP_NUM_THREADS": "4"}]
+    assert environments(1, 4) == [{"OMP_NUM_THREADS": "4"}]
 
 
 def test_an_engine_of_lorrys_tells_of_its_steps(tiny_files: Path) -> None:
@@ -152,7 +152,7 @@ def test_what_two_processes_send_is_what_was_planned(
 def run_ranks(engines: list[str], folder: Path) -> list[list[dict[str, Any]]]:
     """[rank][engine]: what each process tells of these layouts, one after the other."""
     script = [sys.executable, "-c", SEVERAL, str(Path(layout_turns.__file__).parent), str(folder)]
-    environments = LAYOUTS[engines[0]].environments(2)
+    variables = environments(LAYOUTS[engines[0]].processes, 2)
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(
@@ -163,7 +163,7 @@ def run_ranks(engines: list[str], folder: Path) -> list[list[dict[str, Any]]]:
                     text=True,
                 )
             )
-            for environment in environments
+            for environment in variables
         ]
         said = [rank.communicate()[0] for rank in ranks]
     return [json.loads(out.splitlines()[-1]) for out in said]

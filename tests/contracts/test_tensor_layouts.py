@@ -9,7 +9,7 @@ in processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.peft.files import base_digest
+from lorry.adapters.quantization.linear import quantization_facts
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.distributed.ddp import DataParallelBackend
 from lorry.backends.local import LocalBackend
@@ -66,11 +68,11 @@ def no_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def folder_of(name: str, root: Path) -> Path:
+def folder_of(name: str, root: Path, **sizes: int) -> Path:
     """A directory of a tiny model whose vocabulary and heads two and four ranks can share."""
     more = {"num_key_value_heads": 4} if "num_key_value_heads" in tiny.VARIANTS[name] else {}
-    inner = tiny.fresh(name, vocab_size=64, **more)
-    return tiny.directory(inner, root / name.replace(" ", "-"))
+    inner = tiny.fresh(name, vocab_size=64, **more, **sizes)
+    return tiny.directory(inner, root / "-".join([*name.split(), *map(str, sizes.values())]))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,11 @@ def backend_of(
     ranks: ThreadRanks | None = None,
     gradient: GradientRule | None = None,
     kind: type[DataParallelBackend] = DataParallelBackend,
+    quantize: str | None = None,
 ) -> LocalBackend:
-    model = load_model(folder, dtype=dtype, device="cpu", ranks=ranks, add_note=ignore_note).model
+    model = load_model(
+        folder, dtype=dtype, device="cpu", ranks=ranks, quantize=quantize, add_note=ignore_note
+    ).model
     for name, spec in specs.items():
         attach(model, spec, name)
     settings = OptimSettings()
@@ -171,6 +176,39 @@ def test_ranks_that_share_a_model_are_one_process(
         # what a checkpoint has is the same bits on every rank
         floats = [k for k, v in rank.state.items() if v.is_floating_point()]
         assert all(torch.equal(rank.state[k], several[0].state[k]) for k in floats)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize", "tensor"),
+    [
+        ("llama", "nf4", 2),
+        ("llama", "int8", 4),
+        ("gpt2", "nf4", 2),
+        ("gpt_neox parallel", "int8", 2),
+    ],
+)
+def test_packed_matrices_are_shared(root: Path, name: str, quantize: str, tensor: int) -> None:
+    """In float64: each rank opens its part to the values that one process opens, and an adapter's files
+    say that it is the same base. Each side of a matrix holds whole blocks of 64 values per rank."""
+    sizes = {"n_embd": 128} if name == "gpt2" else {"hidden_size": 128, "intermediate_size": 256}
+    folder = folder_of(name, root, **sizes)
+    opened = partial(backend_of, folder, ALL, torch.float64, quantize=quantize)
+
+    def work(
+        communicator: ThreadCommunicator | None, ranks: ThreadRanks | None
+    ) -> tuple[Training, str, object]:
+        backend = opened(communicator, ranks)
+        facts = base_digest(backend.model), quantization_facts(backend.model)
+        return training(backend, task_of("uneven", ALL)), *facts
+
+    one, *facts = work(None, None)
+    for rank, *mine in on_mesh(1, tensor, work):
+        assert mine == facts
+        assert relative(rank.losses[0], one.losses[0]) < 1e-9
+        assert relative(rank.norms[0], one.norms[0]) < 1e-6
+        names = [key for key in one.state if key.startswith("adapter/default/")]
+        got, true = (torch.cat([t.state[key].flatten() for key in names]) for t in (rank, one))
+        assert relative(got, true) < 1e-6
 
 
 def test_a_gradient_rule_sees_the_whole_gradient(root: Path) -> None:

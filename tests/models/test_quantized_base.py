@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.loading.load import load_model
 from lorry.notes import ignore_note
 from tests.support import tinyrun
+from tests.support.threads import on_mesh
 
 FORMATS = list(QUANTIZATIONS)
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox"]
@@ -338,11 +340,13 @@ def test_eval_opens_the_base_as_it_was(run: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out
 
 
-def test_sharded_bases_are_refused_by_name(models: Path) -> None:
-    with pytest.raises(ConfigError, match=r"quantize=nf4 with backend\.tensor_parallel"):
-        opened(models / "llama", "nf4", ranks=object())
-    with pytest.raises(ConfigError, match="quantize=nf4 with backend=fsdp"):
-        opened(models / "llama", "nf4", shard=object())
+def test_what_is_not_cut_over_processes_is_refused_by_name(models: Path) -> None:
+    for layout, sharing in (("fsdp", "shard"), ("megatron", "convert")):
+        with pytest.raises(ConfigError, match=f"quantize=nf4 with backend={layout}: "):
+            opened(models / "mixtral", "nf4", **{sharing: Mock()})
+    # two heads of 4 inputs each: no rank has whole blocks of the output projection
+    with pytest.raises(ConfigError, match=r"tensor_parallel=2: .*dense.* blocks of 64 values"):
+        on_mesh(1, 2, lambda _, ranks: opened(models / "gpt_neox", "nf4", ranks=ranks))
 
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:

@@ -69,6 +69,7 @@ def in_layouts(communicator: Communicator, out: Path) -> dict[str, Tensor]:
         whole = partial(layouts.backend_for, communicator)
         made = layouts.trainings(whole)
         made |= _named("moments", layouts.moment_trainings(whole, data_ranks(communicator)))
+        made |= layouts.packed_trainings(partial(layouts.read_backend_for, communicator, None, out))
         results |= _named("ddp", made)
     for layout, settings in (FOUR if four else TWO).items():
         processes, start = layouts.sharded(out, **settings)
@@ -76,6 +77,8 @@ def in_layouts(communicator: Communicator, out: Path) -> dict[str, Tensor]:
         if layout == "fsdp":
             moments = layouts.moment_trainings(start, data_ranks(processes))
             made |= _named("moments", moments)
+        if not four:
+            made |= layouts.packed_trainings(start)
         results |= _named(layout, made | layouts.trainings(start, few_only=four))
     return results
 

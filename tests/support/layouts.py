@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from lorry.adapters.attach import attach
 from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.mix import Mix
+from lorry.adapters.peft.files import base_digest
+from lorry.adapters.quantization.linear import quantization_facts, quantized_linears
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
@@ -157,12 +159,14 @@ def read_backend_for(
     family: str = "llama",
     routed: bool = False,
     moment_ranks: TensorRanks | None = None,
+    quantize: str | None = None,
 ) -> LocalBackend:
     """`backend_for` with a model that is read: ``shard`` cuts it over the ranks."""
     opened = load_model(
         folder / family,
         dtype=dtype,
         device="cpu",
+        quantize=quantize,
         ranks=tensor_ranks(communicator),
         shard=shard,
         add_note=ignore_note,
@@ -235,6 +239,38 @@ def family_trainings(
     }
 
 
+# the matrices of the base, packed; of gpt2, whose matrices lie the other way round, in one of them
+PACKED = [
+    ("llama", "nf4", torch.float32),
+    ("llama", "nf4", torch.float64),
+    ("llama", "int8", torch.float64),
+    ("gpt2", "nf4", torch.float64),
+]
+
+
+def packed_trainings(start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
+    """Trainings over packed matrices; what files of their adapters say of the base; and bytes of the
+    packed matrices in this process."""
+    results, plain = dict[str, dict[str, Tensor]](), Fixed(steps_of(uneven))
+    for family, quantize, dtype in PACKED:
+        backend = start(WIDE, dtype, family=family, quantize=quantize)
+        made = trained(backend, plain)
+        facts = quantization_facts(backend.model)
+        assert facts is not None
+        digests = f"{base_digest(backend.model)} {facts['sha256']}"
+        parts = [
+            local_values(product.layer.get_parameter(name)).nbytes
+            for product in quantized_linears(backend.model).values()
+            for name in product.parts.values()
+        ]
+        results[f"{family} {quantize} {dtype}"] = {
+            **made,
+            "digests": torch.tensor(list(digests.encode())),
+            "bytes": torch.tensor(sum(parts)),
+        }
+    return flat(results)
+
+
 def moment_trainings(
     start: Callable[..., LocalBackend], ranks: TensorRanks | None
 ) -> dict[str, Tensor]:
@@ -299,8 +335,12 @@ def trainings(start: Callable[..., LocalBackend], few_only: bool = False) -> dic
 
 def local_bytes(parameter: Tensor) -> int:
     """Bytes of a parameter that lie in this process."""
-    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return here.untyped_storage().nbytes()
+    return local_values(parameter).untyped_storage().nbytes()
+
+
+def local_values(parameter: Tensor) -> Tensor:
+    """What of a parameter lies in this process."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def flat(results: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -346,7 +346,7 @@ class BankLinear(AdaptableLayer):
         """The base product, as it is now (a merge or a device may have changed it)."""
         if self.product is not None:
             return self.product
-        return DenseLinear(self.weight, self._added_bias(), self.transposed)
+        return DenseLinear(self.weight, self.added_bias(), self.transposed)
 
     def base_matrix(self) -> Tensor:
         """[O,I] fp32: the matrix that the base product multiplies, opened where it is packed. Raises
@@ -370,7 +370,7 @@ class BankLinear(AdaptableLayer):
             )
         return product.matrix()
 
-    def _added_bias(self) -> Tensor | None:
+    def added_bias(self) -> Tensor | None:
         """The bias that this process adds: of a sum over ranks one of them alone."""
         cut = self.slices
         is_sum = cut is not None and cut.columns is not None

@@ -20,6 +20,7 @@ from lorry.adapters.quantization.packed import (
     Quantization,
     pack,
 )
+from lorry.errors import ConfigError
 from lorry.kernels import load_library
 
 SHAPES = [(64, 64), (300, 96), (7, 13), (1, 1), (33, 128)]
@@ -187,3 +188,31 @@ def test_int8_of_bitsandbytes_is_opened_alike(functional: object) -> None:
     # it divides in fp16
     assert int((ours.codes.int() - codes.int()).abs().max()) <= 1
     torch.testing.assert_close(ours.scales, scales, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", list(QUANTIZATIONS))
+@pytest.mark.parametrize(
+    ("dim", "ranges"),
+    [(0, [(0, 2), (6, 8)]), (0, [(4, 9)]), (1, [(64, 128)]), (1, [(0, 64), (128, 192)])],
+)
+def test_a_part_opens_to_the_same_values(
+    name: str, dim: int, ranges: list[tuple[int, int]]
+) -> None:
+    """Of outputs, also the last ones, and of inputs; in float32, to the bit."""
+    weight = torch.randn(9, 192, generator=torch.Generator().manual_seed(0))
+    whole, slices = pack(weight, QUANTIZATIONS[name]), [slice(*each) for each in ranges]
+    true = torch.cat([whole.open(torch.float32).narrow(dim, a, b - a) for a, b in ranges], dim)
+    part = whole.part(dim, slices)
+    assert part.shape == tuple(true.shape)
+    assert torch.equal(part.open(torch.float32), true)
+
+
+def test_values_that_share_a_scale_do_not_part() -> None:
+    odd = torch.ones(9, 32)
+    whole = pack(odd, QUANTIZATIONS["nf4"])
+    # two rows are a block; the last block is half of one
+    assert torch.equal(whole.part(0, [slice(8, 9)]).open(torch.float32), torch.ones(1, 32))
+    for dim, cut in ((0, slice(0, 3)), (1, slice(0, 16))):
+        with pytest.raises(ConfigError, match=r"\[9, 32\] \(out, in\) held in nf4 .*blocks of 64"):
+            whole.part(dim, [cut])
+    assert pack(odd, QUANTIZATIONS["int8"]).part(0, [slice(0, 3)]).shape == (3, 32)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -77,7 +78,7 @@ from lorry.adapters.quantization.linear import (
     quantization_facts,
     quantization_of,
 )
-from lorry.adapters.quantization.packed import Quantization
+from lorry.adapters.quantization.packed import PackedMatrix, Quantization
 from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
 from lorry.adapters.variants.adalora import fold_triplets
 from lorry.adapters.variants.new_tokens import (
@@ -103,6 +104,8 @@ from lorry.runs.layout import (
 _ORIGIN = ("path", "sha256")
 DIGEST_SAMPLES = 4096  # values of each base tensor that the digest looks at
 _KNOWN_DIGEST = "lorry_base_digest"
+# {path: (shape of a weight, the values at its `sample_positions`)}
+Samples = Mapping[str, tuple[tuple[int, ...], Tensor]]
 CarriesOn = TypeVar("CarriesOn", bound=nn.Module)
 
 
@@ -648,12 +651,21 @@ def values_at_positions(weight: Tensor, positions: Tensor) -> Tensor:
 
 
 def remember_base_digest(
-    model: nn.Module, values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions
+    model: nn.Module,
+    values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions,
+    samples: Samples = MappingProxyType({}),
 ) -> None:
     """Take the digest of a frozen base that no rank has whole; all of them call this together.
     ``values_at(weight, positions)``: the values of a weight that is cut over ranks at flat positions
-    [n]."""
-    model.__dict__[_KNOWN_DIGEST] = digest_samples(_sampled_weights(model, values_at))
+    [n]; ``samples``: of linears, by path, where they were taken before (`sample_matrix`)."""
+    model.__dict__[_KNOWN_DIGEST] = digest_samples(_sampled_weights(model, values_at, samples))
+
+
+def sample_matrix(packed: PackedMatrix) -> tuple[tuple[int, ...], Tensor]:
+    """(shape, the values at its `sample_positions`) of a matrix as it computes: in another format it is
+    another base."""
+    opened = packed.open(torch.float32)
+    return packed.shape, values_at_positions(opened, sample_positions(opened.numel()))
 
 
 def keep_base_digest(model: nn.Module, other: CarriesOn) -> CarriesOn:
@@ -664,20 +676,20 @@ def keep_base_digest(model: nn.Module, other: CarriesOn) -> CarriesOn:
 
 
 def _sampled_weights(
-    model: nn.Module, values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions
+    model: nn.Module,
+    values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions,
+    known: Samples = MappingProxyType({}),
 ) -> dict[str, tuple[tuple[int, ...], Tensor]]:
     """{path: (shape, the values at its `sample_positions`)} of what `base_digest` looks at, as one
-    device has it; in bfloat16 where ranks share the model. ``values_at``: as above."""
+    device has it; in bfloat16 where ranks share the model. ``values_at``, ``known``: as above."""
     samples, ranks = dict[str, tuple[tuple[int, ...], Tensor]](), None
     family = family_of(model)
     for own_path, module in find_linears(model).items():
         # of an older release of transformers, it is the same base
         path = own_path if family is None else family.current_name(own_path)
         if isinstance(module, BankLinear) and isinstance(module.product, QuantizedLinear):
-            # by the values it computes with: in another format it is another base
-            opened = module.product.open(torch.float32)
-            places = sample_positions(opened.numel())
-            samples[path] = (module.product.shape, values_at_positions(opened, places))
+            taken = known.get(own_path)
+            samples[path] = sample_matrix(module.product.packed) if taken is None else taken
             continue
         weight = (
             module.get_parameter("weight")
@@ -714,7 +726,7 @@ def sample_positions(numel: int) -> Tensor:
     return torch.arange(count) * (numel - 1) // max(count - 1, 1)
 
 
-def digest_samples(samples: Mapping[str, tuple[tuple[int, ...], Tensor]]) -> str:
+def digest_samples(samples: Samples) -> str:
     """The digest of {module: (shape of its weight, the values at its `sample_positions`)}."""
     digest = hashlib.sha256()
     for path, (shape, values) in sorted(samples.items()):

@@ -24,12 +24,14 @@ from lorry.adapters.attach import find_linears, head_and_embedding
 from lorry.adapters.bank import wrap_module
 from lorry.adapters.layers import AdaptableLayer, BankLinear
 from lorry.adapters.quantization.packed import (
+    PackedDigest,
     PackedMatrix,
     Quantization,
     pack,
-    packed_digest,
 )
 from lorry.errors import ContractError
+
+_KNOWN_DIGEST = "lorry_packed_digest"
 
 
 def parameter_name(part: str) -> str:
@@ -110,7 +112,7 @@ class QuantizedLinear:
         return self._weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.layer.bias
+        bias = self.layer.added_bias()
         if (y := self.packed.multiply(x, bias)) is not None:
             return y
         weight = self._weight().t()
@@ -134,7 +136,7 @@ def hold_packed(
     layer: BankLinear, packed: PackedMatrix, dtype: torch.dtype, buffers: OpenBuffers
 ) -> None:
     """Give a layer a packed matrix [O,I] in place of its weight, whatever the layout that had; it
-    computes in ``dtype``."""
+    computes in ``dtype``. Of a layer that ranks share it is this rank's part."""
     layer.use_product(QuantizedLinear(layer, packed, dtype, buffers))
     for part, tensor in packed.tensors().items():
         setattr(layer, parameter_name(part), nn.Parameter(tensor, requires_grad=False))
@@ -218,5 +220,15 @@ def quantization_facts(model: nn.Module) -> Mapping[str, str | int | bool] | Non
     linears = quantized_linears(model)
     if not linears:
         return None
-    digest = packed_digest({path: product.packed for path, product in linears.items()})
+    digest: str | None = model.__dict__.get(_KNOWN_DIGEST)
+    if digest is None:
+        sums = PackedDigest()
+        for path in sorted(linears):
+            sums.add(path, linears[path].packed)
+        digest = sums.hexdigest()
     return {**next(iter(linears.values())).quantization.facts(), "sha256": digest}
+
+
+def remember_packed_digest(model: nn.Module, digest: PackedDigest) -> None:
+    """Keep the digest of a frozen base, which was taken while it was read: a rank may hold parts alone."""
+    model.__dict__[_KNOWN_DIGEST] = digest.hexdigest()

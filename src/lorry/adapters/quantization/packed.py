@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,6 +33,7 @@ from lorry.adapters.quantization.codes import (
     level_table,
     nearest_code,
 )
+from lorry.errors import ConfigError
 from lorry.kernels.packed import (
     MAX_PACKED_ROWS,
     PackedSource,
@@ -94,6 +95,14 @@ class PackedMatrix(ABC):
         """What it is held in, by field."""
         return self.fields()[0]
 
+    def part(self, dim: int, ranges: Sequence[slice]) -> PackedMatrix:
+        """These outputs (``dim`` 0) or inputs (1) alone, in their order, of the same values. Raises
+        ConfigError where values that share a scale would part."""
+        raise ConfigError(
+            f"a matrix held in {self.quantization.name} is not cut over processes; nf4, fp4 and int8 of a "
+            "whole checkpoint are"
+        )
+
     @abstractmethod
     def source(self) -> PackedSource:
         """What the kernels read it from."""
@@ -144,6 +153,30 @@ class Packed4Bit(PackedMatrix):
         blocks = F.pad(values, (0, -count % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
         return (blocks * self.scale_scales[:, None]).view(-1)[:count].add_(self.offset)
 
+    def part(self, dim: int, ranges: Sequence[slice]) -> Packed4Bit:
+        """See `PackedMatrix.part`; scales are fp32, since those that share one of their own part."""
+        outputs, inputs = self.shape
+        # blocks lie along the flattened matrix: of outputs whole rows are taken, of inputs a stretch of
+        # each row, and both have to be whole blocks, but for the last one of all
+        lines, unit = (1, inputs) if dim == 0 else (outputs, 1)
+        spans = [(r.start * unit, r.stop * unit) for r in ranges]
+        line = outputs * inputs // lines
+        bounds = [b for span in spans for b in span if dim or b != line]
+        if odd := [b for b in (*bounds, *([line] if dim else [])) if b % BLOCK]:
+            raise ConfigError(
+                f"a matrix {list(self.shape)} (out, in) held in {self.quantization.name} parts between blocks of "
+                f"{BLOCK} values alone, and {odd[0]} is no multiple; int8 has no blocks"
+            )
+        shape = [outputs, inputs]
+        shape[dim] = sum(r.stop - r.start for r in ranges)
+        codes, scales = self.codes.view(lines, -1), self.block_scales().view(lines, -1)
+        return Packed4Bit(
+            self.quantization,
+            (shape[0], shape[1]),
+            torch.cat([codes[:, a // 2 : -(-b // 2)] for a, b in spans], 1).view(-1),
+            torch.cat([scales[:, a // BLOCK : -(-b // BLOCK)] for a, b in spans], 1).view(-1),
+        )
+
     def source(self) -> PackedSource:
         device = self.codes.device
         nested: tuple[Tensor | None, ...] = (None, None, None)
@@ -175,6 +208,12 @@ class PackedInt8(PackedMatrix):
 
     scales: Tensor
 
+    def part(self, dim: int, ranges: Sequence[slice]) -> PackedInt8:
+        """See `PackedMatrix.part`."""
+        codes = torch.cat([self.codes.narrow(dim, r.start, r.stop - r.start) for r in ranges], dim)
+        scales = self.scales if dim else torch.cat([self.scales[r] for r in ranges])
+        return PackedInt8(self.quantization, (codes.shape[0], codes.shape[1]), codes, scales)
+
     def source(self) -> PackedSource:
         return PackedSource("rows", (self.codes, self.scales))
 
@@ -194,14 +233,21 @@ def pack(weight: Tensor, quantization: Quantization) -> PackedMatrix:
     return _pack_4bit(weight.detach(), quantization)
 
 
-def packed_digest(packed: Mapping[str, PackedMatrix]) -> str:
-    """SHA-256 over the packed matrices by name: what is held, bit for bit."""
-    digest = hashlib.sha256()
-    for path, matrix in sorted(packed.items()):
+class PackedDigest:
+    """SHA-256 over packed matrices, given in the order of their names: what is held, bit for bit."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, path: str, matrix: PackedMatrix) -> None:
+        """One more."""
         for name, tensor in matrix.tensors().items():
-            digest.update(f"{path}.{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
+            self._digest.update(f"{path}.{name}{tuple(tensor.shape)}".encode())
+            self._digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+
+    def hexdigest(self) -> str:
+        """Of those that were added."""
+        return self._digest.hexdigest()
 
 
 def _pack_4bit(weight: Tensor, quantization: Quantization) -> Packed4Bit:

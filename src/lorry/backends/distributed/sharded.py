@@ -29,7 +29,7 @@ from lorry.backends.distributed.exchange import PeerError
 from lorry.backends.distributed.gathered import WholePlaces, can_map
 from lorry.backends.distributed.passes import PassKind, PassSchedule
 from lorry.backends.distributed.shares import GatheredTensors
-from lorry.errors import ContractError
+from lorry.errors import ConfigError, ContractError
 from lorry.models.layer_weights import WHOLE_WEIGHTS
 
 # the axes of the device mesh along which weights are cut, and copied
@@ -77,8 +77,18 @@ class _TrainedWeight:
 def _group(
     held: nn.Module, mesh: DeviceMesh, others: Collection[nn.Parameter] = frozenset()
 ) -> FSDPModule:
-    """A module's parameters but those of ``others``, as one group."""
-    return fully_shard(_Holder(held), mesh=mesh, ignored_params=set(others))
+    """A module's parameters but those of ``others``, as one group. Raises ConfigError for packed ones
+    under a torch that cannot cut them."""
+    try:
+        return fully_shard(_Holder(held), mesh=mesh, ignored_params=set(others))
+    except RuntimeError as error:
+        # until it was mended FSDP2 made parameters that want gradients, of which integers have none
+        if all(p.is_floating_point() for p in held.parameters()):
+            raise
+        raise ConfigError(
+            f"backend=fsdp: FSDP2 of torch {torch.__version__} cannot cut packed matrices ({error}); that of "
+            "torch 2.13 can, and backend=ddp needs nothing of it"
+        ) from error
 
 
 class ShardedWeights:

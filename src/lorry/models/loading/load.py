@@ -181,7 +181,7 @@ def load_model(
         for note in matrices.notes() if matrices is not None else ():
             add_note(note)
 
-        if (ranks is not None or convert is not None) and shard is None:  # else it is taken already
+        if convert is not None and ranks is None and shard is None:  # else it is taken already
             remember_base_digest(decoder)
         model = decoder if convert is None else keep_base_digest(decoder, convert(decoder))
         # PEFT's field for the base: adapters saved later name it
@@ -259,16 +259,25 @@ def _matrix_source(
 
 def _refuse_cut_matrices(
     quantization: Quantization,
+    description: ModelDescription,
     ranks: TensorRanks | None,
     shard: Sharder | None,
     convert: ModelConverter | None,
 ) -> None:
-    """Raises ConfigError where packed matrices would be cut over processes."""
+    """Raises ConfigError where packed matrices would be cut over processes, and are not: our own decoder
+    alone packs each as it reads it, and then keeps this rank's part."""
     sharing = {"backend=megatron": convert, "backend=fsdp": shard, "backend.tensor_parallel": ranks}
-    if cut := [name for name, how in sharing.items() if how is not None]:
+    cut = [name for name, how in sharing.items() if how is not None]
+    why = None
+    if convert is not None:
+        why = "Megatron's linears hold whole ones"
+    elif description.family is None:
+        why = f"{description.why}, and transformers reads it whole before it is packed"
+    elif description.packed_as is not None or quantization.keeps_values:
+        why = "matrices that files store packed are not cut over processes"
+    if cut and why is not None:
         raise ConfigError(
-            f"model.quantize={quantization.name} with {cut[0]}: packed matrices are not cut over processes; "
-            "train on one device, or with backend=ddp"
+            f"model.quantize={quantization.name} with {cut[0]}: {why}; train on one device, or with backend=ddp"
         )
 
 
@@ -299,7 +308,7 @@ def _refuse_unfit(
 ) -> None:
     """Raises ConfigError for a model that these ranks cannot share or cut, or that has no other layers."""
     if quantization is not None:
-        _refuse_cut_matrices(quantization, ranks, shard, convert)
+        _refuse_cut_matrices(quantization, description, ranks, shard, convert)
     family = description.family
     if convert is not None:
         convert.refuse_unfit(family, description.config, description.why)

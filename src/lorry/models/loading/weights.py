@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.peft.files import remember_base_digest
+from lorry.adapters.quantization.linear import remember_packed_digest
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.errors import ConfigError, ModelError
@@ -39,7 +40,7 @@ from lorry.models.loading.tensor_files import (
     read_tensor_entries,
     read_tensors,
 )
-from lorry.models.packed.reading import MatrixSource, read_matrices
+from lorry.models.packed.reading import MatrixReader, MatrixSource
 
 # Constants that older checkpoints stored beside the weights: the causal mask and the rotary table.
 # They are recomputed.
@@ -61,7 +62,8 @@ def load_decoder(
     """The native decoder with a directory's weights; of ``ranks`` that share it each reads its own
     slices, on its own; with ``shard`` this rank's share of the rows, and no more is ever kept; with
     ``matrices`` those of linears but the head come from there, and are held packed. Raises ModelError for
-    any missing, unknown, misshapen, packed or not finite tensor."""
+    any missing, unknown, misshapen, packed or not finite tensor, ConfigError for packed matrices that
+    cannot be cut."""
     entries: Mapping[str, TensorEntry] = read_tensor_entries(directory)
     if matrices is not None:
         entries = matrices.join(entries)
@@ -77,21 +79,30 @@ def load_decoder(
     file_names = match_tensor_names(
         entries, family, expected, tied=model.geometry.tied, where=directory
     )
+    wanted = {name: entries[file_name] for name, file_name in file_names.items()}
+    reader = None if matrices is None else MatrixReader(model, wanted, matrices, dtype)
     shards, rows, keep = None, dict[str, slice](), dict[str, Callable[[Tensor], Tensor]]()
     if shard is not None:
+        model.to(dtype)
+        if reader is not None:  # what is cut is what the layers will hold
+            reader.hold_empty()
         model.layer_weights = shards = shard(
-            model.to(dtype),
+            model,
             [model.get_submodule(family.layer.format(i=i)) for i in range(model.geometry.layers)],
         )
         empty = model.state_dict()
         rows = {name: shards.local_rows(p) for name, p in empty.items()}
         keep = {name: partial(shards.keep, p) for name, p in empty.items()}
-    wanted = {name: entries[file_name] for name, file_name in file_names.items()}
-    packed, opened = set[str](), dict[str, Tensor]()
-    if matrices is not None:
-        packed, opened = read_matrices(model, wanted, matrices, dtype, device)
-    state = opened | read_tensors(
-        {n: entry for n, entry in wanted.items() if n not in packed | opened.keys()},
+    read, state = set[str](), dict[str, Tensor]()
+    if reader is not None:
+
+        def keep_rows(name: str, tensor: Tensor) -> Tensor:
+            # a copy: a view would keep all that was read
+            return keep[name](tensor[rows[name]].clone())
+
+        read, state = reader.read(device, None if shards is None else keep_rows)
+    state |= read_tensors(
+        {name: entry for name, entry in wanted.items() if name not in read},
         dtype,
         device,
         cut,
@@ -109,11 +120,6 @@ def load_decoder(
                 "separately"
             )
         state.pop(head, None)
-    if packed:
-        # what is held in place of their weights, under names of their own
-        layers = {name.removesuffix(".weight") for name in packed}
-        names = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] in layers}
-        state |= {n: t for n, t in names.items() if n not in state}
     if shards is not None:
         shards.agree(f"reading {directory.name}")
         empty = model.state_dict()
@@ -125,11 +131,13 @@ def load_decoder(
     if model.geometry.tied:
         model.tie()
     model.requires_grad_(False).eval()
+    samples = {} if reader is None else reader.samples
     if shards is not None:
-        remember_base_digest(model, shards.values_at)
-    elif packed:
-        # once: every packed matrix is opened for it
-        remember_base_digest(model)
+        remember_base_digest(model, shards.values_at, samples)
+    elif ranks is not None or reader is not None:
+        remember_base_digest(model, samples=samples)
+    if reader is not None:
+        remember_packed_digest(model, reader.digest)
     return model
 
 

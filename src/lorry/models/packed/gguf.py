@@ -79,6 +79,10 @@ class PackedGguf:
     def check(self, entry: TensorEntry, shape: tuple[int, int]) -> None:
         """Nothing has parts."""
 
+    def empty(self, shape: tuple[int, int]) -> PackedMatrix:
+        """Not known before it is read: matrices of one file have several formats."""
+        raise ConfigError("the matrices of a GGUF file are not cut over processes")
+
     def read(
         self, name: str, entry: TensorEntry, shape: tuple[int, int], device: torch.device
     ) -> PackedMatrix | None:

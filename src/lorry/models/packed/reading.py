@@ -1,10 +1,14 @@
 """Where the packed matrices of a decoder come from: packed while a whole checkpoint is read, or stored
-packed; and how they get into its layers, one at a time."""
+packed; and how they get into its layers, one at a time.
+
+Of a model that is cut over processes each rank reads every matrix whole, packs it, and keeps its part:
+values that share a scale would otherwise be packed by another one than on one device.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.quantization.linear import OpenBuffers, hold_packed
-from lorry.adapters.quantization.packed import PackedMatrix, Quantization, pack
-from lorry.errors import ModelError
+from lorry.adapters.peft.files import sample_matrix
+from lorry.adapters.quantization.linear import OpenBuffers, hold_packed, parameter_name
+from lorry.adapters.quantization.packed import PackedDigest, PackedMatrix, Quantization, pack
+from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading.tensor_files import (
     FLOAT_DTYPES,
@@ -38,6 +43,9 @@ class MatrixSource(Protocol):
     def check(self, entry: TensorEntry, shape: tuple[int, int]) -> None:
         """Raise ModelError unless an entry with parts can be a matrix (O, I); no weight is read."""
 
+    def empty(self, shape: tuple[int, int]) -> PackedMatrix:
+        """What `read` will give, without memory. Raises ConfigError where nothing but the values tells."""
+
     def read(
         self, name: str, entry: TensorEntry, shape: tuple[int, int], device: torch.device
     ) -> PackedMatrix | None:
@@ -60,6 +68,10 @@ class PackedWhileRead:
 
     def check(self, entry: TensorEntry, shape: tuple[int, int]) -> None:
         """Nothing has parts."""
+
+    def empty(self, shape: tuple[int, int]) -> PackedMatrix:
+        """Packed like any other."""
+        return pack(torch.empty(shape, device="meta"), self.quantization)
 
     def read(
         self, name: str, entry: TensorEntry, shape: tuple[int, int], device: torch.device
@@ -110,6 +122,12 @@ class PackedCheckpoint:
         shapes = {part: tensor.shape for part, tensor in entry.parts.items()}
         self.packed_as.check(f"{entry.file}: {entry.name}", shapes, shape)
 
+    def empty(self, shape: tuple[int, int]) -> PackedMatrix:
+        """Not known before it is read."""
+        raise ConfigError(
+            f"matrices that are stored packed ({self.quantization.name}) are not cut over processes"
+        )
+
     def read(
         self, name: str, entry: TensorEntry, shape: tuple[int, int], device: torch.device
     ) -> PackedMatrix | None:
@@ -125,40 +143,98 @@ class PackedCheckpoint:
         return [f"its files hold matrices packed ({self.quantization.name}), which stay so"]
 
 
-def read_matrices(
-    model: Decoder,
-    wanted: Mapping[str, TensorEntry],
-    matrices: MatrixSource,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[set[str], dict[str, Tensor]]:
-    """(weights whose layers hold them packed now, {weight: its values} of those that are stored packed
-    where nothing packed can be held: head and embeddings), read one at a time. Raises ModelError."""
-    packed, opened, buffers = set[str](), dict[str, Tensor](), OpenBuffers()
-    layers = {
-        path: m
-        for path, m in model.named_modules()
-        if isinstance(m, BankLinear) and path != model.family.head
-    }
-    shapes = dict[str, tuple[int, int]]()
-    for name, entry in wanted.items():
-        layer = layers.get(name.removesuffix(".weight"))
-        weight = model.get_parameter(name)
-        if layer is not None and name.endswith(".weight"):
-            shapes[name] = (layer.out_features, layer.in_features)
-        elif entry.parts and weight.dim() == 2:
-            shapes[name] = (weight.shape[0], weight.shape[1])
-        elif entry.parts:
-            raise ModelError(f"{entry.file}: {entry.name} is stored packed, and is no matrix")
-        # all before the first is read
-        if entry.parts:
-            matrices.check(entry, shapes[name])
-    for name, shape in shapes.items():
-        layer = layers.get(name.removesuffix(".weight"))
-        matrix = matrices.read(name, wanted[name], shape, device)
-        if matrix is not None and layer is not None:
-            hold_packed(layer, matrix, dtype, buffers)
-            packed.add(name)
-        elif matrix is not None:
-            opened[name] = matrix.open(dtype)
-    return packed, opened
+class MatrixReader:
+    """Reads the packed matrices of ``model`` from ``matrices``, one at a time; ``wanted``: {weight: where it
+    lies}; the model computes in ``dtype``. Raises ModelError where an entry cannot be a matrix of its layer.
+
+    What was taken of every matrix while it was whole: ``samples``, for `base_digest`, and ``digest``.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        wanted: Mapping[str, TensorEntry],
+        matrices: MatrixSource,
+        dtype: torch.dtype,
+    ) -> None:
+        self.wanted, self.matrices, self.dtype = wanted, matrices, dtype
+        self.samples, self.digest = dict[str, tuple[tuple[int, ...], Tensor]](), PackedDigest()
+        self.layers = {
+            f"{path}.weight": m
+            for path, m in model.named_modules()
+            if isinstance(m, BankLinear) and path != model.family.head
+        }
+        self.shapes = dict[str, tuple[int, int]]()
+        for name, entry in sorted(wanted.items(), key=lambda item: item[0].removesuffix(".weight")):
+            weight = model.get_parameter(name)
+            if name in self.layers:
+                self.shapes[name] = _whole_shape(self.layers[name])
+            elif entry.parts and weight.dim() == 2:
+                self.shapes[name] = (weight.shape[0], weight.shape[1])
+            elif entry.parts:
+                raise ModelError(f"{entry.file}: {entry.name} is stored packed, and is no matrix")
+            # all before the first is read
+            if entry.parts:
+                matrices.check(entry, self.shapes[name])
+        self._buffers = OpenBuffers()
+
+    def hold_empty(self) -> None:
+        """Give each layer its part without memory, to be cut further before anything is read. Raises
+        ConfigError where that cannot be."""
+        for name, layer in self.layers.items():
+            part = _local_part(layer, self.matrices.empty(self.shapes[name]))
+            hold_packed(layer, part, self.dtype, self._buffers)
+
+    def read(
+        self, device: torch.device, keep: Callable[[str, Tensor], Tensor] | None = None
+    ) -> tuple[set[str], dict[str, Tensor]]:
+        """(weights that were read here, {parameter: tensor}): what layers hold packed, and the values of head
+        and embeddings that are stored packed, where nothing packed can be held. ``keep(parameter, tensor)``:
+        what this rank keeps of a parameter whose layer holds an empty one (`hold_empty`). Raises ModelError,
+        and ConfigError for a matrix that cannot be cut."""
+        names, state = set[str](), dict[str, Tensor]()
+        for name, shape in self.shapes.items():
+            layer = self.layers.get(name)
+            matrix = self.matrices.read(name, self.wanted[name], shape, device)
+            if matrix is None:
+                continue
+            names.add(name)
+            if layer is None:
+                state[name] = matrix.open(self.dtype)
+                continue
+            path = name.removesuffix(".weight")
+            self.samples[path] = sample_matrix(matrix)
+            self.digest.add(path, matrix)
+            part = _local_part(layer, matrix)
+            if keep is None:
+                hold_packed(layer, part, self.dtype, self._buffers)
+            for field, tensor in part.tensors().items():
+                parameter = f"{path}.{parameter_name(field)}"
+                state[parameter] = tensor if keep is None else keep(parameter, tensor)
+        return names, state
+
+
+def _whole_shape(layer: BankLinear) -> tuple[int, int]:
+    """(O, I) on one device of a layer that ranks may share."""
+    cut = layer.slices
+    rows, columns = (None, None) if cut is None else (cut.rows, cut.columns)
+    return (
+        layer.out_features if rows is None else rows.whole,
+        layer.in_features if columns is None else columns.whole,
+    )
+
+
+def _local_part(layer: BankLinear, matrix: PackedMatrix) -> PackedMatrix:
+    """What this rank holds of a whole matrix. Raises ConfigError where it cannot be cut there."""
+    cut = layer.slices
+    if cut is None:
+        return matrix
+    try:
+        for dim, part in enumerate((cut.rows, cut.columns)):
+            if part is not None:
+                matrix = matrix.part(dim, part.ranges())
+    except ConfigError as error:
+        raise ConfigError(
+            f"backend.tensor_parallel={cut.ranks.size}: {layer.path}: {error}"
+        ) from error
+    return matrix
