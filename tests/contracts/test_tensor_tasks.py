@@ -86,8 +86,7 @@ def equal(work: Callable[[Communicator, Ranks], Training], mesh: tuple[int, int]
         assert relative(rank.values, one.values) < 1e-6
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)])
-@pytest.mark.parametrize("level", ["delta", "expert"])
+@pytest.mark.parametrize(("level", "mesh"), [("delta", (1, 2)), ("expert", (2, 2))])
 def test_a_router_over_experts(models: Path, level: str, mesh: tuple[int, int]) -> None:
     def work(communicator: Communicator, ranks: Ranks) -> Training:
         model = opened(models / "student", ranks)
@@ -127,8 +126,7 @@ class Rows:
         pass
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)])
-@pytest.mark.parametrize("k", [None, 9], ids=["whole", "top k"])
+@pytest.mark.parametrize(("k", "mesh"), [(None, (2, 2)), (9, (1, 2))], ids=["whole", "top k"])
 def test_a_student_of_a_teacher(models: Path, k: int | None, mesh: tuple[int, int]) -> None:
     """Over the whole vocabulary, and over the teacher's likeliest tokens, which it keeps in fp32."""
 
