@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-unlearn bench-experts bench-variants bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-unlearn bench-experts bench-variants bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -99,9 +99,15 @@ lint: setup
 docs-check: setup
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
-# About twelve minutes on one core; nothing else should run beside it.
+# About twenty minutes on one core; nothing else should run beside it. ISA=avx2 (or amx, avx512_bf16, avx512, portable) holds every
+# engine to that instruction set: what the processor has, or less. BENCH: more options.
+ISA_OPTION = $(if $(ISA),--isa $(ISA))
 bench: bench-setup
-	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python benchmarks/sft.py $(ISA_OPTION) $(BENCH)
+
+# One job and K jobs in one pass.
+bench-jobs: setup
+	$(BIN)/python benchmarks/jobs.py --threads 1 $(ISA_OPTION) $(BENCH)
 
 bench-chat: bench-setup
 	$(BIN)/python benchmarks/chat.py
@@ -134,10 +140,11 @@ bench-layouts: bench-setup
 bench-rollout: $(ROLLOUT)/.installed
 	$(ROLLOUT)/bin/python benchmarks/rollout.py --in-process --steps 3
 
-# Lengths and ranks against PEFT at its default and at its best: an hour or two.
+# Lengths, ranks and threads against PEFT at its default and at its best: two or three hours.
 bench-sweep: bench-setup
-	$(BIN)/python benchmarks/sft.py --lengths 512 2048 4096 --engines lorry peft peft-bf16-malloc-compile
-	$(BIN)/python benchmarks/sft.py --ranks 4 64 128 --engines lorry peft peft-bf16-malloc-compile
+	$(BIN)/python benchmarks/sft.py --few --lengths 64 128 256 512 1024 2048 4096 $(ISA_OPTION) $(BENCH)
+	$(BIN)/python benchmarks/sft.py --few --ranks 4 64 128 $(ISA_OPTION) $(BENCH)
+	$(BIN)/python benchmarks/sft.py --few --lengths 512 1024 --threads 2 $(ISA_OPTION) $(BENCH)
 
 # LoRA against full fine-tuning on three tasks, and a distillation. Two ways at a time, one on each core; then the table.
 study-instruct: setup

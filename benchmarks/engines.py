@@ -25,13 +25,14 @@ Run = Callable[[Path, Case, Sequence[Row], Watch], None]
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """``work``: what a step computes, for the floor; ``anchor``: not LoRA training, only there to
-    compare with.
+    compare with; ``dtype``: what it multiplies matrices in, as Lorry writes it.
     """
 
     make: Callable[[], Run]
     says: str
     work: str = "lora"
     anchor: bool = False
+    dtype: str = "bfloat16"
 
 
 def fast_path() -> dict[str, Any]:
@@ -51,8 +52,10 @@ def fast_path() -> dict[str, Any]:
 # --- Lorry
 
 
-def lorry(packing: bool = False) -> Run:
-    """Lorry's own path: its data stream, the local backend and the SFT loss."""
+def lorry(packing: bool = False, dtype: str = "auto") -> Run:
+    """Lorry's own path: its data stream, the local backend and the SFT loss; the base in what
+    dtype=auto is on this processor, unless another is given.
+    """
     from lorry.adapters.peft.files import load_adapter
     from lorry.backends.local import LocalBackend
     from lorry.backends.optim import OptimSettings
@@ -79,7 +82,7 @@ def lorry(packing: bool = False) -> Run:
     def run(folder: Path, case: Case, rows: Sequence[Row], watch: Watch) -> None:
         fast_path()
         tune_allocator()
-        loaded = load_model(str(folder / "base"), dtype="bfloat16", add_note=ignore_note)
+        loaded = load_model(str(folder / "base"), dtype=dtype, add_note=ignore_note)
         adapter = load_adapter(loaded.model, folder / "init", "default")
         backend = LocalBackend(loaded.model, ["default"], OptimSettings())
         stream: Any = Rows(rows, case.rows_per_step)

@@ -2,11 +2,12 @@
 and large micro-batches.
 
     .venv/bin/python benchmarks/jobs.py                 # or: --jobs 1,4 --lengths 128 --steps 4 --rounds 1
+    make bench-jobs ISA=avx2                            # as on a processor without AVX-512
 
 The jobs differ in data, rank, learning rate and seed; each trains one row of LENGTH tokens a step.
 Every run is a fresh process, and runs of several jobs and of one take turns. Nothing is printed
 unless, in float32, every job's losses are within 1e-5 of those of its run alone, and in the timed
-bfloat16 runs within 2%. Shown: wall and CPU time of the steps without the first two (median over
+runs, in what dtype=auto is on the processor, within 2%. Shown: wall and CPU time of the steps without the first two (median over
 rounds), the wall time of whole runs, loading and writing included, and the peak resident set above
 the imports, as a share of the sum and of the largest of the separate runs. JSON goes to
 benchmarks/results/jobs-cpu.json.
@@ -27,7 +28,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from measure import machine, peak_rss, rss
+import isa
+from measure import QUIET, Others, machine, peak_rss, rss
+
+from lorry.processor import has_bfloat16
 
 MODEL = "smollm2-135m-instruct"
 RANKS, RATES = (16, 8, 32, 16), (1e-4, 3e-4, 5e-5, 2e-4)
@@ -176,6 +180,7 @@ def gate(joint: Row, alone: dict[str, Row], within: float, relative: bool) -> fl
 def compare(folder: Path, length: int, args: argparse.Namespace) -> list[Row]:
     """A row per number of jobs at one length."""
     sizes, most = args.jobs, max(args.jobs)
+    timed = "bfloat16" if has_bfloat16() else "float32"
     write_data(folder, most, length, args.steps + WARMUP)
     exact = {f"job{n}": fresh(folder, [n], length, 3, "float32") for n in range(min(2, most))}
     exact_gap = gate(
@@ -183,7 +188,7 @@ def compare(folder: Path, length: int, args: argparse.Namespace) -> list[Row]:
     )
     made = [
         [
-            (numbers, fresh(folder, numbers, length, args.steps + WARMUP, "bfloat16"))
+            (numbers, fresh(folder, numbers, length, args.steps + WARMUP, timed))
             for numbers in turns(sizes)
         ]
         for _ in range(args.rounds)
@@ -201,6 +206,7 @@ def compare(folder: Path, length: int, args: argparse.Namespace) -> list[Row]:
             {
                 "jobs": size,
                 "length": length,
+                "threads": made[0][0][1]["threads"],
                 "float32_gap": exact_gap,
                 **medians(ratios),
                 "rounds": ratios,
@@ -251,8 +257,8 @@ def show(row: Row) -> str:
     return f"{head}   steps {took} ({also})   memory {memory}   losses within {row['gap']:.1e}"
 
 
-def table(rows: Sequence[Row]) -> dict[str, Any]:
-    """What `benchmarks/results.py` shows."""
+def table(rows: Sequence[Row], where: Mapping[str, Any]) -> dict[str, Any]:
+    """What `benchmarks/results.py` shows. ``where``: the record's machine, isa and what else was busy."""
     columns = [
         "jobs",
         "tokens each and step",
@@ -278,7 +284,17 @@ def table(rows: Sequence[Row]) -> dict[str, Any]:
         ]
         for r in rows
     ]
-    return {"title": "K jobs in one pass against K runs in turn", "columns": columns, "rows": cells}
+    held = where["isa"]["held"]
+    title = "K jobs in one pass against K runs in turn"
+    text = f"{where['isa']['name']} on {where['machine']['cpu']}, {where['threads']} threads."
+    if not where["clean"]:
+        text += f" **Not clean**: other programs had {where['others_cores']:.1f} cores meanwhile."
+    return {
+        "title": f"{title}, held to {where['isa']['name']}" if held else title,
+        "text": text,
+        "columns": columns,
+        "rows": cells,
+    }
 
 
 def main() -> None:
@@ -290,9 +306,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=numbers, default=[128, 1024])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "jobs-cpu.json"
-    )
+    parser.add_argument("--threads", type=int, help="as it comes: as many as torch takes")
+    isa.add_argument(parser)
+    parser.add_argument("--output", type=Path, help="benchmarks/results/jobs-cpu[-ISA].json")
     parser.add_argument(
         "--worker",
         nargs=5,
@@ -304,15 +320,28 @@ def main() -> None:
         folder, which, length, steps, dtype = args.worker
         print(json.dumps(work(Path(folder), numbers(which), int(length), int(steps), dtype)))
         return
-    rows = list[Row]()
+    isa.hold_to(args.isa)
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    rows, others = list[Row](), Others()
     for length in args.lengths:
         with tempfile.TemporaryDirectory() as name:
             rows += compare(Path(name), length, args)
         for row in rows[-len(args.jobs) :]:
             print(show(row), flush=True)
-    args.output.parent.mkdir(exist_ok=True)
-    record = {"machine": machine(), "load": os.getloadavg(), **table(rows), "records": rows}
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    busy = others.cores()
+    where = {
+        "machine": machine(),
+        "isa": isa.described(),
+        "threads": rows[0]["threads"],
+        "load": os.getloadavg(),
+        "others_cores": busy,
+        "clean": busy <= QUIET,
+    }
+    name = f"jobs-cpu-{args.isa}.json" if args.isa else "jobs-cpu.json"
+    output = args.output or Path(__file__).parent / "results" / name
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps({**where, **table(rows, where), "records": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

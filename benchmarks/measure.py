@@ -159,17 +159,20 @@ class Shape:
         }[work]
 
 
-def matrix_rate(shape: Shape, rows: int, repeats: int = 2) -> float:
-    """bf16 operations per second of plain products of the model's own shapes, forward and with
-    respect to the input: each shape at its best of ``repeats``, weighed by how often it occurs."""
+def matrix_rate(shape: Shape, rows: int, dtype: str, repeats: int = 2) -> float:
+    """Operations per second of plain products of the model's own shapes in ``dtype`` (torch's name),
+    forward and with respect to the input: each shape at its best of ``repeats``, weighed by how
+    often it occurs.
+    """
     import torch
 
     # more rows are not faster, and this should not be the largest thing in memory
     rows = min(rows, 1024)
     flops = seconds = 0.0
     for inputs, outputs, count in (*shape.linears, (*shape.head, 1)):
-        weight = torch.randn(outputs, inputs).bfloat16()
-        x, g = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, outputs).bfloat16()
+        kind: torch.dtype = getattr(torch, dtype)
+        weight = torch.randn(outputs, inputs).to(kind)
+        x, g = torch.randn(rows, inputs).to(kind), torch.randn(rows, outputs).to(kind)
         y, dx = torch.empty_like(g), torch.empty_like(x)
         for left, right, out in ((x, weight.t(), y), (g, weight, dx)):
             seconds += count * min(
@@ -184,6 +187,37 @@ def _timed(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+QUIET = 0.25  # cores that other programs may have while something is timed
+
+
+class Others:
+    """The cores that other programs have while the children of this process run (Linux)."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    def cores(self) -> float:
+        """On average since this was made; 0 where the system does not say. What a hypervisor takes
+        for its other guests counts.
+        """
+        wall, busy, own = (b - a for a, b in zip(self._began, self._now(), strict=True))
+        return max(0.0, (busy - own) / wall)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of the clock, that cores were not idle, that this process and its children had."""
+        own = sum(
+            used.ru_utime + used.ru_stime
+            for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
+        path = Path("/proc/stat")
+        if not path.exists():
+            return time.perf_counter(), own, own
+        user, nice, system, _, _, irq, softirq, steal = map(int, path.read_text().split()[1:9])
+        ticks = user + nice + system + irq + softirq + steal
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), own
 
 
 def machine() -> dict[str, Any]:

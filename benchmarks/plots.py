@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from isa import by_processor
+
 OURS, THEIRS, ANCHOR = "#c2410c", "#64748b", "#cbd5e1"
 LINES = (
     "#c2410c",
@@ -24,8 +26,8 @@ Record = Mapping[str, Any]
 
 
 def draw(records: Mapping[str, Record], folder: Path) -> dict[str, Path]:
-    """A PNG per record that has something to draw, and one named sweep where there are several
-    lengths.
+    """A PNG per record that has something to draw, and one named sweep-ISA where there are several
+    lengths of an instruction set.
     """
     import matplotlib
 
@@ -43,8 +45,9 @@ def draw(records: Mapping[str, Record], folder: Path) -> dict[str, Path]:
         for r in records.values()
         if r.get("kind") == "sft" and (r["case"]["rank"], r["case"]["threads"]) == (16, 1)
     ]
-    if len({r["case"]["length"] for r in rank_16}) > 1:
-        made["sweep"] = over_lengths(sorted(rank_16, key=lambda r: r["case"]["length"]))
+    for name, mine in by_processor(rank_16).items():
+        if len({r["case"]["length"] for r in mine}) > 1:
+            made[f"sweep-{name}"] = over_lengths(sorted(mine, key=lambda r: r["case"]["length"]))
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in made.items():
         figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})

@@ -3,6 +3,8 @@ Trainer, TRL, and two anchors.
 
     make bench                                                       # 1024 tokens, rank 16, every engine, two rounds
     python benchmarks/sft.py --lengths 512 1024 2048 4096 --ranks 4 16 64 128 --engines lorry peft peft-bf16-malloc-compile
+    make bench ISA=avx2                                              # as on a processor without AVX-512
+    python benchmarks/sft.py --few --isa avx2 --lengths 64 512 --threads 1 2
     python benchmarks/sft.py --curve                                 # 200 losses against three seeds of PEFT
 
 All engines train on the same packed rows of equal length in the same order, from the same adapter,
@@ -16,13 +18,28 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
+import isa
 from case import MODEL, Case, prepare_text
 from curve import curve
 from turns import ENGINES, contest, elsewhere, keep, show
 
-DEFAULT = [name for name in ENGINES if name != "lorry-packing"]
+from lorry.processor import has_bfloat16
+
+ALL = [name for name in ENGINES if name != "lorry-packing"]
+# Lorry, and PEFT as it comes and at its best: by whether the processor multiplies bfloat16. One that
+# does not takes many times as long for it, so that nobody would ask how the trainers do there.
+FEW = {
+    True: ["lorry", "peft", "peft-bf16-malloc-compile"],
+    False: ["lorry", "peft", "peft-float32", "peft-float32-malloc-compile"],
+}
+DEFAULT = {
+    True: [name for name in ALL if "float32" not in name],
+    False: [*FEW[False], "peft-bf16-malloc-compile"],
+}
+LEAST_TOKENS = 3072  # timed in one process, unless --steps says otherwise
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,15 +59,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--engines",
         nargs="+",
-        choices=DEFAULT,
-        default=DEFAULT,
+        choices=ALL,
         metavar="ENGINE",
-        help=", ".join(DEFAULT),
+        help=", ".join(ALL),
     )
-    parser.add_argument("--steps", type=int, default=3, help="timed steps per process")
+    parser.add_argument(
+        "--few", action="store_true", help="Lorry, PEFT as it comes, and PEFT at its best alone"
+    )
+    parser.add_argument(
+        "--steps", type=int, help=f"timed steps per process (at least 3, and {LEAST_TOKENS} tokens)"
+    )
     parser.add_argument("--warmup", type=int, default=1, help="steps before those")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    isa.add_argument(parser)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--curve", action="store_true", help="compare 200 losses instead of speed")
     parser.add_argument("--curve-length", type=int, default=128, help="tokens per row of that")
@@ -66,30 +88,33 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    isa.hold_to(args.isa)
+    held = f"-{args.isa}" if args.isa else ""
+    engines = args.engines or (FEW if args.few else DEFAULT)[has_bfloat16()]
     if args.curve:
-        record = curve(args.model, args.curve_length, args.curve_steps, args.threads)
+        threads = args.threads[0]
+        record = curve(args.model, args.curve_length, args.curve_steps, threads)
         if not args.no_keep:
-            keep(record, f"curve-cpu-T{args.curve_length}-t{args.threads}")
+            keep(record, f"curve-cpu{held}-T{args.curve_length}-t{threads}")
         return int(not record["inside"])
     bad = False
-    for length in args.lengths:
-        for rank in args.ranks:
-            case = Case(
-                model=args.model,
-                length=length,
-                rank=rank,
-                alpha=2 * rank,
-                warmup=args.warmup,
-                steps=args.steps,
-                threads=args.threads,
-            )
-            with tempfile.TemporaryDirectory() as name:
-                elsewhere(prepare_text, Path(name), case, case.all_steps)
-                record = contest(Path(name), case, args.engines, args.rounds)
-            show(record)
-            bad |= bool(record["refused"])
-            if not args.no_keep:
-                print(f"  kept in {keep(record, f'sft-cpu-T{length}-r{rank}-t{args.threads}')}")
+    for length, rank, threads in product(args.lengths, args.ranks, args.threads):
+        case = Case(
+            model=args.model,
+            length=length,
+            rank=rank,
+            alpha=2 * rank,
+            warmup=args.warmup,
+            steps=args.steps or max(3, -(-LEAST_TOKENS // length)),
+            threads=threads,
+        )
+        with tempfile.TemporaryDirectory() as name:
+            elsewhere(prepare_text, Path(name), case, case.all_steps)
+            record = contest(Path(name), case, engines, args.rounds)
+        show(record)
+        bad |= bool(record["refused"])
+        if not args.no_keep:
+            print(f"  kept in {keep(record, f'sft-cpu{held}-T{length}-r{rank}-t{threads}')}")
     return int(bad)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -19,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import gates
+import isa
 import measure
 import trainers
 from case import Case, read_rows
 from engines import Entry, fast_path, forward, full, lorry, peft
 
 ENGINES = {
-    "lorry": Entry(lorry, "Lorry"),
+    "lorry": Entry(lorry, "Lorry", dtype="auto"),
+    "lorry-float32": Entry(
+        partial(lorry, dtype="float32"), "Lorry, base in float32", dtype="float32"
+    ),
     "peft": Entry(peft, "PEFT, plain loop, as it comes (fp32 adapters)"),
     "peft-bf16": Entry(partial(peft, bf16_adapters=True), "PEFT, bf16 adapters"),
     "peft-bf16-malloc": Entry(
@@ -35,14 +40,23 @@ ENGINES = {
         partial(peft, bf16_adapters=True, malloc=True, compiled=True),
         "PEFT, bf16 adapters, tuned malloc, torch.compile",
     ),
+    "peft-float32": Entry(
+        partial(peft, float32=True), "PEFT, plain loop, base in float32", dtype="float32"
+    ),
+    "peft-float32-malloc-compile": Entry(
+        partial(peft, float32=True, malloc=True, compiled=True),
+        "PEFT, base in float32, tuned malloc, torch.compile",
+        dtype="float32",
+    ),
     "hf-trainer": Entry(trainers.hf_trainer, "transformers' Trainer with PEFT"),
     "trl": Entry(trainers.trl, "TRL SFTTrainer, as it comes"),
     "trl-packing": Entry(partial(trainers.trl, packing=True), "TRL SFTTrainer, packing"),
     "full": Entry(full, "full fine-tuning in bf16", "full", anchor=True),
     "forward": Entry(forward, "forward pass only, frozen", "forward", anchor=True),
-    "lorry-packing": Entry(partial(lorry, packing=True), "Lorry, packing"),
+    "lorry-packing": Entry(partial(lorry, packing=True), "Lorry, packing", dtype="auto"),
 }
 RESULTS = Path(__file__).parent / "results"
+RESAMPLES = 2000  # of rounds and steps, for an interval
 
 
 def elsewhere(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +69,8 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
     """One engine in this process, from its imports on."""
     import torch
 
+    from lorry.models.loading.load import pick_dtype
+
     case, rows = Case.load(folder), read_rows(folder)
     torch.set_num_threads(case.threads)
     if engine == gates.REFERENCE:
@@ -62,7 +78,8 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
             "truths": gates.reference(folder, rows, json.loads((folder / "sets.json").read_text()))
         }
     began = time.perf_counter()
-    run = ENGINES[engine].make()
+    entry = ENGINES[engine]
+    run = entry.make()
     watch = measure.Watch(folder, engine, {tuple(ids): n for n, (ids, _) in enumerate(rows)})
     imports, imported = measure.rss(), time.perf_counter()
     run(folder, case, rows, watch)
@@ -70,6 +87,8 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
     if len(watch.wall) != case.all_steps:
         raise SystemExit(f"{engine} made {len(watch.wall)} steps and not {case.all_steps}")
     timed = slice(case.warmup, None)
+    dtype = str(pick_dtype(entry.dtype, torch.device("cpu"))).removeprefix("torch.")
+    shape = measure.Shape.of(folder / "base")
     return {
         "engine": engine,
         "losses": watch.losses,
@@ -84,7 +103,8 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
         "loaded_bytes": watch.loaded_bytes - imports,
         "memory_bytes": peak - imports,
         "threads": torch.get_num_threads(),
-        "matrix_rate": measure.matrix_rate(measure.Shape.of(folder / "base"), case.length),
+        "dtype": dtype,
+        "matrix_rate": measure.matrix_rate(shape, case.length, dtype),
     }
 
 
@@ -105,7 +125,7 @@ def in_fresh_process(
         "HF_DATASETS_CACHE": str(folder / "datasets"),
     }
     env = {**os.environ, **quiet, **cache, "OMP_NUM_THREADS": str(case.threads)}
-    before = os.getloadavg()[0]
+    before, others = os.getloadavg()[0], measure.Others()
     done = subprocess.run(
         [sys.executable, script, engine, str(folder)], capture_output=True, text=True, env=env
     )
@@ -115,14 +135,18 @@ def in_fresh_process(
             "engine": engine,
             "failed": f"exit {done.returncode}: {said[-1] if said else 'killed, for memory perhaps'}",
         }
-    return {**json.loads(done.stdout.splitlines()[-1]), "load": [before, os.getloadavg()[0]]}
+    return {
+        **json.loads(done.stdout.splitlines()[-1]),
+        "load": [before, os.getloadavg()[0]],
+        "others_cores": others.cores(),
+    }
 
 
 def contest(folder: Path, case: Case, engines: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Everything but the printing. The record says whether it is ``clean``, and which engines are
-    ``refused`` and why.
+    """Everything but the printing. The record says what it was held to (isa.py), whether it is
+    ``clean``, and which engines are ``refused`` and why.
     """
-    kernels = fast_path()
+    kernels, held = fast_path(), isa.described()
     runs: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for turn in range(rounds):
@@ -145,6 +169,7 @@ def contest(folder: Path, case: Case, engines: Sequence[str], rounds: int) -> di
     )
     refused = failed | {e: v["refused"] for e, v in verdicts.items() if v["refused"]}
     highest = max((load for run in runs for load in run["load"]), default=0.0)
+    others = max((run["others_cores"] for run in runs), default=0.0)
     shape = measure.Shape.of(folder / "base")
     return {
         "kind": case.kind,
@@ -153,9 +178,11 @@ def contest(folder: Path, case: Case, engines: Sequence[str], rounds: int) -> di
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": measure.machine(),
+        "isa": held,
         "kernels": kernels,
         "highest_load": highest,
-        "clean": highest <= (os.cpu_count() or 1),
+        "others_cores": others,
+        "clean": highest <= (os.cpu_count() or 1) and others <= measure.QUIET,
         "says": {e: ENGINES[e].says for e in engines},
         "anchors": [e for e in engines if ENGINES[e].anchor],
         "gates": verdicts,
@@ -223,7 +250,7 @@ def ratios(
     runs: Sequence[Mapping[str, Any]], our: str, engine: str, kind: str
 ) -> dict[str, float] | None:
     """Lorry's speed over the engine's and its memory over the engine's, round by round, then the
-    median round.
+    median round; for the speed also a 95% interval.
     """
     pairs = [
         (mine, theirs)
@@ -240,20 +267,47 @@ def ratios(
             speed(a, "cpu", kind) / speed(b, "cpu", kind) for a, b in pairs
         ),
         "memory": statistics.median(a["memory_bytes"] / b["memory_bytes"] for a, b in pairs),
+        "interval": interval(pairs, kind),
     }
+
+
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+
+
+def interval(pairs: Sequence[Pair], kind: str) -> tuple[float, float]:
+    """2.5% and 97.5% of the ratio of speeds when rounds, and within each the steps of either engine,
+    are drawn anew with replacement (a bootstrap of both levels; the same numbers every time).
+    """
+    draw = random.Random(0)
+
+    def again(run: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = draw.choices(range(len(run["wall"])), k=len(run["wall"]))
+        return {name: [run[name][at] for at in chosen] for name in ("tokens", "wall")}
+
+    found = sorted(
+        statistics.median(
+            speed(again(a), "wall", kind) / speed(again(b), "wall", kind)
+            for a, b in draw.choices(pairs, k=len(pairs))
+        )
+        for _ in range(RESAMPLES)
+    )
+    return found[round(0.025 * (RESAMPLES - 1))], found[round(0.975 * (RESAMPLES - 1))]
 
 
 def show(record: Mapping[str, Any]) -> None:
     """The table, for a person; a refused engine has a reason in place of a speed."""
     case = record["case"]
     print(
-        f"{case['kind']}: {case['model']}, {case['length']} tokens, rank {case['rank']}, {case['threads']} threads"
+        f"{case['kind']}: {case['model']}, {case['length']} tokens, rank {case['rank']}, "
+        f"{case['threads']} threads, {record['isa']['name']} on {record['machine']['cpu']}"
     )
     for engine, row in record["table"].items():
         share = f"{row['share_of_matrix_rate']:4.0%}" if "share_of_matrix_rate" in row else "    "
         against = row["lorry"]
         versus = (
-            f"lorry {against['speed']:5.2f}x as fast, {against['memory']:4.2f}x the memory"
+            "lorry {:5.2f}x as fast ({:.2f} to {:.2f}), {:4.2f}x the memory".format(
+                against["speed"], *against["interval"], against["memory"]
+            )
             if against
             else ""
         )
@@ -271,7 +325,8 @@ def show(record: Mapping[str, Any]) -> None:
         print(f"  {engine:26s} refused: {reason}")
     if not record["clean"]:
         print(
-            f"  NOT CLEAN: the load went up to {record['highest_load']:.1f} on {record['machine']['cores']} cores; measure again"
+            f"  NOT CLEAN: the load went up to {record['highest_load']:.1f} on {record['machine']['cores']} cores, "
+            f"{record['others_cores']:.1f} of which other programs had; measure again"
         )
 
 

@@ -5,16 +5,22 @@ apart.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import curve
+import isa
 import measure
 import pytest
 import torch
 import trainers
 import turns
 from case import Case
+
+from lorry import processor
 
 SMOLLM2 = {
     "hidden_size": 576,
@@ -92,7 +98,55 @@ def test_a_ratio_is_the_median_of_rounds_not_a_ratio_of_medians(tmp_path: Path) 
     ]
     row = turns.table(runs, Case(), shape(tmp_path, SMOLLM2))["peft"]
     assert row["lorry"]["speed"] == pytest.approx(2)
+    low, high = row["lorry"]["interval"]
+    assert 2 * 0.2 <= low <= 2 <= high <= 2 * 1.0001
     assert row["lorry"]["memory"] == pytest.approx(0.5)
+
+
+def test_an_interval_is_as_wide_as_rounds_differ() -> None:
+    """Ratios of 1.9 to 2.1 in steps that are all alike: nothing outside them, nothing narrower than
+    what three of five rounds say.
+    """
+    pairs = [
+        (run("lorry", n, [1.0] * 3), run("peft", n, [ratio] * 3))
+        for n, ratio in enumerate((1.9, 1.95, 2.0, 2.05, 2.1))
+    ]
+    assert turns.interval(pairs, "sft") == pytest.approx((1.9, 2.1))
+    assert turns.interval(pairs[:1] * 5, "sft") == pytest.approx((1.9, 1.9))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
+def test_what_other_programs_have_is_seen_and_what_children_have_is_not() -> None:
+    """Only differences can be told on a machine that others use."""
+    busy = "import time; until = time.process_time() + 0.5\nwhile time.process_time() < until: pass"
+    child = measure.Others()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    _, taken, own = (b - a for a, b in zip(child._began, measure.Others._now(), strict=True))
+    assert own >= 0.5
+    assert taken >= own - 0.1
+    other = measure.Others()
+    started = subprocess.Popen([sys.executable, "-c", busy])
+    os.waitid(os.P_PID, started.pid, os.WEXITED | os.WNOWAIT)  # not yet counted as ours
+    assert other.cores() > 0.1
+    started.wait()
+
+
+@pytest.mark.parametrize("name", isa.ISAS)
+def test_every_library_has_a_switch(name: str) -> None:
+    found = isa.switches(name)
+    assert set(found) == {"LORRY_ISA", *isa.VARIABLES}
+    assert found["LORRY_ISA"] == name
+
+
+def test_nothing_is_held_once_torch_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="torch has started already and cannot be held to avx2"):
+        isa.hold_to("avx2")
+    assert isa.hold_to(None) is None
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(isa.os, "environ", isa.os.environ.copy())
+    monkeypatch.setattr(processor, "processor_isas", lambda: ("portable",))
+    with pytest.raises(SystemExit, match="LORRY_ISA='avx2' in the environment: this processor"):
+        isa.hold_to("avx2")
 
 
 def test_chat_counts_all_steps_together() -> None:
