@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-unlearn bench-experts bench-variants bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-arm test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-unlearn bench-experts bench-variants bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ test: setup
 # What takes minutes each: a run killed at every call that it makes to the disk.
 test-slow: setup
 	$(PYTEST) -m slow
+
+# The kernels on aarch64, under an emulator: `apt-get install g++-aarch64-linux-gnu libc6-arm64-cross qemu-user` (skipped without).
+test-arm: setup
+	$(BIN)/python -m pytest -q -rs -m arm tests/kernels/test_arm.py
 
 # The tests that could hang on what dtype=auto means, run as the other kind of machine would: bfloat16 where this one takes float32,
 # and the reverse, without the compiled kernels. Those that kill hundreds of processes name their dtype and are left out.

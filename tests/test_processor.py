@@ -86,6 +86,14 @@ def test_aarch64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert processor.isa_in_words() == "native"
     assert processor.compiler_flags() == ("-march=native",)
     assert processor.has_bfloat16()
+    # macOS lists nothing, and its torch has no library for bfloat16
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
+    assert not processor.has_bfloat16()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
+        assert has_fast_bfloat16(torch.device("cpu"))
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert not has_fast_bfloat16(torch.device("cpu"))
     monkeypatch.setenv("LORRY_ISA", "portable")
     assert processor.compiler_flags() == ("-march=armv8-a",)
     assert not processor.has_bfloat16()

@@ -55,10 +55,8 @@ def processor_name() -> str:
 
 
 def processor_flags() -> set[str]:
-    """The processor's features, as the kernel of the system lists them."""
-    listed = " ".join(cpuinfo_values("flags", "Features")).split()
-    # macOS has no /proc/cpuinfo; Apple's chips are taken to have bf16, as all since the M2 do
-    return set(listed) if CPUINFO.exists() else {"bf16"} if platform.machine() == "arm64" else set()
+    """The processor's features as Linux lists them; none where it is another system."""
+    return set(" ".join(cpuinfo_values("flags", "Features")).split())
 
 
 def processor_isas() -> tuple[Isa, ...]:
@@ -112,8 +110,9 @@ def may_use_bfloat16() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16 itself, and may: what
-    models/loading/load.py asks torch, without it.
+    """Whether matrices are multiplied in bfloat16 by this processor itself, and may be: what
+    models/loading/load.py asks torch, without it. On macOS they are not: Apple's chips could, but
+    Accelerate, which torch calls there, has float32 alone.
     """
     return may_use_bfloat16() and bool(
         processor_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}

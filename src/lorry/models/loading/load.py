@@ -508,5 +508,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and may_use_bfloat16()
+        # on a CPU it is oneDNN that multiplies bfloat16; builds for macOS are without it
+        and torch.backends.mkldnn.is_available()
         and any(has.get(flag, False) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
     )

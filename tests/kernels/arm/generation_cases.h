@@ -1,0 +1,240 @@
+// The kernels of generation, and of matrices of few bits.
+#pragma once
+#include "check.h"
+
+extern "C" {
+#define DECODE(T, NAME)                                                                                                          \
+    int store_##NAME(const T*, const T*, const int64_t*, const int64_t*, const int64_t*, long, long, long, long);               \
+    int attend_##NAME(const T*, T*, const int64_t*, const int64_t*, long, long, long, long, long, float);                       \
+    int largest_##NAME(const T*, int64_t*, float*, long, long);                                                                 \
+    int draw_##NAME(const T*, const double*, int64_t*, float*, long, long, float);
+DECODE(bf16, bf16)
+DECODE(float, float)
+#define FLAT const uint8_t*, const void*, const float*, const float*, const float*, const float*
+#define ROWS const int8_t*, const float*
+#define GRID const uint8_t*, const void*, const uint8_t*, const uint16_t*, const int32_t*, long, long, long, long, long, long
+#define PACKED(NAME, SOURCE)                                \
+    void packed_open_##NAME(SOURCE, void*, long, long, long); \
+    void packed_product_##NAME(SOURCE, const void*, const void*, void*, long, long, long, long);
+PACKED(flat, FLAT)
+PACKED(rows, ROWS)
+PACKED(grid, GRID)
+}
+
+// --- a step of generation
+
+template <typename T>
+static void store_kv(int (*store)(const T*, const T*, const int64_t*, const int64_t*, const int64_t*, long, long, long, long)) {
+    const long layers = 2, groups = 3, held = 19, width = 7, layer = 1, tokens = 5;
+    List<T> cache[2] = {List<T>(layers * 2 * groups * held * width), List<T>(layers * 2 * groups * held * width)};
+    const List<int64_t> table = {(int64_t)cache[0].data(), held, (int64_t)cache[1].data(), held};
+    const List<int64_t> rows = {0, 1, 1, 0, 1}, positions = {3, 0, 18, 4, 7};
+    const List<T> k = numbers<T>(tokens * groups * width), v = numbers<T>(tokens * groups * width);
+    store(k.data(), v.data(), table.data(), rows.data(), positions.data(), layer, tokens, groups, width);
+    double written = 0;
+    for (const List<T>& one : cache)
+        for (T x : one) written += x != 0;
+    same(written, 2.0 * tokens * groups * width);
+    for (long side = 0; side < 2; side++)
+        for (long t = 0; t < tokens; t++)
+            for (long g = 0; g < groups; g++)
+                for (long i = 0; i < width; i++)
+                    same(wide(cache[rows[t]][(((layer * 2 + side) * groups + g) * held + positions[t]) * width + i]),
+                         wide((side ? v : k)[(t * groups + g) * width + i]));
+}
+static void stores() { store_kv<bf16>(store_bf16), store_kv<float>(store_float); }
+
+template <typename T>
+static void attend_to(int (*attend)(const T*, T*, const int64_t*, const int64_t*, long, long, long, long, long, float)) {
+    for (long width : {5L, 64L, 128L})
+        for (long share : {1L, 3L, 5L}) {
+            const long layers = 2, layer = 1, groups = 2, held = 70, heads = groups * share, rows = 9;
+            List<List<T>> cache;
+            List<int64_t> table, lengths;
+            for (long r = 0; r < rows; r++) {
+                cache.push_back(numbers<T>(layers * 2 * groups * held * width));
+                lengths.push_back(1 + r * 8);
+            }
+            for (List<T>& one : cache) table.push_back((int64_t)one.data()), table.push_back(held);
+            const List<T> q = numbers<T>(rows * heads * width);
+            List<T> o(rows * heads * width);
+            const float scale = 1 / std::sqrt((float)width);
+            attend(q.data(), o.data(), table.data(), lengths.data(), layer, rows, heads, groups, width, scale);
+            for (long r = 0; r < rows; r++)
+                for (long h = 0; h < heads; h++) {
+                    const T* k = cache[r].data() + ((layer * 2 + 0) * groups + h / share) * held * width;
+                    const T* v = k + groups * held * width;
+                    List<double> p(lengths[r]);
+                    double top = -INFINITY, sum = 0;
+                    for (long t = 0; t < lengths[r]; t++) {
+                        for (long i = 0; i < width; i++) p[t] += scale * wide(q[(r * heads + h) * width + i]) * wide(k[t * width + i]);
+                        top = std::fmax(top, p[t]);
+                    }
+                    for (double& x : p) sum += x = std::exp(x - top);
+                    for (long i = 0; i < width; i++) {
+                        double want = 0, sizes = 0;
+                        for (long t = 0; t < lengths[r]; t++) {
+                            want += p[t] / sum * wide(v[t * width + i]);
+                            sizes += p[t] / sum * std::fabs(wide(v[t * width + i]));
+                        }
+                        near_rounded(o[(r * heads + h) * width + i], want, 10 * sizes);
+                    }
+                }
+        }
+}
+static void attends() { attend_to<bf16>(attend_bf16), attend_to<float>(attend_float); }
+
+static const long LOGITS[][2] = {{1, 1}, {3, 7}, {2, 131}, {33, 1201}};
+
+template <typename T>
+static void choose(int (*largest)(const T*, int64_t*, float*, long, long), int (*draw)(const T*, const double*, int64_t*, float*, long, long, float)) {
+    for (const auto& [rows, count] : LOGITS) {
+        List<T> logits = numbers<T>(rows * count, 3);
+        List<int64_t> places(rows), drawn(rows);
+        List<float> values(rows), again(rows);
+        List<double> at(rows);
+        List<long> wanted(rows), first(rows);
+        const float by = 1 / 0.8f;
+        for (long r = 0; r < rows; r++) {
+            const T* x = &logits[r * count];
+            for (long i = 0; i < count; i++)
+                if (wide(x[i]) > wide(x[first[r]])) first[r] = i;
+            // the middle of the share of a place that has one to speak of
+            double total = 0, before = 0, share = 0;
+            for (long i = 0; i < count; i++) total += std::exp((wide(x[i]) - wide(x[first[r]])) * by);
+            for (long i = 0; i < count; i++) {
+                share = std::exp((wide(x[i]) - wide(x[first[r]])) * by) / total;
+                if ((i >= count / 2 && share > 1e-4) || i == first[r]) {
+                    wanted[r] = i, at[r] = before + share / 2;
+                    if (i >= count / 2) break;
+                }
+                before += share;
+            }
+        }
+        largest(logits.data(), places.data(), values.data(), rows, count);
+        draw(logits.data(), at.data(), drawn.data(), again.data(), rows, count, by);
+        for (long r = 0; r < rows; r++) {
+            same((double)places[r], (double)first[r]);
+            same((double)drawn[r], (double)wanted[r]);
+            same(values[r], wide(logits[r * count + first[r]]));
+            same(again[r], wide(logits[r * count + first[r]]));
+        }
+    }
+    // of several the first; a NaN is told
+    List<T> odd = numbers<T>(2 * 37, 0.1);
+    put(odd[11], 9), put(odd[29], 9);
+    if (sizeof(T) == 2) odd[50] = (T)0x7fc0;
+    else odd[50] = (T)NAN;
+    List<int64_t> places(2);
+    List<float> values(2);
+    largest(odd.data(), places.data(), values.data(), 2, 37);
+    same((double)places[0], 11);
+    same(values[1], NAN);
+}
+static void choices() { choose<bf16>(largest_bf16, draw_bf16), choose<float>(largest_float, draw_float); }
+
+// --- matrices of few bits
+
+static double half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    return bits & 0x8000 ? -size : size;
+}
+static double eighth(uint8_t bits) {
+    const int exponent = bits >> 3 & 15, fraction = bits & 7;
+    const double size = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+    return bits & 0x80 ? -size : size;
+}
+
+// What opening has to give to the bit, and the product with a few rows within rounding. values: the matrix in double, each as float.
+template <typename T, typename Open, typename Product>
+static void packed(const List<double>& values, long outputs, long inputs, Open open, Product product) {
+    List<T> out(outputs * inputs);
+    open(out.data());
+    for (long i = 0; i < outputs * inputs; i++) same(wide(out[i]), rounded<T>(values[i]));
+    for (long tokens : {1L, 3L}) {
+        const List<T> x = numbers<T>(tokens * inputs), bias = numbers<T>(outputs);
+        for (bool biased : {false, true}) {
+            List<T> y(tokens * outputs);
+            product(x.data(), biased ? bias.data() : nullptr, y.data(), tokens);
+            for (long t = 0; t < tokens; t++)
+                for (long o = 0; o < outputs; o++) {
+                    double want = biased ? wide(bias[o]) : 0, sizes = std::fabs(want);
+                    for (long i = 0; i < inputs; i++) {
+                        const double term = rounded<T>(values[o * inputs + i]) * wide(x[t * inputs + i]);
+                        want += term, sizes += std::fabs(term);
+                    }
+                    near_rounded(y[t * outputs + o], want, sizes);
+                }
+        }
+    }
+}
+#define PACKED_BOTH(NAME, ...)                                                                                                   \
+    packed<bf16>(                                                                                                                \
+        values, outputs, inputs, [&](void* out) { packed_open_##NAME(__VA_ARGS__, out, outputs, inputs, 1); },                   \
+        [&](const void* x, const void* b, void* y, long n) { packed_product_##NAME(__VA_ARGS__, x, b, y, n, outputs, inputs, 1); }); \
+    packed<float>(                                                                                                               \
+        values, outputs, inputs, [&](void* out) { packed_open_##NAME(__VA_ARGS__, out, outputs, inputs, 0); },                   \
+        [&](const void* x, const void* b, void* y, long n) { packed_product_##NAME(__VA_ARGS__, x, b, y, n, outputs, inputs, 0); })
+
+static const long MATRICES[][2] = {{1, 1}, {3, 33}, {7, 150}, {131, 260}};
+
+static void flat_codes() {
+    for (const auto& [outputs, inputs] : MATRICES)
+        for (bool nested : {false, true}) {
+            const long blocks = (outputs * inputs + 63) / 64;
+            const List<uint8_t> codes = bytes((outputs * inputs + 1) / 2), small = bytes(blocks);
+            const List<float> levels = numbers<float>(16), scales = numbers<float>(blocks), map = numbers<float>(256);
+            const List<float> outer = numbers<float>((blocks + 255) / 256), offset = {0.37f};
+            List<double> values(outputs * inputs);
+            for (long i = 0; i < outputs * inputs; i++) {
+                const float product = (float)((double)map[small[i / 64]] * outer[i / 64 / 256]);
+                const float by = nested ? (float)((double)product + offset[0]) : scales[i / 64];
+                values[i] = (float)((double)levels[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4] * by);
+            }
+            const void* held = nested ? (const void*)small.data() : scales.data();
+            PACKED_BOTH(flat, codes.data(), held, nested ? map.data() : nullptr, outer.data(), offset.data(), levels.data());
+        }
+}
+
+static void row_codes() {
+    for (const auto& [outputs, inputs] : MATRICES) {
+        const List<uint8_t> codes = bytes(outputs * inputs);
+        const List<float> largest = numbers<float>(outputs);
+        List<double> values(outputs * inputs);
+        for (long i = 0; i < outputs * inputs; i++)
+            values[i] = (float)((double)(float)((int8_t)codes[i] * (double)largest[i / inputs]) * (1.0f / 127));
+        PACKED_BOTH(rows, (const int8_t*)codes.data(), largest.data());
+    }
+}
+
+static void grid_codes() {
+    // kind, scales as halves, zeros, minimums, groups, rounded
+    const bool S[][5] = {{0, 0, 0, 0, 0}, {1, 1, 0, 0, 1}, {1, 0, 1, 0, 0}, {1, 1, 0, 1, 0}, {1, 0, 1, 0, 1}};
+    for (const auto& [outputs, inputs] : MATRICES)
+        for (long kind = 0; kind < 4; kind++)
+            for (const auto& [halves, zeroed, lowest, grouped, narrowed] : S) {
+                if (kind > 1 && (zeroed || lowest || grouped)) continue;  // whole numbers alone have those
+                const long rows = 2, columns = 32, across = (inputs + columns - 1) / columns, places = (outputs + 1) / 2 * across;
+                List<uint8_t> codes = bytes(outputs * (kind ? inputs : (inputs + 1) / 2)), zeros = bytes(places);
+                for (uint8_t& code : codes) code = kind == 3 && (code & 0x7f) == 0x7f ? 1 : code;  // which is no number
+                List<float> scales = numbers<float>(places, 0.1);
+                List<uint16_t> small(places), minimums(places);
+                for (long i = 0; i < places; i++) small[i] = 0x2c00 + i % 1000, minimums[i] = 0xb000 + i % 999;
+                List<int32_t> groups(inputs);
+                for (long i = 0; i < inputs; i++) groups[i] = (int32_t)((i * 7) % across);
+                List<double> values(outputs * inputs);
+                for (long o = 0; o < outputs; o++)
+                    for (long i = 0; i < inputs; i++) {
+                        const uint8_t byte = codes[kind ? o * inputs + i : o * ((inputs + 1) / 2) + i / 2];
+                        const double code = kind == 0 ? (i % 2 ? byte & 15 : byte >> 4) : kind == 1 ? byte : kind == 2 ? (int8_t)byte : eighth(byte);
+                        const long place = o / rows * across + (grouped ? groups[i] : i / columns);
+                        const double by = halves ? half(small[place]) : scales[place];
+                        const double exact = (zeroed ? code - zeros[place] : code) * by + (lowest ? half(minimums[place]) : 0);
+                        values[o * inputs + i] = narrowed ? rounded<bf16>((float)exact) : (float)exact;
+                    }
+                const void* held = halves ? (const void*)small.data() : scales.data();
+                PACKED_BOTH(grid, codes.data(), held, zeroed ? zeros.data() : nullptr, lowest ? minimums.data() : nullptr,
+                            grouped ? groups.data() : nullptr, kind, halves, rows, columns, across, narrowed);
+            }
+}
