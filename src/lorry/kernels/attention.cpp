@@ -445,7 +445,8 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
     }
 
 // Bytes that the two calls below want as `space`, aligned to 64.
-LORRY long attention_space(const int64_t* starts, long segments, long heads, long groups, long width, long with_backward) {
+LORRY long attention_space(const int64_t* starts, long segments, long /*tokens*/, long heads, long groups, long width,
+                           long with_backward) {
     Turned plan(starts, segments);
     long turned = sizeof(bf16) * plan.count * N * width * groups;
     if (!with_backward) return turned;

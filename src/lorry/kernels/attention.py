@@ -1,4 +1,4 @@
-"""The attention kernel behind tensors: which inputs it takes, forward and backward over a packed
+"""The attention kernels behind tensors: which inputs it takes, forward and backward over a packed
 batch.
 """
 
@@ -11,22 +11,30 @@ from torch import Tensor
 
 from lorry.kernels.build import call_kernel, kernel_status
 
-# Widths the C++ is compiled for: multiples of a tile's 32 bf16 columns.
-HEAD_WIDTHS = (32, 64, 96, 128)
+# Widths that the kernel on matrix tiles is compiled for: multiples of a tile's 32 bf16 columns.
+TILE_WIDTHS = (32, 64, 96, 128)
+# Widths up to here the kernel on vectors takes: what it works on stays near the core.
+MAX_WIDTH = 256
 
 
 def supports_attention(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel can attend q [T,H,D] to k [T,G,D]: bfloat16 on a CPU with matrix tiles, a
-    usual head width.
+    """Whether a kernel can attend q [T,H,D] to k [T,G,D]: float32 or bfloat16 on a CPU where kernels
+    run.
     """
     return (
         q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and q.shape[2] in HEAD_WIDTHS
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and k.dtype == q.dtype
+        and q.shape[2] <= MAX_WIDTH
         # whole groups of query heads: each shares one key/value head
         and q.shape[1] % k.shape[1] == 0
-        and kernel_status().amx
+        and kernel_status().active
     )
+
+
+def runs_on_tiles(q: Tensor) -> bool:
+    """Whether q [T,H,D] is attended to on matrix tiles; else it is on vectors."""
+    return q.dtype == torch.bfloat16 and q.shape[2] in TILE_WIDTHS and kernel_status().amx
 
 
 def build_cu_seqlens(segments: Sequence[tuple[int, int]]) -> Tensor:
@@ -42,7 +50,7 @@ def run_attention(
     """
     t, heads = q.shape[:2]
     o, lse = torch.empty_like(q), torch.empty(heads, t, dtype=torch.float32)
-    _call_with_scratch("attention_forward", (q, k, v, o, lse), starts, scale)
+    _call_with_scratch("forward", (q, k, v, o, lse), starts, scale)
     return o, lse
 
 
@@ -60,24 +68,26 @@ def run_attention_backward(
     probabilities are recomputed.
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _call_with_scratch("attention_backward", (q, k, v, o, lse, grad, dq, dk, dv), starts, scale)
+    _call_with_scratch("backward", (q, k, v, o, lse, grad, dq, dk, dv), starts, scale)
     return dq, dk, dv
 
 
-def _call_with_scratch(name: str, tensors: Sequence[Tensor], starts: Tensor, scale: float) -> None:
+def _call_with_scratch(
+    direction: str, tensors: Sequence[Tensor], starts: Tensor, scale: float
+) -> None:
     """The kernel's scratch space is a tensor, so that torch's allocator says it when memory runs
     out.
     """
-    (tokens, heads, width), groups, segments = (
-        tensors[0].shape,
-        tensors[1].shape[1],
-        len(starts) - 1,
-    )
+    q, k = tensors[:2]
+    (tokens, heads, width), groups, segments = q.shape, k.shape[1], len(starts) - 1
+    on_tiles = runs_on_tiles(q)
+    kernel = "attention" if on_tiles else "attention_vectors"
+    sizes = (starts, segments, tokens, heads, groups, width)
     # two calls: the kernel says what it needs, torch allocates it
-    size = call_kernel(
-        "attention_space", starts, segments, heads, groups, width, int(name == "attention_backward")
-    )
+    size = call_kernel(f"{kernel}_space", *sizes, int(direction == "backward"))
     # 64 bytes more, so that the next line can start at a cache line
     space = torch.empty(size + 64, dtype=torch.uint8)
     space = space[-space.data_ptr() % 64 :]
-    call_kernel(name, *tensors, starts, segments, tokens, heads, groups, width, scale, space)
+    # one kernel is of bfloat16 alone, the other is told what it reads
+    form = () if on_tiles else (int(q.dtype == torch.bfloat16),)
+    call_kernel(f"{kernel}_{direction}", *tensors, *sizes, scale, space, *form)
