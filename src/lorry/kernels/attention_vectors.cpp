@@ -74,9 +74,9 @@ struct Side {
 long lanes_of(const Shape& shape, long s, long j) { return whole_vectors(std::min(KEYS, shape.length(s) - j * KEYS)); }
 
 // A block of folded rows. Of row r: where it lies in [tokens, heads, width] and in [heads, tokens], and its token in the segment.
-struct Rows {
+struct RowBlock {
     long count, seen;  // seen: the keys that its last row sees
-    long at[ROWS], stat[ROWS], token[ROWS];
+    long query[ROWS], stat[ROWS], token[ROWS];
 
     void take(const Shape& shape, long s, long g, long block) {
         const long from = block * ROWS;
@@ -84,7 +84,7 @@ struct Rows {
         long t = from / shape.share, h = from % shape.share;
         for (long r = 0; r < count; r++) {
             const long head = g * shape.share + h, whole = shape.starts[s] + t;
-            at[r] = (whole * shape.heads + head) * shape.width;
+            query[r] = (whole * shape.heads + head) * shape.width;
             stat[r] = head * shape.tokens + whole;
             token[r] = t;
             if (++h == shape.share) h = 0, t++;
@@ -147,13 +147,14 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Shape& 
         float* own = space + 2 * side + omp_get_thread_num() * ROWS * (KEYS + 2 * padded + LANES);
         float *scores = own, *queries = scores + ROWS * KEYS, *out = queries + ROWS * padded, *sums = out + ROWS * padded;
         alignas(64) float top[ROWS] = {}, level[ROWS] = {}, fix[ROWS];
+        RowBlock at;
 #pragma omp for schedule(dynamic, 1)
         for (size_t w = 0; w < units.size(); w++) {
             const auto [s, g, block] = units[w];
             at.take(shape, s, g, block);
             const long rows = at.count, seen = at.seen;
             for (long r = 0; r < rows; r++) {
-                widen_row(q + at.at[r], scale * LOG2E, width, queries + r * padded);
+                widen_row(q + at.query[r], scale * LOG2E, width, queries + r * padded);
                 top[r] = -INFINITY;
                 store(sums + r * LANES, vec{});
             }
@@ -192,7 +193,7 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Shape& 
             }
             for (long r = 0; r < rows; r++) {
                 const float total = sum_of(load(sums + r * LANES));
-                narrow_row(out + r * padded, 1.0f / total, width, o + at.at[r]);
+                narrow_row(out + r * padded, 1.0f / total, width, o + at.query[r]);
                 lse[at.stat[r]] = top[r] + std::log2(total);
             }
         }
@@ -230,7 +231,7 @@ void backward(const T* q, const T* k, const T* v, const T* o, const float* lse, 
         float* own = all_sums + 2 * how.parts * how.sums + omp_get_thread_num() * ROWS * (2 * KEYS + 3 * padded);
         float *p = own, *ds = p + ROWS * KEYS, *queries = ds + ROWS * KEYS, *grads = queries + ROWS * padded, *out = grads + ROWS * padded;
         float level[ROWS], delta[ROWS];
-        Rows at;
+        RowBlock at;
 #pragma omp for schedule(dynamic, 1)
         for (size_t w = 0; w < units.size(); w++) {
             const auto [s, g, part] = units[w];
@@ -242,9 +243,9 @@ void backward(const T* q, const T* k, const T* v, const T* o, const float* lse, 
                 at.take(shape, s, g, block);
                 const long rows = at.count, seen = at.seen;
                 for (long r = 0; r < rows; r++) {
-                    widen_row(q + at.at[r], scale * LOG2E, width, queries + r * padded);
-                    widen_row(go + at.at[r], 1.0f, width, grads + r * padded);
-                    widen_row(o + at.at[r], 1.0f, width, out + r * padded);
+                    widen_row(q + at.query[r], scale * LOG2E, width, queries + r * padded);
+                    widen_row(go + at.query[r], 1.0f, width, grads + r * padded);
+                    widen_row(o + at.query[r], 1.0f, width, out + r * padded);
                     vec dot = {};
                     for (long d = 0; d < padded; d += LANES) dot += load(out + r * padded + d) * load(grads + r * padded + d);
                     delta[r] = sum_of(dot);
@@ -267,7 +268,7 @@ void backward(const T* q, const T* k, const T* v, const T* o, const float* lse, 
                     product(keys, padded, rows, ds, 1, KEYS, queries, padded, dks + j * KEYS * padded, padded, true);
                     product(rows, padded, keys, ds, KEYS, 1, ks.row_block(shape, s, g, j), padded, out, padded, j > 0);
                 }
-                for (long r = 0; r < rows; r++) narrow_row(out + r * padded, scale, width, dq + at.at[r]);
+                for (long r = 0; r < rows; r++) narrow_row(out + r * padded, scale, width, dq + at.query[r]);
             }
         }
         // queries were scaled for powers of two: in dK that is taken back
