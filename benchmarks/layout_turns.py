@@ -262,7 +262,10 @@ def planned(engine: str, folder: Path, case: Case) -> dict[str, int] | None:
     shape = read_model_shape(json.loads((folder / "base" / "config.json").read_text()))
     tokens = case.rows_per_step * case.length // split.data
     setup = MemorySetup(
-        tokens=tokens, length=case.length, precision="bfloat16", tiles=machine.has_tiles()
+        tokens=tokens,
+        length=case.length,
+        precision="bfloat16",
+        attention=machine.attention_kernel(),
     )
     adapter = plan_adapter(shape, LoraConfig(r=case.rank), case.rank)
     memory = memory_per_rank(shape, adapter, setup, split, 1)

@@ -23,6 +23,9 @@ Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 ISAS: tuple[Isa, ...] = get_args(Isa)
 X86 = ("x86_64", "AMD64")
 
+# What computes attention on a CPU: kernels on matrix tiles or on vectors, or torch's own.
+AttentionKernel = Literal["tiles", "vectors", "none"]
+
 # What each wants of an x86-64 processor beyond those after it, as /proc/cpuinfo writes it; avx512
 # and avx2 are the psABI's levels x86-64-v4 and x86-64-v3.
 FEATURES: dict[Isa, frozenset[str]] = {

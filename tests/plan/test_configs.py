@@ -116,7 +116,7 @@ def test_names_that_are_nothing(name: str) -> None:
 
 def test_the_processor_is_read_as_torch_reads_it() -> None:
     assert processor.has_bfloat16() == has_fast_bfloat16(torch.device("cpu"))
-    assert machine.has_tiles() == kernel_status().amx
+    assert machine.attention_kernel() == kernel_status().attention
     assert processor.processor_name()
     assert machine.available_threads() >= 1
 

@@ -93,7 +93,9 @@ def kept(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_layers_keep(name: str, precision: PrecisionName) -> None:
     lora, shape = LoraConfig(r=RANK), read_model_shape(CONFIGS[name])
-    setup = MemorySetup(tokens=T, length=T, precision=precision, tiles=kernel_status().amx)
+    setup = MemorySetup(
+        tokens=T, length=T, precision=precision, attention=kernel_status().attention
+    )
     planned = T * saved_bytes_per_token(shape, plan_adapter(shape, lora, RANK), setup, range(3))
     assert planned == pytest.approx(
         kept(CONFIGS[name], precision, lora, recompute=False), rel=0.005
@@ -106,7 +108,7 @@ def test_layers_below_the_lowest_adapter_keep_nothing() -> None:
     planned = T * saved_bytes_per_token(
         shape,
         adapter,
-        MemorySetup(tokens=T, length=T, tiles=kernel_status().amx),
+        MemorySetup(tokens=T, length=T, attention=kernel_status().attention),
         range(adapter.lowest, 3),
     )
     assert planned == pytest.approx(
@@ -116,12 +118,12 @@ def test_layers_below_the_lowest_adapter_keep_nothing() -> None:
 
 def test_recompute_keeps_the_layers_inputs() -> None:
     lora, shape = LoraConfig(r=RANK), read_model_shape(CONFIGS["llama"])
-    setup = MemorySetup(tokens=T, length=T, recompute="full", tiles=kernel_status().amx)
+    setup = MemorySetup(tokens=T, length=T, recompute="full", attention=kernel_status().attention)
     planned = T * saved_bytes_per_token(shape, plan_adapter(shape, lora, RANK), setup, range(3))
     one = T * saved_bytes_per_token(
         shape,
         plan_adapter(shape, lora, RANK),
-        MemorySetup(tokens=T, length=T, tiles=kernel_status().amx),
+        MemorySetup(tokens=T, length=T, attention=kernel_status().attention),
         range(1),
     )
     assert planned - one == pytest.approx(
@@ -130,6 +132,6 @@ def test_recompute_keeps_the_layers_inputs() -> None:
 
 
 def test_constants_are_the_engines() -> None:
-    assert kernel.HEAD_WIDTHS == constants.KERNEL_WIDTHS
+    assert kernel.MAX_HEAD_DIM == constants.MAX_HEAD_DIM
     assert (tiles.GROUP_ROWS, tiles.TILE_ELEMENTS) == (constants.SCORE_GROUP, constants.SCORE_TILE)
     assert score.CHUNK_TOKENS == constants.SCORE_CHUNK

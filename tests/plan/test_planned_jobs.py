@@ -92,7 +92,7 @@ def test_small_micro_batches_share_a_pass(rows: int, joint: int | None, tokens: 
         for name, one in runs_by_adapter(run).items()
     }
     jobs = list_planned_jobs(settings, SHAPE)
-    setup = joint_setup(jobs, "float32", "cpu", tiles=False, joint_tokens=run.joint_tokens)
+    setup = joint_setup(jobs, "float32", "cpu", attention="none", joint_tokens=run.joint_tokens)
     assert setup.tokens == tokens
     # a token passes one adapter's terms, whoever is beside it
     one = estimate_memory(SHAPE, jobs[0].adapter, setup)

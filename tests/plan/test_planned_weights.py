@@ -21,6 +21,7 @@ from lorry.plan.configs import find_config
 from lorry.plan.full.weights import plan_weights
 from lorry.plan.memory import MemorySetup, estimate_memory
 from lorry.plan.shapes import read_model_shape
+from lorry.processor import AttentionKernel
 from lorry.verbs.planning.build import build_plan
 from tests.support import tiny
 
@@ -131,11 +132,14 @@ def test_the_allocator_has_fewer_gaps_without_tiles() -> None:
     for size, tokens, peak in ((6, 2048, 877), (6, 4096, 1056), (12, 4096, 1582)):
         shape = read_model_shape({**config, "num_hidden_layers": size})
         adapter = plan_adapter(shape, LoraConfig(target_modules="all-linear"), 16)
+        ways: tuple[AttentionKernel, AttentionKernel] = ("none", "tiles")
         fewer, many = (
             estimate_memory(
-                shape, adapter, MemorySetup(tokens=tokens, length=512, tiles=tiles, whole=True)
+                shape,
+                adapter,
+                MemorySetup(tokens=tokens, length=512, attention=attention, whole=True),
             )
-            for tiles in (False, True)
+            for attention in ways
         )
         assert peak < fewer.total / 2**20 < 1.25 * peak
         gaps = (

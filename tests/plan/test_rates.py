@@ -274,7 +274,7 @@ def test_machines_of_one_name_are_told_apart(
         ("node", "elsewhere"),
         ("available_threads", 128),
         ("torch_version", "9.9"),
-        ("has_tiles", "on"),
+        ("attention_kernel", "another"),
     ):
         with monkeypatch.context() as m:
             m.setattr(

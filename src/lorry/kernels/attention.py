@@ -14,7 +14,7 @@ from lorry.kernels.build import call_kernel, kernel_status
 # Widths that the kernel on matrix tiles is compiled for: multiples of a tile's 32 bf16 columns.
 TILE_WIDTHS = (32, 64, 96, 128)
 # Widths up to here the kernel on vectors takes: what it works on stays near the core.
-MAX_WIDTH = 256
+MAX_HEAD_DIM = 256
 
 
 def supports_attention(q: Tensor, k: Tensor) -> bool:
@@ -25,7 +25,7 @@ def supports_attention(q: Tensor, k: Tensor) -> bool:
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
         and k.dtype == q.dtype
-        and q.shape[2] <= MAX_WIDTH
+        and q.shape[2] <= MAX_HEAD_DIM
         # whole groups of query heads: each shares one key/value head
         and q.shape[1] % k.shape[1] == 0
         and kernel_status().active

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest
-from lorry.processor import compiler_flags, isa_in_words, processor_flags
+from lorry.processor import AttentionKernel, compiler_flags, isa_in_words, processor_flags
 
 SOURCES = Path(__file__).parent
 # LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library
@@ -69,6 +69,11 @@ class KernelStatus:
     digest: str = ""
     amx: bool = False
     isa: str = ""
+
+    @property
+    def attention(self) -> AttentionKernel:
+        """What computes attention in the formats that the kernels take."""
+        return "none" if not self.active else "tiles" if self.amx else "vectors"
 
     def line(self) -> str:
         """One line for people."""

@@ -11,7 +11,7 @@ moments, and the activations of the largest micro-batch. Small micro-batches of 
 forward pass up to `joint_tokens`, larger ones take turns (data/stream/joint.py).
 
     jobs = list_planned_jobs({"a": JobSettings(lora, train, max_length, rank)}, shape)
-    estimate_memory(shape, combine_adapters(jobs), joint_setup(jobs, "float32", "cpu", tiles=False))
+    estimate_memory(shape, combine_adapters(jobs), joint_setup(jobs, "float32", "cpu", attention="none"))
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from lorry.plan.search import (
     search_choices,
 )
 from lorry.plan.shapes import ModelShape
+from lorry.processor import AttentionKernel
 
 MemoryOfChoice = Callable[[PlanChoice], MemoryEstimate]
 # of quantize=auto, after the whole base: the nearer to it first
@@ -65,11 +66,11 @@ def memory_setup(
     max_length: int,
     choice: PlanChoice,
     device: DeviceType,
-    tiles: bool,
+    attention: AttentionKernel,
     reads: StepReads = ROW_ALONE,
 ) -> MemorySetup:
     """How a choice runs: micro-batches of at most rows x max_length tokens, times the sequences that
-    are read for each row. ``tiles``: see `MemorySetup`.
+    are read for each row. ``attention``: see `MemorySetup`.
     """
     return MemorySetup(
         tokens=choice.rows * max_length * reads.together,
@@ -79,7 +80,7 @@ def memory_setup(
         recompute=choice.recompute,
         precision=choice.precision,
         device=device,
-        tiles=tiles,
+        attention=attention,
         whole=True,
     )
 
@@ -108,7 +109,7 @@ def single_device_memory(
     max_length: int,
     shape: ModelShape,
     device: DeviceType,
-    tiles: bool,
+    attention: AttentionKernel,
     *,
     reads: StepReads = ROW_ALONE,
     frozen: int = 0,
@@ -118,7 +119,7 @@ def single_device_memory(
     """
     adapter = adapter_at_rank(lora, shape, frozen)
     return lambda choice: estimate_memory(
-        shape, adapter(choice.rank), memory_setup(max_length, choice, device, tiles, reads)
+        shape, adapter(choice.rank), memory_setup(max_length, choice, device, attention, reads)
     )
 
 
@@ -274,7 +275,7 @@ def joint_setup(
     precision: PrecisionName,
     device: DeviceType,
     *,
-    tiles: bool,
+    attention: AttentionKernel,
     recompute: RecomputeMode = "none",
     joint_tokens: int | None = None,
 ) -> MemorySetup:
@@ -290,6 +291,6 @@ def joint_setup(
         recompute=recompute,
         precision=precision,
         device=device,
-        tiles=tiles,
+        attention=attention,
         whole=True,
     )

@@ -51,10 +51,10 @@ PLAN_MARGIN = {"cpu": 0.05, "cuda": 0.0}
 # of the fused path.
 PLAIN_WORKSPACE = 2.0
 
-# --- copied from the engine, which tests hold to it: head widths of the attention kernel; rows and
+# --- copied from the engine, which tests hold to it: the widest head of the attention kernels; rows and
 # logits of a pass over the vocabulary, rows of a chunk when the head is adapted, and how many
 # copies of such a chunk of logits are alive.
-KERNEL_WIDTHS = (32, 64, 96, 128)
+MAX_HEAD_DIM = 256
 SCORE_GROUP, SCORE_TILE = 1024, 1 << 21
 SCORE_CHUNK, CHUNK_COPIES = 256, 3
 

@@ -13,7 +13,13 @@ from typing import Any, Literal
 
 from lorry.errors import ConfigError
 from lorry.plan.constants import GIB
-from lorry.processor import cpuinfo_values, isa_in_words, processor_flags, processor_name
+from lorry.processor import (
+    AttentionKernel,
+    cpuinfo_values,
+    isa_in_words,
+    processor_flags,
+    processor_name,
+)
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 # What changes torch's speed from outside: threads it takes unasked, instruction sets it is held to.
@@ -83,7 +89,7 @@ def machine_identity(device: str, precision: str, threads_asked: int | None) -> 
         "device": device,
         "precision": precision,
         "threads": threads_asked,
-        "kernels": device == "cpu" and has_tiles(),
+        "kernels": attention_kernel() if device == "cpu" else "none",
         "torch": torch_version(),
         "environment": {
             name: os.environ[name] for name in IDENTITY_VARIABLES if name in os.environ
@@ -134,11 +140,11 @@ def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
             )
 
 
-def has_tiles() -> bool:
-    """Whether the attention kernel will run: matrix tiles, and a compiler to build it with
-    (kernels/build.py). Raises ConfigError where LORRY_ISA asks for what this processor lacks.
+def attention_kernel() -> AttentionKernel:
+    """Which attention will run on this CPU: kernels need a compiler to build them with
+    (kernels/build.py), the better ones matrix tiles. Raises ConfigError where LORRY_ISA asks for what this processor lacks.
     """
     compiler = (
         any(map(shutil.which, ("g++", "c++", "clang++"))) and os.environ.get("LORRY_KERNELS") != "0"
     )
-    return compiler and isa_in_words() == "amx"
+    return "none" if not compiler else "tiles" if isa_in_words() == "amx" else "vectors"

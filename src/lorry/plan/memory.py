@@ -25,8 +25,8 @@ from lorry.plan.constants import (
     COMPILED_BYTES,
     FEWER_GAPS,
     GAPS_PER_LAYER,
-    KERNEL_WIDTHS,
     LIBRARY_BYTES,
+    MAX_HEAD_DIM,
     PLAIN_WORKSPACE,
     PLAN_MARGIN,
     RUNTIME_BYTES,
@@ -37,6 +37,7 @@ from lorry.plan.constants import (
 )
 from lorry.plan.full.weights import PlannedWeights
 from lorry.plan.shapes import ModelShape
+from lorry.processor import AttentionKernel
 
 PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "nf4", "fp4"]
 DeviceType = Literal["cpu", "cuda"]
@@ -64,7 +65,7 @@ MASTERS = "masters"  # of base weights that train; in an adapter's place
 @dataclass(frozen=True, kw_only=True)
 class MemorySetup:
     """How a model is run. ``tokens``: of one micro-batch, at most; ``length``: of its longest
-    sequence; ``tiles``: the processor has matrix tiles, for which there is an attention kernel;
+    sequence; ``attention``: what computes attention on a CPU;
     ``whole``: a run on real data, not steps of one length alone; ``reads``: what a step reads for
     each row, ``step_tokens``: of all its micro-batches, at most (0: of one), of which the start
     is asked before the first of them is run; ``mixed_mlps``: the MLPs that a token passes under a
@@ -77,7 +78,7 @@ class MemorySetup:
     recompute: RecomputeMode = "none"
     precision: PrecisionName = "bfloat16"
     device: DeviceType = "cpu"
-    tiles: bool = True
+    attention: AttentionKernel = "tiles"
     whole: bool = False
     reads: StepReads = ROW_ALONE
     step_tokens: int = 0
@@ -137,11 +138,8 @@ def uses_attention_kernel(shape: ModelShape, setup: MemorySetup) -> bool:
     """Whether attention runs in Lorry's own kernel (kernels/attention.py), which repeats and copies
     nothing.
     """
-    usual = shape.geometry.head_dim in KERNEL_WIDTHS and setup.precision not in (
-        "float32",
-        "float16",
-    )
-    return setup.device == "cpu" and setup.tiles and usual and shape.native
+    usual = shape.geometry.head_dim <= MAX_HEAD_DIM and setup.precision != "float16"
+    return setup.device == "cpu" and setup.attention != "none" and usual and shape.native
 
 
 def estimate_memory(
@@ -499,7 +497,11 @@ def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> in
     # [T, widest side]: gaps are counted in the largest buffer that comes and goes in every layer
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
     is_wide = setup.precision == "float32"
-    fewer = shape.norm == "rms" and layer_path(shape) == "fused" and (is_wide or not setup.tiles)
+    fewer = (
+        shape.norm == "rms"
+        and layer_path(shape) == "fused"
+        and (is_wide or setup.attention != "tiles")
+    )
     gaps = (FEWER_GAPS if fewer else ALLOCATOR_GAPS)[setup.recompute]
     between = 0.0 if fewer and is_wide else GAPS_PER_LAYER * g.layers
     return int(ALLOCATOR_SLACK["cpu"] * moving + (gaps + between) * buffer)

@@ -85,7 +85,7 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
         run.data.max_length,
         shape,
         device,
-        kernel_status().amx,
+        kernel_status().attention,
         reads=run.step_reads,
         frozen=frozen,
     )

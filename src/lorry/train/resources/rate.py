@@ -213,7 +213,7 @@ def _achieved_rate(
         precision=DTYPE_PRECISIONS[model.dtype],
         device=RATE_DEVICES[model.device.type],
         recompute="full" if run.train.gradient_checkpointing else "none",
-        tiles=machine.has_tiles(),
+        attention=machine.attention_kernel(),
         whole=True,
     )
     flops = count_flops(shape, plan_adapter(shape, run.lora, run.lora.most_rank), setup).step

@@ -92,7 +92,11 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
         choice = search.best.choice
     setup, adapter = (
         memory_setup(
-            settings.data.max_length, choice, device, machine.has_tiles(), settings.step_reads
+            settings.data.max_length,
+            choice,
+            device,
+            machine.attention_kernel(),
+            settings.step_reads,
         ),
         adapters(choice.rank),
     )
@@ -142,7 +146,7 @@ def _plan_of_jobs(
         jobs,
         precision,
         device,
-        tiles=machine.has_tiles(),
+        attention=machine.attention_kernel(),
         recompute="full" if settings.train.gradient_checkpointing else "none",
         joint_tokens=settings.joint_tokens,
     )
@@ -255,7 +259,11 @@ def _memory_need(
 ) -> MemoryOfChoice:
     def need(choice: PlanChoice) -> MemoryEstimate:
         setup = memory_setup(
-            settings.data.max_length, choice, device, machine.has_tiles(), settings.step_reads
+            settings.data.max_length,
+            choice,
+            device,
+            machine.attention_kernel(),
+            settings.step_reads,
         )
         return memory_per_rank(shape, adapter(choice.rank), setup, split, choice.accumulation)
 

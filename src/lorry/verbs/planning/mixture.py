@@ -109,7 +109,7 @@ def _plan_of_router(
     )
     length = max(run.data.max_length for run in alone.values())
     reads = router_reads(shape, router, len(settings.jobs))
-    setup = memory_setup(length, choice, device, machine.has_tiles(), reads)
+    setup = memory_setup(length, choice, device, machine.attention_kernel(), reads)
     if router.level == "expert":
         setup = replace(setup, mixed_mlps=router.top_k)
     return run_plan(
