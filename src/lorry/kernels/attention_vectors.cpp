@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace {
 
