@@ -365,6 +365,9 @@ def test_a_map_of_jobs_is_refused_by_the_word_that_was_written(
     with pytest.raises(ConfigError) as error:
         parse_settings(schema, [str(file)], print)
     assert f"{file}:2: {word}: got {{'a': 'f', 'b': 'g'}}; give a list of maps" in str(error.value)
+    file.write_text(f"model: m\n{word}: [{{name: a}}, {{name: A}}]\n")
+    with pytest.raises(ConfigError, match=f"two {word} are called 'A'"):
+        parse_settings(schema, [str(file)], print)
 
 
 @settings(max_examples=60)

@@ -5,6 +5,7 @@ leaves behind.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lorry.backends.optim import ParameterSetOptimizer
 from lorry.config import RunConfig, parse_settings
 from lorry.errors import ConfigError, ContractError
 from lorry.models.loading.open import open_model
-from lorry.train import checks
+from lorry.train import artifacts, checks
 from lorry.train.checks import ContractChecks
 from lorry.train.session import TrainResult, train_run
 from tests.support import tinyrun
@@ -313,6 +315,28 @@ def test_an_earlier_run_of_several_is_set_aside_with_its_adapters(world: World) 
     assert (first / "previous" / "1" / "b" / "adapter_model.safetensors").read_bytes() == kept
     assert not (first / "b").exists()
     assert (first / "c" / "adapter_config.json").is_file()
+
+
+def test_moments_are_gone_before_the_adapters_are_written(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is written and read back lay beside them, and was the peak of a run of short rows."""
+    moments, alive = list[weakref.ref[torch.Tensor]](), list[int]()
+    make, write = ParameterSetOptimizer.__init__, artifacts.write_adapters
+
+    def made(self: ParameterSetOptimizer, *args: Any) -> None:
+        make(self, *args)
+        moments.extend(weakref.ref(moment) for moment in self.moments())
+
+    def written(*args: Any) -> dict[str, str]:
+        alive.append(sum(moment() is not None for moment in moments))
+        return write(*args)
+
+    monkeypatch.setattr(ParameterSetOptimizer, "__init__", made)
+    monkeypatch.setattr(artifacts, "write_adapters", written)
+    train_run(world.together("lean", {"small": {"r": 2}, "wide": {"r": 5}}, **PLAIN), [])
+    assert len(moments) == 4
+    assert alive == [0]
 
 
 def test_one_job_in_a_list_is_a_plain_run(world: World) -> None:

@@ -248,6 +248,11 @@ def rename_expert(run: Path) -> None:
     (run / "two").rename(run / "three")
 
 
+def pickle_router(run: Path) -> None:
+    weights = run / "router" / "router.safetensors"
+    weights.rename(weights.with_suffix(".pt"))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -267,6 +272,7 @@ def rename_expert(run: Path) -> None:
         (change_weights(lambda w: w * float("nan")), "NaN"),
         (change_weights(lambda w: w.half()), "float16"),
         (lambda run: (run / "router" / "router.safetensors").write_bytes(b"\x80\x04"), "damaged"),
+        (pickle_router, r"router.safetensors is missing.* router.pt beside it is a pickle"),
     ],
 )
 def test_a_router_of_other_experts_is_refused(

@@ -422,6 +422,10 @@ class LocalBackend:
             sample_digest(self.model, trained=moving, frozen=frozen),
         )
 
+    def end_steps(self) -> None:
+        """See `Backend.end_steps`."""
+        self.optimizers.clear()
+
     def _stepped(self, name: str) -> list[tuple[int, int]]:
         """(start, stop), in bytes of a set's values, of what its optimizer holds, on this rank or on
         those that share the moments with it; every rank calls it."""

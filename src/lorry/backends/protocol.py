@@ -142,8 +142,10 @@ class Backend(ScoringBackend, Protocol):
     whole tensors (where weights are cut over processes, `TensorsWhenRead`); ``held``: of what trains
     the tensors of this process, those of the same name the same in every process that has them;
     ``nonfinite``: the names in ``state`` whose values are not finite, of how many, as all processes
-    find them. ``communicator``: the processes of the run; on each of them the same methods are
-    called with the same batches, those of the whole step, and return the same.
+    find them. ``end_steps`` gives up what only steps need (moments), and with it all that makes or
+    reads them, ``state`` among it; ``held``, scores and answers stay. ``communicator``: the processes of
+    the run; on each of them the same methods are called with the same batches, those of the whole step,
+    and return the same.
     """
 
     communicator: Communicator
@@ -159,6 +161,7 @@ class Backend(ScoringBackend, Protocol):
     def nonfinite(self) -> tuple[list[str], int]: ...
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
     def inspect(self) -> ParameterInspection: ...
+    def end_steps(self) -> None: ...
 
 
 def term_totals(batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -224,10 +224,10 @@ def expand_jobs(
         # by lower case: the folders of two such jobs are one on macOS
         if item.name.lower() in where_by_name:
             first = where_by_name[item.name.lower()]
+            elsewhere = "" if first == item.where else f" (the first: {first})"
             raise ConfigError(
-                f"{item.where}: two jobs are called {item.name!r} (the first: "
-                f"{first}); each job is written to a folder of its name, so names "
-                "must differ"
+                f"{item.where}: two {jobs.key if jobs and listed else 'jobs'} are called "
+                f"{item.name!r}{elsewhere}; each is written to a folder of its name, so names must differ"
             )
         where_by_name[item.name.lower()] = item.where
     return items
@@ -253,7 +253,8 @@ def _make_job_item(
     # int: YAML reads name: 8 as a number
     if not isinstance(job.get("name"), (str, int)):
         raise ConfigError(
-            f"{where}: job {number + 1} has no name; give name: and the settings that differ"
+            f"{where}: {setting.key.removesuffix('s')} {number + 1} has no name; give name: and the "
+            "settings that differ"
         )
     name = str(job["name"])
     if name in RESERVED_NAMES or Path(name).suffix in FILE_SUFFIXES:

@@ -48,15 +48,10 @@ def write_adapters(
 
     Returns {adapter: SHA-256 of its weights file}. Raises DiskError.
     """
-    digests = {}
-    for name in names:
-        files = adapter_files(model, name, base_name=base_name)
-        inside = "" if len(names) == 1 else f"{name}/"
-        ownership.write_owned_files(
-            run_dir, {f"{inside}{file}": content for file, content in files.items()}
-        )
-        # of the bytes that were written, not of what a file may hold by the time it is read
-        digests[name] = hashlib.sha256(files[ADAPTER_WEIGHTS]).hexdigest()
+    digests = {
+        name: _write_adapter(run_dir, "" if len(names) == 1 else f"{name}/", model, name, base_name)
+        for name in names
+    }
     # its writer takes a directory and writes over what is there: it gets one of its own first
     with durable.scratch_directory(run_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
@@ -67,6 +62,15 @@ def write_adapters(
         }
     ownership.write_owned_files(run_dir, contents)
     return digests
+
+
+def _write_adapter(run_dir: Path, inside: str, model: nn.Module, name: str, base_name: str) -> str:
+    """One adapter's files, their names behind ``inside``; the SHA-256 of its weights."""
+    # a function of its own: these bytes are gone before those of the next adapter are made
+    files = adapter_files(model, name, base_name=base_name)
+    ownership.write_owned_files(run_dir, {inside + file: files[file] for file in files})
+    # of the bytes that were written, not of what a file may hold by the time it is read
+    return hashlib.sha256(files[ADAPTER_WEIGHTS]).hexdigest()
 
 
 def write_start(run_dir: Path, files: Mapping[str, bytes], names: Sequence[str]) -> None:

@@ -402,6 +402,8 @@ def _train_and_finish(
         checks.held(8, _row_accounting(jobs))  # a streamed source knows more now
         checks.end(backend, engine.task)
         checks.equal_on_all_ranks(backend, 5, "at the end of training")
+        # what is written and read back now takes no more memory than the moments did
+        backend.end_steps()
         home.check()
         finish.settle_adapters(opened.model, list(jobs), notebook.tell)
         beside = trained_names(jobs)[len(jobs) :]
