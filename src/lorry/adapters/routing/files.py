@@ -383,17 +383,13 @@ def _constant_mix(file: Path, record: RouterRecord) -> Mix:
 
 @torch.no_grad()
 def _read_weights(file: Path, wanted: Mapping[str, Tensor]) -> None:
+    if not file.exists() and (pickles := sorted(file.parent.glob("*.pt"))):
+        raise ModelError(
+            f"{file} is missing; {pickles[0].name} beside it is a pickle, which can run code and is "
+            "never opened: make the mixture again (lorry moe)"
+        )
     try:
         tensors = load(read_content(file))
-    except FileNotFoundError:
-        pickles = sorted(file.parent.glob("*.pt"))
-        remedy = (
-            f"; {pickles[0].name} beside it is a pickle, which can run code and is never opened: make the "
-            "mixture again (lorry moe)"
-            if pickles
-            else ""
-        )
-        raise ModelError(f"{file} is missing: the router's weights{remedy}") from None
     except SafetensorError as error:
         raise ModelError(f"{file}: damaged ({error})") from None
     if odd := sorted(set(tensors) ^ set(wanted)):
