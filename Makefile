@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-arm test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-unlearn bench-experts bench-variants bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-arm test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts study-variants bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-unlearn bench-experts bench-variants bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -165,6 +165,12 @@ study-tofu: setup
 study-experts: setup
 	until $(BIN)/python benchmarks/experts_study.py; do test $$? -eq 75 || exit 1; done
 	$(BIN)/python benchmarks/experts_study.py --docs
+
+# Ranks, rates, layers and variants of LoRA on two tasks: hours; `benchmarks/variants_study.py --small --tasks gsm8k` is an hour and
+# a half of one core without AMX. Then the tables in docs/choosing.md. Sittings as above.
+study-variants: setup
+	until $(BIN)/python benchmarks/variants_study.py; do test $$? -eq 75 || exit 1; done
+	$(BIN)/python benchmarks/variants_study.py --docs
 
 # TRL is only ever compared with, so it is not part of setup.
 bench-setup: setup

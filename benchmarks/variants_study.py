@@ -79,7 +79,7 @@ SMALL = Size(
 @dataclass(frozen=True)
 class Way:
     """A way of training: settings of a job by group, its part of the study, and its grid: that of
-    LoRA times ``shift``, or of whole weights. ``quantize``: how the base is held."""
+    LoRA times ``shift``, or of ``whole`` weights. ``quantize``: how the base is held."""
 
     name: str
     words: str
@@ -87,11 +87,7 @@ class Way:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shift: float = 1.0
     quantize: str | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the base's own weights train."""
-        return self.settings.get("lora", {}) is None
+    whole: bool = False
 
     def grid(self, size: Size) -> list[float]:
         """The rates that are tried at first."""
@@ -137,7 +133,7 @@ def list_ways(size: Size, task: str) -> list[Way]:
             {"lora": {"r": r, "lora_alpha": alpha}})
         for r, alpha in ((16, 32), (1, 32), (4, 32), (64, 32), (1, 2), (4, 8), (64, 128))
     ]  # fmt: skip
-    found.append(Way("full", "whole weights", "full", {"lora": None}))  # type: ignore[dict-item]
+    found.append(Way("full", "whole weights", "full", whole=True))
     found += [
         Way(name, words, "variants",
             {"lora": {k: v for k, v in own.items() if k != "train"}, "train": own.get("train", {})},
@@ -155,7 +151,7 @@ def list_ways(size: Size, task: str) -> list[Way]:
         Way("mlp", "MLP, r 26", "targets", {"lora": {"r": 26, "target_modules": MLP}}),
         Way("r16-large", f"r 16, {size.batch * size.large} rows a step", "batch", {"train": large}, 3),
         Way("full-large", f"whole weights, {size.batch * size.large} rows a step", "batch",
-            {"lora": None, "train": large}, 3),  # type: ignore[dict-item]
+            {"train": large}, 3, whole=True),
     ]  # fmt: skip
     return found
 

@@ -122,12 +122,13 @@ class Found:
         seeds = set(both[0]) & set(both[1])
         if not seeds:
             return None
-        means = [sum(points[s]["loss"] for s in seeds) / len(seeds) for points in both]
-        return self._share(*means, len(seeds))
+        own, its = (sum(points[s]["loss"] for s in seeds) / len(seeds) for points in both)
+        return self._share(own, its, len(seeds))
 
     def _share(self, loss: float, other: float, trainings: int) -> Interval:
         width = self.half_width(trainings)
-        return tuple((loss - other + by) / other for by in (0, -width, width))  # type: ignore[return-value]
+        by = loss - other
+        return by / other, (by - width) / other, (by + width) / other
 
     def drawn_rates(self, way: str) -> list[float]:
         """The best rate of a way's curve, then those of the curves drawn with the noise."""

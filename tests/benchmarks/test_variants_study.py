@@ -1,0 +1,263 @@
+"""The study of variants: what it runs are valid runs, made once; its numbers are those of plain
+statistics; its page says what its record says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import variants_study
+import variants_table
+from scipy import stats
+from variants_study import FULL, SMALL, Point, Size, Study
+from variants_table import PLAIN, Found, best_rate
+
+from lorry.config import RunConfig, SweepSettings, parse_settings, runs_by_adapter
+
+ROOT = Path(__file__).resolve().parents[2]
+BEST = {"full": 1e-4}  # of the made-up losses: elsewhere 1e-3
+
+
+class Trained:
+    """In the place of Lorry's commands: writes what they write, with losses that have one best rate."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, RunConfig]] = []
+        self.stops_after = 1000
+
+    def __call__(self, words: list[str], log: Path, deadline: float) -> None:
+        if len(self.runs) == self.stops_after:
+            raise variants_study.Unfinished
+        verb, path = words
+        schema = SweepSettings if verb == "sweep" else RunConfig
+        run = parse_settings(schema, [path], print)
+        self.runs.append((verb, run))
+        run.output_dir.mkdir()
+        lines: list[dict[str, Any]] = [{"step": 0, "eval_loss": 3.0}]
+        if isinstance(run, SweepSettings):
+            (alone,) = run.passes()
+            jobs = [
+                {"name": name, "eval_loss": self.loss(name, one.train.learning_rate)}
+                for name, one in runs_by_adapter(alone).items()
+            ]
+            (run.output_dir / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+        else:
+            lines.append({"step": 1, "eval_loss": self.loss("full", run.train.learning_rate)})
+        lines[-1] |= {"tokens": 600, "peak_memory_bytes": 2**30}
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run.output_dir / "metrics.jsonl").write_text(text)
+
+    def loss(self, name: str, rate: float) -> float:
+        return 1 + math.log(rate / BEST.get(name, 1e-3)) ** 2 / 100
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
+    made = Trained()
+    monkeypatch.setattr(variants_study, "call", made)
+    return made
+
+
+def a_study(work: Path, size: Size = SMALL, task: str = "gsm8k") -> Study:
+    return Study(argparse.Namespace(work=work, threads=1), size, task, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "task"), [(SMALL, "gsm8k"), (FULL, "common_gen")], ids=["small", "full"]
+)
+def test_what_is_made_is_valid_and_made_once(
+    size: Size, task: str, tmp_path: Path, trained: Trained
+) -> None:
+    trained.stops_after = 9
+    with pytest.raises(variants_study.Unfinished):
+        a_study(tmp_path, size, task).run_all()
+    trained.stops_after = 1000
+    study = a_study(tmp_path, size, task)
+    study.run_all()
+    keys = [(p["way"], p["rate"], p["seed"]) for p in study.points]
+    assert len(keys) == len({*keys})
+    assert {way.name for way in study.ways} == {key[0] for key in keys}
+    # a second time nothing is left to do, in the rounds beyond the grids' edges neither
+    count = len(trained.runs)
+    a_study(tmp_path, size, task).run_all()
+    assert len(trained.runs) == count
+    # as many jobs as there are points, each pass with one base
+    jobs = [
+        one
+        for verb, run in trained.runs
+        for one in (runs_by_adapter(run.passes()[0]).values() if verb == "sweep" else [run])
+    ]
+    assert len(jobs) == len(keys)
+    assert {run.model.quantize for _, run in trained.runs} == {None, "nf4"}
+    kinds = {(one.lora.variant, one.lora.use_dora) for one in jobs if one.lora}
+    assert kinds == {("lora", False), ("lora", True), ("adalora", False)}
+    whole = [one for one in jobs if one.lora is None]
+    assert {one.train.gradient_accumulation_steps for one in whole} == {1, size.large}
+    # the grid of rsLoRA ends at 9e-4 here, so that the one beyond was tried
+    assert max(rate for way, rate, _ in keys if way == "loraplus-16") > 7.5e-4
+    # fresh seeds at the best rate alone
+    fresh = {key for key in keys if key[0] == PLAIN and key[2]}
+    assert fresh == {(PLAIN, 1e-3, seed) for seed in range(1, size.seeds + 1)}
+    assert not [path for path in (tmp_path / task).iterdir() if path.is_dir()]
+
+
+def test_numbers_of_a_run_are_its_own(tmp_path: Path, trained: Trained) -> None:
+    study = a_study(tmp_path)
+    plain, full = study.ways[0], next(way for way in study.ways if way.whole)
+    study.train("one", [Point(plain, 1e-2), Point(plain, 1e-3)])
+    study.train("two", [Point(full, 1e-4)])
+    study.train("three", [Point(plain, 1e-3)], seeds=2)
+    first, second, whole, *seeds = study.points
+    assert first["loss"] == pytest.approx(1 + math.log(10) ** 2 / 100)
+    assert (second["loss"], second["jobs"], second["tokens"]) == (1.0, 2, 600)
+    assert (whole["loss"], whole["base_loss"], whole["jobs"]) == (1.0, 3.0, 1)
+    assert [(p["seed"], p["jobs"], p["memory_bytes"]) for p in seeds] == [(1, 2, 2**30), (2, 2, 2**30)]  # fmt: skip
+    assert a_study(tmp_path).points == study.points
+
+
+@pytest.mark.parametrize(
+    ("losses", "beyond"),
+    [((3, 2, 1), 9e-3), ((1, 2, 3), 9e-5), ((2, 1, 2), None), ((1,), None)],
+)
+def test_a_grid_grows_where_its_best_is_at_its_edge(
+    losses: tuple[float, ...], beyond: float | None
+) -> None:
+    curve = dict(zip((3e-4, 1e-3, 3e-3), losses, strict=False))
+    assert variants_study.next_rate(curve) == beyond
+
+
+def test_without_the_data_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match="gsm8k is not there; set LORRY_DATA to a folder with"):
+        variants_study.write_rows(tmp_path / "rows", SMALL)
+
+
+# --- statistics
+
+
+def points(losses: dict[str, list[float]], rate: float = 1e-3, **more: Any) -> list[dict[str, Any]]:
+    """Of each way under seeds 1, 2, ..."""
+    base = {"seconds": 60.0, "jobs": 2, "memory_bytes": 2**30, "tokens": 100}
+    return [
+        {"way": way, "rate": rate, "seed": seed, "loss": loss, **base, **more}
+        for way, each in losses.items()
+        for seed, loss in enumerate(each, 1)
+    ]
+
+
+def ways(*names: str, part: str = "variants") -> list[dict[str, str]]:
+    return [{"name": name, "words": name.upper(), "part": part} for name in names]
+
+
+def test_the_best_rate_is_the_lowest_point_of_the_parabola() -> None:
+    curve = {r: 2 + math.log(r / 7e-4) ** 2 for r in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+    assert best_rate(curve) == pytest.approx(7e-4)
+    # at an edge the rate itself: nothing is known of what lies beyond
+    assert best_rate({r: r for r in (1e-4, 3e-4, 1e-3)}) == 1e-4
+    assert best_rate({1e-4: 3.0, 3e-4: 3.0, 1e-3: 3.0}) == 1e-4
+    assert variants_table.at_edge({1e-4: 1.0, 3e-4: 2.0}) == "<= "
+    assert variants_table.at_edge({1e-4: 2.0, 3e-4: 1.0}) == ">= "
+
+
+def test_the_noise_is_what_ways_and_seeds_leave() -> None:
+    """Against least squares over a column for each way and each seed."""
+    draws = np.random.default_rng(0)
+    losses = {name: list(draws.normal(2, 0.1, 3)) for name in (PLAIN, "a", "b", "c")}
+    found = Found(ways(*losses), points(losses))
+    assert found.noise is not None
+    y = np.array([loss for each in losses.values() for loss in each])
+    design = np.concatenate([np.kron(np.eye(4), np.ones((3, 1))), np.tile(np.eye(3), (4, 1))], 1)
+    rest = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    deviation, freedom = found.noise
+    assert freedom == 12 - np.linalg.matrix_rank(design)
+    assert deviation == pytest.approx(math.sqrt(rest @ rest / freedom))
+    # a difference of two means over three seeds
+    value, low, high = found.over_fresh("a")  # type: ignore[misc]
+    plain = np.mean(losses[PLAIN])
+    width = stats.t.ppf(0.975, freedom) * deviation * math.sqrt(2 / 3) / plain
+    assert value == pytest.approx(np.mean(losses["a"]) / plain - 1)
+    assert (low, high) == pytest.approx((value - width, value + width))
+    # one seed tells nothing of noise
+    assert Found(ways("a", "b"), points({"a": [1.0], "b": [2.0]})).noise is None
+
+
+def test_an_interval_of_a_rate_widens_with_the_noise() -> None:
+    curve = [
+        {"way": PLAIN, "rate": r, "seed": 0, "loss": 2 + 0.1 * math.log(r / 1e-3) ** 2}
+        for r in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    ]
+    bounds = []
+    for spread in (1e-4, 0.1):
+        fresh = points({PLAIN: [2.0, 2.0 + spread], "a": [2.0, 2.0 - spread]})
+        found = Found(ways(PLAIN, "a"), [*curve, *fresh])
+        value, low, high = variants_table.interval(found.drawn_rates(PLAIN))
+        assert value == pytest.approx(1e-3)
+        bounds.append(high / low)
+    assert bounds[0] < 1.01 < 2 < bounds[1]
+    # without a noise there is no interval, and none is shown
+    assert variants_table.rate_interval(Found(ways(PLAIN), curve), PLAIN) == "1.0e-3"
+    assert variants_table.share((0.01, -math.inf, math.inf)) == "+1.0% (no interval)"
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    """DoRA is better beyond doubt, NF4 as good as it can tell; the rest was not run."""
+    losses = {PLAIN: [2.0, 2.1], "dora": [1.9, 2.0], "nf4": [2.0, 2.1001]}
+    found = [
+        *points(losses),
+        *points({"full": [1.99]}, rate=1e-4, base_loss=3.0),
+        *[{**p, "seed": 0} for p in points({PLAIN: [2.5], "full": [1.99]}, rate=2e-4)],
+        *[
+            {**p, "seed": 0}
+            for p in points({PLAIN: [2.0], "full": [1.98], "dora": [1.9], "nf4": [2.0]})
+        ],
+    ]
+    listed = [*ways(PLAIN, part="ranks"), *ways("full", part="full"), *ways("dora", "nf4")]
+    settings = {
+        "small": True, "threads": 1, "model": "m", "default_rate": 2e-4,
+        "size": variants_study.asdict(SMALL),
+    }  # fmt: skip
+    return variants_table.make_record({"gsm8k": {"ways": listed, "points": found}}, settings)
+
+
+def test_the_tables_say_what_was_found(record: dict[str, Any], tmp_path: Path) -> None:
+    seen = {row[0]: row[2] for row in record["rows"]}
+    dora = next(text for claim, text in seen.items() if claim.startswith("DoRA"))
+    assert dora.startswith("loss -4.9% [")
+    assert "cannot be told apart" not in dora
+    assert dora.endswith("time x1.00, memory x1.00")
+    assert "cannot be told apart" in seen["a base in NF4 costs nothing"]
+    assert seen["AdaLoRA is far behind"] == "not run"
+    assert "r 16's over whole weights': x1" in seen[
+        "LoRA's best rate is 10 times that of whole weights, 15 times in short runs"]  # fmt: skip
+    assert len(record["rows"]) == len(variants_table.CLAIMS)
+    (found,) = variants_table.found_of(record).values()
+    _, rows = variants_table.seeds_table(found)
+    assert rows[0] == [PLAIN.upper(), "1.0e-3", "2.0500", "", "30", "1024"]
+    assert (
+        variants_table.passed_over(found, 2e-4) == "loss 2.500 at 2.0e-4, 2.000 at 1.0e-3 (+25.0%)"
+    )
+    page = variants_table.docs_section(record, "p.png")
+    assert "Before training the loss is 3.000." in page
+    before = f"a\n{variants_table.BEGIN}old\n{variants_table.END}b\n"
+    marked = variants_table.page_with(before, page)
+    assert marked == f"a\n{variants_table.BEGIN}{page}{variants_table.END}b\n"
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        variants_table.page_with("a page", page)
+    variants_table.draw(variants_table.found_of(record), tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_is_what_the_record_says() -> None:
+    name, record = variants_table.shown_record(ROOT)
+    page = (ROOT / "docs/choosing.md").read_text()
+    section = variants_table.docs_section(record, f"results/{name}.png")
+    assert variants_table.page_with(page, section) == page
+    assert (ROOT / f"docs/results/{name}.png").is_file()
+    columns, rows = variants_table.claims_table(variants_table.found_of(record))
+    assert (record["columns"], record["rows"]) == (columns, rows)
