@@ -129,6 +129,9 @@ def test_several_passes_are_ranked_together(
     # a pass of one job has the page of the whole sweep, too
     for number in (1, 2):
         assert 'id="sweep"' in (out / f"pass-{number}" / "report.html").read_text()
+    # and both together one page, with the sweep once
+    assert lorry("report", str(out)) == 0
+    assert (out / "report.html").read_text().count("nothing was held out") == 1
     assert {job["name"]: str(Path(job["path"]).relative_to(out)) for job in jobs} == {
         "seed0": "pass-1/seed0", "seed1": "pass-1/seed1", "seed2": "pass-2",
     }  # fmt: skip

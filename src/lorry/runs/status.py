@@ -34,6 +34,7 @@ from lorry.runs.layout import (
     RUN_FILE,
     STAGES,
     STEP,
+    SWEEP,
 )
 from lorry.runs.process import RunProcess
 from lorry.runs.read import RUN_FILES, RunRecord, read_run
@@ -119,9 +120,9 @@ def find_runs(folder: Path, depth: int = DEEPEST_FOLDER) -> Iterator[Path]:
 
 def list_runs_of(path: Path) -> list[Path]:
     """The run that a directory is; of one where only stages of `lorry moe` lie (a workspace, or
-    experts that are whole models) the runs of its stages."""
+    experts that are whole models) the runs of its stages, of a sweep of several passes these."""
     is_run = any((path / name).exists() for name in RUN_FILES)
-    if is_run or not (path / STAGES).is_file():
+    if is_run or not any((path / name).is_file() for name in (STAGES, SWEEP)):
         return [path]
     return list(find_runs(path)) or [path]
 
