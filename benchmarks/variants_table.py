@@ -29,6 +29,7 @@ BEGIN = "<!-- made by: python benchmarks/variants_study.py --docs -->\n"
 END = "<!-- end of what is made -->\n"
 PLAIN, WHOLE = "r16-alpha32", "full"
 DRAWS, LEVEL = 4000, 0.95
+FEWEST = 3  # rates of a curve that says where its best lies
 REGRET = "LoRA Without Regret (Schulman 2025)"
 COMPARISON = "PEFT's method comparison (2026)"
 Interval = tuple[float, float, float]  # value, low, high
@@ -110,9 +111,13 @@ class Found:
         """The best loss of a curve."""
         return min(self.curves[way].values())
 
+    def has_curves(self, *ways: str) -> bool:
+        """Whether each has been trained at rates enough."""
+        return all(len(self.curves.get(way, {})) >= FEWEST for way in ways)
+
     def over(self, way: str, other: str) -> Interval | None:
         """What the best of one curve lies over that of another, as a share; one seed each."""
-        if not {way, other} <= set(self.curves):
+        if not self.has_curves(way, other):
             return None
         return self._share(self.lowest(way), self.lowest(other), 1)
 
@@ -147,7 +152,7 @@ class Found:
 
     def ratio(self, way: str, other: str) -> Interval | None:
         """The best rate of one way over that of another."""
-        if not {way, other} <= set(self.curves):
+        if not self.has_curves(way, other):
             return None
         pairs = zip(self.drawn_rates(way), self.drawn_rates(other), strict=True)
         return interval([one / two for one, two in pairs])
@@ -221,6 +226,15 @@ def times(value: Interval | None) -> str:
     return "x{:.2g} [{:.2g}, {:.2g}]".format(*value)
 
 
+def rate_ratio(found: Found, way: str, other: str) -> str:
+    """The best rate of one way over that of another, and whether either lies at the edge of its grid."""
+    said = times(found.ratio(way, other))
+    if not found.has_curves(way, other):
+        return said
+    edges = [found.words[name] for name in (way, other) if at_edge(found.curves[name])]
+    return f"{said} (at the edge of the grid: {', '.join(edges)})" if edges else said
+
+
 def rate_interval(found: Found, way: str) -> str:
     """The best rate of a way with its interval, and whether it lies at the edge of what was tried."""
     value, low, high = interval(found.drawn_rates(way))
@@ -276,11 +290,11 @@ def starts(found: Found) -> str:
 
 CLAIMS: Sequence[tuple[str, str, Callable[[Found], str]]] = (
     ("at alpha 32 the best rate is nearly the same for all ranks", REGRET,
-     lambda f: f"r 64's over r 1's: {times(f.ratio('r64-alpha32', 'r1-alpha32'))}"),
+     lambda f: f"r 64's over r 1's: {rate_ratio(f, 'r64-alpha32', 'r1-alpha32')}"),
     ("with alpha = 2r it falls as the rank grows", "follows from s = alpha/r",
-     lambda f: f"r 64's over r 1's: {times(f.ratio('r64-alpha128', 'r1-alpha2'))}"),
+     lambda f: f"r 64's over r 1's: {rate_ratio(f, 'r64-alpha128', 'r1-alpha2')}"),
     ("LoRA's best rate is 10 times that of whole weights, 15 times in short runs", REGRET,
-     lambda f: f"r 16's over whole weights': {times(f.ratio(PLAIN, WHOLE))}"),
+     lambda f: f"r 16's over whole weights': {rate_ratio(f, PLAIN, WHOLE)}"),
     ("LoRA comes to the loss of whole weights", REGRET,
      lambda f: f"r 16 over whole weights: {share(f.over_fresh(PLAIN, WHOLE))}"),
     ("a small rank is as good until its capacity is full", REGRET,
@@ -388,10 +402,10 @@ def docs_section(record: Mapping[str, Any], picture: str) -> str:
     size, threads = settings["size"], settings["threads"]
     small = " --small" if settings["small"] else ""
     tasks = found_of(record)
-    rows = ", ".join(f"{size['rows'][task]} of {task}" for task in tasks)
+    rows = ", ".join(f"{size['rows'][task]} rows of {task}" for task in tasks)
     parts = [
         f"{record['date']}, `python benchmarks/variants_study.py{small}`, {settings['model']} in {size['dtype']} on "
-        f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows} rows, {size['batch']} a "
+        f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows}, {size['batch']} a "
         f"step, {size['held']} held-out rows each, {size['seeds']} fresh seeds of the best of each.",
         table(claims_table(tasks)),
         f"![Held-out loss by learning rate]({picture})",

@@ -75,6 +75,21 @@ def test_a_clear_winner_in_the_middle_of_the_grid_is_one_sentence() -> None:
     assert line.startswith("take r4-lr0.001: loss 1 +- 0.006353 over 2 seeds")
 
 
+def test_ranks_at_one_scale_are_said_to_want_rates_of_their_own() -> None:
+    def said(alphas: dict[int, float | None]) -> list[str]:
+        ranked = [
+            combination([1.0, 1.1], **{"lora.r": r, "lora.lora_alpha": alpha})
+            for r, alpha in alphas.items()
+        ]
+        return [line for line in sweep_advice(ranked, held_out=True) if "lora_alpha" in line]
+
+    (line,) = said({4: 8, 16: 32})
+    assert line.startswith(
+        "lora_alpha is 2 x r here, so that the best rate falls as the rank grows"
+    )
+    assert said({4: 32, 16: 32}) == said({16: 32}) == said({4: None, 16: 32}) == []
+
+
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
 def test_a_loss_that_is_none_is_last_and_never_taken(loss: float | None) -> None:
     rows = [row(4, 1e-2, 0, loss), row(8, 1e-4, 0, 5.0)]

@@ -335,7 +335,7 @@ class LoraConfig(SettingsGroup):
     def _twice_r(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None or info.data.get("r") == "auto":
             return value  # with r=auto it follows once the rank is known
-        # so that the scale is 2 at every rank, and a sweep over ranks changes the rank alone
+        # as most recipes have it; the best rate falls as the rank grows (docs/choosing.md)
         return 2 * info.data.get("r", 1)
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from lorry.formatting import format_number
 from lorry.report.curves import ChartPanel, CurveSeries
 
 SEED, RATE = "train.seed", "train.learning_rate"
+RANK, ALPHA = "lora.r", "lora.lora_alpha"
 # of a seed in a job's name
 SEED_NAME = re.compile(r"-?seed\d+")
 LEVEL = 0.95  # of an interval
@@ -123,6 +124,11 @@ def sweep_advice(ranked: Sequence[Combination], *, held_out: bool) -> list[str]:
         lines.append(f"as good, as far as this can tell: {', '.join(others[:MAX_NAMED])}{more}")
     if (edge := _edge(ranked, best)) is not None:
         lines.append(edge)
+    if (scale := _scale_of_ranks(ranked)) is not None:
+        lines.append(
+            f"lora_alpha is {scale:g} x r here, so that the best rate falls as the rank grows: compare ranks "
+            "at their own best rates, or give all the same lora_alpha"
+        )
     if seeds == 1 and len(ranked) > 1:
         lines.append("one seed each: small differences may be chance; give seeds=3 for intervals")
     if not held_out:
@@ -171,6 +177,15 @@ def _edge(ranked: Sequence[Combination], best: Combination) -> str | None:
         f"learning_rate={taken:g}, the best, is the {end} that was tried: a better one may lie beyond "
         f"it; try {taken * factor:.1g} too"
     )
+
+
+def _scale_of_ranks(ranked: Sequence[Combination]) -> float | None:
+    """lora_alpha / r where several ranks share it; None where they do not, or one rank was tried."""
+    pairs = [(one.settings.get(RANK), one.settings.get(ALPHA)) for one in ranked]
+    # r=auto has none before its rows are read
+    known = [(r, a) for r, a in pairs if isinstance(r, int) and isinstance(a, int | float)]
+    ranks, scales = {r for r, _ in known}, {a / r for r, a in known}
+    return scales.pop() if len(ranks) > 1 and len(scales) == 1 else None
 
 
 def rate_panel(ranked: Sequence[Combination], *, held_out: bool) -> ChartPanel | None:
