@@ -1,5 +1,6 @@
-"""AdaLoRA, one half alone and adapters that tokens invoke on two processes are what they are on one: scores
-and masks are made of summed gradients, a frozen half is each process's own copy, gates are the tokens'."""
+"""AdaLoRA, one half alone, adapters that tokens invoke and weights in the base's place on two processes are what
+they are on one: scores and masks are made of summed gradients, a frozen half is each process's own copy, gates
+are the tokens', and whole weights and rows train as A and B do, beside a base that may be cut."""
 
 from __future__ import annotations
 
@@ -31,5 +32,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:  # no
 def test_two_processes_are_one(folder: Path, layout: str) -> None:
     alone = trainings(partial(layouts.read_backend_for, ONE_PROCESS, None, folder))
     ranks = [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
-    for training in ("adalora", "half", "alora"):
+    for training in ("adalora", "half", "alora", "own"):
         compare_training(ranks, alone, layout, training, BOUNDS["float64"])

@@ -1,5 +1,6 @@
-"""What one of two processes trains for `tests/contracts/test_variant_layouts.py`: AdaLoRA, one half alone and an
-adapter that tokens invoke, over a base that each process has, or that is cut over them.
+"""What one of two processes trains for `tests/contracts/test_variant_layouts.py`: AdaLoRA, one half alone, an
+adapter that tokens invoke and one with weights in the base's place, over a base that each process has, or
+that is cut over them.
 
     RANK=0 WORLD_SIZE=2 ... python -m tests.support.variant_ranks OUT
 """
@@ -30,8 +31,14 @@ RANKED = LoraSpec(
     r=4, lora_alpha=ALPHA, target_modules=TARGETS, adalora=AdaLoraSettings(target_r=2)
 )
 HALF = LoraSpec(r=3, lora_alpha=ALPHA, target_modules=TARGETS, train=("B",))
-
-
+# whole norms in the base's place, and rows of an embedding and of the head that it is tied to
+OWN = LoraSpec(
+    r=3,
+    lora_alpha=ALPHA,
+    target_modules=TARGETS,
+    modules_to_save=("norm",),
+    trainable_token_indices={"embed_tokens": (5, 6, 9), "lm_head": (6, 3)},
+)
 CALLED = LoraSpec(r=3, lora_alpha=ALPHA, target_modules=TARGETS, alora_invocation_tokens=(5, 6))
 
 
@@ -50,7 +57,12 @@ def calling(step: int) -> list[list[TokenizedExample]]:
 
 def trainings(start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
     """Every training by name."""
-    each = {"adalora": (RANKED, uneven), "half": (HALF, uneven), "alora": (CALLED, calling)}
+    each = {
+        "adalora": (RANKED, uneven),
+        "half": (HALF, uneven),
+        "alora": (CALLED, calling),
+        "own": (OWN, calling),
+    }
     return flat(
         {
             name: trained(start({"default": spec}, torch.float64), Fixed(steps_of(rows)))

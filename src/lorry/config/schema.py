@@ -910,17 +910,20 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _own_weights_need_a_whole_base(self) -> Self:
         b = self.backend
-        if b.name not in ("fsdp", "megatron") and b.tensor_parallel == 1:
-            return self
+        refused: tuple[str, ...] = ()
+        if b.name == "megatron" or b.tensor_parallel > 1:
+            refused = OWN_WEIGHT_FIELDS
+        elif b.name == "fsdp":  # what is cut over processes does not grow
+            refused = ("new_tokens",)
+        where = f"backend={b.name}" if b.tensor_parallel == 1 else "tensor_parallel"
         # what is a job's own is in plain values there
         each = [
             {} if self.lora is None else self.lora.model_dump(),
             *(job.lora for job in self.jobs),
         ]
         for settings in each:
-            own = [f for f in OWN_WEIGHT_FIELDS if settings.get(f) not in (None, "none")]
+            own = [f for f in refused if settings.get(f) not in (None, "none")]
             if own:
-                where = f"backend={b.name}" if b.tensor_parallel == 1 else "tensor_parallel"
                 raise ValueError(
                     f"lora.{own[0]} trains weights in the base's place, which has to be whole in every "
                     f"process, and {where} cuts it; use backend=single or ddp"

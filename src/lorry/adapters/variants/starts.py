@@ -304,18 +304,19 @@ def _row_start(
 
 
 def _refuse_layout(model: nn.Module, module: nn.Module, what: str) -> None:
-    """Raises ConfigError for a model whose weights no process has whole."""
+    """Raises ConfigError for a model whose weights are cut in a way that this process cannot join."""
     weights = getattr(model, "layer_weights", None)
     shared = (
         getattr(model, "ranks", None) is not None or getattr(module, "slices", None) is not None
     )
-    sharded = (weights is not None and weights.sharded) or any(
+    # our own FSDP2 walks through the layers, whoever's weights they multiply with; another's hooks do not
+    foreign = (weights is None or not weights.sharded) and any(
         hasattr(p, "to_local") for p in module.parameters(recurse=False)
     )
-    if shared or sharded or getattr(module, "holders", ()):
+    if shared or foreign or getattr(module, "holders", ()):
         raise ConfigError(
             f"{what}: weights that train in the base's place (modules_to_save, trainable_token_indices, "
-            "bias) need the base whole in every process; use backend=single or ddp"
+            "bias) need the base whole in every process; use backend=single, ddp or fsdp"
         )
 
 
@@ -328,14 +329,16 @@ def _whole_shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _base_values(module: nn.Module, leaf: str) -> Tensor:
-    """What the base has there."""
+    """What the base has there; where it is cut over ranks (FSDP2) all of them ask together."""
     if leaf == "weight" and isinstance(module, BankLinear) and module.product is not None:
         opened: Callable[[torch.dtype], Tensor] | None = getattr(module.product, "open", None)
         if opened is None:
             raise ConfigError(f"{module.path} has a custom product, and cannot train whole")
         whole = opened(torch.float32)
         return whole.t() if module.transposed else whole
-    return module.get_parameter(leaf).detach()
+    weight = module.get_parameter(leaf).detach()
+    whole: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+    return weight if whole is None else whole()
 
 
 def _own_at(model: nn.Module, path: str, adapter: str) -> OwnWeights:
