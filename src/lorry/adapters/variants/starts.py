@@ -313,7 +313,8 @@ def _refuse_layout(model: nn.Module, module: nn.Module, what: str) -> None:
     foreign = (weights is None or not weights.sharded) and any(
         hasattr(p, "to_local") for p in module.parameters(recurse=False)
     )
-    if shared or foreign or getattr(module, "holders", ()):
+    holders: tuple[nn.Module, ...] = getattr(module, "holders", ())
+    if shared or foreign or holders:
         raise ConfigError(
             f"{what}: weights that train in the base's place (modules_to_save, trainable_token_indices, "
             "bias) need the base whole in every process; use backend=single, ddp or fsdp"
@@ -337,8 +338,8 @@ def _base_values(module: nn.Module, leaf: str) -> Tensor:
         whole = opened(torch.float32)
         return whole.t() if module.transposed else whole
     weight = module.get_parameter(leaf).detach()
-    whole: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
-    return weight if whole is None else whole()
+    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
 
 
 def _own_at(model: nn.Module, path: str, adapter: str) -> OwnWeights:
