@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import lorry
 from lorry.adapters.attach import attach, detach, get_bank, list_skipped_modules, lora_parameters
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.layers import AMBIENT_CONTEXT, BankLinear
@@ -27,6 +28,7 @@ from lorry.models.hf.model import HfModel, use_adapter_context
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from tests.support import tiny
 from tests.support.tiny import one_thread  # noqa: F401 - a fixture
+from tests.support.tinyrun import model_directory
 
 # logits are head(hidden) and nothing else
 PLAIN = {
@@ -468,6 +470,19 @@ def test_fused_experts_are_adapted_or_named_with_their_share(kind: str, targets:
         ConfigError, match=f"target_modules names '{name}'.* holds all experts of a layer"
     ):
         attach(model, LoraSpec(r=2, target_modules=(name,)), "other")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_experts_of_any_width_run(dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch's grouped product refuses rows of 36 bytes (18 values in bfloat16), and of 72."""
+    folder = model_directory(tmp_path / "model", "mixtral", intermediate_size=18)
+    model, _ = lorry.load(folder, dtype=str(dtype).removeprefix("torch."))
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    )
+    tokens = torch.arange(1, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, reference(tokens).logits)
 
 
 def test_a_dense_model_leaves_nothing_out() -> None:

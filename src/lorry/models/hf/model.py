@@ -47,6 +47,8 @@ from lorry.models.hf.routing import FramedRouter, frame_call, gate_half
 from lorry.models.loading.config_json import EXPERT_COUNT_KEYS
 from lorry.notes import NoteCallback, ignore_note
 
+GROUPED_ROW_BYTES = 16  # torch._grouped_mm refuses other strides
+
 PROBE_TOKENS = 16  # of the text that shows which layers train
 CONTEXT_KEYS = (
     "max_position_embeddings",
@@ -59,6 +61,15 @@ CONTEXT_KEYS = (
 
 class _EarlyStop(Exception):
     """Ends a forward pass at the last layer that was asked for."""
+
+
+def use_fitting_products(inner: Any) -> None:
+    """Let a transformers model run fused experts one by one where torch's grouped product, its default,
+    takes none of their tensors: a row is no multiple of `GROUPED_ROW_BYTES`."""
+    fused = [p for p in inner.parameters() if p.dim() == 3]
+    if any(size * p.element_size() % GROUPED_ROW_BYTES for p in fused for size in p.shape[1:]):
+        # of older or foreign classes nothing chooses their products
+        getattr(inner, "set_experts_implementation", lambda name: None)("eager")
 
 
 class HfModel(CausalLM):
@@ -79,6 +90,8 @@ class HfModel(CausalLM):
         super().__init__()
         self.config: dict[str, Any] = inner.config.to_dict()
         self.layers: list[nn.Module] = find_layers(inner)
+        if self.shapes_follow_tokens:
+            use_fitting_products(inner)
         self.body, self._plain = find_body(inner.eval().requires_grad_(False))
         self._checkpointing = False
         self._gated = False
