@@ -24,7 +24,7 @@ from lorry.verbs import background
 from tests.support.hub_standin import Hub
 from tests.support.hubrows import ROWS as HUB_ROWS
 from tests.support.hubworld import started_hub  # noqa: F401 - the fixture
-from tests.support.processes import wait_until
+from tests.support.processes import clone_background_runs, wait_until
 from tests.support.tiny import GPT2, LLAMA, NEOX, random_model
 from tests.support.verbworld import tokenizer, write_rows
 
@@ -129,6 +129,7 @@ def test_every_line_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(background, "START_TIMEOUT", math.inf)
+    clone_background_runs(monkeypatch)
     argv = small(line, place, tmp_path)
     if argv[0] == "eval":
         first = next(one for one in LINES if one.startswith("lorry sft"))

@@ -33,11 +33,26 @@ BASE_RATE = 1e-3
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def base_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
-    """Of base weights: all of each family, and a part; ``share``: the bytes that train here."""
+def is_of_few(family: str, dtype: torch.dtype) -> bool:
+    """Whether a training of base weights is made in every layout: of each family one."""
+    return dtype == torch.float64 or (family, dtype) == ("llama", torch.bfloat16)
+
+
+def base_trainings(
+    folder: Path, start: Callable[..., LocalBackend], few_only: bool = False
+) -> dict[str, Tensor]:
+    """Of base weights: all of each family, and a part; ``share``: the bytes that train here; ``few_only``:
+    those of `is_of_few`, and steps of one row."""
     plain, results = Fixed(steps_of(uneven), ["base"]), dict[str, dict[str, Tensor]]()
-    chosen = [(family, dtype, "all") for family in MODELS for dtype in FLOATS]
-    for family, dtype, specs in (*chosen, ("llama", torch.float32, ["lm_head", "mlp.up_proj"])):
+    chosen: list[tuple[str, torch.dtype, str | list[str]]] = [
+        (family, dtype, "all")
+        for family in MODELS
+        for dtype in FLOATS
+        if not few_only or is_of_few(family, dtype)
+    ]
+    if not few_only:
+        chosen.append(("llama", torch.float32, ["lm_head", "mlp.up_proj"]))
+    for family, dtype, specs in chosen:
         backend = start(specs, dtype, family=family)
         name = f"{family} {dtype} {'all' if specs == 'all' else 'part'}"
         results[name] = trained(backend, plain, BASE_RATE)
@@ -49,7 +64,7 @@ def base_trainings(folder: Path, start: Callable[..., LocalBackend]) -> dict[str
             ),
         }
     rules = {"sam": SharpnessAware({"base": 0.05}), "gru": GradientRectified()}
-    for name, rule in rules.items():
+    for name, rule in rules.items() if not few_only else ():
         task = Fixed(steps_of(parted), ["base"])
         results[name] = trained(start("all", gradient=rule), task, BASE_RATE)
     few_rows = Fixed(steps_of(few), ["base"])

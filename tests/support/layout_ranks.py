@@ -73,7 +73,13 @@ def in_layouts(communicator: Communicator, out: Path) -> dict[str, Tensor]:
         results |= _named("ddp", made)
     for layout, settings in (FOUR if four else TWO).items():
         processes, start = layouts.sharded(out, **settings)
-        made = layouts.family_trainings(out, start, own_decoder="tensor_parallel" in settings)
+        made = layouts.family_trainings(
+            out,
+            start,
+            own_decoder="tensor_parallel" in settings,
+            # float32 of each family is what two have
+            **({"dtypes": [torch.float64]} if four else {}),
+        )
         if layout == "fsdp":
             moments = layouts.moment_trainings(start, data_ranks(processes))
             made |= _named("moments", moments)
@@ -94,13 +100,15 @@ FOUR: dict[str, dict[str, Any]] = {
 
 def of_base_weights(communicator: Communicator, out: Path) -> dict[str, Tensor]:
     """The same of base weights, which do not train where ranks share them."""
-    chosen = FOUR if communicator.size == 4 else TWO
+    four = communicator.size == 4
+    chosen = FOUR if four else TWO
     return {
         name: value
         for layout, settings in chosen.items()
         if "tensor_parallel" not in settings
         for name, value in _named(
-            layout, base_layouts.base_trainings(out, layouts.sharded(out, **settings)[1])
+            layout,
+            base_layouts.base_trainings(out, layouts.sharded(out, **settings)[1], few_only=four),
         ).items()
     }
 

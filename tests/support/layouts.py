@@ -41,7 +41,7 @@ from lorry.tasks.unlearn.gradients import GradientRectified
 from tests.support import tiny, tinyrun
 from tests.support.seam import VOCAB, Fixed, Npo, examples, tiny_llama
 
-STEPS = 5
+STEPS = 3
 RATE = 1e-2
 # of trained weights, which at RATE are thrown so far that every rounding counts
 REAL_RATE = 1e-4
@@ -226,7 +226,10 @@ def of(family: str) -> dict[str, Any]:
 
 
 def family_trainings(
-    folder: Path, start: Callable[..., LocalBackend], own_decoder: bool = False
+    folder: Path,
+    start: Callable[..., LocalBackend],
+    own_decoder: bool = False,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
 ) -> dict[str, Tensor]:
     """`trainings` of the other models that are there; ``own_decoder``: of those that run in it."""
     plain = Fixed(steps_of(uneven))
@@ -234,7 +237,7 @@ def family_trainings(
         f"{family} {dtype}/{key}": value
         for family in (*MODELS[1:], FOREIGN, "stories260K", SMOLLM2)
         if (folder / family).exists() and (family != FOREIGN or not own_decoder)
-        for dtype in (torch.float32, torch.float64)
+        for dtype in dtypes
         for key, value in trained(start(WIDE, dtype, family=family), plain, **of(family)).items()
     }
 

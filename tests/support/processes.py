@@ -18,9 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, Protocol, TypeVar
+
+import pytest
 
 from lorry import cli
+from lorry.verbs import background
 
 POLL_SECONDS = 0.02
 T = TypeVar("T")
@@ -36,14 +40,22 @@ def started(command: Sequence[str], **settings: Any) -> Iterator[subprocess.Pope
             child.kill()
 
 
-def wait_until(reached: Callable[[], T], child: subprocess.Popen[Any] | None = None) -> T:
+class Child(Protocol):
+    """A process as Popen has it."""
+
+    returncode: Any
+
+    def poll(self) -> int | None: ...
+
+
+def wait_until(reached: Callable[[], T], child: Child | None = None) -> T:
     """The first true answer of ``reached``; a ``child`` that ends before it is an error."""
     while True:
         # asked before: what a process did last it has done when it is found ended
         ended = child is not None and child.poll() is not None
         if answer := reached():
             return answer
-        assert not ended, f"it ended with {child.returncode}"  # type: ignore[union-attr]
+        assert not ended, f"it ended with {child and child.returncode}"
         time.sleep(POLL_SECONDS)
 
 
@@ -76,6 +88,12 @@ class LorryClone:
         """Once it has ended, as subprocess.run waits for it."""
         self._process.join()
         return self._process.exitcode
+
+
+def clone_background_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what `background=true` starts be clones of this process."""
+    stand_in = SimpleNamespace(Popen=LorryClone, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(background, "subprocess", stand_in)
 
 
 def _run_in_clone(

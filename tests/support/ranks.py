@@ -13,7 +13,8 @@ import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,8 +23,19 @@ from lorry.backends.distributed.launch import open_store, worker_environments
 
 ROOT = Path(__file__).resolve().parents[2]
 CLONES = multiprocessing.get_context("forkserver")
+# no program itself: a clone is to find it as a new process does
 CLONES.set_forkserver_preload(
-    ["tests.support.layouts", "tests.support.ranked", "lorry.train.session", "lorry.report"]
+    [
+        "tests.support.layout_faults",
+        "lorry.train.session",
+        "lorry.report",
+        "lorry.verbs.eval",
+        "lorry.evaluate.unlearning.attacks",
+        "lorry.backends.distributed.fsdp",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 
@@ -41,30 +53,60 @@ def await_ranks(
     module: str, *arguments: str | Path, ranks: int = 2, **environment: str
 ) -> list[tuple[int, str, str]]:
     """The same; (exit code, standard output, standard error) of each, whatever became of it."""
-    store = open_store()
+    with started_ranks(module, *arguments, ranks=ranks, **environment) as children:
+        return [child.communicate() for child in children]
+
+
+@contextmanager
+def started_ranks(
+    module: str, *arguments: str | Path, ranks: int = 2, **environment: str
+) -> Iterator[list[Clone]]:
+    """The same, while they run; what still does at the end of the block is killed."""
+    store, children = open_store(), list[Clone]()
     with tempfile.TemporaryDirectory() as folder:
-        said = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(ranks)]
-        children = [
-            CLONES.Process(
-                target=run_clone,
-                args=(module, list(map(str, arguments)), {**os.environ, **own, **environment}, files),
-            )
-            for own, files in zip(
-                worker_environments(ranks, store.port).values(), said, strict=True
-            )
-        ]
         try:
-            for child in children:
-                child.start()
-            for child in children:
-                child.join()
+            for rank, own in worker_environments(ranks, store.port).items():
+                said = (Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err")
+                every = {**os.environ, **own, **environment}
+                children.append(Clone(module, list(map(str, arguments)), every, said))
+            yield children
         finally:
             for child in children:
-                if child.pid is not None:
-                    child.kill()
-        codes = [child.exitcode for child in children]
-        texts = [(out.read_text(), err.read_text()) for out, err in said]
-    return [(code, *each) for code, each in zip(codes, texts, strict=True) if code is not None]
+                child.process.kill()
+                child.process.join()
+
+
+class Clone:
+    """`python -m MODULE ARGUMENTS` as a clone, with what a Popen of it would tell."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        said: tuple[Path, Path],
+    ) -> None:
+        self.said = said
+        for file in said:
+            file.touch()
+        self.process = CLONES.Process(target=run_clone, args=(module, arguments, environment, said))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def communicate(self) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error), once it has ended."""
+        self.process.join()
+        code = self.process.exitcode
+        assert code is not None
+        return code, *(file.read_text() for file in self.said)
 
 
 def run_clone(
@@ -83,6 +125,4 @@ def run_clone(
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # imported by the server; a program is not
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-    sys.stdout.flush()

@@ -50,7 +50,7 @@ from tests.support.tinyrun import quick  # noqa: F401 - a fixture
         pytest.param("packed", 1, True, marks=pytest.mark.slow),
         pytest.param("not packed", 20, True, marks=pytest.mark.slow),
         pytest.param("streamed", 25, True, marks=pytest.mark.slow),
-        ("packed", 10, True),
+        ("packed", 25, True),
         ("not packed", 20, False),
         ("streamed", 25, False),
     ],

@@ -53,7 +53,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
         "load_best_model_at_end": "true",
         "backend": "ddp",
         # for a rank that waits for rank 0's word: no launcher ends it here
-        "backend.timeout": 20,
+        "backend.timeout": 10,
     }
 
     def made(run: Path, *more: str, fault: str = "") -> list[str]:

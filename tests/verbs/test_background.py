@@ -25,7 +25,7 @@ import lorry as package
 from lorry.runs import status
 from lorry.runs.process import read_process
 from lorry.verbs import background
-from tests.support.processes import LorryClone, started, wait_until
+from tests.support.processes import clone_background_runs, started, wait_until
 from tests.support.verbworld import TRAIN, World, lorry
 
 SRC = Path(package.__file__).resolve().parent.parent
@@ -75,8 +75,7 @@ def sft(
 @pytest.fixture
 def cloned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are clones of this process. Those that are watched, or have a terminal, are not."""
-    stand_in = SimpleNamespace(Popen=LorryClone, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(background, "subprocess", stand_in)
+    clone_background_runs(monkeypatch)
 
 
 def state(folder: Path) -> status.RunState:

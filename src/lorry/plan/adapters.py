@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -83,13 +85,13 @@ class PlannedAdapter:
     idle: int = 0
     own: tuple[tuple[str, int], ...] = ()
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """P of the floor."""
         own = sum(values for _, values in self.own)
         return sum(s.parameters for s in self.matrices) + self.beside + own
 
-    @property
+    @cached_property
     def held(self) -> int:
         """Values of its own that do not train."""
         return sum(s.held for s in self.matrices)
@@ -99,7 +101,7 @@ class PlannedAdapter:
         """Whether every value has two running means besides its moments."""
         return any(s.scored for s in self.matrices)
 
-    @property
+    @cached_property
     def passed(self) -> int:
         """Of these, the ones that one token is multiplied with: not those of experts it never sees."""
         return sum(s.passed for s in self.matrices) + self.beside
@@ -117,17 +119,24 @@ class PlannedAdapter:
 
     def ranks(self, layer: int, site: Site | None = None) -> list[int]:
         """Ranks of a layer's adapted matrices that one token passes, of one site or of all."""
-        return [
-            s.rank * s.active for s in self.matrices if s.layer == layer and site in (None, s.site)
-        ]
+        return [s.rank * s.active for s in self._of_layer(layer) if site in (None, s.site)]
 
     def kept_outputs(self, layer: int) -> int:
         """Elements per token that a layer keeps for magnitudes alone: what attention and the MLP add to
         the stream. The other outputs it has anyway."""
         sites = (SITES.attn_out, SITES.mlp_out)
-        return sum(
-            s.outputs for s in self.matrices if s.layer == layer and s.magnitude and s.site in sites
-        )
+        return sum(s.outputs for s in self._of_layer(layer) if s.magnitude and s.site in sites)
+
+    def _of_layer(self, layer: int) -> Sequence[AdaptedMatrix]:
+        return self._layers.get(layer, ())
+
+    @cached_property
+    def _layers(self) -> Mapping[int | None, Sequence[AdaptedMatrix]]:
+        """By layer, which a plan of many choices asks for again and again."""
+        layers = defaultdict[int | None, list[AdaptedMatrix]](list)
+        for matrix in self.matrices:
+            layers[matrix.layer].append(matrix)
+        return layers
 
     @property
     def file_values(self) -> int:

@@ -7,8 +7,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -29,14 +27,12 @@ from lorry.backends.distributed.communicator import (
     share_early_failure,
 )
 from lorry.backends.distributed.exchange import mark_shared
-from lorry.backends.distributed.launch import open_store, worker_environments
 from lorry.errors import ConfigError, RunInterruptedError
 from lorry.ranks import Mesh
 from lorry.train.monitoring.signals import raise_on_signals
 from tests.support import tinyrun
-from tests.support.processes import started, wait_until
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support.processes import wait_until
+from tests.support.ranks import started_ranks
 
 
 def wait_for_ever(pulse: Pulse, rank: int) -> None:
@@ -109,25 +105,13 @@ def test_a_rank_that_stands_still_ends_the_job(tmp_path: Path) -> None:
     words = [f"{name}={value}" for name, value in tinyrun.DEFAULTS.items()]
     words += [f"model={model}", f"data={rows}", f"output_dir={run}", "max_steps=100000"]
     # seconds that a busy machine may leave a rank waiting for the other while both are well
-    words += ["save_steps=1", "save_total_limit=3", "backend=ddp", "backend.timeout=15"]
-    command, store = [sys.executable, "-m", "lorry", "sft", *words], open_store()
-    first, second = (
-        started(
-            command,
-            env={**os.environ, **environment},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in worker_environments(2, store.port).values()
-    )
-    with first as main, second as other:
+    words += ["save_steps=1", "save_total_limit=3", "backend=ddp", "backend.timeout=10"]
+    with started_ranks("lorry", "sft", *words) as (main, other):
         metrics = run / "metrics.jsonl"
         wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 2, main)
-        other.send_signal(signal.SIGSTOP)
-        messages = main.communicate()[1]
-        assert main.returncode == 1
+        os.kill(other.pid, signal.SIGSTOP)
+        code, _, messages = main.communicate()
+        assert code == 1
         assert "lost another process of the run at" in messages
         assert "resume_from_checkpoint=auto goes on" in messages
     assert tinyrun.saved(run)

@@ -231,6 +231,8 @@ def local_adapter(adapter: PlannedAdapter, tensor: int) -> PlannedAdapter:
     """What one of ``tensor`` ranks has of an adapter. Values beside its matrices (other jobs, frozen
     adapters) count as if they were cut alike.
     """
+    if tensor == 1:
+        return adapter
     matrices = tuple(_local_matrix(matrix, tensor) for matrix in adapter.matrices)
     whole = sum(m.parameters for m in adapter.matrices)
     share = sum(m.parameters for m in matrices) / whole if whole else 1.0
