@@ -47,6 +47,7 @@ KILLING = (
     "test_disasters.py",
     "test_foreign_files.py",
     "test_unlearn_killed.py",
+    "test_durable.py",
 )
 FLAT = ROOT / "examples" / "flat.py"
 # how wide and coloured whoever runs the suite wants a terminal to be: what tests read is neither
