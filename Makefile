@@ -41,10 +41,11 @@ test-arm: setup
 	$(BIN)/python -m pytest -q -rs -m arm tests/kernels/test_arm.py
 
 # The tests that could hang on what dtype=auto means, run as the other kind of machine would: bfloat16 where this one takes float32,
-# and the reverse, without the compiled kernels. Those that kill hundreds of processes name their dtype and are left out.
-OTHER_KIND := tests/contracts tests/evaluate tests/plan tests/verbs tests/test_api.py tests/test_migrating.py \
-	tests/train/test_teacher.py tests/train/test_distill.py tests/train/test_session.py tests/train/test_engine.py \
-	tests/train/test_jobs.py tests/train/test_hub.py
+# and the reverse, without the compiled kernels. Those that kill hundreds of processes, and the layouts of several that name
+# every dtype, are left out.
+OTHER_KIND := tests/contracts/test_contracts*.py tests/contracts/test_seam.py tests/contracts/test_tensor_layouts.py \
+	tests/evaluate tests/plan tests/verbs tests/test_api.py tests/test_migrating.py tests/train/test_teacher.py \
+	tests/train/test_distill.py tests/train/test_session.py tests/train/test_engine.py tests/train/test_jobs.py tests/train/test_hub.py
 test-other-kind: setup
 	LORRY_KERNELS=0 LORRY_DTYPE=$$($(BIN)/python -c "import torch; from lorry.models.loading.load import has_fast_bfloat16; \
 	print('float32' if has_fast_bfloat16(torch.device('cpu')) else 'bfloat16')") $(PYTEST) $(OTHER_KIND)
@@ -60,7 +61,7 @@ test-numpy1: setup
 # llama.cpp (xllamacpp, 34 MB), Megatron-core (4 MB), Ray (240 MB), TRL (2 MB).
 test-extras: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized,llama-cpp,megatron,ray,bench]'
-	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/evaluate/test_rounding.py tests/adapters/quantization tests/data/test_catalog_facts.py \
+	$(PYTEST) tests/evaluate/test_lm_eval.py tests/evaluate/test_rounding.py tests/adapters/quantization tests/data/test_catalog_facts.py \
 	  tests/models/test_gguf_llamacpp.py tests/models/test_gguf_mixture.py tests/verbs/test_export_gguf_verb.py \
 	  tests/integrations tests/contracts/test_megatron_layouts.py tests/models/test_megatron_model.py tests/test_cluster.py
 

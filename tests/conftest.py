@@ -49,6 +49,8 @@ KILLING = (
     "test_unlearn_killed.py",
     "test_durable.py",
 )
+# a minute each, which nothing else could share if they came last
+LONG = ("test_layouts.py", "test_base_layouts.py", "test_layout_runs.py", "test_verbs_on_ranks.py")
 FLAT = ROOT / "examples" / "flat.py"
 # how wide and coloured whoever runs the suite wants a terminal to be: what tests read is neither
 TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
@@ -76,13 +78,13 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that kill processes go first, then the rest of tests/train: they fork hundreds of
-    times, which is slow once the process has grown to gigabytes, and each takes minutes, which
-    nothing else could share if it came last.
+    times, which is slow once the process has grown to gigabytes. Then those that are long.
     """
     items.sort(
         key=lambda item: (
             item.path.name not in KILLING,
             (ROOT / "tests" / "train") not in item.path.parents,
+            item.path.name not in LONG,
         )
     )
 
