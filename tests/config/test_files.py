@@ -251,7 +251,6 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=100, deadline=None)
 @example({"data.path": "x", "lora.alpha_pattern": {"\x85": 1}})
 @given(
     st.fixed_dictionaries(

@@ -400,7 +400,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(form=st.sampled_from(list(FORMATS.values())), data=st.data())
 def test_any_values_give_content_or_a_bad_row(form: Any, data: st.DataObject) -> None:
     columns = [group[0] for group in form.needs] + list(form.may)

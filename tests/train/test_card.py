@@ -14,7 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -119,7 +119,6 @@ def said(tokens: list[Token]) -> list[str]:
 
 
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-@settings(max_examples=100, deadline=None)
 def test_no_name_breaks_out_of_its_place(name: str, source: str, metric: str, detail: str) -> None:
     text = made(facts(name, source or "x", metric, detail))
     text.encode()  # half a character can be written nowhere
@@ -147,7 +146,6 @@ def test_no_name_breaks_out_of_its_place(name: str, source: str, metric: str, de
 
 
 @given(HOSTILE)
-@settings(max_examples=100, deadline=None)
 def test_the_code_shown_is_python_that_names_the_place(name: str) -> None:
     fences = [t.content for t in parsed(made(facts(), at=name or "x"))[1] if t.type == "fence"]
     loads = [line for line in fences[0].splitlines() if "lorry.load" in line]
