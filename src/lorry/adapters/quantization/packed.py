@@ -243,7 +243,9 @@ class PackedDigest:
         """One more."""
         for name, tensor in matrix.tensors().items():
             self._digest.update(f"{path}.{name}{tuple(tensor.shape)}".encode())
-            self._digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+            # flat: a dimension of one may have any stride, which no view of bytes takes
+            flat = tensor.contiguous().flatten()
+            self._digest.update(flat.view(torch.uint8).cpu().numpy().data)
 
     def hexdigest(self) -> str:
         """Of those that were added."""
