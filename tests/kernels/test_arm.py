@@ -51,7 +51,7 @@ def test_every_kernel_gives_what_plain_loops_give(driver: Path) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stdout
     assert "FAILED" not in done.stdout
-    assert done.stdout.count("ok ") >= 13
+    assert done.stdout.count("ok ") >= 14
 
 
 def test_every_case_sees_a_wrong_result(driver: Path) -> None:

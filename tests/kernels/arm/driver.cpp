@@ -4,14 +4,15 @@
 //     driver           every case, with one thread and with three, whose results have to be equal to the bit
 //     driver wrong     the same with references that are 2% off: every case has to fail, or it would never see anything
 //
-// To add a kernel: declare it in one of the headers of cases as its .cpp does, write a case that calls it on shapes that are multiples of nothing and compares
-// what it wrote with `near` (within so much) or `same` (to the bit), and give the case a line in CASES below with the names of its kernels.
-// test_arm.py fails for a kernel of every build that has no line there.
+// To add a kernel: declare it in one of the headers of cases as its .cpp does, write a case that calls it on shapes that are multiples
+// of nothing and compares what it wrote with `near` (within so much) or `same` (to the bit), and give the case a line in CASES below
+// with the names of its kernels. test_arm.py fails for a kernel of every build that has no line there.
 #include <omp.h>
 
 #include <cstdio>
 #include <string>
 
+#include "attention_cases.h"
 #include "generation_cases.h"
 #include "step_cases.h"
 
@@ -21,6 +22,7 @@ static const struct {
 } CASES[] = {
     {"rms_forward rms_backward", norms},
     {"rotate_rows", rotary},
+    {"attention_vectors_space attention_vectors_forward attention_vectors_backward", attention},
     {"silu_gate silu_gate_backward", gates},
     {"scale_rows scale_rows_backward", columns},
     {"dropout_rows dropout_mask", dropout},
@@ -48,7 +50,7 @@ int main(int count, char** words) {
         }
         const bool alike = digests[0] == digests[1];
         bad += failed || !alike, cases++;
-        std::printf("%-6s %-50s %8ld numbers, %ld wrong, worst %.2f of what is allowed%s\n", failed || !alike ? "FAILED" : "ok",
+        std::printf("%-6s %-76s %8ld numbers, %ld wrong, worst %.2f of what is allowed%s\n", failed || !alike ? "FAILED" : "ok",
                     one.kernels, compared, failed, worst, alike ? "" : ", other bits with other threads");
     }
     if (wrong != 1) return bad == cases ? 1 : 0;
