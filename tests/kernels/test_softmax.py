@@ -14,6 +14,7 @@ from lorry.kernels.softmax import SoftmaxSums, add_scaled, write_slope
 FORMS = [
     (torch.bfloat16, True),
     (torch.bfloat16, False),
+    (torch.float32, True),
     (torch.float32, False),
     (torch.float64, False),
 ]
@@ -53,17 +54,19 @@ def exactness(dtype: torch.dtype) -> dict[str, float]:
 
 @given(columns=st.integers(1, 300), width=st.integers(1, 120), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("form", "compiled"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)]
+)
 def test_sums_do_not_depend_on_the_tiles(
-    columns: int, width: int, seed: int, compiled: bool
+    columns: int, width: int, seed: int, form: torch.dtype, compiled: bool
 ) -> None:
-    """bfloat16 logits in tiles of any width against float64 over whole rows."""
+    """Logits in tiles of any width against float64 over whole rows."""
     if compiled and softmax.load_library() is None:
         pytest.skip("no compiled kernels here")
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(softmax, "load_library", lambda: None)
-        x = draw(3, columns, seed).bfloat16()
+        x = draw(3, columns, seed).to(form)
         sums = folded(x, width)
     wide = x.double()
     z = wide - wide.amax(1, keepdim=True)

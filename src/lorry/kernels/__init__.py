@@ -6,6 +6,12 @@ on another device, or with LORRY_KERNELS=0 the twin runs, and `lorry doctor` say
 lorry.kernels` builds them ahead of the first run.
 """
 
-from lorry.kernels.build import KernelStatus, call_kernel, kernel_status, load_library
+from lorry.kernels.build import (
+    KernelStatus,
+    call_kernel,
+    kernel_for,
+    kernel_status,
+    load_library,
+)
 
-__all__ = ["KernelStatus", "call_kernel", "kernel_status", "load_library"]
+__all__ = ["KernelStatus", "call_kernel", "kernel_for", "kernel_status", "load_library"]

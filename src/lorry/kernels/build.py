@@ -33,6 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorry.disk.home import lorry_home
@@ -116,6 +117,12 @@ def call_kernel(name: str, *args: Tensor | int | float | None) -> int:
         else:
             arguments.append(ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_float(arg))
     return int(function(*arguments) or 0)
+
+
+def kernel_for(name: str, x: Tensor) -> str:
+    """The kernel ``name`` for the format of x, of those that are compiled for bfloat16 and
+    float32."""
+    return f"{name}_fp32" if x.dtype == torch.float32 else name
 
 
 @cache

@@ -24,12 +24,25 @@ static inline bf16 narrow(float x) {
     return x != x ? (bf16)0x7fc0 : (bf16)rounded;
 }
 
+// For kernels that are compiled for both formats: what a value is as a float, and the other way.
+static inline float widen(float x) { return x; }
+template <typename T>
+static inline T rounded(float x);
+template <>
+inline float rounded<float>(float x) {
+    return x;
+}
+template <>
+inline bf16 rounded<bf16>(float x) {
+    return narrow(x);
+}
+
 // e^x to about 2 units in the last place of a float, without a branch: 2^n times a polynomial on half an octave either side.
 static inline float exp_fast(float x) {
     float y = x * 1.44269504f;
     y = y < -126.0f ? -126.0f : y;  // a NaN passes both comparisons unchanged
     y = y > 127.0f ? 127.0f : y;
-    float n = std::nearbyint(y);
+    float n = (y + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
     float f = (y - n) * 0.693147181f;
     float p = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
     int32_t power = (int32_t)(n == n ? n : 0.0f);  // a NaN has no integer; the polynomial carries it on

@@ -1,30 +1,33 @@
-// Norms, rotary positions and gated activations in bfloat16, forward and backward, one pass over memory each.
+// Norms, rotary positions and gated activations in bfloat16 and float32 (names ending in _fp32), forward and backward, one pass over
+// memory each.
 // Rows are independent and summed in a fixed order, so a row's result never depends on its neighbours or on the threads.
 #include "common.h"
 
-// y = w * bf16(x * rstd), as the published RMS norm rounds; residual: first x += delta (rounded), written back to x.
-LORRY void rms_forward(bf16* x, const bf16* delta, const bf16* w, bf16* y, long rows, long width, float eps) {
+// y = w * T(x * rstd), as the published RMS norm rounds; residual: first x += delta (rounded), written back to x.
+template <typename T>
+static void rms_forward_of(T* x, const T* delta, const T* w, T* y, long rows, long width, float eps) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
     for (long r = 0; r < rows; r++) {
-        bf16* xr = x + r * width;
+        T* xr = x + r * width;
         if (delta) {
-            const bf16* dr = delta + r * width;
-            for (long i = 0; i < width; i++) xr[i] = narrow(widen(xr[i]) + widen(dr[i]));
+            const T* dr = delta + r * width;
+            for (long i = 0; i < width; i++) xr[i] = rounded<T>(widen(xr[i]) + widen(dr[i]));
         }
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (long i = 0; i < width; i++) sum += widen(xr[i]) * widen(xr[i]);
         float rstd = 1.0f / std::sqrt(sum / width + eps);
-        bf16* yr = y + r * width;
-        for (long i = 0; i < width; i++) yr[i] = narrow(widen(w[i]) * widen(narrow(widen(xr[i]) * rstd)));
+        T* yr = y + r * width;
+        for (long i = 0; i < width; i++) yr[i] = rounded<T>(widen(w[i]) * widen(rounded<T>(widen(xr[i]) * rstd)));
     }
 }
 
 // dx = rstd * (w dy - xhat * mean(w dy * xhat)) + carry, where carry is the residual stream's own gradient (or null).
-LORRY void rms_backward(const bf16* dy, const bf16* x, const bf16* w, const bf16* carry, bf16* dx, long rows, long width, float eps) {
+template <typename T>
+static void rms_backward_of(const T* dy, const T* x, const T* w, const T* carry, T* dx, long rows, long width, float eps) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
     for (long r = 0; r < rows; r++) {
-        const bf16 *xr = x + r * width, *gr = dy + r * width;
+        const T *xr = x + r * width, *gr = dy + r * width;
         float sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
         for (long i = 0; i < width; i++) {
@@ -34,55 +37,90 @@ LORRY void rms_backward(const bf16* dy, const bf16* x, const bf16* w, const bf16
         }
         float rstd = 1.0f / std::sqrt(sum / width + eps);
         float mean = dot * rstd * rstd * rstd / width;
-        bf16* out = dx + r * width;
+        T* out = dx + r * width;
         if (carry) {
-            const bf16* cr = carry + r * width;
+            const T* cr = carry + r * width;
             for (long i = 0; i < width; i++)
-                out[i] = narrow(widen(gr[i]) * widen(w[i]) * rstd - widen(xr[i]) * mean + widen(cr[i]));
+                out[i] = rounded<T>(widen(gr[i]) * widen(w[i]) * rstd - widen(xr[i]) * mean + widen(cr[i]));
         } else {
-            for (long i = 0; i < width; i++) out[i] = narrow(widen(gr[i]) * widen(w[i]) * rstd - widen(xr[i]) * mean);
+            for (long i = 0; i < width; i++) out[i] = rounded<T>(widen(gr[i]) * widen(w[i]) * rstd - widen(xr[i]) * mean);
         }
     }
 }
 
 // Rotate the first 2*half dimensions of every head in place; sign -1 turns back, which is also the gradient.
-LORRY void rotate_rows(bf16* x, const float* cos, const float* sin, long tokens, long heads, long dim, long half, float sign) {
+template <typename T>
+static void rotate_rows_of(T* x, const float* cos, const float* sin, long tokens, long heads, long dim, long half, float sign) {
 #pragma omp parallel for schedule(static) if (tokens * heads * dim > PARALLEL)
     for (long t = 0; t < tokens; t++) {
         const float *c = cos + t * half, *s = sin + t * half;
         for (long h = 0; h < heads; h++) {
-            bf16* a = x + (t * heads + h) * dim;
-            bf16* b = a + half;
+            T* a = x + (t * heads + h) * dim;
+            T* b = a + half;
 #pragma omp simd
             for (long i = 0; i < half; i++) {
                 float u = widen(a[i]), v = widen(b[i]), n = sign * s[i];
-                a[i] = narrow(u * c[i] - v * n);
-                b[i] = narrow(v * c[i] + u * n);
+                a[i] = rounded<T>(u * c[i] - v * n);
+                b[i] = rounded<T>(v * c[i] + u * n);
             }
         }
     }
 }
 
 // h = silu(g) * u
-LORRY void silu_gate(const bf16* g, const bf16* u, bf16* h, long n) {
+template <typename T>
+static void silu_gate_of(const T* g, const T* u, T* h, long n) {
 #pragma omp parallel for simd schedule(static) if (n > PARALLEL)
     for (long i = 0; i < n; i++) {
         float x = widen(g[i]);
-        h[i] = narrow(x / (1.0f + exp_fast(-x)) * widen(u[i]));
+        h[i] = rounded<T>(x / (1.0f + exp_fast(-x)) * widen(u[i]));
     }
 }
 
 // From dh, g, u: dg written over dh, du and h anew.
-LORRY void silu_gate_backward(bf16* dh, const bf16* g, const bf16* u, bf16* du, bf16* h, long n) {
+template <typename T>
+static void silu_gate_backward_of(T* dh, const T* g, const T* u, T* du, T* h, long n) {
 #pragma omp parallel for simd schedule(static) if (n > PARALLEL)
     for (long i = 0; i < n; i++) {
         float x = widen(g[i]), y = widen(u[i]), d = widen(dh[i]);
         float s = 1.0f / (1.0f + exp_fast(-x));
         float a = x * s;
-        dh[i] = narrow(d * y * (s * (1.0f + x * (1.0f - s))));
-        du[i] = narrow(d * a);
-        h[i] = narrow(a * y);
+        dh[i] = rounded<T>(d * y * (s * (1.0f + x * (1.0f - s))));
+        du[i] = rounded<T>(d * a);
+        h[i] = rounded<T>(a * y);
     }
+}
+
+// Each for both formats.
+LORRY void rms_forward(bf16* x, const bf16* delta, const bf16* w, bf16* y, long rows, long width, float eps) {
+    rms_forward_of(x, delta, w, y, rows, width, eps);
+}
+LORRY void rms_forward_fp32(float* x, const float* delta, const float* w, float* y, long rows, long width, float eps) {
+    rms_forward_of(x, delta, w, y, rows, width, eps);
+}
+LORRY void rms_backward(const bf16* dy, const bf16* x, const bf16* w, const bf16* carry, bf16* dx, long rows, long width, float eps) {
+    rms_backward_of(dy, x, w, carry, dx, rows, width, eps);
+}
+LORRY void rms_backward_fp32(const float* dy, const float* x, const float* w, const float* carry, float* dx, long rows, long width, float eps) {
+    rms_backward_of(dy, x, w, carry, dx, rows, width, eps);
+}
+LORRY void rotate_rows(bf16* x, const float* cos, const float* sin, long tokens, long heads, long dim, long half, float sign) {
+    rotate_rows_of(x, cos, sin, tokens, heads, dim, half, sign);
+}
+LORRY void rotate_rows_fp32(float* x, const float* cos, const float* sin, long tokens, long heads, long dim, long half, float sign) {
+    rotate_rows_of(x, cos, sin, tokens, heads, dim, half, sign);
+}
+LORRY void silu_gate(const bf16* g, const bf16* u, bf16* h, long n) {
+    silu_gate_of(g, u, h, n);
+}
+LORRY void silu_gate_fp32(const float* g, const float* u, float* h, long n) {
+    silu_gate_of(g, u, h, n);
+}
+LORRY void silu_gate_backward(bf16* dh, const bf16* g, const bf16* u, bf16* du, bf16* h, long n) {
+    silu_gate_backward_of(dh, g, u, du, h, n);
+}
+LORRY void silu_gate_backward_fp32(float* dh, const float* g, const float* u, float* du, float* h, long n) {
+    silu_gate_backward_of(dh, g, u, du, h, n);
 }
 
 // out = x * factor + shift (or null), both by column; out may be x.

@@ -1,7 +1,7 @@
 """The softmax of the vocabulary, a tile of columns at a time: sums over the tiles seen so far, and
 slopes with respect to logits.
 
-Nobody needs a whole row of logits for these. Compiled for bfloat16 on a CPU; everywhere else the
+Nobody needs a whole row of logits for these. Compiled for bfloat16 and float32 on a CPU; everywhere else the
 same maths in plain torch. t rows, w columns of a tile, V vocabulary. z = l - peak, p = softmax(l).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorry.kernels.build import call_kernel, load_library
+from lorry.kernels.build import call_kernel, kernel_for, load_library
 
 # e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
 MIN_LOG_PROB = -200.0
@@ -21,7 +21,11 @@ MIN_LOG_PROB = -200.0
 
 def supports_softmax(x: Tensor) -> bool:
     """Whether the compiled kernels compute on ``x``."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and load_library() is not None
+    return (
+        x.dtype in (torch.bfloat16, torch.float32)
+        and x.device.type == "cpu"
+        and load_library() is not None
+    )
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -87,7 +91,7 @@ class SoftmaxSums:
         if supports_softmax(tile):
             scale = torch.empty(len(tile), dtype=torch.float32)
             call_kernel(
-                "softmax_fold",
+                kernel_for("softmax_fold", tile),
                 tile,
                 self.state,
                 self.top,
@@ -143,7 +147,7 @@ def write_slope(tile: Tensor, terms: Tensor, *, moments: bool, out: Tensor) -> T
     ``terms`` [t, 6]: shift, centre, a, b, c, k. Without ``moments`` b, c and k are taken for 0.
     """
     if supports_softmax(tile):
-        call_kernel("softmax_slope", tile, out, terms, *tile.shape, int(moments))
+        call_kernel(kernel_for("softmax_slope", tile), tile, out, terms, *tile.shape, int(moments))
         return out
     shift, centre, a, b, c, k = (column[:, None] for column in terms.unbind(1))
     logits = tile.to(terms.dtype)
@@ -158,6 +162,6 @@ def write_slope(tile: Tensor, terms: Tensor, *, moments: bool, out: Tensor) -> T
 def add_scaled(total: Tensor, part: Tensor, scale: Tensor) -> Tensor:
     """total [t, d] = total * scale [t] + part, in place, in total's dtype."""
     if supports_softmax(part):
-        call_kernel("softmax_gather", total, part, scale, *part.shape)
+        call_kernel(kernel_for("softmax_gather", part), total, part, scale, *part.shape)
         return total
     return total.mul_(scale[:, None]).add_(part)

@@ -1,7 +1,7 @@
 """What stands between the matrix products of a layer: norms, rotary positions, activations; forward
 and backward.
 
-Each has one face and two implementations: a C++ kernel (bfloat16 on the CPU) or plain torch of the
+Each has one face and two implementations: a C++ kernel (bfloat16 and float32 on the CPU) or plain torch of the
 same maths. Nothing is kept for backward but the inputs: these are cheap to do again. T tokens, D width.
 """
 
@@ -16,21 +16,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorry.kernels import call_kernel, load_library
+from lorry.kernels import call_kernel, kernel_for, load_library
 
 aten = torch.ops.aten
 
 
 def supports_pointwise_kernels(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: contiguous bfloat16 on the CPU, and a library to
-    call.
+    """Whether the kernels take these tensors: contiguous bfloat16 or float32 on the CPU, all alike,
+    and a library to call.
     """
+    # what the kernels are compiled for; every other dtype takes the plain torch beside the call
+    dtype = tensors[0].dtype
     return (
-        all(
-            # compiled for bf16 alone; every other dtype takes the plain torch beside the call
-            t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous()
-            for t in tensors
-        )
+        dtype in (torch.bfloat16, torch.float32)
+        and all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
         and load_library() is not None
     )
 
@@ -79,7 +78,7 @@ class DecoderNorm(nn.Module):
         if supports_pointwise_kernels(x, self.weight):
             y = empty_scratch_like(x)
             call_kernel(
-                "rms_forward",
+                kernel_for("rms_forward", x),
                 x,
                 None,
                 self.weight,
@@ -105,7 +104,7 @@ class DecoderNorm(nn.Module):
         if self.bias is None and supports_pointwise_kernels(x, more, self.weight):
             y = empty_scratch_like(x)
             call_kernel(
-                "rms_forward",
+                kernel_for("rms_forward", x),
                 x,
                 more,
                 self.weight,
@@ -126,7 +125,7 @@ class DecoderNorm(nn.Module):
         if self.bias is None and supports_pointwise_kernels(dy, x, self.weight):
             dx = torch.empty_like(x)
             call_kernel(
-                "rms_backward",
+                kernel_for("rms_backward", x),
                 dy,
                 x,
                 self.weight,
@@ -192,7 +191,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) 
     # half-split: dimension i pairs with i + dim/2, as in Llama; not with i + 1
     half = cos.shape[-1]
     if supports_pointwise_kernels(x):
-        call_kernel("rotate_rows", x, cos, sin, *x.shape, half, -1.0 if inverse else 1.0)
+        call_kernel(
+            kernel_for("rotate_rows", x), x, cos, sin, *x.shape, half, -1.0 if inverse else 1.0
+        )
         return x
     rotated, rest = promote_to_fp32(x[..., : 2 * half]), x[..., 2 * half :]
     a, b = rotated[..., :half], rotated[..., half:]
@@ -232,7 +233,7 @@ def gated_activation(act: ActivationFunction, g: Tensor, u: Tensor | None) -> Te
         return act.forward(g)
     if act is SILU and supports_pointwise_kernels(g, u):
         h = torch.empty_like(g)
-        call_kernel("silu_gate", g, u, h, g.numel())
+        call_kernel(kernel_for("silu_gate", g), g, u, h, g.numel())
         return h
     return act.forward(g) * u
 
@@ -247,7 +248,7 @@ def gated_activation_backward(
         return [act.backward(dh, g)], act.forward(g)
     if act is SILU and supports_pointwise_kernels(dh, g, u):
         du, h = torch.empty_like(u), torch.empty_like(u)
-        call_kernel("silu_gate_backward", dh, g, u, du, h, g.numel())
+        call_kernel(kernel_for("silu_gate_backward", g), dh, g, u, du, h, g.numel())
         # the kernel wrote dg over dh
         return [dh, du], h
     a = act.forward(g)
