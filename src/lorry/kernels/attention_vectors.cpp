@@ -8,8 +8,7 @@
 // made once per key/value head, K, V, Q and dO serve as they are. Left operands are read value by value, so P^T and dS^T are P and
 // dS read the other way.
 //
-// Every segment is computed alone, in an order that its shape (in backward also the number of threads) fixes, whatever its
-// neighbours say.
+// Every segment is computed alone, in an order that shapes fix, whatever its neighbours say and however many threads there are.
 #include <omp.h>
 
 #include <algorithm>
@@ -200,16 +199,15 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Shape& 
     }
 }
 
-// How backward shares its work. A unit is a key/value head of a segment, whose sums (dK, dV) it keeps to itself. Where that leaves
-// threads idle, and memory allows, several units take its blocks of rows in turn, and their sums are added up after.
+// How backward shares its work. A unit is a key/value head of a segment, whose sums (dK, dV) it keeps to itself. Where those are few,
+// which would leave threads idle, and memory allows, several units take its blocks of rows in turn, and their sums are added up after.
 struct Sharing {
-    long parts = 1, sums;  // sums: floats of one part's dK (or dV) over the whole batch
+    long parts, sums;  // sums: floats of one part's dK (or dV) over the whole batch
     explicit Sharing(const Shape& shape) : sums(shape.side()) {
-        constexpr long SPREAD = 16l << 20;  // floats
-        const long threads = omp_get_max_threads();
+        constexpr long UNITS = 16, SPREAD = 16l << 20;  // SPREAD: floats
         long blocks = 1;
         for (long s = 0; s < shape.segments; s++) blocks = std::max(blocks, shape.blocks(s));
-        if (threads > 1) parts = std::max(1l, std::min({blocks, 4 * threads / (shape.segments * shape.groups), SPREAD / (2 * sums)}));
+        parts = std::max(1l, std::min({blocks, UNITS / (shape.segments * shape.groups), SPREAD / std::max(2 * sums, 1l)}));
     }
 };
 

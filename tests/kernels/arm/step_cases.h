@@ -15,18 +15,41 @@ void dropout_mask(uint8_t*, const int64_t*, const int64_t*, long, long, long, lo
 int softmax_fold(bf16*, float*, int64_t*, float*, long, long, long, long, long);
 int softmax_slope(const bf16*, bf16*, const float*, long, long, long);
 int softmax_gather(float*, const bf16*, const float*, long, long);
+void rms_forward_fp32(float*, const float*, const float*, float*, long, long, float);
+void rms_backward_fp32(const float*, const float*, const float*, const float*, float*, long, long, float);
+void rotate_rows_fp32(float*, const float*, const float*, long, long, long, long, float);
+void silu_gate_fp32(const float*, const float*, float*, long);
+void silu_gate_backward_fp32(float*, const float*, const float*, float*, float*, long);
+int softmax_fold_fp32(float*, float*, int64_t*, float*, long, long, long, long, long);
+int softmax_slope_fp32(const float*, float*, const float*, long, long, long);
+int softmax_gather_fp32(float*, const float*, const float*, long, long);
 }
+
+// The same names for both formats.
+static void rms_forward(float* a, const float* b, const float* c, float* d, long e, long f, float g) { rms_forward_fp32(a, b, c, d, e, f, g); }
+static void rms_backward(const float* a, const float* b, const float* c, const float* d, float* e, long f, long g, float h) { rms_backward_fp32(a, b, c, d, e, f, g, h); }
+static void rotate_rows(float* a, const float* b, const float* c, long d, long e, long f, long g, float h) { rotate_rows_fp32(a, b, c, d, e, f, g, h); }
+static void silu_gate(const float* a, const float* b, float* c, long d) { silu_gate_fp32(a, b, c, d); }
+static void silu_gate_backward(float* a, const float* b, const float* c, float* d, float* e, long f) { silu_gate_backward_fp32(a, b, c, d, e, f); }
+static int softmax_fold(float* a, float* b, int64_t* c, float* d, long e, long f, long g, long h, long i) { return softmax_fold_fp32(a, b, c, d, e, f, g, h, i); }
+static int softmax_slope(const float* a, float* b, const float* c, long d, long e, long f) { return softmax_slope_fp32(a, b, c, d, e, f); }
+static int softmax_gather(float* a, const float* b, const float* c, long d, long e) { return softmax_gather_fp32(a, b, c, d, e); }
+
+// What single precision adds to the sizes that `near_rounded` is given; in bfloat16 the last rounding hides it.
+template <typename T>
+static double single(double x) { return sizeof(T) == 4 ? std::fabs(x) : 0; }
 
 // --- norms, rotary positions, gates
 
 static const long SHAPES[][2] = {{1, 1}, {3, 7}, {5, 33}, {2, 131}, {67, 515}};  // the last is shared by threads
 
+template <typename T>
 static void norms() {
     const float eps = 1e-5f;
     for (const auto& [rows, width] : SHAPES)
         for (bool residual : {false, true}) {
-            List<bf16> x = numbers<bf16>(rows * width, 2), before = x, delta = numbers<bf16>(rows * width), w = numbers<bf16>(width, 0.2, 1);
-            List<bf16> y(rows * width), dy = numbers<bf16>(rows * width), carry = numbers<bf16>(rows * width), dx(rows * width);
+            List<T> x = numbers<T>(rows * width, 2), before = x, delta = numbers<T>(rows * width), w = numbers<T>(width, 0.2, 1);
+            List<T> y(rows * width), dy = numbers<T>(rows * width), carry = numbers<T>(rows * width), dx(rows * width);
             rms_forward(x.data(), residual ? delta.data() : nullptr, w.data(), y.data(), rows, width, eps);
             rms_backward(dy.data(), x.data(), w.data(), residual ? carry.data() : nullptr, dx.data(), rows, width, eps);
             for (long r = 0; r < rows; r++) {
@@ -40,13 +63,14 @@ static void norms() {
                 const double rstd = 1 / std::sqrt(squares / width + eps), cube = rstd * rstd * rstd / width;
                 for (long i = r * width; i < (r + 1) * width; i++) {
                     const double by = wide(w[i - r * width]), a = wide(dy[i]) * by * rstd, c = residual ? wide(carry[i]) : 0;
-                    near(wide(y[i]), by * wide(x[i]) * rstd, std::fabs(by * wide(x[i]) * rstd) / 128);  // rounded twice
+                    near(wide(y[i]), by * wide(x[i]) * rstd, std::fabs(by * wide(x[i]) * rstd) / (sizeof(T) == 2 ? 128 : 1e6));  // rounded twice
                     near_rounded(dx[i], a - wide(x[i]) * dot * cube + c, std::fabs(a) + std::fabs(wide(x[i])) * sizes * cube + std::fabs(c));
                 }
             }
         }
 }
 
+template <typename T>
 static void rotary() {
     for (long tokens : {1L, 3L, 61L})
         for (long half : {1L, 5L, 32L}) {
@@ -54,7 +78,7 @@ static void rotary() {
             List<float> cos(tokens * half), sin(tokens * half);
             for (long i = 0; i < tokens * half; i++) cos[i] = (float)std::cos(i * 0.37), sin[i] = (float)std::sin(i * 0.37);
             for (float sign : {1.0f, -1.0f}) {
-                List<bf16> x = numbers<bf16>(tokens * heads * dim), was = x;
+                List<T> x = numbers<T>(tokens * heads * dim), was = x;
                 rotate_rows(x.data(), cos.data(), sin.data(), tokens, heads, dim, half, sign);
                 for (long row = 0; row < tokens * heads; row++)
                     for (long i = 0; i < dim; i++) {
@@ -71,22 +95,23 @@ static void rotary() {
         }
 }
 
+template <typename T>
 static void gates() {
     for (long n : {1L, 7L, 129L, 33333L}) {
-        List<bf16> g = numbers<bf16>(n, 3), u = numbers<bf16>(n), h(n), d = numbers<bf16>(n), dg = d, du(n), again(n);
+        List<T> g = numbers<T>(n, 3), u = numbers<T>(n), h(n), d = numbers<T>(n), dg = d, du(n), again(n);
         put(g[0], -40);
-        if (n > 6) put(g[5], 40), g[3] = 0x7fc0;  // a NaN has to be seen
+        if (n > 6) put(g[5], 40), put(g[3], NAN);  // a NaN has to be seen
         silu_gate(g.data(), u.data(), h.data(), n);
         silu_gate_backward(dg.data(), g.data(), u.data(), du.data(), again.data(), n);
         for (long i = 0; i < n; i++) {
             const double x = wide(g[i]), y = wide(u[i]), s = 1 / (1 + std::exp(-x));
             if (x != x) {
-                for (bf16 got : {h[i], dg[i], du[i], again[i]}) same(wide(got), NAN);
+                for (T got : {h[i], dg[i], du[i], again[i]}) same(wide(got), NAN);
                 continue;
             }
-            near_rounded(h[i], x * s * y);
-            near_rounded(again[i], x * s * y);
-            near_rounded(du[i], wide(d[i]) * x * s);
+            near_rounded(h[i], x * s * y, single<T>(x * s * y));
+            near_rounded(again[i], x * s * y, single<T>(x * s * y));
+            near_rounded(du[i], wide(d[i]) * x * s, single<T>(wide(d[i]) * x * s));
             const double slope = s * (1 + x * (1 - s));
             near_rounded(dg[i], wide(d[i]) * y * slope, std::fabs(wide(d[i]) * y * s) * (1 + std::fabs(x)));
         }
@@ -149,13 +174,14 @@ static void dropout() {
 
 // --- the vocabulary's softmax
 
+template <typename T>
 static void softmax() {
     for (const auto& [rows, width] : SHAPES)
         for (long moments : {0L, 1L})
             for (long write : {0L, 1L}) {
                 // two tiles of unequal width, side by side
                 const long widths[2] = {width, width + 3};
-                List<bf16> tiles[2] = {numbers<bf16>(rows * widths[0], 4), numbers<bf16>(rows * widths[1], 4)}, was[2] = {tiles[0], tiles[1]};
+                List<T> tiles[2] = {numbers<T>(rows * widths[0], 4), numbers<T>(rows * widths[1], 4)}, was[2] = {tiles[0], tiles[1]};
                 List<float> state(rows * 5), scale(rows);
                 List<int64_t> top(rows);
                 for (long r = 0; r < rows; r++) state[r * 5] = -INFINITY;
@@ -190,10 +216,11 @@ static void softmax() {
             }
 }
 
+template <typename T>
 static void slopes() {
     for (const auto& [rows, width] : SHAPES)
         for (long moments : {0L, 1L}) {
-            List<bf16> x = numbers<bf16>(rows * width, 3), out(rows * width), part = numbers<bf16>(rows * width);
+            List<T> x = numbers<T>(rows * width, 3), out(rows * width), part = numbers<T>(rows * width);
             List<float> terms = numbers<float>(rows * 6), scale = numbers<float>(rows), sum = numbers<float>(rows * width), was = sum;
             softmax_slope(x.data(), out.data(), terms.data(), rows, width, moments);
             softmax_gather(sum.data(), part.data(), scale.data(), rows, width);
@@ -203,9 +230,9 @@ static void slopes() {
                     const double p = std::exp(wide(x[i]) - t[0]), y = wide(x[i]) - t[1];
                     if (moments)
                         near_rounded(out[i], p * (t[2] + t[3] * y + t[4] * y * y) + t[5],
-                                     p * (std::fabs(t[2]) + std::fabs(t[3] * y) + std::fabs(t[4] * y * y)) + std::fabs(t[5]));
+                                     p * (std::fabs(t[2]) + std::fabs(t[3] * y) + std::fabs(t[4] * y * y)) + std::fabs(t[5]) + 3 * single<T>(p * (t[2] + t[3] * y + t[4] * y * y)));
                     else
-                        near_rounded(out[i], p * t[2], p * std::fabs(t[2]));
+                        near_rounded(out[i], p * t[2], p * std::fabs(t[2]) + 3 * single<T>(p * t[2]));
                     near_rounded(sum[i], was[i] * (double)scale[r] + wide(part[i]), std::fabs(was[i] * scale[r]) + std::fabs(wide(part[i])));
                 }
         }
