@@ -51,6 +51,8 @@ KILLING = (
 )
 # a minute each, which nothing else could share if they came last
 LONG = ("test_layouts.py", "test_base_layouts.py", "test_layout_runs.py", "test_verbs_on_ranks.py")
+# folders whose tests look at charts; of verbs some do, and ask for them
+DRAWING = ("report", "fuzz", "benchmarks")
 FLAT = ROOT / "examples" / "flat.py"
 # how wide and coloured whoever runs the suite wants a terminal to be: what tests read is neither
 TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
@@ -89,10 +91,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     )
 
 
-def pytest_collection_finish() -> None:
-    """What imports have made stays until the end. The collector need not go through half a million
-    objects again and again (a twentieth of all the time), nor copy their pages in every fork.
+def pytest_collectstart() -> None:
+    """What imports and tests' descriptions are made of stays until the end: until it is all there
+    the collector would find nothing.
     """
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nor need it go through half a million objects again and again (a twentieth of all the time),
+    and copy their pages in every fork.
+    """
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -114,6 +124,15 @@ def without_fsync() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(durable, "disk", QuietDisk())
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_charts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports without charts, but where charts are what is tested."""
+    from tests.support.charts import without_charts
+
+    with contextlib.nullcontext() if request.path.parent.name in DRAWING else without_charts():
         yield
 
 

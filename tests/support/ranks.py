@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from lorry.backends.distributed.launch import open_store, worker_environments
+from tests.support.charts import without_charts
 
 ROOT = Path(__file__).resolve().parents[2]
 CLONES = multiprocessing.get_context("forkserver")
@@ -33,7 +34,6 @@ CLONES.set_forkserver_preload(
         "lorry.evaluate.unlearning.attacks",
         "lorry.backends.distributed.fsdp",
         "matplotlib.backends.backend_agg",
-        "matplotlib.backends.backend_svg",
         "transformers.models.llama.modeling_llama",
     ]
 )
@@ -112,7 +112,7 @@ class Clone:
 def run_clone(
     module: str, arguments: Sequence[str], environment: Mapping[str, str], said: tuple[Path, Path]
 ) -> None:
-    """What `python -m MODULE ARGUMENTS` is to a clone, its output in two files."""
+    """What `python -m MODULE ARGUMENTS` is to a clone, its output in two files; reports without charts."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -125,4 +125,5 @@ def run_clone(
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    with without_charts():
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

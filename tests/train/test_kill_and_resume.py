@@ -51,8 +51,8 @@ from tests.support.tinyrun import quick  # noqa: F401 - a fixture
         pytest.param("not packed", 20, True, marks=pytest.mark.slow),
         pytest.param("streamed", 25, True, marks=pytest.mark.slow),
         ("packed", 25, True),
-        ("not packed", 20, False),
-        ("streamed", 25, False),
+        ("not packed", 50, False),
+        ("streamed", 60, False),
     ],
 )
 def test_killed_at_every_call_and_moment(
