@@ -5,6 +5,7 @@ diverged, bases that train.
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -142,6 +143,35 @@ def test_compute_copies_stay_in_their_memory_unless_a_graph_reads_them(gated: bo
         layer(x, call)
         assert memory() == there
     assert torch.equal(train(True), expected)
+
+
+def test_compute_copies_of_an_adapter_lie_in_one_piece() -> None:
+    """Between the activations of a pass they would leave holes. A second user of a master, whose graph
+    might read what the first one writes, and masters that were moved have memory of their own."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 8)).bfloat16().requires_grad_(False)
+    attach(model, LoraSpec(r=4, target_modules="all-linear"), "a")
+    layers = [layer for layer in model if isinstance(layer, BankLinear)]
+    x = torch.randn(3, 32).bfloat16()
+    model(x)
+
+    def copies(layer: BankLinear) -> list[Tensor]:
+        (entry,) = layer.slots["a"].stacks.values()
+        return [entry.copies.lora_A, entry.copies.parts[0].lora_B]
+
+    made = [copy for layer in layers for copy in copies(layer)]
+    (piece,) = {copy.untyped_storage().data_ptr() for copy in made}
+    starts = sorted((c.data_ptr(), c.data_ptr() + c.nbytes) for c in made)
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(starts))
+    assert made[0].untyped_storage().nbytes() == sum(copy.nbytes for copy in made)
+
+    layers[0].slots["a"].stacks.clear()
+    adapter = get_bank(model)["a"]
+    before = model(x)
+    assert all(c.untyped_storage().data_ptr() != piece for c in copies(layers[0]))
+    adapter.use_buffers(adapter.values.clone(), adapter.grads.clone())
+    layers[1].slots["a"].stacks.clear()
+    assert torch.equal(model(x), before)
+    assert all(c.untyped_storage().data_ptr() != piece for c in copies(layers[1]))
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias", "both"])

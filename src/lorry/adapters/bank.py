@@ -24,7 +24,13 @@ from torch.nn import functional as F
 
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.flat_buffer import euclidean_norm
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
+from lorry.adapters.layers import (
+    AdaptableLayer,
+    AdapterSlot,
+    BankEmbedding,
+    BankLinear,
+    CopyMemory,
+)
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
@@ -544,6 +550,8 @@ class AdapterBank:
                 mine = still
             views += mine.split(own)
         params = [nn.Parameter(view.view(shape)) for view, shape in zip(views, shapes, strict=True)]
+        # of an adapter of which one half trains the other lies elsewhere
+        copy_memory = CopyMemory(sum(sizes)) if sides == SIDES else None
         for (path, module), a, b in zip(
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
         ):
@@ -555,6 +563,7 @@ class AdapterBank:
                 spec.lora_dropout,
                 slices=module.slices,
                 waits=bool(spec.alora_invocation_tokens),
+                copy_memory=copy_memory,
             )
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module

@@ -80,6 +80,50 @@ class StackEntry:
         return None if self.in_use is not None and self.in_use() is not None else self.copies
 
 
+class CopyMemory:
+    """Where compute copies of an adapter's masters are written: one piece, laid out as the masters are.
+
+    Made layer by layer they would lie between the activations of the pass that first asks for them, and
+    the next job's, of another rank, would not fit into the holes. ``size``: of the A's and B's together.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pieces: dict[torch.dtype, Tensor] = {}
+        self.storage = 0  # where the masters were when the first place was taken
+        # (slot_id, dtype): a place has one user, or a second would write what the first one's graph reads
+        self.taken = set[tuple[int, torch.dtype]]()
+
+    def take(
+        self, slots: Sequence[AdapterSlot], dtype: torch.dtype
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Places [S,I] of the stacked A's and [O,R] of each B; None where there is none, or it is taken."""
+        nothing: tuple[None, list[Tensor | None]] = (None, [None] * len(slots))
+        keys = {(slot.slot_id, dtype) for slot in slots}
+        masters = [m for slot in slots for m in (slot.A, slot.B)]
+        self.storage = self.storage or masters[0].untyped_storage().data_ptr()
+        # those that were moved are not laid out so
+        in_place = all(
+            m.is_contiguous()
+            and m.storage_offset() + m.numel() <= self.size
+            and m.untyped_storage().data_ptr() == self.storage
+            for m in masters
+        )
+        if keys & self.taken or not in_place:
+            return nothing
+        if not _lie_at([slot.A for slot in slots], [slot.A.numel() for slot in slots]):
+            return nothing
+        self.taken |= keys
+        first = slots[0].A
+        if dtype not in self.pieces or self.pieces[dtype].device != first.device:
+            self.pieces[dtype] = torch.empty(self.size, dtype=dtype, device=first.device)
+        piece, rows = self.pieces[dtype], sum(slot.A.shape[0] for slot in slots)
+        b = [piece.as_strided(s.B.shape, s.B.stride(), s.B.storage_offset()) for s in slots]
+        return piece.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset()), [
+            *b
+        ]
+
+
 @dataclass
 class AdapterSlot:
     """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat
@@ -113,6 +157,8 @@ class AdapterSlot:
     norm: tuple[object, Tensor] | None = field(default=None, repr=False)
     # of the groups whose first slot this is
     stacks: dict[tuple[int, ...], StackEntry] = field(default_factory=dict, repr=False)
+    # one for all linears of an adapter; None: each copy has memory of its own
+    copy_memory: CopyMemory | None = field(default=None, repr=False)
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""
@@ -695,13 +741,19 @@ class LinearGroup:
         """Of one adapter without gates: its scale, and a constant, multiply the product. ``memory``: of
         earlier copies, which may be written."""
         factors = [slot.factors() for _, _, slot in slots]
-        a = joined_rows([a for a, _ in factors], dtype, None if memory is None else memory.lora_A)
+        first, place = slots[0][2], None
+        places: Sequence[Tensor | None] = [None] * len(slots)
+        if memory is not None:
+            place, places = memory.lora_A, [part.lora_B for part in memory.parts]
+        elif first.copy_memory is not None and dtype != first.A.dtype and first.initial is None:
+            place, places = first.copy_memory.take([slot for _, _, slot in slots], dtype)
+        a = joined_rows([a for a, _ in factors], dtype, place)
         parts, at = [], 0
         for j, ((i, _, slot), (own, b)) in enumerate(zip(slots, factors, strict=True)):
             rows = slice(at, at + own.shape[0])
             trained = None if slot.initial is None else slice(at, at + slot.A.shape[0])
             scale = None if slot.magnitude is None else output_scale(self.linears[i], slot)
-            b = cast_values(b, dtype, None if memory is None else memory.parts[j].lora_B)
+            b = cast_values(b, dtype, places[j])
             parts.append(AdapterShare(i, rows, b, slot.scale, trained, scale))
             at = rows.stop
         return ComputeCopies(a, parts)
