@@ -204,7 +204,9 @@ def test_frozen_experts_side_by_side_route_as_apart(
         with pytest.raises(ContractError, match=f"adapter '{name}' is frozen in a mixture"):
             _ = adapter.values
         for slot in adapter.slots.values():
-            read = [(c.lora_A, *(p.lora_B for p in c.parts)) for _, c in slot.stacks.values()]
+            read = [
+                (e.copies.lora_A, *(p.lora_B for p in e.copies.parts)) for e in slot.stacks.values()
+            ]
             memory |= {t.untyped_storage().data_ptr() for t in (slot.A, slot.B, *sum(read, ()))}
     assert len(memory) == 1
     again = deepcopy(model)
