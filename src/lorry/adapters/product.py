@@ -139,6 +139,14 @@ class StackedAdapters:
         return self.copies.parts
 
     @property
+    def own_tokens(self) -> slice:
+        """The rows of x that the term is for, without those that are taken along."""
+        if self.term_rows is None:
+            return self.tokens
+        first = self.tokens.start
+        return slice(first + self.term_rows.start, first + self.term_rows.stop)
+
+    @property
     def columns(self) -> Tensor | None:
         """[S] int64: the gates' column of each rank."""
         return self.copies.columns

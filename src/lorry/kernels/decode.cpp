@@ -2,18 +2,10 @@
 // choice of a token, in bfloat16 and float.
 //
 // Every row is computed alone, in a fixed order: its result depends neither on its neighbours nor on the number of threads.
-#include "common.h"
+#include "vectors.h"
 
 #include <algorithm>
 #include <vector>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
-static inline float wide(float x) { return x; }
-static inline float wide(bf16 x) { return widen(x); }
-static inline void put(float& to, float x) { to = x; }
-static inline void put(bf16& to, float x) { to = narrow(x); }
 
 // A row of the cache is one piece of memory [layers, 2, groups, held, width], keys then values; table [rows, 2]: its address, held.
 template <typename T>
@@ -57,19 +49,6 @@ static void weigh_any(const float* p, const T* v, long n, long share, long width
 }
 
 #if defined(__AVX512BF16__)
-// Lane i of the result is the sum over the lanes of r[i].
-static inline __m512 sums16(const __m512* r) {
-    __m512 a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++) a[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {
-        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    }
-    for (int i = 0; i < 2; i++)
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-}
-
 template <int D>
 static void score_wide(const bf16* q, const bf16* k, const bf16* v, long n, long share, float* p) {
     long t = 0;

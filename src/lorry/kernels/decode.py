@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.build import call_kernel, kernel_status, load_library
+from lorry.kernels.packed import MAX_PACKED_ROWS
 
 KERNEL_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "float"}
 MAX_FEW_ROWS = 192  # rows; above it torch's product, which rearranges the weights first, is as fast
@@ -22,16 +23,9 @@ def supports_decode(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def supports_product(weight: Tensor) -> bool:
-    """Whether `linear_product` takes this weight [O,I]: bfloat16, matrix tiles, in rows, I a
-    multiple of 32 or even and less.
-    """
+    """Whether `linear_product` takes this weight [O,I]: bfloat16 or float32, in rows."""
     return (
-        # the last test: a row of inputs must fill 32-wide tiles, or be one short tile of bf16 pairs
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and weight.shape[1] % min(weight.shape[1], 32) == weight.shape[1] % 2 == 0
-        and kernel_status().amx
+        weight.is_contiguous() and weight.dim() == 2 and supports_decode(weight.dtype, weight.device)
     )
 
 
@@ -42,7 +36,7 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, outputs = x.shape[0], weight.shape[0]
     y = x.new_empty(rows, outputs)
     call_kernel(
-        "rows_product",
+        f"few_rows_{KERNEL_SUFFIXES[weight.dtype]}",
         # behind y: rows, I, O, the row stride of x, its first column, 0 (overwrite y), the scale
         x.contiguous(),
         weight,
@@ -63,7 +57,7 @@ def add_linear_product(x: Tensor, columns: slice, weight: Tensor, scale: float, 
     """y [T,O] += scale * x[:, columns] W^T, likewise; x and y are contiguous."""
     rows, outputs = y.shape
     call_kernel(
-        "rows_product",
+        f"few_rows_{KERNEL_SUFFIXES[weight.dtype]}",
         x,
         weight,
         None,
@@ -76,6 +70,39 @@ def add_linear_product(x: Tensor, columns: slice, weight: Tensor, scale: float, 
         columns.start,
         1,
         scale,
+    )
+
+
+def most_rows_at_once(*, packed: bool) -> int:
+    """Rows up to which `decode_layers` is as fast as products through torch. ``packed``: matrices of
+    few bits, which no kernel multiplies on matrix tiles."""
+    return MAX_PACKED_ROWS if packed and kernel_status().amx else MAX_FEW_ROWS
+
+
+def decode_layers(
+    description: Tensor,
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    table: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+) -> None:
+    """x [T,D] -> all layers' result, in its place. description: as `models.decoder.step` makes it; cos,
+    sin fp32 [T, dim/2]; table, rows [T], positions [T] as `store_kv`, lengths as `attend_to_cache`,
+    int64."""
+    call_kernel(
+        f"decode_layers_{KERNEL_SUFFIXES[x.dtype]}",
+        description,
+        x,
+        cos,
+        sin,
+        table,
+        rows,
+        positions,
+        lengths,
+        x.shape[0],
     )
 
 

@@ -24,6 +24,7 @@ from lorry.kernels import decode as kernel
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.cache import RowKVCache
 from lorry.models.decoder.model import Decoder
+from lorry.models.decoder.step import StepDescription
 
 
 class SmallBatchProducts(LinearProducts):
@@ -71,7 +72,7 @@ class SmallBatchProducts(LinearProducts):
             return super().forward(x)
         ys = [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
         for stack, direct, gate in zip(self.stacks, self.direct, self.gates, strict=True):
-            tokens = _own_tokens(stack) if direct else stack.tokens
+            tokens = stack.own_tokens if direct else stack.tokens
             part_x = x[tokens]
             # [rows of the term, sum of ranks]: x A^T of all linears of the group at once
             h = (
@@ -88,15 +89,6 @@ class SmallBatchProducts(LinearProducts):
                 else:
                     stack.add_product(ys[part.layer], h[:, part.rows], part.lora_B.t(), part.scale)
         return self._finish(ys)
-
-
-def _own_tokens(stack: StackedAdapters) -> slice:
-    """The rows a term is for, without those that are taken along for torch's sake."""
-    if stack.term_rows is None:
-        return stack.tokens
-    return slice(
-        stack.tokens.start + stack.term_rows.start, stack.tokens.start + stack.term_rows.stop
-    )
 
 
 def _has_token_gates(call: AdapterContext) -> bool:
@@ -117,6 +109,8 @@ class DecodeRunner:
         # the mix that `layers` was looked up for, and the products of every layer under it
         self.mix: Mix | None = None
         self.layers: list[LayerLinears[LinearProducts]] = []
+        # all of it for one call of the kernels, where they have everything that is in it
+        self.step: StepDescription | None = None
 
     @staticmethod
     def takes(model: nn.Module) -> bool:
@@ -151,8 +145,10 @@ class DecodeRunner:
             return self.model.forward_cached(packed, rows, cache, call, decoding=decoding)
         # a router's gates differ from token to token: the layers put each pass's into the products
         products = self._work(call, anew=not decoding)
+        step = self.step if decoding and call.router is None else None
+        at_once = step.run if step is not None and step.takes(len(rows)) else None
         return self.model.forward_cached(
-            packed, rows, cache, call, decoding=decoding, products=products
+            packed, rows, cache, call, decoding=decoding, products=products, step=at_once
         )
 
     @torch.no_grad()
@@ -170,6 +166,7 @@ class DecodeRunner:
         """The products of every layer, adapters included; ``anew``: whatever was looked up."""
         if anew or self.mix is None or call.mix != self.mix:
             self.mix = call.mix
+            blocks = [block.under(call) for block in self.model.blocks]
             self.layers = [
                 LayerLinears(
                     *(
@@ -179,6 +176,7 @@ class DecodeRunner:
                         )
                     )
                 )
-                for block in (each.under(call) for each in self.model.blocks)
+                for block in blocks
             ]
+            self.step = StepDescription.of(blocks, self.layers)
         return self.layers

@@ -8,7 +8,7 @@ an argument, and a forward that can stop at any layer. It must give transformers
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,10 @@ from lorry.models.decoder.block import DecoderBlock, ForwardContext, compute_inv
 from lorry.models.decoder.cache import KVCache
 from lorry.models.decoder.layer import apply_layer
 from lorry.models.decoder.pointwise import DecoderNorm
+
+
+# x [T,D] of one token a row, and the pass: what the last layer makes of it
+LayersAtOnce = Callable[[Tensor, ForwardContext], Tensor]
 
 
 class Decoder(CausalLM):
@@ -220,6 +224,7 @@ class Decoder(CausalLM):
         *,
         decoding: bool,
         products: Sequence[LayerLinears[LinearProducts]] | None = None,
+        step: LayersAtOnce | None = None,
     ) -> Tensor:
         """Run tokens of cache rows ``rows`` [T], store their keys and values and update
         ``cache.lengths``. Returns hidden [T,D].
@@ -227,7 +232,8 @@ class Decoder(CausalLM):
         Either whole prompts, each into a row of its own whose former content is forgotten; or
         (``decoding``) one token for every row of the cache, in order, at positions
         ``cache.lengths`` as they were before. ``products``: per layer, its linears' work where the
-        caller has made it (`models/decoder/decode.py`); there is no graph then.
+        caller has made it (`models/decoder/decode.py`); there is no graph then. ``step``: all
+        layers at once, in place of that.
         """
         segments = PackedSegments(packed.segments, packed.tokens.device)
         state = ForwardContext(
@@ -245,7 +251,7 @@ class Decoder(CausalLM):
             cache.extend()
         else:
             cache.fill(rows, packed.positions)
-        last = self._run(packed.tokens, state, (), None, products).last
+        last = self._run(packed.tokens, state, (), None, products, step).last
         assert last is not None
         return last
 
@@ -291,6 +297,7 @@ class Decoder(CausalLM):
         output_layers: Collection[int],
         stop: int | None,
         products: Sequence[LayerLinears[LinearProducts]] | None = None,
+        step: LayersAtOnce | None = None,
     ) -> HiddenStates:
         with state.weights.forward_pass():
             x = self.embed(tokens, state.call)
@@ -298,7 +305,9 @@ class Decoder(CausalLM):
                 positions = under(self.get_submodule(self.family.positions), state.call)
                 x = x + positions(state.positions)
             layer_outputs = {}
-            for i, block in enumerate(self.blocks):
+            if step is not None:
+                x = step(x, state)
+            for i, block in enumerate(self.blocks if step is None else ()):
                 state.weights.reach(i)
                 block = block.under(state.call)
                 x = (

@@ -1,0 +1,272 @@
+// One step of generation through all layers of a decoder in one call: with a row or a few the time is that of reading the weights, and
+// a call of Python for each norm and product would take as long again.
+//
+// What is computed and where it is rounded is as in models/decoder/block.py. Every row is computed alone, in a fixed order.
+#include "few_rows.h"
+#include "packed_rows.h"
+
+#define ATTENTION(T)                                                                                                                        \
+    (const T* q, T* o, const int64_t* table, const int64_t* lengths, long layer, long rows, long heads, long groups, long width, float scale)
+#define STORE(T)                                                                                                                            \
+    (const T* k, const T* v, const int64_t* table, const int64_t* rows, const int64_t* positions, long layer, long tokens, long groups, long width)
+LORRY int attend_bf16 ATTENTION(bf16);
+LORRY int attend_float ATTENTION(float);
+LORRY int store_bf16 STORE(bf16);
+LORRY int store_float STORE(float);
+static void attend ATTENTION(bf16) { attend_bf16(q, o, table, lengths, layer, rows, heads, groups, width, scale); }
+static void attend ATTENTION(float) { attend_float(q, o, table, lengths, layer, rows, heads, groups, width, scale); }
+static void store STORE(bf16) { store_bf16(k, v, table, rows, positions, layer, tokens, groups, width); }
+static void store STORE(float) { store_float(k, v, table, rows, positions, layer, tokens, groups, width); }
+
+// The layers' description as kernels/layers.py writes it, read word by word: whole numbers, addresses, the bits of doubles.
+struct Words {
+    const int64_t* at;
+    inline long next() { return (long)*at++; }
+    template <typename T>
+    inline const T* address() { return (const T*)*at++; }
+    inline float number() {
+        double out;
+        std::memcpy(&out, at++, sizeof out);
+        return (float)out;
+    }
+};
+
+template <typename T>
+struct Norm {
+    const T *weight, *bias;
+    float eps;
+
+    explicit Norm(Words& words) : weight(words.address<T>()), bias(words.address<T>()), eps(words.number()) {}
+
+    // y [rows, width], which may be x; with a bias a layer norm, else an RMS norm, rounded before its weight multiplies.
+    void compute(const T* x, T* y, long rows, long width) const {
+        for (long r = 0; r < rows; r++) {
+            const T* from = x + r * width;
+            T* to = y + r * width;
+            float mean = 0, squares = 0;
+            if (bias) {
+#pragma omp simd reduction(+ : mean)
+                for (long i = 0; i < width; i++) mean += wide(from[i]);
+                mean /= width;
+            }
+#pragma omp simd reduction(+ : squares)
+            for (long i = 0; i < width; i++) squares += (wide(from[i]) - mean) * (wide(from[i]) - mean);
+            const float rstd = 1.0f / std::sqrt(squares / width + eps);
+            if (bias) {
+#pragma omp simd
+                for (long i = 0; i < width; i++) put(to[i], (wide(from[i]) - mean) * rstd * wide(weight[i]) + wide(bias[i]));
+            } else {
+#pragma omp simd
+                for (long i = 0; i < width; i++) {
+                    T part;
+                    put(part, wide(from[i]) * rstd);
+                    put(to[i], wide(weight[i]) * wide(part));
+                }
+            }
+        }
+    }
+};
+
+// A matrix, read as it lies or as it is packed.
+template <typename T>
+struct Linear {
+    long layout, outputs, inputs;
+    const T *bias, *dense = nullptr;
+    Flat flat{};
+    Rows rows{};
+    Grid grid{};
+
+    explicit Linear(Words& words) : layout(words.next()), outputs(words.next()), inputs(words.next()), bias(words.address<T>()) {
+        if (layout == 0)
+            dense = words.address<T>();
+        else if (layout == 1)
+            flat = {words.address<uint8_t>(), words.address<void>(), words.address<float>(), words.address<float>(), words.address<float>(), words.address<float>()};
+        else if (layout == 2)
+            rows = {words.address<int8_t>(), words.address<float>()};
+        else
+            grid = {words.address<uint8_t>(), words.address<void>(), words.address<uint8_t>(), words.address<uint16_t>(), words.address<int32_t>(),
+                    words.next(), words.next(), words.next(), words.next(), words.next(), words.next()};
+    }
+
+    void multiply(const InputRows<T>& x, long count, T* y) const {
+        const Outputs<T> to = {y, bias, outputs, false, 1.0f};
+        if (layout == 0)
+            multiply_dense(dense, inputs, x, count, to);
+        else if (layout == 1)
+            multiply_packed(flat, inputs, x, count, to);
+        else if (layout == 2)
+            multiply_packed(rows, inputs, x, count, to);
+        else
+            multiply_packed(grid, inputs, x, count, to);
+    }
+};
+
+// A term of some rows: their low-rank products with the linears of a group.
+template <typename T>
+struct Term {
+    struct Part {
+        long linear, first, rank;
+        const T* lora_B;
+        float scale;
+        explicit Part(Words& words)
+            : linear(words.next()), first(words.next()), rank(words.next()), lora_B(words.address<T>()), scale(words.number()) {}
+    };
+    long start, stop, ranks;  // rows from start on, before stop (-1: all)
+    const T *lora_A, *rank_scales;
+    std::vector<Part> parts;
+
+    explicit Term(Words& words)
+        : start(words.next()), stop(words.next()), ranks(words.next()), lora_A(words.address<T>()), rank_scales(words.address<T>()) {
+        for (long n = words.next(); n > 0; n--) parts.emplace_back(words);
+    }
+};
+
+// Linears that read the same input, and what adapters add to them.
+template <typename T>
+struct Group {
+    std::vector<Linear<T>> linears;
+    std::vector<Term<T>> terms;
+
+    explicit Group(Words& words) {
+        for (long n = words.next(); n > 0; n--) linears.emplace_back(words);
+        for (long n = words.next(); n > 0; n--) terms.emplace_back(words);
+    }
+
+    // x [rows, inputs] -> one [rows, outputs] for each linear.
+    void multiply(const std::vector<T>& x, long rows, std::vector<std::vector<T>>& ys) const {
+        typedef typename Pairing<T>::Input Input;
+        const long inputs = linears[0].inputs;
+        std::vector<Input> space, low_space;
+        const InputRows<T> in = inputs_of(x.data(), rows, inputs, inputs, space);
+        ys.resize(linears.size());
+        for (size_t i = 0; i < linears.size(); i++) {
+            ys[i].resize(rows * linears[i].outputs);
+            linears[i].multiply(in, rows, ys[i].data());
+        }
+        std::vector<T> low;
+        for (const Term<T>& term : terms) {
+            const long count = (term.stop < 0 ? rows : term.stop) - term.start;
+            low.resize(count * term.ranks);
+            multiply_dense(term.lora_A, inputs, in.from(term.start), count, Outputs<T>{low.data(), nullptr, term.ranks, false, 1.0f});
+            if (term.rank_scales)
+                for (long i = 0; i < count * term.ranks; i++) put(low[i], wide(low[i]) * wide(term.rank_scales[i % term.ranks]));
+            for (const auto& part : term.parts) {
+                const long outputs = linears[part.linear].outputs;
+                T* y = ys[part.linear].data() + term.start * outputs;
+                multiply_dense(part.lora_B, part.rank, inputs_of(low.data() + part.first, count, part.rank, term.ranks, low_space), count,
+                               Outputs<T>{y, nullptr, outputs, true, part.scale});
+            }
+        }
+    }
+};
+
+// Half-split rotary positions, x [rows, heads, width], on the first 2 * half of each head.
+template <typename T>
+static void rotate(T* x, const float* cos, const float* sin, long rows, long heads, long width, long half) {
+    for (long r = 0; r < rows; r++)
+        for (long h = 0; h < heads; h++) {
+            T *a = x + (r * heads + h) * width, *b = a + half;
+            const float *c = cos + r * half, *s = sin + r * half;
+#pragma omp simd
+            for (long i = 0; i < half; i++) {
+                const float u = wide(a[i]), v = wide(b[i]);
+                put(a[i], u * c[i] - v * s[i]);
+                put(b[i], v * c[i] + u * s[i]);
+            }
+        }
+}
+
+enum Activation { SILU, GELU, TANH_GELU, RELU };
+
+static inline float activate(float x, long kind) {
+    if (kind == GELU) return 0.5f * x * (1.0f + std::erf(x * 0.707106781f));
+    if (kind == TANH_GELU) return 0.5f * x * (1.0f + std::tanh(0.797884561f * (x + 0.044715f * x * x * x)));
+    return x > 0 || x != x ? x : 0.0f;
+}
+
+// gate = act(gate) * up, or act(gate) where there is no up.
+template <typename T>
+static void activate(std::vector<T>& gate, const T* up, long kind) {
+    const long count = gate.size();
+    if (kind == SILU) {
+#pragma omp parallel for simd schedule(static) if (count > PARALLEL)
+        for (long i = 0; i < count; i++) {
+            const float x = wide(gate[i]);
+            put(gate[i], x / (1.0f + exp_fast(-x)) * (up ? wide(up[i]) : 1.0f));
+        }
+        return;
+    }
+#pragma omp parallel for schedule(static) if (count > PARALLEL)
+    for (long i = 0; i < count; i++) {
+        T value;
+        put(value, activate(wide(gate[i]), kind));
+        put(gate[i], up ? wide(value) * wide(up[i]) : wide(value));
+    }
+}
+
+// to += from, rounded.
+template <typename T>
+static void add_rows(T* to, const T* from, long count) {
+#pragma omp simd
+    for (long i = 0; i < count; i++) put(to[i], wide(to[i]) + wide(from[i]));
+}
+
+// q, k, v of one product, whose rows are [3, heads, width] or [heads, 3, width].
+template <typename T>
+static void split(std::vector<std::vector<T>>& ys, long rows, long heads, long width, bool by_head) {
+    std::vector<T> all = std::move(ys[0]);
+    ys.assign(3, std::vector<T>(rows * heads * width));
+    for (long r = 0; r < rows; r++)
+        for (long h = 0; h < heads; h++)
+            for (long part = 0; part < 3; part++)
+                std::copy_n(all.data() + (r * heads * 3 + (by_head ? h * 3 + part : part * heads + h)) * width, width,
+                            ys[part].data() + (r * heads + h) * width);
+}
+
+enum Fused { SEPARATE, THIRDS, HEADS };
+
+// x [rows, width], each row the newest token of its row of the cache: overwritten with what the layers make of it.
+template <typename T>
+static void run_layers(const int64_t* description, T* x, const float* cos, const float* sin, const int64_t* table, const int64_t* cache_rows,
+                       const int64_t* positions, const int64_t* lengths, long rows) {
+    Words words = {description};
+    const long layers = words.next(), width = words.next(), heads = words.next(), groups = words.next(), head = words.next();
+    const long half = words.next(), fused = words.next(), activation = words.next(), parallel = words.next();
+    std::vector<T> normed(rows * width), attention(rows * heads * head);
+    std::vector<std::vector<T>> ys;
+    for (long layer = 0; layer < layers; layer++) {
+        const Norm<T> before_attention(words), before_mlp(words), of_queries(words), of_keys(words);
+        const Group<T> qkv(words), attention_out(words), mlp_in(words), mlp_out(words);
+        before_attention.compute(x, normed.data(), rows, width);
+        qkv.multiply(normed, rows, ys);
+        if (fused != SEPARATE) split(ys, rows, heads, head, fused == HEADS);
+        T *q = ys[0].data(), *k = ys[1].data();
+        if (of_queries.weight) {
+            of_queries.compute(q, q, rows * heads, head);
+            of_keys.compute(k, k, rows * groups, head);
+        }
+        if (half) {
+            rotate(q, cos, sin, rows, heads, head, half);
+            rotate(k, cos, sin, rows, groups, head, half);
+        }
+        store(k, ys[2].data(), table, cache_rows, positions, layer, rows, groups, head);
+        attend(q, attention.data(), table, lengths, layer, rows, heads, groups, head, 1.0f / std::sqrt((float)head));
+        attention_out.multiply(attention, rows, ys);
+        if (parallel) before_mlp.compute(x, normed.data(), rows, width);  // both halves read the layer's input
+        add_rows(x, ys[0].data(), rows * width);
+        if (!parallel) before_mlp.compute(x, normed.data(), rows, width);
+        mlp_in.multiply(normed, rows, ys);
+        activate(ys[0], ys.size() > 1 ? ys[1].data() : nullptr, activation);
+        const std::vector<T> inner = std::move(ys[0]);
+        mlp_out.multiply(inner, rows, ys);
+        add_rows(x, ys[0].data(), rows * width);
+    }
+}
+
+#define LAYERS(T)                                                                                                                              \
+    (const int64_t* description, T* x, const float* cos, const float* sin, const int64_t* table, const int64_t* rows, const int64_t* positions, \
+     const int64_t* lengths, long count) {                                                                                                    \
+        run_layers(description, x, cos, sin, table, rows, positions, lengths, count);                                                          \
+    }
+LORRY void decode_layers_bf16 LAYERS(bf16)
+LORRY void decode_layers_float LAYERS(float)

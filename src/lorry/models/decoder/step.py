@@ -1,0 +1,187 @@
+"""The layers of a decoder as `kernels/layers.cpp` reads them: one step of generation in one call.
+
+A step of a row or a few takes the time of reading the weights once; a norm or a product called from
+Python takes as long again as a small one computes. What a description cannot hold (a router, a DoRA,
+an adapter with biases, a matrix of another layout) runs layer by layer in `models/decoder/block.py`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.product import DenseLinear, FrozenLinear, LinearProducts, StackedAdapters
+from lorry.adapters.quantization.linear import QuantizedLinear
+from lorry.families import LayerLinears
+from lorry.kernels import decode as kernel
+from lorry.kernels.packed import supports_packed
+from lorry.models.decoder.block import DecoderBlock, ForwardContext
+from lorry.models.decoder.cache import RowKVCache
+from lorry.models.decoder.pointwise import DecoderNorm
+
+# numbers of kernels/layers.cpp
+LAYOUTS = {"dense": 0, "flat": 1, "rows": 2, "grid": 3}
+FUSED = {None: 0, 1: 1, 2: 2}  # by the dimension of q, k, v in one product
+ACTIVATION_KINDS = {
+    "silu": 0,
+    "swish": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "gelu_fast": 2,
+    "relu": 3,
+}
+
+
+class _UndescribedError(Exception):
+    """Something that a description cannot hold."""
+
+
+class StepDescription:
+    """All layers under one mix. ``few_rows``: how many rows at most are worth this way, where it is a
+    matter of their number."""
+
+    def __init__(
+        self, blocks: Sequence[DecoderBlock], products: Sequence[LayerLinears[LinearProducts]]
+    ) -> None:
+        self.words: list[int] = []
+        # what the addresses are of, which has to stay in memory
+        self.kept: list[Tensor] = []
+        self.packed = False
+        self.dtype = blocks[0].norms.attn.weight.dtype
+        geometry = blocks[0].geometry
+        if (activation := ACTIVATION_KINDS.get(geometry.activation)) is None:
+            raise _UndescribedError
+        self.words += [
+            len(blocks),
+            geometry.width,
+            geometry.heads,
+            geometry.kv_heads,
+            geometry.head_dim,
+            0 if geometry.rotary is None else len(range(0, geometry.rotary.dim, 2)),
+            FUSED[blocks[0].fused_dim],
+            activation,
+            int(geometry.parallel_residual),
+        ]
+        for block, work in zip(blocks, products, strict=True):
+            for norm in (block.norms.attn, block.norms.mlp, block.norms.q, block.norms.k):
+                self._add_norm(norm)
+            for product in work:
+                self._add_product(product)
+        self.description = torch.tensor(self.words, dtype=torch.int64)
+
+    @staticmethod
+    def of(
+        blocks: Sequence[DecoderBlock], products: Sequence[LayerLinears[LinearProducts]]
+    ) -> StepDescription | None:
+        """The description, or None where there can be none."""
+        try:
+            return StepDescription(blocks, products)
+        except _UndescribedError:
+            return None
+
+    def takes(self, rows: int) -> bool:
+        """Whether so many rows are worth it."""
+        return rows <= kernel.most_rows_at_once(packed=self.packed)
+
+    def run(self, x: Tensor, state: ForwardContext) -> Tensor:
+        """x [T,D] of the newest tokens -> what the last layer makes of them, over x; their keys and
+        values are stored."""
+        cache = state.cache
+        assert isinstance(cache, RowKVCache)
+        assert state.rows is not None
+        x = x.contiguous()
+        kernel.decode_layers(
+            self.description,
+            x,
+            state.cos,
+            state.sin,
+            cache.table,
+            state.rows,
+            state.positions,
+            cache.lengths,
+        )
+        return x
+
+    def _add_norm(self, norm: DecoderNorm | None) -> None:
+        if norm is None:
+            self.words += [0, 0, 0]
+            return
+        self.words += [
+            self._address(norm.weight, self.dtype),
+            self._address(norm.bias, self.dtype),
+            _bits(norm.eps),
+        ]
+
+    def _add_product(self, product: LinearProducts) -> None:
+        if product.slices is not None:
+            raise _UndescribedError
+        self.words.append(len(product.layers))
+        for layer in product.layers:
+            self._add_linear(layer)
+        self.words.append(len(product.stacks))
+        for stack, gate in zip(product.stacks, product.gates, strict=True):
+            self._add_term(stack, gate)
+
+    def _add_linear(self, layer: FrozenLinear) -> None:
+        if isinstance(layer, DenseLinear) and not layer.transposed:
+            bias, layout = layer.bias, "dense"
+            arguments: tuple[Tensor | int | None, ...] = (layer.weight,)
+        elif isinstance(layer, QuantizedLinear) and layer.dtype == self.dtype:
+            packed = layer.packed
+            if not supports_packed(packed.codes, self.dtype):
+                raise _UndescribedError
+            source = packed.source()
+            bias, layout, arguments = layer.layer.bias, source.layout, source.arguments
+            self.packed = True
+        else:
+            raise _UndescribedError
+        self.words += [LAYOUTS[layout], *layer.shape, self._address(bias, self.dtype)]
+        for argument in arguments:
+            if isinstance(argument, int):
+                self.words.append(argument)
+            else:
+                self.words.append(self._address(argument, self.dtype if layout == "dense" else None))
+
+    def _add_term(self, stack: StackedAdapters, gate: Tensor | None) -> None:
+        if gate is not None or stack.routed or stack.scaled or stack.vectors or stack.dropout is not None:
+            raise _UndescribedError
+        tokens = stack.own_tokens
+        start, stop = tokens.start or 0, -1 if tokens.stop is None else tokens.stop
+        self.words += [
+            start,
+            stop,
+            stack.lora_A.shape[0],
+            self._address(stack.lora_A, self.dtype),
+            self._address(stack.rank_scales, self.dtype),
+            len(stack.parts),
+        ]
+        for part in stack.parts:
+            first, ranks = part.rows.start, part.rows.stop - part.rows.start
+            self.words += [
+                part.layer,
+                first,
+                ranks,
+                self._address(part.lora_B, self.dtype),
+                _bits(part.scale),
+            ]
+
+    def _address(self, tensor: Tensor | None, dtype: torch.dtype | None) -> int:
+        """Of its memory, 0 for None; ``dtype``: what it has to be of."""
+        if tensor is None:
+            return 0
+        # an alias, which keeps the memory whatever becomes of the tensor
+        tensor = tensor.detach()
+        if not tensor.is_contiguous() or (dtype is not None and tensor.dtype != dtype):
+            raise _UndescribedError
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _bits(number: float) -> int:
+    """Those of a double, as a whole number."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
