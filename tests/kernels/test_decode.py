@@ -14,7 +14,6 @@ from torch import Tensor
 from lorry.kernels import decode, kernel_status, load_library
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason=f"kernels: {kernel_status().reason}")
-tiles = pytest.mark.skipif(not kernel_status().amx, reason="this CPU has no matrix tiles")
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}
 
 
@@ -41,59 +40,80 @@ def near(got: Tensor, truth: Tensor, dtype: torch.dtype, size: Tensor | None = N
 # --- products
 
 
-@tiles
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
+    st.sampled_from(list(ROUNDING)),
     st.integers(1, 70),
-    st.sampled_from([2, 8, 16, 32, 64, 96, 576]),
+    st.sampled_from([1, 2, 3, 8, 15, 16, 17, 31, 33, 48, 63, 64, 96, 100, 576]),
     st.integers(1, 100),
     st.booleans(),
 )
-def test_a_product_is_rounded_once(rows: int, ins: int, outs: int, biased: bool) -> None:
-    x, w, b = random(rows, ins), random(outs, ins, seed=1), random(outs, seed=2)
+def test_a_product_is_rounded_once(
+    dtype: torch.dtype, rows: int, ins: int, outs: int, biased: bool
+) -> None:
+    x, w, b = (
+        random(*shape, dtype=dtype, seed=seed)
+        for seed, shape in enumerate([(rows, ins), (outs, ins), (outs,)])
+    )
     assert decode.supports_product(w)
     truth = x.double() @ w.double().t() + (b.double() if biased else 0)
-    near(
-        decode.linear_product(x, w, b if biased else None),
-        truth,
-        torch.bfloat16,
-        truth.abs() + 1e-2,
-    )
+    size = x.double().abs() @ w.double().abs().t() if dtype == torch.float32 else truth.abs() + 1e-2
+    near(decode.linear_product(x, w, b if biased else None), truth, dtype, size)
 
 
-@tiles
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
+    st.sampled_from(list(ROUNDING)),
     st.integers(1, 40),
-    st.sampled_from([4, 16, 32, 64]),
+    st.sampled_from([1, 4, 7, 16, 32, 64]),
     st.integers(1, 70),
     st.integers(0, 50),
     st.floats(-3, 3),
 )
 def test_a_low_rank_term_is_added_in_place(
-    rows: int, rank: int, outs: int, first: int, scale: float
+    dtype: torch.dtype, rows: int, rank: int, outs: int, first: int, scale: float
 ) -> None:
-    h, w, y = random(rows, first + rank + 3), random(outs, rank, seed=1), random(rows, outs, seed=2)
-    truth = y.double() + scale * (h[:, first : first + rank].double() @ w.double().t())
+    h, w, y = (
+        random(*shape, dtype=dtype, seed=seed)
+        for seed, shape in enumerate([(rows, first + rank + 3), (outs, rank), (rows, outs)])
+    )
+    part = h[:, first : first + rank].double()
+    truth = y.double() + scale * (part @ w.double().t())
+    size = y.double().abs() + abs(scale) * (part.abs() @ w.double().abs().t())
     decode.add_linear_product(h, slice(first, first + rank), w, scale, y)
-    near(y, truth, torch.bfloat16, truth.abs() + 1e-2)
+    near(y, truth, dtype, size if dtype == torch.float32 else truth.abs() + 1e-2)
 
 
-@tiles
-def test_a_row_multiplied_alone_is_the_same_bit_for_bit(threads: int) -> None:
-    x, w = random(77, 576), random(1536, 576, seed=1)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("width", [576, 50])
+def test_a_row_multiplied_alone_is_the_same_bit_for_bit(
+    dtype: torch.dtype, width: int, threads: int
+) -> None:
+    x, w = random(77, width, dtype=dtype), random(1536, width, dtype=dtype, seed=1)
     together = decode.linear_product(x, w, None)
     assert all(
         torch.equal(together[i : i + 1], decode.linear_product(x[i : i + 1], w, None))
-        for i in (0, 15, 16, 40, 76)
+        for i in (0, 15, 16, 40, 73, 74, 76)
     )
+    assert torch.equal(together[:3], decode.linear_product(x[:3], w, None))
 
 
-@tiles
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_what_is_no_number_spoils_its_row_and_output_alone(dtype: torch.dtype) -> None:
+    x, w = random(6, 70, dtype=dtype), random(20, 70, dtype=dtype, seed=1)
+    x[2, 69], w[17, 3] = math.nan, math.inf
+    y = decode.linear_product(x, w, None)
+    odd = ~y.isfinite()
+    expected = torch.zeros(6, 20, dtype=torch.bool)
+    expected[2], expected[:, 17] = True, True
+    assert torch.equal(odd, expected)
+
+
 def test_what_the_product_does_not_take() -> None:
     good = random(64, 64)
     assert decode.supports_product(good)
-    for weight in (good.float(), good.t(), random(64, 48), random(64, 7), good.to("meta")):
+    assert decode.supports_product(good.float())
+    for weight in (good.double(), good.t(), good[0], good.to("meta")):
         assert not decode.supports_product(weight)
 
 

@@ -25,7 +25,9 @@ def supports_decode(dtype: torch.dtype, device: torch.device) -> bool:
 def supports_product(weight: Tensor) -> bool:
     """Whether `linear_product` takes this weight [O,I]: bfloat16 or float32, in rows."""
     return (
-        weight.is_contiguous() and weight.dim() == 2 and supports_decode(weight.dtype, weight.device)
+        weight.is_contiguous()
+        and weight.dim() == 2
+        and supports_decode(weight.dtype, weight.device)
     )
 
 

@@ -88,16 +88,16 @@ struct Linear {
                     words.next(), words.next(), words.next(), words.next(), words.next(), words.next()};
     }
 
-    void multiply(const InputRows<T>& x, long count, T* y) const {
+    void multiply(const Inputs<T>& x, T* y) const {
         const Outputs<T> to = {y, bias, outputs, false, 1.0f};
         if (layout == 0)
-            multiply_dense(dense, inputs, x, count, to);
+            multiply_dense(dense, x, to);
         else if (layout == 1)
-            multiply_packed(flat, inputs, x, count, to);
+            multiply_packed(flat, x, to);
         else if (layout == 2)
-            multiply_packed(rows, inputs, x, count, to);
+            multiply_packed(rows, x, to);
         else
-            multiply_packed(grid, inputs, x, count, to);
+            multiply_packed(grid, x, to);
     }
 };
 
@@ -134,27 +134,24 @@ struct Group {
 
     // x [rows, inputs] -> one [rows, outputs] for each linear.
     void multiply(const std::vector<T>& x, long rows, std::vector<std::vector<T>>& ys) const {
-        typedef typename Pairing<T>::Input Input;
-        const long inputs = linears[0].inputs;
-        std::vector<Input> space, low_space;
-        const InputRows<T> in = inputs_of(x.data(), rows, inputs, inputs, space);
+        const long width = linears[0].inputs;
+        const Inputs<T> in(x.data(), rows, width, width);
         ys.resize(linears.size());
         for (size_t i = 0; i < linears.size(); i++) {
             ys[i].resize(rows * linears[i].outputs);
-            linears[i].multiply(in, rows, ys[i].data());
+            linears[i].multiply(in, ys[i].data());
         }
         std::vector<T> low;
         for (const Term<T>& term : terms) {
             const long count = (term.stop < 0 ? rows : term.stop) - term.start;
             low.resize(count * term.ranks);
-            multiply_dense(term.lora_A, inputs, in.from(term.start), count, Outputs<T>{low.data(), nullptr, term.ranks, false, 1.0f});
+            multiply_dense(term.lora_A, Inputs<T>(x.data() + term.start * width, count, width, width), {low.data(), nullptr, term.ranks, false, 1.0f});
             if (term.rank_scales)
                 for (long i = 0; i < count * term.ranks; i++) put(low[i], wide(low[i]) * wide(term.rank_scales[i % term.ranks]));
             for (const auto& part : term.parts) {
                 const long outputs = linears[part.linear].outputs;
                 T* y = ys[part.linear].data() + term.start * outputs;
-                multiply_dense(part.lora_B, part.rank, inputs_of(low.data() + part.first, count, part.rank, term.ranks, low_space), count,
-                               Outputs<T>{y, nullptr, outputs, true, part.scale});
+                multiply_dense(part.lora_B, Inputs<T>(low.data() + part.first, count, part.rank, term.ranks), {y, nullptr, outputs, true, part.scale});
             }
         }
     }
@@ -211,19 +208,14 @@ static void add_rows(T* to, const T* from, long count) {
     for (long i = 0; i < count; i++) put(to[i], wide(to[i]) + wide(from[i]));
 }
 
-// q, k, v of one product, whose rows are [3, heads, width] or [heads, 3, width].
+// q, k, v of one product, whose rows are [heads, 3, width].
 template <typename T>
-static void split(std::vector<std::vector<T>>& ys, long rows, long heads, long width, bool by_head) {
-    std::vector<T> all = std::move(ys[0]);
+static void split(std::vector<std::vector<T>>& ys, long rows, long heads, long width) {
+    const std::vector<T> all = std::move(ys[0]);
     ys.assign(3, std::vector<T>(rows * heads * width));
-    for (long r = 0; r < rows; r++)
-        for (long h = 0; h < heads; h++)
-            for (long part = 0; part < 3; part++)
-                std::copy_n(all.data() + (r * heads * 3 + (by_head ? h * 3 + part : part * heads + h)) * width, width,
-                            ys[part].data() + (r * heads + h) * width);
+    for (long i = 0; i < rows * heads; i++)
+        for (long part = 0; part < 3; part++) std::copy_n(all.data() + (3 * i + part) * width, width, ys[part].data() + i * width);
 }
-
-enum Fused { SEPARATE, THIRDS, HEADS };
 
 // x [rows, width], each row the newest token of its row of the cache: overwritten with what the layers make of it.
 template <typename T>
@@ -239,7 +231,7 @@ static void run_layers(const int64_t* description, T* x, const float* cos, const
         const Group<T> qkv(words), attention_out(words), mlp_in(words), mlp_out(words);
         before_attention.compute(x, normed.data(), rows, width);
         qkv.multiply(normed, rows, ys);
-        if (fused != SEPARATE) split(ys, rows, heads, head, fused == HEADS);
+        if (fused) split(ys, rows, heads, head);
         T *q = ys[0].data(), *k = ys[1].data();
         if (of_queries.weight) {
             of_queries.compute(q, q, rows * heads, head);

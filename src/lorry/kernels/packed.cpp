@@ -1,5 +1,4 @@
-// Matrices of few bits: opened to what they compute with, and multiplied with a few rows straight from what they are packed in, of
-// which a row at a time is opened into the nearest cache.
+// Matrices of few bits: opened to what they compute with, and multiplied with a few rows straight from what they are packed in.
 #include "packed_rows.h"
 
 template <typename T, typename Source>
@@ -11,8 +10,7 @@ static void open_matrix(const Source& source, T* out, long outputs, long inputs)
 // y [tokens, outputs] = x W^T + bias (or null), summed in float and rounded once.
 template <typename T, typename Source>
 static void multiply(const Source& source, const T* x, const T* bias, T* y, long tokens, long outputs, long inputs) {
-    std::vector<typename Pairing<T>::Input> space;
-    multiply_packed<T>(source, inputs, inputs_of(x, tokens, inputs, inputs, space), tokens, {y, bias, outputs, false, 1.0f});
+    multiply_packed<T>(source, Inputs<T>(x, tokens, inputs, inputs), {y, bias, outputs, false, 1.0f});
 }
 
 template <typename Source>

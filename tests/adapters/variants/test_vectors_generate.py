@@ -8,15 +8,13 @@ import pytest
 import torch
 from test_dora import native
 from test_dora_mixes import outputs, spread
-from torch import Tensor
-from torch.nn import functional as F
 
 from lorry.adapters.attach import attach
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams
-from lorry.models.decoder import decode
+from lorry.kernels import kernel_status, load_library
 from lorry.models.decoder.decode import SmallBatchProducts
 
 
@@ -53,18 +51,9 @@ def test_answers_of_a_batch_are_the_forward_passs(family: str, tiny: Any) -> Non
         assert answer.tokens
 
 
+@pytest.mark.skipif(load_library() is None, reason=f"kernels: {kernel_status().reason}")
 @pytest.mark.parametrize("name", ["dora", "biased"])
-def test_the_kernels_of_few_rows_have_them_too(
-    name: str, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a processor with matrix tiles runs, with torch in the place of its two products."""
-
-    def add(x: Tensor, columns: slice, weight: Tensor, scale: float, y: Tensor) -> None:
-        y += scale * x[:, columns] @ weight.t()
-
-    monkeypatch.setattr(decode.kernel, "supports_product", lambda weight: True)
-    monkeypatch.setattr(decode.kernel, "linear_product", F.linear)
-    monkeypatch.setattr(decode.kernel, "add_linear_product", add)
+def test_the_kernels_of_few_rows_have_them_too(name: str, tiny: Any) -> None:
     model = adapted(tiny, "llama")
     mix = Mix.per_sequence([name, None, name], [0, 2, 3, 5])
     for group in model.blocks[1].linears:

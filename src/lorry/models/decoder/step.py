@@ -24,7 +24,6 @@ from lorry.models.decoder.pointwise import DecoderNorm
 
 # numbers of kernels/layers.cpp
 LAYOUTS = {"dense": 0, "flat": 1, "rows": 2, "grid": 3}
-FUSED = {None: 0, 1: 1, 2: 2}  # by the dimension of q, k, v in one product
 ACTIVATION_KINDS = {
     "silu": 0,
     "swish": 0,
@@ -41,8 +40,7 @@ class _UndescribedError(Exception):
 
 
 class StepDescription:
-    """All layers under one mix. ``few_rows``: how many rows at most are worth this way, where it is a
-    matter of their number."""
+    """All layers under one mix, in words of 64 bits."""
 
     def __init__(
         self, blocks: Sequence[DecoderBlock], products: Sequence[LayerLinears[LinearProducts]]
@@ -53,7 +51,9 @@ class StepDescription:
         self.packed = False
         self.dtype = blocks[0].norms.attn.weight.dtype
         geometry = blocks[0].geometry
-        if (activation := ACTIVATION_KINDS.get(geometry.activation)) is None:
+        activation, fused = ACTIVATION_KINDS.get(geometry.activation), blocks[0].fused_dim
+        # q, k and v of one product lie head by head, or not at all
+        if activation is None or fused not in (None, 2):
             raise _UndescribedError
         self.words += [
             len(blocks),
@@ -62,7 +62,7 @@ class StepDescription:
             geometry.kv_heads,
             geometry.head_dim,
             0 if geometry.rotary is None else len(range(0, geometry.rotary.dim, 2)),
-            FUSED[blocks[0].fused_dim],
+            int(fused is not None),
             activation,
             int(geometry.parallel_residual),
         ]
@@ -144,10 +144,18 @@ class StepDescription:
             if isinstance(argument, int):
                 self.words.append(argument)
             else:
-                self.words.append(self._address(argument, self.dtype if layout == "dense" else None))
+                self.words.append(
+                    self._address(argument, self.dtype if layout == "dense" else None)
+                )
 
     def _add_term(self, stack: StackedAdapters, gate: Tensor | None) -> None:
-        if gate is not None or stack.routed or stack.scaled or stack.vectors or stack.dropout is not None:
+        if (
+            gate is not None
+            or stack.routed
+            or stack.scaled
+            or stack.vectors
+            or stack.dropout is not None
+        ):
             raise _UndescribedError
         tokens = stack.own_tokens
         start, stop = tokens.start or 0, -1 if tokens.stop is None else tokens.stop
