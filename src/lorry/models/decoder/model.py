@@ -30,7 +30,6 @@ from lorry.models.decoder.cache import KVCache
 from lorry.models.decoder.layer import apply_layer
 from lorry.models.decoder.pointwise import DecoderNorm
 
-
 # x [T,D] of one token a row, and the pass: what the last layer makes of it
 LayersAtOnce = Callable[[Tensor, ForwardContext], Tensor]
 
