@@ -43,8 +43,8 @@ class SmallBatchProducts(LinearProducts):
 
     @cached_property
     def direct(self) -> list[bool]:
-        """Per term: whether the kernel multiplies it too (not ranks or widths that it has no tiles
-        for); the others go through torch, in the same sum."""
+        """Per term: whether the kernel multiplies it too (not what lies in strides, as views of the masters
+        may); the others go through torch, in the same sum."""
         return [
             kernel.supports_product(stack.lora_A)
             and all(kernel.supports_product(p.lora_B) for p in stack.parts)
@@ -68,7 +68,7 @@ class SmallBatchProducts(LinearProducts):
     def forward(self, x: Tensor) -> list[Tensor]:
         """As `LinearProducts.forward`, without what backward would need."""
         # a prompt: with many rows the products, not reading the weights, take the time
-        if x.shape[0] > kernel.MAX_FEW_ROWS:
+        if x.shape[0] > kernel.most_few_rows(x.dtype):
             return super().forward(x)
         ys = [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
         for stack, direct, gate in zip(self.stacks, self.direct, self.gates, strict=True):

@@ -85,7 +85,7 @@ class StepDescription:
 
     def takes(self, rows: int) -> bool:
         """Whether so many rows are worth it."""
-        return rows <= kernel.most_rows_at_once(packed=self.packed)
+        return rows <= kernel.most_few_rows(self.dtype, packed=self.packed)
 
     def run(self, x: Tensor, state: ForwardContext) -> Tensor:
         """x [T,D] of the newest tokens -> what the last layer makes of them, over x; their keys and
