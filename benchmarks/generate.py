@@ -3,6 +3,7 @@ and with one.
 
     python benchmarks/generate.py                            # every setting of transformers once, then the best of them in turns
     python benchmarks/generate.py --threads 2 --rounds 3
+    python benchmarks/generate.py --few-rows                 # a row and a few against the memory's rate and llama.cpp (few_rows.py)
 
 The same 64 chat prompts of 35 to 500 tokens, greedy, in bf16. Two tasks: ``fixed``, 64 new tokens
 for every prompt; ``answers``, at most 96, ending where the model ends them, so that rows leave at
@@ -27,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import few_rows
 import measure
 from generators import Engine, Tokens, prepare, work
 
@@ -201,7 +203,15 @@ def main() -> None:
     parser.add_argument(
         "--worker", nargs=3, metavar=("ENGINE", "FOLDER", "TASKS"), help=argparse.SUPPRESS
     )
+    parser.add_argument("--few-rows", action="store_true", help="a row and a few (few_rows.py)")
+    parser.add_argument("--weights", nargs="*", default=[], help="of --few-rows: these alone")
     args = parser.parse_args()
+    suffix = "" if args.threads == 1 else f"-t{args.threads}"
+    if args.few_rows:
+        with tempfile.TemporaryDirectory() as name:
+            runs = few_rows.contest(Path(name), args.threads, args.rounds, args.weights)
+        save(few_rows.record(runs, args.threads, args.rounds), f"few-rows-cpu{suffix}")
+        return
     if args.worker:
         engine, folder, tasks = args.worker
         print(json.dumps(work(Engine(**json.loads(engine)), Path(folder), tasks.split(","))))
@@ -209,11 +219,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         record = summary(contest(Path(name), args.threads, args.rounds), args.rounds, args.threads)
+    save(record, f"generate-cpu{suffix}")
+
+
+def save(record: dict[str, Any], name: str) -> None:
+    """Print the table and keep the record."""
     for cells in [record["columns"], *record["rows"]]:
-        print(f"{cells[0]:62s}" + "".join(f"{cell:>15s}" for cell in cells[1:]))
+        print(f"{cells[0]:62s}" + "".join(f"{cell:>20s}" for cell in cells[1:]))
     RESULTS.mkdir(exist_ok=True)
-    suffix = "" if args.threads == 1 else f"-t{args.threads}"
-    (RESULTS / f"generate-cpu{suffix}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

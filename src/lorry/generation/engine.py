@@ -20,8 +20,8 @@ requests, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import takewhile
 from typing import Any, cast
 
@@ -76,6 +76,7 @@ class GenerationEngine:
         self.running: list[Request] = []
         self.cache: Any = None
         self._arrived: list[Request] = []
+        self._modules: list[nn.Module] = []
         self._count = 0
         self._failed = False
 
@@ -137,7 +138,10 @@ class GenerationEngine:
                 "again"
             )
         self._failed = True  # until this step is through
-        with evaluation_mode(self.model):
+        if self._arrived:
+            # walking through a model takes as long as a small layer: the next tokens need not
+            self._modules = list(self.model.modules())
+        with _in_evaluation(self._modules):
             self._fix_gates()
             if fresh := self._schedule():
                 self._prefill(fresh)
@@ -315,10 +319,14 @@ def _adapter_context(mixes: Sequence[Mix], starts: Sequence[int]) -> AdapterCont
     return AdapterContext(Mix.packed(mixes, starts))
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Switch every module to evaluation, and those that were training back afterwards."""
-    training = [m for m in model.modules() if m.training]
+    return _in_evaluation(model.modules())
+
+
+@contextmanager
+def _in_evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    training = [m for m in modules if m.training]
     for module in training:
         module.training = False
     try:

@@ -36,6 +36,7 @@ static const struct {
     {"store_bf16 store_float", stores},
     {"attend_bf16 attend_float", attends},
     {"largest_bf16 largest_float draw_bf16 draw_float", choices},
+    {"few_rows_bf16 few_rows_float sum_words", rows_of_inputs},
     {"packed_open_flat packed_product_flat", flat_codes},
     {"packed_open_rows packed_product_rows", row_codes},
     {"packed_open_grid packed_product_grid", grid_codes},

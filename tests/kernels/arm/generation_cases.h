@@ -7,7 +7,9 @@ extern "C" {
     int store_##NAME(const T*, const T*, const int64_t*, const int64_t*, const int64_t*, long, long, long, long);               \
     int attend_##NAME(const T*, T*, const int64_t*, const int64_t*, long, long, long, long, long, float);                       \
     int largest_##NAME(const T*, int64_t*, float*, long, long);                                                                 \
-    int draw_##NAME(const T*, const double*, int64_t*, float*, long, long, float);
+    int draw_##NAME(const T*, const double*, int64_t*, float*, long, long, float);                                              \
+    void few_rows_##NAME(const T*, const T*, const T*, T*, long, long, long, long, long, long, float);
+void sum_words(const uint64_t*, uint64_t*, long);
 DECODE(bf16, bf16)
 DECODE(float, float)
 #define FLAT const uint8_t*, const void*, const float*, const float*, const float*, const float*
@@ -132,6 +134,40 @@ static void choose(int (*largest)(const T*, int64_t*, float*, long, long), int (
     same(values[1], NAN);
 }
 static void choices() { choose<bf16>(largest_bf16, draw_bf16), choose<float>(largest_float, draw_float); }
+
+// --- a few rows by a matrix
+
+template <typename T>
+static void few_rows(void (*multiply)(const T*, const T*, const T*, T*, long, long, long, long, long, long, float)) {
+    const long shapes[][3] = {{1, 37, 19}, {3, 64, 40}, {7, 5, 1}, {9, 130, 33}};  // rows, width, outputs
+    for (const auto& [rows, width, outputs] : shapes)
+        for (const bool add : {false, true}) {
+            const long first = 3, stride = width + 5;
+            const float scale = add ? -0.75f : 1;
+            const List<T> x = numbers<T>(rows * stride), w = numbers<T>(outputs * width), bias = numbers<T>(outputs);
+            List<T> y = numbers<T>(rows * outputs);
+            const List<T> before = y;
+            multiply(x.data(), w.data(), add ? nullptr : bias.data(), y.data(), rows, width, outputs, stride, first, add, scale);
+            for (long r = 0; r < rows; r++)
+                for (long o = 0; o < outputs; o++) {
+                    const double added = add ? wide(before[r * outputs + o]) : wide(bias[o]);
+                    double sum = 0, size = std::fabs(added);
+                    for (long i = 0; i < width; i++) {
+                        const double product = wide(x[r * stride + first + i]) * wide(w[o * width + i]);
+                        sum += product, size += std::fabs(product);
+                    }
+                    const double truth = scale * sum + added;
+                    near(wide(y[r * outputs + o]), truth, std::fabs(truth) * (sizeof(T) == 2 ? 0x1p-8 : 0x1p-23) + size * (width + 1) * 0x1p-23);
+                }
+        }
+}
+static void rows_of_inputs() {
+    few_rows<bf16>(few_rows_bf16), few_rows<float>(few_rows_float);
+    const List<uint64_t> words = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+    uint64_t sum = 0;
+    sum_words(words.data(), &sum, 11);
+    same((double)sum, 66);
+}
 
 // --- matrices of few bits
 
