@@ -234,14 +234,17 @@ def memory_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             ]
         )  # fmt: skip
     kept = sum(over(row) is None for row in rows)
-    least = min(row["peak"] / row["budget"] for row in rows)
+    filled = [row["peak"] / row["budget"] for row in rows]
+    named = {row["case"] for row in rows}
+    left = "; ".join(case.name for case in CASES if case.name not in named)
     return {
         "title": "`r=auto` within a memory budget: planned and measured peaks of whole processes",
         "text": (
-            f"{kept} of {len(rows)} configurations stay within their budget (the emptiest fills {least:.0%} of it), and the "
+            f"{kept} of {len(rows)} configurations stay within their budget (they fill {min(filled):.0%} to {max(filled):.0%} of it), and the "
             "next rank of the grid would by plan pass it even at its leanest (smallest micro-batches, recompute "
             "unless it was set). MiB; one step of `lorry sft` on rows that fill `max_length`, one thread "
             "(`benchmarks/ranks.py --memory`). No budget chooses the ranks of jobs: the plan's sum stands for it."
+            + (f" Not run: {left}." if left else "")
         ),
         "columns": ["model, rows, dtype", "budget", "rank, micro-batches", "planned", "measured",
                     "next rank, planned"],
