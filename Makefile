@@ -135,7 +135,7 @@ bench-variants: bench-setup
 
 # which ranks r=auto takes: within a memory budget, and by the rows against a sweep
 bench-ranks: bench-setup
-	$(BIN)/python benchmarks/ranks.py --memory --rows
+	$(BIN)/python benchmarks/rank_choice.py --memory --rows
 
 # TOFU's suite against padded transformers: some ten minutes on one core.
 bench-suite: bench-setup

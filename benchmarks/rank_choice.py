@@ -1,9 +1,9 @@
 """Is r=auto right? What a memory budget chooses against the memory that a run then takes, and what rows
 choose against a sweep over ranks.
 
-    python benchmarks/ranks.py --memory              # 12 configurations, each in a fresh process
-    python benchmarks/ranks.py --memory --only nf4   # those whose name holds a word; nothing is kept
-    python benchmarks/ranks.py --rows                # three tasks, ranks 1 4 16 64 and auto as jobs of a run
+    python benchmarks/rank_choice.py --memory              # 12 configurations, each in a fresh process
+    python benchmarks/rank_choice.py --memory --only nf4   # those whose name holds a word; nothing is kept
+    python benchmarks/rank_choice.py --rows                # three tasks, ranks 1 4 16 64 and auto as jobs of a run
 
 Memory: `lorry plan` says which rank a budget allows, and what the next one of the grid would need at its
 leanest (smallest micro-batches, recompute unless it was set); `lorry sft` is run with the same budget, one step on
@@ -243,7 +243,7 @@ def memory_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"{kept} of {len(rows)} configurations stay within their budget (they fill {min(filled):.0%} to {max(filled):.0%} of it), and the "
             "next rank of the grid would by plan pass it even at its leanest (smallest micro-batches, recompute "
             "unless it was set). MiB; one step of `lorry sft` on rows that fill `max_length`, one thread "
-            "(`benchmarks/ranks.py --memory`). No budget chooses the ranks of jobs: the plan's sum stands for it."
+            "(`benchmarks/rank_choice.py --memory`). No budget chooses the ranks of jobs: the plan's sum stands for it."
             + (f" Not run: {left}." if left else "")
         ),
         "columns": ["model, rows, dtype", "budget", "rank, micro-batches", "planned", "measured",
@@ -367,7 +367,7 @@ def rows_record(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "title": "`r=auto`: ranks that rows choose against a sweep",
         "text": (
             f"{MODEL} in bfloat16, {rows}, once each, {BATCH} rows a step, learning rate {RATE:g}, alpha 2 r, one seed: "
-            f"loss of {SIZE.held} held-out rows [95% of a bootstrap over them] (`benchmarks/ranks.py --rows`). In {within} "
+            f"loss of {SIZE.held} held-out rows [95% of a bootstrap over them] (`benchmarks/rank_choice.py --rows`). In {within} "
             f"of {len(tasks)} tasks the ranks that rows chose are within the best rank's interval."
         ),
         "columns": ["task", *names, "auto", "its ranks, values", "from the best [95%, row by row]"],
