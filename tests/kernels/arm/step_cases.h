@@ -192,8 +192,11 @@ static void softmax() {
                         const double former = peak[r];
                         for (long i = 0; i < widths[tile]; i++) peak[r] = std::fmax(peak[r], wide(was[tile][r * widths[tile] + i]));
                         near(scale[r], std::exp(former - peak[r]), 1e-6);
-                        for (long i = r * widths[tile]; write && i < (r + 1) * widths[tile]; i++)
-                            near_rounded(tiles[tile][i], std::exp(wide(was[tile][i]) - peak[r]));
+                        for (long i = r * widths[tile]; write && i < (r + 1) * widths[tile]; i++) {
+                            // the larger z is, the more its rounding weighs
+                            const double z = wide(was[tile][i]) - peak[r], e = std::exp(z);
+                            near_rounded(tiles[tile][i], e, single<T>(e * (1 - z / 8)));
+                        }
                     }
                 }
                 for (long r = 0; r < rows; r++) {
