@@ -87,6 +87,8 @@ def test_a_launcher_may_show_each_process_its_own_alone(gpus: Any) -> None:
         (1, "cuda", "ranks 0 and 1 ask for the same GPU"),
         (2, "cuda:0", "ranks 0 and 1 ask for the same GPU"),
         (0, "cuda", "has 0 GPUs"),
+        (0, "cuda:0", "has 0 GPUs"),
+        (2, "cuda:2", "has 2 GPUs"),
         (3, "cuda:2", "ranks 0 and 1 ask for the same GPU"),
     ],
 )

@@ -160,7 +160,8 @@ def choose_device(asked: str, communicator: Communicator) -> str:
 def _own_gpu(asked: str, launched: LaunchedProcess, count: int) -> int | None:
     """The GPU among ``count`` visible ones that this process would take; None for none."""
     if asked.startswith("cuda:"):
-        return int(asked.removeprefix("cuda:"))
+        index = int(asked.removeprefix("cuda:"))
+        return index if index < count else None
     if asked not in ("auto", "cuda"):
         return None
     if count >= launched.local_world_size:
