@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-arm test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts study-variants bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-unlearn bench-experts bench-variants bench-ranks bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-arm test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts study-variants bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-startup bench-unlearn bench-experts bench-variants bench-ranks bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -109,6 +109,10 @@ docs-check: setup
 ISA_OPTION = $(if $(ISA),--isa $(ISA))
 bench: bench-setup
 	$(BIN)/python benchmarks/sft.py $(ISA_OPTION) $(BENCH)
+
+# From the command to the first step, by stage.
+bench-startup: setup
+	$(BIN)/python benchmarks/startup.py
 
 # One job and K jobs in one pass.
 bench-jobs: setup

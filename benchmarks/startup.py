@@ -1,0 +1,180 @@
+"""Where the time of `lorry sft` goes from the command to the end of its first step: the embedded model,
+1,000 rows.
+
+    python benchmarks/startup.py --rows 1000
+
+Two runs, each in a fresh process: the first converts the model, builds the kernels and proves the
+decoder, in a LORRY_HOME of its own; the second finds all that. Seconds of processor time of the
+process itself (what a compiler takes is not in it), in what order they come, each stage without
+those inside it; and tokens per second of tokenising. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import functools
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from case import MODEL
+from measure import Others, machine
+from tokenise import words
+
+# where a stage's work is done: module, name in it, what it is called here
+STAGES = (
+    ("lorry.train.session", "claim_output_dir", "settings and output directory"),
+    ("lorry.train.session", "open_base", "base: read"),
+    ("lorry.models.loading.load", "find_native_mismatch", "base: proved, or its proof found"),
+    ("lorry.models.loading.load", "load_tokenizer", "tokenizer"),
+    ("lorry.train.session", "attach_jobs", "adapter"),
+    ("lorry.train.session", "prepare_jobs", "rows: read and tokenised"),
+    ("lorry.train.session", "build_engine", "engine and first checks"),
+)
+STEP = "the first step"
+
+
+class Stopwatch:
+    """Processor seconds by stage; time inside a stage that another begins is the other's."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"interpreter": time.process_time()}
+        self._open, self._since = ["everything else"], time.process_time()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time of this block."""
+        self._note()
+        self._open.append(name)
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self._note()
+            self._open.pop()
+
+    def _note(self) -> None:
+        now, name = time.process_time(), self._open[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def watch(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, whose calls are a stage."""
+
+        @functools.wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return watched
+
+    def watch_imports(self) -> None:
+        """Imports are stages, by package: torch, transformers, Lorry's own, all others."""
+        for module, name in ((builtins, "__import__"), (importlib, "import_module")):
+            original = getattr(module, name)
+
+            def load(
+                wanted: str, *args: Any, original: Callable[..., Any] = original, **kwargs: Any
+            ) -> Any:
+                if wanted in sys.modules:
+                    return original(wanted, *args, **kwargs)
+                package = wanted.lstrip(".").partition(".")[0]
+                if (
+                    wanted.startswith(".") or not package
+                ):  # within a package that is at work already
+                    return original(wanted, *args, **kwargs)
+                group = package if package in ("torch", "transformers", "lorry") else "others"
+                with self.stage(f"import: {group}"):
+                    return original(wanted, *args, **kwargs)
+
+            setattr(module, name, load)
+
+
+def work(arguments: list[str], said: Path) -> None:
+    """`lorry sft` in this process, up to the end of its first step."""
+    clock = Stopwatch()
+    clock.watch_imports()
+    from lorry import cli
+    from lorry.train import engine
+
+    for place, name, stage in STAGES:
+        module = importlib.import_module(place)
+        setattr(module, name, clock.watch(getattr(module, name), stage))
+    step = engine.TrainingEngine._one_step
+
+    def first(self: Any, *rest: Any) -> None:
+        with clock.stage(STEP):
+            step(self, *rest)
+        said.write_text(json.dumps({"seconds": clock.seconds, "total": time.process_time()}))
+        os._exit(0)  # what comes after is no part of a start
+
+    engine.TrainingEngine._one_step = first  # type: ignore[method-assign]
+    sys.argv = ["lorry", "sft", *arguments]
+    sys.exit(cli.main())
+
+
+def write_rows(path: Path, rows: int) -> None:
+    """Questions of 20 words and answers of 40."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for number in range(rows):
+            row = {"prompt": f"{words(draw, 20)} {number}", "completion": words(draw, 40)}
+            file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    args, more = parser.parse_known_args()
+    if args.worker:
+        work([*args.worker[1:], *more], Path(args.worker[0]))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "rows.jsonl", args.rows)
+        env = {**os.environ, "LORRY_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+        runs = []
+        for number in (1, 2):
+            settings = {
+                "model": MODEL,
+                "data": folder / "rows.jsonl",
+                "output_dir": folder / f"run{number}",
+                "max_steps": 2,
+            }
+            others = Others()
+            began = time.perf_counter()
+            subprocess.run(
+                [sys.executable, __file__, "--worker", str(folder / "said.json")]
+                + [f"{key}={value}" for key, value in settings.items()],
+                env=env,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            found = json.loads((folder / "said.json").read_text())
+            runs.append(
+                {
+                    "total": round(found["total"], 2),
+                    "wall": round(time.perf_counter() - began, 2),
+                    "others_cores": round(others.cores(), 2),
+                    "seconds": {k: round(v, 2) for k, v in found["seconds"].items() if v >= 0.005},
+                }
+            )
+    print(json.dumps({"machine": machine(), "rows": args.rows, "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
