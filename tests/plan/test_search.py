@@ -288,14 +288,16 @@ def test_without_a_budget_an_automatic_rank_is_bounded_all_the_same() -> None:
 
 
 def test_a_plan_is_above_what_was_measured() -> None:
-    """The worst of what benchmarks/plan.py has measured was 4.9% above the sum of what is counted."""
+    """The worst of what benchmarks/plan.py has measured was 4.9% above the sum of what is counted, of whole
+    runs (benchmarks/rank_choice.py) 5.8%."""
     rows = json.loads((ROOT / "benchmarks/results/plan-cpu.json").read_text())["rows"]
     worst = max(measured / predicted for _, predicted, measured, _ in rows)
-    assert 1.04 < worst <= 1 + PLAN_MARGIN["cpu"]
+    assert 1.04 < worst <= 1.05
+    assert PLAN_MARGIN["cpu"] == 0.06
     estimate = need(SHAPES["smollm2-135m"])
     parts = {one.name: one.bytes for one in estimate.components}
     counted = sum(size for name, size in parts.items() if name != "margin")
-    assert counted * 0.05 <= parts["margin"] <= counted * 0.05 + 1
+    assert counted * 0.06 <= parts["margin"] <= counted * 0.06 + 1
     assert estimate.above_imports == counted - parts["libraries"]
     # last: a smaller micro-batch is what a budget is met by first
     assert list(parts)[-1] == "activations"
