@@ -252,8 +252,8 @@ PACKED = [
 
 
 def packed_trainings(start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
-    """Trainings over packed matrices; what files of their adapters say of the base; and bytes of the
-    packed matrices in this process."""
+    """Trainings over packed matrices; and of each, as held, what files of its adapters say of the base and
+    the bytes of packed matrices in this process, which ranks need not have alike."""
     results, plain = dict[str, dict[str, Tensor]](), Fixed(steps_of(uneven))
     for family, quantize, dtype in PACKED:
         backend = start(WIDE, dtype, family=family, quantize=quantize)
@@ -266,8 +266,8 @@ def packed_trainings(start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
             for product in quantized_linears(backend.model).values()
             for name in product.parts.values()
         ]
-        results[f"{family} {quantize} {dtype}"] = {
-            **made,
+        results[f"{family} {quantize} {dtype}"] = made
+        results[f"held {family} {quantize} {dtype}"] = {
             "digests": torch.tensor(list(digests.encode())),
             "bytes": torch.tensor(sum(parts)),
         }
