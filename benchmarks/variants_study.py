@@ -35,7 +35,6 @@ from experts_rows import MODEL, ROOT, read_lines, set_rows, shuffled
 from unlearn_study import Unfinished, call
 
 TASKS = ("gsm8k", "common_gen")
-JOBS_PER_PASS = 8
 DEFAULT_RATE = 2e-4  # of `learning_rate`: what it costs is asked, too
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -47,7 +46,7 @@ class Size:
     ``batch``: rows a step, ``large`` times that in part d; ``rates``: the grid of LoRA,
     ``full_rates`` of whole weights, ``few``: how many of the grid's middle a variant has;
     ``extend``: how often a grid grows at its edge; ``seeds``: fresh ones of the best of each;
-    ``init_rows``: rows that a data-driven start reads; ``dtype`` of the base.
+    ``init_rows``: rows that a data-driven start reads; ``dtype`` of the base; ``jobs`` in a pass.
     """
 
     rows: Mapping[str, int]
@@ -61,17 +60,18 @@ class Size:
     seeds: int
     init_rows: int
     dtype: str
+    jobs: int
 
 
 FULL = Size(
     {"gsm8k": 320, "common_gen": 832}, held=128, batch=8, large=8,
     rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), full_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    few=3, extend=2, seeds=3, init_rows=64, dtype="auto",
+    few=3, extend=2, seeds=3, init_rows=64, dtype="auto", jobs=8,
 )  # fmt: skip
 SMALL = Size(
     {"gsm8k": 32, "common_gen": 80}, held=16, batch=2, large=4,
     rates=(3e-4, 1e-3, 3e-3), full_rates=(3e-5, 1e-4, 3e-4),
-    few=3, extend=1, seeds=2, init_rows=8,
+    few=3, extend=1, seeds=2, init_rows=8, jobs=4,
     dtype="float32",  # where AMX is missing the faster one: 185 tokens/s, in bfloat16 110
 )  # fmt: skip
 
@@ -244,12 +244,11 @@ class Study:
             whole = point.name if point.way.whole else ""
             groups.setdefault(whole or point.way.quantize or "jobs", []).append(point)
         for base, members in groups.items():
-            for at in range(0, len(members), JOBS_PER_PASS):
-                chunk = members[at : at + JOBS_PER_PASS]
+            for at in range(0, len(members), self.size.jobs):
                 # the number is that of the whole list, so that a piece keeps its name
-                piece = f"{label}-{base}-{at // JOBS_PER_PASS + 1}"
-                if not all(map(self.has, chunk)):
-                    self.train(piece, chunk)
+                piece = f"{label}-{base}-{at // self.size.jobs + 1}"
+                if missing := [p for p in members[at : at + self.size.jobs] if not self.has(p)]:
+                    self.train(piece, missing)
 
     def run_seeds(self) -> None:
         """The best of each variant, of r 16 and of whole weights under fresh seeds: a process each."""
@@ -286,7 +285,7 @@ class Study:
                 # of a few steps a share would be the first one, which would then move nothing
                 "warmup_ratio": 0.0,
                 "eval_strategy": "epoch",
-                "save_steps": 20,
+                "save_steps": 8,
                 "resume_from_checkpoint": "auto",
                 "seed": 1 if seeds else first.seed,
             },
@@ -309,7 +308,7 @@ class Study:
                 }
                 for point in points
             ]
-            settings |= {"jobs_per_pass": JOBS_PER_PASS, "seeds": seeds or 1}
+            settings |= {"jobs_per_pass": self.size.jobs, "seeds": seeds or 1}
         path = self.work / f"{piece}.yaml"  # JSON, which YAML can read
         path.write_text(json.dumps(settings, indent=1) + "\n")
         print(f"--- {self.task} {piece}: {len(points) * (seeds or 1)}", flush=True)

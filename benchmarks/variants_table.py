@@ -244,20 +244,34 @@ def rate_interval(found: Found, way: str) -> str:
     return f"{edge}{rate(value)} [{rate(low)}, {rate(high)}]"
 
 
+def compared(found: Found, way: str, other: str = PLAIN) -> str:
+    """What the best of one way lies over that of another: of fresh seeds where there are, else of the
+    curves."""
+    fresh = found.over_fresh(way, other)
+    if fresh is not None:
+        return share(fresh)
+    curves = found.over(way, other)
+    return share(curves) + ("" if curves is None else ", best of its curve")
+
+
 # --- the claims
 
 
 def variant_range(found: Found) -> str:
     """How far the variants lie from plain LoRA, and from where to where their best rates."""
     names = [way["name"] for way in found.ways if way["part"] == "variants"]
-    over = {n: value for n in names if (value := found.over_fresh(n)) is not None}
+    over = {
+        name: value
+        for name in names
+        if (value := found.over_fresh(name) or found.over(name, PLAIN)) is not None
+    }
     if not over:
         return "not run"
     low, high = (pick(over, key=lambda n: over[n][0]) for pick in (min, max))
     rates = [best_rate(found.curves[name]) for name in over]
     return (
-        f"from {over[low][0]:+.1%} ({found.words[low]}) to {over[high][0]:+.1%} ({found.words[high]}); "
-        f"best rates from {rate(min(rates))} to {rate(max(rates))}"
+        f"{len(over)} of {len(names)}: from {over[low][0]:+.1%} ({found.words[low]}) to {over[high][0]:+.1%} "
+        f"({found.words[high]}); best rates from {rate(min(rates))} to {rate(max(rates))}"
     )
 
 
@@ -272,20 +286,16 @@ def batch_effect(found: Found) -> str:
 def dora_cost(found: Found) -> str:
     """DoRA's loss, time and memory against LoRA's."""
     own, plain = found.cost("dora"), found.cost(PLAIN)
+    loss = f"loss {compared(found, 'dora')}"
     if own is None or plain is None:
-        return "not run"
-    return (
-        f"loss {share(found.over_fresh('dora'))}; time x{own[0] / plain[0]:.2f}, "
-        f"memory x{own[1] / plain[1]:.2f}"
-    )
+        return f"{loss}; time and memory not run"
+    return f"{loss}; time x{own[0] / plain[0]:.2f}, memory x{own[1] / plain[1]:.2f}"
 
 
 def starts(found: Found) -> str:
     """The initialisations against LoRA's own."""
-    return "; ".join(
-        f"{words} {share(found.over_fresh(name))}"
-        for name, words in (("pissa", "PiSSA"), ("eva", "EVA"), ("lora-ga", "LoRA-GA"))
-    )
+    names = (("pissa", "PiSSA"), ("eva", "EVA"), ("lora-ga", "LoRA-GA"))
+    return "; ".join(f"{words} {compared(found, name)}" for name, words in names)
 
 
 CLAIMS: Sequence[tuple[str, str, Callable[[Found], str]]] = (
@@ -296,7 +306,7 @@ CLAIMS: Sequence[tuple[str, str, Callable[[Found], str]]] = (
     ("LoRA's best rate is 10 times that of whole weights, 15 times in short runs", REGRET,
      lambda f: f"r 16's over whole weights': {rate_ratio(f, PLAIN, WHOLE)}"),
     ("LoRA comes to the loss of whole weights", REGRET,
-     lambda f: f"r 16 over whole weights: {share(f.over_fresh(PLAIN, WHOLE))}"),
+     lambda f: f"r 16 over whole weights: {compared(f, PLAIN, WHOLE)}"),
     ("a small rank is as good until its capacity is full", REGRET,
      lambda f: f"r 1 over r 64, alpha 32: {share(f.over('r1-alpha32', 'r64-alpha32'))}"),
     ("attention alone loses at equal parameters, MLPs alone do not", REGRET,
@@ -305,15 +315,15 @@ CLAIMS: Sequence[tuple[str, str, Callable[[Found], str]]] = (
     ("with rates tuned, variants lie within 1 to 2%, each at a rate of its own",
      "Learning Rate Matters (2602.04998)", variant_range),
     ("rsLoRA at r 64 is the best LoRA", COMPARISON,
-     lambda f: f"over r 16: {share(f.over_fresh('rslora-r64'))}; over r 64, alpha 32: "
+     lambda f: f"over r 16: {compared(f, 'rslora-r64')}; over r 64, alpha 32: "
                f"{share(f.over('rslora-r64', 'r64-alpha32'))}"),
     ("DoRA: nothing gained, 1.26 times the time, 1.10 times the memory", COMPARISON, dora_cost),
-    ("AdaLoRA is far behind", COMPARISON, lambda f: share(f.over_fresh("adalora"))),
-    ("LoRA+ (ratio 16) is better", "2402.12354", lambda f: share(f.over_fresh("loraplus-16"))),
+    ("AdaLoRA is far behind", COMPARISON, lambda f: compared(f, "adalora")),
+    ("LoRA+ (ratio 16) is better", "2402.12354", lambda f: compared(f, "loraplus-16")),
     ("starts from the base or from rows are better", "2404.02948, 2410.07170, 2407.05000", starts),
-    ("a base in NF4 costs nothing", "QLoRA (2305.14314)", lambda f: share(f.over_fresh("nf4"))),
+    ("a base in NF4 costs nothing", "QLoRA (2305.14314)", lambda f: compared(f, "nf4")),
     ("LoftQ takes back what 4 bits cost", "2310.08659",
-     lambda f: f"over NF4 alone: {share(f.over_fresh('nf4-loftq', 'nf4'))}"),
+     lambda f: f"over NF4 alone: {compared(f, 'nf4-loftq', 'nf4')}"),
 )  # fmt: skip
 
 

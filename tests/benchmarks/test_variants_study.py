@@ -227,6 +227,7 @@ def record() -> dict[str, Any]:
 
 
 def test_the_tables_say_what_was_found(record: dict[str, Any], tmp_path: Path) -> None:
+    (found,) = variants_table.found_of(record).values()
     seen = {row[0]: row[2] for row in record["rows"]}
     dora = next(text for claim, text in seen.items() if claim.startswith("DoRA"))
     assert dora.startswith("loss -4.9% [")
@@ -237,12 +238,14 @@ def test_the_tables_say_what_was_found(record: dict[str, Any], tmp_path: Path) -
     tenfold = next(text for claim, text in seen.items() if claim.startswith("LoRA's best rate"))
     assert tenfold.startswith("r 16's over whole weights': x")
     assert tenfold.endswith("(at the edge of the grid: FULL)")
+    # whose best has not trained again is compared by its curve
+    curves = Found(found.ways, [point for point in found.points if not point["seed"]])
+    assert variants_table.compared(curves, "full") == "-1.5% (no interval), best of its curve"
     # two rates make no curve
     assert seen["attention alone loses at equal parameters, MLPs alone do not"] == (
         "attention not run; MLP not run"
     )
     assert len(record["rows"]) == len(variants_table.CLAIMS)
-    (found,) = variants_table.found_of(record).values()
     _, rows = variants_table.seeds_table(found)
     assert rows[0] == [PLAIN.upper(), "1.0e-3", "2.0500", "", "30", "1024"]
     assert (
