@@ -216,11 +216,9 @@ class Study:
 
     def run_all(self) -> None:
         """Every part, the most informative first. Raises Unfinished."""
-        for part in ("ranks", "full", "variants"):
+        for part in ("ranks", "full", "variants", "targets", "batch"):
             self.run_curves(part)
-        self.run_seeds()
-        for part in ("targets", "batch"):
-            self.run_curves(part)
+            self.run_seeds(part)
 
     def run_curves(self, part: str) -> None:
         """The curves of a part, grown at their edges."""
@@ -250,10 +248,11 @@ class Study:
                 if missing := [p for p in members[at : at + self.size.jobs] if not self.has(p)]:
                     self.train(piece, missing)
 
-    def run_seeds(self) -> None:
+    def run_seeds(self, part: str) -> None:
         """The best of each variant, of r 16 and of whole weights under fresh seeds: a process each."""
         for way in self.ways:
-            if way.part in ("variants", "full") or way is self.ways[0]:
+            asked = way.part in ("full", "variants") or way.name == variants_table.PLAIN
+            if asked and way.part == part:
                 curve = self.curve(way)
                 best = Point(way, min(curve, key=lambda rate: curve[rate]))
                 fresh = [Point(way, best.rate, seed) for seed in range(1, self.size.seeds + 1)]
