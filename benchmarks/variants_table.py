@@ -1,12 +1,13 @@
 """What benchmarks/variants_study.py found, as a record, and as the tables and the plot of
 docs/choosing.md, which are made of the record and of nothing else.
 
-A loss is that of the same held-out rows for all. What a seed does to every way of training alike
-(the order of rows) is taken off: the noise of one training is what is left of the fresh seeds'
-losses beyond the means of their ways and of their seeds, pooled over all ways, and every interval
-is Student's t with it. The best rate is the lowest point of a parabola through the best of a curve
-and its two neighbours, over the logarithm of the rate; its interval comes of curves drawn with that
-noise. All of it is about these held-out rows and no others.
+A loss is that of the same held-out rows for all. The noise of one training is the standard deviation
+of losses of one way and rate over seeds, pooled over all ways that were trained under several; what
+a seed does to every way alike (the order of rows) is left in, so that it is rather too large for
+two trainings of one seed. Every interval is Student's t with it. The best rate is the lowest point
+of a parabola through the best of a curve and its two neighbours, over the logarithm of the rate; its
+interval comes of curves drawn with that noise.
+All of it is about these held-out rows and no others.
 """
 
 from __future__ import annotations
@@ -71,25 +72,17 @@ class Found:
 
     @cached_property
     def noise(self) -> tuple[float, int] | None:
-        """(standard deviation of one training, degrees of freedom), beyond what a seed does to all
-        ways alike; None before there are two ways with two seeds."""
-        seeds = max(map(len, self.fresh.values()), default=0)
-        rows = [
-            [points[seed]["loss"] for seed in sorted(points)]
-            for points in self.fresh.values()
-            if len(points) == seeds
-        ]
-        if seeds < 2 or len(rows) < 2:
-            return None
-        mean = sum(map(sum, rows)) / len(rows) / seeds
-        columns = [sum(row[at] for row in rows) / len(rows) for at in range(seeds)]
-        left = [
-            loss - sum(row) / seeds - column + mean
-            for row in rows
-            for loss, column in zip(row, columns, strict=True)
-        ]
-        freedom = (len(rows) - 1) * (seeds - 1)
-        return math.sqrt(sum(value**2 for value in left) / freedom), freedom
+        """(standard deviation of one training over seeds, degrees of freedom), pooled over all ways;
+        None where none has trained under several at one rate."""
+        groups = dict[tuple[str, float], list[float]]()
+        for point in self.points:
+            groups.setdefault((point["way"], point["rate"]), []).append(point["loss"])
+        squares, freedom = 0.0, 0
+        for losses in groups.values():
+            mean = sum(losses) / len(losses)
+            squares += sum((loss - mean) ** 2 for loss in losses)
+            freedom += len(losses) - 1
+        return (math.sqrt(squares / freedom), freedom) if freedom else None
 
     @cached_property
     def base_loss(self) -> float | None:
@@ -438,7 +431,7 @@ def task_text(found: Found, settings: Mapping[str, Any]) -> str:
         plain = found.lowest(PLAIN)
         said.append(
             f"The noise of one training is {deviation:.4f} ({deviation / plain:.2%} of the loss; "
-            f"{freedom} degrees of freedom): two of one seed are told apart from "
+            f"{freedom} degrees of freedom): two trainings are told apart from "
             f"{found.half_width(1) / plain:.1%} on, two means over {settings['size']['seeds']} seeds from "
             f"{found.half_width(settings['size']['seeds']) / plain:.1%}."
         )
@@ -510,6 +503,7 @@ def draw(tasks: Mapping[str, Found], path: Path) -> None:
                     label=way["words"],
                 )  # fmt: skip
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter("")
             axis.set_title(f"{task}: {title}", fontsize=9)
             # what diverged would press the rest into a line
             lowest = [found.lowest(way["name"]) for way in ways]
