@@ -349,14 +349,28 @@ def curves_table(found: Found) -> tuple[list[str], list[list[str]]]:
 
 def seeds_table(found: Found) -> tuple[list[str], list[list[str]]]:
     """The best of each variant under fresh seeds, with time and memory."""
-    columns = ["", "rate", "loss, mean of the seeds", "over r 16, alpha 32", "CPU s", "MiB"]
+    columns = [
+        "",
+        "rate",
+        "loss, mean of the seeds",
+        "over r 16, alpha 32",
+        "CPU s",
+        "MiB of the pass",
+        "its jobs",
+    ]
     rows = []
     for name, words in found.words.items():
         points, cost = [*found.fresh.get(name, {}).values()], found.cost(name)
         if cost is not None:
             mean = sum(point["loss"] for point in points) / len(points)
             over = "" if name == PLAIN else share(found.over_fresh(name))
-            cells = [f"{mean:.4f}", over, f"{cost[0]:.0f}", f"{cost[1]:.0f}"]
+            cells = [
+                f"{mean:.4f}",
+                over,
+                f"{cost[0]:.0f}",
+                f"{cost[1]:.0f}",
+                str(points[0]["jobs"]),
+            ]
             rows.append([words, rate(points[0]["rate"]), *cells])
     return columns, rows
 

@@ -246,7 +246,7 @@ def test_the_tables_say_what_was_found(record: dict[str, Any], tmp_path: Path) -
     )
     assert len(record["rows"]) == len(variants_table.CLAIMS)
     _, rows = variants_table.seeds_table(found)
-    assert rows[0] == [PLAIN.upper(), "1.0e-3", "2.0050", "", "30", "1024"]
+    assert rows[0] == [PLAIN.upper(), "1.0e-3", "2.0050", "", "30", "1024", "2"]
     assert (
         variants_table.passed_over(found, 2e-4) == "loss 2.500 at 2.0e-4, 2.000 at 1.0e-3 (+25.0%)"
     )
