@@ -4,6 +4,7 @@ diverged, bases that train.
 
 from __future__ import annotations
 
+import pickle
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -101,6 +102,18 @@ def test_a_copied_model_trains_its_own_adapter() -> None:
     adapter.touch()
     assert not torch.equal(twin(x), before)
     assert torch.equal(model(x), before)
+
+
+def test_a_model_that_has_run_is_pickled_and_its_copies_are_nobody_s() -> None:
+    """In bfloat16, while a graph of the original reads its own compute copies."""
+    model, x = linear(torch.bfloat16), torch.randn(4, 32).bfloat16()
+    attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), "a")
+    y = model(x)
+    # written and read here: nothing from outside
+    for twin in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
+        (entry,) = get_bank(twin)["a"].slots["0"].stacks.values()
+        assert entry.memory() is entry.copies
+        assert torch.equal(twin(x), y)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["one", "with a gate"])

@@ -79,6 +79,10 @@ class StackEntry:
         """The copies whose memory may be written, since nobody reads them any more."""
         return None if self.in_use is not None and self.in_use() is not None else self.copies
 
+    def __reduce__(self) -> tuple[type[StackEntry], tuple[object, ...]]:
+        """Of a copied or pickled model: no graph reads its copies, and a weak reference has no pickle."""
+        return StackEntry, (self.stamp, self.copies)
+
 
 class CopyMemory:
     """Where compute copies of an adapter's masters are written: one piece, laid out as the masters are.
