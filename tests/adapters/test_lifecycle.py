@@ -109,8 +109,8 @@ def test_a_model_that_has_run_is_pickled_and_its_copies_are_nobody_s() -> None:
     model, x = linear(torch.bfloat16), torch.randn(4, 32).bfloat16()
     attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), "a")
     y = model(x)
-    # written and read here: nothing from outside
-    for twin in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
+
+    for twin in (pickle.loads(pickle.dumps(model)), deepcopy(model)):  # noqa: S301
         (entry,) = get_bank(twin)["a"].slots["0"].stacks.values()
         assert entry.memory() is entry.copies
         assert torch.equal(twin(x), y)
