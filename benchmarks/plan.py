@@ -119,7 +119,7 @@ def predict(case: Case) -> dict[str, Any]:
     from lorry.config.schema import LoraConfig
     from lorry.plan.adapters import plan_adapter
     from lorry.plan.full.weights import plan_weights
-    from lorry.plan.machine import has_tiles
+    from lorry.plan.machine import attention_kernel
     from lorry.plan.memory import MemorySetup
     from lorry.plan.parallel.per_rank import memory_per_rank
     from lorry.plan.parallel.split import ParallelSplit
@@ -131,7 +131,7 @@ def predict(case: Case) -> dict[str, Any]:
         length=case.length,
         recompute=case.recompute,
         precision=case.dtype,  # type: ignore[arg-type]
-        tiles=has_tiles(),
+        attention=attention_kernel(),
     )
     trained = (
         plan_adapter(shape, LoraConfig(r=case.rank), case.rank)

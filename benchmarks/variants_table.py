@@ -420,10 +420,13 @@ def docs_section(record: Mapping[str, Any], picture: str) -> str:
     small = " --small" if settings["small"] else ""
     tasks = found_of(record)
     rows = ", ".join(f"{size['rows'][task]} rows of {task}" for task in tasks)
+    # the record may be of a study that has not come to them
+    again = any(found.fresh for found in tasks.values())
+    seeds = f"{size['seeds']} fresh seeds of the best of each" if again else "one seed each"
     parts = [
         f"{record['date']}, `python benchmarks/variants_study.py{small}`, {settings['model']} in {size['dtype']} on "
         f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows}, {size['batch']} a "
-        f"step, {size['held']} held-out rows each, {size['seeds']} fresh seeds of the best of each.",
+        f"step, {size['held']} held-out rows each, {seeds}.",
         table(claims_table(tasks)),
         f"![Held-out loss by learning rate]({picture})",
     ]

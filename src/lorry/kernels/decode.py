@@ -1,8 +1,8 @@
 """The kernels of generation behind tensors: products of a few rows, the cache's memory, attention
 over it, the choice of a token.
 
-All but the product take bfloat16 and float32; which one is part of the kernel's name. T tokens, B
-rows, G key/value heads, H heads, D head width, V vocabulary.
+All take bfloat16 and float32; which one is part of the kernel's name. T tokens, B rows, G key/value
+heads, H heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ static void attend ATTENTION(float) { attend_float(q, o, table, lengths, layer, 
 static void store STORE(bf16) { store_bf16(k, v, table, rows, positions, layer, tokens, groups, width); }
 static void store STORE(float) { store_float(k, v, table, rows, positions, layer, tokens, groups, width); }
 
-// The layers' description as kernels/layers.py writes it, read word by word: whole numbers, addresses, the bits of doubles.
+// The layers' description as models/decoder/step.py writes it, read word by word: whole numbers, addresses, the bits of doubles.
 struct Words {
     const int64_t* at;
     inline long next() { return (long)*at++; }
