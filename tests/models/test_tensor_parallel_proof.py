@@ -47,7 +47,7 @@ def test_the_twin_trains_alike(name: str, size: int, dtype: torch.dtype) -> None
 
 
 def bias_of_every_rank(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BankLinear, "_added_bias", lambda self: self.bias)
+    patch.setattr(BankLinear, "added_bias", lambda self: self.bias)
 
 
 def dropout_by_local_column(patch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,9 @@ def test_an_oracle_of_muse(
     assert lorry("eval", world.base, *asked, named, f"output_dir={logs.parent}") == 0
     out, named = tmp_path / "out", "metrics=[privleak,rel_diff,mia_reference]"
     given = (named, f"retain_logs_path={logs}", f"output_dir={out}")
-    assert lorry("eval", world.run, *asked, *given) == 0
+    # a copy: what is measured is kept in the run too, which others look into
+    run = shutil.copytree(world.run, tmp_path / "people")
+    assert lorry("eval", run, *asked, *given) == 0
     found, oracle = read_json(out / "MUSE_EVAL.json"), read_json(logs)
     auc, theirs = found["mia_min_k"]["auc"], oracle["mia_min_k"]["auc"]
     assert found["privleak"]["agg_value"] == pytest.approx(100 * (theirs - auc) / (1 - theirs))
@@ -148,7 +150,7 @@ def test_an_oracle_of_muse(
     other = write_muse(tmp_path / "muse", put("privleak/forget", ["one", "two", "three"]))
     again = tmp_path / "again"
     asked = ("suite=muse", f"local.muse={other}", *SETTINGS, named, f"retain_logs_path={logs}")
-    assert lorry("eval", world.run, *asked, f"output_dir={again}") == 3
+    assert lorry("eval", run, *asked, f"output_dir={again}") == 3
     assert "was measured on other rows" in capfd.readouterr().err
     assert not again.exists()
 

@@ -28,6 +28,8 @@ import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,11 +48,8 @@ SOURCES = Path(__file__).parent
 EXTRA_FLAGS = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
 # No -ffast-math: NaN and infinity must pass through the kernels, or broken values would go unseen.
 FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-# seconds for `--version`, and for one source: fifteen times what a busy slow core takes
-PROBE_SECONDS, COMPILE_SECONDS = (
-    30.0,
-    300.0,
-)
+# seconds for `--version`, and for all sources side by side: 25 times what they take of one core
+PROBE_SECONDS, COMPILE_SECONDS = 30.0, 600.0
 # seconds after which a folder that a killed build left is removed; the longest build ends long
 # before
 ABANDONED_SECONDS = 3600.0
@@ -186,19 +185,45 @@ def _run_command(*command: str, limit: float) -> str:
     """Run a command and return its standard output. Raises CalledProcessError, and TimeoutExpired after
     ``limit`` seconds.
     """
-    with subprocess.Popen(
+    return _run_together([command], limit)[0]
+
+
+def _run_together(commands: Sequence[Sequence[str]], limit: float) -> list[str]:
+    """Run commands side by side and return their standard outputs. Raises CalledProcessError of the
+    first that failed, and TimeoutExpired after ``limit`` seconds; none of them is left behind.
+    """
+    deadline, outputs = time.monotonic() + limit, list[str]()
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_start(command)) for command in commands]
+        # the limit, Ctrl-C, a signal, a source that failed: g++ is a driver, whose children would go on
+        try:
+            for process in processes:
+                out, err = process.communicate(timeout=max(deadline - time.monotonic(), 0))
+                if process.returncode:
+                    raise subprocess.CalledProcessError(process.returncode, process.args, out, err)
+                outputs.append(out)
+        except subprocess.TimeoutExpired as error:
+            error.timeout = limit
+            _kill(processes)
+            raise
+        except BaseException:
+            _kill(processes)
+            raise
+    return outputs
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            out, err = process.communicate(timeout=limit)
-        # the limit, Ctrl-C, a signal: g++ is a driver, whose children would go on
-        except BaseException:
+    )  # fmt: skip
+
+
+def _kill(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Those that run, with their children."""
+    for process in processes:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, out, err)
-    return out
 
 
 def _make_private_folder(folder: Path) -> None:
@@ -283,21 +308,14 @@ def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
     """
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=BUILD_PREFIX) as name:
-        objects = []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(str(Path(name) / f"{source.stem}.o"))
-            _run_command(
-                compiler,
-                *FLAGS,
-                *compiler_flags(),
-                *LIBRARY_FLAGS,
-                *EXTRA_FLAGS,
-                "-c",
-                str(source),
-                "-o",
-                objects[-1],
-                limit=COMPILE_SECONDS,
-            )
+        objects = {
+            source: str(Path(name) / f"{source.stem}.o") for source in sorted(SOURCES.glob("*.cpp"))
+        }
+        command = (compiler, *FLAGS, *compiler_flags(), *LIBRARY_FLAGS, *EXTRA_FLAGS, "-c")
+        _run_together(
+            [(*command, str(source), "-o", object_) for source, object_ in objects.items()],
+            COMPILE_SECONDS,
+        )
         library = Path(name) / "library.so"
         # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded
         # before, provides them.
@@ -305,7 +323,7 @@ def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
             compiler,
             *LIBRARY_FLAGS,
             *EXTRA_FLAGS,
-            *objects,
+            *objects.values(),
             "-o",
             str(library),
             limit=COMPILE_SECONDS,
