@@ -120,13 +120,13 @@ static inline void multiply_rows(const T* w, long count, long width, FloatRows x
     constexpr int COUNT = SUMS / ROWS;
     const T* ahead = w + count * width;
     float sums[SUMS];
-    long o = 0;
-    for (; o + COUNT <= count; o += COUNT) {
+    const long whole = count / COUNT * COUNT;
+    for (long o = 0; o < whole; o += COUNT) {
         multiply_block<T, COUNT, ROWS, FETCH>(w + o * width, ahead + o * width, width, x.from(row), sums);
         for (int r = 0; r < ROWS; r++)
             for (int i = 0; i < COUNT; i++) to.write(row + r, at + o + i, sums[r * COUNT + i]);
     }
-    for (; o < count; o++) {
+    for (long o = whole; o < count; o++) {
         multiply_block<T, 1, ROWS, false>(w + o * width, nullptr, width, x.from(row), sums);
         for (int r = 0; r < ROWS; r++) to.write(row + r, at + o, sums[r]);
     }
