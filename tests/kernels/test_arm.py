@@ -66,7 +66,7 @@ def test_every_kernel_has_a_case() -> None:
     # declared through a macro for two formats
     both = {
         f"{name}_{kind}"
-        for name in ("store", "attend", "largest", "draw", "few_rows")
+        for name in ("store", "attend", "largest", "draw", "few_rows", "decode_layers")
         for kind in ("bf16", "float")
     }
     missing = (set(build._exported_functions()) | both) - {*named, "lorry_amx"}

@@ -35,6 +35,7 @@ static const struct {
     {"softmax_slope_fp32 softmax_gather_fp32", slopes<float>},
     {"store_bf16 store_float", stores},
     {"attend_bf16 attend_float", attends},
+    {"decode_layers_bf16 decode_layers_float", steps},
     {"largest_bf16 largest_float draw_bf16 draw_float", choices},
     {"few_rows_bf16 few_rows_float sum_words", rows_of_inputs},
     {"packed_open_flat packed_product_flat", flat_codes},

@@ -8,7 +8,9 @@ extern "C" {
     int attend_##NAME(const T*, T*, const int64_t*, const int64_t*, long, long, long, long, long, float);                       \
     int largest_##NAME(const T*, int64_t*, float*, long, long);                                                                 \
     int draw_##NAME(const T*, const double*, int64_t*, float*, long, long, float);                                              \
-    void few_rows_##NAME(const T*, const T*, const T*, T*, long, long, long, long, long, long, float);
+    void few_rows_##NAME(const T*, const T*, const T*, T*, long, long, long, long, long, long, float);                          \
+    void decode_layers_##NAME(const int64_t*, T*, const float*, const float*, const int64_t*, const int64_t*, const int64_t*,   \
+                              const int64_t*, long);
 void sum_words(const uint64_t*, uint64_t*, long);
 DECODE(bf16, bf16)
 DECODE(float, float)
@@ -85,6 +87,107 @@ static void attend_to(int (*attend)(const T*, T*, const int64_t*, const int64_t*
         }
 }
 static void attends() { attend_to<bf16>(attend_bf16), attend_to<float>(attend_float); }
+
+// All layers in one call: two of them with RMS norms, rotary positions, shared keys and gated MLPs, and an adapter of some rows on
+// the queries. What the kernel rounds on the way is not followed: in bfloat16 that is allowed for.
+template <typename T>
+static void layers_at_once(void (*decode)(const int64_t*, T*, const float*, const float*, const int64_t*, const int64_t*, const int64_t*, const int64_t*, long)) {
+    const long layers = 2, width = 21, heads = 4, groups = 2, head = 6, half = 2, inner = 19, rank = 3, rows = 3, held = 5, seen = 4;
+    const double eps = 1e-5, scale = 0.7;
+    List<List<T>> kept;
+    List<int64_t> words = {layers, width, heads, groups, head, half, 0, 0, 0};
+    const auto address = [&](long count, double size, double middle = 0) {
+        kept.push_back(numbers<T>(count, size, middle));
+        words.push_back((int64_t)kept.back().data());
+    };
+    const auto bits = [&](double x) {
+        int64_t word;
+        std::memcpy(&word, &x, 8);
+        words.push_back(word);
+    };
+    const auto linear = [&](long outputs, long inputs) {
+        words.insert(words.end(), {0, outputs, inputs, 0});
+        address(outputs * inputs, 1 / std::sqrt((double)inputs));
+    };
+    for (long layer = 0; layer < layers; layer++) {
+        for (int norm = 0; norm < 2; norm++) address(width, 0.1, 1), words.push_back(0), bits(eps);
+        words.insert(words.end(), 6, 0);  // none of queries and keys
+        words.push_back(3), linear(heads * head, width), linear(groups * head, width), linear(groups * head, width);
+        words.insert(words.end(), {1, 1, -1, rank}), address(rank * width, 0.2), words.insert(words.end(), {0, 1, 0, 0, rank});
+        address(heads * head * rank, 0.2), bits(scale);
+        words.push_back(1), linear(width, heads * head), words.push_back(0);
+        words.push_back(2), linear(inner, width), linear(inner, width), words.push_back(0);
+        words.push_back(1), linear(width, inner), words.push_back(0);
+    }
+    List<T> x = numbers<T>(rows * width);
+    List<double> want(rows * width);
+    for (long i = 0; i < rows * width; i++) want[i] = wide(x[i]);
+    List<float> cos(rows * half), sin(rows * half);
+    for (long i = 0; i < rows * half; i++) cos[i] = std::cos(0.3 * i), sin[i] = std::sin(0.3 * i);
+    List<List<T>> cache;
+    List<int64_t> table, at(rows), positions(rows, seen), lengths(rows, seen + 1);
+    for (long r = 0; r < rows; r++) cache.push_back(numbers<T>(layers * 2 * groups * held * head)), at[r] = r;
+    for (List<T>& one : cache) table.push_back((int64_t)one.data()), table.push_back(held);
+
+    typedef List<double> Row;
+    const auto times = [](const List<T>& w, const Row& v) {
+        Row out(w.size() / v.size());
+        for (size_t o = 0; o < out.size(); o++)
+            for (size_t i = 0; i < v.size(); i++) out[o] += wide(w[o * v.size() + i]) * v[i];
+        return out;
+    };
+    const auto normed = [&](const double* v, const List<T>& w) {
+        double squares = 0;
+        for (long i = 0; i < width; i++) squares += v[i] * v[i];
+        Row out(width);
+        for (long i = 0; i < width; i++) out[i] = wide(w[i]) * v[i] / std::sqrt(squares / width + eps);
+        return out;
+    };
+    for (long r = 0; r < rows; r++)
+        for (long layer = 0; layer < layers; layer++) {
+            const List<T>* own = &kept[layer * 11];  // two norms, q, k, v, A, B, o, gate, up, down
+            double* stream = &want[r * width];
+            const Row in = normed(stream, own[0]);
+            Row q = times(own[2], in), k = times(own[3], in), v = times(own[4], in);
+            if (r > 0) {
+                const Row low = times(own[5], in), up = times(own[6], low);
+                for (size_t i = 0; i < q.size(); i++) q[i] += scale * up[i];
+            }
+            for (Row* turned : {&q, &k})
+                for (size_t h = 0; h < turned->size(); h += head)
+                    for (long i = 0; i < half; i++) {
+                        double &a = (*turned)[h + i], &b = (*turned)[h + half + i];
+                        const double u = a, c = cos[r * half + i], s = sin[r * half + i];
+                        a = u * c - b * s, b = b * c + u * s;
+                    }
+            Row mixed(heads * head);
+            for (long h = 0; h < heads; h++) {
+                const long g = h / (heads / groups);
+                const T *keys = cache[r].data() + (layer * 2 * groups + g) * held * head, *values = keys + groups * held * head;
+                Row p(seen + 1);
+                double sum = 0;
+                for (long t = 0; t <= seen; t++) {
+                    for (long i = 0; i < head; i++) p[t] += q[h * head + i] * (t < seen ? wide(keys[t * head + i]) : k[g * head + i]);
+                    sum += p[t] = std::exp(p[t] / std::sqrt((double)head));
+                }
+                for (long t = 0; t <= seen; t++)
+                    for (long i = 0; i < head; i++) mixed[h * head + i] += p[t] / sum * (t < seen ? wide(values[t * head + i]) : v[g * head + i]);
+            }
+            const Row out = times(own[7], mixed);
+            for (long i = 0; i < width; i++) stream[i] += out[i];
+            const Row second = normed(stream, own[1]);
+            Row gate = times(own[8], second);
+            const Row up = times(own[9], second);
+            for (long i = 0; i < inner; i++) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
+            const Row down = times(own[10], gate);
+            for (long i = 0; i < width; i++) stream[i] += down[i];
+        }
+    decode(words.data(), x.data(), cos.data(), sin.data(), table.data(), at.data(), positions.data(), lengths.data(), rows);
+    double size = 0;
+    for (double one : want) size = std::fmax(size, std::fabs(one));
+    for (long i = 0; i < rows * width; i++) near(wide(x[i]), want[i], size * (sizeof(T) == 2 ? 1.0 / 80 : 1e-5));
+}
+static void steps() { layers_at_once<bf16>(decode_layers_bf16), layers_at_once<float>(decode_layers_float); }
 
 static const long LOGITS[][2] = {{1, 1}, {3, 7}, {2, 131}, {33, 1201}};
 
