@@ -22,10 +22,16 @@ WIDE = "-mprefer-vector-width=512"
 
 
 def put_in(
-    flags: str, patch: pytest.MonkeyPatch, folder: Path, *, machine: str = "x86_64", isa: str = ""
+    flags: str,
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+    *,
+    machine: str = "x86_64",
+    isa: str = "",
+    vendor: str = "GenuineIntel",
 ) -> None:
     """Another processor, and what LORRY_ISA says there."""
-    (folder / "cpuinfo").write_text(f"model name : A Xeon\nflags : {flags}\n")
+    (folder / "cpuinfo").write_text(f"vendor_id : {vendor}\nmodel name : A Xeon\nflags : {flags}\n")
     patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
     patch.setattr(processor.platform, "machine", lambda: machine)
     patch.setenv("LORRY_ISA", isa)
@@ -59,7 +65,7 @@ def test_what_a_processor_has(
         (
             "avx512_bf16",
             ("-march=native", "-mno-amx-bf16", "-mno-amx-int8", "-mno-amx-tile", WIDE),
-            True,
+            False,
         ),
         ("avx512", ("-march=x86-64-v4", WIDE), False),
         ("avx2", ("-march=x86-64-v3",), False),
@@ -78,6 +84,23 @@ def test_what_each_means(
     assert processor.isa_in_words() == isa
     assert processor.compiler_flags() == flags
     assert processor.has_bfloat16() == has_fast_bfloat16(torch.device("cpu")) == bfloat16
+
+
+@pytest.mark.parametrize(
+    ("flags", "vendor", "fast"),
+    [
+        (SAPPHIRE_RAPIDS, "GenuineIntel", True),
+        (COOPER_LAKE, "GenuineIntel", False),  # slower than float32, where it was measured
+        (COOPER_LAKE, "AuthenticAMD", True),
+        (SKYLAKE, "AuthenticAMD", False),
+    ],
+)
+def test_where_bfloat16_is_worth_it(
+    flags: str, vendor: str, fast: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags.split(), True))
+    put_in(flags, monkeypatch, tmp_path, vendor=vendor)
+    assert processor.has_bfloat16() == has_fast_bfloat16(torch.device("cpu")) == fast
 
 
 def test_aarch64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ natively where possible.
     loaded = load_model("smollm2-135m-instruct", add_note=print)
 
 Weights are read from safetensors alone. `dtype="auto"` is bfloat16 where the device computes it
-natively (CUDA with bf16, CPUs with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere,
+as fast (CUDA with bf16, CPUs with AMX-BF16, AMD's AVX512-BF16 or ARM BF16), float32 elsewhere,
 whatever the checkpoint's own type.
 """
 
@@ -500,7 +500,8 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run on hardware made for them, and LORRY_ISA allows it."""
+    """Whether matrix products in bfloat16 are at least as fast as in float32 here: on hardware made for
+    them, and LORRY_ISA allows it."""
     if device.type == "cuda":
         # older GPUs emulate bf16, more slowly than float32
         return torch.cuda.is_bf16_supported(including_emulation=False)
