@@ -269,7 +269,17 @@ def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixtu
     assert not made["trainable"]
     assert plan("llama-3-8b", "quantize=nf4", capsys=capsys)["trainable"]
     shared = plan("llama-3-8b", "quantize=nf4", "backend=fsdp", "processes=8", capsys=capsys)
-    assert any("refused where the base is cut" in note for note in shared["notes"])
+    assert shared["trainable"] and not any("model.quantize" in note for note in shared["notes"])
+    words = ("backend=megatron", "processes=2", "tensor_parallel=2")
+    whole = plan("llama-3-8b", "quantize=nf4", *words, capsys=capsys)
+    assert any("nf4 is refused with backend=megatron" in note for note in whole["notes"])
+    assert not whole["trainable"]
+    cut_mixture = ("mixtral-8x7b", "quantize=nf4", "backend=fsdp", "processes=8")
+    foreign = plan(*cut_mixture, capsys=capsys)
+    assert any("runs through transformers is cut" in note for note in foreign["notes"])
+    kept = plan("llama-3-8b", "quantize=keep", "backend=fsdp", "processes=8", capsys=capsys)
+    assert any("files store packed are cut" in note for note in kept["notes"])
+    assert not kept["trainable"]
     assert any("adapters are on all 8 experts of a layer" in note for note in made["notes"])
     without = plan("mixtral-8x7b", "exclude_modules=[experts]", "max_length=512", capsys=capsys)
     assert any("no adapter is on them" in note for note in without["notes"])

@@ -228,7 +228,8 @@ def run_plan(
         budget_is=budget_is,
         search=search,
         alternative=alternative,
-        trainable=not unbuilt_backend(settings.backend) and not why_unpacked(settings, shape),
+        trainable=not unbuilt_backend(settings.backend)
+        and not why_unpacked(settings, shape, found_config),
         jobs=jobs,
         notes=plan_notes(settings, shape, found_config, choice, setup.device, adapter),
     )

@@ -37,13 +37,27 @@ def unbuilt_backend(backend: PlanBackend) -> str:
     return ""
 
 
-def why_unpacked(settings: AnyPlanSettings, shape: ModelShape) -> str:
-    """Why a run does not hold the matrices in few bits as this plan has it; empty where it does."""
-    if settings.model.quantize is None:
+def why_unpacked(settings: AnyPlanSettings, shape: ModelShape, found_config: FoundConfig) -> str:
+    """Why a run does not hold the matrices in few bits as this plan has it; empty where it does. What
+    is refused on several processes is what models/loading/load.py refuses there.
+    """
+    quantize, backend = settings.model.quantize, settings.backend
+    packed_files = quantize == "keep" or packed_precision(found_config.config) is not None
+    if quantize is None and not packed_files:
         return ""
-    if settings.backend.name in ("fsdp", "megatron") or settings.backend.tensor_parallel > 1:
-        return "is refused where the base is cut over processes"
-    return "leaves stacked experts whole in a run" if shape.experts is not None else ""
+    asked = f"model.quantize={quantize}" if quantize else "a checkpoint that is packed already"
+    if backend.name == "megatron":
+        return f"{asked} is refused with backend=megatron, whose linears hold whole matrices"
+    if backend.name == "fsdp" or backend.tensor_parallel > 1:
+        if not shape.native:
+            return f"{asked} is refused where a base that runs through transformers is cut over processes"
+        if packed_files:
+            return (
+                f"{asked} is refused where matrices that files store packed are cut over processes"
+            )
+    if quantize is not None and shape.experts is not None:
+        return f"{asked} leaves stacked experts whole in a run"
+    return ""
 
 
 def plan_notes(
@@ -77,10 +91,8 @@ def plan_notes(
                 "file holds so: a run with backend=fsdp refuses such a model, and this plan is of "
                 "what it would need"
             )
-    if unpacked := why_unpacked(settings, shape):
-        notes.append(
-            f"model.quantize={settings.model.quantize} {unpacked}: this plan is of what packing them would need"
-        )
+    if unpacked := why_unpacked(settings, shape, found_config):
+        notes.append(f"{unpacked}: this plan is of what packed ones would need")
     if packed_precision(found_config.config) is not None:
         notes.append(
             f"its files hold matrices packed, which stay so: their bytes count as {choice.precision}'s, an upper bound"
