@@ -269,7 +269,8 @@ def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixtu
     assert not made["trainable"]
     assert plan("llama-3-8b", "quantize=nf4", capsys=capsys)["trainable"]
     shared = plan("llama-3-8b", "quantize=nf4", "backend=fsdp", "processes=8", capsys=capsys)
-    assert shared["trainable"] and not any("model.quantize" in note for note in shared["notes"])
+    assert shared["trainable"]
+    assert not any("model.quantize" in note for note in shared["notes"])
     words = ("backend=megatron", "processes=2", "tensor_parallel=2")
     whole = plan("llama-3-8b", "quantize=nf4", *words, capsys=capsys)
     assert any("nf4 is refused with backend=megatron" in note for note in whole["notes"])
