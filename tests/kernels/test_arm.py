@@ -35,8 +35,9 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     for source in [*sorted(build.SOURCES.glob("*.cpp")), DRIVER]:
         flags = [*build.FLAGS, f"-march={request.param}", "-std=c++17", "-Wall", "-Werror"]
-        if source == DRIVER:  # whose references round where they say, and nowhere less
-            flags.append("-ffp-contract=off")
+        if source == DRIVER:
+            # whose references round where they say, and nowhere less; GCC 12 fails at its loops with -O3
+            flags += ["-ffp-contract=off", "-O1"]
         made = run(COMPILER, *flags, "-c", source, "-o", folder / f"{source.stem}.o")
         assert made.returncode == 0, made.stderr
     # static: the emulator then needs no libraries of another system
