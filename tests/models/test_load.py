@@ -162,6 +162,8 @@ def test_what_the_decoder_does_not_compute_goes_to_transformers_with_the_reason(
 def test_dtype_and_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.delenv("LORRY_DTYPE", raising=False)
+    # whatever this processor is: tests/test_processor.py
+    monkeypatch.setattr("lorry.models.loading.load.may_use_bfloat16", lambda: True)
     assert pick_dtype("bf16", cpu) == torch.bfloat16
     assert pick_dtype(torch.float16, cpu) == torch.float16
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):

@@ -11,6 +11,7 @@ import math
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ SETTINGS = (
     "threads=1",
 )
 FIELDS = {"Q_A": "answer", "Q_A_PARA": "paraphrased_answer", "Q_A_PERT": "perturbed_answer"}
+
+
+@pytest.fixture(scope="module")
+def world(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """With a run of its own: what is measured is kept in the run, which others look into."""
+    run = tmp_path_factory.mktemp("own") / "people"
+    return replace(world, run=Path(shutil.copytree(world.run, run)))
 
 
 @pytest.fixture(scope="module")

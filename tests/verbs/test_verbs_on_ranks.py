@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ from tests.verbs.test_muse_wmdp import write_wmdp
 pytestmark = pytest.mark.timeout(600)
 COMMON = "dtype=float32 threads=1"
 SHORT = "max_length=96 learning_rate=1e-2 save_strategy=no train.seed=3"
+
+
+@pytest.fixture(scope="module")
+def world(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """With a run of its own: what is measured is kept in the run, which others look into."""
+    run = tmp_path_factory.mktemp("own") / "people"
+    return replace(world, run=Path(shutil.copytree(world.run, run)))
 
 
 def commands(world: World, data: Path, out: Path) -> dict[str, list[str]]:
