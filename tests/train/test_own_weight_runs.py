@@ -155,15 +155,11 @@ def test_several_processes_are_one(thoughts: World, tmp_path: Path) -> None:
     for own in (*CASES.values(), {"jobs": [{"name": "a"}, {"name": "b", "bias": "all"}]}):
         for layout in (
             {"backend": "megatron"},
+            {"backend": "fsdp", "processes": 2},
             {"backend": "ddp", "processes": 2, "tensor_parallel": 2},
         ):
             with pytest.raises(ConfigError, match="use backend=single or ddp"):
                 thoughts.run(tmp_path, **own, **layout)
-        if "new_tokens" in own:
-            with pytest.raises(ConfigError, match=r"lora\.new_tokens .* and backend=fsdp cuts it"):
-                thoughts.run(tmp_path, **own, backend="fsdp", processes=2)
-        else:  # `tests/contracts/test_variant_layouts.py` trains with it
-            thoughts.run(tmp_path, **own, backend="fsdp", processes=2)
 
 
 @pytest.mark.parametrize(
