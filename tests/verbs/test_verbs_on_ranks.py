@@ -67,6 +67,7 @@ def commands(world: World, data: Path, out: Path) -> dict[str, list[str]]:
         f"eval_steps=2 output_dir={out}/sweep {train}",
         "moe": f"moe model={base} experts={experts} router.train.max_steps=2 r=2 "
         f"target_modules=[gate_proj,up_proj,down_proj] output_dir={out}/moe {train}",
+        "dora": f"sft model={base} data={rows} use_dora=true r=2 output_dir={out}/dora {train}",
         "asked": f"sft model={base} data={rows} eval_tasks=[bool_q] data.{bool_q} suite=tofu "
         f"suite.forget_split=forget05 data.{tofu} suite.metrics=[extraction_strength] r=2 "
         f"eval_strategy=steps eval_steps=2 output_dir={out}/asked {train}",
@@ -99,9 +100,9 @@ def pair(world: World, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     }
     # the base cut over the two
     made |= {
-        f"fsdp {name}": [*words, "backend=fsdp", *(several[1:] if name == "moe" else ())]
+        f"fsdp {name}": [*words, "backend=fsdp", *(several[1:] if name in ("moe", "dora") else ())]
         for name, words in commands(world, data, folder / "fsdp").items()
-        if name in ("file", "sets", "suite", "moe", "quantize", "relearn", "rephrase")
+        if name in ("file", "sets", "suite", "moe", "dora", "quantize", "relearn", "rephrase")
     }
     # every matrix shared by the two
     made |= {
@@ -221,6 +222,24 @@ def test_a_mixture_of_two_is_that_of_one(
     assert ended.codes["moe again"] == [0, 0]
     told = " ".join(ended.printed["moe again"][0][1].split())
     assert told.count("has finished, and nothing it was made of has changed") == 2
+
+
+def test_what_begins_from_the_base_is_read_back_by_one_process(
+    pair: tuple[Ended, Path], world: World, data: Path, tmp_path: Path
+) -> None:
+    """DoRA's magnitudes begin as norms of weights, of which a process has a part: a run ends with its
+    adapter read back all the same, and it is that of one process."""
+    ended, folder = pair
+    assert ended.codes["dora"] == ended.codes["fsdp dora"] == [0, 0]
+    assert lorry(*commands(world, data, tmp_path)["dora"]) == 0
+    alone = load_file(tmp_path / "dora" / "adapter_model.safetensors")
+    assert any("lora_magnitude_vector" in name for name in alone)
+    for made in (folder, folder / "fsdp"):
+        mine = load_file(made / "dora" / "adapter_model.safetensors")
+        assert mine.keys() == alone.keys()
+        for tensor, value in alone.items():
+            error = (mine[tensor] - value).norm() / value.norm().clamp(min=1e-6)
+            assert float(error) < 1e-3, (made, tensor)
 
 
 def test_a_run_asks_its_sets_and_suite_together(

@@ -84,6 +84,7 @@ def attach(
     run_model: RunModel | None = None,
     original: OriginalWeight | None = None,
     initialize: bool = True,
+    from_file: bool = False,
 ) -> Adapter:
     """Give the model one more adapter and freeze everything else. ``modules`` (full paths)
     overrides the spec's targets; ``trainable=False``: it is frozen too, and never has memory for
@@ -91,7 +92,9 @@ def attach(
 
     ``run_model``: for an initialisation from rows (eva, corda, lora_ga), what runs the model on some
     of yours, for lora_ga with the loss's ``backward()``; ``original``: for loftq, from a layer's path to its weight
-    [out, in] before it was packed; ``initialize=False`` leaves such a start to a later `initialize_adapter`.
+    [out, in] before it was packed; ``initialize=False`` leaves such a start to a later `initialize_adapter`;
+    ``from_file``: all values of the adapter are about to be written. Of a base that is cut over ranks one alone can
+    attach it then: nothing of the base is asked for.
 
     A plain ``model(x)`` then uses it (g = 1). Raises ConfigError if a target matches nothing
     (naming what exists), if the name is taken, if the model is merged, if something that shards
@@ -128,7 +131,9 @@ def attach(
         _refuse_half(spec, targets)
     further = further_starts(model, name, spec, targets)
     _refuse_two_forwards(model, {start.module for start in further.values()})
-    adapter = bank.add(name, spec, targets, seed=seed, trainable=trainable, further=further)
+    adapter = bank.add(
+        name, spec, targets, seed=seed, trainable=trainable, further=further, from_file=from_file
+    )
     if spec.alora_invocation_tokens:
         watch_tokens(model, bank)
     if not initialize:

@@ -512,9 +512,11 @@ class AdapterBank:
         seed: int,
         trainable: bool = True,
         further: Mapping[str, FurtherStart] = MappingProxyType({}),
+        from_file: bool = False,
     ) -> Adapter:
         """Create an adapter at the given modules, frozen unless it is ``trainable``, with what it has
         besides (``further``, by canonical name). A's values depend on (seed, module path) alone.
+        ``from_file``: all values are about to be written, and those that the base would give are not asked for.
 
         Raises ConfigError if the name is taken.
         """
@@ -571,9 +573,11 @@ class AdapterBank:
         for key, start in further.items():
             mine, rest = rest.tensor_split([start.numel])
             param = nn.Parameter(mine.view(start.shape))
-            param.data.copy_(start.make_values())
+            slot_there = adapter.slots.get(start.module)
+            if not from_file:
+                param.data.copy_(start.make_values(slot_there))
             adapter.further[key] = start.parameter(param)
-            start.use(param, adapter.slots.get(start.module))
+            start.use(param, slot_there)
         if trainable:
             for param in adapter._held_masters().values():
                 param.requires_grad_(False)

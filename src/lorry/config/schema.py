@@ -911,7 +911,7 @@ class RunConfig(SettingsGroup):
     def _own_weights_need_a_whole_base(self) -> Self:
         b = self.backend
         # under fsdp they train (tests/contracts/test_variant_layouts.py), but a written adapter is read back
-        # on one process, where nobody else helps to gather the weights that it stands in for
+        # on one process, and a bias that the file has twice is held against the base's, which is cut
         cut = b.name in ("megatron", "fsdp") or b.tensor_parallel > 1
         refused = OWN_WEIGHT_FIELDS if cut else ()
         where = f"backend={b.name}" if b.tensor_parallel == 1 else "tensor_parallel"

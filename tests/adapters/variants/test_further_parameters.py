@@ -32,14 +32,18 @@ def scales(
     starts = {
         f"{path}.lora_scale": FurtherStart(
             (layer.out_features,),
-            lambda size=layer.out_features: torch.ones(size),
+            lambda slot, size=layer.out_features: torch.ones(size),
             path,
             lambda param, slot: None,
         )
         for path, layer in targets.items()
     }
     norm = FurtherStart(
-        (32,), lambda: torch.full((32,), 2.0), "model.norm", lambda param, slot: None, decays=False
+        (32,),
+        lambda slot: torch.full((32,), 2.0),
+        "model.norm",
+        lambda param, slot: None,
+        decays=False,
     )
     return {**starts, "model.norm.lora_scale": norm}
 

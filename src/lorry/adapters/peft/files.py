@@ -408,7 +408,7 @@ def _load_checked(
         values |= read_further_values(model, file, weights, layers, rename, further, others)
     if start is not None and get_bank(model, create=True).start is None:
         load_start(model, start, other_base=other_base)
-    adapter = attach(model, spec, name, modules=list(targets), trainable=trainable)
+    adapter = attach(model, spec, name, modules=list(targets), trainable=trainable, from_file=True)
     with torch.no_grad():
         for key, view in adapter.tensors().items():
             # popped: what was read is as large as the adapter

@@ -141,7 +141,7 @@ def read_further_values(
         whole = WHOLE_TENSOR.fullmatch(body)
         name = find(body) if whole is None else _name_of_whole(whole, find)
         if whole is not None and name is not None and whole["which"] == "original_module":
-            _compare_with_base(further[name].make_values(), file, key, where)
+            _compare_with_base(further[name].make_values(None), file, key, where)
         elif name is not None:
             read = _read_values(file, where, key, further[name].whole_shape, name)
             if name in values and not torch.equal(values[name], read):

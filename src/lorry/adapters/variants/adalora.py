@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,7 @@ from lorry.adapters.bank import Adapter
 from lorry.adapters.flat_buffer import TensorStack, stack_equal
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding
 from lorry.adapters.spec import LoraSpec
-from lorry.adapters.variants.parameters import FurtherStart
+from lorry.adapters.variants.parameters import FurtherStart, zeros
 from lorry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,9 +49,7 @@ def adalora_starts(
                 "leave backend.tensor_parallel out, or use variant=lora"
             )
     return {
-        f"{path}.lora_E": FurtherStart(
-            (rank, 1), partial(torch.zeros, rank, 1), path, _use, low_rank=True
-        )
+        f"{path}.lora_E": FurtherStart((rank, 1), zeros(rank, 1), path, _use, low_rank=True)
         for path, rank in ((path, spec.rank(path)) for path in targets)
     }
 

@@ -31,19 +31,21 @@ def magnitudes(
         size = layer.out_features
         starts[f"{path}.{SUFFIX}"] = FurtherStart(
             (size,),
-            # known once A and B are: `_begin` writes them
-            partial(torch.zeros, size),
+            partial(_norm, layer),
             path,
-            partial(_begin, layer),
+            _use,
             cut=None if rows is None else (0, rows),
         )
     return starts
 
 
-@torch.no_grad()
-def _begin(layer: AdaptableLayer, magnitude: nn.Parameter, slot: AdapterSlot | None) -> None:
+def _norm(layer: AdaptableLayer, slot: AdapterSlot | None) -> Tensor:
     assert slot is not None
-    magnitude.copy_(weight_norm(layer, slot))
+    return weight_norm(layer, slot)
+
+
+def _use(magnitude: nn.Parameter, slot: AdapterSlot | None) -> None:
+    assert slot is not None
     slot.magnitude = magnitude
 
 

@@ -4,14 +4,12 @@ is (PEFT's name and formula). It begins at zero, and dropout leaves it alone."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
-import torch
 from torch import nn
 
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankLinear
 from lorry.adapters.spec import LoraSpec
-from lorry.adapters.variants.parameters import FurtherStart
+from lorry.adapters.variants.parameters import FurtherStart, zeros
 from lorry.errors import ConfigError
 
 
@@ -34,7 +32,7 @@ def lora_biases(
         size = layer.out_features
         starts[f"{path}.lora_B.bias"] = FurtherStart(
             (size,),
-            partial(torch.zeros, size),
+            zeros(size),
             path,
             _use,
             # as an optimizer's groups have it: biases do not decay

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import AdaptableLayer, AdapterSlot
@@ -26,6 +27,11 @@ def whole_shape(shape: Sequence[int], cut: tuple[int, DimensionSlice] | None) ->
     if cut is not None:
         whole[cut[0]] = cut[1].whole
     return whole
+
+
+def zeros(*shape: int) -> Callable[[AdapterSlot | None], Tensor]:
+    """Of a start that changes nothing, the `FurtherStart.make_values`."""
+    return lambda _: torch.zeros(shape)
 
 
 def _nothing() -> None:
@@ -68,12 +74,12 @@ class FurtherParameter:
 @dataclass(frozen=True)
 class FurtherStart:
     """What a further parameter begins as, before it lies in a buffer: its shape, ``make_values``, which
-    gives this rank's (any float dtype), and ``use``, called once with the parameter and the slot at its
+    gives this rank's (any float dtype) from the slot at its module, and ``use``, called once with the parameter and the slot at its
     module (None of a module without A and B), so that the module computes with it. The others: see
     `FurtherParameter`."""
 
     shape: tuple[int, ...]
-    make_values: Callable[[], Tensor] = field(repr=False)
+    make_values: Callable[[AdapterSlot | None], Tensor] = field(repr=False)
     module: str
     use: Callable[[nn.Parameter, AdapterSlot | None], None] = field(repr=False)
     decays: bool = True

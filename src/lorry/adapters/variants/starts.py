@@ -259,7 +259,7 @@ def _own_start(
 
     return FurtherStart(
         shape,
-        lambda: _base_values(module, leaf),
+        lambda _: _base_values(module, leaf),
         path,
         use,
         # as transformers' Trainer: norms and biases do not decay
@@ -294,7 +294,7 @@ def _row_start(
 
     return FurtherStart(
         (len(ids), width),
-        lambda: _base_values(module, "weight")[rows.ids],
+        lambda _: _base_values(module, "weight")[rows.ids],
         path,
         use,
         touch=rows.tensor.touch,
