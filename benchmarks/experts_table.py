@@ -9,7 +9,6 @@ for all methods, since rows differ much more from each other than methods do.
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,19 +17,20 @@ from typing import TYPE_CHECKING, Any
 from experts_rows import DOMAINS, HALVES, SPLIT_DOMAIN, TURN_DOMAINS, TURNS, UNSEEN
 from measure import machine
 from results import grid
+from study_page import StudyPage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RESAMPLES = 2000
-BEGIN = "<!-- made by: python benchmarks/experts_study.py --docs -->\n"
-END = "<!-- end of what is made -->\n"
+PAGE = StudyPage(
+    "docs/experts.md", "experts_study.py", ("experts-cpu", "experts-small-cpu"), "study-experts"
+)
 ORACLE = "oracle"
 # the targets: of each domain for routers of sequences, of the mean for the token router
 NEAR_ORACLE, NEAR_ORACLE_MEAN = 0.01, 0.03
 BY_SEQUENCE, BY_TOKEN = ("prototype", "sequence"), "token-delta-2"
 MERGES = ("core_linear", "ties_svd", "core_tsv")
-RECORDS = ("experts-cpu", "experts-small-cpu")  # the first that is there is shown
 Interval = list[float]  # value, low, high
 
 
@@ -327,29 +327,11 @@ def table(columns_and_rows: tuple[Sequence[str], Sequence[Sequence[str]]]) -> st
     return grid(*columns_and_rows)
 
 
-def shown_record(root: Path) -> tuple[str, dict[str, Any]]:
-    """(name, record) of what docs/experts.md shows. Exits where there is none."""
-    for name in RECORDS:
-        path = root / "benchmarks/results" / f"{name}.json"
-        if path.exists():
-            return name, dict(json.loads(path.read_text()))
-    raise SystemExit("no record of the study is there; run make study-experts")
-
-
-def page_with(page: str, section: str) -> str:
-    """docs/experts.md with another section between the marks."""
-    before, mark, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise SystemExit(f"docs/experts.md lacks the lines {BEGIN!r} and {END!r}")
-    return before + BEGIN + section + END + after
-
-
 def write_docs(root: Path) -> None:
     """The section of docs/experts.md, and its plot."""
-    name, record = shown_record(root)
-    page, picture = root / "docs/experts.md", f"results/{name}.png"
-    page.write_text(page_with(page.read_text(), docs_section(record, picture)))
+    name, record = PAGE.find_record(root)
+    page, picture = root / PAGE.path, f"results/{name}.png"
+    page.write_text(PAGE.put(page.read_text(), docs_section(record, picture)))
     draw(record["values"], root / "docs" / picture)
     print(f"{page} and {picture}, from {name}.json")
 

@@ -13,7 +13,6 @@ All of it is about these held-out rows and no others.
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ from typing import Any
 from measure import machine
 from plots import LINES
 from results import grid
+from study_page import StudyPage
 
 NAMES = {False: "variants-study-cpu", True: "variants-study-small-cpu"}  # by --small
-BEGIN = "<!-- made by: python benchmarks/variants_study.py --docs -->\n"
-END = "<!-- end of what is made -->\n"
+PAGE = StudyPage(
+    "docs/choosing.md", "variants_study.py", (NAMES[False], NAMES[True]), "study-variants"
+)
 PLAIN, WHOLE = "r16-alpha32", "full"
 DRAWS, LEVEL = 4000, 0.95
 FEWEST = 3  # rates of a curve that says where its best lies
@@ -462,30 +463,11 @@ def table(columns_and_rows: tuple[Sequence[str], Sequence[Sequence[str]]]) -> st
     return grid(*columns_and_rows)
 
 
-def shown_record(root: Path) -> tuple[str, dict[str, Any]]:
-    """(name, record) of what docs/choosing.md shows: the full study's, else the small one's. Exits
-    where there is none."""
-    for name in (NAMES[False], NAMES[True]):
-        path = root / "benchmarks/results" / f"{name}.json"
-        if path.exists():
-            return name, dict(json.loads(path.read_text()))
-    raise SystemExit("no record of the study is there; run make study-variants")
-
-
-def page_with(page: str, section: str) -> str:
-    """docs/choosing.md with another section between the marks."""
-    before, mark, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise SystemExit(f"docs/choosing.md lacks the lines {BEGIN!r} and {END!r}")
-    return before + BEGIN + section + END + after
-
-
 def write_docs(root: Path) -> None:
     """The section of docs/choosing.md, and its plot."""
-    name, record = shown_record(root)
-    page, picture = root / "docs/choosing.md", f"results/{name}.png"
-    page.write_text(page_with(page.read_text(), docs_section(record, picture)))
+    name, record = PAGE.find_record(root)
+    page, picture = root / PAGE.path, f"results/{name}.png"
+    page.write_text(PAGE.put(page.read_text(), docs_section(record, picture)))
     draw(found_of(record), root / "docs" / picture)
     print(f"{page} and {picture}, from {name}.json")
 

@@ -15,6 +15,7 @@ import experts_rows
 import experts_study
 import experts_table
 import pytest
+import study_page
 import torch
 from experts_rows import DOMAINS, FULL, HALVES, SMALL, SPLIT_DOMAIN, TURNS, UNSEEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -216,11 +217,11 @@ def test_the_tables_say_what_was_found(record: dict[str, Any]) -> None:
     _, halves = experts_table.halves_table(values)
     assert halves[-1] == ["x1.0", "1.500 [1.500, 1.500]", "+50.0% [+50.0%, +50.0%]"]
     page = experts_table.docs_section(record, "p.png")
-    before = f"a\n{experts_table.BEGIN}old\n{experts_table.END}b\n"
-    marked = experts_table.page_with(before, page)
-    assert marked == f"a\n{experts_table.BEGIN}{page}{experts_table.END}b\n"
+    before = f"a\n{experts_table.PAGE.begin}old\n{study_page.END}b\n"
+    marked = experts_table.PAGE.put(before, page)
+    assert marked == f"a\n{experts_table.PAGE.begin}{page}{study_page.END}b\n"
     with pytest.raises(SystemExit, match="lacks the lines"):
-        experts_table.page_with("a page", page)
+        experts_table.PAGE.put("a page", page)
 
 
 def test_intervals_are_of_rows_and_pairs(record: dict[str, Any]) -> None:
@@ -236,10 +237,10 @@ def test_intervals_are_of_rows_and_pairs(record: dict[str, Any]) -> None:
 
 
 def test_the_page_is_what_the_record_says() -> None:
-    name, record = experts_table.shown_record(ROOT)
+    name, record = experts_table.PAGE.find_record(ROOT)
     page = (ROOT / "docs/experts.md").read_text()
     section = experts_table.docs_section(record, f"results/{name}.png")
-    assert experts_table.page_with(page, section) == page
+    assert experts_table.PAGE.put(page, section) == page
     assert (ROOT / f"docs/results/{name}.png").is_file()
     columns, rows = experts_table.loss_table(record["values"])
     assert (record["columns"], record["rows"]) == (columns, rows)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import study_page
 import variants_study
 import variants_table
 from scipy import stats
@@ -252,20 +253,20 @@ def test_the_tables_say_what_was_found(record: dict[str, Any], tmp_path: Path) -
     )
     page = variants_table.docs_section(record, "p.png")
     assert "Before training the loss is 3.000." in page
-    before = f"a\n{variants_table.BEGIN}old\n{variants_table.END}b\n"
-    marked = variants_table.page_with(before, page)
-    assert marked == f"a\n{variants_table.BEGIN}{page}{variants_table.END}b\n"
+    before = f"a\n{variants_table.PAGE.begin}old\n{study_page.END}b\n"
+    marked = variants_table.PAGE.put(before, page)
+    assert marked == f"a\n{variants_table.PAGE.begin}{page}{study_page.END}b\n"
     with pytest.raises(SystemExit, match="lacks the lines"):
-        variants_table.page_with("a page", page)
+        variants_table.PAGE.put("a page", page)
     variants_table.draw(variants_table.found_of(record), tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_is_what_the_record_says() -> None:
-    name, record = variants_table.shown_record(ROOT)
+    name, record = variants_table.PAGE.find_record(ROOT)
     page = (ROOT / "docs/choosing.md").read_text()
     section = variants_table.docs_section(record, f"results/{name}.png")
-    assert variants_table.page_with(page, section) == page
+    assert variants_table.PAGE.put(page, section) == page
     assert (ROOT / f"docs/results/{name}.png").is_file()
     columns, rows = variants_table.claims_table(variants_table.found_of(record))
     assert (record["columns"], record["rows"]) == (columns, rows)
