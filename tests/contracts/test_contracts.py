@@ -4,6 +4,7 @@ in contracts.json.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -340,6 +341,7 @@ def test_4_rounding_passes_only_where_shapes_follow_tokens(
 ) -> None:
     """A change of 5e-5 is a leak, unless experts that are whole MLPs allow for rounding."""
     monkeypatch.setattr("lorry.train.checks.packing_leak", lambda *given: 5e-5)
+    monkeypatch.setattr("lorry.train.checks.repeat_difference", lambda *given: 0.0)
     monkeypatch.setattr("lorry.train.checks.packed_loss_difference", lambda *given: 0.0)
     checks, batches = ContractChecks(), [collate(examples(4))]
     for limit in (0.0, 4e-5):
@@ -349,6 +351,20 @@ def test_4_rounding_passes_only_where_shapes_follow_tokens(
             )
     checks.first_batches(cast(Any, None), batches, [()], tolerance=1e-5, leak_tolerance=1e-4)
     assert checks.results[4].status == "held"
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_4_results_that_do_not_repeat(sequences: int) -> None:
+    """Not a leak: the same tokens are given other scores the next time."""
+    scores = itertools.count()
+
+    class Unsteady:
+        def score(self, batches: Any, wants: Any) -> Any:
+            return [{"logprob": torch.full((len(batches[0].tokens),), float(next(scores)))}]
+
+    batch = collate(examples(sequences))
+    with pytest.raises(ContractError, match=r"scores of one batch change by .* scored again"):
+        ContractChecks().first_batches(cast(Any, Unsteady()), [batch], [()], tolerance=1e-5)
 
 
 def test_4_positions_that_do_not_restart(

@@ -109,6 +109,14 @@ def packing_leak(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> f
     return worst
 
 
+def repeat_difference(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> float:
+    """Largest change of a score when the same sequences are scored again: 0, unless a processor,
+    its memory or a library gives other results for the same numbers."""
+    one, want = collate(_split_examples(batch, sequences)), {"logprob": TokenScore(log_prob)}
+    first, second = (backend.score([one], want)[0]["logprob"].clone() for _ in range(2))
+    return float((first - second).abs().max())
+
+
 def _split_examples(batch: Batch, sequences: int) -> list[TokenizedExample]:
     """The first few sequences of a batch, apart again."""
     parts = []

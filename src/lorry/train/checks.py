@@ -25,7 +25,7 @@ from lorry.backends.protocol import Backend, GradientNorms, ParameterInspection,
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import interleave_adapters
 from lorry.errors import ConfigError, ContractError, ModelError, NonFiniteError
-from lorry.evaluate.loss import packed_loss_difference, packing_leak
+from lorry.evaluate.loss import packed_loss_difference, packing_leak, repeat_difference
 from lorry.train.jobs import StepCount, validate_strict
 
 # numbers and order are those of docs/architecture.md, and stand in every contracts.json
@@ -240,6 +240,17 @@ class ContractChecks:
         leaked = packing_leak(backend, first, max(4, len(ends)))
         # NaN is the next check's: it says which
         if leaked > leak_tolerance:
+            again = repeat_difference(backend, first, max(4, len(ends)))
+            # a sequence alone has no neighbours that could have changed it
+            if again > leak_tolerance or len(first.segments) == 1:
+                raise self.fail(
+                    4,
+                    (
+                        f"the scores of one batch change by {max(leaked, again):.2e} when it is scored again: the "
+                        "processor, its memory or a library does not repeat its results; if LORRY_KERNELS=0 "
+                        "mends it, please report it with what `lorry doctor` prints"
+                    ),
+                )
             raise self.fail(
                 4,
                 (
