@@ -113,7 +113,7 @@ def write_direction(folder: Path, width: int) -> None:
     """The vector that RMU drives to, as Lorry draws it for seed 0."""
     from safetensors.torch import save_file
 
-    from lorry.tasks.unlearn.methods import steering_direction
+    from lorry.tasks.unlearn.methods.steering import steering_direction
 
     save_file({"direction": steering_direction(width, 0)}, folder / DIRECTION)
 

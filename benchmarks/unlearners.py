@@ -81,7 +81,8 @@ def tally(rows: RoleRows) -> tuple[int, int]:
 def lorry(reference: Literal["live", "cached"]) -> Run:
     """Lorry's own path: the local backend, an unlearning task, and the start read by ``reference``."""
     from lorry.adapters.mix import AdapterContext, Mix
-    from lorry.tasks.unlearn.methods import StartModel, make_method
+    from lorry.tasks.unlearn.methods.method import StartModel
+    from lorry.tasks.unlearn.methods.registry import make_method
     from lorry.tasks.unlearn.reference import CachedReference, LiveReference
     from lorry.tasks.unlearn.task import UnlearnTask
 

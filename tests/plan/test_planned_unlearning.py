@@ -20,8 +20,8 @@ from lorry.errors import ConfigError
 from lorry.models.scoring.score import TokenScore
 from lorry.plan import machine, rates
 from lorry.plan.configs import find_config
-from lorry.tasks.unlearn.methods import UNLEARN_METHODS as METHODS
-from lorry.tasks.unlearn.methods import StartModel, make_method
+from lorry.tasks.unlearn.methods.method import StartModel
+from lorry.tasks.unlearn.methods.registry import METHOD_CLASSES, make_method
 from lorry.tasks.unlearn.pairing import ALTERNATE, FORGET, RETAIN
 from lorry.train.session import train_run
 from lorry.verbs.plan import own_unlearning
@@ -72,9 +72,9 @@ def test_reads_are_those_of_the_method(given: dict[str, Any]) -> None:
     config = UnlearnConfig.model_validate({**rows, **given, **more})
     own = {**config.settings(), "retain_loss_eps": 0.1} if given["method"] == "PDU" else None
     made = make_method(config.method, [own or config.settings()], StartModel(8))
-    roles = [(FORGET, 0), *[(ALTERNATE, 0)] * METHODS[config.method].needs_alternates]
+    roles = [(FORGET, 0), *[(ALTERNATE, 0)] * METHOD_CLASSES[config.method].needs_alternates]
     if made.retains:
-        other = METHODS[config.method].needs_retain_alternates
+        other = METHOD_CLASSES[config.method].needs_retain_alternates
         roles += [(RETAIN, 1), *[(ALTERNATE, 1)] * other]
     batch = made.prepare(
         collate(

@@ -19,8 +19,8 @@ from lorry.config.unlearning.unlearn import NEED_ALTERNATES, UNLEARN_METHODS
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ContractError, DataError, LorryError
 from lorry.models.loading.open import open_model
-from lorry.tasks.unlearn import methods
 from lorry.tasks.unlearn.alternates import read_refusals
+from lorry.tasks.unlearn.methods.registry import METHOD_CLASSES
 from lorry.tasks.unlearn.settings import SETTINGS
 from lorry.train import session
 from lorry.train.session import TrainResult, train_run
@@ -195,10 +195,10 @@ def test_every_method_trains(method: str, world: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_of_settings_is_of_the_methods_there_are() -> None:
-    assert set(UNLEARN_METHODS) == set(methods.UNLEARN_METHODS)
+    assert set(UNLEARN_METHODS) == set(METHOD_CLASSES)
     for name, settings in UNLEARN_METHODS.items():
         assert settings.keys() <= set(SETTINGS), name
-        assert methods.UNLEARN_METHODS[name].needs_alternates == (name in NEED_ALTERNATES), name
+        assert METHOD_CLASSES[name].needs_alternates == (name in NEED_ALTERNATES), name
 
 
 @pytest.mark.parametrize(

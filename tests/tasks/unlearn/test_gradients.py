@@ -17,7 +17,7 @@ from lorry.backends.optim import OptimSettings
 from lorry.errors import NonFiniteError
 from lorry.models.decoder.model import Decoder
 from lorry.tasks.unlearn.gradients import make_gradient_rule
-from lorry.tasks.unlearn.methods import PDU
+from lorry.tasks.unlearn.methods.primal_dual import PDU
 from lorry.tasks.unlearn.task import UnlearnTask
 from tests.support.unlearning import Row, Twin, ragged_rows, twin_model
 from tests.tasks.unlearn.test_methods import (

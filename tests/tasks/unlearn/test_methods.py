@@ -24,12 +24,9 @@ from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.errors import ConfigError, DataError, ModelError
 from lorry.evaluate.loss import evaluate_task
 from lorry.models.decoder.model import Decoder
-from lorry.tasks.unlearn.methods import (
-    UNLEARN_METHODS,
-    StartModel,
-    make_method,
-    steering_direction,
-)
+from lorry.tasks.unlearn.methods.method import StartModel
+from lorry.tasks.unlearn.methods.registry import METHOD_CLASSES, make_method
+from lorry.tasks.unlearn.methods.steering import steering_direction
 from lorry.tasks.unlearn.reference import CachedReference, LiveReference
 from lorry.tasks.unlearn.settings import resolve_settings
 from lorry.tasks.unlearn.task import UnlearnTask
@@ -147,7 +144,7 @@ class Rows:
 
 
 def roles_of(method: str) -> list[str]:
-    found, of = [twin.FORGET, twin.RETAIN], UNLEARN_METHODS[method]
+    found, of = [twin.FORGET, twin.RETAIN], METHOD_CLASSES[method]
     found += [twin.IDK] if of.needs_alternates else []
     return found + ([twin.RETAIN_IDK] if of.needs_retain_alternates else [])
 

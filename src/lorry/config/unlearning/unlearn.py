@@ -56,7 +56,7 @@ UNLEARN_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 # methods whose loss is of another answer to the forget question as well
 NEED_ALTERNATES = frozenset({"DPO", "IdkDPO", "AltPO", "IdkAP", "JensUn"})
 # methods that run the other answer beside the row's own, and of which rows (in place of it: no more
-# sequences); and what the forget loss asks of the start. Held to tasks/unlearn/methods.py by a test.
+# sequences); and what the forget loss asks of the start. Held to tasks/unlearn/methods/ by a test.
 _RUN_ALTERNATES = {"DPO": "forget", "IdkDPO": "forget", "AltPO": "forget", "IdkAP": "retain"}
 _FORGET_ASKS: dict[str, Literal["scores", "hidden"]] = {
     **dict.fromkeys(("NPO", "DPO", "IdkDPO", "AltPO"), "scores"),

@@ -38,7 +38,8 @@ from lorry.tasks.unlearn.alternates import (
     read_refusals,
 )
 from lorry.tasks.unlearn.gradients import make_gradient_rule
-from lorry.tasks.unlearn.methods import UNLEARN_METHODS, StartModel, UnlearnMethod, make_method
+from lorry.tasks.unlearn.methods.method import StartModel, UnlearnMethod
+from lorry.tasks.unlearn.methods.registry import METHOD_CLASSES, make_method
 from lorry.tasks.unlearn.pairing import FORGET, RETAIN
 from lorry.tasks.unlearn.reference import CachedReference, LiveReference, ReferenceReader
 from lorry.tasks.unlearn.task import UnlearnTask
@@ -87,7 +88,7 @@ def role_stream(
         finder = None if path is None else AlternatesFinder(read_alternates(path))
         refusals = [] if finder is not None else read_refusals(settings.idk)
         wanted = {FORGET: (run.data, data)}
-        if settings.retains and UNLEARN_METHODS[settings.method].needs_retain_alternates:
+        if settings.retains and METHOD_CLASSES[settings.method].needs_retain_alternates:
             wanted[RETAIN] = (unlearn_row_sets(run)[RETAIN], sets[RETAIN])
         for role, (config, prepared) in wanted.items():
             alternates[role] = alternates_of(

@@ -19,7 +19,7 @@ from lorry.data.batch import Batch, BatchExtra
 from lorry.errors import DataError
 from lorry.models.scoring.score import FinalHidden, Want
 from lorry.tasks.distill.align import sequence_digest
-from lorry.tasks.unlearn.methods import REFERENCE, reference
+from lorry.tasks.unlearn.methods.method import REFERENCE, reference
 
 MixOf = Mix | Callable[[Batch], Mix]
 

@@ -18,7 +18,7 @@ from lorry.data.batch import Batch
 from lorry.data.stream.joint import JointStream
 from lorry.models.scoring.score import Want
 from lorry.tasks.sft import SftTask
-from lorry.tasks.unlearn.methods import UnlearnMethod
+from lorry.tasks.unlearn.methods.method import UnlearnMethod
 from lorry.tasks.unlearn.pairing import split_parts
 from lorry.tasks.unlearn.reference import ReferenceReader
 

@@ -1,0 +1,1 @@
+"""Unlearning methods, by what their forget term is: one class each, and their names."""
