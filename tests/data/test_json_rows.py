@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
-from lorry.data.reading import json_rows, rows
+from lorry.data.reading import json_decoder, json_rows, json_scanner, rows
 from lorry.data.reading.formats import read_examples
 from lorry.data.reading.json_rows import read_json_rows, read_jsonl
-from lorry.data.reading.rows import DataRow
+from lorry.data.reading.rows import DataRow, RowFault
 from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
@@ -64,7 +64,7 @@ def test_arrays_as_the_json_module_writes_them(
     )
     path = file(tmp_path_factory.mktemp("json"), "d.json", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "PIECE_BYTES", piece)
+        patch.setattr(json_scanner, "PIECE_BYTES", piece)
         source = open_source(path)
         got = list(source)
     assert [row.values for row in got] == [row for array in arrays for row in array]
@@ -269,13 +269,13 @@ def test_a_long_array_is_read_in_bounded_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 200
-    assert peak < 8 * json_rows.PIECE_BYTES
+    assert peak < 8 * json_scanner.PIECE_BYTES
 
 
 def test_a_row_larger_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (rows, json_rows):
+    for room in (rows, json_decoder, json_rows, json_scanner):
         monkeypatch.setattr(room, "LARGEST_ROW", 1000)
-    monkeypatch.setattr(json_rows, "PIECE_BYTES", 100)
+    monkeypatch.setattr(json_scanner, "PIECE_BYTES", 100)
     long = '{"text": "%s"}' % ("x" * 5000)
     path = file(tmp_path, "d.jsonl", f'{{"n": 1}}\n{long}\n{{"n": 3}}\n')
     source = open_source(path, on_bad_row="skip")
@@ -319,7 +319,7 @@ def test_damaged_arrays_give_a_data_error_or_rows(
     except ValueError:
         whole = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "PIECE_BYTES", piece)
+        patch.setattr(json_scanner, "PIECE_BYTES", piece)
         try:
             items = list(read_json_rows(path, "d.json"))
         except DataError as error:
@@ -379,7 +379,7 @@ def test_an_array_of_strings_is_rows_of_text(
     path = file(tmp_path_factory.mktemp("raw"), "forget.json", content)
     expected = [text for one in texts for text in one]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "PIECE_BYTES", piece)
+        patch.setattr(json_scanner, "PIECE_BYTES", piece)
         found = list(read_json_rows(path, "forget.json"))
     assert all(isinstance(row, DataRow) for row in found)
     assert [row.values for row in found] == [{"text": text} for text in expected]  # type: ignore[union-attr]
@@ -412,7 +412,7 @@ def test_strings_among_other_elements(
     """
     found = list(read_json_rows(file(tmp_path, "d.json", content), "d.json"))
     assert [row.values for row in found if isinstance(row, DataRow)] == rows
-    faults = [row for row in found if isinstance(row, json_rows.RowFault)]
+    faults = [row for row in found if isinstance(row, RowFault)]
     assert {int(one.where.rpartition(" ")[2]): one.bad.reason for one in faults} == {
         number: f"expected an object such as {{...}}, found {what}" for number, what in bad.items()
     }
@@ -458,7 +458,7 @@ def test_strings_among_other_lines(
 ) -> None:
     found = list(read_jsonl(file(tmp_path, "d.jsonl", content), "d.jsonl"))
     assert [row.values["text"] for row in found if isinstance(row, DataRow)] == rows
-    faults = {row.where: row.bad.reason for row in found if isinstance(row, json_rows.RowFault)}
+    faults = {row.where: row.bad.reason for row in found if isinstance(row, RowFault)}
     assert faults.keys() == {f"d.jsonl:{line}" for line in bad}
     for line, reason in bad.items():
         assert reason in faults[f"d.jsonl:{line}"]

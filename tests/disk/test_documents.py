@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.columnar import select_columns
-from lorry.data.reading.json_rows import RowDecoder
+from lorry.data.reading.json_decoder import RowDecoder
 from lorry.disk import documents
 from lorry.disk.documents import (
     first_repeated,

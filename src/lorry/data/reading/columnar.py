@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.json_rows import RowDecoder
+from lorry.data.reading.json_decoder import RowDecoder
 from lorry.data.reading.rows import ColumnSelector, DataRow, RowFault, RowStream
 from lorry.disk.documents import first_repeated, read_json_document
 from lorry.disk.durable import DiskError

@@ -33,7 +33,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.json_rows import RowDecoder
+from lorry.data.reading.json_decoder import RowDecoder
 from lorry.disk.documents import parse_json
 from lorry.errors import DataError
 

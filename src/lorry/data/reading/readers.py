@@ -16,13 +16,8 @@ from typing import TextIO
 
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.columnar import read_parquet
-from lorry.data.reading.json_rows import (
-    decode_utf8,
-    printable_bytes,
-    read_json_rows,
-    read_jsonl,
-    strip_byte_order_mark,
-)
+from lorry.data.reading.encodings import decode_utf8, printable_bytes, strip_byte_order_mark
+from lorry.data.reading.json_rows import read_json_rows, read_jsonl
 from lorry.data.reading.rows import (
     CUT_OFF,
     LARGEST_ROW,
