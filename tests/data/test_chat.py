@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
 from lorry.data.encoding.chat import render_chat
+from lorry.data.encoding.chat_template.template import (
+    PROBE_CHARACTER,
+    ChatTemplate,
+    TemplateRefusedError,
+)
 from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
-from lorry.data.encoding.template import PROBE_CHARACTER, ChatTemplate, TemplateRefusedError
 from lorry.data.encoding.tokens import TextTokenizer
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation

@@ -15,8 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.encoding import template_budget
-from lorry.data.encoding.sandbox import ALLOWED_FILTERS
-from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError, common_prefix
+from lorry.data.encoding.chat_template.sandbox import ALLOWED_FILTERS
+from lorry.data.encoding.chat_template.template import (
+    ChatTemplate,
+    TemplateRefusedError,
+    common_prefix,
+)
 from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
 from tests.support.chat_templates import TEMPLATES

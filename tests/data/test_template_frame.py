@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.encoding import template as template_module
+from lorry.data.encoding.chat_template.frame import find_template_frame
+from lorry.data.encoding.chat_template.sandbox import TemplateSandbox
+from lorry.data.encoding.chat_template.template import (
+    ChatTemplate,
+    RenderedTemplate,
+    TemplateRefusedError,
+)
 from lorry.data.encoding.encode import ExampleEncoder
-from lorry.data.encoding.sandbox import TemplateSandbox
-from lorry.data.encoding.template import ChatTemplate, RenderedTemplate, TemplateRefusedError
-from lorry.data.encoding.template_frame import find_template_frame
 from lorry.data.reading.content import ChatMessage, Conversation
 from tests.support.chat_templates import TEMPLATES
 

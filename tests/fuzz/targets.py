@@ -36,7 +36,7 @@ from lorry.config import (
     parse_settings,
 )
 from lorry.config.parsing.sizes import parse_size
-from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError
+from lorry.data.encoding.chat_template.template import ChatTemplate, TemplateRefusedError
 from lorry.data.reading.content import ChatMessage
 from lorry.data.reading.sources import open_source
 from lorry.errors import LorryError

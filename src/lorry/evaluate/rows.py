@@ -17,8 +17,8 @@ from lorry.adapters.mix import Mix
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.protocol import ScoringBackend
 from lorry.backends.registry import open_scorer
+from lorry.data.encoding.chat_template.template import TemplateRefusedError
 from lorry.data.encoding.encode import ExampleEncoder
-from lorry.data.encoding.template import TemplateRefusedError
 from lorry.data.encoding.token_set import TokenSet, encode_rows, report_progress
 from lorry.data.reading.content import Conversation
 from lorry.data.reading.formats import DataExample, RowFormat, read_examples

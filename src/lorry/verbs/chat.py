@@ -295,7 +295,7 @@ class ChatSession:
         """The conversation with one more message, up to where the answer begins. Raises DataError
         if the template refuses it.
         """
-        from lorry.data.encoding.template import TemplateRefusedError
+        from lorry.data.encoding.chat_template.template import TemplateRefusedError
         from lorry.data.reading.content import ChatMessage, Conversation
         from lorry.generation.text import encode_continuation
 

@@ -26,7 +26,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lorry.data.encoding.template import (
+from lorry.data.encoding.chat_template.template import (
     PROBE_CHARACTER,
     ChatTemplate,
     RenderedTemplate,

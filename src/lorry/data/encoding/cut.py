@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 
 from lorry.data.encoding.chat import locate_message
-from lorry.data.encoding.template import ChatTemplate
+from lorry.data.encoding.chat_template.template import ChatTemplate
 from lorry.data.encoding.tokens import MarkedTokens, TextTokenizer
 from lorry.data.reading.content import ChatMessage
 

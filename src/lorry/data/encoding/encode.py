@@ -18,6 +18,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorry.data.encoding.chat import CharSpan, RenderedChat, render_chat
+from lorry.data.encoding.chat_template.template import (
+    PLAIN_TEMPLATE,
+    RESERVED_CHARACTERS,
+    ChatTemplate,
+    TemplateRefusedError,
+    special_token_texts,
+)
 from lorry.data.encoding.cut import (
     cut_longest,
     cut_longest_middle,
@@ -28,13 +35,6 @@ from lorry.data.encoding.cut import (
     split_text_tokens,
 )
 from lorry.data.encoding.rendered import RenderedTextDetector
-from lorry.data.encoding.template import (
-    PLAIN_TEMPLATE,
-    RESERVED_CHARACTERS,
-    ChatTemplate,
-    TemplateRefusedError,
-    special_token_texts,
-)
 from lorry.data.encoding.tokens import MarkedTokens, TextTokenizer
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation, ExampleContent, TextDocument

@@ -15,7 +15,11 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError, special_token_texts
+from lorry.data.encoding.chat_template.template import (
+    ChatTemplate,
+    TemplateRefusedError,
+    special_token_texts,
+)
 from lorry.data.reading.content import ChatMessage, Conversation
 
 ALREADY_RENDERED = "the prompt is rendered by the chat template already"

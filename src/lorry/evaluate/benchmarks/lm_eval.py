@@ -27,8 +27,8 @@ from lorry.adapters.mix import Mix
 from lorry.config import ModelConfig, build_settings
 from lorry.console import VisibleConsole
 from lorry.data.encoding.chat import locate_message
+from lorry.data.encoding.chat_template.template import TemplateRefusedError
 from lorry.data.encoding.encode import ExampleEncoder
-from lorry.data.encoding.template import TemplateRefusedError
 from lorry.data.reading.content import ROLES, ChatMessage
 from lorry.errors import ConfigError, DataError, ModelError, suggest_nearest
 from lorry.evaluate.benchmarks.likelihood import (

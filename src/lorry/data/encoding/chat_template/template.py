@@ -22,13 +22,17 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SecurityError
 
-from lorry.data.encoding.sandbox import (
+from lorry.data.encoding.chat_template.frame import (
+    TEMPLATE_FAULTS,
+    TemplateFrame,
+    find_template_frame,
+)
+from lorry.data.encoding.chat_template.sandbox import (
     GENERATION_CLOSE,
     GENERATION_OPEN,
     LONGEST_SOURCE,
     TemplateSandbox,
 )
-from lorry.data.encoding.template_frame import TEMPLATE_FAULTS, TemplateFrame, find_template_frame
 from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
 

@@ -1,11 +1,11 @@
 """A chat template is a program from the internet: it runs in jinja2's immutable sandbox, with a
 budget for time and memory.
 
-The sandbox keeps a template away from Python's internals; the budget (template_budget.py) bounds
+The sandbox keeps a template away from Python's internals; the budget (budget.py) bounds
 what it may still do, because a few characters are enough to loop for ever or to ask for terabytes.
 The rule: **every operation pays into one account, before it runs where its cost is more than a
 step, and what it builds counts until the rendering ends.** Loops, macros and container displays pay
-by a call planted in their bodies; slices, comparisons, ``in`` and keys of dictionaries, which
+by a call planted in their bodies (planter.py); slices, comparisons, ``in`` and keys of dictionaries, which
 jinja2 compiles to bare Python, are sent through methods of this environment; operators, calls,
 filters and tests come by here anyway. Whoever adds a filter, a test or a global here says what it
 costs. A template that oversteps is a ``ModelError``.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -30,9 +29,9 @@ from jinja2.filters import make_attrgetter
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
-from lorry.data.encoding.template_budget import RenderBudget, RenderBudgetError
+from lorry.data.encoding.chat_template.budget import RenderBudget, RenderBudgetError
+from lorry.data.encoding.chat_template.planter import BudgetPlanter
 
 LONGEST_SOURCE = 1 << 19  # characters of template source
 # mark a {% generation %} block; Unicode noncharacters, never part of real text
@@ -172,7 +171,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             "strftime_now": self._strftime,
         }
 
-    # Called by what _Plant plants.
+    # Called by what `BudgetPlanter` plants.
 
     def step(self, characters: int, work: int, items: int) -> str:
         """One round of a loop or one macro call, whose body holds this much literal text, work, and
@@ -198,7 +197,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     # Called by jinja2.
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _BudgetPlanter(self).visit(super()._parse(source, name, filename))
+        return BudgetPlanter(self).visit(super()._parse(source, name, filename))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """``obj[argument]``; a tuple is hashed by that, and a tuple of tuples of tuples takes for
@@ -477,100 +476,6 @@ class _GuardedNamespace(Namespace):
         if str(name).startswith("_"):
             raise jinja2.sandbox.SecurityError(f"it sets {name!r} on a namespace")
         super().__setitem__(name, value)
-
-
-class _BudgetPlanter(NodeTransformer):
-    """Plants a ``step`` call in every loop and macro body, and sends what jinja2 compiles to bare
-    Python through the account.
-    """
-
-    def __init__(self, environment: TemplateSandbox) -> None:
-        self.environment = environment
-
-    def _call(self, method: str, args: list[nodes.Expr], line: int) -> nodes.Call:
-        call = nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
-        return call.set_lineno(line, override=False).set_environment(self.environment)  # type: ignore[return-value]
-
-    def _counted(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        literal = sum(len(text.data) for part in node.body for text in _template_texts(part))
-        work = 1 + sum(1 for part in node.body for _ in part.find_all(nodes.Node)) // 64
-        displays = [
-            display
-            for part in node.body
-            for display in part.find_all((nodes.List, nodes.Tuple, nodes.Dict))
-        ]
-        items = sum(
-            len(display.items)
-            for display in displays
-            if isinstance(display, nodes.List | nodes.Tuple | nodes.Dict)
-        )
-        self.generic_visit(node)
-        counts = [nodes.Const(count) for count in (literal, work, items)]
-        step = nodes.ExprStmt(self._call("step", [*counts], node.lineno), lineno=node.lineno)
-        node.body.insert(0, step.set_environment(self.environment))
-        # rounds that `for ... if` skips count as well
-        if isinstance(node, nodes.For) and node.test is not None:
-            passed = self._call(
-                "step", [nodes.Const(0), nodes.Const(1), nodes.Const(0)], node.lineno
-            )
-            node.test = nodes.Or(passed, node.test, lineno=node.lineno)
-        return node
-
-    visit_For = visit_Macro = visit_CallBlock = _counted
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return self._call("concat_checked", node.nodes, node.lineno)
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice):
-            return node
-        ends = [
-            part if part is not None else nodes.Const(None)
-            for part in (node.arg.start, node.arg.stop, node.arg.step)
-        ]
-        return self._call("slice_checked", [node.node, *ends], node.lineno)
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        operands = [node.expr, *(operand.expr for operand in node.ops)]
-        searching = any(operand.op in ("in", "notin") for operand in node.ops)
-        if (
-            not searching
-            and len(operands) == 2
-            and any(isinstance(side, nodes.Const) for side in operands)
-        ):
-            # as cheap as the constant is short: nearly every comparison of a real template
-            return node
-        node.expr = self._compared(node.expr)
-        for operand in node.ops:
-            operand.expr = self._compared(operand.expr)
-        return node
-
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
-        self.generic_visit(node)
-        node.key = self._compared(node.key)
-        return node
-
-    def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        # jinja2 would compile it to the name `inf`
-        if isinstance(node.value, float) and not math.isfinite(node.value):
-            raise jinja2.TemplateSyntaxError("a number is too large for a float", node.lineno)
-        return node
-
-    def _compared(self, operand: nodes.Expr) -> nodes.Expr:
-        return (
-            operand
-            if isinstance(operand, nodes.Const)
-            else self._call("compared", [operand], operand.lineno)
-        )
-
-
-def _template_texts(part: nodes.Node) -> list[nodes.TemplateData]:
-    return [*part.find_all(nodes.TemplateData)] + (
-        [part] if isinstance(part, nodes.TemplateData) else []
-    )
 
 
 class GenerationExtension(Extension):

@@ -26,13 +26,13 @@ import jinja2
 from jinja2 import nodes
 from jinja2.runtime import Context, LoopContext, Undefined
 
-from lorry.data.encoding.sandbox import TemplateSandbox
-from lorry.data.encoding.template_budget import (
+from lorry.data.encoding.chat_template.budget import (
     MOST_CHARACTERS,
     MOST_MEMORY_BYTES,
     MOST_STEPS,
     READ_PER_STEP,
 )
+from lorry.data.encoding.chat_template.sandbox import TemplateSandbox
 
 # U+FDD3 to U+FDEF: noncharacters that stand for the texts; the three before them have other uses
 FIRST_SYMBOL = 0xFDD3

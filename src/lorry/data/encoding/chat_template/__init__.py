@@ -1,0 +1,1 @@
+"""Chat templates, programs from elsewhere: their sandbox, what they may cost, and what they make of messages."""
