@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from lorry.adapters.attach import get_bank
 from lorry.models.loading.open import open_model
-from lorry.train.session import attach_adapter, train_run
+from lorry.train.session import train_run
+from lorry.train.setup.adapters import attach_adapter
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 

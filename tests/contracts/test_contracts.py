@@ -20,9 +20,10 @@ from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.errors import ContractError, LorryError
 from lorry.models.decoder import attention, model
-from lorry.train import engine, session
+from lorry.train import engine
 from lorry.train.checks import CONTRACT_NAMES, ContractChecks
 from lorry.train.monitoring.events import StepRecord
+from lorry.train.setup import adapters
 from tests.support import tinyrun
 from tests.support.breaking import MODULES, Broken, Start, after, changed_example, silent_attention
 from tests.support.seam import Fixed, examples
@@ -105,7 +106,7 @@ def tampered_slot(change: Callable[[Any], None]) -> Callable[..., None]:
 def test_2_a_frozen_matrix(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     after(
         monkeypatch,
-        session,
+        adapters,
         "attach_adapter",
         tampered_slot(lambda slot: slot.B.requires_grad_(False)),
     )
@@ -123,7 +124,7 @@ def test_2_a_matrix_that_is_not_the_optimizers(
     def copy(slot: Any) -> None:
         slot.B = torch.nn.Parameter(slot.B.detach().clone())
 
-    after(monkeypatch, session, "attach_adapter", tampered_slot(copy))
+    after(monkeypatch, adapters, "attach_adapter", tampered_slot(copy))
     broken(2, r"down_proj\.lora_B is trainable but no optimizer holds it \(1 tensors\)")
 
 
@@ -149,7 +150,7 @@ def test_2_an_optimizer_that_misses_some(
 def test_2_a_base_weight_left_trainable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     after(
         monkeypatch,
-        session,
+        adapters,
         "attach_adapter",
         lambda name, run, opened, notes: opened.model.get_parameter(
             "model.norm.weight"
@@ -188,7 +189,7 @@ def test_2_a_base_weight_that_changes(broken: Broken, monkeypatch: pytest.Monkey
     seen: list[Any] = []
     after(
         monkeypatch,
-        session,
+        adapters,
         "attach_adapter",
         lambda name, run, opened, notes: seen.append(opened.model),
     )

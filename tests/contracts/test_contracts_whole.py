@@ -18,10 +18,11 @@ from lorry.backends.optim import ParameterSetOptimizer
 from lorry.config import RunConfig, build_settings
 from lorry.errors import ConfigError, ContractError, LorryError, NonFiniteError
 from lorry.models.loading.open import OpenedModel
-from lorry.train import full, session
+from lorry.train import full
 from lorry.train.checks import CONTRACT_NAMES, ContractChecks
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import TrainResult, train_run
+from lorry.train.setup import adapters
 from tests.support import tinyrun
 from tests.support.breaking import MODULES, Broken, Start, after, silent_attention
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
@@ -81,7 +82,7 @@ def test_1_a_name_that_matches_nothing(start: Start, tmp_path: Path) -> None:
 
 
 def tampered(patch: pytest.MonkeyPatch, change: Callable[[OpenedModel], object]) -> None:
-    after(patch, session, "enable_base_training", lambda name, opened, *_: change(opened))
+    after(patch, adapters, "enable_base_training", lambda name, opened, *_: change(opened))
 
 
 def test_2_a_frozen_weight_left_trainable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,9 @@ from lorry.models.causal_lm import PackedInput
 from lorry.models.loading.open import open_model
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.tasks.build import PreparedJob
-from lorry.train.session import Notebook, attach_adapter, build_engine
+from lorry.train.setup.adapters import attach_adapter
+from lorry.train.setup.loop import build_engine
+from lorry.train.setup.notebook import Notebook
 from tests.support import tinyrun
 from tests.support.seam import Fixed, Npo, examples, tiny_llama
 from tests.support.tinyrun import engine_for, quick  # noqa: F401 - a fixture

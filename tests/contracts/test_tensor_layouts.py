@@ -38,7 +38,7 @@ from lorry.notes import ignore_note
 from lorry.tasks.unlearn.gradients import GradientRectified, SharpnessAware
 from lorry.train.checks import ContractChecks
 from lorry.train.finish import contract_targets
-from lorry.train.session import open_base
+from lorry.train.setup.base import open_base
 from tests.support import tiny, tinyrun
 from tests.support.layouts import (
     ALPHA,

@@ -30,7 +30,7 @@ from lorry.models.decoder import attention
 from lorry.models.decoder import model as decoder_model
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
-from lorry.train.session import LEAK_FACTOR, SCORE_TOLERANCES
+from lorry.train.setup.loop import LEAK_FACTOR, SCORE_TOLERANCES
 from tests.support import tiny
 from tests.support.seam import examples
 

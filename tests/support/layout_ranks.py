@@ -28,7 +28,7 @@ from lorry.backends.distributed.communicator import Communicator, open_communica
 from lorry.backends.distributed.tensor_ranks import data_ranks
 from lorry.config.schema import TrainBackendConfig
 from lorry.train import session
-from lorry.train.session import open_base
+from lorry.train.setup.base import open_base
 from tests.support import base_layouts, layouts
 from tests.support.layout_faults import faults, sharded_faults
 from tests.support.ranks import run_ranks

@@ -101,7 +101,7 @@ def test_a_strangers_file_is_refused_before_anything_is_touched(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
     monkeypatch.setattr(
-        "lorry.train.session.open_model", lambda *_: pytest.fail("the model was loaded")
+        "lorry.train.setup.base.open_model", lambda *_: pytest.fail("the model was loaded")
     )
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorry.adapters.attach import get_bank
 from lorry.errors import ConfigError
-from lorry.train import session
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
+from lorry.train.setup import adapters
 from tests.support.mortal import World, finished, same
 from tests.support.mortal import world as world
 from tests.support.tinyrun import Heard, quick  # noqa: F401 - a fixture
@@ -60,17 +61,17 @@ def test_another_frozen_half_is_another_run(
 ) -> None:
     with pytest.raises(Stop):
         train_run(world.run(tmp_path, **B_ALONE), [], [StopAtSix()])
-    attach = session.attach_adapter
+    attach = adapters.attach_adapter
 
     def shifted(*args: Any) -> str:
         name = attach(*args)
-        adapter = session.get_bank(args[1].model)[name]
+        adapter = get_bank(args[1].model)[name]
         assert adapter.held is not None
         with torch.no_grad():
             adapter.held[0] += 1e-7
         return name
 
-    monkeypatch.setattr(session, "attach_adapter", shifted)
+    monkeypatch.setattr(adapters, "attach_adapter", shifted)
     with pytest.raises(ConfigError, match="frozen halves"):
         train_run(world.run(tmp_path, **B_ALONE), [])
 

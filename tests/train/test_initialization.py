@@ -198,7 +198,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_refused_before_a_weight_is_read(
     case: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorry.train.session.open_model", None)
+    monkeypatch.setattr("lorry.train.setup.base.open_model", None)
     given, message = BAD[case]
     with pytest.raises(ConfigError, match=message):
         train_run(world.run(tmp_path, **given), [])

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from lorry.config import RunConfig, parse_settings
 from lorry.errors import ConfigError, DataError
-from lorry.train import session
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 from tests.support import tinyrun
@@ -300,7 +299,9 @@ def test_a_missing_tracker_is_said_before_anything_is_loaded(
     describe: Describe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(session, "open_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "lorry.train.setup.base.open_model", lambda *_: pytest.fail("the model was loaded")
+    )
     with pytest.raises(
         ConfigError,
         match=r"train\.report_to names wandb, which is not installed; pip install wandb",

@@ -22,8 +22,8 @@ from lorry.models.loading.open import open_model
 from lorry.tasks.unlearn.alternates import read_refusals
 from lorry.tasks.unlearn.methods.registry import METHOD_CLASSES
 from lorry.tasks.unlearn.settings import SETTINGS
-from lorry.train import session
 from lorry.train.session import TrainResult, train_run
+from lorry.train.setup import adapters
 from tests.support import tinyrun
 from tests.support.tinyrun import quick  # noqa: F401
 
@@ -115,13 +115,13 @@ def test_a_start_that_moves_breaks_contract_2(
 ) -> None:
     """It is no parameter of the model and no adapter of the run: no other check would see it."""
     seen: list[Any] = []
-    original = session.attach_adapter
+    original = adapters.attach_adapter
 
     def attach(run: Any, opened: Any, notes: Any) -> str:
         seen.append(opened.model)
         return original(run, opened, notes)
 
-    monkeypatch.setattr(session, "attach_adapter", attach)
+    monkeypatch.setattr(adapters, "attach_adapter", attach)
 
     class Nudge(tinyrun.Heard):
         def step(self, record: Any) -> None:

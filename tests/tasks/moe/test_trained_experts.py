@@ -25,14 +25,12 @@ from lorry.models.loading.open import OpenedModel
 from lorry.notes import ignore_note
 from lorry.train.engine import TrainingEngine
 from lorry.train.finish import contract_targets
-from lorry.train.session import (
-    Notebook,
-    attach_jobs,
-    build_engine,
-    open_base,
-    prepare_jobs,
-    train_run,
-)
+from lorry.train.session import train_run
+from lorry.train.setup.adapters import attach_jobs
+from lorry.train.setup.base import open_base
+from lorry.train.setup.loop import build_engine
+from lorry.train.setup.notebook import Notebook
+from lorry.train.setup.rows import prepare_jobs
 from tests.support.mixtures import NAMES, mixture_run
 from tests.support.verbworld import model_directory
 
