@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
 from lorry.adapters.merge import merge, merged_tensors, separates_tied_head, unmerge
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import base_digest, load_adapter, save_adapter
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from tests.support.twins import native
 

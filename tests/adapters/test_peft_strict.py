@@ -17,13 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from lorry.adapters.attach import attach, get_bank, lora_parameters
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import (
-    adapter_files,
-    base_digest,
-    find_adapter,
-    load_adapter,
-    save_adapter,
-)
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import adapter_files, find_adapter, load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, ModelError

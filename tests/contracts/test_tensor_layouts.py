@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.peft.files import base_digest
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.quantization.linear import quantization_facts
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.distributed.ddp import DataParallelBackend

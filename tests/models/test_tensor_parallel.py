@@ -17,7 +17,8 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.dropout import DropoutNoise, SeededDropout
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.peft.files import base_digest, load_adapter, save_adapter
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.router import RoutingRule, TokenRouter
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.adapters.routing.linear_router import SPECTRAL_ROUTERS, attach_spectral_router

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from lorry.adapters.attach import attach
 from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import base_digest
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.quantization.linear import quantization_facts, quantized_linears
 from lorry.adapters.router import ROUTER_NAME, RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec

@@ -363,7 +363,7 @@ def test_the_run_is_a_model_that_transformers_loads(
     total = sum(t.numel() for t in was.values())
     assert (receipt["trainable_parameters"], receipt["total_parameters"]) == (total, total)
     assert receipt["saved_bytes"] == (tmp_path / "run" / "model.safetensors").stat().st_size
-    assert receipt["base"]["sha256"] == lorry.adapters.peft.files.base_digest(
+    assert receipt["base"]["sha256"] == lorry.adapters.peft.base_digest.base_digest(
         lorry.load(base, dtype=dtype)[0]
     )
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 import lorry as library
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import adapter_digest, load_adapter, load_start, save_adapter
+from lorry.adapters.peft.files import load_adapter, load_start, save_adapter
+from lorry.adapters.peft.start_files import adapter_digest
 from lorry.adapters.spec import LoraSpec
 from lorry.config import MergeSettings, build_settings, dump_settings, parse_settings
 from lorry.errors import ConfigError

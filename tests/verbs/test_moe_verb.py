@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import lorry
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.peft.files import adapter_digest, load_adapter
+from lorry.adapters.peft.files import load_adapter
+from lorry.adapters.peft.start_files import adapter_digest
 from lorry.adapters.routing.files import read_router_record
 from lorry.config import RouterRunConfig, parse_settings
 from lorry.config.moe import RouterConfig, check_router

@@ -31,7 +31,7 @@ from lorry.adapters.attach import find_linears, freeze_base, get_bank, select_mo
 from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
 from lorry.adapters.layers import BankEmbedding, BankLinear, local_share
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import base_digest
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.whole import WholeOnEachRank
 from lorry.errors import ConfigError

@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 )
 
 from lorry.adapters.bank import Adapter, AdapterBank
-from lorry.adapters.peft.files import sample_positions, values_at_positions
+from lorry.adapters.peft.base_digest import sample_positions, values_at_positions
 from lorry.errors import ContractError
 
 Group = distributed.ProcessGroup | None

@@ -43,7 +43,8 @@ from lorry.adapters.dropout import GeneratorNoise
 from lorry.adapters.layers import AdaptableLayer
 from lorry.adapters.merge import MergeReport, merge, unmerge
 from lorry.adapters.parameters.holders import refuse_adapter_at_parameters
-from lorry.adapters.peft.files import remember_base_digest, save_adapter
+from lorry.adapters.peft.base_digest import remember_base_digest
+from lorry.adapters.peft.files import save_adapter
 from lorry.errors import ConfigError, ContractError, LorryError
 from lorry.integrations.agreement import AdapterAgreement, Group, find_agreement, watch
 from lorry.integrations.arguments import add_lora_arguments, argument, spec_from_arguments

@@ -12,7 +12,8 @@ import torch
 
 from lorry.adapters.attach import detach, get_bank, list_skipped_modules
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import base_digest, load_adapter
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.router import ROUTER_NAME
 from lorry.adapters.trainable import base_parameter_set, parameter_set
 from lorry.adapters.variants.adalora import fold_triplets

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lorry.adapters.attach import detach, get_bank
-from lorry.adapters.peft.files import adapter_files, base_digest
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import adapter_files
 from lorry.adapters.router import ROUTER_NAME, RouterParameters
 from lorry.adapters.routing.files import load_router, router_files
 from lorry.config import RouterRunConfig, dump_settings

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.peft.files import base_digest
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.backends.distributed.communicator import Communicator, join_processes
 from lorry.config import RunConfig, runs_by_adapter
 from lorry.config.schema import ModelConfig, SharedBackendConfig

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorry.adapters.peft.files import start_files
+from lorry.adapters.peft.start_files import start_files
 from lorry.adapters.trainable import base_parameter_set
 from lorry.backends.distributed.communicator import Communicator, open_communicator
 from lorry.backends.distributed.fsdp import sharder_of

@@ -274,7 +274,7 @@ def describe_decoder(run: RunRecord) -> str:
 def verify_run_starts(run: RunRecord) -> int:
     """How many frozen adapters lie under those of a run. Raises ModelError where one is not there or
     is another: the run cannot be opened then."""
-    from lorry.adapters.peft.files import verify_starts
+    from lorry.adapters.peft.start_files import verify_starts
     from lorry.models.loading.sources import find_adapters_in
 
     return max(map(verify_starts, find_adapters_in(run.path)), default=0)

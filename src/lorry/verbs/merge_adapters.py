@@ -87,7 +87,8 @@ def write_merged_adapter(
     """
     from lorry.adapters.attach import detach, get_bank
     from lorry.adapters.merging.weighted import merge_adapters
-    from lorry.adapters.peft.files import adapter_files, start_files, write_start_files
+    from lorry.adapters.peft.files import adapter_files
+    from lorry.adapters.peft.start_files import start_files, write_start_files
     from lorry.models.loading.open import pick_adapter_name
     from lorry.models.loading.reopen import free_model_memory
 
@@ -321,7 +322,7 @@ def merge_receipt(
     """What the result was made of: base, sources with digests and weights, method and what it
     read.
     """
-    from lorry.adapters.peft.files import adapter_digest
+    from lorry.adapters.peft.start_files import adapter_digest
 
     sources = [
         {

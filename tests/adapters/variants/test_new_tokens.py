@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach
 from lorry.adapters.bank import Adapter
-from lorry.adapters.peft.files import base_digest, grow_base, load_adapter, save_adapter
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import grow_base, load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.new_tokens import NewTokens, grown_with
 from lorry.errors import ModelError

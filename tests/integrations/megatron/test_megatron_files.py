@@ -24,7 +24,8 @@ pytest.importorskip(
 
 import lorry
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.peft.files import base_digest, load_adapter
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import load_adapter
 from lorry.errors import ModelError
 from lorry.models.loading.load import load_model
 from lorry.notes import ignore_note

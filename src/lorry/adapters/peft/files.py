@@ -7,44 +7,44 @@ completely or refused.
 `lorry_adapter.json` holds what only Lorry knows (its version, the base's digest); PEFT never sees
 it, since PEFT stops at keys it does not know.
 
-An adapter that was trained over another one (its start, `AdapterBank.move_to_base`) names that by
-directory and SHA-256, and has a copy of its files in a folder `start_adapter` of its own, which may have
-one in turn. The copy goes before the directory; neither is used unless its digest is the named one.
+The adapter that one was trained over is in its files too: start_files.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, find_adaptable, find_linears, get_bank
+from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
-from lorry.adapters.layers import BankEmbedding, BankLinear, stored_slice
+from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.merge import concatenate
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.holders import at_parameters
-from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.adalora_files import (
     ADALORA,
     PlainLoraFile,
     as_plain_config,
     fit_ranks,
 )
+from lorry.adapters.peft.base_digest import (
+    base_digest,
+    check_base,
+    forget_base_digest,
+    known_base_digest,
+    parameters_digest,
+    remember_base_digest,
+)
 from lorry.adapters.peft.config import (
-    INFORMATION_KEYS,
-    OVER_ADAPTER,
     check_pattern_time,
     over_adapter_config,
     parse_peft_config,
@@ -60,11 +60,17 @@ from lorry.adapters.peft.parameters import (
     split_targets,
     tensor_modules,
 )
+from lorry.adapters.peft.start_files import (
+    adapter_digest,
+    check_start,
+    start_chain,
+    start_files,
+    write_start_files,
+)
 from lorry.adapters.peft.tensors import (
     PEFT_PREFIX,
     TensorFile,
     check_modules,
-    family_of,
     legacy_name_mapper,
     list_adaptable_layers,
     open_adapter_weights,
@@ -73,13 +79,8 @@ from lorry.adapters.peft.tensors import (
     sort_lora_tensors,
     tied_as_stored,
 )
-from lorry.adapters.quantization.linear import (
-    QuantizedLinear,
-    quantization_facts,
-    quantization_of,
-)
-from lorry.adapters.quantization.packed import PackedMatrix, Quantization
-from lorry.adapters.tensor_parallel.slices import SIDES, LayerSlices
+from lorry.adapters.quantization.linear import quantization_facts
+from lorry.adapters.tensor_parallel.slices import SIDES
 from lorry.adapters.variants.adalora import fold_triplets
 from lorry.adapters.variants.new_tokens import (
     NewTokens,
@@ -89,24 +90,14 @@ from lorry.adapters.variants.new_tokens import (
 )
 from lorry.adapters.variants.registry import further_starts
 from lorry.disk import durable
-from lorry.disk.integrity import file_digest, read_content
 from lorry.errors import ConfigError, ModelError
 from lorry.runs.layout import (
     ADAPTER_CONFIG,
     ADAPTER_FACTS,
-    ADAPTER_FILES,
     ADAPTER_WEIGHTS,
-    START,
     is_adapter_folder,
     list_adapter_subfolders,
 )
-
-_ORIGIN = ("path", "sha256")
-DIGEST_SAMPLES = 4096  # values of each base tensor that the digest looks at
-_KNOWN_DIGEST = "lorry_base_digest"
-# {path: (shape of a weight, the values at its `sample_positions`)}
-Samples = Mapping[str, tuple[tuple[int, ...], Tensor]]
-CarriesOn = TypeVar("CarriesOn", bound=nn.Module)
 
 
 def adapter_files(
@@ -266,59 +257,6 @@ def save_adapter(
     durable.write_files(Path(path), files)
 
 
-def start_files(model: nn.Module) -> dict[str, bytes]:
-    """The files of the adapters that a model's are trained over, {name below an adapter's folder:
-    content}, ``start_adapter/adapter_config.json`` the first; none without a start. Raises ModelError where
-    they are no longer there, or others.
-    """
-    start = get_bank(model, create=True).start
-    files = dict[str, bytes]()
-    if start is None:
-        return files
-    inside = ""
-    for folder, origin in [(Path(start.path), start), *start_chain(Path(start.path))]:
-        inside += f"{START}/"
-        _verify_start(folder, origin, "the model")
-        files |= {
-            inside + name: read_content(folder / name)
-            for name in ADAPTER_FILES
-            if (folder / name).is_file()
-        }
-    return files
-
-
-def write_start_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write what `start_files` gave into an adapter's folder. Raises DiskError."""
-    by_folder = dict[Path, dict[str, durable.FileContent]]()
-    for name, content in files.items():
-        by_folder.setdefault((folder / name).parent, {})[Path(name).name] = content
-    for inner, contents in by_folder.items():
-        durable.make_directory(inner)
-        durable.write_files(inner, contents)
-
-
-def start_chain(folder: Path) -> list[tuple[Path, AdapterOrigin]]:
-    """(where its files are, what they must be) of every adapter that the one in ``folder`` was
-    trained over, the nearest first. A copy beside an adapter goes before the directory that its
-    files name. Raises ModelError for files that lead back to themselves.
-    """
-    chain, seen = list[tuple[Path, AdapterOrigin]](), {folder.resolve()}
-    while (origin := _read_start(folder)) is not None:
-        copy = folder / START
-        place = copy if (copy / ADAPTER_WEIGHTS).is_file() else Path(origin.path)
-        if place.resolve() in seen:
-            raise ModelError(
-                f"{folder / ADAPTER_FACTS}: its start (the adapter it was trained on "
-                f"top of) leads back to {place}"
-            )
-        seen.add(place.resolve())
-        chain.append((place, origin))
-        folder = place
-        if not is_adapter_folder(folder):
-            break
-    return chain
-
-
 def load_adapter(
     model: nn.Module,
     path: str | Path,
@@ -342,7 +280,7 @@ def load_adapter(
     """
     folder, name = find_adapter(path, name)
     start = next(iter(start_chain(folder)), None)
-    _check_start(model, folder, start)
+    check_start(model, folder, start)
     with _grown_as_saved(model, folder, other_base=other_base):
         return _load_checked(
             model,
@@ -380,7 +318,7 @@ def _load_checked(
     check_pattern_time(spec, layers, where)
     # before reading tensors, so that a wrong base is named as such and not as a wrong shape
     if not other_base:
-        _check_base(model, folder)
+        check_base(model, folder)
     with open_adapter_weights(folder) as opened:
         weights = str(folder / ADAPTER_WEIGHTS)
         file: TensorFile = PlainLoraFile(opened, weights) if is_adalora else opened
@@ -427,8 +365,8 @@ def _grown_as_saved(model: nn.Module, folder: Path, *, other_base: bool) -> Iter
         yield
         return
     if not other_base:
-        _check_base(model, folder)
-    grown, digest = grown_with(model), model.__dict__.get(_KNOWN_DIGEST)
+        check_base(model, folder)
+    grown, digest = grown_with(model), known_base_digest(model)
     try:
         grow_base(model, new)
     except ConfigError as e:
@@ -439,7 +377,7 @@ def _grown_as_saved(model: nn.Module, folder: Path, *, other_base: bool) -> Iter
         if grown is None:
             shrink_vocabulary(model)
         if digest is None:
-            model.__dict__.pop(_KNOWN_DIGEST, None)
+            forget_base_digest(model)
         raise
 
 
@@ -452,7 +390,7 @@ def saved_new_tokens(folder: Path) -> NewTokens | None:
 
 def grow_base(model: nn.Module, new: NewTokens) -> None:
     """`grow_vocabulary`; the digest stays that of the base as it lies on disk."""
-    if grown_with(model) is None and _KNOWN_DIGEST not in model.__dict__:
+    if grown_with(model) is None and known_base_digest(model) is None:
         remember_base_digest(model)
     grow_vocabulary(model, new)
 
@@ -490,90 +428,6 @@ def load_start(model: nn.Module, path: str | Path, *, other_base: bool = False) 
     name = f"start-{origin.sha256[:12]}"  # unlike those it was itself trained over
     load_adapter(model, folder, name, trainable=False, other_base=other_base)
     return get_bank(model).move_to_base(name, origin)
-
-
-def adapter_digest(folder: Path) -> str:
-    """SHA-256 of all that an adapter's files add to a model: its weights, the settings that say with
-    which factor and where they count, and the start it was trained over. Raises ModelError.
-    """
-    config = read_adapter_json(folder / ADAPTER_CONFIG)
-    origin = _read_start(folder)
-    settings = config.get("lora", config)
-    # where a base lies and which version wrote the file change nothing of what is computed
-    digested = {key: settings[key] for key in sorted(settings) if key not in INFORMATION_KEYS}
-    start = None if origin is None else origin.sha256
-    facts = json.dumps([file_digest(folder / ADAPTER_WEIGHTS), digested, start], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def _read_start(folder: Path) -> AdapterOrigin | None:
-    """The adapter that one in ``folder`` was trained over, as its files say. Raises ModelError
-    where they say half of it."""
-    facts = folder / ADAPTER_FACTS
-    entry = read_adapter_json(facts).get("start") if facts.is_file() else None
-    over = read_adapter_json(folder / ADAPTER_CONFIG).get("peft_type") == OVER_ADAPTER
-    if entry is None and not over:
-        return None
-    if not (
-        over and isinstance(entry, dict) and all(isinstance(entry.get(k), str) for k in _ORIGIN)
-    ):
-        raise ModelError(
-            f"{facts}: the adapter was trained on top of another one, which start "
-            "has to name (path and sha256)"
-        )
-    return AdapterOrigin(entry["path"], entry["sha256"])
-
-
-def _check_start(
-    model: nn.Module, folder: Path, recorded: tuple[Path, AdapterOrigin] | None
-) -> None:
-    """Refuse an adapter over another start than the model has. Raises ModelError."""
-    start = None if recorded is None else recorded[1]
-    bank = get_bank(model, create=True)
-    if bank.start is not None:
-        if start is None or start.sha256 != bank.start.sha256:
-            over = "the base model alone" if start is None else f"the adapter {start.path}"
-            raise ModelError(
-                f"{folder}: this adapter was trained on top of {over}, but the "
-                f"model has {bank.start.path} as its start; load it on its own start"
-            )
-        return
-    if recorded is None or start is None:
-        return
-    if bank.adapters:
-        raise ModelError(
-            f"{folder}: this adapter was trained on top of the adapter "
-            f"{start.path}, but the model has {', '.join(bank.adapters)} on the "
-            "base model alone; load it by itself"
-        )
-    _verify_start(recorded[0], start, str(folder))
-
-
-def verify_starts(folder: Path) -> int:
-    """How many adapters the one in ``folder`` was trained over, one over the other. Raises
-    ModelError where one of them is not there or is another."""
-    chain = start_chain(folder)
-    for place, origin in chain:
-        _verify_start(place, origin, str(folder))
-    return len(chain)
-
-
-def _verify_start(place: Path, start: AdapterOrigin, whose: str) -> None:
-    """Raise ModelError unless the adapter in ``place`` is the one that ``whose`` was trained over."""
-    weights = place / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise ModelError(
-            f"{whose}: trained on top of the adapter {start.path}, which is "
-            f"missing; restore it there, or put a copy into the folder {START} "
-            "beside it (SHA-256 of its weights and settings: "
-            f"{start.sha256[:16]}...)"
-        )
-    if (digest := adapter_digest(place)) != start.sha256:
-        raise ModelError(
-            f"{weights}: not the adapter that {whose} was trained on top of "
-            f"(SHA-256 is {digest[:16]}..., expected {start.sha256[:16]}...); with "
-            "another start the results would be wrong"
-        )
 
 
 def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
@@ -620,122 +474,6 @@ def target_names(model: nn.Module, paths: Collection[str]) -> list[str]:
     return leaves if selected == set(paths) else list(paths)
 
 
-def base_digest(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and a sample of every linear's and embedding's weight,
-    adapters and merges left out.
-
-    Values count as rounded to bf16, so a base opened in bf16 and in fp32 is the same base, on any
-    device and in any of the classes that can hold it; another quantisation or fine-tuning of it is
-    not. Of a base that ranks share, or that is cut over them, it is that of the whole one, taken once,
-    when all of them have it (`remember_base_digest`).
-    """
-    known: str | None = model.__dict__.get(_KNOWN_DIGEST)
-    return digest_samples(_sampled_weights(model)) if known is None else known
-
-
-def parameters_digest(model: nn.Module) -> str:
-    """As `base_digest`, over fused experts and routers, which only an adapter on one of them is
-    compared by."""
-    samples = {}
-    for path, layer in find_adaptable(model).items():
-        if isinstance(layer, ExpertMatrices | ForeignWeight):
-            weight = layer.weight if layer.unmerged_weight is None else layer.unmerged_weight
-            places = sample_positions(weight.numel())
-            samples[path] = tuple(weight.shape), values_at_positions(weight.detach(), places)
-    return digest_samples(samples)
-
-
-def values_at_positions(weight: Tensor, positions: Tensor) -> Tensor:
-    """The values [n] of a weight at flat positions [n]."""
-    return weight.reshape(-1)[positions.to(weight.device)]
-
-
-def remember_base_digest(
-    model: nn.Module,
-    values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions,
-    samples: Samples = MappingProxyType({}),
-) -> None:
-    """Take the digest of a frozen base that no rank has whole; all of them call this together.
-    ``values_at(weight, positions)``: the values of a weight that is cut over ranks at flat positions
-    [n]; ``samples``: of linears, by path, where they were taken before (`sample_matrix`)."""
-    model.__dict__[_KNOWN_DIGEST] = digest_samples(_sampled_weights(model, values_at, samples))
-
-
-def sample_matrix(packed: PackedMatrix) -> tuple[tuple[int, ...], Tensor]:
-    """(shape, the values at its `sample_positions`) of a matrix as it computes: in another format it is
-    another base."""
-    opened = packed.open(torch.float32)
-    return packed.shape, values_at_positions(opened, sample_positions(opened.numel()))
-
-
-def keep_base_digest(model: nn.Module, other: CarriesOn) -> CarriesOn:
-    """``other``, which holds the base of ``model`` in another layout, with the digest that was taken
-    of it (`remember_base_digest`)."""
-    other.__dict__[_KNOWN_DIGEST] = model.__dict__[_KNOWN_DIGEST]
-    return other
-
-
-def _sampled_weights(
-    model: nn.Module,
-    values_at: Callable[[Tensor, Tensor], Tensor] = values_at_positions,
-    known: Samples = MappingProxyType({}),
-) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-    """{path: (shape, the values at its `sample_positions`)} of what `base_digest` looks at, as one
-    device has it; in bfloat16 where ranks share the model. ``values_at``, ``known``: as above."""
-    samples, ranks = dict[str, tuple[tuple[int, ...], Tensor]](), None
-    family = family_of(model)
-    for own_path, module in find_linears(model).items():
-        # of an older release of transformers, it is the same base
-        path = own_path if family is None else family.current_name(own_path)
-        if isinstance(module, BankLinear) and isinstance(module.product, QuantizedLinear):
-            taken = known.get(own_path)
-            samples[path] = sample_matrix(module.product.packed) if taken is None else taken
-            continue
-        weight = (
-            module.get_parameter("weight")
-            if (unmerged := getattr(module, "unmerged_weight", None)) is None
-            else unmerged
-        ).detach()
-        slices: LayerSlices | None = getattr(module, "slices", None)
-        if slices is None:
-            samples[path] = (
-                tuple(weight.shape),
-                values_at(weight, sample_positions(weight.numel())),
-            )
-            continue
-        ranks, (dim, part), shape = slices.ranks, stored_slice(module), list(weight.shape)
-        shape[dim] = part.whole
-        positions = sample_positions(math.prod(shape))
-        place = [positions // shape[1], positions % shape[1]]
-        place[dim], here = part.local(place[dim])
-        # bits: the others add zeros to them
-        values = values_at(weight, place[0] * weight.shape[1] + place[1])
-        bits = values.to(torch.bfloat16).view(torch.int16).int()
-        samples[path] = (tuple(shape), bits * here.to(bits.device))
-    if ranks is None:
-        return samples
-    cut = {path: bits for path, (_, bits) in samples.items() if bits.dtype == torch.int32}
-    joined = ranks.add_up(torch.cat(list(cut.values()))).to(torch.int16).view(torch.bfloat16)
-    parts = zip(cut, joined.split([len(bits) for bits in cut.values()]), strict=True)
-    return samples | {path: (samples[path][0], part) for path, part in parts}
-
-
-def sample_positions(numel: int) -> Tensor:
-    """The values of a tensor that `base_digest` looks at: evenly spread, first and last included."""
-    count = min(DIGEST_SAMPLES, numel)
-    return torch.arange(count) * (numel - 1) // max(count - 1, 1)
-
-
-def digest_samples(samples: Samples) -> str:
-    """The digest of {module: (shape of its weight, the values at its `sample_positions`)}."""
-    digest = hashlib.sha256()
-    for path, (shape, values) in sorted(samples.items()):
-        digest.update(f"{path}{shape}".encode())
-        # view as int16: numpy has no bf16
-        digest.update(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _base_origin(model: nn.Module) -> str | None:
     """Where transformers or Lorry read a model from: a directory in full, or a hub id; None if it
     does not say.
@@ -747,39 +485,6 @@ def _base_origin(model: nn.Module) -> str | None:
         else getattr(config, "_name_or_path", None)
     )
     return (str(Path(name).resolve()) if Path(name).is_dir() else name) if name else None
-
-
-def _check_base(model: nn.Module, folder: Path) -> None:
-    """Compare the base's digest with the one an adapter of ours was saved with; PEFT's files say
-    nothing about it.
-    """
-    if not (folder / ADAPTER_FACTS).is_file():
-        return
-    facts = read_adapter_json(folder / ADAPTER_FACTS)
-    trained, here = facts.get("quantization"), quantization_of(model)
-    trained_format = trained.get("format") if isinstance(trained, Mapping) else None
-    if trained_format is not None and Quantization(trained_format).keeps_values:
-        trained_format = None
-    if here is not None and here.keeps_values:
-        here = None
-    if trained_format != (None if here is None else here.name):
-        asked = f"model.quantize={trained_format}" if trained_format else "no model.quantize"
-        raise ModelError(
-            f"{folder / ADAPTER_FACTS}: this adapter was trained on a base held in "
-            f"{trained_format or 'its full dtype'}, and this one is held in "
-            f"{here.name if here is not None else 'its full dtype'}, with other values; open it with {asked} "
-            "(other_base=true accepts the difference)"
-        )
-    saved_digest, experts = facts.get("base_digest"), facts.get("parameters_digest")
-    if (saved_digest is not None and saved_digest != base_digest(model)) or (
-        experts is not None and experts != parameters_digest(model)
-    ):
-        raise ModelError(
-            f"{folder / ADAPTER_FACTS}: this adapter was trained on other base "
-            "weights than this model's; load it on its own base model, "
-            f"{read_adapter_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} "
-            "(other_base=true accepts the difference)"
-        )
 
 
 def _encode_json(value: Mapping[str, Any]) -> bytes:

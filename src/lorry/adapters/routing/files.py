@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Level, Mix, MixtureRouter
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.peft.config import read_adapter_json
-from lorry.adapters.peft.files import adapter_digest, base_digest, load_adapter
+from lorry.adapters.peft.files import load_adapter
+from lorry.adapters.peft.start_files import adapter_digest
 from lorry.adapters.router import ROUTER_NAME, RouterParameters, RoutingRule, attach_router
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.adapters.routing.linear_router import SPECTRAL_ROUTERS, attach_spectral_router

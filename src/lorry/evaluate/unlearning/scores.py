@@ -18,7 +18,7 @@ from torch import Tensor
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import Adapter
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
-from lorry.adapters.peft.files import base_digest
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.tensor_parallel.slices import SIDES
 from lorry.adapters.trainable import base_parameter_set
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator

@@ -20,19 +20,14 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears
+from lorry.adapters.peft.base_digest import digest_samples, sample_positions
 from lorry.adapters.peft.config import (
     check_pattern_time,
     parse_peft_config,
     read_adapter_json,
     to_peft_config,
 )
-from lorry.adapters.peft.files import (
-    digest_samples,
-    encode_adapter,
-    find_adapter,
-    sample_positions,
-    target_names,
-)
+from lorry.adapters.peft.files import encode_adapter, find_adapter, target_names
 from lorry.adapters.peft.tensors import (
     PEFT_PREFIX,
     check_modules,
@@ -202,7 +197,7 @@ def gather_lora(
 
 
 def gathered_base_digest(model: Model) -> str | None:
-    """`adapters.peft.files.base_digest` of the whole model, the same at every layout; None where the
+    """`adapters.peft.base_digest.base_digest` of the whole model, the same at every layout; None where the
     base was not loaded by `load_hf_weights`, which alone knows the size of the vocabulary."""
     chunks = list_chunks(model)
     base: LoadedBase | None = chunks[0].__dict__.get("lorry_base")

@@ -3,7 +3,7 @@
 Adapters are left out (they are no parameters of the model) unless whoever asks gives the frozen ones:
 those that a run is trained over are as much a part of what it must not move. A merged layer counts by
 the weight it had before, a tied head once. Which base an adapter belongs to is another question,
-answered by `adapters.peft.files.base_digest`.
+answered by `adapters.peft.base_digest.base_digest`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorry.adapters.peft.files import keep_base_digest, remember_base_digest
+from lorry.adapters.peft.base_digest import keep_base_digest, remember_base_digest
 from lorry.adapters.quantization.linear import quantize_linears
 from lorry.adapters.quantization.packed import KEPT_GGUF, QUANTIZATIONS, Quantization
 from lorry.adapters.tensor_parallel.ranks import TensorRanks

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.peft.files import remember_base_digest
+from lorry.adapters.peft.base_digest import remember_base_digest
 from lorry.adapters.quantization.linear import remember_packed_digest
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice

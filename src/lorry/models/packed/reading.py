@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.peft.files import sample_matrix
+from lorry.adapters.peft.base_digest import sample_matrix
 from lorry.adapters.quantization.linear import OpenBuffers, hold_packed, parameter_name
 from lorry.adapters.quantization.packed import PackedDigest, PackedMatrix, Quantization, pack
 from lorry.errors import ConfigError, ModelError

@@ -20,7 +20,8 @@ from torch import Tensor
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.peft.files import load_adapter, start_chain
+from lorry.adapters.peft.files import load_adapter
+from lorry.adapters.peft.start_files import start_chain
 from lorry.adapters.quantization.packed import KEPT_GGUF
 from lorry.config import DistillConfig, ModelConfig
 from lorry.disk.integrity import file_digest

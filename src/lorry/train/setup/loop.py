@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.peft.files import base_digest
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.variants.starts import rows_read_by_tokens
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.backends.distributed.ddp import SharedScorer

@@ -77,7 +77,8 @@ def check_outputs(run: MoeRunConfig) -> None:
 
 def merge_experts(run: MoeRunConfig, stages: Stages, folders: Mapping[str, Path]) -> None:
     """Each expert folded into the base's weights, in its folder. Raises LorryError."""
-    from lorry.adapters.peft.files import adapter_digest, find_adapter
+    from lorry.adapters.peft.files import find_adapter
+    from lorry.adapters.peft.start_files import adapter_digest
 
     for name, folder in folders.items():
         adapter, _ = find_adapter(folder)
@@ -173,7 +174,7 @@ def export_source(run: MoeRunConfig, stage: ExportStage) -> Path:
 
 def mixture_inputs(folder: Path) -> dict[str, str]:
     """The digests of a mixture's files, or of adapters in a folder. Raises ModelError."""
-    from lorry.adapters.peft.files import adapter_digest
+    from lorry.adapters.peft.start_files import adapter_digest
     from lorry.runs.layout import list_adapter_subfolders
 
     files = {

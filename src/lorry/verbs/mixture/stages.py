@@ -323,7 +323,8 @@ def model_digest(folder: Path) -> str:
 
 def adapter_inputs(folders: Mapping[str, Path]) -> dict[str, str]:
     """The digests of experts, of those that are there. Raises ModelError."""
-    from lorry.adapters.peft.files import adapter_digest, find_adapter
+    from lorry.adapters.peft.files import find_adapter
+    from lorry.adapters.peft.start_files import adapter_digest
 
     return {
         f"expert {name}": adapter_digest(find_adapter(folder)[0])

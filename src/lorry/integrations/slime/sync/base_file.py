@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.peft.files import digest_samples, sample_positions, values_at_positions
+from lorry.adapters.peft.base_digest import digest_samples, sample_positions, values_at_positions
 from lorry.models.loading.tensor_files import TensorEntry, read_tensor_entries, read_tensors
 from lorry.models.megatron.layout import FAMILY, hugging_face_tree
 
