@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError

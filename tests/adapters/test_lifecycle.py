@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, detach, get_bank
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
-from lorry.adapters.layers import AMBIENT_CONTEXT
 from lorry.adapters.merge import (
     MergeReport,
     MergeRow,
@@ -20,7 +19,7 @@ from lorry.adapters.merge import (
     separates_tied_head,
     unmerge,
 )
-from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError, ModelError
 

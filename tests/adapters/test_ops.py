@@ -18,8 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.dropout import DropoutNoise
-from lorry.adapters.layers import AMBIENT_CONTEXT
-from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.adapters.product import ComputeCopies, PartParams, StackedAdapters, TermParams
 from lorry.adapters.spec import LoraSpec
 

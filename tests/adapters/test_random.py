@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lorry.adapters.attach import attach, get_bank, lora_parameters
 from lorry.adapters.dropout import DropoutNoise
-from lorry.adapters.layers import AMBIENT_CONTEXT
-from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 
 Q1 = "model.layers.1.self_attn.q_proj"

@@ -15,9 +15,8 @@ from test_native import native
 from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
-from lorry.adapters.layers import AMBIENT_CONTEXT
 from lorry.adapters.merge import merge, unmerge
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.peft.files import load_adapter, load_start, save_adapter
 from lorry.adapters.peft.start_files import adapter_digest

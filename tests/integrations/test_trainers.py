@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.errors import ConfigError

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.dropout import DropoutNoise
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import merge
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.product import FrozenLinear

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry import cli
 from lorry.adapters.attach import attach, find_linears, get_bank, head_and_embedding
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.quantization.linear import quantized_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS, pack

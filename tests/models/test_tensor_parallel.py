@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.dropout import DropoutNoise, SeededDropout
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.peft.files import load_adapter, save_adapter

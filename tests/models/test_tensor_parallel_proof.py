@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lorry.adapters.bank import Adapter
 from lorry.adapters.dropout import SeededDropout
-from lorry.adapters.layers import AdapterSlot, BankLinear
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.tensor_parallel.slices import Side
 from lorry.errors import ContractError
 from lorry.families import find_family

@@ -26,6 +26,7 @@ from lorry.adapters.base_weights import (
     make_weights_trainable,
     select_parameters,
 )
+from lorry.adapters.peft.base_digest import base_digest
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.config import RunConfig, build_settings
@@ -363,9 +364,7 @@ def test_the_run_is_a_model_that_transformers_loads(
     total = sum(t.numel() for t in was.values())
     assert (receipt["trainable_parameters"], receipt["total_parameters"]) == (total, total)
     assert receipt["saved_bytes"] == (tmp_path / "run" / "model.safetensors").stat().st_size
-    assert receipt["base"]["sha256"] == lorry.adapters.peft.base_digest.base_digest(
-        lorry.load(base, dtype=dtype)[0]
-    )
+    assert receipt["base"]["sha256"] == base_digest(lorry.load(base, dtype=dtype)[0])
 
 
 class Stopper(Heard):

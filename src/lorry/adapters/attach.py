@@ -21,8 +21,10 @@ from lorry.adapters.initialization.initialize import (
     require_sources,
 )
 from lorry.adapters.initialization.recording import RunModel
-from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer, BankEmbedding, BankLinear
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix
 from lorry.adapters.parameters.experts import (
     ExpertMatrices,
     check_experts,

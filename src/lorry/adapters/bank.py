@@ -24,13 +24,10 @@ from torch.nn import functional as F
 
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.flat_buffer import euclidean_norm
-from lorry.adapters.layers import (
-    AdaptableLayer,
-    AdapterSlot,
-    BankEmbedding,
-    BankLinear,
-    CopyMemory,
-)
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.slot import AdapterSlot, CopyMemory
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec

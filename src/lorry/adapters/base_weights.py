@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, freeze_base, get_bank, select_modules
 from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
-from lorry.adapters.layers import BankEmbedding, BankLinear, local_share
+from lorry.adapters.layers.adaptable import local_share
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.spec import LoraSpec

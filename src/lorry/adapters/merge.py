@@ -29,13 +29,10 @@ from lorry.adapters.attach import (
     head_and_embedding,
 )
 from lorry.adapters.bank import Adapter, AdapterBank
-from lorry.adapters.layers import (
-    AdapterSlot,
-    BankEmbedding,
-    BankLinear,
-    is_sharded,
-    local_share,
-)
+from lorry.adapters.layers.adaptable import is_sharded, local_share
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.merging.replaced import (
     displace,
     put_back,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -315,3 +316,8 @@ class AdapterContext:
         ]
         noise = None if self.noise is None else self.noise.padded(total)
         return replace(self, mix=replace(self.mix, terms=tuple(terms)), noise=noise)
+
+
+# Other people's models cannot pass an AdapterContext down; `models/hf/model.py` sets it around their forward.
+# It is read in forward only.
+AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)

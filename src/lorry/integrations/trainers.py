@@ -40,7 +40,7 @@ from lorry.adapters.attach import (
 )
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import GeneratorNoise
-from lorry.adapters.layers import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.merge import MergeReport, merge, unmerge
 from lorry.adapters.parameters.holders import refuse_adapter_at_parameters
 from lorry.adapters.peft.base_digest import remember_base_digest

@@ -20,7 +20,8 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import Adapter, AdapterBank
 from lorry.adapters.initialization.initialize import spec_of_ranks
 from lorry.adapters.initialization.spectrum import ENERGY, gradient_ranks
-from lorry.adapters.layers import BankLinear, is_sharded
+from lorry.adapters.layers.adaptable import is_sharded
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.data.batch import Batch, TokenizedExample, collate

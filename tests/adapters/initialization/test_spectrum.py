@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorry.adapters.attach import find_linears, wrap_layers
 from lorry.adapters.initialization import spectrum
 from lorry.adapters.initialization.spectrum import effective_rank, gradient_ranks
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.quantization.linear import quantize_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS
 from lorry.errors import ConfigError

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
-from lorry.adapters.layers import AMBIENT_CONTEXT
 from lorry.adapters.merge import merge, merged_tensors, unmerge
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter, plain_adapter_files, save_adapter
 from lorry.adapters.quantization.linear import quantize_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, detach, find_adaptable, get_bank, list_skipped_modules
 from lorry.adapters.bank import Adapter
-from lorry.adapters.layers import AMBIENT_CONTEXT
 from lorry.adapters.merge import concatenate, merge, merged_tensors, unmerge
 from lorry.adapters.merging.weighted import merge_adapters
-from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.adapters.spec import LoraSpec

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.quantization import packed as packing
 from lorry.adapters.quantization.grid import PackedGrid, pack_nibbles
 from lorry.adapters.quantization.linear import OpenBuffers, hold_packed

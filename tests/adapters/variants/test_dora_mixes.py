@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.bank import AdapterOrigin
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import concatenate, merge
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.peft.files import load_adapter
@@ -331,7 +331,7 @@ def test_the_norm_is_made_once_between_writes(
         return real(layer, slot)
 
     monkeypatch.setattr(magnitude, "weight_norm", counted)
-    monkeypatch.setattr("lorry.adapters.layers.weight_norm", counted)
+    monkeypatch.setattr("lorry.adapters.layers.embedding.weight_norm", counted)
     for _ in range(3):
         with torch.no_grad():
             model(ids)
@@ -358,7 +358,7 @@ def test_the_norm_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(layer, slot)
 
     monkeypatch.setattr(magnitude, "weight_norm", counted)
-    monkeypatch.setattr("lorry.adapters.layers.weight_norm", counted)
+    monkeypatch.setattr("lorry.adapters.layers.embedding.weight_norm", counted)
     for step in range(3):
         batches = task.step_batches(step, {})
         assert len(batches) == 3

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lorry.adapters.attach import attach, get_bank, lora_parameters
 from lorry.adapters.bank import Adapter
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorry.adapters.attach import attach
-from lorry.adapters.layers import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.merge import concatenate, merge
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec

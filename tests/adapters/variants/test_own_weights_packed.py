@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import attach
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.quantization.linear import QuantizedLinear, quantize_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS
 from lorry.adapters.spec import LoraSpec

@@ -19,7 +19,8 @@ from lorry.adapters.bank import Adapter, AdapterBank
 from lorry.adapters.initialization import factors
 from lorry.adapters.initialization.ranks import redistribute_ranks
 from lorry.adapters.initialization.recording import RunModel, record_gradients, record_inputs
-from lorry.adapters.layers import BankLinear, is_sharded
+from lorry.adapters.layers.adaptable import is_sharded
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.spec import LoraSpec
 from lorry.config.adapter.initialization import Initialization, find_initialization
 from lorry.errors import ConfigError, ModelError

@@ -21,7 +21,7 @@ from lorry.adapters.initialization.recording import (
     WatchedLinear,
     watched_products,
 )
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.errors import ConfigError
 
 ENERGY = 0.9  # share of a gradient's squared norm that its first directions have to have

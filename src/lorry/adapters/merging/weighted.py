@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import Adapter, AdapterBank
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.merging.core_space import (
     LowRankMatrix,
     core_bases,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.errors import ConfigError, ContractError
 
 # transformers' names of the tensors: gate and up in one (or up alone), then down

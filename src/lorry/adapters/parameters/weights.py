@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.errors import ContractError
 
 WEIGHT = "weight"

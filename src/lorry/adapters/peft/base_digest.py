@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import find_adaptable, find_linears
-from lorry.adapters.layers import BankLinear, stored_slice
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.tensors import family_of
 from lorry.adapters.quantization.linear import QuantizedLinear, quantization_of
 from lorry.adapters.quantization.packed import PackedMatrix, Quantization
-from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.errors import ModelError
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS
 
@@ -120,14 +120,13 @@ def _sampled_weights(
             if (unmerged := getattr(module, "unmerged_weight", None)) is None
             else unmerged
         ).detach()
-        slices: LayerSlices | None = getattr(module, "slices", None)
-        if slices is None:
+        if not isinstance(module, AdaptableLayer) or module.slices is None:
             samples[path] = (
                 tuple(weight.shape),
                 values_at(weight, sample_positions(weight.numel())),
             )
             continue
-        ranks, (dim, part), shape = slices.ranks, stored_slice(module), list(weight.shape)
+        ranks, (dim, part), shape = module.slices.ranks, module.stored_slice(), list(weight.shape)
         shape[dim] = part.whole
         positions = sample_positions(math.prod(shape))
         place = [positions // shape[1], positions % shape[1]]

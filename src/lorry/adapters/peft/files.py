@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, find_linears, get_bank
 from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
-from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import concatenate
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.holders import at_parameters

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import LAYER_NUMBER, UNFUSED_NAMES, find_adaptable, get_bank
-from lorry.adapters.layers import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import check_pattern_time, match_peft_targets

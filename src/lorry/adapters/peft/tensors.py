@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import find_adaptable, head_and_embedding, match_unfused_names
 from lorry.adapters.bank import wrap_module
-from lorry.adapters.layers import AdaptableLayer, BankEmbedding, stored_slice
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import match_peft_targets
@@ -205,7 +206,7 @@ def _check_base_tensor(
         if leaf == "weight" and layer.unmerged_weight is not None
         else getattr(layer, leaf, None)
     )
-    cut = None if layer is None or layer.slices is None else stored_slice(layer)
+    cut = None if layer is None or layer.slices is None else layer.stored_slice()
     shape = list(file.get_slice(key).get_shape())
     if cut is not None and leaf != "weight":
         raise ModelError(f"{where}: {key} cannot be compared with a base that ranks share")

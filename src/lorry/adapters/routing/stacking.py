@@ -21,7 +21,8 @@ from torch import nn
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import Adapter
-from lorry.adapters.layers import AdapterSlot, BankLinear, LinearGroup
+from lorry.adapters.layers.linear import BankLinear, LinearGroup
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import Mix, mixes_mlps
 
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lorry.adapters.bank import Adapter
 from lorry.adapters.flat_buffer import TensorStack, stack_equal
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.parameters import FurtherStart, zeros
 from lorry.errors import ConfigError

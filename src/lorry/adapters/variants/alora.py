@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.layers import AMBIENT_CONTEXT
-from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.errors import ConfigError
 
 _HOOKED = "lorry_invocations"

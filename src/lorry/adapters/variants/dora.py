@@ -9,7 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankLinear
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.magnitude import weight_norm
 from lorry.adapters.variants.parameters import FurtherStart

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankLinear
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.parameters import FurtherStart, zeros
 from lorry.errors import ConfigError

@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from lorry.kernels import call_kernel, load_library
 
 if TYPE_CHECKING:
-    from lorry.adapters.layers import AdaptableLayer, AdapterSlot
+    from lorry.adapters.layers.adaptable import AdaptableLayer
+    from lorry.adapters.layers.slot import AdapterSlot
 
 ROW_BLOCK = 256  # rows of W + s B A that are ever there at a time
 # of |W|^2 + |s B A|^2: below it the three sums have lost two bits and more, and the row is summed itself

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import AdaptableLayer, AdapterSlot
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 

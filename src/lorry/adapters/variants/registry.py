@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorry.adapters.layers import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.adalora import adalora_starts
 from lorry.adapters.variants.dora import magnitudes

@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import (
-    AMBIENT_CONTEXT,
-    AdaptableLayer,
-    AdapterSlot,
-    BankEmbedding,
-    BankLinear,
-)
-from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.slot import AdapterSlot
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.own_weights import (
     OwnRows,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, freeze_base, select_modules
 from lorry.adapters.bank import init_adapter
-from lorry.adapters.layers import AdapterSlot
+from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
 from lorry.integrations.arguments import SELECTIONS, argument, spec_from_arguments

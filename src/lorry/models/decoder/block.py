@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import BankLinear, LinearGroup
+from lorry.adapters.layers.linear import BankLinear, LinearGroup
 from lorry.adapters.mix import AdapterContext, Half, LinearRouter, mixes_mlps
 from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.adapters.tensor_parallel.ranks import TensorRanks

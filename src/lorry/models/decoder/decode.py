@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import LinearGroup
+from lorry.adapters.layers.linear import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
 from lorry.adapters.tensor_parallel.slices import LayerSlices, gather_outputs

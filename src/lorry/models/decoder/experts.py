@@ -30,7 +30,7 @@ from lorry.models.decoder.pointwise import (
 if TYPE_CHECKING:
     from lorry.models.decoder.block import DecoderBlock
 
-ROW_STEP = 64  # rows of a bfloat16 product on a CPU: as `adapters.layers.align_rows`
+ROW_STEP = 64  # rows of a bfloat16 product on a CPU: as `adapters.layers.linear.align_rows`
 
 
 @dataclass(frozen=True)

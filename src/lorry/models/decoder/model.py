@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.layers import AdaptableLayer, BankEmbedding, BankLinear, stored_slice
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext, mixes_mlps
 from lorry.adapters.product import LinearProducts
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
@@ -123,7 +125,7 @@ class Decoder(CausalLM):
         for path, module in self.named_modules():
             if not isinstance(module, AdaptableLayer) or module.slices is None:
                 continue
-            cut[f"{path}.weight"] = stored_slice(module)
+            cut[f"{path}.weight"] = module.stored_slice()
             # a bias is of the rows of the product; of a sum over ranks each has all of it
             if module.slices.rows is not None and getattr(module, "bias", None) is not None:
                 cut[f"{path}.bias"] = (0, module.slices.rows)

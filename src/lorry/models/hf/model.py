@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer
-from lorry.adapters.mix import AdapterContext, Half
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Half
 from lorry.errors import ContractError, ModelError
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.hf.anatomy import (

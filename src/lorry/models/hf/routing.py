@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.adapters.layers import AMBIENT_CONTEXT
-from lorry.adapters.mix import AdapterContext, Half, LayerRouter, LinearRouter
+from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Half, LayerRouter, LinearRouter
 from lorry.errors import ContractError
 from lorry.models.hf.frames import PaddedFrame
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.parameters.holders import unmerged_parameter
 from lorry.models.layer_weights import WHOLE_WEIGHTS, LayerWeights
 

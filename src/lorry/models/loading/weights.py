@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.peft.base_digest import remember_base_digest
 from lorry.adapters.quantization.linear import remember_packed_digest
 from lorry.adapters.tensor_parallel.ranks import TensorRanks

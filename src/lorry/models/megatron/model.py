@@ -27,7 +27,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, gather_outputs
 from lorry.errors import ConfigError, ContractError

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import AdaptableLayer, BankLinear, LinearGroup
+from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.linear import BankLinear, LinearGroup
 from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.models.megatron.layout import RowOrder
 

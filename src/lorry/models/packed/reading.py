@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.peft.base_digest import sample_matrix
 from lorry.adapters.quantization.linear import OpenBuffers, hold_packed, parameter_name
 from lorry.adapters.quantization.packed import PackedDigest, PackedMatrix, Quantization, pack

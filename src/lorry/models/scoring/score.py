@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lorry.adapters.layers import BankLinear
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.tensor_parallel.ranks import CopyToRanks
 from lorry.adapters.variants.own_weights import find_own_rows, under
