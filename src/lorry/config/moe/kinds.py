@@ -1,7 +1,7 @@
 """The kinds of router, and what each reads of the settings. No torch here.
 
 A new kind has a row here; its maker in `adapters.routing.files.MAKERS`, or, where its gates are
-numbers, nothing more; and, where nothing trains, a function in `verbs.moe.UNTRAINED`.
+numbers, nothing more; and, where nothing trains, a function in `verbs.mixture.router.UNTRAINED`.
 """
 
 from __future__ import annotations

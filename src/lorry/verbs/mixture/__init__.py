@@ -1,1 +1,1 @@
-"""Stages of `lorry moe`: what is up to date, and what is made behind the router."""
+"""`lorry moe`: its stages, and what each of them makes."""

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.config.jobs import runs_by_adapter
-from lorry.config.moe import MoeRunConfig, RouterRunConfig
+from lorry.config.moe import ROUTER_KINDS, MoeRunConfig, RouterRunConfig
 from lorry.errors import ConfigError
 from lorry.notes import ignore_note
 from lorry.runs.layout import ROUTER, ROUTER_FILE
+from lorry.runs.ownership import is_run
+from lorry.verbs.mixture.experts import brought_adapters, in_turn
 
 if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
@@ -123,4 +125,83 @@ def refuse_other_tokenizer(expert: str, adapter: Path, tokenizer: Any) -> None:
             f"expert {expert!r}: {adapter} was trained with another chat template than the mixture "
             "has; give model.chat_template_path=FILE with the one that all experts have, or train "
             "it with the base's"
+        )
+
+
+def refuse_untrained_experts(folders: Mapping[str, Path], file: str) -> None:
+    """Raise ConfigError where skip_experts counts on one that is not there: ``file`` says that it
+    is."""
+    for name, folder in folders.items():
+        if not (folder / file).is_file():
+            raise ConfigError(
+                f"skip_experts: expert {name!r} is not in {folder}; leave skip_experts out to train it"
+            )
+
+
+def refuse_pickled_router(folder: Path) -> None:
+    """Raise ConfigError where skip_gating would pass over a router of another program's: a pickle,
+    which nothing here reads."""
+    if (folder / ROUTER / ROUTER_FILE).is_file():
+        return
+    if pickled := sorted(folder.glob("*.pt")):
+        raise ConfigError(
+            f"skip_gating: {pickled[0]} is a pickle, which is never read; leave skip_gating out to "
+            "make a router of the experts' rows"
+        )
+
+
+def remade_folders(run: MoeRunConfig) -> list[Path]:
+    """Where this call writes adapters or a mixture, and moves away what an earlier one
+    left there."""
+    remade, brought, folder = list[Path](), brought_adapters(run), run.folders.experts
+    if not run.skip_experts:
+        # of its own, or a sum; together or in turn: each way makes room where it was the other
+        made = [job.name for job in run.jobs if len(brought.get(job.name, ())) != 1]
+        remade += [folder / name for name in made]
+        if any(name not in brought for name in made):
+            remade.append(folder)
+    if not run.skip_gating:
+        remade.append(run.folders.mixture)
+    if run.export_router() is not None and not run.skip_merge:
+        remade.append(run.folders.moe_router)
+    return remade
+
+
+def refuse_missing_rows(run: MoeRunConfig) -> None:
+    """Raise ConfigError for an expert without the rows that it, or the router, is trained on."""
+    brought, alone = brought_adapters(run), runs_by_adapter(run)
+    for name, own in alone.items():
+        if own.data.path or own.data.mix:
+            continue
+        if name not in brought:
+            raise ConfigError(f"expert {name!r} has neither data=FILE nor adapter=DIR; give one")
+        if ROUTER_KINDS[run.router.kind].needs_rows:
+            raise ConfigError(
+                f"expert {name!r} has no data: a router of kind={run.router.kind} is made of rows of every expert's "
+                "domain; give data=FILE"
+            )
+
+
+def refuse_undescribed_experts(run: MoeRunConfig) -> None:
+    """Raise ConfigError for gates of an export from prompts where no run has all experts and says
+    which rows are whose: neither the mixture's, nor one that trains all of them."""
+    moe = run.export_of("hf-moe")
+    # a whole model is a run with rows of its own
+    if moe is None or run.skip_merge or moe.gate_mode == "router" or run.whole_experts:
+        return
+    mixture = run.folders.mixture
+    if run.skip_gating:
+        has_all, describes = (mixture / ROUTER / ROUTER_FILE).is_file(), is_run(mixture)
+    else:
+        own = runs_by_adapter(run).values()
+        has_all, describes = True, all(one.data.path or one.data.mix for one in own)
+    # random gates read no rows
+    if has_all and (describes or moe.gate_mode == "random"):
+        return
+    if in_turn(run) or brought_adapters(run):
+        raise ConfigError(
+            f"export: gate_mode={moe.gate_mode} takes experts and prompts from one run, and here "
+            "none has all experts and their rows; give data=FILE to each expert, gate_mode=router, "
+            f"or export afterwards: lorry export {mixture} to=hf-moe gate_mode={moe.gate_mode} "
+            "prompts={EXPERT: [TEXT, ...]}"
         )

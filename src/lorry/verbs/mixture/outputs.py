@@ -6,8 +6,6 @@ Each is a stage (stages.py), of what the one before it has written.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,8 @@ from lorry.runs.layout import MERGED, PREVIOUS, ROUTER, ROUTER_FILE
 from lorry.runs.ownership import is_run
 from lorry.runs.stages import path_digest
 from lorry.verbs import export, merge
-from lorry.verbs.mixture.stages import Stages, model_digest
+from lorry.verbs.mixture.experts import whole_folders
+from lorry.verbs.mixture.stages import Stages, call_verb, model_digest
 
 # of the finetuning's settings, the one that is not of `lorry sft`
 TRAIN_ROUTER = "train_router"
@@ -93,11 +92,6 @@ def merge_experts(run: MoeRunConfig, stages: Stages, folders: Mapping[str, Path]
             lambda settings=settings: call_verb(merge.main, settings),  # type: ignore[misc]  # a default binds it now
             settings.model_dump_json(),
         )
-
-
-def whole_folders(run: MoeRunConfig) -> dict[str, Path]:
-    """{expert: the directory of its run, a whole model}, where the project has merged ones."""
-    return {job.name: run.folders.experts / job.name / MERGED for job in run.jobs}
 
 
 def write_moe(run: MoeRunConfig, stage: ExportStage, stages: Stages) -> None:
@@ -318,10 +312,3 @@ def _export_settings(values: Mapping[str, Any]) -> ExportSettings:
     except ValidationError as error:
         message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"export: {message}") from None
-
-
-def call_verb(verb: Any, settings: Any) -> None:
-    """Another verb's work, its last line beside the results: on standard output is the
-    mixture's."""
-    with contextlib.redirect_stdout(sys.stderr):
-        verb(settings)

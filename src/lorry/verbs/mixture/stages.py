@@ -6,11 +6,12 @@ changed.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lorry.config import dump_settings
 from lorry.config.data import DataConfig
@@ -359,3 +360,10 @@ def _settings_digest(run: RunConfig) -> str:
     """Of a run's description, resuming aside."""
     lines = dump_settings(run).splitlines()
     return text_digest("\n".join(line for line in lines if "resume_from_checkpoint:" not in line))
+
+
+def call_verb(verb: Any, settings: Any) -> None:
+    """Another verb's work, its last line beside the results: on standard output is the
+    mixture's."""
+    with contextlib.redirect_stdout(sys.stderr):
+        verb(settings)
