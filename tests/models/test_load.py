@@ -21,7 +21,8 @@ from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading import sources
-from lorry.models.loading.load import load_model, pick_device, pick_dtype, sample_digest
+from lorry.models.loading.digest import sample_digest
+from lorry.models.loading.load import load_model, pick_device, pick_dtype
 from tests.support import tiny
 from tests.support.tiny import close, edit_config, logits, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 

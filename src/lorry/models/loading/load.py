@@ -10,7 +10,7 @@ whatever the checkpoint's own type.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lorry.adapters.quantization.packed import KEPT_GGUF, QUANTIZATIONS, Quantiz
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config.parsing.sizes import size_in_words
 from lorry.errors import ConfigError, ModelError
+from lorry.families import ModelFamily
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
 from lorry.models.hf.anatomy import list_text_tokens
@@ -37,7 +38,6 @@ from lorry.models.loading.describe import (
     read_model_json,
     silence_transformers,
 )
-from lorry.models.loading.digest import sample_digest
 from lorry.models.loading.sources import ModelLocation, find_adapters_in, resolve_model
 from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tensor_files import read_tensor_entries, stored_float_dtype
@@ -52,8 +52,6 @@ from lorry.plan.machine import dtype_of_auto
 from lorry.plan.parallel.split import check_tensor_parallel
 from lorry.processor import may_use_bfloat16
 from lorry.runs.layout import ADAPTER_FACTS
-
-__all__ = ["LoadedModel", "load_model", "sample_digest"]
 
 # quantize: hold matrices as the files have them packed
 KEEP = "keep"
@@ -128,13 +126,8 @@ def load_model(
         packed=True,
         add_note=add_note,
     )
-    for folder in (adapter, location.adapter) if as_trained else ():
-        if quantize is not None or folder is None:
-            continue
-        quantize = trained_quantization(folder)
-        # the converted base is the same one, bit for bit, where the GGUF file is not at hand
-        if quantize == KEEP and location.file is None:
-            quantize = None
+    if quantize is None and as_trained:
+        quantize = _quantize_of_adapters((adapter, location.adapter), location)
     quantization = _pick_quantization(quantize, location, description.packed_as)
     if description.family is not None and (
         why := find_native_mismatch(
@@ -155,61 +148,32 @@ def load_model(
         ranks = None
         _refuse_unfit(description, quantization, ranks, shard, convert)
         add_note(f"{location.directory.name} lies whole on every process ({error})")
-    if (ranks is not None or convert is not None) and description.family is not None:
-        prove_shared_layers(
-            description.family,
-            description.config,
-            torch_dtype,
-            torch_device,
-            ranks,
-            convert,
-            add_note,
-        )
     model: CausalLM
     if description.family is not None:
         matrices = _matrix_source(quantization, description, location)
-        decoder = load_decoder(
+        model = _load_native(
             location.directory,
+            description,
             description.family,
-            description.config,
             torch_dtype,
             torch_device,
             ranks,
             shard,
+            convert,
             matrices,
+            add_note,
         )
-        for note in matrices.notes() if matrices is not None else ():
-            add_note(note)
-
-        if convert is not None and ranks is None and shard is None:  # else it is taken already
-            remember_base_digest(decoder)
-        model = decoder if convert is None else keep_base_digest(decoder, convert(decoder))
-        # PEFT's field for the base: adapters saved later name it
-        model.config["_name_or_path"] = str(location.directory)
     else:
-        if description.packed_as is not None or (
-            quantization is not None and quantization.keeps_values
-        ):
-            assert quantization is not None
-            raise ModelError(
-                f"{location.directory}: its matrices are packed ({quantization.name}), which Lorry's "
-                f"own decoder alone computes with, and {description.why}; give the unquantised checkpoint"
-            )
-        add_note(f"{description.why}; it runs in transformers, more slowly")
-        model = load_hf(
+        model = _load_foreign(
             location.directory,
             description,
-            # packed from what the files hold: in whatever dtype it computes, it is the same base
-            torch_dtype
-            if quantization is None
-            else stored_float_dtype(read_tensor_entries(location.directory)),
+            quantization,
+            torch_dtype,
             torch_device,
             shard,
             trust_remote_code=trust_remote_code,
             add_note=add_note,
         )
-        if quantization is not None:
-            _pack_foreign(model, quantization, torch_dtype, add_note)
     for note in note_disabled_dropout(description.config):
         add_note(note)
     tokenizer = load_tokenizer(
@@ -238,6 +202,82 @@ def load_model(
     if location.adapter is not None:
         source["adapter"] = str(location.adapter)
     return LoadedModel(model, tokenizer, source)
+
+
+def _quantize_of_adapters(adapters: Sequence[Path | None], location: ModelLocation) -> str | None:
+    """In what the base of the first adapter that says it was held; None for whole matrices."""
+    for folder in adapters:
+        quantize = None if folder is None else trained_quantization(folder)
+        # the converted base is the same one, bit for bit, where the GGUF file is not at hand
+        if quantize is not None and not (quantize == KEEP and location.file is None):
+            return quantize
+    return None
+
+
+def _load_native(
+    directory: Path,
+    description: ModelDescription,
+    family: ModelFamily,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: TensorRanks | None,
+    shard: Sharder | None,
+    convert: ModelConverter | None,
+    matrices: MatrixSource | None,
+    add_note: NoteCallback,
+) -> CausalLM:
+    """The model in Lorry's own decoder, proved first where ranks share it or other layers compute it, and
+    in those layers then. ``matrices``: where packed ones come from."""
+    if ranks is not None or convert is not None:
+        prove_shared_layers(family, description.config, dtype, device, ranks, convert, add_note)
+    decoder = load_decoder(
+        directory, family, description.config, dtype, device, ranks, shard, matrices
+    )
+    for note in matrices.notes() if matrices is not None else ():
+        add_note(note)
+    if convert is not None and ranks is None and shard is None:  # else it is taken already
+        remember_base_digest(decoder)
+    model: CausalLM = decoder if convert is None else keep_base_digest(decoder, convert(decoder))
+    # PEFT's field for the base: adapters saved later name it
+    model.config["_name_or_path"] = str(directory)
+    return model
+
+
+def _load_foreign(
+    directory: Path,
+    description: ModelDescription,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Sharder | None,
+    *,
+    trust_remote_code: bool,
+    add_note: NoteCallback,
+) -> CausalLM:
+    """The model in transformers' own class, its matrices packed behind that. Raises ModelError where the
+    files have them packed."""
+    if description.packed_as is not None or (
+        quantization is not None and quantization.keeps_values
+    ):
+        assert quantization is not None
+        raise ModelError(
+            f"{directory}: its matrices are packed ({quantization.name}), which Lorry's "
+            f"own decoder alone computes with, and {description.why}; give the unquantised checkpoint"
+        )
+    add_note(f"{description.why}; it runs in transformers, more slowly")
+    model = load_hf(
+        directory,
+        description,
+        # packed from what the files hold: in whatever dtype it computes, it is the same base
+        dtype if quantization is None else stored_float_dtype(read_tensor_entries(directory)),
+        device,
+        shard,
+        trust_remote_code=trust_remote_code,
+        add_note=add_note,
+    )
+    if quantization is not None:
+        _pack_foreign(model, quantization, dtype, add_note)
+    return model
 
 
 def _matrix_source(
