@@ -22,6 +22,7 @@ from lorry.config import (
     parse_settings,
     runs_by_adapter,
 )
+from lorry.config.adapter.belongs import hand_down
 from lorry.config.jobs import BASE_JOB, SHARED_SETTINGS
 from lorry.config.parsing.names import schema_names
 from lorry.errors import ConfigError
@@ -409,6 +410,18 @@ def test_a_grid_is_every_combination() -> None:
     ]
     assert found == [(2, 0), (2, 3), (4, 0), (4, 3)]
     assert build_settings(SweepSettings, made.model_dump(), print).jobs == made.jobs
+
+
+def test_what_is_handed_down_is_written_into_no_argument() -> None:
+    run, own = {"lora": {"target_r": 2, "r": 8}}, {"lora": {"variant": "adalora"}}
+    kept, (tree, other) = hand_down(run, [("a", own), ("b", {})], [].append)
+    assert (kept, tree, other) == (
+        {"lora": {"r": 8}},
+        {"lora": {"target_r": 2, "variant": "adalora"}},
+        {},
+    )
+    assert run == {"lora": {"target_r": 2, "r": 8}}
+    assert own == {"lora": {"variant": "adalora"}}
 
 
 @pytest.mark.parametrize(

@@ -9,53 +9,54 @@ stays where it was given, and is refused there. No torch here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from lorry.config.adapter.initialization import INITIALIZATIONS
 from lorry.config.parsing.names import show_value
 from lorry.config.parsing.place import GivenSetting
 from lorry.config.schema import ADALORA_FIELDS, LoraConfig
 from lorry.notes import NoteCallback
 
+# settings by group: {group: {setting: value}}
+SettingsTree = dict[str, dict[str, Any]]
+REPEATABLE = tuple(name for name, way in INITIALIZATIONS.items() if way.is_repeatable)
 # {setting: (the one that decides, its values)}
 BELONGS_TO: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     **dict.fromkeys(ADALORA_FIELDS[1:], ("variant", ("adalora",))),
-    "keep_residual": ("init_lora_weights", ("pissa", "olora")),
+    "keep_residual": ("init_lora_weights", REPEATABLE),
 }
 MOST_NAMED = 4  # jobs in a note
 
 
-class HasTree(Protocol):
-    """A job: its name and its own settings, {group: {setting: value}}."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def tree(self) -> dict[str, dict[str, Any]]: ...
-
-
 def hand_down(
-    tree: Mapping[str, Any], jobs: Sequence[HasTree], add_note: NoteCallback
-) -> dict[str, Any]:
-    """The run's settings without those that belong to some of the jobs alone, which have them from now
-    on unless they bring their own."""
+    tree: Mapping[str, Any], jobs: Sequence[tuple[str, SettingsTree]], add_note: NoteCallback
+) -> tuple[dict[str, Any], list[SettingsTree]]:
+    """The run's settings without those that belong to some of the ``jobs`` (their names and their own
+    settings) alone, and each job's with them, unless it brings its own."""
     if not isinstance(lora := tree.get("lora"), Mapping):
-        return dict(tree)
+        return dict(tree), [own for _, own in jobs]
     kept = dict(lora)
+    handed: list[dict[str, Any]] = [{} for _ in jobs]
     for name, (decides, values) in BELONGS_TO.items():
-        owners = [job for job in jobs if job.tree.get("lora", {}).get(decides) in values]
+        owners = [
+            n for n, (_, own) in enumerate(jobs) if own.get("lora", {}).get(decides) in values
+        ]
         # a resolved description has the defaults of every setting, which are refused nowhere
         default = LoraConfig.model_fields[name].default
         if not owners or lora.get(decides) in values or lora.get(name, default) == default:
             continue
         value = kept.pop(name)
-        for job in owners:
-            job.tree["lora"] = {name: value, **job.tree["lora"]}
+        for n in owners:
+            handed[n] = {name: value, **handed[n]}
         rest = f" and {more} more" if (more := len(owners) - MOST_NAMED) > 0 else ""
-        named = ", ".join(job.name for job in owners[:MOST_NAMED]) + rest
+        named = ", ".join(jobs[n][0] for n in owners[:MOST_NAMED]) + rest
         have = "have" if len(owners) > 1 else "has"
         add_note(f"{name}={show_value(value)} belongs to {_kind(name)}: only {named} {have} it")
-    return {**tree, "lora": kept}
+    trees = [
+        {**own, "lora": {**given, **own.get("lora", {})}} if given else own
+        for given, (_, own) in zip(handed, jobs, strict=True)
+    ]
+    return {**tree, "lora": kept}, trees
 
 
 def drop_foreign(

@@ -241,11 +241,12 @@ def _resolve_settings(
     # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
     if errors:
         raise ConfigError(_list_errors(errors))
-    tree = hand_down(tree, jobs, job_notes.append)
+    tree, own = hand_down(tree, [(job.name, job.tree) for job in jobs], job_notes.append)
+    jobs = [replace(job, tree=each) for job, each in zip(jobs, own, strict=True)]
     # a hundred jobs have the same alias; its note comes once
     for note in dict.fromkeys(job_notes):
         add_note(note)
-    settings = _adopt_job_rows(tree, jobs)
+    settings, jobs = _adopt_job_rows(tree, jobs)
     # without its jobs first, so that an error of the run is not told once for each of them
     run = _validate_schema(schema, names, settings, origins)
     if not jobs or not isinstance(run, RunConfig):
@@ -258,26 +259,29 @@ def _resolve_settings(
     )
 
 
-def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> dict[str, Any]:
-    """The run's settings; where every job brings rows of its own, those of the first stand for the
+def _adopt_job_rows(
+    tree: Mapping[str, Any], jobs: Sequence[JobOverrides]
+) -> tuple[dict[str, Any], list[JobOverrides]]:
+    """The run's settings and its jobs; where every job brings rows of its own, those of the first stand for the
     run's. Nothing else of its data does: what one job is given is no other's. Raises ConfigError
     for a job without rows that the others bring.
     """
-    adopted = dict(tree)
+    adopted, resolved = dict(tree), list(jobs)
     for group, several in ROW_SOURCES.items():
         for sources in several:
             job_settings = adopted.get(group, {})
-            own = [job.tree.get(group, {}) for job in jobs]
+            own = [job.tree.get(group, {}) for job in resolved]
             if (
                 not isinstance(job_settings, dict)
                 or set(sources) & job_settings.keys()
                 or not any(set(sources) & rows.keys() for rows in own)
             ):
                 continue
-            for job, rows in zip(jobs, own, strict=True):
+            for n, (job, rows) in enumerate(zip(resolved, own, strict=True)):
                 # an adapter that is there trains on nothing, and the first job's rows are not its
                 if not set(sources) & rows.keys() and "adapter" in job.tree.get("expert", {}):
-                    job.tree[group] = {**rows, sources[0]: None}
+                    unread = {**job.tree, group: {**rows, sources[0]: None}}
+                    resolved[n] = replace(job, tree=unread)
                 elif not set(sources) & rows.keys():
                     raise ConfigError(
                         f"job {job.name!r}: {group}.{sources[0]} is missing: "
@@ -286,7 +290,7 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
             chosen = (*sources, *ROW_CHOICES.get(group, ()))
             first = next(rows for rows in own if set(sources) & rows.keys())
             adopted[group] = {**{k: first[k] for k in chosen if k in first}, **job_settings}
-    return adopted
+    return adopted, resolved
 
 
 @contextlib.contextmanager
