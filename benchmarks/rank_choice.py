@@ -233,14 +233,16 @@ def memory_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 f"{after['rank']}: {mib(after['total'])}" if after else "none",
             ]
         )  # fmt: skip
-    kept = sum(over(row) is None for row in rows)
-    filled = [row["peak"] / row["budget"] for row in rows]
+    shares = [(row["case"], row["peak"] / row["budget"]) for row in rows]
+    within = [part for _, part in shares if part <= 1]
+    filled = f" (they fill {min(within):.0%} to {max(within):.0%} of it)" if within else ""
+    passed = [f"; {case} takes {part:.2%} of it" for case, part in shares if part > 1]
     named = {row["case"] for row in rows}
     left = "; ".join(case.name for case in CASES if case.name not in named)
     return {
         "title": "`r=auto` within a memory budget: planned and measured peaks of whole processes",
         "text": (
-            f"{kept} of {len(rows)} configurations stay within their budget (they fill {min(filled):.0%} to {max(filled):.0%} of it), and the "
+            f"{len(within)} of {len(rows)} configurations stay within their budget{filled}{''.join(passed)}. The "
             "next rank of the grid would by plan pass it even at its leanest (smallest micro-batches, recompute "
             "unless it was set). MiB; one step of `lorry sft` on rows that fill `max_length`, one thread "
             "(`benchmarks/rank_choice.py --memory`). No budget chooses the ranks of jobs: the plan's sum stands for it."

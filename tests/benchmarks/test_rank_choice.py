@@ -31,7 +31,8 @@ def test_a_budget_that_was_passed_and_a_rank_that_would_have_fitted_are_told() -
 def test_the_table_counts_them_and_names_what_was_not_run() -> None:
     told = rank_choice.memory_record([row(), row(peak=101 * MIB)])
     assert "1 of 2 configurations stay" in told["text"]
-    assert "90% to 101%" in told["text"]
+    assert "(they fill 90% to 90% of it)" in told["text"]
+    assert f"; {row()['case']} takes 101.00% of it" in told["text"]
     assert rank_choice.CASES[0].name in told["text"]
     assert rank_choice.CASES[1].name not in told["text"].partition("Not run")[2]
     assert {len(cells) for cells in told["rows"]} == {len(told["columns"])}

@@ -4,7 +4,6 @@ code, and against the same step layer by layer."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,14 +44,6 @@ MIXES = [
     Mix.constants({"a": 0.5, "b": -2.0}),
     Mix.one("b"),
 ]
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def adapted(family: str) -> Decoder:
