@@ -107,7 +107,8 @@ def lorry(packing: bool = False, dtype: str = "auto") -> Run:
 
 def chat_stream(folder: Path, case: Case, tokenizer: Any, packing: bool) -> Any:
     """The stream that `lorry sft` makes of chat.jsonl."""
-    from lorry.config.schema import DataConfig, TrainConfig
+    from lorry.config.data import DataConfig
+    from lorry.config.schema.train import TrainConfig
     from lorry.data.prepare import prepare_data
 
     data = DataConfig(

@@ -401,7 +401,7 @@ def ask(name: str, args: argparse.Namespace, size: Size) -> None:
     import torch
 
     import lorry.verbs.eval  # noqa: F401 - imports are not what is measured
-    from lorry.config.schema import ModelConfig
+    from lorry.config.schema.model import ModelConfig
     from lorry.verbs.open_model import open_with_adapters
 
     torch.set_num_threads(args.threads)

@@ -46,7 +46,7 @@ LLAMA = {"bf16": "bf16", "int8": "q8_0", "q4_1": "q4_1"}
 
 def prepare(folder: Path) -> None:
     """Write what llama.cpp answers from."""
-    from lorry.config.schema import ModelConfig
+    from lorry.config.schema.model import ModelConfig
     from lorry.models.gguf.embedded import find_embedded_file
     from lorry.models.loading.open import open_model
     from lorry.notes import ignore_note

@@ -122,7 +122,7 @@ def lorry(name: str, tensor: int = 1) -> Run:
     from lorry.backends.distributed.tensor_ranks import tensor_ranks
     from lorry.backends.optim import OptimSettings
     from lorry.backends.registry import BACKENDS
-    from lorry.config.schema import TrainBackendConfig
+    from lorry.config.schema.backend import TrainBackendConfig
     from lorry.data.batch import TokenizedExample, collate
     from lorry.models.loading.load import load_model
     from lorry.notes import ignore_note

@@ -251,7 +251,7 @@ def planned(engine: str, folder: Path, case: Case) -> dict[str, int] | None:
     split = LAYOUTS[engine].split
     if split is None:
         return None
-    from lorry.config.schema import LoraConfig
+    from lorry.config.schema.lora import LoraConfig
     from lorry.plan import machine
     from lorry.plan.adapters import plan_adapter
     from lorry.plan.memory import MemorySetup

@@ -116,7 +116,7 @@ def config_of(model: str) -> dict[str, Any]:
 
 def predict(case: Case) -> dict[str, Any]:
     """The plan's numbers; imports no torch."""
-    from lorry.config.schema import LoraConfig
+    from lorry.config.schema.lora import LoraConfig
     from lorry.plan.adapters import plan_adapter
     from lorry.plan.full.weights import plan_weights
     from lorry.plan.machine import attention_kernel
@@ -166,7 +166,7 @@ def measure(case: Case) -> dict[str, Any]:
     from lorry.backends.distributed.fsdp import sharder_of
     from lorry.backends.optim import OptimSettings
     from lorry.backends.registry import BACKENDS
-    from lorry.config.schema import TrainBackendConfig
+    from lorry.config.schema.backend import TrainBackendConfig
     from lorry.data.batch import TokenizedExample, collate
     from lorry.models.loading.load import load_model
     from lorry.notes import ignore_note

@@ -392,7 +392,7 @@ def _refuse_backend(verb: CliVerb, args: Sequence[str]) -> None:
     """Raise ConfigError for a word that asks a verb of one process for several."""
     if verb.name in PARALLEL_VERBS | STARTING_VERBS or verb.name == "plan":
         return
-    from lorry.config.schema import BackendConfig, TrainBackendConfig
+    from lorry.config.schema.backend import BackendConfig, TrainBackendConfig
 
     several = TrainBackendConfig.model_fields.keys() - BackendConfig.model_fields.keys()
     for word in args:

@@ -25,7 +25,7 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.router import RoutingRule, attach_router
 from lorry.adapters.spec import LoraSpec
 from lorry.config import MergeSettings, MoeRunConfig, RunConfig, parse_settings
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.models.loading.open import open_model
 from tests.support.verbworld import model_directory
 

@@ -28,7 +28,8 @@ from lorry.backends.distributed.ddp import DataParallelBackend
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import GradientRule, Task
-from lorry.config.schema import ModelConfig, TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.data.batch import TokenizedExample
 from lorry.errors import ConfigError, ContractError
 from lorry.models.loading.load import load_model

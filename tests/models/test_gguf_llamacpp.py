@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.models.loading.open import OpenedModel, open_model
 from lorry.notes import ignore_note
 from lorry.verbs.exports.gguf import export_gguf, export_gguf_lora

@@ -17,7 +17,7 @@ from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.quantization import packed as packing
 from lorry.adapters.quantization.linear import quantized_linears
 from lorry.adapters.spec import LoraSpec
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.gguf.header import check_gguf
 from lorry.models.gguf.writer import read_gguf_tensor

@@ -19,7 +19,8 @@ from lorry.adapters.mix import AdapterContext
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.distributed.communicator import ONE_PROCESS
 from lorry.backends.distributed.megatron import converter_of
-from lorry.config.schema import ModelConfig, TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError, ContractError
 from lorry.families import find_family
 from lorry.models.causal_lm import CausalLM, PackedInput, parameter_count

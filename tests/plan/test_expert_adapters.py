@@ -8,7 +8,7 @@ import pytest
 
 from lorry.adapters.attach import attach, detach
 from lorry.adapters.spec import LoraSpec
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.flops import count_flops

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.plan.adapters import PlannedAdapter, plan_adapter
 from lorry.plan.constants import SCORE_CHUNK
 from lorry.plan.flops import count_flops

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorry.adapters.attach import attach
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import lora_spec_of
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.families import find_family
 from lorry.kernels import attention as kernel
 from lorry.kernels.build import kernel_status

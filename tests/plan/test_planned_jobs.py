@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorry.config import RunConfig, build_settings, runs_by_adapter
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.config.settings import PlanSettings
 from lorry.errors import ConfigError, ModelError
 from lorry.plan import machine, rates

@@ -12,7 +12,7 @@ from lorry.adapters.base_weights import make_weights_trainable
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.config import PlanSettings, parse_settings
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.errors import ConfigError
 from lorry.families import find_family
 from lorry.models.decoder.model import Decoder

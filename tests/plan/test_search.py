@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lorry.config import RunConfig, build_settings
 from lorry.config.parsing.sizes import parse_size, size_in_words
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.choices import (

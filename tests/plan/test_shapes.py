@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorry.adapters.attach import attach
 from lorry.adapters.spec import lora_spec_of
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.families import find_family
 from lorry.models.decoder.model import Decoder

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.distributed.communicator import open_communicator
 from lorry.backends.local import LocalBackend
-from lorry.config.schema import TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
 from tests.support.layouts import ALPHA, TARGETS, flat, mixed, sharded, steps_of, trained, uneven
 from tests.support.seam import Fixed
 

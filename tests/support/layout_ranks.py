@@ -26,7 +26,7 @@ from torch import Tensor
 from lorry import cli
 from lorry.backends.distributed.communicator import Communicator, open_communicator
 from lorry.backends.distributed.tensor_ranks import data_ranks
-from lorry.config.schema import TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
 from lorry.train import session
 from lorry.train.setup.base import open_base
 from tests.support import base_layouts, layouts

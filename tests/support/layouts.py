@@ -28,7 +28,7 @@ from lorry.backends.distributed.tensor_ranks import tensor_ranks
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import GradientRule, Task
-from lorry.config.schema import TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
 from lorry.data.batch import BASE, TokenizedExample
 from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import CausalLM

@@ -35,7 +35,8 @@ from lorry.backends.distributed.tensor_ranks import tensor_ranks
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.registry import BACKENDS
-from lorry.config.schema import ModelConfig, TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import LorryError
 from lorry.generation.sampling import SamplingParams
 from lorry.models.loading.load import load_model

@@ -21,7 +21,7 @@ from lorry.adapters.spec import LoraSpec
 from lorry.backends.distributed.communicator import open_communicator
 from lorry.backends.local import LocalBackend
 from lorry.config.adapter.adalora import AdaLoraSettings
-from lorry.config.schema import TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
 from lorry.data.batch import TokenizedExample
 from tests.support.layouts import ALPHA, TARGETS, flat, sharded, steps_of, trained, uneven
 from tests.support.seam import Fixed

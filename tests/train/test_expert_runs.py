@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.merge import merge, unmerge
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.shapes import read_model_shape

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorry.config import RunConfig, build_settings
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.hub.push import HubError, check_push, push_after, push_run
 from tests.support.hub_standin import Hub

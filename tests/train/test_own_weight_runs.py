@@ -20,7 +20,7 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.variants.own_weights import OwnRows
 from lorry.cli import main
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.loading.open import open_model
 from lorry.models.new_tokens import read_new_tokens

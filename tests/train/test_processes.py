@@ -15,7 +15,7 @@ import torch
 from lorry.adapters.attach import attach
 from lorry.adapters.spec import LoraSpec
 from lorry.config import RunConfig
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError
 from lorry.kernels import kernel_status
 from lorry.models.loading.load import load_model

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorry.config.schema import JobConfig
+from lorry.config.schema.job import JobConfig
 from lorry.models.loading.open import open_model
 from lorry.plan import machine, rates
 from lorry.train.resources import rate

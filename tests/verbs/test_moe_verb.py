@@ -22,7 +22,7 @@ from lorry.adapters.peft.start_files import adapter_digest
 from lorry.adapters.routing.files import read_router_record
 from lorry.config import RouterRunConfig, parse_settings
 from lorry.config.moe import RouterConfig, check_router
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.generation.engine import generate_completions
 from lorry.generation.sampling import SamplingParams

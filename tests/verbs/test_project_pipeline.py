@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorry
 from lorry.adapters.attach import get_bank
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.verbs.mixture.stages import Stages
 from tests.support.verbworld import PEOPLE, model_directory, write_rows
 from tests.support.verbworld import lorry as run_lorry

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lorry.adapters.tensor_parallel.slices import SIDES, Side
 from lorry.config.adapter.adalora import AdaLoraSettings
 from lorry.config.adapter.initialization import check_initialization, find_initialization
-from lorry.config.schema import ADALORA_FIELDS, LoraConfig
+from lorry.config.schema.lora import ADALORA_FIELDS, LoraConfig
 from lorry.errors import ConfigError
 
 BiasTraining = Literal["none", "all", "lora_only"]

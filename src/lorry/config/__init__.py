@@ -2,20 +2,18 @@
 No torch here.
 """
 
+from lorry.config.data import DataConfig
 from lorry.config.distill import DistillConfig, DistillRunConfig
 from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.merge import MergeSettings
 from lorry.config.moe import MoeRunConfig, RouterRunConfig
 from lorry.config.parsing.parse import build_settings, dump_settings, parse_settings
-from lorry.config.schema import (
-    BackendConfig,
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from lorry.config.schema.backend import BackendConfig
+from lorry.config.schema.lora import LoraConfig
+from lorry.config.schema.model import ModelConfig
+from lorry.config.schema.run import RunConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.config.settings import (
     ChatSettings,
     CompareSettings,

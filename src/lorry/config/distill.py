@@ -18,7 +18,7 @@ from lorry.config.base import (
     config_field,
     derived_field,
 )
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 
 DivergenceName = Literal["kl", "reverse_kl", "jsd", "uld"]
 

@@ -11,7 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, derived_field
 from lorry.config.data import FormatName
-from lorry.config.schema import ModelConfig, SharedBackendConfig
+from lorry.config.schema.backend import SharedBackendConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.config.suite import SuiteConfig, first_changed, refuse_unread
 
 # settings that mean something with tasks only

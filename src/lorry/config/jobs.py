@@ -28,12 +28,8 @@ from lorry.config.parsing.place import (
     parse_typed_list,
     place_setting,
 )
-from lorry.config.schema import (
-    ADALORA_FIELDS,
-    JOBS,
-    NO_ADAPTERS_FOR_JOBS,
-    RunConfig,
-)
+from lorry.config.schema.lora import ADALORA_FIELDS
+from lorry.config.schema.run import JOBS, NO_ADAPTERS_FOR_JOBS, RunConfig
 from lorry.errors import ConfigError
 from lorry.notes import NoteCallback
 

@@ -26,8 +26,11 @@ from lorry.config.base import (
     config_field,
     derived_field,
 )
+from lorry.config.data import DataConfig
 from lorry.config.moe import MoeRunConfig
-from lorry.config.schema import DataConfig, ModelConfig, RunConfig, TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
+from lorry.config.schema.model import ModelConfig
+from lorry.config.schema.run import RunConfig
 from lorry.config.unlearning.unlearn import UnlearnRunConfig
 
 # learning rate of a way that is given none, as a multiple of the run's: all weights of a model want a

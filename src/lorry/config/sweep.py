@@ -21,7 +21,9 @@ from pydantic import PositiveInt
 from lorry.config.base import config_field
 from lorry.config.parsing.names import SchemaNames
 from lorry.config.parsing.place import GivenSetting, parse_typed_list, place_setting
-from lorry.config.schema import JobConfig, ModelConfig, RunConfig
+from lorry.config.schema.job import JobConfig
+from lorry.config.schema.model import ModelConfig
+from lorry.config.schema.run import RunConfig
 from lorry.notes import NoteCallback
 
 

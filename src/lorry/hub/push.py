@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.disk.documents import read_object
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, LorryError

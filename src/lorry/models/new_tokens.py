@@ -14,7 +14,7 @@ from lorry.adapters.variants.new_tokens import (
     grown_with,
     token_settings,
 )
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.disk import documents
 from lorry.errors import ConfigError
 from lorry.models.loading.open import OpenedModel

@@ -14,7 +14,8 @@ from typing import Literal
 
 from lorry.config.adapter.initialization import find_initialization
 from lorry.config.moe import RouterConfig
-from lorry.config.schema import LoraConfig, StepReads
+from lorry.config.schema.lora import LoraConfig
+from lorry.config.schema.step_reads import StepReads
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import SITES
 from lorry.plan.ranks import MOST_RANK

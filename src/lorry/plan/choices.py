@@ -22,7 +22,10 @@ from functools import cache
 from typing import cast
 
 from lorry.config.parsing.sizes import parse_size, size_in_words
-from lorry.config.schema import ROW_ALONE, JobConfig, LoraConfig, StepReads, TrainConfig
+from lorry.config.schema.job import JobConfig
+from lorry.config.schema.lora import LoraConfig
+from lorry.config.schema.step_reads import ROW_ALONE, StepReads
+from lorry.config.schema.train import TrainConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import PlannedAdapter, largest_rank, plan_adapter
 from lorry.plan.constants import MIN_BATCH_TOKENS

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorry.config.schema import ROW_ALONE, StepReads
+from lorry.config.schema.step_reads import ROW_ALONE, StepReads
 from lorry.families.packing import find_packing, stated_bits, stated_group
 from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.constants import (

@@ -10,7 +10,9 @@ from typing import Any
 
 from lorry.backends.protocol import Backend, GradientRule, ScoringBackend, Task
 from lorry.config import RunConfig
-from lorry.config.schema import DataConfig, ModelConfig, TrainConfig
+from lorry.config.data import DataConfig
+from lorry.config.schema.model import ModelConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.prepare import PreparedData

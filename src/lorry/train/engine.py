@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from lorry.backends.protocol import Backend, GradientNorms, ScoringBackend, StepStats, Task
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import count_adapter_tokens, keep_adapters
 from lorry.disk import durable

@@ -25,7 +25,7 @@ from lorry.adapters.layers.adaptable import local_share
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.config.jobs import BASE_JOB
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.data.prepare import PreparedData
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest

@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from lorry.backends.protocol import Task
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.data.batch import Batch
 from lorry.errors import ConfigError, ModelError
 from lorry.tasks.build import USABLE

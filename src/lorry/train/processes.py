@@ -22,7 +22,8 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.backends.distributed.communicator import Communicator, join_processes
 from lorry.config import RunConfig, runs_by_adapter
-from lorry.config.schema import ModelConfig, SharedBackendConfig
+from lorry.config.schema.backend import SharedBackendConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
 from lorry.kernels import kernel_status

@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.config.unlearning.attack import AttackSettings
 from lorry.console import VisibleConsole
 from lorry.disk import documents, durable

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from lorry.config import dump_settings
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.disk import durable
 from lorry.runs import ownership, process
 from lorry.streams import BACKGROUND_VARIABLE

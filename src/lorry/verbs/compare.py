@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.config import dump_settings
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.config.settings import CompareSettings
 from lorry.console import VisibleConsole
 from lorry.errors import ConfigError, DataError

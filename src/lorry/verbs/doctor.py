@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from lorry.config.moe import ROUTER_KINDS
-from lorry.config.schema import TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
 from lorry.config.settings import DoctorSettings
 from lorry.console import VisibleConsole
 from lorry.disk import receipt
@@ -124,7 +124,7 @@ def describe_ranks() -> dict[str, str]:
     if launched is None or launched.world_size == 1:
         return {}
     from lorry.backends.distributed.communicator import join_processes
-    from lorry.config.schema import SharedBackendConfig
+    from lorry.config.schema.backend import SharedBackendConfig
     from lorry.train.processes import choose_device, share_cores
 
     backend = SharedBackendConfig(name="ddp", timeout=JOIN_SECONDS)

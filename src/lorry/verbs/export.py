@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError
 from lorry.verbs.checks import probe

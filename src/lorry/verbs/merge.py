@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorry.config.evaluation import EvalSettings
 from lorry.config.merge import MergeSettings
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
 from lorry.formatting import format_count

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorry.config.evaluation import EvalSettings
 from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MergeSettings
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, DataError, ModelError
 from lorry.notes import ignore_note

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.console import VisibleConsole
 from lorry.verbs.open_model import print_note
 

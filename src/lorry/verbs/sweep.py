@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.config import SweepSettings, runs_by_adapter
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.console import VisibleConsole
 from lorry.disk import durable
 from lorry.errors import ConfigError

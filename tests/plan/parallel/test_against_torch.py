@@ -28,7 +28,7 @@ from lorry.backends.distributed.passes import PassSchedule
 from lorry.backends.distributed.sharded import ShardedWeights
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.memory import MemorySetup
 from lorry.plan.parallel.communication import adapter_sizes, step_collectives

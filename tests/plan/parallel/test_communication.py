@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorry.config.schema import LoraConfig, StepReads
+from lorry.config.schema.lora import LoraConfig
+from lorry.config.schema.step_reads import StepReads
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import MemorySetup

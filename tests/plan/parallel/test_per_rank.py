@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import (

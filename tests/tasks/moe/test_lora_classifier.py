@@ -19,7 +19,7 @@ from lorry.adapters.routing.lora_classifier import LoraClassifier, attach_lora_c
 from lorry.adapters.routing.sequence import PromptRule
 from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.errors import ConfigError
 from lorry.evaluate.loss import evaluate_task

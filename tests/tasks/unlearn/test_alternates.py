@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorry.config.schema import DataConfig
+from lorry.config.data import DataConfig
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet, encode_rows
 from lorry.data.reading.formats import read_examples

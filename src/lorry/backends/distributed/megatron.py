@@ -10,7 +10,8 @@ from __future__ import annotations
 import warnings
 
 from lorry.backends.distributed.communicator import Communicator
-from lorry.config.schema import ModelConfig, SharedBackendConfig
+from lorry.config.schema.backend import SharedBackendConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError
 from lorry.models.converter import ModelConverter
 from lorry.models.loading.load import pick_device

@@ -14,7 +14,7 @@ from typing import Any
 from lorry.config.adapter.initialization import INITIALIZATIONS
 from lorry.config.parsing.names import show_value
 from lorry.config.parsing.place import GivenSetting
-from lorry.config.schema import ADALORA_FIELDS, LoraConfig
+from lorry.config.schema.lora import ADALORA_FIELDS, LoraConfig
 from lorry.notes import NoteCallback
 
 # settings by group: {group: {setting: value}}

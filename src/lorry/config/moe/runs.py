@@ -34,7 +34,10 @@ from lorry.config.moe.kinds import KIND_FIELDS, ROUTER_KINDS, RouterKindName, ki
 from lorry.config.moe.project import MARKS, translate_project
 from lorry.config.moe.stages import EXPORTS, OUTPUT_NAMES, ExportStage, Layout, StageFolders
 from lorry.config.parsing.files import DescriptionFile
-from lorry.config.schema import JobConfig, LoraConfig, RunConfig, TrainConfig
+from lorry.config.schema.job import JobConfig
+from lorry.config.schema.lora import LoraConfig
+from lorry.config.schema.run import RunConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.config.suite import TrainingSuiteConfig, first_changed
 from lorry.notes import NoteCallback
 

@@ -31,7 +31,7 @@ from lorry.config.parsing.files import DescriptionFile, read_description_file, w
 from lorry.config.parsing.names import SchemaNames, schema_names
 from lorry.config.parsing.open_unlearning import strip_launcher, translate_settings
 from lorry.config.parsing.place import GivenSetting, PlacedSetting, place_setting
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.config.sweep import split_model_axes, take_model_axes
 from lorry.errors import ConfigError
 from lorry.notes import NoteCallback

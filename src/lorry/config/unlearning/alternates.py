@@ -14,7 +14,8 @@ from pydantic import model_validator as validate_model
 
 from lorry.config.base import PathText, SettingsGroup, config_field
 from lorry.config.data import FormatName
-from lorry.config.schema import BackendConfig, ModelConfig
+from lorry.config.schema.backend import BackendConfig
+from lorry.config.schema.model import ModelConfig
 
 # AltPO's request (Mekala et al. 2025, arXiv 2409.13474) in words of our own: a plausible answer in
 # another form, of which every fact is another, and nothing of the question

@@ -11,7 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from pydantic import model_validator as validate_model
 
 from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, derived_field
-from lorry.config.schema import ModelConfig, SharedBackendConfig
+from lorry.config.schema.backend import SharedBackendConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.config.suite import first_changed
 
 # what only some attacks read; giving it to another is an error

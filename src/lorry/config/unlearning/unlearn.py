@@ -14,7 +14,10 @@ from pydantic import NonNegativeInt, PositiveFloat, field_validator
 from pydantic import model_validator as validate_model
 
 from lorry.config.base import PathText, SettingsGroup, config_field, derived_field
-from lorry.config.schema import JOBS, JobConfig, RunConfig, StepReads, TrainConfig
+from lorry.config.schema.job import JobConfig
+from lorry.config.schema.run import JOBS, RunConfig
+from lorry.config.schema.step_reads import StepReads
+from lorry.config.schema.train import TrainConfig
 from lorry.errors import suggest_nearest
 
 RetainLossName = Literal["NLL", "KL", "EMBED"]

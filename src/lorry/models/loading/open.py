@@ -18,7 +18,7 @@ from lorry.adapters.routing.files import load_router
 from lorry.adapters.routing.stacking import stack_masters
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.variants.new_tokens import grown_with
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.families.packing import find_packing
 from lorry.models.causal_lm import CausalLM

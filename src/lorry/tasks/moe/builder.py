@@ -25,8 +25,9 @@ from lorry.adapters.router import (
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.adapters.routing.stacking import stack_masters
 from lorry.config import RunConfig
+from lorry.config.data import DataConfig
 from lorry.config.moe import RouterConfig, RouterRunConfig
-from lorry.config.schema import DataConfig, TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.prepare import PreparedData

@@ -24,7 +24,7 @@ from lorry.adapters.routing.lora_classifier import LoraClassifier, attach_lora_c
 from lorry.adapters.spec import lora_spec_of
 from lorry.backends.protocol import LossTerms, ScoringBackend
 from lorry.config.moe import RouterRunConfig
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.stream.dataset import TrainStream

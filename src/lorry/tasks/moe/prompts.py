@@ -27,8 +27,9 @@ from lorry.adapters.routing.sequence import (
     classify,
     layer_count,
 )
+from lorry.config.data import DataConfig
 from lorry.config.moe import ClassifierTrainConfig, RouterConfig
-from lorry.config.schema import DataConfig, TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.prepare import prepare_data

@@ -19,7 +19,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from lorry.config.schema import DataConfig
+from lorry.config.data import DataConfig
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet, encode_rows
 from lorry.data.reading.content import ChatMessage, Conversation

@@ -17,7 +17,7 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.backends.protocol import GradientRule
 from lorry.config import RunConfig
-from lorry.config.schema import DataConfig
+from lorry.config.data import DataConfig
 from lorry.config.unlearning.unlearn import NEED_ALTERNATES, UnlearnConfig, UnlearnRunConfig
 from lorry.data.batch import Batch
 from lorry.data.encoding.token_set import TokenSet

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import cast
 
 from lorry.config.parsing.sizes import parse_size, size_in_words
-from lorry.config.schema import LoraConfig, RunConfig, TrainConfig
+from lorry.config.schema.lora import LoraConfig
+from lorry.config.schema.run import RunConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.kernels.build import kernel_status
 from lorry.models.loading.describe import describe_model, read_model_json
 from lorry.models.loading.load import pick_device, pick_dtype

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from lorry.config.schema import LoraConfig, TrainConfig
+from lorry.config.schema.lora import LoraConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM

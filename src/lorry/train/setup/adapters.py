@@ -7,7 +7,7 @@ from lorry.adapters.bank import Adapter
 from lorry.adapters.spec import lora_spec_of
 from lorry.adapters.variants.new_tokens import begin_rows
 from lorry.config import RunConfig, runs_by_adapter
-from lorry.config.schema import LoraConfig
+from lorry.config.schema.lora import LoraConfig
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel

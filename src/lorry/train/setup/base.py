@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config import RunConfig
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError
 from lorry.models.converter import ModelConverter
 from lorry.models.layer_weights import Sharder

@@ -21,7 +21,7 @@ from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
 from lorry.config import RunConfig
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.kernels import kernel_status

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.config import parse_settings
+from lorry.config.data import DataConfig
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.moe import RouterRunConfig
-from lorry.config.schema import DataConfig, RunConfig, TrainConfig
+from lorry.config.schema.run import RunConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.disk import documents
 from lorry.errors import ConfigError
 from lorry.notes import ignore_note

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.errors import ContractError, ModelError
 from lorry.verbs.checks import probe
 from lorry.verbs.open_model import base_side, open_with_adapters, print_note

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError, DataError
 from lorry.runs.layout import ROUTER, ROUTER_FILE

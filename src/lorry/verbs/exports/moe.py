@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorry.config.schema import ModelConfig
+from lorry.config.schema.model import ModelConfig
 from lorry.config.settings import ExpertSource, ExportSettings
 from lorry.errors import ConfigError, DataError, ModelError
 from lorry.runs.layout import MERGED, RUN_FILE

@@ -9,7 +9,7 @@ from pathlib import Path
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.merge import EXACT_METHOD, MergeSettings
 from lorry.config.moe import MoeRunConfig
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.runs.layout import MERGED, RunDir
 from lorry.verbs import merge
 from lorry.verbs.mixture.stages import Stages, adapter_inputs, call_verb

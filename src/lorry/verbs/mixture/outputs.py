@@ -18,7 +18,7 @@ from lorry.config.jobs import runs_by_adapter
 from lorry.config.merge import MergeSettings
 from lorry.config.moe import MoeRunConfig
 from lorry.config.moe.stages import ExportStage
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.config.settings import ExportSettings
 from lorry.disk import durable
 from lorry.disk.integrity import iter_blocks

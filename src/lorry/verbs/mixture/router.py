@@ -20,7 +20,7 @@ from lorry.config.moe import (
     check_router,
     router_train,
 )
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.errors import ConfigError
 from lorry.runs.layout import RECEIPT, ROUTER, RUN_FILE, RunDir
 from lorry.runs.stages import data_digests

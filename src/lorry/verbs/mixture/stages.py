@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lorry.config import dump_settings
 from lorry.config.data import DataConfig
 from lorry.config.moe import RouterRunConfig
-from lorry.config.schema import ModelConfig, RunConfig
+from lorry.config.schema.model import ModelConfig
+from lorry.config.schema.run import RunConfig
 from lorry.disk import durable, receipt
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, LorryError, ModelError

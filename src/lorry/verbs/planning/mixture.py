@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorry.config import runs_by_adapter
 from lorry.config.moe import RouterConfig, router_train
-from lorry.config.schema import TrainConfig
+from lorry.config.schema.train import TrainConfig
 from lorry.config.settings import (
     MoePlanSettings,
 )

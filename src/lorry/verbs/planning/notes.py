@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lorry.config.schema import TrainBackendConfig
+from lorry.config.schema.backend import TrainBackendConfig
 from lorry.config.settings import (
     PlanBackend,
     UnlearnPlanSettings,
