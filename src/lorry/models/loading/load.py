@@ -129,17 +129,10 @@ def load_model(
     if quantize is None and as_trained:
         quantize = _quantize_of_adapters((adapter, location.adapter), location)
     quantization = _pick_quantization(quantize, location, description.packed_as)
-    if description.family is not None and (
-        why := find_native_mismatch(
-            description.family,
-            description.config,
-            torch_dtype,
-            torch_device,
-            add_note,
-            has_another_way=convert is None and (ranks is None or not must_share),
-        )
-    ):
-        description = replace(description, family=None, why=why)
+    has_another_way = convert is None and (ranks is None or not must_share)
+    description = _without_mismatch(
+        description, torch_dtype, torch_device, add_note, has_another_way=has_another_way
+    )
     try:
         _refuse_unfit(description, quantization, ranks, shard, convert)
     except ConfigError as error:
@@ -202,6 +195,29 @@ def load_model(
     if location.adapter is not None:
         source["adapter"] = str(location.adapter)
     return LoadedModel(model, tokenizer, source)
+
+
+def _without_mismatch(
+    description: ModelDescription,
+    dtype: torch.dtype,
+    device: torch.device,
+    add_note: NoteCallback,
+    *,
+    has_another_way: bool,
+) -> ModelDescription:
+    """The description without its family, and why, where Lorry's own decoder does not give the model's
+    logits."""
+    if description.family is None:
+        return description
+    why = find_native_mismatch(
+        description.family,
+        description.config,
+        dtype,
+        device,
+        add_note,
+        has_another_way=has_another_way,
+    )
+    return replace(description, family=None, why=why) if why else description
 
 
 def _quantize_of_adapters(adapters: Sequence[Path | None], location: ModelLocation) -> str | None:
