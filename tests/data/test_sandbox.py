@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.encoding import template_budget
+from lorry.data.encoding.chat_template import budget
 from lorry.data.encoding.chat_template.sandbox import ALLOWED_FILTERS
 from lorry.data.encoding.chat_template.template import (
     ChatTemplate,
@@ -187,7 +187,7 @@ def test_one_account_for_all_that_a_rendering_does(
     attack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hours and tens of gigabytes before. The steps decide, so that a busy machine says the same."""
-    monkeypatch.setattr(template_budget, "MOST_STEPS", 20_000)  # a tenth, to be quick here
+    monkeypatch.setattr(budget, "MOST_STEPS", 20_000)  # a tenth, to be quick here
     begun = time.thread_time()
     with pytest.raises(
         ModelError,
@@ -198,7 +198,7 @@ def test_one_account_for_all_that_a_rendering_does(
 
 
 def test_the_clock_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_budget, "MOST_SECONDS", -1.0)
+    monkeypatch.setattr(budget, "MOST_SECONDS", -1.0)
     with pytest.raises(ModelError, match="takes more than -1 seconds"):
         ChatTemplate("{% for i in range(9) %}{% endfor %}" + SHOW, {})
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.encoding import template as template_module
+from lorry.data.encoding.chat_template import template as template_module
 from lorry.data.encoding.chat_template.frame import find_template_frame
 from lorry.data.encoding.chat_template.sandbox import TemplateSandbox
 from lorry.data.encoding.chat_template.template import (
