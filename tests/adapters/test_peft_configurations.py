@@ -20,7 +20,7 @@ import torch
 from test_interop import words
 from torch import Tensor, nn
 
-from lorry.adapters.bank import Adapter
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.merge import merge
 from lorry.adapters.peft.files import load_adapter
 from lorry.errors import ConfigError, ModelError

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorry.adapters.adapter import AdapterOrigin
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.bank import AdapterOrigin
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import save_adapter
 from lorry.adapters.spec import LoraSpec

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.adapters.bank import Adapter
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.dropout import SeededDropout
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.layers.slot import AdapterSlot

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorry import cli
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach
-from lorry.adapters.bank import Adapter
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.slices import LayerSlices

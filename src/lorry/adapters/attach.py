@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorry.adapters.bank import Adapter, AdapterBank, is_linear_or_embedding, wrap_module
+from lorry.adapters.adapter import Adapter
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.initialization.initialize import (
     OriginalWeight,
     initialize_adapter,
@@ -24,6 +25,7 @@ from lorry.adapters.initialization.recording import RunModel
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.wrapping import is_linear_or_embedding, wrap_module
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix
 from lorry.adapters.parameters.experts import (
     ExpertMatrices,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import (
     FSDP2,
     find_linears,
@@ -28,7 +29,7 @@ from lorry.adapters.attach import (
     get_bank,
     head_and_embedding,
 )
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.adaptable import is_sharded, local_share
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear

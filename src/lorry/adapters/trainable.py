@@ -1,7 +1,7 @@
 """Whatever trains: a set of parameters in one flat fp32 buffer, with gradients in another of the
 same shape. Where ranks share the model, the buffer has this rank's part of the set.
 
-An adapter is one (`bank.Adapter`), the base's own weights are one (`base_weights.BaseWeights`).
+An adapter is one (`adapter.Adapter`), the base's own weights are one (`base_weights.BaseWeights`).
 So is what of a router trains (`router.RouterParameters`).
 What is to come (magnitudes, a value head) implements the same face, and optimizer,
 backend, contracts and checkpoints take it as it is.

@@ -24,7 +24,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.adapter import Adapter
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.peft.base_digest import sample_positions, values_at_positions
 from lorry.errors import ContractError
 

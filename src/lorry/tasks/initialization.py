@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import Adapter
 from lorry.adapters.initialization.initialize import initialize_adapter, spec_of_ranks
 from lorry.adapters.initialization.recording import RunModel, counting_tokens
 from lorry.adapters.mix import AdapterContext, Mix

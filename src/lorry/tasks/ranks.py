@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.initialization.initialize import spec_of_ranks
 from lorry.adapters.initialization.spectrum import ENERGY, gradient_ranks
 from lorry.adapters.layers.adaptable import is_sharded

@@ -19,8 +19,8 @@ from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.bank import Adapter
 from lorry.adapters.initialization.factors import module_seed
 from lorry.adapters.initialization.recording import counting_tokens
 from lorry.adapters.quantization.linear import open_linears, quantize_linears

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach, detach, find_adaptable, get_bank, list_skipped_modules
-from lorry.adapters.bank import Adapter
 from lorry.adapters.merge import concatenate, merge, merged_tensors, unmerge
 from lorry.adapters.merging.weighted import merge_adapters
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm

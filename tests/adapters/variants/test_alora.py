@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.adapters.adapter import AdapterOrigin
 from lorry.adapters.attach import attach, get_bank, lora_parameters
-from lorry.adapters.bank import AdapterOrigin
 from lorry.adapters.merge import concatenate, merge
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.config import parse_peft_config

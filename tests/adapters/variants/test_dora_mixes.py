@@ -15,8 +15,8 @@ from test_dora import MAGNITUDE, native, peft_model, peft_tensors, relative, sha
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorry.adapters.adapter import AdapterOrigin
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.bank import AdapterOrigin
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import concatenate, merge
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach, get_bank, lora_parameters
-from lorry.adapters.bank import Adapter
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec

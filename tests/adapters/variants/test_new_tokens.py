@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach
-from lorry.adapters.bank import Adapter
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.peft.files import grow_base, load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorry.adapters.adapter import AdapterOrigin
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
-from lorry.adapters.bank import AdapterOrigin
 from lorry.adapters.merge import merge, merged_tensors, separates_tied_head, unmerge
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter, save_adapter

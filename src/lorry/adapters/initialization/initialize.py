@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.adapter import Adapter
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.initialization import factors
 from lorry.adapters.initialization.ranks import redistribute_ranks
 from lorry.adapters.initialization.recording import RunModel, record_gradients, record_inputs

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.adapter import Adapter
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.variants.own_weights import SITE, site_at
 from lorry.adapters.variants.parameters import FurtherParameter, Replacement
 from lorry.errors import ConfigError, ModelError

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach, find_linears, get_bank
-from lorry.adapters.bank import Adapter, AdapterBank
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear

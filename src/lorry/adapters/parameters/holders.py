@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorry.adapters.bank import Adapter
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.parameters.experts import ExpertMatrices, expert_layers
 from lorry.adapters.parameters.weights import WEIGHT, ForeignWeight, foreign_weight_of

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
 from lorry.adapters.attach import attach, find_linears, get_bank
-from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import concatenate

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import nn
 
+from lorry.adapters.adapter import AdapterOrigin
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import AdapterOrigin
 from lorry.adapters.peft.config import INFORMATION_KEYS, OVER_ADAPTER, read_adapter_json
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest, read_content

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach, get_bank
-from lorry.adapters.bank import Adapter
 from lorry.adapters.mix import Mix
 from lorry.adapters.router import ROUTER_NAME, RouterParameters, refuse_router_name
 from lorry.adapters.routing.sequence import (

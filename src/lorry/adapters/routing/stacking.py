@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import Adapter
 from lorry.adapters.layers.linear import BankLinear, LinearGroup
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import Mix, mixes_mlps

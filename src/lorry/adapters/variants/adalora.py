@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.bank import Adapter
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.flat_buffer import TensorStack, stack_equal
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding

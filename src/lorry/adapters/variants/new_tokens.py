@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.bank import Adapter
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.variants.starts import TOKEN_ROWS, Ends
 from lorry.errors import ConfigError, ModelError
 

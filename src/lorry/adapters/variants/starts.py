@@ -34,7 +34,7 @@ from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import ModelFamily
 
 if TYPE_CHECKING:
-    from lorry.adapters.bank import Adapter
+    from lorry.adapters.adapter import Adapter
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name; they replace rows all the same
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, head_and_embedding
-from lorry.adapters.bank import wrap_module
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.wrapping import wrap_module
 from lorry.adapters.quantization.packed import Quantization, pack
 
 # scales of blocks whole: what the published suites round with

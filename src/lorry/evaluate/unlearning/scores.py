@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import Adapter
 from lorry.adapters.mix import AdapterContext, Mix, MixtureRouter
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.tensor_parallel.slices import SIDES

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import find_linears, freeze_base, select_modules
-from lorry.adapters.bank import init_adapter
+from lorry.adapters.initialization.random_values import init_adapter
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError

@@ -20,7 +20,7 @@ import numpy
 from gguf import GGUFWriter
 from torch import Tensor
 
-from lorry.adapters.bank import Adapter
+from lorry.adapters.adapter import Adapter
 from lorry.errors import ContractError, ModelError
 from lorry.models.gguf.architecture import GgufArchitecture
 from lorry.models.gguf.header import check_gguf

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorry.adapters.adapter import NAME_PATTERN
 from lorry.adapters.attach import get_bank
-from lorry.adapters.bank import NAME_PATTERN
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter, load_start
 from lorry.adapters.routing.files import load_router
