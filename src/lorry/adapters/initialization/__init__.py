@@ -1,1 +1,1 @@
-"""Starts of an adapter that are made from the base, or from its rows (`init_lora_weights`)."""
+"""The first values of an adapter (`init_lora_weights`): random, or made from the base or from its rows."""

@@ -1,17 +1,13 @@
 """The settings of a mixture of experts and of its router's run. No torch here."""
 
 from lorry.config.moe.kinds import ROUTER_KINDS, RouterKind
+from lorry.config.moe.router import ClassifierTrainConfig, RouterConfig, check_router
+from lorry.config.moe.router_run import RoutedExpert, RouterRunConfig, router_train
 from lorry.config.moe.runs import (
-    ClassifierTrainConfig,
     ExpertConfig,
     ExpertJobConfig,
     MoeDataConfig,
     MoeRunConfig,
-    RoutedExpert,
-    RouterConfig,
-    RouterRunConfig,
-    check_router,
-    router_train,
 )
 
 __all__ = [
