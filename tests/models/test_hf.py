@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lorry
-from lorry.adapters.attach import attach, detach, get_bank, list_skipped_modules, lora_parameters
+from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.skipped import list_skipped_modules
 from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.causal_lm import PackedInput

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from lorry.adapters.attach import attach, find_linears, list_skipped_modules
+from lorry.adapters.attach import attach
 from lorry.adapters.merge import merge
 from lorry.adapters.mix import AdapterContext
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_linears
+from lorry.adapters.targets.skipped import list_skipped_modules
 from lorry.backends.distributed.communicator import ONE_PROCESS
 from lorry.backends.distributed.megatron import converter_of
 from lorry.config.schema.backend import TrainBackendConfig

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lorry import cli
-from lorry.adapters.attach import attach, find_linears, head_and_embedding
+from lorry.adapters.attach import attach
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.quantization import packed as packing
 from lorry.adapters.quantization.linear import quantized_linears
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_linears, head_and_embedding
 from lorry.errors import ConfigError, ModelError
 from lorry.models.loading.load import load_model
 from lorry.models.packed.formats import REFUSED

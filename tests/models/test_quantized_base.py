@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorry import cli
-from lorry.adapters.attach import attach, find_linears, get_bank, head_and_embedding
+from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.quantization.linear import quantized_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS, pack
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_linears, head_and_embedding
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.loading.load import load_model
 from lorry.notes import ignore_note

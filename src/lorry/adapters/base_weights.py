@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_linears, freeze_base, get_bank, select_modules
+from lorry.adapters.attach import freeze_base, get_bank
 from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
 from lorry.adapters.layers.adaptable import local_share
 from lorry.adapters.layers.embedding import BankEmbedding
@@ -35,6 +35,8 @@ from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_linears
+from lorry.adapters.targets.selection import select_modules
 from lorry.adapters.tensor_parallel.whole import WholeOnEachRank
 from lorry.errors import ConfigError
 from lorry.families import ModelFamily

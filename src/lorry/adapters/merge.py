@@ -22,13 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
-from lorry.adapters.attach import (
-    FSDP2,
-    find_linears,
-    find_wrapper,
-    get_bank,
-    head_and_embedding,
-)
+from lorry.adapters.attach import FSDP2, find_wrapper, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.adaptable import is_sharded, local_share
 from lorry.adapters.layers.embedding import BankEmbedding
@@ -43,6 +37,7 @@ from lorry.adapters.merging.replaced import (
 from lorry.adapters.mix import Mix
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.spec import unscaled_spec
+from lorry.adapters.targets.candidates import find_linears, head_and_embedding
 from lorry.adapters.variants.dora import fold_magnitude
 from lorry.adapters.variants.parameters import FurtherParameter
 from lorry.errors import ConfigError, ModelError

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import find_adaptable, get_bank
+from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.flat_buffer import euclidean_norm
 from lorry.adapters.mix import Half, Level, Mix
 from lorry.adapters.seeds import derive_seed
+from lorry.adapters.targets.candidates import find_adaptable
 from lorry.adapters.tensor_parallel.whole import WholeOnEachRank
 from lorry.errors import ConfigError
 from lorry.families import ModelFamily

@@ -31,13 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import (
-    FSDP2,
-    attach,
-    find_wrapper,
-    get_bank,
-    lora_parameters,
-)
+from lorry.adapters.attach import FSDP2, attach, find_wrapper, get_bank, lora_parameters
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.dropout import GeneratorNoise
 from lorry.adapters.layers.adaptable import AdaptableLayer

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from lorry.adapters.attach import detach, get_bank, list_skipped_modules
+from lorry.adapters.attach import detach, get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.router import ROUTER_NAME
+from lorry.adapters.targets.skipped import list_skipped_modules
 from lorry.adapters.trainable import base_parameter_set, parameter_set
 from lorry.adapters.variants.adalora import fold_triplets
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator

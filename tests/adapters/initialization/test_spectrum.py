@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.adapters.attach import find_linears, wrap_layers
+from lorry.adapters.attach import wrap_layers
 from lorry.adapters.initialization import spectrum
 from lorry.adapters.initialization.spectrum import effective_rank, gradient_ranks
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.quantization.linear import quantize_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS
+from lorry.adapters.targets.candidates import find_linears
 from lorry.errors import ConfigError
 
 

@@ -14,9 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lorry as library
-from lorry.adapters.attach import detach, find_linears
+from lorry.adapters.attach import detach
 from lorry.adapters.merging.weighted import AdapterMerge, merge_adapters
 from lorry.adapters.peft.files import load_adapter, save_adapter
+from lorry.adapters.targets.candidates import find_linears
 from lorry.config.merge import MERGE_METHODS
 from lorry.errors import ConfigError
 

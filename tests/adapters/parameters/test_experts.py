@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
-from lorry.adapters.attach import attach, detach, find_adaptable, get_bank, list_skipped_modules
+from lorry.adapters.attach import attach, detach, get_bank
 from lorry.adapters.merge import concatenate, merge, merged_tensors, unmerge
 from lorry.adapters.merging.weighted import merge_adapters
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.routing.gate_vectors import attach_gate_vectors
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_adaptable
+from lorry.adapters.targets.skipped import list_skipped_modules
 from lorry.errors import ConfigError, ContractError
 from lorry.models.causal_lm import PackedInput
 from lorry.models.hf.model import HfModel, use_adapter_context

@@ -14,7 +14,7 @@ pytest.importorskip(
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorry.adapters.attach import find_linears
+from lorry.adapters.targets.candidates import find_linears
 from lorry.errors import ConfigError
 from lorry.models.megatron.layout import LINEARS, RowOrder, hugging_face_tree, row_order
 

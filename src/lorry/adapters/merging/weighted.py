@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
-from lorry.adapters.attach import attach, find_linears, get_bank
+from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
@@ -40,6 +40,7 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.parameters.holders import refuse_adapter_at_parameters
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import unscaled_spec
+from lorry.adapters.targets.candidates import find_linears
 from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MajoritySign, MergeMethod
 from lorry.errors import ConfigError, ModelError, suggest_nearest
 

@@ -14,7 +14,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_adaptable, find_linears
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.parameters.experts import ExpertMatrices
@@ -23,6 +22,7 @@ from lorry.adapters.peft.config import read_adapter_json
 from lorry.adapters.peft.tensors import family_of
 from lorry.adapters.quantization.linear import QuantizedLinear, quantization_of
 from lorry.adapters.quantization.packed import PackedMatrix, Quantization
+from lorry.adapters.targets.candidates import find_adaptable, find_linears
 from lorry.errors import ModelError
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS
 

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
-from lorry.adapters.attach import attach, find_linears, get_bank
+from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import concatenate
@@ -81,6 +81,7 @@ from lorry.adapters.peft.tensors import (
     tied_as_stored,
 )
 from lorry.adapters.quantization.linear import quantization_facts
+from lorry.adapters.targets.candidates import find_linears
 from lorry.adapters.tensor_parallel.slices import SIDES
 from lorry.adapters.variants.adalora import fold_triplets
 from lorry.adapters.variants.new_tokens import (

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import LAYER_NUMBER, UNFUSED_NAMES, find_adaptable, get_bank
+from lorry.adapters.attach import get_bank
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import check_pattern_time, match_peft_targets
-from lorry.adapters.spec import LoraSpec
+from lorry.adapters.spec import LAYER_NUMBER, LoraSpec
+from lorry.adapters.targets.candidates import find_adaptable
+from lorry.adapters.targets.selection import UNFUSED_NAMES
 from lorry.errors import ModelError
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_adaptable, head_and_embedding, match_unfused_names
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.wrapping import wrap_module
@@ -24,6 +23,8 @@ from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import match_peft_targets
 from lorry.adapters.peft.parameters import NEW_HOLDER, OLD_HOLDER, match_peft_parameters
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_adaptable, head_and_embedding
+from lorry.adapters.targets.selection import match_unfused_names
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.adapters.variants.parameters import FurtherStart
 from lorry.disk.safetensors_names import check_names

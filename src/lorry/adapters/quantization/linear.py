@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_linears, head_and_embedding
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.layers.wrapping import wrap_module
@@ -30,6 +29,7 @@ from lorry.adapters.quantization.packed import (
     Quantization,
     pack,
 )
+from lorry.adapters.targets.candidates import find_linears, head_and_embedding
 from lorry.errors import ContractError
 
 _KNOWN_DIGEST = "lorry_packed_digest"

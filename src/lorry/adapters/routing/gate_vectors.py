@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import find_linears, get_bank
+from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import Half, Mix, MixTerm
 from lorry.adapters.router import (
@@ -32,6 +32,7 @@ from lorry.adapters.routing.linear_router import (
     refuse_outside_layers,
     softmax_of_largest,
 )
+from lorry.adapters.targets.candidates import find_linears
 from lorry.errors import ContractError
 
 

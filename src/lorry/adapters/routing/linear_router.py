@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import get_bank, head_and_embedding
+from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import Half, Mix
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.router import ROUTER_NAME, refuse_router_name, refuse_unweighable
+from lorry.adapters.targets.candidates import head_and_embedding
 from lorry.errors import ConfigError
 
 

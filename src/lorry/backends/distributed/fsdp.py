@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorry.adapters.attach import head_and_embedding
+from lorry.adapters.targets.candidates import head_and_embedding
 from lorry.adapters.trainable import ParameterSet
 from lorry.backends.distributed.communicator import Communicator, TorchCommunicator
 from lorry.backends.distributed.ddp import DataParallelBackend

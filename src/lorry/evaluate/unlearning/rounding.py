@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_linears, head_and_embedding
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.layers.wrapping import wrap_module
 from lorry.adapters.quantization.packed import Quantization, pack
+from lorry.adapters.targets.candidates import find_linears, head_and_embedding
 
 # scales of blocks whole: what the published suites round with
 FORMATS = {"nf4": Quantization("nf4", double=False), "int8": Quantization("int8")}

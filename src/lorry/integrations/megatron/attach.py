@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_linears, freeze_base, select_modules
+from lorry.adapters.attach import freeze_base
 from lorry.adapters.initialization.random_values import init_adapter
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_linears
+from lorry.adapters.targets.selection import select_modules
 from lorry.errors import ConfigError
 from lorry.integrations.arguments import SELECTIONS, argument, spec_from_arguments
 from lorry.integrations.megatron.linear import (

@@ -19,7 +19,6 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from lorry.adapters.attach import find_linears
 from lorry.adapters.peft.base_digest import digest_samples, sample_positions
 from lorry.adapters.peft.config import (
     check_pattern_time,
@@ -38,6 +37,7 @@ from lorry.adapters.peft.tensors import (
     sort_lora_tensors,
 )
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.targets.candidates import find_linears
 from lorry.disk import durable
 from lorry.errors import ContractError, LorryError, ModelError
 from lorry.integrations.megatron.attach import (

@@ -1,7 +1,7 @@
 """Unlearning as a task: batches of rows to forget and to retain, what the start says of them, and a
 method's loss.
 
-A step: the stream's micro-batches, each prepared by the method (`methods.py`), read by the start
+A step: the stream's micro-batches, each prepared by the method (`methods/`), read by the start
 (`reference.py`), then by the model that trains. Every step is a function of (seed, step) and of what
 `after_step` has adapted, which is in the checkpoint.
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lorry.adapters.adapter import Adapter
-from lorry.adapters.attach import attach, get_bank, list_skipped_modules
+from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.spec import lora_spec_of
+from lorry.adapters.targets.skipped import list_skipped_modules
 from lorry.adapters.variants.new_tokens import begin_rows
 from lorry.config import RunConfig, runs_by_adapter
 from lorry.config.schema.lora import LoraConfig
