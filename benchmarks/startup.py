@@ -15,6 +15,7 @@ import argparse
 import builtins
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from tokenise import words
 STAGES = (
     ("lorry.train.session", "claim_output_dir", "settings and output directory"),
     ("lorry.train.session", "open_base", "base: read"),
+    ("lorry.models.loading.load", "describe_model", "base: described"),
     ("lorry.models.loading.load", "find_native_mismatch", "base: proved, or its proof found"),
     ("lorry.models.loading.load", "load_tokenizer", "tokenizer"),
     ("lorry.train.session", "attach_jobs", "adapter"),
@@ -86,18 +88,27 @@ class Stopwatch:
             def load(
                 wanted: str, *args: Any, original: Callable[..., Any] = original, **kwargs: Any
             ) -> Any:
-                if wanted in sys.modules:
+                whole = _whole_name(wanted, args, kwargs)
+                if whole in sys.modules:
                     return original(wanted, *args, **kwargs)
-                package = wanted.lstrip(".").partition(".")[0]
-                if (
-                    wanted.startswith(".") or not package
-                ):  # within a package that is at work already
-                    return original(wanted, *args, **kwargs)
+                package = whole.partition(".")[0]
                 group = package if package in ("torch", "transformers", "lorry") else "others"
                 with self.stage(f"import: {group}"):
                     return original(wanted, *args, **kwargs)
 
             setattr(module, name, load)
+
+
+def _whole_name(wanted: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The name of a module that `__import__` or `import_module` is asked for, without leading dots."""
+    if wanted.startswith("."):  # import_module(".name", package)
+        return importlib.util.resolve_name(wanted, kwargs.get("package") or args[0])
+    level = kwargs.get("level", args[3] if len(args) > 3 else 0)
+    if not level:
+        return wanted
+    scope = args[0]
+    package = scope.get("__package__") or scope["__spec__"].parent
+    return importlib.util.resolve_name("." * level + wanted, package)
 
 
 def work(arguments: list[str], said: Path) -> None:

@@ -194,11 +194,9 @@ def test_light_rooms_load_nothing_heavy_however_indirectly() -> None:
 
 def test_a_run_waits_only_for_what_it_needs() -> None:
     """Each of these takes a tenth of a second or more, and most runs do without it."""
-    unneeded = HEAVY - {"torch", "transformers", "numpy"} | {
-        "transformers.conversion_mapping",
-        "transformers.core_model_loading",
-        "transformers.integrations",
-        "transformers.modeling_gguf_pytorch_utils",
+    unneeded = HEAVY - {"torch", "numpy"} | {
+        "gguf",
+        "huggingface_hub",
         "torch.distributed.tensor",
         "accelerate",
         "sympy",
@@ -206,9 +204,9 @@ def test_a_run_waits_only_for_what_it_needs() -> None:
     modules = imported_at_once_by_module()
     assert way_to_heavy("lorry.train.session", modules, set(), unneeded) == []
     # it sees such an import where there is one
-    assert way_to_heavy("lorry.models.gguf.tensors", modules, set(), unneeded) == [
-        "lorry.models.gguf.tensors",
-        "transformers.integrations.gguf.utils",
+    assert way_to_heavy("lorry.models.hf.anatomy", modules, set(), unneeded) == [
+        "lorry.models.hf.anatomy",
+        "transformers.modeling_outputs",
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from lorry.config import (
@@ -69,10 +70,17 @@ def _train(run: RunConfig, notes: Sequence[str]) -> TrainResult:
     if (alone := note_of_one_process(run.backend)) is not None:
         notes = [*notes, alone]
     if not is_main_process():  # rank 0 shows and uploads
-        return train_run(run, notes)
+        return _with_whole_tokenizer(train_run(run, notes))
     listener = terminal_listener(run.train.logging_steps)
     with push_when_finished(run.train, run.output_dir, listener.note):
-        return train_run(run, notes, [listener])
+        return _with_whole_tokenizer(train_run(run, notes, [listener]))
+
+
+def _with_whole_tokenizer(result: TrainResult) -> TrainResult:
+    """With transformers' own tokenizer: whoever trains from Python may hand it to other libraries."""
+    from lorry.models.loading.tokenizer import whole_tokenizer
+
+    return replace(result, tokenizer=whole_tokenizer(result.tokenizer))
 
 
 def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple[nn.Module, Any]:
@@ -85,6 +93,7 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
     of the logger "lorry". Raises ModelError, ConfigError.
     """
     from lorry.models.loading.open import open_model
+    from lorry.models.loading.tokenizer import whole_tokenizer
 
     settings = {
         "name": os.fspath(path),
@@ -93,7 +102,7 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
     }
     log = logging.getLogger("lorry")
     opened = open_model(build_settings(ModelConfig, settings, log.warning), log.warning)
-    return opened.model, opened.tokenizer
+    return opened.model, whole_tokenizer(opened.tokenizer)
 
 
 @overload

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -209,7 +210,7 @@ def test_a_misspelt_path_and_an_unknown_id(llama: Path, monkeypatch: pytest.Monk
         ("lama", "llama"),
         ("smollm2-135m-instrukt", "smollm2-135m-instruct"),
     ):
-        monkeypatch.setattr(sources, "snapshot_download", offline)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
         with pytest.raises(ModelError, match=f"did you mean '{hint}'|did you mean './{hint}'"):
             opened(typed)
     (llama.parent / "newrun-x7").mkdir()  # as a new run's own directory: nothing to open
@@ -237,7 +238,7 @@ def test_a_hub_id_is_downloaded_without_pickles_or_code(
         asked.append((name, options))
         return str(llama)
 
-    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     loaded = load_model("someone/tiny-llama", revision="v1", dtype="float32", add_note=print)
     assert close(loaded.model, tiny.trained("llama"))
     assert loaded.source["kind"] == "hub"
@@ -249,12 +250,12 @@ def test_a_hub_id_is_downloaded_without_pickles_or_code(
 
 
 def test_an_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
         ModelError, match=r"'someone/x' at revision 'v2'.*no such directory.*smollm2-135m-instruct"
     ):
         opened("someone/x", revision="v2")
-    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         opened("someone/x")
 

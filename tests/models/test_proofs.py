@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -349,22 +348,6 @@ def test_a_model_that_is_refused_is_asked_again(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ModelError, match="is not a causal language model"):
             load_model(path, dtype="float32", add_note=print)
-
-
-def test_the_last_used_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "proofs"
-    monkeypatch.setattr(proofs, "MAX_SAVED_PROOFS", 3)
-    names = [str(i) * 64 for i in range(5)]
-    folder.mkdir()
-    (folder / "note.txt").write_text("somebody's")
-    os.utime(folder / "note.txt", (0, 0))
-    for at, name in enumerate(names):
-        proofs._save_proof(folder / name, "" if at else "why")
-        os.utime(folder / name, (at, at))
-        if at == 2:
-            assert proofs._read_proof(folder / names[0]) == "why"  # used, so it stays
-    assert proofs._read_proof(folder / names[1]) is None
-    assert {path.name for path in folder.iterdir()} == {names[0], names[3], names[4], "note.txt"}
 
 
 def test_a_proof_leaves_the_random_numbers_of_a_run_alone(tmp_path: Path) -> None:

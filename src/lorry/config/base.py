@@ -152,7 +152,8 @@ class SettingsGroup(BaseModel):
 
     # frozen: several jobs share one description, and run.yaml says what it was; extra="forbid": a
     # setting that is misspelt must not silently be the default
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # defer_build: of the schemas of twenty verbs a command uses one or two
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
     main: ClassVar[str] = ""
     positional: ClassVar[str] = ""
 

@@ -13,8 +13,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import get_token
-
 from lorry.disk import secret_shapes
 from lorry.errors import ConfigError, ModelError
 from lorry.report.html import render_page
@@ -134,6 +132,8 @@ def _require_weights(run_dir: Path, files: Mapping[str, UploadContent]) -> None:
 def refuse_secrets(files: Mapping[str, UploadContent]) -> None:
     """Raise ConfigError where a text holds something of the shape of a secret
     (disk/secret_shapes.py), the login of the hub, or the value of a secret of the environment."""
+    from huggingface_hub import get_token
+
     login = get_token() or ""
     secrets = (
         {"the login of the hub": login} if len(login) >= secret_shapes.SHORTEST_SECRET else {}

@@ -2,7 +2,8 @@
 nothing.
 
 Try: ``push_run(Path("runs/people"), "me/people", private=True)``. Who it is comes from huggingface_hub
-alone (`hf auth login`, or HF_TOKEN) and is never written anywhere; HF_ENDPOINT names another hub.
+alone (`hf auth login`, or HF_TOKEN) and is never written anywhere; HF_ENDPOINT names another hub. Its
+client is imported where it is asked: every run comes by here, and few of them are uploaded.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from typing import TYPE_CHECKING
 
 from lorry.config.schema.train import TrainConfig
 from lorry.disk.documents import read_object
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, LorryError
-from lorry.hub.files import collect_upload, find_private_paths, published_adapter_folders
 from lorry.runs.layout import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 SILENCE_SECONDS = 120.0  # seconds without a byte after which a request has failed
 LOGIN_ADVICE = "run `hf auth login`, or set HF_TOKEN, with a token that may write (https://huggingface.co/settings/tokens)"
@@ -58,6 +58,10 @@ def push_run(
     hears what a person should know. Raises ConfigError (no login, a bad name, no permission, a
     secret in a file), HubError (no network, a hub that fails), and what `collect_upload` raises.
     """
+    from huggingface_hub import CommitOperationAdd
+
+    from lorry.hub.files import collect_upload, find_private_paths
+
     token = _hub_token()
     if repo_id is not None:
         check_repo_name(repo_id)
@@ -151,6 +155,9 @@ def push_after(train: TrainConfig, path: Path, tell: PushListener) -> None:
 
 def check_repo_name(repo_id: str) -> None:
     """Raise ConfigError where the hub could have no repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -169,6 +176,8 @@ def default_repo_name(run_dir: Path) -> str:
 
 
 def _hub_token() -> str:
+    from huggingface_hub import get_token
+
     token = get_token()
     if not token:
         raise ConfigError(f"not logged in to the Hugging Face hub: {LOGIN_ADVICE}")
@@ -176,11 +185,15 @@ def _hub_token() -> str:
 
 
 def _hub_api(token: str) -> HfApi:
+    from huggingface_hub import HfApi
+
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token, library_name="lorry")
 
 
 def _upload_notes(run_dir: Path, private_paths: list[str]) -> list[str]:
     """What a person may not expect of what is uploaded."""
+    from lorry.hub.files import published_adapter_folders
+
     notes = []
     for folder in [run_dir, *published_adapter_folders(run_dir)]:
         config = folder / ADAPTER_CONFIG
@@ -206,6 +219,8 @@ def _upload_notes(run_dir: Path, private_paths: list[str]) -> list[str]:
 @contextmanager
 def _bound_waiting() -> Iterator[None]:
     """huggingface_hub waits for ever by default; here a silent server is a failure."""
+    from huggingface_hub import get_session
+
     session = get_session()
     # one session serves all of huggingface_hub, so its own value is put back
     before = session.timeout
@@ -222,6 +237,8 @@ def _explain_hub_errors(run_dir: Path | None, repo_id: str | None, endpoint: str
     every kind that is a failed connection; RuntimeError: of an upload, from what failed;
     ValueError: an answer that is none of the hub's.
     """
+    from huggingface_hub.errors import HTTPError
+
     where = f"{endpoint}/{repo_id}" if repo_id else endpoint
     try:
         yield

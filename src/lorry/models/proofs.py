@@ -27,21 +27,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorry.adapters.mix import AdapterContext
-from lorry.disk import durable
 from lorry.disk.home import lorry_home
+from lorry.disk.kept import KeptAnswers
 from lorry.errors import (
     ContractError,
     ModelError,
@@ -53,11 +50,12 @@ from lorry.families import ModelFamily
 from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.decoder.model import Decoder
-from lorry.models.hf.anatomy import list_text_tokens
-from lorry.models.hf.model import HfModel
 from lorry.models.loading.describe import model_file_errors, silence_transformers
 from lorry.models.loading.digest import sample_digest
 from lorry.notes import NoteCallback
+
+if TYPE_CHECKING:
+    from lorry.models.hf.model import HfModel
 
 PROOFS_VARIABLE = "LORRY_PROOFS"
 PROOF_TOKENS = 16  # tokens of each sequence
@@ -82,7 +80,6 @@ ROUNDING_TOLERANCE = {
 }
 TWIN_TOLERANCE = 2e-5  # of the largest logit: two implementations of two fp32 layers
 WIDEST_HEAD = 1024
-DIGEST_PATTERN = re.compile("[0-9a-f]{64}")  # of a file that holds a proof
 MAX_PROOF_BYTES = 1000  # bytes of it
 # proofs, each a file of at most a line; a person works with a few dozen models, formats and
 # versions
@@ -109,10 +106,10 @@ def prove_hf_model(model: HfModel, add_note: NoteCallback, where: str) -> None:
     """
     if proofs_disabled(add_note):
         return
-    path = lorry_home() / "proofs" / _model_proof_digest(model)
-    if (outcome := _read_proof(path)) is None:
+    name, kept = _model_proof_digest(model), _kept_proofs()
+    if (outcome := kept.read(name)) is None:
         _prove_or_raise(model, where)
-        _save_proof(path, model.recompute_reason)
+        kept.save(name, _cut_to(model.recompute_reason, MAX_PROOF_BYTES))
     else:
         model.recompute_reason = outcome
     if model.recompute_reason:
@@ -324,9 +321,8 @@ def find_native_mismatch(
     differs. ``has_another_way``: as in `find_cache_error`."""
     if proofs_disabled(add_note):
         return ""
-    name = _native_proof_digest(config, dtype, device)
-    path = lorry_home() / "proofs" / name
-    if name in _proven_digests() or _read_proof(path) is not None:
+    name, kept = _native_proof_digest(config, dtype, device), _kept_proofs()
+    if name in _proven_digests() or kept.read(name) is not None:
         _proven_digests().add(name)
         return ""
     try:
@@ -336,7 +332,7 @@ def find_native_mismatch(
     if why:
         return why
     _proven_digests().add(name)
-    _save_proof(path, "")
+    kept.save(name, "")
     return ""
 
 
@@ -347,6 +343,10 @@ def _compare_native(
     device: torch.device,
     has_another_way: bool,
 ) -> str:
+    # imported here: a proof that was kept needs none of transformers
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     small = shrink_config(family, config)
     with (
         model_file_errors("transformers cannot build the small copy"),
@@ -460,7 +460,7 @@ def _native_proof_digest(
         os.environ.get("LORRY_KERNELS", ""),
         os.environ.get("LORRY_ISA", ""),
     ]
-    parts += [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
+    parts += [torch.__version__, version("transformers"), torch.backends.cpu.get_cpu_capability()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -497,38 +497,13 @@ def _code_digest() -> str:
     ).hexdigest()
 
 
-def _read_proof(place: Path) -> str | None:
-    """What was kept of a proof, which is used with that; None where there is none, or it cannot be
-    read or is no such file.
-    """
-    try:
-        if not place.is_file() or place.stat().st_size > MAX_PROOF_BYTES:
-            return None
-        text = place.read_text(encoding="utf-8")
-        os.utime(place)
-    except (OSError, UnicodeDecodeError):
-        return None
-    return text
+def _kept_proofs() -> KeptAnswers:
+    return KeptAnswers(lorry_home() / "proofs", MAX_SAVED_PROOFS, MAX_PROOF_BYTES)
 
 
-def _save_proof(place: Path, text: str) -> None:
-    """Remember that a proof held, and forget those that were used longest ago; where nothing can be
-    written it is made again the next time. Replaced whole: another process may read it just now."""
-    try:
-        durable.make_directory(place.parent)
-        durable.write_files(
-            place.parent,
-            {place.name: text.encode()[:MAX_PROOF_BYTES].decode(errors="ignore").encode()},
-        )
-        ours = [
-            entry
-            for entry in os.scandir(place.parent)
-            if DIGEST_PATTERN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
-        ]
-        for entry in sorted(ours, key=lambda entry: entry.stat().st_mtime_ns)[:-MAX_SAVED_PROOFS]:
-            Path(entry.path).unlink(missing_ok=True)
-    except OSError:
-        return
+def _cut_to(text: str, size: int) -> str:
+    """As much of a text as fits into ``size`` bytes."""
+    return text.encode()[:size].decode(errors="ignore")
 
 
 # --- tokens and outputs
@@ -538,6 +513,9 @@ def _text_token_ids(model: CausalLM) -> list[int]:
     """Token ids that are plain text to the model."""
     if isinstance(model, Decoder):
         return list(range(min(model.geometry.vocab, 4096)))
+    # imported here: transformers comes with it, which the native decoder does without
+    from lorry.models.hf.anatomy import list_text_tokens
+
     return list_text_tokens(model.inner)
 
 

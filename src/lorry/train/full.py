@@ -32,7 +32,6 @@ from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
 from lorry.models.layer_weights import Sharder, WeightShards
 from lorry.models.loading.load import load_model
 from lorry.models.loading.open import OpenedModel
@@ -174,6 +173,9 @@ def publish_model_files(staged: Path, run_dir: Path) -> None:
 
 
 def _has_own_code(model: CausalLM) -> bool:
+    # imported here: transformers comes with it, which runs of the native decoder do without
+    from lorry.models.hf.model import HfModel
+
     return isinstance(model, HfModel) and type(model.inner).__module__.startswith(
         "transformers_modules"
     )

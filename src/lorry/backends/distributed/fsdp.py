@@ -22,7 +22,6 @@ from lorry.backends.distributed.ddp import DataParallelBackend
 from lorry.backends.protocol import ParameterInspection
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
 from lorry.models.layer_weights import Sharder, WeightShards
 
 
@@ -62,6 +61,9 @@ def layer_prefixes(model: CausalLM) -> list[str]:
     """The paths of a model's layers, in the order they run."""
     if isinstance(model, Decoder):
         return [model.family.layer.format(i=i) for i in range(model.geometry.layers)]
+    # imported here: transformers comes with it, which runs of the native decoder do without
+    from lorry.models.hf.model import HfModel
+
     assert isinstance(model, HfModel)
     paths = {id(module): path for path, module in model.named_modules()}
     return [paths[id(layer)] for layer in model.layers]

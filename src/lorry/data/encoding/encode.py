@@ -157,7 +157,9 @@ class ExampleEncoder:
         sample = " ".join(
             ("Über  12,345", *special_token_texts(self.tokenizer), "\n\n<|x|> 漢字🙂", "end.")
         )
-        parts += [type(self.tokenizer).__qualname__, self.tokens.ids_and_ends(sample)]
+        # of one that stands in for transformers', the class that this would be
+        kind = getattr(self.tokenizer, "class_name", None) or type(self.tokenizer).__qualname__
+        parts += [kind, self.tokens.ids_and_ends(sample)]
         try:
             text = json.dumps(parts, sort_keys=True, default=str)
         except TypeError:  # variables for the template with keys of several types

@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from lorry.disk import durable
 from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest, plain_size
 from lorry.errors import ContractError, ModelError
-from lorry.models.gguf.header import check_gguf
 from lorry.models.loading.config_json import write_config
 from lorry.models.loading.describe import model_file_errors, read_model_json, silence_transformers
 from lorry.models.loading.digest import sample_digest
@@ -142,7 +140,10 @@ def _convert_to_folder(file: Path, work: Path) -> list[str]:
     """Dequantise with transformers' GGUF reader, account for every tensor, save model and
     tokenizer; returns notes.
     """
-    # half a second of transformers' and torch's modules that only the first use of a file needs
+    # a second of transformers', torch's and gguf's modules that only the first use of a file needs
+    from transformers import AutoTokenizer
+
+    from lorry.models.gguf.header import check_gguf
     from lorry.models.gguf.tensors import load_gguf_model, refuse_older_tokenizers
 
     refuse_older_tokenizers(file)

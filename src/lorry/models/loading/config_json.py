@@ -22,8 +22,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 FLOAT_TAG = "__float__"
 TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -78,6 +76,9 @@ def add_legacy_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         key: add_legacy_rope_fields(part) if isinstance(part, dict) else part
         for key, part in config.items()
     }
+    # imported here: a config is written at the end of a command, and not of every one
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return fields
@@ -137,6 +138,8 @@ def _read_rope_settings(kind: str, config: Mapping[str, Any]) -> Any:
     """The rotary settings that this transformers reads from a config, without the second name of
     their kind.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     return _without_type(
         CONFIG_MAPPING[kind].from_dict(deepcopy(dict(config))).to_dict().get("rope_parameters")
     )

@@ -4,23 +4,21 @@ matched to a family or not.
 A config is input from a stranger. It never switches code on: pointers to Python files, attention
 kernels of the hub and trust flags are taken out at every depth before transformers sees it
 (CVE-2026-4372 and its kind).
+
+transformers is imported where it is asked: what it says of a config is kept (known/config.py), and of
+a model that the native decoder runs nothing else is wanted of it.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cache, partial
 from logging import WARNING, Handler, LogRecord
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from lorry.disk import documents
 from lorry.errors import LorryError, ModelError, suggest_nearest
@@ -29,6 +27,7 @@ from lorry.families.common import UnsupportedConfigError
 from lorry.families.packing import PACKING_KEYS, find_packing
 from lorry.models.decoder.pointwise import ACTIVATIONS
 from lorry.models.loading.config_json import decode_tagged_floats
+from lorry.models.loading.known.config import KnownConfig, keep_config, recall_config
 from lorry.models.packed.formats import packed_format
 from lorry.models.packed.parts import PackedFormat
 from lorry.notes import NoteCallback
@@ -81,12 +80,12 @@ HARMLESS_WARNINGS = ("`attention_mask` was passed, but it is unused",)
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """config: a plain dict, complete; hf: transformers' object for the same; family: None when only
-    transformers can run it, for the reason in ``why``; packed_as: how its matrices are packed, None
-    where they are whole."""
+    """config: a plain dict, complete; build_hf: makes transformers' object for the same; family: None
+    when only transformers can run it, for the reason in ``why``; packed_as: how its matrices are
+    packed, None where they are whole."""
 
     config: dict[str, Any]
-    hf: Any
+    build_hf: Callable[[], Any]
     family: ModelFamily | None
     why: str = ""
     packed_as: PackedFormat | None = None
@@ -130,32 +129,60 @@ def describe_model(
         raise ModelError(f"{path}: no model_type; this is not the config of a transformers model")
     if pointers and trust_remote_code:
         add_note(f"trust_remote_code=true: Python code from {directory} runs in this process")
-        hf = AutoConfig.from_pretrained(
+        from transformers import AutoConfig
+
+        own = AutoConfig.from_pretrained(
             str(directory), trust_remote_code=True, local_files_only=True
         )
         return ModelDescription(
-            hf.to_dict(), hf, None, "its code is part of the checkpoint", packed_as
+            own.to_dict(), lambda: own, None, "its code is part of the checkpoint", packed_as
         )
-    if kind not in CONFIG_MAPPING:
-        if pointers:
-            raise ModelError(
-                f"{path}: model_type {kind!r} needs Python code from the checkpoint; read that code, and if you trust it set "
-                "trust_remote_code=true"
-            )
+    build_hf = cache(partial(build_hf_config, kind, raw, path))
+    if (known := recall_config(raw)) is None:
+        _expect_known_kind(kind, path, needs_code=bool(pointers))
+        known = _ask_transformers(kind, raw, build_hf)
+    config = known.config
+    family, why = match_family(config, known.defaults, path) if native else (None, "native=False")
+    if family is None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ModelError(f"{path}: model_type {kind!r} is not a causal language model")
+    return ModelDescription(config, build_hf, family, why, packed_as)
+
+
+def _expect_known_kind(kind: str, path: Path, *, needs_code: bool) -> None:
+    """Raises ModelError for a model_type that transformers has no class of."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if kind in CONFIG_MAPPING:
+        return
+    if needs_code:
         raise ModelError(
-            f"{path}: transformers knows no model_type {kind!r}{suggest_nearest(kind, CONFIG_MAPPING)}"
+            f"{path}: model_type {kind!r} needs Python code from the checkpoint; read that code, and if you trust it set "
+            "trust_remote_code=true"
         )
-    hf = build_hf_config(kind, raw, path)
-    # transformers' defaults filled in, without the path of this machine
-    config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
-    family, why = (
-        match_family(config, CONFIG_MAPPING[kind]().to_dict(), path)
-        if native
-        else (None, "native=False")
+    raise ModelError(
+        f"{path}: transformers knows no model_type {kind!r}{suggest_nearest(kind, CONFIG_MAPPING)}"
     )
-    if family is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"{path}: model_type {kind!r} is not a causal language model")
-    return ModelDescription(config, hf, family, why, packed_as)
+
+
+def _ask_transformers(
+    kind: str, raw: Mapping[str, Any], build_hf: Callable[[], Any]
+) -> KnownConfig:
+    """What transformers makes of a config, which is kept, with the defaults of a kind that has a family.
+    Raises ModelError."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with hear_transformers() as warnings:
+        hf = build_hf()
+        # transformers' defaults filled in, without the path of this machine
+        config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
+        has_family = find_family(kind) is not None
+        known = KnownConfig(config, CONFIG_MAPPING[kind]().to_dict() if has_family else {})
+    if not warnings:
+        keep_config(raw, hf, known)
+    return known
 
 
 def match_family(
@@ -229,6 +256,9 @@ def model_file_errors(what: str) -> Iterator[None]:
     except LorryError:
         raise
     except Exception as e:
+        # imported here: it takes the client of the hub along
+        from huggingface_hub.errors import StrictDataclassError
+
         # tokenizers raises bare Exception; anything else that is not in the list is no fault of the
         # file
         if type(e) is not Exception and not isinstance(
@@ -245,6 +275,8 @@ def silence_transformers(messages: list[str] | None = None) -> Iterator[None]:
     ``messages`` collects its warnings, each once, on one line: they are how it tells that a model
     will not do what its name says (a BERT without is_decoder).
     """
+    from transformers.utils import logging
+
     logger = logging.get_logger("transformers")
     before, handlers = logging.get_verbosity(), logger.handlers
     heard = _MessageCollector()
@@ -262,6 +294,19 @@ def silence_transformers(messages: list[str] | None = None) -> Iterator[None]:
         logging.set_verbosity(before)
         if messages is not None:
             messages += [text for text in heard.texts if not text.startswith(HARMLESS_WARNINGS)]
+
+
+@contextmanager
+def hear_transformers() -> Iterator[Collection[str]]:
+    """The warnings that transformers gives meanwhile, on the terminal as ever."""
+    from transformers.utils import logging
+
+    logger, heard = logging.get_logger("transformers"), _MessageCollector()
+    logger.addHandler(heard)
+    try:
+        yield heard.texts
+    finally:
+        logger.removeHandler(heard)
 
 
 class _MessageCollector(Handler):
@@ -282,5 +327,7 @@ def build_hf_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
         raise ModelError(
             f"{path}: {layers!r} layers; a whole number from 1 to {MAX_LAYERS} is expected"
         )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     with model_file_errors(f"{path}: transformers refuses this config"):
         return CONFIG_MAPPING[kind].from_dict(raw)

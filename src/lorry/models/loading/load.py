@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from lorry.adapters.peft.base_digest import keep_base_digest, remember_base_digest
 from lorry.adapters.quantization.linear import quantize_linears
@@ -27,8 +26,6 @@ from lorry.errors import ConfigError, ModelError
 from lorry.families import ModelFamily
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
-from lorry.models.hf.anatomy import list_text_tokens
-from lorry.models.hf.model import HfModel
 from lorry.models.layer_weights import Sharder
 from lorry.models.loading.accounting import refuse_unfit_tensors
 from lorry.models.loading.describe import (
@@ -52,6 +49,9 @@ from lorry.plan.machine import dtype_of_auto
 from lorry.plan.parallel.split import check_tensor_parallel
 from lorry.processor import may_use_bfloat16
 from lorry.runs.layout import ADAPTER_FACTS
+
+if TYPE_CHECKING:
+    from lorry.models.hf.model import HfModel
 
 # quantize: hold matrices as the files have them packed
 KEEP = "keep"
@@ -383,6 +383,8 @@ def _refuse_unfit(
 def _refuse_weights_read_past_layers(model: HfModel, quantization: Quantization) -> None:
     """Raises ConfigError for a model whose code computes with a linear's weight itself, as Mamba's does:
     it meets the codes there."""
+    from lorry.models.hf.anatomy import list_text_tokens
+
     tokens = torch.tensor(list_text_tokens(model.inner)[:2], device=model.device)
     try:
         with torch.no_grad():
@@ -461,13 +463,18 @@ def load_hf(
     """transformers' own implementation, with every tensor of the checkpoint accounted for; with
     ``shard`` this rank's share of it. Raises ModelError otherwise.
     """
+    # imported here, with all of transformers that it takes: the native decoder needs none of it
+    from transformers import AutoModelForCausalLM
+
+    from lorry.models.hf.model import HfModel
+
     if shard is not None:
-        # imported here: transformers' conversions are a tenth of a second of every run
+        # and transformers' conversions are a tenth of a second of every other model
         from lorry.models.hf.shares import read_shares
 
         inner, weights = read_shares(
             directory,
-            description.hf,
+            description.build_hf(),
             dtype,
             device,
             shard,
@@ -487,7 +494,7 @@ def load_hf(
     ):
         inner, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
-            config=description.hf,
+            config=description.build_hf(),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,

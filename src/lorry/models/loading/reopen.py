@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from lorry.errors import ContractError, ModelError
 from lorry.models.loading.accounting import refuse_unfit_tensors
@@ -34,6 +33,8 @@ LOGIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 def reopen_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model in ``folder`` as transformers reads it, every tensor accounted for. Raises
     ContractError if it, or Lorry, cannot open what was written."""
+    from transformers import AutoModelForCausalLM
+
     try:
         describe_model(folder, add_note=ignore_note)
         entries = read_tensor_entries(folder)

@@ -9,9 +9,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError
-
 from lorry.errors import ModelError, suggest_nearest
 from lorry.models.gguf.embedded import (
     EMBEDDED,
@@ -163,6 +160,10 @@ def _download_snapshot(name: str, revision: str | None, trust_remote_code: bool)
     """A snapshot of a hub repository: weights in safetensors, JSON and tokenizer files; Python only
     if it may run.
     """
+    # imported here: what is on this disk needs no client of the hub, a quarter of a second
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     patterns = [*ALLOW_PATTERNS, "*.py"] if trust_remote_code else ALLOW_PATTERNS
     try:
         return Path(

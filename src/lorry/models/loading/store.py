@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorry.disk.durable import build_directory
 from lorry.errors import ModelError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
 from lorry.models.loading.config_json import write_config
 
 # 2 GB: one shard is all that is in memory while a merged model streams
@@ -62,6 +60,8 @@ def save_model(
     stream = _convert_dtypes(_check_complete(model, tensors, tied=tied), dtype)
     with build_directory(Path(path)) as work:
         if isinstance(model, Decoder):
+            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
             write_checkpoint(
                 work,
@@ -72,6 +72,8 @@ def save_model(
                 max_shard_bytes=max_shard_bytes,
             )
             return
+        from lorry.models.hf.model import HfModel
+
         assert isinstance(model, HfModel)
         if model.layer_weights.sharded:
             # its files hold the tensors of the class as they are, or it could not have been read

@@ -1,4 +1,5 @@
-"""The tokenizer that lies beside a model. Read by transformers, without code from the checkpoint."""
+"""The tokenizer that lies beside a model. Read by transformers, without code from the checkpoint; one
+that transformers has read before and adds nothing to, by `tokenizers` alone."""
 
 from __future__ import annotations
 
@@ -7,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
 
 from lorry.errors import ModelError
-from lorry.models.loading.describe import model_file_errors, read_model_json
+from lorry.models.loading.describe import (
+    hear_transformers,
+    model_file_errors,
+    read_model_json,
+)
+from lorry.models.loading.known.tokenizer import keep_tokenizer, recall_tokenizer
 from lorry.notes import NoteCallback
 
 # Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every
@@ -32,22 +37,45 @@ TOKENIZER_FILE_NAMES = (
 def load_tokenizer(
     directory: Path, *, trust_remote_code: bool = False, add_note: NoteCallback
 ) -> Any | None:
-    """transformers' tokenizer of a directory, or None with a note when it has none. Raises
-    ModelError when it is unusable.
+    """transformers' tokenizer of a directory, or one that answers as it does (`KnownTokenizer`); None
+    with a note when there is none. Raises ModelError when it is unusable.
     """
     if not any((directory / name).is_file() for name in TOKENIZER_FILE_NAMES):
         add_note(f"{directory} has no tokenizer; only token ids can be used")
         return None
+    if not trust_remote_code:
+        known = recall_tokenizer(directory, _load_whole)
+        if known is not None:
+            return known
+    return _load_whole(directory, trust_remote_code=trust_remote_code)
+
+
+def whole_tokenizer(tokenizer: Any | None) -> Any | None:
+    """transformers' own, for those who hand it on to other libraries."""
+    return getattr(tokenizer, "whole", tokenizer)
+
+
+def _load_whole(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer; what it says is kept. Raises ModelError."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = directory / name
         if path.is_file() and path.stat().st_size <= 1 << 24:
             document = read_model_json(path)
             if name == TOKENIZER_FILE_NAMES[0]:
                 _expect_whole(document, path)
-    with model_file_errors(f"{directory}: its tokenizer cannot be read"):
-        return AutoTokenizer.from_pretrained(
+    from transformers import AutoTokenizer
+
+    with (
+        model_file_errors(f"{directory}: its tokenizer cannot be read"),
+        hear_transformers() as warnings,
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=trust_remote_code, local_files_only=True
         )
+    # a warning is to be heard the next time as well
+    if not trust_remote_code and not warnings:
+        keep_tokenizer(directory, tokenizer)
+    return tokenizer
 
 
 def _expect_whole(document: Mapping[str, Any], path: Path) -> None:

@@ -14,9 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-from huggingface_hub import EvalResult, ModelCardData
+from typing import TYPE_CHECKING, Any
 
 from lorry.data.catalog import NamedSet, shipped_catalog
 from lorry.data.reading.suite_splits import is_split_name, locate_split
@@ -50,6 +48,9 @@ HUB_LICENCES = frozenset(
         "gpl-3.0",
     }
 )
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
 LicenceNames = Mapping[str, str]
 NamedSets = Mapping[str, NamedSet]
 
@@ -60,6 +61,9 @@ def card_metadata(
     """The card's metadata, in huggingface_hub's order of fields; what is not known is absent.
     ``datasets``: hub ids among the sources where an earlier card has them, None: looked for here.
     """
+    # imported here: a card is written at the end of a run
+    from huggingface_hub import ModelCardData
+
     if datasets is None:
         local = local_set_names(run)
         named = [s for s in named_set_names(run) if s in sets and s not in local]
@@ -83,6 +87,8 @@ def card_metadata(
 
 def _eval_results(run: RunRecord, sets: NamedSets) -> list[EvalResult]:
     """A result for each metric that was measured after training."""
+    from huggingface_hub import EvalResult
+
     changes = metric_changes(run)
     kinds = {
         name: sets[name].hub
@@ -91,7 +97,8 @@ def _eval_results(run: RunRecord, sets: NamedSets) -> list[EvalResult]:
         for name in changes
     }
     shared = {kind for kind, count in Counter(kinds.values()).items() if count > 1}
-    results, identifiers = list[EvalResult](), set[tuple[str | None, str | None]]()
+    results: list[EvalResult] = []
+    identifiers = set[tuple[str | None, str | None]]()
     for name, metrics in changes.items():
         # The library puts results of one (type, config) under the name of the first of them:
         # rounds of ANLI, or two files called test.jsonl, would all be the first one's.

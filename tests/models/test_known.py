@@ -1,0 +1,346 @@
+"""What transformers said of files before: the same answers without it, and nothing else ever."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+from transformers import GPT2Tokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.reading.content import ChatMessage, Conversation
+from lorry.errors import ModelError
+from lorry.models.loading import describe
+from lorry.models.loading import known as known_files
+from lorry.models.loading import tokenizer as loading
+from lorry.models.loading.describe import describe_model
+from lorry.models.loading.known.config import KnownConfig, keep_config, recall_config
+from lorry.models.loading.known.tokenizer import KnownTokenizer, keep_tokenizer
+from lorry.models.loading.tokenizer import load_tokenizer, whole_tokenizer
+from tests.support import tinyrun
+
+TEXTS = [
+    "Ada has a red lorry",
+    " leading, trailing ",
+    "<|im_start|>user\nWho?<|im_end|>\n<|endoftext|>",
+    "Über 12,345\t\n\n漢字🙂",
+    "",
+]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@contextmanager
+def another_process() -> Iterator[None]:
+    """As in one that has not imported transformers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known_files, "transformers_is_imported", lambda: False)
+        yield
+
+
+def recalled(directory: Path) -> KnownTokenizer | None:
+    with another_process():
+        found = load_tokenizer(directory, add_note=print)
+    return found if isinstance(found, KnownTokenizer) else None
+
+
+# --- tokenizers
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    tinyrun.tokenizer().save_pretrained(path)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    return path
+
+
+@pytest.fixture
+def pair(directory: Path) -> tuple[Any, KnownTokenizer]:
+    """transformers' tokenizer, and the one that answers in its place."""
+    whole = load_tokenizer(directory, add_note=print)
+    assert isinstance(whole, PreTrainedTokenizerFast)
+    known = recalled(directory)
+    assert known is not None
+    return whole, known
+
+
+def opened(known: KnownTokenizer) -> bool:
+    return vars(known)["_whole"] is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_special_tokens": False, "verbose": False},
+        {"return_offsets_mapping": True, "return_attention_mask": False},
+        {"truncation": False, "padding": False, "return_token_type_ids": True},
+    ],
+)
+def test_a_tokenizer_seen_before_makes_the_same_tokens(
+    pair: tuple[Any, KnownTokenizer], options: dict[str, Any]
+) -> None:
+    whole, known = pair
+    assert known(TEXTS, **options) == dict(whole(TEXTS, **options))
+    for text in TEXTS:
+        assert known(text, **options) == dict(whole(text, **options))
+    assert not opened(known)
+
+
+def test_and_says_the_same_of_itself(pair: tuple[Any, KnownTokenizer]) -> None:
+    whole, known = pair
+    rows = whole(TEXTS)["input_ids"]
+    for skip in (False, True):
+        assert known.batch_decode(rows, skip_special_tokens=skip) == whole.batch_decode(
+            rows, skip_special_tokens=skip
+        )
+        assert known.decode(rows[2], skip_special_tokens=skip) == whole.decode(
+            rows[2], skip_special_tokens=skip
+        )
+    assert known.decode(5) == whole.decode(5)
+    assert known.decode(rows) == whole.decode(rows)
+    for name in ("bos_token", "eos_token", "eos_token_id", "pad_token_id", "chat_template"):
+        assert getattr(known, name) == getattr(whole, name)
+    for name in ("special_tokens_map", "all_special_tokens", "model_max_length"):
+        assert getattr(known, name) == getattr(whole, name)
+    assert len(known) == len(whole)
+    assert known.get_vocab() == whole.get_vocab()
+    assert {k: str(v) for k, v in known.added_tokens_decoder.items()} == {
+        k: str(v) for k, v in whole.added_tokens_decoder.items()
+    }
+    tokens = ["<|im_end|>", "a", "no such token"]
+    assert known.convert_tokens_to_ids(tokens) == whole.convert_tokens_to_ids(tokens)
+    assert known
+    assert not opened(known)
+
+
+def test_it_encodes_rows_alike_under_one_identity(pair: tuple[Any, KnownTokenizer]) -> None:
+    theirs, ours = (ExampleEncoder(one, max_length=64) for one in pair)
+    assert ours.identity() == theirs.identity() != ""
+    chat = Conversation((ChatMessage("user", "Who?"), ChatMessage("assistant", "Ada has it")))
+    assert ours.encode(chat) == theirs.encode(chat)
+    assert not opened(pair[1])
+
+
+def test_whatever_else_is_asked_opens_the_whole_one_which_answers_from_then_on(
+    pair: tuple[Any, KnownTokenizer],
+) -> None:
+    whole, known = pair
+    before = len(known)
+    assert known.add_tokens(["<new>"]) == 1
+    assert opened(known)
+    assert whole_tokenizer(known) is known.whole
+    assert isinstance(known.whole, type(whole))
+    assert len(known) == len(known.backend_tokenizer.get_vocab()) == before + 1
+    ids = known("<new>", add_special_tokens=False)["input_ids"]
+    assert ids == [before]
+    assert known.decode(ids) == "<new>"
+    assert known.convert_tokens_to_ids("<new>") == before
+    known.chat_template = "{{ messages }}"
+    assert known.chat_template == known.whole.chat_template == "{{ messages }}"
+    assert whole_tokenizer(whole) is whole
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda known: known("a", return_tensors="pt"),
+        lambda known: known("a", "b"),
+        lambda known: known([["a"]], is_split_into_words=True),
+        lambda known: known("a", max_length=3, truncation=True),
+        lambda known: known.decode([3], clean_up_tokenization_spaces=True),
+        lambda known: known.apply_chat_template([{"role": "user", "content": "a"}]),
+        lambda known: known.name_or_path,
+    ],
+)
+def test_a_call_that_takes_more_than_tokenizers_is_transformers(
+    pair: tuple[Any, KnownTokenizer], ask: Callable[[Any], Any]
+) -> None:
+    whole, known = pair
+    assert str(ask(known)) == str(ask(whole))
+    assert opened(known)
+
+
+def test_it_is_saved_as_it_was_though_its_directory_has_moved(
+    pair: tuple[Any, KnownTokenizer], directory: Path, tmp_path: Path
+) -> None:
+    whole, known = pair
+    whole.save_pretrained(tmp_path / "theirs")
+    directory.rename(tmp_path / "previous")
+    known.save_pretrained(tmp_path / "ours")
+    theirs, ours = (
+        {path.name: path.read_bytes() for path in (tmp_path / side).iterdir()}
+        for side in ("theirs", "ours")
+    )
+    assert ours == theirs
+    assert known.name_or_path == str(directory)
+
+
+def test_a_copy_is_another_one(pair: tuple[Any, KnownTokenizer]) -> None:
+    copied = deepcopy(pair[1])
+    copied.add_tokens(["<new>"])
+    assert len(copied) == len(pair[1]) + 1
+    assert not opened(pair[1])
+
+
+def test_other_files_are_another_tokenizer(directory: Path, home: Path) -> None:
+    assert recalled(directory) is None  # never seen
+    assert recalled(directory) is not None
+    for name in ("tokenizer_config.json", "config.json"):
+        path = directory / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"another": 1}))
+        assert recalled(directory) is None
+        assert recalled(directory) is not None
+    for kept in (home / "tokenizers").iterdir():
+        kept.write_text("{'eos_token': 1}")
+    assert recalled(directory) is None
+
+
+def test_in_a_process_that_has_transformers_it_is_asked(directory: Path) -> None:
+    for _ in range(2):
+        found = load_tokenizer(directory, add_note=print)
+        assert isinstance(found, PreTrainedTokenizerFast)
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    """Decodes in its own way."""
+
+    def _decode(self, *given: Any, **options: Any) -> str:
+        return "!"
+
+
+def test_what_is_not_tokenizers_alone_is_not_kept(directory: Path, home: Path) -> None:
+    def kept(change: Callable[[Any], Any]) -> bool:
+        whole = PreTrainedTokenizerFast.from_pretrained(directory)
+        keep_tokenizer(directory, change(whole) or whole)
+        return (home / "tokenizers").is_dir()
+
+    def cleaned(whole: Any) -> None:
+        whole.clean_up_tokenization_spaces = True
+
+    def cut(whole: Any) -> None:
+        whole.backend_tokenizer.enable_truncation(5)
+
+    def split(whole: Any) -> None:
+        whole.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    def renamed(whole: Any) -> Any:
+        OwnTokenizer.__module__ = "transformers.own"
+        return OwnTokenizer.from_pretrained(directory)
+
+    def elsewhere(whole: Any) -> Any:
+        return type("Elsewhere", (PreTrainedTokenizerFast,), {}).from_pretrained(directory)
+
+    def gpt2(whole: Any) -> Any:  # makes a tokenizer of its own of what the file holds
+        return GPT2Tokenizer.from_pretrained(directory, add_prefix_space=True)
+
+    for change in (cleaned, cut, split, renamed, elsewhere, gpt2):
+        assert not kept(change), change.__name__
+    assert kept(lambda whole: None)
+
+
+def test_a_warning_is_heard_each_time(
+    directory: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    load = loading._load_whole
+
+    def warn(cls: Any, *given: Any, **options: Any) -> Any:
+        logging.get_logger("transformers.own").warning("something is odd")
+        return PreTrainedTokenizerFast.from_pretrained(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", classmethod(warn))
+        load(directory)
+    assert not (home / "tokenizers").exists()
+    load(directory)
+    assert (home / "tokenizers").exists()
+
+
+# --- configs
+
+
+@pytest.mark.parametrize("family", [*tinyrun.FAMILIES, "mixtral", "mamba"])
+def test_a_config_seen_before_is_filled_in_alike(tmp_path: Path, family: str) -> None:
+    shape = {**tinyrun.FAMILIES, **tinyrun.FOREIGN}[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **shape}))
+    theirs = describe_model(tmp_path, add_note=print)
+    with another_process():
+        ours = describe_model(tmp_path, add_note=print)
+    # ascii: 1 is not True, and lists are not tuples
+    assert ascii(ours.config) == ascii(theirs.config)
+    assert list(ours.config) == list(theirs.config)
+    assert (ours.family, ours.why) == (theirs.family, theirs.why)
+    assert ours.build_hf().to_dict() == theirs.build_hf().to_dict()
+    assert ours.build_hf() is ours.build_hf()
+
+
+def test_transformers_is_not_asked_of_a_config_seen_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **tinyrun.LLAMA}))
+    describe_model(tmp_path, add_note=print)
+    monkeypatch.setattr(describe, "build_hf_config", lambda *given: pytest.fail("asked"))
+    with another_process():
+        assert describe_model(tmp_path, add_note=print).family is not None
+    # of another config it is, and in a process that has it anyway
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        describe_model(tmp_path, add_note=print)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", **tinyrun.LLAMA, "rms_norm_eps": 1e-3})
+    )
+    with another_process(), pytest.raises(pytest.fail.Exception, match="asked"):
+        describe_model(tmp_path, add_note=print)
+
+
+def test_what_is_refused_or_warned_of_is_not_kept(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **tinyrun.LLAMA, "hidden_size": "wide"}))
+    with pytest.raises(ModelError, match="refuses this config"):
+        describe_model(tmp_path, add_note=print)
+    path.write_text(json.dumps({"model_type": "llama", **tinyrun.LLAMA}))
+    build = describe.build_hf_config
+
+    def warn(*given: Any) -> Any:
+        logging.get_logger("transformers.own").warning("something is odd")
+        return build(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(describe, "build_hf_config", warn)
+        describe_model(tmp_path, add_note=print)
+    assert not (home / "configs").exists()
+    describe_model(tmp_path, add_note=print)
+    assert (home / "configs").exists()
+
+
+def test_only_what_comes_back_as_it_was_is_kept(home: Path) -> None:
+    hf, raw = LlamaConfig(), {"model_type": "llama"}
+    keep_config(raw, object(), KnownConfig({"a": 1}, {}))  # somebody's own class
+    keep_config(raw, hf, KnownConfig({"a": float("inf")}, {}))
+    keep_config(raw, hf, KnownConfig({"a": object()}, {}))
+    assert not (home / "configs").exists()
+    known = KnownConfig({"id2label": {0: "no", 1: "ja \ud800"}, "b": (1, 1.0, True)}, {"c": None})
+    keep_config(raw, hf, known)
+    with another_process():
+        assert ascii(recall_config(raw)) == ascii(known)
+        for kept in (home / "configs").iterdir():
+            for damaged in ("", "[1]", "({}, 1)", "({},{})", "(1 +", "__import__('os')"):
+                kept.write_text(damaged)
+                assert recall_config(raw) is None
+    assert recall_config(raw) is None  # transformers is here

@@ -1,0 +1,78 @@
+"""What commands do not import: named one by one, in a process of their own, so that a start does not
+grow again unseen.
+
+Each of these takes from twenty milliseconds to seconds, and most commands do without it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lorry.models.loading.load import load_model
+from tests.support import tinyrun
+
+# of no command before it does its work: what is only for other models, files, backends and ends
+NEVER = {
+    "PIL", "accelerate", "datasets", "gguf", "httpx2", "huggingface_hub", "matplotlib", "nltk", "pandas", "peft",
+    "pyarrow", "requests", "rouge_score", "scipy", "sklearn", "sympy", "torchvision", "transformers",
+    "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor",
+}  # fmt: skip
+UNNEEDED = {
+    "sft": NEVER,
+    "plan": NEVER | {"jinja2", "numpy", "safetensors.torch", "tokenizers", "torch"},
+    "help": NEVER | {"jinja2", "numpy", "pydantic", "safetensors", "tokenizers", "torch", "yaml"},
+}
+NEEDED = {"sft": {"torch", "tokenizers", "jinja2"}, "plan": {"pydantic"}, "help": {"typer"}}
+COMMANDS = """
+import json, os, sys
+from pathlib import Path
+
+said, model, data, out = sys.argv[1:]
+from lorry import cli
+
+imported = {}
+assert cli.main(["--help"]) == 0
+imported["help"] = sorted(sys.modules)
+assert cli.main(["plan", model, "gpu=h100"]) == 0
+imported["plan"] = sorted(sys.modules)
+
+from lorry.train.engine import TrainingEngine
+
+def first(self, *given):
+    imported["sft"] = sorted(sys.modules)
+    Path(said).write_text(json.dumps(imported))
+    os._exit(0)
+
+TrainingEngine._one_step = first
+sys.exit(cli.main(["sft", f"model={model}", f"data={data}", f"output_dir={out}", "dtype=float32", "max_steps=2"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The modules that are there when `lorry --help` and `lorry plan` have answered, and before the first
+    step of a run whose model was opened before: {command: names}."""
+    folder = tmp_path_factory.mktemp("startup")
+    model = tinyrun.model_directory(folder / "model")
+    load_model(model, dtype="float32", add_note=print)  # in this LORRY_HOME, as that process will
+    data = tinyrun.write_rows(folder / "rows.jsonl", tinyrun.rows(20))
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, *map(str, (folder / "said", model, data, folder / "run"))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "said").read_text())
+    return {command: set(names) for command, names in found.items()}
+
+
+@pytest.mark.parametrize("command", UNNEEDED)
+def test_a_command_imports_only_what_it_needs(imported: dict[str, set[str]], command: str) -> None:
+    assert imported[command] & UNNEEDED[command] == set()
+    # it sees what is there
+    assert imported[command] >= NEEDED[command]
