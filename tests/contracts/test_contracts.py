@@ -136,12 +136,12 @@ def test_2_an_optimizer_that_misses_some(
     broken: Broken, monkeypatch: pytest.MonkeyPatch, missing: str, named: tuple[str, str]
 ) -> None:
     def forget(result: None, self: ParameterSetOptimizer, *args: Any) -> None:
-        groups = self.adamw.param_groups
+        groups = self.stepped_groups
         if missing == "half":
             groups.pop()
         else:
             last = list(self.params.slots.values())[-1].B.numel()
-            groups[1]["params"] = [torch.nn.Parameter(self.views[1].data[:-last])]
+            groups[1].values = groups[1].values[:-last]
 
     after(monkeypatch, ParameterSetOptimizer, "__init__", forget)
     broken(2, rf"{named[0]} is trainable but no optimizer holds it {named[1]}")

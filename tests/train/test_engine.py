@@ -35,9 +35,7 @@ class Rates(Heard):
 
     def step(self, record: StepRecord) -> None:
         super().step(record)
-        self.used.append(
-            [g["lr"] for g in self.engine.backend.optimizers["default"].adamw.param_groups]
-        )  # type: ignore[attr-defined]
+        self.used.append([g.lr for g in self.engine.backend.optimizers["default"].stepped_groups])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

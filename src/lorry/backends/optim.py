@@ -7,6 +7,9 @@ decay, is the set's to say (`adapters/trainable.py`).
 Ranks that hold the same values may share the moments (ZeRO stage 1, Rajbhandari et al. 2020): each
 has those of its part of every group, steps that, and gives the others the new values. AdamW is
 elementwise, so the values have the same bits.
+
+The kernel is called through torch's function and not its class, whose constructor imports torch's
+compiler: a second and a half, and 60 MB, of every run.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.trainable import ParameterSet, ParamGroup, param_groups
@@ -56,6 +60,19 @@ def _edge(group: ParamGroup, place: int, size: int) -> int:
     return min(group.part.start + -(-vectors // size) * place * VECTOR_VALUES, group.part.stop)
 
 
+@dataclass
+class SteppedGroup:
+    """What one call of the kernel steps: views of a group's values and moments, the steps made so far
+    ([], float32, on the device: the kernel takes nothing else), and the rate of the last one."""
+
+    values: Tensor
+    m: Tensor
+    v: Tensor
+    count: Tensor
+    weight_decay: float
+    lr: float = 0.0
+
+
 class ParameterSetOptimizer:
     """The optimizer of one parameter set; its state is two flat moments and a count, and of an AdaLoRA
     adapter what its allocator has. ``ranks``: those that hold the same values and share the moments;
@@ -74,36 +91,30 @@ class ParameterSetOptimizer:
             if ranks is None
             else own_parts(self.whole_groups, ranks.rank, ranks.size)
         )
-        # one Parameter a group over the flat buffer: a step is one fused kernel for each group
-        self.views = [nn.Parameter(params.values[group.part]) for group in self.groups]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [view], "weight_decay": group.weight_decay}
-                for view, group in zip(self.views, self.groups, strict=True)
-            ],
-            # set before every step from the schedule
-            lr=0.0,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
+        # a view a group of the flat buffer: a step is one fused kernel for each group
+        views = [params.values[group.part] for group in self.groups]
         self.allocator = rank_allocator(params, settings.total_steps)
-        # moments of all that is stepped here, given to AdamW as views: a checkpoint is two tensors
-        size = params.values.numel() if ranks is None else sum(view.numel() for view in self.views)
+        # moments of all that is stepped here, given to the kernel as views: a checkpoint is two tensors
+        size = params.values.numel() if ranks is None else sum(view.numel() for view in views)
         self.m, self.v = params.values.new_zeros(size), params.values.new_zeros(size)
-        for view, m, v in zip(self.views, *map(self._by_group, (self.m, self.v)), strict=True):
-            self.adamw.state[view] = {
-                # a tensor on the device: the fused kernel takes nothing else
-                "step": torch.zeros((), dtype=torch.float32, device=view.device),
-                "exp_avg": m,
-                "exp_avg_sq": v,
-            }
+        self.stepped_groups = [
+            SteppedGroup(
+                view,
+                m,
+                v,
+                torch.zeros((), dtype=torch.float32, device=view.device),
+                group.weight_decay,
+            )
+            for view, m, v, group in zip(
+                views, *map(self._by_group, (self.m, self.v)), self.groups, strict=True
+            )
+        ]
 
     def _by_group(self, moments: Tensor) -> list[Tensor]:
         """Views of what is stepped here of each group."""
         if self.ranks is None:
             return [moments[group.part] for group in self.groups]
-        return list(moments.split([view.numel() for view in self.views]))
+        return list(moments.split([g.part.stop - g.part.start for g in self.groups]))
 
     def add_penalty_gradients(self) -> None:
         """Add those of ``l2_regularization`` times the sum of squares, and of AdaLoRA's orthogonality:
@@ -114,6 +125,7 @@ class ParameterSetOptimizer:
         if factor := self.settings.l2_regularization:
             self.params.grads.add_(self.params.values, alpha=2 * factor)
 
+    @torch.no_grad()
     def step(self, lr: float, norm: float, number: int | None = None) -> None:
         """Clip to max_grad_norm, update the masters, zero the gradient. ``number``: of the run's step,
         from 1, which AdaLoRA's schedule hangs on; None: how many have been made here."""
@@ -121,15 +133,26 @@ class ParameterSetOptimizer:
         if limit and norm > limit:
             # 1e-6 as torch.nn.utils.clip_grad_norm_ has it
             self.params.grads.mul_(limit / (norm + 1e-6))
-        for view, group, adamw in zip(
-            self.views, self.groups, self.adamw.param_groups, strict=True
-        ):
-            # set anew each step: AdamW reads it, `zero_` below clears the memory it shares
-            view.grad = self.params.grads[group.part]
-            adamw["lr"] = lr * group.lr_ratio
-        self.adamw.step()
+        for group, stepped in zip(self.groups, self.stepped_groups, strict=True):
+            stepped.lr = lr * group.lr_ratio
+            adamw(
+                [stepped.values],
+                [self.params.grads[group.part]],
+                [stepped.m],
+                [stepped.v],
+                [],
+                [stepped.count],
+                fused=True,
+                amsgrad=False,
+                beta1=self.settings.betas[0],
+                beta2=self.settings.betas[1],
+                lr=stepped.lr,
+                weight_decay=stepped.weight_decay,
+                eps=self.settings.eps,
+                maximize=False,
+            )
         if self.ranks is not None:
-            own = torch.cat([view.detach() for view in self.views])
+            own = torch.cat([stepped.values for stepped in self.stepped_groups])
             self._join("values after a step", own, self.params.values)
         if self.allocator is not None:
             self.allocator.update(int(self.count) if number is None else number)
@@ -180,8 +203,7 @@ class ParameterSetOptimizer:
     @property
     def count(self) -> Tensor:
         """Steps made, []."""
-        count: Tensor = self.adamw.state[self.views[0]]["step"]
-        return count
+        return self.stepped_groups[0].count
 
     @torch.no_grad()
     def set_moments(self, m: Tensor, v: Tensor, counters: Mapping[str, Tensor]) -> None:
@@ -189,14 +211,14 @@ class ParameterSetOptimizer:
         for own, whole in ((self.m, m), (self.v, v)):
             for group, part in zip(self.groups, self._by_group(own), strict=True):
                 part.copy_(whole[group.part])
-        for view in self.views:
-            self.adamw.state[view]["step"].copy_(counters["adam_count"])
+        for stepped in self.stepped_groups:
+            stepped.count.copy_(counters["adam_count"])
         if self.allocator is not None:
             self.allocator.kept.copy_(counters["adalora_kept"])
 
     def stepped(self) -> list[tuple[int, int]]:
         """(start, stop) in ``values``, in bytes, of what the optimizer of this rank holds: found by
         memory, whatever it was given."""
-        held = [p for group in self.adamw.param_groups for p in group["params"] if p.numel()]
+        held = [group.values for group in self.stepped_groups if group.values.numel()]
         start = self.params.values.data_ptr()
         return [(p.data_ptr() - start, p.data_ptr() - start + p.nbytes) for p in held]
