@@ -103,6 +103,13 @@ def test_where_bfloat16_is_worth_it(
     assert processor.has_bfloat16() == has_fast_bfloat16(torch.device("cpu")) == fast
 
 
+def test_capitals_mean_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ONEDNN_MAX_CPU_ISA=AVX2 is written so, and LORRY_ISA=AVX2 beside it was no such instruction set."""
+    for isa in processor.ISAS:
+        put_in(SAPPHIRE_RAPIDS, monkeypatch, tmp_path, isa=isa.upper())
+        assert processor.requested_isa() == processor.isa_in_words() == isa
+
+
 def test_aarch64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     put_in("", monkeypatch, tmp_path, machine="aarch64")
     (tmp_path / "cpuinfo").write_text("Features : fp asimd bf16\n")
@@ -131,7 +138,11 @@ def test_aarch64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("isa", "why"),
     [
         ("amx", "this processor .A Xeon, x86_64. lacks it; .* it has, avx512, avx2, portable, or"),
-        ("avx1024", "there is no such instruction set; give one of those it has"),
+        ("AMX", "this processor .A Xeon, x86_64. lacks it; .* it has, avx512, avx2, portable, or"),
+        ("neon", "there is no such instruction set; give one of those it has"),
+        ("AVX-512", "there is no such instruction set .did you mean 'avx512'..; give one of those"),
+        # the nearest that it has
+        ("avx512_bf", "there is no such instruction set .did you mean 'avx512'..; give one of"),
     ],
 )
 def test_what_the_processor_lacks_is_refused_wherever_it_is_asked(

@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import Literal, get_args
 
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, suggest_nearest
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -74,7 +74,7 @@ def processor_isas() -> tuple[Isa, ...]:
 
 
 def requested_isa() -> Isa | None:
-    """The instruction set that ``LORRY_ISA`` holds Lorry to; None: the best there is.
+    """The instruction set that ``LORRY_ISA`` holds Lorry to, in capitals or not; None: the best there is.
 
     Raises ConfigError for an unknown name, and for one that this processor lacks.
     """
@@ -82,13 +82,14 @@ def requested_isa() -> Isa | None:
     if not word:
         return None
     here = processor_isas()
+    # oneDNN's switch beside it is written in capitals
     for isa in here:
-        if isa == word:
+        if isa == word.lower():
             return isa
     why = (
         f"this processor ({processor_name()}, {platform.machine()}) lacks it"
-        if word in ISAS
-        else "there is no such instruction set"
+        if word.lower() in ISAS
+        else f"there is no such instruction set{suggest_nearest(word, here)}"
     )
     raise ConfigError(
         f"LORRY_ISA={word!r} in the environment: {why}; give one of those it has, "
