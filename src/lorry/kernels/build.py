@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -41,6 +42,8 @@ from torch import Tensor
 from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest
 from lorry.processor import AttentionKernel, compiler_flags, isa_in_words, processor_flags
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library
@@ -307,6 +310,11 @@ def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
     library.
     """
     _remove_abandoned(folder)
+    # at once, unlike the notes of whoever asked: it is what they wait for
+    log.warning(
+        "compiling the kernels for this processor (%s), which is done once and takes up to a minute",
+        isa_in_words(),
+    )
     with tempfile.TemporaryDirectory(dir=folder, prefix=BUILD_PREFIX) as name:
         objects = {
             source: str(Path(name) / f"{source.stem}.o") for source in sorted(SOURCES.glob("*.cpp"))
