@@ -5,6 +5,7 @@ diverged, bases that train.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach, detach, get_bank
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
@@ -104,16 +106,87 @@ def test_a_copied_model_trains_its_own_adapter() -> None:
     assert torch.equal(model(x), before)
 
 
-def test_a_model_that_has_run_is_pickled_and_its_copies_are_nobody_s() -> None:
-    """In bfloat16, while a graph of the original reads its own compute copies."""
-    model, x = linear(torch.bfloat16), torch.randn(4, 32).bfloat16()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_that_has_run_is_pickled_and_copied(dtype: torch.dtype) -> None:
+    """While a graph of the original reads its own compute copies. The masters of either twin are views of
+    its own buffer: a write to that, of which nobody tells, is one to them."""
+    model, x = linear(dtype), torch.randn(4, 32).to(dtype)
+    base = model(x)
     attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), "a")
     y = model(x)
-
     for twin in (pickle.loads(pickle.dumps(model)), deepcopy(model)):  # noqa: S301
-        (entry,) = get_bank(twin)["a"].slots["0"].stacks.values()
-        assert entry.memory() is entry.copies
+        adapter = get_bank(twin)["a"]
+        assert not adapter.slots["0"].stacks
         assert torch.equal(twin(x), y)
+        with torch.no_grad():
+            adapter.values.zero_()
+        assert torch.equal(twin(x), base)
+        assert torch.equal(model(x), y)
+
+
+# what is written of an adapter at a linear, without a word
+WRITES: dict[str, Callable[[Adapter], Tensor]] = {
+    "A": lambda adapter: adapter.slots["0"].A,
+    "B": lambda adapter: adapter.slots["0"].B,
+    "the buffer": lambda adapter: adapter.values,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("copied", [False, True], ids=["original", "copy"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_gradient_is_of_other_values_than_the_forward_pass_s(
+    dtype: torch.dtype, copied: bool, write: str
+) -> None:
+    """In float32, where products read the masters themselves, what was written before backward was in its
+    gradients, silently. In bfloat16 they are of what was there."""
+    model, x = linear(dtype), torch.randn(4, 32).to(dtype)
+    attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), "a")
+    model = deepcopy(model) if copied else model
+    adapter = get_bank(model)["a"]
+    model(x).float().square().sum().backward()
+    expected = adapter.grads.clone()
+    adapter.grads.zero_()
+    loss = model(x).float().square().sum()
+    with torch.no_grad():
+        WRITES[write](adapter).mul_(1.5)
+    if dtype == torch.float32:
+        with pytest.raises(
+            RuntimeError, match=r"^0: its adapter was written between a forward pass and the back"
+        ):
+            loss.backward()
+        assert not adapter.grads.any()
+        model(x).float().square().sum().backward()  # and the next is as ever
+        assert not torch.equal(adapter.grads, expected)
+    else:
+        loss.backward()
+        assert torch.equal(adapter.grads, expected)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_optimizer_that_steps_in_the_midst_of_backward(
+    dtype: torch.dtype, use_dora: bool
+) -> None:
+    """Each parameter as soon as it has its gradient: others of the same buffer are yet to be asked for."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 8)).to(dtype).requires_grad_(False)
+    spec = LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=use_dora)
+    attach(model, spec, "a")
+    twin, x = deepcopy(model), torch.randn(4, 32).to(dtype)
+    model(x).float().square().sum().backward()
+    whole, adapter = get_bank(model)["a"], get_bank(twin)["a"]
+    expected = whole.values - 0.1 * whole.grads
+
+    def step(param: Tensor) -> None:
+        with torch.no_grad():
+            assert param.grad is not None
+            param.sub_(0.1 * param.grad)
+
+    for param in adapter.masters().values():
+        param.register_post_accumulate_grad_hook(step)
+    twin(x).float().square().sum().backward()
+    assert whole.grads.any()
+    torch.testing.assert_close(adapter.values, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["one", "with a gate"])

@@ -81,6 +81,16 @@ class Adapter:
             twin.use_held(self.held.clone())
         return twin
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickled one, whose masters come apart from its buffers: views of those again."""
+        self.__dict__.update(state)
+        if self.buffer is not None:
+            self.use_buffers(self.buffer, self.grads)
+        if self.initial is not None:
+            self.use_initial(self.initial)
+        if self.held is not None:
+            self.use_held(self.held)
+
     @property
     def values(self) -> Tensor:
         """[P] fp32, every value in one piece. Raises ContractError for an expert that has none: a copy
@@ -327,6 +337,7 @@ class Adapter:
         for param, view in self._views(values):
             param.data = view
         self.bind_grads()
+        self.watch_buffers()
 
     def use_held(self, held: Tensor) -> None:
         """Let the half that does not train be views of ``held`` [F], a copy of what it is."""
@@ -336,6 +347,13 @@ class Adapter:
             masters.values(), held.split([p.numel() for p in masters.values()]), strict=True
         ):
             param.data = part.view(param.shape)
+        self.watch_buffers()
+
+    def watch_buffers(self) -> None:
+        """Let a write to the buffers, as a whole, count as one to every master in them."""
+        buffers = tuple(one for one in (self.buffer, self.held) if one is not None)
+        for slot in self.slots.values():
+            slot.buffers = buffers
 
     def held_masters(self) -> dict[str, nn.Parameter]:
         """The half that does not train, by canonical names."""

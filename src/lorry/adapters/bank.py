@@ -116,7 +116,7 @@ class AdapterBank:
             else:
                 mine = still
             views += mine.split(own)
-        params = [nn.Parameter(view.view(shape)) for view, shape in zip(views, shapes, strict=True)]
+        params = [parameter_over(v.view(shape)) for v, shape in zip(views, shapes, strict=True)]
         # of an adapter of which one half trains the other lies elsewhere
         copy_memory = CopyMemory(sum(sizes)) if sides == SIDES else None
         for (path, module), a, b in zip(
@@ -137,12 +137,15 @@ class AdapterBank:
             init_adapter(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
         for key, start in further.items():
             mine, rest = rest.tensor_split([start.numel])
-            param = nn.Parameter(mine.view(start.shape))
+            # what is in the base's place has no slot that would see a write to the buffer
+            view = mine.view(start.shape)
+            param = nn.Parameter(view) if start.replaces else parameter_over(view)
             slot_there = adapter.slots.get(start.module)
             if not from_file:
                 param.data.copy_(start.make_values(slot_there))
             adapter.further[key] = start.parameter(param)
             start.use(param, slot_there)
+        adapter.watch_buffers()
         if trainable:
             for param in adapter.held_masters().values():
                 param.requires_grad_(False)
@@ -265,6 +268,16 @@ class AdapterBank:
     def parameters(self) -> list[nn.Parameter]:
         """All masters, A before B, adapter by adapter."""
         return [p for a in self.adapters.values() for p in a.parameters()]
+
+
+def parameter_over(view: Tensor) -> nn.Parameter:
+    """A parameter in a view's memory, with a version counter of its own. All views of a buffer share
+    one: an optimizer that steps each parameter as soon as it has its gradient, in the midst of a backward
+    pass, would seem to write all those whose gradients are yet to come.
+    """
+    param = nn.Parameter(view.new_empty(0))
+    param.data = view
+    return param
 
 
 def free_memory(device: torch.device) -> int:

@@ -78,6 +78,15 @@ class SlotBias:
     column: int | None
 
 
+class MasterVersion(NamedTuple):
+    """What of an adapter's values is read where it lies, a tensor at a module, and its version counter
+    as it was."""
+
+    module: str
+    values: Tensor
+    version: int
+
+
 @dataclass(frozen=True, slots=True)
 class ComputeCopies:
     """The copies of masters that products read, and what of a stack hangs on nothing but the adapters.
@@ -86,7 +95,8 @@ class ComputeCopies:
     whose ``parts`` are that); ``columns`` [S] int64: the column of the gates [tokens, C] that
     multiplies each of its ranks, None where nothing does; ``rank_scales`` [S]: the scale of each rank,
     None where the parts have it in theirs or in lora_B; ``biases``: of the slots that have one;
-    ``in_use``: what says, by being alive, that these copies are read.
+    ``in_use``: what says, by being alive, that these copies are read; ``masters``: what they are no
+    copies of.
     """
 
     lora_A: Tensor
@@ -96,6 +106,17 @@ class ComputeCopies:
     rank_scales: Tensor | None = None
     biases: Sequence[SlotBias] = ()
     in_use: object | None = None
+    masters: Sequence[MasterVersion] = ()
+
+    def refuse_written(self) -> None:
+        """Raises ContractError where a master that is read in place was written since: a gradient would
+        be that of other values."""
+        for module, values, version in self.masters:
+            if values._version != version:
+                raise ContractError(
+                    f"{module}: its adapter was written between a forward pass and the backward pass of it, "
+                    "whose gradients would be of the new values; write before the one or after the other"
+                )
 
 
 @dataclass(slots=True)
@@ -532,6 +553,8 @@ class LinearProducts:
         """The gradient of x [T,I] from those of the ys, or None; keeps what `master_gradients`
         needs. ``outputs``: the ys, of those that are ``scaled``.
         """
+        for stack in self.stacks:
+            stack.copies.refuse_written()
         dx = None
         if any(stack.scaled for stack in self.stacks):
             grads = self._through_magnitudes(grads, outputs)

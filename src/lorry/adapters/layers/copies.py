@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.joined import cast_values, joined_columns, joined_rows
-from lorry.adapters.layers.slot import AdapterSlot, StackEntry
+from lorry.adapters.layers.slot import AdapterSlot, StackEntry, master_versions
 from lorry.adapters.product import AdapterShare, ComputeCopies, SlotBias, SlotShare
 from lorry.adapters.variants.magnitude import output_scale
 
@@ -49,6 +49,8 @@ def compute_copies(
             if several
             else _copies_of_one(linears, slots, dtype, memory)
         )
+        if dtype == slots[0][2].A.dtype:
+            copies = replace(copies, masters=master_versions([slot for _, _, slot in slots]))
         cache[key] = entry = StackEntry(stamp, copies)
     copies = entry.hand_out()
     if any(slot.bias is not None for _, _, slot in slots):

@@ -191,7 +191,8 @@ class LinearGroup:
     The copies are remade after every backward pass and whenever a master's version has moved: an
     optimizer of the user's own that updates the masters, even one that no version counter sees
     (fused AdamW, `p.data.add_`), can never train a stale copy. Whoever else writes the memory under
-    the masters calls `Adapter.touch`.
+    the masters calls `Adapter.touch`. In the masters' own dtype products read them as they lie, and a
+    write that a version counter sees between forward and backward is refused, as torch does.
     """
 
     def __init__(self, linears: Sequence[BankLinear]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers.joined import lie_at
-from lorry.adapters.product import ComputeCopies
+from lorry.adapters.product import ComputeCopies, MasterVersion
 from lorry.adapters.tensor_parallel.slices import LayerSlices, Side
 
 
@@ -39,10 +39,6 @@ class StackEntry:
         """The copies whose memory may be written, since nobody reads them any more."""
         return None if self.in_use is not None and self.in_use() is not None else self.copies
 
-    def __reduce__(self) -> tuple[type[StackEntry], tuple[object, ...]]:
-        """Of a copied or pickled model: no graph reads its copies, and a weak reference has no pickle."""
-        return StackEntry, (self.stamp, self.copies)
-
 
 class CopyMemory:
     """Where compute copies of an adapter's masters are written: one piece, laid out as the masters are.
@@ -57,6 +53,10 @@ class CopyMemory:
         self.storage = 0  # where the masters were when the first place was taken
         # (slot_id, dtype): a place has one user, or a second would write what the first one's graph reads
         self.taken = set[tuple[int, torch.dtype]]()
+
+    def __reduce__(self) -> tuple[type[CopyMemory], tuple[int]]:
+        """Of a copied or pickled model: empty, for masters that lie elsewhere."""
+        return CopyMemory, (self.size,)
 
     def take(
         self, slots: Sequence[AdapterSlot], dtype: torch.dtype
@@ -111,6 +111,8 @@ class AdapterSlot:
     waits: bool = False
     # AdaLoRA's factor of each rank [R,1]
     E: nn.Parameter | None = field(default=None, repr=False)
+    # the flat buffers that the masters are views of, whose version counters are others than theirs
+    buffers: tuple[Tensor, ...] = field(default=(), repr=False)
     # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
     # whether nobody writes the masters without a `touch` for now (`Adapter.held_still`)
@@ -129,7 +131,11 @@ class AdapterSlot:
         # data_ptr too: `AdapterBank.to` gives the masters other memory without a write
         stamp = (self.write_count, self.A._version, self.B._version, self.A.data_ptr())
         others = [one for one in (self.magnitude, self.bias, self.E) if one is not None]
-        return (*stamp, *(one._version for one in others)) if others else stamp
+        return (*stamp, *(one._version for one in (*self.buffers, *others)))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Of a copied or pickled slot: its copies are yet to be made, from masters that lie elsewhere."""
+        return {**self.__dict__, "stacks": {}, "norm": None, "buffers": ()}
 
     @property
     def lora_A(self) -> Tensor:
@@ -160,6 +166,16 @@ class AdapterSlot:
         """Give a master these values, or, where ranks share the module, its part of them."""
         master = self.A if side == "A" else self.B
         master.copy_(values if self.slices is None else self.slices.cut(side, values))
+
+
+def master_versions(slots: Sequence[AdapterSlot]) -> list[MasterVersion]:
+    """Of A and B of the slots, and of the buffers that these lie in, each once."""
+    read = {
+        id(values): MasterVersion(slot.module, values, values._version)
+        for slot in slots
+        for values in (slot.A, slot.B, *slot.buffers)
+    }
+    return list(read.values())
 
 
 def touch_slots(slots: Sequence[AdapterSlot]) -> None:

@@ -54,7 +54,7 @@ def stack_masters(model: nn.Module, mix: Mix) -> None:
         one.touch()
         for slot in one.slots.values():
             slot.stacks.clear()  # copies of what has moved
-            slot.copy_memory = None
+            slot.copy_memory, slot.buffers = None, ()
 
 
 def _stacks(
