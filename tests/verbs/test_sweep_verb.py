@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from lorry.config.schema import RunConfig
+from lorry.errors import DataError
 from lorry.runs.read import read_readable_runs
+from lorry.train import session
+from lorry.train.session import TrainResult
 from tests.support.verbworld import World, lorry
 
 SETTINGS = (
@@ -137,6 +141,33 @@ def test_several_passes_are_ranked_together(
     }  # fmt: skip
     assert all((Path(job["path"]) / "adapter_config.json").is_file() for job in jobs)
     assert "pass 2 of 2: seed2" in capsys.readouterr().err
+
+
+def test_a_sweep_that_dies_late_has_the_pages_of_what_has_trained(
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its second pass here, in a directory that holds an earlier sweep: the page of the first shows none of
+    that one's ranking."""
+    out, more = tmp_path / "late", ("seeds=2", "jobs_per_pass=1", "max_steps=1")
+    assert sweep(world, out, "r=2", *more) == 0
+    earlier = (out / "sweep.json").read_bytes()
+    train = session.train_run
+
+    def train_run(run: RunConfig, **listeners: Any) -> TrainResult:
+        if run.output_dir.name == "pass-2":
+            raise DataError("rows.jsonl:3: gone")
+        return train(run, **listeners)
+
+    monkeypatch.setattr(session, "train_run", train_run)
+    assert sweep(world, out, "r=4", *more) == DataError.exit_code
+    page = (out / "pass-1" / "report.html").read_text()
+    assert 'id="sweep"' not in page
+    assert not (out / "sweep.json").exists()
+    assert (out / "previous" / "1" / "sweep.json").read_bytes() == earlier
+    assert f"report  {out / 'pass-1' / 'report.html'}" in capsys.readouterr().err
 
 
 def test_nothing_to_sweep(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

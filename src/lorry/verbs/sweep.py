@@ -3,8 +3,8 @@ over one base, and are ranked.
 
     sweep: {r: [8, 16, 32], learning_rate: [1e-4, 3e-4]}      # the same in a CONFIG.yaml; or a list of combinations
 
-More jobs than `jobs_per_pass` train in several passes, each a run directory of its own, and so does
-each base. sweep.json in the output directory has the ranking: by held-out loss, or by the last
+More jobs than `jobs_per_pass` train in several passes, each a run directory of its own with its page
+as soon as it has trained, and so does each base. sweep.json in the output directory has the ranking: by held-out loss, or by the last
 training loss where there is nothing to evaluate on; with ``seeds=3`` each combination an interval.
 sweep.png is the loss by learning rate.
 """
@@ -86,6 +86,12 @@ def _train_and_rank(settings: SweepSettings) -> None:
             result = train_run(run, listeners=[listener])
         rows += sweep_rows(settings, run, result)
         run_dirs.append(result.path)
+        if len(passes) > 1 and number == 1:
+            # an earlier sweep's ranking, which the page would show, is of other runs
+            earlier = [n for n in (SWEEP, SWEEP_PLOT) if (settings.output_dir / n).exists()]
+            ownership.displace_entries(settings.output_dir, earlier)
+        # now already: whatever ends the sweep, what has trained is told of
+        print(f"report  {write_report([result.path])}", file=sys.stderr)
     held_out = any("eval_loss" in row for row in rows)
     loss = "eval_loss" if held_out else "loss"
     ranked = combine_seeds(rows, loss)
@@ -113,9 +119,9 @@ def _train_and_rank(settings: SweepSettings) -> None:
         print(line, file=sys.stderr)
     if SWEEP_PLOT in files:
         print(f"plot    {settings.output_dir / SWEEP_PLOT}", file=sys.stderr)
-    # after sweep.json, which their pages show
+    # once more: their pages show sweep.json
     for run_dir in run_dirs:
-        print(f"report  {write_report([run_dir])}", file=sys.stderr)
+        write_report([run_dir])
     # alone on standard output: `lorry chat $(lorry sweep ...)`
     print(ranked[0].path)
 
