@@ -337,13 +337,17 @@ def test_the_norm_is_made_once_between_writes(
             model(ids)
     assert sorted(made) == sorted(adapter.slots)
     with torch.no_grad():
-        next(iter(adapter.slots.values())).magnitude.add_(1.0)  # one buffer, one version
+        next(iter(adapter.slots.values())).magnitude.add_(1.0)
         model(ids)
-    assert len(made) == 2 * len(adapter.slots)
+    assert len(made) == len(adapter.slots) + 1  # each parameter has a version of its own
+    with torch.no_grad():
+        adapter.values.mul_(1.0)
+        model(ids)
+    assert len(made) == 2 * len(adapter.slots) + 1
     adapter.touch()
     with torch.no_grad():
         model(ids)
-    assert len(made) == 3 * len(adapter.slots)
+    assert len(made) == 3 * len(adapter.slots) + 1
 
 
 def test_the_norm_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
