@@ -68,6 +68,14 @@ def test_built_once_by_the_command(
     (told,) = said.stderr.splitlines()
     assert told.startswith("compiling the kernels for this processor (portable), ")
     (made,) = (tmp_path / "kernels").iterdir()
+    if nm := build.shutil.which("nm"):
+        lines = subprocess.run(
+            [nm, "-D", "--defined-only", str(made)], capture_output=True, text=True
+        ).stdout.splitlines()
+        # the linker's own, and C++ functions, begin with an underscore
+        names = {line.split()[-1] for line in lines}
+        kernels = {name for name in names if not name.startswith("_")}
+        assert kernels == set(build._exported_functions())
     if objdump := build.shutil.which("objdump"):
         machine_code = subprocess.run(
             [objdump, "-d", "--no-show-raw-insn", str(made)], capture_output=True, text=True

@@ -155,7 +155,7 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Shape& 
             for (long r = 0; r < rows; r++) {
                 widen_row(q + at.query[r], scale * LOG2E, width, queries + r * padded);
                 top[r] = -INFINITY;
-                store(sums + r * LANES, vec{});
+                store(sums + r * LANES, Floats{});
             }
             for (long j = 0; j * KEYS < seen; j++) {
                 const long keys = std::min(KEYS, seen - j * KEYS), lanes = whole_vectors(keys);
@@ -164,23 +164,23 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Shape& 
                 for (long r = 0; r < rows; r++) {
                     float* row = scores + r * KEYS;
                     hide(row, lanes, at.token[r] - j * KEYS);
-                    vec high = load(row);
+                    Floats high = load(row);
                     for (long i = LANES; i < lanes; i += LANES) {
-                        vec x = load(row + i);
+                        Floats x = load(row + i);
                         high = x > high ? x : high;
                     }
                     level[r] = std::max(top[r], highest_of(high));
                 }
                 for (long r = 0; r < ROWS; r += LANES) {
-                    vec now = load(level + r);
+                    Floats now = load(level + r);
                     store(fix + r, exp2_of(load(top + r) - now));
                     store(top + r, now);
                 }
                 for (long r = 0; r < rows; r++) {
                     float* row = scores + r * KEYS;
-                    vec sum = load(sums + r * LANES) * fix[r];
+                    Floats sum = load(sums + r * LANES) * fix[r];
                     for (long i = 0; i < lanes; i += LANES) {
-                        vec p = exp2_of(load(row + i) - top[r]);
+                        Floats p = exp2_of(load(row + i) - top[r]);
                         store(row + i, p);
                         sum += p;
                     }
@@ -244,7 +244,7 @@ void backward(const T* q, const T* k, const T* v, const T* o, const float* lse, 
                     widen_row(q + at.query[r], scale * LOG2E, width, queries + r * padded);
                     widen_row(go + at.query[r], 1.0f, width, grads + r * padded);
                     widen_row(o + at.query[r], 1.0f, width, out + r * padded);
-                    vec dot = {};
+                    Floats dot = {};
                     for (long d = 0; d < padded; d += LANES) dot += load(out + r * padded + d) * load(grads + r * padded + d);
                     delta[r] = sum_of(dot);
                     level[r] = lse[at.stat[r]];
@@ -257,7 +257,7 @@ void backward(const T* q, const T* k, const T* v, const T* o, const float* lse, 
                         float *pr = p + r * KEYS, *dr = ds + r * KEYS;
                         hide(pr, lanes, at.token[r] - j * KEYS);
                         for (long i = 0; i < lanes; i += LANES) {
-                            vec x = exp2_of(load(pr + i) - level[r]);
+                            Floats x = exp2_of(load(pr + i) - level[r]);
                             store(pr + i, x);
                             store(dr + i, x * (load(dr + i) - delta[r]));
                         }

@@ -288,10 +288,11 @@ def _load_checked(path: Path, digest: str) -> ctypes.CDLL | None:
 
 
 def _exported_functions() -> list[str]:
-    """The names that every build exports: what the sources declare, whatever the processor."""
+    """The names that every build exports: what lines of the sources that begin with LORRY declare, the
+    parameters by name or by a macro, whatever the processor."""
     text = "\n".join(p.read_text() for p in sorted(SOURCES.glob("*.cpp")))
     for_all = re.sub(r"^#if.*?^#endif", "", text, flags=re.MULTILINE | re.DOTALL)
-    return ["lorry_amx", *re.findall(r"^LORRY \w+ (\w+)\(", for_all, flags=re.MULTILINE)]
+    return ["lorry_amx", *re.findall(r"^LORRY \w+ (\w+)", for_all, flags=re.MULTILINE)]
 
 
 def _remove_abandoned(folder: Path) -> None:

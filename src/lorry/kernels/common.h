@@ -25,17 +25,10 @@ static inline bf16 narrow(float x) {
 }
 
 // For kernels that are compiled for both formats: what a value is as a float, and the other way.
-static inline float widen(float x) { return x; }
-template <typename T>
-static inline T rounded(float x);
-template <>
-inline float rounded<float>(float x) {
-    return x;
-}
-template <>
-inline bf16 rounded<bf16>(float x) {
-    return narrow(x);
-}
+static inline float wide(float x) { return x; }
+static inline float wide(bf16 x) { return widen(x); }
+static inline void put(float& to, float x) { to = x; }
+static inline void put(bf16& to, float x) { to = narrow(x); }
 
 // e^x to about 2 units in the last place of a float, without a branch: 2^n times a polynomial on half an octave either side.
 static inline float exp_fast(float x) {

@@ -220,9 +220,6 @@ static void draw(const T* logits, const double* numbers, int64_t* places, float*
     }
 }
 
-#define BOTH(name, parameters, arguments)                          \
-    LORRY int name##_bf16 parameters(bf16) { return name arguments, 0; } \
-    LORRY int name##_float parameters(float) { return name arguments, 0; }
 #define STORE(T)                                                                                                                      \
     (const T* k, const T* v, const int64_t* table, const int64_t* rows, const int64_t* positions, long layer, long tokens, long groups, \
      long width)
@@ -231,7 +228,11 @@ static void draw(const T* logits, const double* numbers, int64_t* places, float*
 #define LARGEST(T) (const T* logits, int64_t* places, float* values, long rows, long count)
 #define DRAW(T) (const T* logits, const double* numbers, int64_t* places, float* values, long rows, long count, float by)
 
-BOTH(store, STORE, (k, v, table, rows, positions, layer, tokens, groups, width))
-BOTH(attend, ATTEND, (q, o, table, lengths, layer, rows, heads, groups, width, scale))
-BOTH(largest, LARGEST, (logits, places, values, rows, count))
-BOTH(draw, DRAW, (logits, numbers, places, values, rows, count, by))
+LORRY int store_bf16 STORE(bf16) { return store(k, v, table, rows, positions, layer, tokens, groups, width), 0; }
+LORRY int store_float STORE(float) { return store(k, v, table, rows, positions, layer, tokens, groups, width), 0; }
+LORRY int attend_bf16 ATTEND(bf16) { return attend(q, o, table, lengths, layer, rows, heads, groups, width, scale), 0; }
+LORRY int attend_float ATTEND(float) { return attend(q, o, table, lengths, layer, rows, heads, groups, width, scale), 0; }
+LORRY int largest_bf16 LARGEST(bf16) { return largest(logits, places, values, rows, count), 0; }
+LORRY int largest_float LARGEST(float) { return largest(logits, places, values, rows, count), 0; }
+LORRY int draw_bf16 DRAW(bf16) { return draw(logits, numbers, places, values, rows, count, by), 0; }
+LORRY int draw_float DRAW(float) { return draw(logits, numbers, places, values, rows, count, by), 0; }

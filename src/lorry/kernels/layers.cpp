@@ -4,6 +4,7 @@
 // What is computed and where it is rounded is as in models/decoder/block.py. Every row is computed alone, in a fixed order.
 #include "few_rows.h"
 #include "packed_rows.h"
+#include "pointwise.h"
 
 #define ATTENTION(T)                                                                                                                        \
     (const T* q, T* o, const int64_t* table, const int64_t* lengths, long layer, long rows, long heads, long groups, long width, float scale)
@@ -38,31 +39,24 @@ struct Norm {
 
     explicit Norm(Words& words) : weight(words.address<T>()), bias(words.address<T>()), eps(words.number()) {}
 
-    // y [rows, width], which may be x; with a bias a layer norm, else an RMS norm, rounded before its weight multiplies.
+    // y [rows, width], which may be x; with a bias a layer norm, else an RMS norm.
     void compute(const T* x, T* y, long rows, long width) const {
         for (long r = 0; r < rows; r++) {
             const T* from = x + r * width;
             T* to = y + r * width;
-            float mean = 0, squares = 0;
-            if (bias) {
-#pragma omp simd reduction(+ : mean)
-                for (long i = 0; i < width; i++) mean += wide(from[i]);
-                mean /= width;
+            if (!bias) {
+                rms_row(from, weight, to, width, eps);
+                continue;
             }
+            float mean = 0, squares = 0;
+#pragma omp simd reduction(+ : mean)
+            for (long i = 0; i < width; i++) mean += wide(from[i]);
+            mean /= width;
 #pragma omp simd reduction(+ : squares)
             for (long i = 0; i < width; i++) squares += (wide(from[i]) - mean) * (wide(from[i]) - mean);
             const float rstd = 1.0f / std::sqrt(squares / width + eps);
-            if (bias) {
 #pragma omp simd
-                for (long i = 0; i < width; i++) put(to[i], (wide(from[i]) - mean) * rstd * wide(weight[i]) + wide(bias[i]));
-            } else {
-#pragma omp simd
-                for (long i = 0; i < width; i++) {
-                    T part;
-                    put(part, wide(from[i]) * rstd);
-                    put(to[i], wide(weight[i]) * wide(part));
-                }
-            }
+            for (long i = 0; i < width; i++) put(to[i], (wide(from[i]) - mean) * rstd * wide(weight[i]) + wide(bias[i]));
         }
     }
 };
@@ -157,22 +151,6 @@ struct Group {
     }
 };
 
-// Half-split rotary positions, x [rows, heads, width], on the first 2 * half of each head.
-template <typename T>
-static void rotate(T* x, const float* cos, const float* sin, long rows, long heads, long width, long half) {
-    for (long r = 0; r < rows; r++)
-        for (long h = 0; h < heads; h++) {
-            T *a = x + (r * heads + h) * width, *b = a + half;
-            const float *c = cos + r * half, *s = sin + r * half;
-#pragma omp simd
-            for (long i = 0; i < half; i++) {
-                const float u = wide(a[i]), v = wide(b[i]);
-                put(a[i], u * c[i] - v * s[i]);
-                put(b[i], v * c[i] + u * s[i]);
-            }
-        }
-}
-
 enum Activation { SILU, GELU, TANH_GELU, RELU };
 
 static inline float activate(float x, long kind) {
@@ -185,14 +163,7 @@ static inline float activate(float x, long kind) {
 template <typename T>
 static void activate(std::vector<T>& gate, const T* up, long kind) {
     const long count = gate.size();
-    if (kind == SILU) {
-#pragma omp parallel for simd schedule(static) if (count > PARALLEL)
-        for (long i = 0; i < count; i++) {
-            const float x = wide(gate[i]);
-            put(gate[i], x / (1.0f + exp_fast(-x)) * (up ? wide(up[i]) : 1.0f));
-        }
-        return;
-    }
+    if (kind == SILU) return gate_with_silu(gate.data(), up, gate.data(), count);
 #pragma omp parallel for schedule(static) if (count > PARALLEL)
     for (long i = 0; i < count; i++) {
         T value;
@@ -238,8 +209,8 @@ static void run_layers(const int64_t* description, T* x, const float* cos, const
             of_keys.compute(k, k, rows * groups, head);
         }
         if (half) {
-            rotate(q, cos, sin, rows, heads, head, half);
-            rotate(k, cos, sin, rows, groups, head, half);
+            rotate(q, cos, sin, rows, heads, head, half, 1);
+            rotate(k, cos, sin, rows, groups, head, half, 1);
         }
         store(k, ys[2].data(), table, cache_rows, positions, layer, rows, groups, head);
         attend(q, attention.data(), table, lengths, layer, rows, heads, groups, head, 1.0f / std::sqrt((float)head));

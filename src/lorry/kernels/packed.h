@@ -7,9 +7,6 @@
 constexpr long BLOCK = 64;  // values of a flattened matrix that share a scale
 constexpr long SCALE_BLOCK = 256;  // scales that share one of their own
 
-static inline float convert(float x, float*) { return x; }
-static inline bf16 convert(float x, bf16*) { return narrow(x); }
-
 // a b + c, each rounded on its own, as torch does: the product goes through memory, where no compiler joins the two.
 static inline float product_plus(float a, float b, float c) {
     float product = a * b;
@@ -39,7 +36,7 @@ struct Table {
     alignas(64) T values[16];
 
     explicit Table(const float* scaled) {
-        for (int i = 0; i < 16; i++) values[i] = convert(scaled[i], (T*)nullptr);
+        for (int i = 0; i < 16; i++) put(values[i], scaled[i]);
     }
 
     inline long look_up_wide(const uint8_t*, T*, long) const { return 0; }
@@ -134,7 +131,7 @@ struct Rows {
     void row(long r, long columns, T* out) const {
         const float by = largest[r];
         const int8_t* from = codes + r * columns;
-        for (long i = 0; i < columns; i++) out[i] = convert((float)from[i] * by * (1.0f / 127), (T*)nullptr);
+        for (long i = 0; i < columns; i++) put(out[i], (float)from[i] * by * (1.0f / 127));
     }
 };
 
@@ -164,7 +161,7 @@ struct Grid {
         if (groups) {
             for (long i = 0; i < width; i++) {
                 const float code = kind ? from[i] : i % 2 ? from[i / 2] & 15 : from[i / 2] >> 4;
-                out[i] = convert(value(code, first + groups[i], scale(first + groups[i])), (T*)nullptr);
+                put(out[i], value(code, first + groups[i], scale(first + groups[i])));
             }
             return;
         }
@@ -178,11 +175,11 @@ struct Grid {
                 const Table<T> table(values);
                 table.look_up(from + at / 2, to, many);
             } else if (kind == 1)
-                for (long i = 0; i < many; i++) to[i] = convert(value(from[at + i], place, by), (T*)nullptr);
+                for (long i = 0; i < many; i++) put(to[i], value(from[at + i], place, by));
             else if (kind == 2)
-                for (long i = 0; i < many; i++) to[i] = convert(value((int8_t)from[at + i], place, by), (T*)nullptr);
+                for (long i = 0; i < many; i++) put(to[i], value((int8_t)from[at + i], place, by));
             else
-                for (long i = 0; i < many; i++) to[i] = convert(value(eighth(from[at + i]), place, by), (T*)nullptr);
+                for (long i = 0; i < many; i++) put(to[i], value(eighth(from[at + i]), place, by));
         }
     }
 };

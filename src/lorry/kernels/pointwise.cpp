@@ -1,9 +1,9 @@
 // Norms, rotary positions and gated activations in bfloat16 and float32 (names ending in _fp32), forward and backward, one pass over
 // memory each.
 // Rows are independent and summed in a fixed order, so a row's result never depends on its neighbours or on the threads.
-#include "common.h"
+#include "pointwise.h"
 
-// y = w * T(x * rstd), as the published RMS norm rounds; residual: first x += delta (rounded), written back to x.
+// y = the norm of x's rows; delta (or null): first x += delta (rounded), written back to x.
 template <typename T>
 static void rms_forward_of(T* x, const T* delta, const T* w, T* y, long rows, long width, float eps) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
@@ -11,14 +11,9 @@ static void rms_forward_of(T* x, const T* delta, const T* w, T* y, long rows, lo
         T* xr = x + r * width;
         if (delta) {
             const T* dr = delta + r * width;
-            for (long i = 0; i < width; i++) xr[i] = rounded<T>(widen(xr[i]) + widen(dr[i]));
+            for (long i = 0; i < width; i++) put(xr[i], wide(xr[i]) + wide(dr[i]));
         }
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < width; i++) sum += widen(xr[i]) * widen(xr[i]);
-        float rstd = 1.0f / std::sqrt(sum / width + eps);
-        T* yr = y + r * width;
-        for (long i = 0; i < width; i++) yr[i] = rounded<T>(widen(w[i]) * widen(rounded<T>(widen(xr[i]) * rstd)));
+        rms_row(xr, w, y + r * width, width, eps);
     }
 }
 
@@ -31,49 +26,19 @@ static void rms_backward_of(const T* dy, const T* x, const T* w, const T* carry,
         float sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
         for (long i = 0; i < width; i++) {
-            float v = widen(xr[i]);
+            float v = wide(xr[i]);
             sum += v * v;
-            dot += v * widen(gr[i]) * widen(w[i]);
+            dot += v * wide(gr[i]) * wide(w[i]);
         }
         float rstd = 1.0f / std::sqrt(sum / width + eps);
         float mean = dot * rstd * rstd * rstd / width;
         T* out = dx + r * width;
         if (carry) {
             const T* cr = carry + r * width;
-            for (long i = 0; i < width; i++)
-                out[i] = rounded<T>(widen(gr[i]) * widen(w[i]) * rstd - widen(xr[i]) * mean + widen(cr[i]));
+            for (long i = 0; i < width; i++) put(out[i], wide(gr[i]) * wide(w[i]) * rstd - wide(xr[i]) * mean + wide(cr[i]));
         } else {
-            for (long i = 0; i < width; i++) out[i] = rounded<T>(widen(gr[i]) * widen(w[i]) * rstd - widen(xr[i]) * mean);
+            for (long i = 0; i < width; i++) put(out[i], wide(gr[i]) * wide(w[i]) * rstd - wide(xr[i]) * mean);
         }
-    }
-}
-
-// Rotate the first 2*half dimensions of every head in place; sign -1 turns back, which is also the gradient.
-template <typename T>
-static void rotate_rows_of(T* x, const float* cos, const float* sin, long tokens, long heads, long dim, long half, float sign) {
-#pragma omp parallel for schedule(static) if (tokens * heads * dim > PARALLEL)
-    for (long t = 0; t < tokens; t++) {
-        const float *c = cos + t * half, *s = sin + t * half;
-        for (long h = 0; h < heads; h++) {
-            T* a = x + (t * heads + h) * dim;
-            T* b = a + half;
-#pragma omp simd
-            for (long i = 0; i < half; i++) {
-                float u = widen(a[i]), v = widen(b[i]), n = sign * s[i];
-                a[i] = rounded<T>(u * c[i] - v * n);
-                b[i] = rounded<T>(v * c[i] + u * n);
-            }
-        }
-    }
-}
-
-// h = silu(g) * u
-template <typename T>
-static void silu_gate_of(const T* g, const T* u, T* h, long n) {
-#pragma omp parallel for simd schedule(static) if (n > PARALLEL)
-    for (long i = 0; i < n; i++) {
-        float x = widen(g[i]);
-        h[i] = rounded<T>(x / (1.0f + exp_fast(-x)) * widen(u[i]));
     }
 }
 
@@ -82,12 +47,12 @@ template <typename T>
 static void silu_gate_backward_of(T* dh, const T* g, const T* u, T* du, T* h, long n) {
 #pragma omp parallel for simd schedule(static) if (n > PARALLEL)
     for (long i = 0; i < n; i++) {
-        float x = widen(g[i]), y = widen(u[i]), d = widen(dh[i]);
+        float x = wide(g[i]), y = wide(u[i]), d = wide(dh[i]);
         float s = 1.0f / (1.0f + exp_fast(-x));
         float a = x * s;
-        dh[i] = rounded<T>(d * y * (s * (1.0f + x * (1.0f - s))));
-        du[i] = rounded<T>(d * a);
-        h[i] = rounded<T>(a * y);
+        put(dh[i], d * y * (s * (1.0f + x * (1.0f - s))));
+        put(du[i], d * a);
+        put(h[i], a * y);
     }
 }
 
@@ -105,16 +70,16 @@ LORRY void rms_backward_fp32(const float* dy, const float* x, const float* w, co
     rms_backward_of(dy, x, w, carry, dx, rows, width, eps);
 }
 LORRY void rotate_rows(bf16* x, const float* cos, const float* sin, long tokens, long heads, long dim, long half, float sign) {
-    rotate_rows_of(x, cos, sin, tokens, heads, dim, half, sign);
+    rotate(x, cos, sin, tokens, heads, dim, half, sign);
 }
 LORRY void rotate_rows_fp32(float* x, const float* cos, const float* sin, long tokens, long heads, long dim, long half, float sign) {
-    rotate_rows_of(x, cos, sin, tokens, heads, dim, half, sign);
+    rotate(x, cos, sin, tokens, heads, dim, half, sign);
 }
 LORRY void silu_gate(const bf16* g, const bf16* u, bf16* h, long n) {
-    silu_gate_of(g, u, h, n);
+    gate_with_silu(g, u, h, n);
 }
 LORRY void silu_gate_fp32(const float* g, const float* u, float* h, long n) {
-    silu_gate_of(g, u, h, n);
+    gate_with_silu(g, u, h, n);
 }
 LORRY void silu_gate_backward(bf16* dh, const bf16* g, const bf16* u, bf16* du, bf16* h, long n) {
     silu_gate_backward_of(dh, g, u, du, h, n);

@@ -44,7 +44,7 @@ static float fold(T* x, float* state, int64_t* top, long width, long seen) {
     float total = 0, first = 0, second = 0, plain = 0;
 #pragma omp simd reduction(+ : total, first, second, plain)
     for (long i = 0; i < width; i++) {
-        float z = widen(x[i]) - shift, e = exp_fast(z);
+        float z = wide(x[i]) - shift, e = exp_fast(z);
         total += e;
         if (MOMENTS) {
             float low = z < LOWEST ? LOWEST : z, weighed = e * low;
@@ -52,7 +52,7 @@ static float fold(T* x, float* state, int64_t* top, long width, long seen) {
             second += weighed * low;
             plain += z;
         }
-        if (WRITE) x[i] = rounded<T>(e);
+        if (WRITE) put(x[i], e);
     }
     bool fresh = former == -INFINITY;
     float down = fresh ? 0.0f : former - peak, scale = fresh ? 0.0f : std::exp(down);
@@ -96,13 +96,13 @@ static void slope_rows(const T* x, T* out, const float* terms, long rows, long w
         if (moments) {
 #pragma omp simd
             for (long i = 0; i < width; i++) {
-                float l = widen(in[i]), y = l - centre;
+                float l = wide(in[i]), y = l - centre;
                 y = y < LOWEST ? LOWEST : y;
-                o[i] = rounded<T>(exp_fast(l - shift) * (a + y * (b + y * c)) + k);
+                put(o[i], exp_fast(l - shift) * (a + y * (b + y * c)) + k);
             }
         } else {
 #pragma omp simd
-            for (long i = 0; i < width; i++) o[i] = rounded<T>(exp_fast(widen(in[i]) - shift) * a);
+            for (long i = 0; i < width; i++) put(o[i], exp_fast(wide(in[i]) - shift) * a);
         }
     }
 }
@@ -122,7 +122,7 @@ static void gather_rows(float* sum, const T* part, const float* scale, long rows
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
     for (long r = 0; r < rows; r++) {
         float s = scale[r];
-        for (long i = 0; i < width; i++) sum[r * width + i] = sum[r * width + i] * s + widen(part[r * width + i]);
+        for (long i = 0; i < width; i++) sum[r * width + i] = sum[r * width + i] * s + wide(part[r * width + i]);
     }
 }
 

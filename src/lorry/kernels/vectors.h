@@ -1,21 +1,21 @@
-// Vectors of floats as wide as the processor's registers, and weights opened into them.
+// Vectors of floats in the compiler's own terms, as wide as what is compiled for has them: one source for AVX-512, AVX2, NEON and
+// whatever is below them.
 #pragma once
 #include "common.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 constexpr int LANES = 16;
-#elif defined(__AVX2__)
+#elif defined(__AVX__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-
-static inline float wide(float x) { return x; }
-static inline float wide(bf16 x) { return widen(x); }
-static inline void put(float& to, float x) { to = x; }
-static inline void put(bf16& to, float x) { to = narrow(x); }
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(LANES * 2)));
 
 static inline Floats load(const float* from) {
     Floats out;
@@ -23,28 +23,58 @@ static inline Floats load(const float* from) {
     return out;
 }
 
-// What `open` makes of weights of a type: STEP of them into so many vectors.
+static inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+// The same from and to bfloat16, rounded as `narrow` does.
+static inline Floats load(const bf16* from) {
+    HalfBits half;
+    std::memcpy(&half, from, sizeof half);
+    return (Floats)(__builtin_convertvector(half, Bits) << 16);
+}
+
+static inline void store(bf16* to, Floats x) {
+    const Bits bits = (Bits)x;
+    Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Ints is_nan = x != x;
+    rounded = is_nan ? Bits{} + 0x7fc0 : rounded;
+    const HalfBits half = __builtin_convertvector(rounded, HalfBits);
+    std::memcpy(to, &half, sizeof half);
+}
+
+// Fewer than a vector, `count` of them; the other lanes are 0.
 template <typename T>
-struct Opened {
-    static constexpr int VECTORS = 1;
-    static constexpr long STEP = LANES;
-};
-template <>
-struct Opened<bf16> {
-    static constexpr int VECTORS = 2;
-    static constexpr long STEP = 2 * LANES;
-};
+static inline Floats load_some(const T* from, long count) {
+    T all[LANES] = {};
+    std::memcpy(all, from, sizeof(T) * count);
+    return load(all);
+}
 
-static inline void open(const float* from, Floats (&to)[1]) { to[0] = load(from); }
+template <typename T>
+static inline void store_some(T* to, Floats x, long count) {
+    T all[LANES];
+    store(all, x);
+    std::memcpy(to, all, sizeof(T) * count);
+}
 
-// Those of even places, then those of odd ones: a word holds one of each, and either is one operation away from a float. (A dot product of
-// bfloat16 pairs, where a processor has one, takes as long as three such products on Sapphire Rapids.)
-static inline void open(const bf16* from, Floats (&to)[2]) {
-    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-    Words both;
-    std::memcpy(&both, from, sizeof both);
-    to[0] = (Floats)(both << 16);
-    to[1] = (Floats)(both & 0xffff0000u);
+static inline Floats spread(float x) { return x - Floats{}; }
+
+constexpr long whole_vectors(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+static inline float sum_of(Floats x) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+// The highest lane; a NaN may be passed over.
+static inline float highest_of(Floats x) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return lanes[0];
 }
 
 #if defined(__AVX512F__)
@@ -71,12 +101,42 @@ static inline void add_lanes(const Floats* from, float* to) {
     const __m512 sums = sums16(all);
     _mm512_mask_storeu_ps(to, (__mmask16)((1u << COUNT) - 1), sums);
 #else
-    for (int i = 0; i < COUNT; i++) {
-        float lanes[LANES];
-        std::memcpy(lanes, from + i, sizeof lanes);
-        for (int half = LANES / 2; half; half /= 2)
-            for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
-        to[i] = lanes[0];
-    }
+    for (int i = 0; i < COUNT; i++) to[i] = sum_of(from[i]);
 #endif
+}
+
+// 2^x for x <= 127 to about 2 units in the last place. Below 2^-100 it is 0, so that no sum meets denormal numbers; a NaN stays one.
+static inline Floats exp2_of(Floats x) {
+    const Floats shift = spread(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+    const Floats shifted = x + shift, f = x - (shifted - shift);
+    const Floats power = (Floats)(((Ints)shifted << 23) + 0x3f800000);
+    Floats p = f * 0.00132647238f + 0.00967151299f;
+    p = p * f + 0.0555073358f;
+    p = p * f + 0.240222424f;
+    p = p * f + 0.693147004f;
+    p = p * f + 1.0f;
+    return x < spread(-100.0f) ? Floats{} : p * power;
+}
+
+// What `open` makes of weights of a type: STEP of them into so many vectors.
+template <typename T>
+struct Opened {
+    static constexpr int VECTORS = 1;
+    static constexpr long STEP = LANES;
+};
+template <>
+struct Opened<bf16> {
+    static constexpr int VECTORS = 2;
+    static constexpr long STEP = 2 * LANES;
+};
+
+static inline void open(const float* from, Floats (&to)[1]) { to[0] = load(from); }
+
+// Those of even places, then those of odd ones: a word holds one of each, and either is one operation away from a float. (A dot product of
+// bfloat16 pairs, where a processor has one, takes as long as three such products on Sapphire Rapids.)
+static inline void open(const bf16* from, Floats (&to)[2]) {
+    Bits both;
+    std::memcpy(&both, from, sizeof both);
+    to[0] = (Floats)(both << 16);
+    to[1] = (Floats)(both & 0xffff0000u);
 }
