@@ -69,6 +69,7 @@ struct Linear {
     Flat flat{};
     Rows rows{};
     Grid grid{};
+    Halves halves{};
 
     explicit Linear(Words& words) : layout(words.next()), outputs(words.next()), inputs(words.next()), bias(words.address<T>()) {
         if (layout == 0)
@@ -77,9 +78,11 @@ struct Linear {
             flat = {words.address<uint8_t>(), words.address<void>(), words.address<float>(), words.address<float>(), words.address<float>(), words.address<float>()};
         else if (layout == 2)
             rows = {words.address<int8_t>(), words.address<float>()};
-        else
+        else if (layout == 3)
             grid = {words.address<uint8_t>(), words.address<void>(), words.address<uint8_t>(), words.address<uint16_t>(), words.address<int32_t>(),
                     words.next(), words.next(), words.next(), words.next(), words.next(), words.next()};
+        else
+            halves = {words.address<bf16>()};
     }
 
     void multiply(const Inputs<T>& x, T* y) const {
@@ -90,8 +93,10 @@ struct Linear {
             multiply_packed(flat, x, to);
         else if (layout == 2)
             multiply_packed(rows, x, to);
-        else
+        else if (layout == 3)
             multiply_packed(grid, x, to);
+        else
+            multiply_packed(halves, x, to);
     }
 };
 

@@ -35,9 +35,11 @@ static void multiply_any(const Source& source, const void* x, const void* bias, 
 #define GRID                                                                                                                          \
     const uint8_t *codes, const void *scales, const uint8_t *zeros, const uint16_t *minimums, const int32_t *groups, long kind, long halves, \
         long rows, long columns, long across, long rounded
+#define HALVES const bf16 *codes
 #define FLAT_SOURCE Flat{codes, scales, scale_levels, scale_scales, offset, levels}
 #define ROWS_SOURCE Rows{codes, largest}
 #define GRID_SOURCE Grid{codes, scales, zeros, minimums, groups, kind, halves, rows, columns, across, rounded}
+#define HALVES_SOURCE Halves{codes}
 #define OUT void *out, long outputs, long inputs, long narrow_out
 #define PRODUCT const void *x, const void *bias, void *y, long tokens, long outputs, long inputs, long narrow
 
@@ -45,7 +47,9 @@ static void multiply_any(const Source& source, const void* x, const void* bias, 
 LORRY void packed_open_flat(FLAT, OUT) { open_any(FLAT_SOURCE, out, outputs, inputs, narrow_out); }
 LORRY void packed_open_rows(ROWS, OUT) { open_any(ROWS_SOURCE, out, outputs, inputs, narrow_out); }
 LORRY void packed_open_grid(GRID, OUT) { open_any(GRID_SOURCE, out, outputs, inputs, narrow_out); }
+LORRY void packed_open_halves(HALVES, OUT) { open_any(HALVES_SOURCE, out, outputs, inputs, narrow_out); }
 // y [tokens, outputs] of x [tokens, inputs].
 LORRY void packed_product_flat(FLAT, PRODUCT) { multiply_any(FLAT_SOURCE, x, bias, y, tokens, outputs, inputs, narrow); }
 LORRY void packed_product_rows(ROWS, PRODUCT) { multiply_any(ROWS_SOURCE, x, bias, y, tokens, outputs, inputs, narrow); }
 LORRY void packed_product_grid(GRID, PRODUCT) { multiply_any(GRID_SOURCE, x, bias, y, tokens, outputs, inputs, narrow); }
+LORRY void packed_product_halves(HALVES, PRODUCT) { multiply_any(HALVES_SOURCE, x, bias, y, tokens, outputs, inputs, narrow); }

@@ -1,4 +1,4 @@
-// Matrices of few bits, as they are packed: how a row of each layout is opened to what is computed with.
+// Matrices of fewer bits than they compute with, as they are packed: how a row of each layout is opened to what is computed with.
 #pragma once
 #include "vectors.h"
 
@@ -132,6 +132,17 @@ struct Rows {
         const float by = largest[r];
         const int8_t* from = codes + r * columns;
         for (long i = 0; i < columns; i++) put(out[i], (float)from[i] * by * (1.0f / 127));
+    }
+};
+
+// Eight bits of exponent and seven of mantissa: bfloat16.
+struct Halves {
+    const bf16* codes;
+
+    template <typename T>
+    void row(long r, long columns, T* out) const {
+        const bf16* from = codes + r * columns;
+        for (long i = 0; i < columns; i++) put(out[i], widen(from[i]));
     }
 };
 

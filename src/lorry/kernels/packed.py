@@ -1,4 +1,4 @@
-"""Matrices of 4 and 8 bits opened to what they compute with, and multiplied with a few rows as they are
+"""Matrices of 4, 8 and 16 bits opened to what they compute with, and multiplied with a few rows as they are
 packed; compiled for float32 and bfloat16 on a CPU.
 
 `adapters/quantization` says how they are packed, and has the same in plain torch.
@@ -26,10 +26,11 @@ class PackedSource:
     [256], scales fp32 [blocks / 256] and offset fp32 [1], else None thrice; levels fp32 [16]. rows: codes
     int8 [O,I], largest values fp32 [O]. grid: codes uint8 or int8, scales, zeros, minimums, groups; kind (0 two
     codes a byte, 1 unsigned, 2 signed, 3 eight-bit floats), whether scales are halves, outputs and inputs
-    that share one, scales side by side, whether values are rounded to bfloat16 first.
+    that share one, scales side by side, whether values are rounded to bfloat16 first. halves: the
+    bits of bfloat16 numbers, int16 [O,I].
     """
 
-    layout: Literal["flat", "rows", "grid"]
+    layout: Literal["flat", "rows", "grid", "halves"]
     arguments: tuple[Tensor | int | None, ...]
 
 

@@ -177,9 +177,37 @@ struct GridPanel {
     }
 };
 
+template <typename T>
+struct HalvesPanel {
+    const Halves& source;
+    const long first, width;
+
+    static bool fits(const Halves&, long width) { return width % (2 * LANES) == 0; }
+    static FloatRows inputs(const Halves&, const Inputs<T>& x) { return x.paired(); }
+
+    HalvesPanel(const Halves& source, long first, long, long width, std::vector<float>&) : source(source), first(first), width(width) {}
+
+    template <int ROWS>
+    inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
+        const bf16* codes = source.codes + (first + output) * width;
+        Floats odd[ROWS] = {};
+        for (long k = 0; k < width; k += 2 * LANES) {
+            __builtin_prefetch((const char*)(codes + k) + AHEAD, 0, 2);
+            Floats value[2];
+            open(codes + k, value);
+            for (int r = 0; r < ROWS; r++) {
+                sum[r] += value[0] * load(x.at + r * x.stride + k);
+                odd[r] += value[1] * load(x.at + r * x.stride + k + LANES);
+            }
+        }
+        for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
+    }
+};
+
 template <typename T> FlatPanel<T> panel_of(const Flat&);
 template <typename T> RowsPanel<T> panel_of(const Rows&);
 template <typename T> GridPanel<T> panel_of(const Grid&);
+template <typename T> HalvesPanel<T> panel_of(const Halves&);
 
 template <typename T, int ROWS, typename Source>
 static void multiply_packed_rows(const Source& source, long width, FloatRows x, long row, const Outputs<T>& to) {

@@ -12,7 +12,12 @@ from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.quantization import packed as packing
 from lorry.adapters.quantization.grid import PackedGrid, pack_nibbles
 from lorry.adapters.quantization.linear import OpenBuffers, hold_packed
-from lorry.adapters.quantization.packed import PackedMatrix, Quantization, pack
+from lorry.adapters.quantization.packed import (
+    KEPT_BFLOAT16,
+    PackedMatrix,
+    Quantization,
+    pack,
+)
 from lorry.kernels import load_library
 from lorry.kernels.packed import MAX_PACKED_ROWS
 
@@ -26,7 +31,7 @@ EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 def of_format(name: str, shape: tuple[int, int]) -> PackedMatrix:
     draw = np.random.default_rng(shape[0])
     outputs, inputs = shape
-    if name in ("nf4", "nf4-single", "fp4", "int8"):
+    if name in ("nf4", "nf4-single", "fp4", "int8", KEPT_BFLOAT16.name):
         weight = torch.from_numpy(draw.normal(size=shape).astype(np.float32)) * 0.02
         return pack(weight, Quantization(name.partition("-")[0], double="-" not in name))
     size = 32
@@ -61,7 +66,18 @@ def of_format(name: str, shape: tuple[int, int]) -> PackedMatrix:
     return PackedGrid(kind, shape, codes * 7, tiles, "e4m3", (16, size))
 
 
-FORMATS = ["nf4", "nf4-single", "fp4", "int8", "gptq", "gptq-order", "gptq-8", "q4_1", "fp8"]
+FORMATS = [
+    "nf4",
+    "nf4-single",
+    "fp4",
+    "int8",
+    "gptq",
+    "gptq-order",
+    "gptq-8",
+    "q4_1",
+    "fp8",
+    "bfloat16",
+]
 
 
 @pytest.mark.parametrize("name", FORMATS)

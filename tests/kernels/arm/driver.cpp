@@ -41,6 +41,7 @@ static const struct {
     {"packed_open_flat packed_product_flat", flat_codes},
     {"packed_open_rows packed_product_rows", row_codes},
     {"packed_open_grid packed_product_grid", grid_codes},
+    {"packed_open_halves packed_product_halves", half_codes},
 };
 
 int main(int count, char** words) {

@@ -17,12 +17,14 @@ DECODE(float, float)
 #define FLAT const uint8_t*, const void*, const float*, const float*, const float*, const float*
 #define ROWS const int8_t*, const float*
 #define GRID const uint8_t*, const void*, const uint8_t*, const uint16_t*, const int32_t*, long, long, long, long, long, long
+#define HALVES const bf16*
 #define PACKED(NAME, SOURCE)                                \
     void packed_open_##NAME(SOURCE, void*, long, long, long); \
     void packed_product_##NAME(SOURCE, const void*, const void*, void*, long, long, long, long);
 PACKED(flat, FLAT)
 PACKED(rows, ROWS)
 PACKED(grid, GRID)
+PACKED(halves, HALVES)
 }
 
 // --- a step of generation
@@ -344,6 +346,15 @@ static void row_codes() {
         for (long i = 0; i < outputs * inputs; i++)
             values[i] = (float)((double)(float)((int8_t)codes[i] * (double)largest[i / inputs]) * (1.0f / 127));
         PACKED_BOTH(rows, (const int8_t*)codes.data(), largest.data());
+    }
+}
+
+static void half_codes() {
+    for (const auto& [outputs, inputs] : MATRICES) {
+        const List<bf16> codes = numbers<bf16>(outputs * inputs);
+        List<double> values(outputs * inputs);
+        for (long i = 0; i < outputs * inputs; i++) values[i] = wide(codes[i]);
+        PACKED_BOTH(halves, codes.data());
     }
 }
 

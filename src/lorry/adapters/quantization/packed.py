@@ -1,4 +1,4 @@
-"""A matrix [O,I] packed into 4 or 8 bits a value, and opened again.
+"""A matrix [O,I] packed into 4, 8 or 16 bits a value, and opened again.
 
     packed = pack(weight, QUANTIZATIONS["nf4"])
     weight = packed.open(torch.bfloat16)       # the values it computes with
@@ -9,6 +9,7 @@ quantisation, blocks of 256 scales) unless that is switched off; 4.127 bits a va
 bitsandbytes', bit for bit, and so is what its files are opened to; an eight-bit scale is the nearest, from which
 its CPU code is one step away in some 2 of 1,000. `int8`: the largest absolute value of
 each output, which 127 stands for, as bitsandbytes has it; weights alone, products are of the opened values.
+`bfloat16`: a checkpoint's own numbers, for a model that computes in float32.
 Formats that are read and never packed here lie in `grid.py`.
 
 O out, I in features.
@@ -60,7 +61,7 @@ class Quantization:
     @property
     def keeps_values(self) -> bool:
         """Whether the base is the one whose matrices are whole, bit for bit."""
-        return self == KEPT_GGUF
+        return self in (KEPT_GGUF, KEPT_BFLOAT16)
 
     def facts(self) -> dict[str, str | int | bool]:
         """As files of an adapter record it."""
@@ -71,6 +72,8 @@ class Quantization:
 
 # a GGUF file's own, in place of the bfloat16 matrices that are converted from it
 KEPT_GGUF = Quantization("gguf")
+# a checkpoint's own bfloat16, where more is computed in
+KEPT_BFLOAT16 = Quantization("bfloat16")
 QUANTIZATIONS: Mapping[str, Quantization] = {
     name: Quantization(name) for name in ("nf4", "fp4", "int8")
 }
@@ -226,10 +229,30 @@ class PackedInt8(PackedMatrix):
             out[here].copy_(values)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldBfloat16(PackedMatrix):
+    """Codes int16 [O,I], the bits of bfloat16 numbers: a cast of the model changes no integer."""
+
+    def part(self, dim: int, ranges: Sequence[slice]) -> HeldBfloat16:
+        """See `PackedMatrix.part`."""
+        codes = torch.cat([self.codes.narrow(dim, r.start, r.stop - r.start) for r in ranges], dim)
+        return HeldBfloat16(self.quantization, (codes.shape[0], codes.shape[1]), codes)
+
+    def source(self) -> PackedSource:
+        return PackedSource("halves", (self.codes,))
+
+    def open_plainly(self, out: Tensor) -> None:
+        out.copy_(self.codes.view(torch.bfloat16))
+
+
 def pack(weight: Tensor, quantization: Quantization) -> PackedMatrix:
     """A floating matrix [O,I], every value finite, packed; on its device."""
     if quantization.name == "int8":
         return _pack_int8(weight.detach(), quantization)
+    if quantization == KEPT_BFLOAT16:
+        # a copy: a view would keep all of the file's memory that was read
+        bits = weight.detach().to(torch.bfloat16, copy=True).contiguous().view(torch.int16)
+        return HeldBfloat16(quantization, (bits.shape[0], bits.shape[1]), bits)
     return _pack_4bit(weight.detach(), quantization)
 
 

@@ -30,8 +30,9 @@ class ModelConfig(SettingsGroup):
     )
     quantize: QuantizeFormat | Literal["auto"] | None = config_field(
         None,
-        "hold the matrices of the frozen base in 4 or 8 bits; keep: as a GGUF file has them; null: as an adapter's "
-        "base was held, or as its files are; auto: whole, int8 or nf4, the first that fits memory_budget",
+        "hold the matrices of the frozen base in 4 or 8 bits; keep: as a GGUF file has them, or, where float32 is "
+        "computed in, a bfloat16 one; null: as an adapter's base was held, or as its files are; auto: whole, int8 "
+        "or nf4, the first that fits memory_budget",
     )
     device: str = config_field(
         "auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS}

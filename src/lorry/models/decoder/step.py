@@ -23,7 +23,7 @@ from lorry.models.decoder.cache import RowKVCache
 from lorry.models.decoder.pointwise import DecoderNorm
 
 # numbers of kernels/layers.cpp
-LAYOUTS = {"dense": 0, "flat": 1, "rows": 2, "grid": 3}
+LAYOUTS = {"dense": 0, "flat": 1, "rows": 2, "grid": 3, "halves": 4}
 ACTIVATION_KINDS = {
     "silu": 0,
     "swish": 0,

@@ -19,7 +19,12 @@ import torch
 
 from lorry.adapters.peft.base_digest import keep_base_digest, remember_base_digest
 from lorry.adapters.quantization.linear import quantize_linears
-from lorry.adapters.quantization.packed import KEPT_GGUF, QUANTIZATIONS, Quantization
+from lorry.adapters.quantization.packed import (
+    KEPT_BFLOAT16,
+    KEPT_GGUF,
+    QUANTIZATIONS,
+    Quantization,
+)
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.config.parsing.sizes import size_in_words
 from lorry.errors import ConfigError, ModelError
@@ -103,8 +108,8 @@ def load_model(
     each (not ``must_share``: where it cannot be shared each has the whole of it, with a note);
     ``shard``: cuts its weights over the ranks of a run, which all load it then; ``convert``: takes
     the decoder for another implementation of its layers, on all of them too; ``quantize``: nf4, fp4 or
-    int8, in which matrices of linears are held, or keep; None of it means as the base of the ``adapter``,
-    or of the one that was named, was held (``as_trained``), else as the files are. ``add_note`` hears what a person
+    int8, in which matrices of linears are held, or keep, as the files have them; None of it means as the
+    base of the ``adapter``, or of the one that was named, was held (``as_trained``), else as the files are. ``add_note`` hears what a person
     should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype or
     device, and for a model that ranks cannot share or ``convert`` cannot take.
     """
@@ -128,7 +133,7 @@ def load_model(
     )
     if quantize is None and as_trained:
         quantize = _quantize_of_adapters((adapter, location.adapter), location)
-    quantization = _pick_quantization(quantize, location, description.packed_as)
+    quantization = _pick_quantization(quantize, location, description.packed_as, torch_dtype)
     has_another_way = convert is None and (ranks is None or not must_share)
     description = _without_mismatch(
         description, torch_dtype, torch_device, add_note, has_another_way=has_another_way
@@ -304,7 +309,7 @@ def _matrix_source(
         return PackedCheckpoint(description.packed_as)
     if quantization is None or description.family is None:
         return None
-    if quantization.keeps_values:
+    if quantization == KEPT_GGUF:
         # imported here: gguf and transformers' reader of it, which no other model needs
         from lorry.models.packed.gguf import PackedGguf
 
@@ -329,7 +334,7 @@ def _refuse_cut_matrices(
         why = "Megatron's linears hold whole ones"
     elif description.family is None:
         why = f"{description.why}, and transformers reads it whole before it is packed"
-    elif description.packed_as is not None or quantization.keeps_values:
+    elif description.packed_as is not None or quantization == KEPT_GGUF:
         why = "matrices that files store packed are not cut over processes"
     if cut and why is not None:
         raise ConfigError(
@@ -426,10 +431,13 @@ def _adapter_facts(adapter: Path) -> list[dict[str, Any]]:
 
 
 def _pick_quantization(
-    name: str | None, location: ModelLocation, packed_as: PackedFormat | None
+    name: str | None,
+    location: ModelLocation,
+    packed_as: PackedFormat | None,
+    dtype: torch.dtype,
 ) -> Quantization | None:
-    """How matrices are held: as the files have them packed, or as was asked for. Raises ConfigError for
-    an unknown name, and for another format than the files'."""
+    """How matrices are held: as the files have them packed, or as was asked for, for a model that
+    computes in ``dtype``. Raises ConfigError for an unknown name, and for another format than the files'."""
     if name is not None and name not in (*QUANTIZATIONS, KEEP):
         raise ConfigError(f"quantize={name!r}; choose {', '.join((*QUANTIZATIONS, KEEP))}")
     if packed_as is not None:
@@ -443,8 +451,12 @@ def _pick_quantization(
     if name == KEEP and location.file is not None:
         return KEPT_GGUF
     if name == KEEP:
+        stored = stored_float_dtype(read_tensor_entries(location.directory))
+        if stored == torch.bfloat16:
+            # computed in as they are, they are held as they are already
+            return KEPT_BFLOAT16 if dtype == torch.float32 else None
         raise ConfigError(
-            f"model.quantize={KEEP}: the matrices of {location.directory} are whole; choose "
+            f"model.quantize={KEEP}: the matrices of {location.directory} are whole, and no bfloat16; choose "
             f"{', '.join(QUANTIZATIONS)}, or leave quantize out"
         )
     return None if name is None else QUANTIZATIONS[name]

@@ -22,7 +22,7 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.peft.start_files import start_chain
-from lorry.adapters.quantization.packed import KEPT_GGUF
+from lorry.adapters.quantization.packed import KEPT_BFLOAT16, KEPT_GGUF
 from lorry.config import DistillConfig, ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
@@ -209,8 +209,8 @@ def open_teacher(
 
 def _same_matrices(directory: Path, asked: str | None, held: str | None) -> bool:
     """Whether matrices held as is asked have the values of those that are held: what files pack is the
-    same whoever asks, and what a GGUF file packs is the converted base."""
-    plain = (None, KEEP, KEPT_GGUF.name)
+    same whoever asks, and what is kept of a GGUF or bfloat16 file is the whole base."""
+    plain = (None, KEEP, KEPT_GGUF.name, KEPT_BFLOAT16.name)
     return has_packed_matrices(directory) or asked == held or (asked in plain and held in plain)
 
 
