@@ -101,9 +101,7 @@ def near(expected: float, share: float = 0.005) -> Any:
 
 def weights_mib(shape: ModelShape, precision: Any) -> float:
     s = setup(precision=precision)
-    return (
-        shape.geometry.layers * layer_weights(shape, precision) + vocabulary_weights(shape, s)
-    ) / 2**20
+    return (shape.geometry.layers * layer_weights(shape, s) + vocabulary_weights(shape, s)) / 2**20
 
 
 def test_parameters(case: Any) -> None:

@@ -262,6 +262,37 @@ def test_what_a_run_does_not_take_yet_is_said(capsys: pytest.CaptureFixture[str]
     assert any("which no run has checked" in note for note in ddp["notes"])
 
 
+def test_a_packed_base_is_computed_with_in_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    """In float32 nothing but its matrices is smaller."""
+    words = ("llama-3-8b", "dtype=float32", "device=cpu", "r=8")
+    whole = plan(*words, capsys=capsys)["memory"]
+    packed = plan(*words, "quantize=nf4", capsys=capsys)["memory"]
+    rest = whole.keys() - {"base weights", "margin"}
+    assert {name: packed[name] for name in rest} == {name: whole[name] for name in rest}
+    assert packed["base weights"] < 0.14 * whole["base weights"]
+
+
+def test_bfloat16_files_that_are_kept(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((world.base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    whole = plan(str(tmp_path), "dtype=float32", capsys=capsys)
+    kept = plan(
+        str(tmp_path),
+        "dtype=float32",
+        "quantize=keep",
+        "backend=fsdp",
+        "processes=2",
+        capsys=capsys,
+    )
+    assert kept["choice"]["precision"] == "bfloat16"
+    assert kept["trainable"]
+    assert any("holds matrices in bfloat16, as the files have them" in n for n in kept["notes"])
+    alone = plan(str(tmp_path), "dtype=float32", "quantize=keep", capsys=capsys)
+    assert 0.5 < alone["memory"]["base weights"] / whole["memory"]["base weights"] < 0.6
+
+
 def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     made = plan("mixtral-8x7b", "quantize=nf4", "gpu=h100", "max_length=512", capsys=capsys)
     assert made["memory"]["base weights"] / 46.4e9 == pytest.approx(0.516, rel=0.01)

@@ -71,9 +71,10 @@ def memory_setup(
     device: DeviceType,
     attention: AttentionKernel,
     reads: StepReads = ROW_ALONE,
+    compute: PrecisionName | None = None,
 ) -> MemorySetup:
     """How a choice runs: micro-batches of at most rows x max_length tokens, times the sequences that
-    are read for each row. ``attention``: see `MemorySetup`.
+    are read for each row. ``attention``: see `MemorySetup`, and so ``compute``.
     """
     return MemorySetup(
         tokens=choice.rows * max_length * reads.together,
@@ -85,6 +86,7 @@ def memory_setup(
         device=device,
         attention=attention,
         whole=True,
+        compute=compute,
     )
 
 
@@ -116,13 +118,16 @@ def single_device_memory(
     *,
     reads: StepReads = ROW_ALONE,
     frozen: int = 0,
+    compute: PrecisionName | None = None,
 ) -> MemoryOfChoice:
     """Memory of a choice on a single device. ``frozen``: values of adapters under the one that
-    trains.
+    trains; ``compute``: see `MemorySetup`.
     """
     adapter = adapter_at_rank(lora, shape, frozen)
     return lambda choice: estimate_memory(
-        shape, adapter(choice.rank), memory_setup(max_length, choice, device, attention, reads)
+        shape,
+        adapter(choice.rank),
+        memory_setup(max_length, choice, device, attention, reads, compute),
     )
 
 
@@ -160,16 +165,20 @@ def open_choices(
 
 
 def base_precisions(
-    quantize: str | None, held: PrecisionName | None, whole: PrecisionName
+    quantize: str | None,
+    held: PrecisionName | None,
+    whole: PrecisionName,
+    kept: PrecisionName,
 ) -> list[PrecisionName]:
     """The formats that a base may have, preferred ones first: several with model.quantize=auto.
-    ``held``: of one whose files are packed already, which stays so; ``whole``: of one that is not."""
+    ``held``: of one whose files are packed already, which stays so; ``whole``: of one that is not;
+    ``kept``: with model.quantize=keep."""
     if held is not None:
         return [held]
     if quantize == "auto":
         return [whole, *AUTO_FORMATS]
     if quantize == "keep":
-        return ["int8"]  # Q4_0, Q4_1 and Q8_0 take at most about as much
+        return [kept]
     return [cast(PrecisionName, quantize)] if quantize is not None else [whole]
 
 
@@ -281,6 +290,7 @@ def joint_setup(
     attention: AttentionKernel,
     recompute: RecomputeMode = "none",
     joint_tokens: int | None = None,
+    compute: PrecisionName | None = None,
 ) -> MemorySetup:
     """How they run: as many tokens at once as the largest micro-batch has, or as share a pass."""
     room = joint_tokens or MIN_BATCH_TOKENS[device]
@@ -296,4 +306,5 @@ def joint_setup(
         device=device,
         attention=attention,
         whole=True,
+        compute=compute,
     )

@@ -70,7 +70,8 @@ class MemorySetup:
     each row, ``step_tokens``: of all its micro-batches, at most (0: of one), of which the start
     is asked before the first of them is run; ``mixed_mlps``: the MLPs that a token passes under a
     router at `level: expert` (0: the layer's own); ``sequence_ranks``: the tensor-parallel ranks
-    that divide the inputs of layers by tokens (sequence parallel).
+    that divide the inputs of layers by tokens (sequence parallel); ``precision``: what the base's matrices are
+    held in; ``compute``: what is computed in, where that is another (None of packed ones: bfloat16).
     """
 
     tokens: int
@@ -84,11 +85,19 @@ class MemorySetup:
     step_tokens: int = 0
     mixed_mlps: int = 0
     sequence_ranks: int = 1
+    compute: PrecisionName | None = None
+
+    @property
+    def dtype(self) -> PrecisionName:
+        """The format that is computed in."""
+        if self.compute is not None:
+            return self.compute
+        return self.precision if self.precision in TRAINABLE_PRECISIONS else "bfloat16"
 
     @property
     def element(self) -> int:
-        """Bytes of a number in the format that is computed in."""
-        return 4 if self.precision == "float32" else 2
+        """Bytes of a number in that format."""
+        return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def uses_attention_kernel(shape: ModelShape, setup: MemorySetup) -> bool:
     """Whether attention runs in Lorry's own kernel (kernels/attention.py), which repeats and copies
     nothing.
     """
-    usual = shape.geometry.head_dim <= MAX_HEAD_DIM and setup.precision != "float16"
+    usual = shape.geometry.head_dim <= MAX_HEAD_DIM and setup.dtype != "float16"
     return setup.device == "cpu" and setup.attention != "none" and usual and shape.native
 
 
@@ -153,9 +162,7 @@ def estimate_memory(
         shape,
         setup,
         adapter,
-        base_weights=int(
-            g.layers * layer_weights(shape, setup.precision) + shape.final_norm * setup.element
-        ),
+        base_weights=int(g.layers * layer_weights(shape, setup) + shape.final_norm * setup.element),
         base_words=f"{g.layers} layers in {setup.precision}",
         vocabulary=vocabulary_weights(shape, setup),
         vocabulary_words="embedding" + (" (tied)" if g.tied else " and head"),
@@ -280,24 +287,20 @@ def add_margin(components: tuple[MemoryComponent, ...], device: DeviceType) -> M
 def runtime_bytes(setup: MemorySetup) -> int:
     """What steps load and compile."""
     # oneDNN compiles a product for every new shape in bfloat16 only; float32 has ready-made ones
-    if setup.device == "cuda" or setup.precision == "float32":
+    if setup.device == "cuda" or setup.dtype == "float32":
         return RUNTIME_BYTES[setup.device]
     return RUNTIME_BYTES["cpu"] + COMPILED_BYTES + (VARIED_LENGTH_BYTES if setup.whole else 0)
 
 
-def layer_weights(shape: ModelShape, precision: PrecisionName) -> float:
+def layer_weights(shape: ModelShape, setup: MemorySetup) -> float:
     """Bytes of one layer: matrices in the base's format, everything else in the format computed in."""
     matrices = shape.layer_linears + shape.layer_experts
     scales = (
         4 * (sum(x.outputs for x in shape.linears) + _expert_rows(shape))
-        if precision == "int8"
+        if setup.precision == "int8"
         else 0
     )
-    return (
-        matrices * WEIGHT_BYTES[precision]
-        + scales
-        + shape.layer_small * (4 if precision == "float32" else 2)
-    )
+    return matrices * WEIGHT_BYTES[setup.precision] + scales + shape.layer_small * setup.element
 
 
 def packed_precision(config: Mapping[str, Any]) -> PrecisionName | None:
@@ -308,6 +311,12 @@ def packed_precision(config: Mapping[str, Any]) -> PrecisionName | None:
     four, group = stated.get("load_in_4bit") or stated_bits(stated) == 4, stated_group(stated)
     narrow = isinstance(group, int) and 0 < group < WIDE_GROUP
     return "nf4" if four and not narrow else "int8"
+
+
+def kept_precision(config: Mapping[str, Any]) -> PrecisionName:
+    """The precision whose bytes a checkpoint's matrices take at most with model.quantize=keep, by its
+    config.json: bfloat16 ones as they are, of a GGUF file Q4_0, Q4_1 and Q8_0."""
+    return "bfloat16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "int8"
 
 
 def _expert_rows(shape: ModelShape) -> int:
@@ -326,7 +335,7 @@ def vocabulary_weights(shape: ModelShape, setup: MemorySetup) -> int:
 
 def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
     """fp32 values and gradients, and a copy in the format computed in where that is another."""
-    copy = 0 if setup.precision == "float32" else setup.element
+    copy = 0 if setup.dtype == "float32" else setup.element
     return (MASTER_BYTES + copy) * adapter.parameters
 
 
@@ -338,7 +347,7 @@ def moment_bytes(adapter: PlannedAdapter) -> int:
 def masters_of(weights: PlannedWeights, setup: MemorySetup, shards: int = 1) -> MemoryComponent:
     """fp32 values and gradients of weights that train, of which a rank has its rows where ``shards`` of
     them cut the base; on one device an fp32 weight is its own master."""
-    is_own = shards == 1 and setup.precision == "float32"
+    is_own = shards == 1 and setup.dtype == "float32"
     each = MASTER_BYTES - (VALUE_BYTES if is_own else 0)
     held = -(-each * weights.parameters // shards)
     what = "gradients, fp32" if is_own else "fp32 masters and gradients"
@@ -353,7 +362,7 @@ def frozen_adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
     gradients and no moments (`AdapterBank.move_to_base`, `LoraSpec.train`); of those that no token
     passes the values alone.
     """
-    copy = 0 if setup.precision == "float32" else setup.element
+    copy = 0 if setup.dtype == "float32" else setup.element
     return (VALUE_BYTES + copy) * (adapter.frozen + adapter.held) + VALUE_BYTES * adapter.idle
 
 
@@ -496,7 +505,7 @@ def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> in
         return int(ALLOCATOR_SLACK["cuda"] * moving)
     # [T, widest side]: gaps are counted in the largest buffer that comes and goes in every layer
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
-    is_wide = setup.precision == "float32"
+    is_wide = setup.dtype == "float32"
     fewer = (
         shape.norm == "rms"
         and layer_path(shape) == "fused"

@@ -81,7 +81,7 @@ def _layout_memory(
         for name in ("base weights", "vocabulary", "adapter"):
             c = components[name]
             components[name] = replace(c, words=f"{c.words}; TP {split.tensor}: this rank's part")
-        if setup.device == "cpu" and setup.precision != "float32":
+        if setup.device == "cpu" and setup.dtype != "float32":
             runtime = components["runtime"]
             components["runtime"] = replace(runtime, bytes=runtime.bytes + TWIN_BYTES)
     if split.shards > 1:
@@ -111,7 +111,7 @@ def _shard_base(
     share = sharded_base_bytes(local, setup, split.shards)
     layers = local.geometry.layers
     at_once = layers if not split.reshard_after_forward else GATHERED_LAYERS[setup.device]
-    layer = layer_weights(local, setup.precision)
+    layer = layer_weights(local, setup)
     gathered = int(at_once * layer) + root_bytes(local, setup)
     if setup.device == "cpu":
         # a shard lies within the whole weight, and is not there twice; the parts of the next layer
@@ -304,7 +304,7 @@ def _stage_memory(
 
 def _layer_bytes(shape: ModelShape, setup: MemorySetup, split: ParallelSplit) -> float:
     """Bytes of one layer on one GPU: dense matrices over TP, experts over TP and EP."""
-    whole = layer_weights(shape, setup.precision)
+    whole = layer_weights(shape, setup)
     matrices = shape.layer_linears + shape.layer_experts
     # by their share of the weights: a layer's bytes are not kept apart by what they belong to
     experts = whole * shape.layer_experts / (matrices + shape.layer_small)

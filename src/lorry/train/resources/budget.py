@@ -25,7 +25,7 @@ from lorry.plan.choices import (
     single_device_memory,
 )
 from lorry.plan.configs import count_start_values
-from lorry.plan.memory import DeviceType, PrecisionName, packed_precision
+from lorry.plan.memory import DeviceType, PrecisionName, kept_precision, packed_precision
 from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
 from lorry.runs.layout import ADAPTER_CONFIG
@@ -65,8 +65,11 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
     where = pick_device(model.device)
     device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
     whole = cast(PrecisionName, str(pick_dtype(model.dtype, where)).removeprefix("torch."))
-    held = packed_precision(read_model_json(place.directory / "config.json"))
-    precisions = base_precisions(model.quantize, held, whole)
+    stated = read_model_json(place.directory / "config.json")
+    held = packed_precision(stated)
+    # a GGUF file is converted to bfloat16, and keeps its own
+    kept = kept_precision(stated) if place.file is None else "int8"
+    precisions = base_precisions(model.quantize, held, whole, kept)
     # an adapter that is trained further has its rank already; only the batch is left to choose
     adapter = place.adapter or (Path(model.adapter) if model.adapter else None)
     frozen = 0
@@ -90,6 +93,7 @@ def resolve_memory_budget(run: RunConfig, add_note: NoteCallback) -> RunConfig:
         kernel_status().attention,
         reads=run.step_reads,
         frozen=frozen,
+        compute=whole,
     )
     search = find_fitting_choice(run.memory_budget, options, need)
     if search.best is None:

@@ -43,6 +43,7 @@ from lorry.verbs.planning.description import (
     AnyPlanSettings,
     base_formats,
     budget_of,
+    compute_format,
     devices_at_once,
     job_settings,
     plan_device,
@@ -97,6 +98,7 @@ def build_plan(settings: AnyPlanSettings, found_config: FoundConfig) -> RunPlan:
             device,
             machine.attention_kernel(),
             settings.step_reads,
+            compute_format(settings, device),
         ),
         adapters(choice.rank),
     )
@@ -148,6 +150,7 @@ def _plan_of_jobs(
         device,
         attention=machine.attention_kernel(),
         recompute="full" if settings.train.gradient_checkpointing else "none",
+        compute=compute_format(settings, device),
         joint_tokens=settings.joint_tokens,
     )
     adapter = replace(combine_adapters(jobs), frozen=frozen)
@@ -265,6 +268,7 @@ def _memory_need(
             device,
             machine.attention_kernel(),
             settings.step_reads,
+            compute_format(settings, device),
         )
         return memory_per_rank(shape, adapter(choice.rank), setup, split, choice.accumulation)
 

@@ -26,6 +26,7 @@ from lorry.plan.configs import FoundConfig
 from lorry.plan.memory import (
     DeviceType,
     PrecisionName,
+    kept_precision,
     packed_precision,
 )
 from lorry.plan.parallel.per_rank import pipeline_slowdown
@@ -138,15 +139,25 @@ def train_of_a_process(train: TrainConfig, split: ParallelSplit) -> TrainConfig:
 def base_formats(
     settings: AnyPlanSettings, device: DeviceType, found_config: FoundConfig
 ) -> list[PrecisionName]:
-    """The base's format: packed if its files are, or if asked, else the dtype; auto is bfloat16 where the
-    device is fast in it. With quantize=auto several, preferred ones first.
+    """The base's format: packed if its files are, or if asked, else that which is computed in. With
+    quantize=auto several, preferred ones first.
     """
-    whole = settings.model.dtype
-    if whole == "auto":
-        whole = machine.dtype_of_auto() or (
-            "bfloat16" if device == "cuda" or has_bfloat16() else "float32"
-        )
-    return base_precisions(settings.model.quantize, packed_precision(found_config.config), whole)
+    config = found_config.config
+    return base_precisions(
+        settings.model.quantize,
+        packed_precision(config),
+        compute_format(settings, device),
+        kept_precision(config),
+    )
+
+
+def compute_format(settings: AnyPlanSettings, device: DeviceType) -> PrecisionName:
+    """The format that is computed in: the dtype; auto is bfloat16 where the device is fast in it."""
+    if settings.model.dtype != "auto":
+        return settings.model.dtype
+    return machine.dtype_of_auto() or (
+        "bfloat16" if device == "cuda" or has_bfloat16() else "float32"
+    )
 
 
 def job_settings(settings: AnyPlanSettings, found_config: FoundConfig) -> dict[str, JobSettings]:

@@ -25,6 +25,7 @@ from lorry.plan.shapes import read_model_shape
 from lorry.verbs.planning.build import build_plan, run_plan
 from lorry.verbs.planning.description import (
     base_formats,
+    compute_format,
     job_settings,
     plan_device,
     plan_split,
@@ -109,7 +110,8 @@ def _plan_of_router(
     )
     length = max(run.data.max_length for run in alone.values())
     reads = router_reads(shape, router, len(settings.jobs))
-    setup = memory_setup(length, choice, device, machine.attention_kernel(), reads)
+    compute = compute_format(settings, device)
+    setup = memory_setup(length, choice, device, machine.attention_kernel(), reads, compute)
     if router.level == "expert":
         setup = replace(setup, mixed_mlps=router.top_k)
     return run_plan(

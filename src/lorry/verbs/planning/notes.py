@@ -15,6 +15,7 @@ from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.configs import FoundConfig
 from lorry.plan.memory import (
     DeviceType,
+    kept_precision,
     packed_precision,
 )
 from lorry.plan.search import PlanChoice
@@ -42,7 +43,8 @@ def why_unpacked(settings: AnyPlanSettings, shape: ModelShape, found_config: Fou
     is refused on several processes is what models/loading/load.py refuses there.
     """
     quantize, backend = settings.model.quantize, settings.backend
-    packed_files = quantize == "keep" or packed_precision(found_config.config) is not None
+    keeps_gguf = quantize == "keep" and kept_precision(found_config.config) != "bfloat16"
+    packed_files = keeps_gguf or packed_precision(found_config.config) is not None
     if quantize is None and not packed_files:
         return ""
     asked = f"model.quantize={quantize}" if quantize else "a checkpoint that is packed already"
@@ -99,7 +101,9 @@ def plan_notes(
         )
     if settings.model.quantize == "keep" and packed_precision(found_config.config) is None:
         notes.append(
-            f"model.quantize=keep holds matrices as the GGUF file has them (Q4_0, Q4_1, Q8_0): their bytes count as "
+            "model.quantize=keep holds matrices in bfloat16, as the files have them, and computes in the dtype"
+            if choice.precision == "bfloat16"
+            else f"model.quantize=keep holds matrices as the GGUF file has them (Q4_0, Q4_1, Q8_0): their bytes count as "
             f"{choice.precision}'s, an upper bound; those of other types stay whole, which is not counted"
         )
     if unbuilt := unbuilt_backend(settings.backend):

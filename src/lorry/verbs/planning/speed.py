@@ -6,7 +6,6 @@ from lorry.disk.durable import DiskError
 from lorry.plan import machine, rates
 from lorry.plan.flops import step_efficiency
 from lorry.plan.memory import (
-    TRAINABLE_PRECISIONS,
     DeviceType,
     MemorySetup,
     PrecisionName,
@@ -56,10 +55,7 @@ def _best_measurement(
     """What is known best of this machine (plan/rates.py), and in words where it comes from: steps
     of runs of like size; else its matrix rate, measured now (a few seconds) where none is known or
     the known one is not to be trusted."""
-    compute_dtype: PrecisionName = (
-        setup.precision if setup.precision in TRAINABLE_PRECISIONS else "bfloat16"
-    )
-    identity = machine.machine_identity(setup.device, compute_dtype, threads)
+    identity = machine.machine_identity(setup.device, setup.dtype, threads)
     known, path = _known_rates(identity), layer_path(shape)
     # what a quiet machine reached is its speed; of a busy one the best is only a lower bound
     quiet, fastest = (
@@ -67,9 +63,7 @@ def _best_measurement(
     )  # fmt: skip
     matrix, not_kept = known.matrix, ""
     if quiet is None and not known.trusted(setup.device):
-        matrix, not_kept = _matrix_measurement(
-            identity, setup.device, compute_dtype, threads, known
-        )
+        matrix, not_kept = _matrix_measurement(identity, setup.device, setup.dtype, threads, known)
     usual = 0.0 if matrix is None else matrix.rate * step_efficiency(shape, setup)
     if fastest is not None and (quiet is not None or fastest.rate > usual):
         return fastest, f"measured here in {fastest.words(f'steps of a run of {fastest.model}')}"
