@@ -278,6 +278,8 @@ def test_bfloat16_files_that_are_kept(
     config = json.loads((world.base / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     whole = plan(str(tmp_path), "dtype=float32", capsys=capsys)
+    hint = "model.quantize=keep holds matrices as they are there"
+    assert any(hint in note for note in whole["notes"])
     kept = plan(
         str(tmp_path),
         "dtype=float32",
@@ -289,6 +291,7 @@ def test_bfloat16_files_that_are_kept(
     assert kept["choice"]["precision"] == "bfloat16"
     assert kept["trainable"]
     assert any("holds matrices in bfloat16, as the files have them" in n for n in kept["notes"])
+    assert not any(hint in note for note in kept["notes"])
     alone = plan(str(tmp_path), "dtype=float32", "quantize=keep", capsys=capsys)
     assert 0.5 < alone["memory"]["base weights"] / whole["memory"]["base weights"] < 0.6
 

@@ -110,13 +110,13 @@ void prepare(const T* x, const Shape& shape, const Side& side) {
                     float* to = const_cast<float*>(side.turned_block(shape, s, g, j));
                     for (long r = 0; r < lanes; r += LANES)
                         for (long d = 0; d < shape.width; d += LANES) {
-                            float tile[LANES][LANES] = {};
+                            Floats tile[LANES] = {};
                             for (long i = 0; i < LANES && r + i < keys; i++) {
                                 const T* x = from + (r + i) * stride + d;
-                                store(tile[i], d + LANES <= shape.width ? load(x) : load_some(x, shape.width - d));
+                                tile[i] = d + LANES <= shape.width ? load(x) : load_some(x, shape.width - d);
                             }
-                            for (long e = 0; e < LANES && d + e < shape.width; e++)
-                                for (long i = 0; i < LANES; i++) to[(d + e) * lanes + r + i] = tile[i][e];
+                            transpose(tile);
+                            for (long e = 0; e < LANES && d + e < shape.width; e++) store(to + (d + e) * lanes + r, tile[e]);
                         }
                 }
             }

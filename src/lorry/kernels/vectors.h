@@ -3,6 +3,8 @@
 #pragma once
 #include "common.h"
 
+#include <utility>
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 constexpr int LANES = 16;
@@ -139,4 +141,28 @@ static inline void open(const bf16* from, Floats (&to)[2]) {
     std::memcpy(&both, from, sizeof both);
     to[0] = (Floats)(both << 16);
     to[1] = (Floats)(both & 0xffff0000u);
+}
+
+// Of two vectors the lanes that an exchange of blocks of STEP lanes leaves in the first, or (UPPER) the second.
+template <int STEP, bool UPPER, int... LANE>
+static inline Floats exchanged(Floats a, Floats b, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE - (UPPER ? 0 : STEP) : LANE + (UPPER ? STEP : 0))...);
+#else
+    return __builtin_shuffle(a, b, Ints{(LANE & STEP ? LANES + LANE - (UPPER ? 0 : STEP) : LANE + (UPPER ? STEP : 0))...});
+#endif
+}
+
+// LANES x LANES floats: rows become columns.
+template <int STEP = LANES / 2>
+static inline void transpose(Floats (&x)[LANES]) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (i & STEP) continue;
+        const Floats first = x[i], second = x[i + STEP];
+        x[i] = exchanged<STEP, false>(first, second, lanes);
+        x[i + STEP] = exchanged<STEP, true>(first, second, lanes);
+    }
+    if constexpr (STEP > 1) transpose<STEP / 2>(x);
 }
