@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lorry import cli
 from lorry.adapters.attach import attach
-from lorry.adapters.peft.files import base_digest, load_adapter, save_adapter
+from lorry.adapters.peft.base_digest import base_digest
+from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.quantization.linear import quantized_linears
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
