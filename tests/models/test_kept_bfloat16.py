@@ -23,6 +23,11 @@ from lorry.notes import ignore_note
 from tests.support import tinyrun
 from tests.support.threads import on_mesh
 
+# two ranks share the heads of the first
+SIZES: dict[str, dict[str, int]] = {
+    "llama": {"num_key_value_heads": 2, "num_attention_heads": 4},
+    "gpt2": {},
+}
 # more than the rows that are multiplied from packed bytes, whose sums have another order
 IDS = torch.tensor([[5, 17, 9, 30, 2, 11, 40, 3]])
 
@@ -31,8 +36,8 @@ IDS = torch.tensor([[5, 17, 9, 30, 2, 11, 40, 3]])
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llama, gpt2: bfloat16; wide: float32."""
     folder = tmp_path_factory.mktemp("halves")
-    for family in ("llama", "gpt2"):
-        made = tinyrun.model_directory(folder / f"{family}-wide", family)
+    for family, sizes in SIZES.items():
+        made = tinyrun.model_directory(folder / f"{family}-wide", family, **sizes)
         narrow = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
         narrow.save_pretrained(folder / family)
         tinyrun.tokenizer().save_pretrained(folder / family)

@@ -74,11 +74,14 @@ def remember_base_digest(
     model.__dict__[_KNOWN_DIGEST] = digest_samples(_sampled_weights(model, values_at, samples))
 
 
-def sample_matrix(packed: PackedMatrix) -> tuple[tuple[int, ...], Tensor]:
+def sample_matrix(packed: PackedMatrix, *, transposed: bool) -> tuple[tuple[int, ...], Tensor]:
     """(shape, the values at its `sample_positions`) of a matrix as it computes: in another format it is
-    another base."""
+    another base. One that keeps the values of the whole base is that one, which its layer would hold
+    ``transposed`` or not."""
     opened = packed.open(torch.float32)
-    return packed.shape, values_at_positions(opened, sample_positions(opened.numel()))
+    if transposed and packed.quantization.keeps_values:
+        opened = opened.t().contiguous()
+    return tuple(opened.shape), values_at_positions(opened, sample_positions(opened.numel()))
 
 
 def keep_base_digest(model: nn.Module, other: CarriesOn) -> CarriesOn:
@@ -113,7 +116,11 @@ def _sampled_weights(
         path = own_path if family is None else family.current_name(own_path)
         if isinstance(module, BankLinear) and isinstance(module.product, QuantizedLinear):
             taken = known.get(own_path)
-            samples[path] = sample_matrix(module.product.packed) if taken is None else taken
+            samples[path] = (
+                sample_matrix(module.product.packed, transposed=module.transposed)
+                if taken is None
+                else taken
+            )
             continue
         weight = (
             module.get_parameter("weight")

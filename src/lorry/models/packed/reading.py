@@ -203,7 +203,7 @@ class MatrixReader:
                 state[name] = matrix.open(self.dtype)
                 continue
             path = name.removesuffix(".weight")
-            self.samples[path] = sample_matrix(matrix)
+            self.samples[path] = sample_matrix(matrix, transposed=layer.transposed)
             self.digest.add(path, matrix)
             part = _local_part(layer, matrix)
             if keep is None:
