@@ -209,8 +209,9 @@ def main() -> None:
     suffix = "" if args.threads == 1 else f"-t{args.threads}"
     if args.few_rows:
         with tempfile.TemporaryDirectory() as name:
-            runs = few_rows.contest(Path(name), args.threads, args.rounds, args.weights)
-        save(few_rows.record(runs, args.threads, args.rounds), f"few-rows-cpu{suffix}")
+            # after every round: one that is stopped leaves those before it
+            for runs in few_rows.contest(Path(name), args.threads, args.rounds, args.weights):
+                save(few_rows.record(runs, args.threads), f"few-rows-cpu{suffix}")
         return
     if args.worker:
         engine, folder, tasks = args.worker

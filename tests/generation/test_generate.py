@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,28 @@ def test_rows_of_one_adapter_run_side_by_side(adapted: Decoder) -> None:
     assert [request.request_id for request in engine.running] == [0, 3, 1, 4, 2, 5]
 
 
+@pytest.mark.skipif(load_library() is None, reason="rows of torch's cache stay where they are")
+def test_a_late_row_comes_beside_those_of_its_adapter(adapted: Decoder) -> None:
+    owners = ["plain", "plain", "head", "head", "plain"]
+    prompts, new = random_prompts([3, 5, 2, 4, 6]), [2, 12, 7, 12, 9]
+    engine, made = GenerationEngine(adapted, batch_rows=4), dict[int, list[int]]()
+    for prompt, owner, count in zip(prompts, owners, new, strict=True):
+        engine.add_request(prompt, SamplingParams(max_new_tokens=count), adapter=owner)
+    orders = list[list[int]]()
+    while engine.has_unfinished_requests():
+        made |= {output.request_id: output.completion.tokens for output in engine.step()}
+        orders.append([request.request_id for request in engine.running])
+    # 3 gets the row of 0, before those of the other adapter, and 2 comes to it
+    assert [3, 2, 1, 4] in orders
+    for order in orders:
+        runs = [owner for owner, _ in groupby(owners[number] for number in order)]
+        assert len(runs) == len(set(runs))
+    for number, (prompt, owner, count) in enumerate(zip(prompts, owners, new, strict=True)):
+        assert [made[number]] == tokens_of(
+            adapted, [prompt], max_new_tokens=count, adapters=[owner]
+        )
+
+
 @both_ways
 def test_one_adapter_or_constants_for_all(adapted: Decoder) -> None:
     prompts = random_prompts([6, 2, 9])
@@ -495,6 +518,28 @@ def test_bf16_kernels_are_as_exact_as_torch(wide: Decoder, monkeypatch: pytest.M
             gaps.append((torch.tensor(made.logprobs) - truth).abs())
         errors.append(float(torch.cat(gaps).mean()))
     assert 0 < errors[0] < 1.3 * errors[1] < 0.1
+
+
+def test_prompts_in_bfloat16_have_few_lengths(
+    wide: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch compiles its products for each: 150 tokens are 160, and the last 10 reach neither cache nor
+    answer."""
+    ran, run = list[int](), Decoder._run
+    monkeypatch.setattr(
+        Decoder,
+        "_run",
+        lambda self, tokens, *rest: ran.append(len(tokens)) or run(self, tokens, *rest),
+    )
+    monkeypatch.setattr(kernel, "most_few_rows", lambda dtype, packed=False: 4)
+    prompts, found = random_prompts([70, 80]), list[torch.Tensor]()
+    for total in (160, 150):
+        made = completions(wide, prompts, max_new_tokens=3, adapters=["even", None], logprobs=True)
+        assert ran[0] == total
+        found.append(torch.tensor([one.logprobs[0] for one in made if one.logprobs]))
+        ran.clear()
+        monkeypatch.setattr(Decoder, "_padded_length", lambda self, tokens: tokens)
+    torch.testing.assert_close(found[0], found[1], rtol=0.01, atol=0.01)
 
 
 def test_the_model_is_left_as_it_was(llama: Decoder) -> None:

@@ -22,7 +22,7 @@ from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.decoder.model import Decoder
 from lorry.models.decoder.step import StepDescription
-from tests.support.tiny import fresh
+from tests.support.tiny import LLAMA, VOCAB, fresh, random_model
 from tests.support.twins import native
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason=f"kernels: {kernel_status().reason}")
@@ -48,7 +48,10 @@ MIXES = [
 
 def adapted(family: str) -> Decoder:
     """With adapters a and b of different ranks and targets, none of them zero."""
-    model = native(fresh(family))
+    return with_adapters(native(fresh(family)), family)
+
+
+def with_adapters(model: Decoder, family: str) -> Decoder:
     targets = ["query_key_value", "dense"] if "neox" in family else ["q_proj", "v_proj", "up_proj"]
     attach(model, LoraSpec(r=3, target_modules="all-linear"), "a")
     attach(model, LoraSpec(r=8, use_rslora=True, target_modules=targets), "b")
@@ -61,19 +64,22 @@ def adapted(family: str) -> Decoder:
     return model
 
 
-def decoded(model: Decoder, *, at_once: bool = True) -> Tensor:
-    """fp32 logits [rows, V] of one step behind the prompts, whose tokens are their rows' numbers."""
+def decoded(model: Decoder, *, at_once: bool = True, times: int = 1) -> Tensor:
+    """fp32 logits [rows, V] of one step behind the prompts, each of them so many ``times``, whose tokens are
+    their rows' numbers."""
     runner = DecodeRunner(model)
-    packed = PackedInput.of(PROMPTS, model.device)
-    lengths = torch.tensor([len(p) for p in PROMPTS])
-    cache = runner.new_cache(len(PROMPTS), 40)
+    prompts = [prompt for prompt in PROMPTS for _ in range(times)]
+    mixes = [mix for mix in MIXES for _ in range(times)]
+    packed, count = PackedInput.of(prompts, model.device), len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts])
+    cache = runner.new_cache(count, 40)
     starts = [0, *(stop for _, stop in packed.segments)]
-    rows = torch.repeat_interleave(torch.arange(len(PROMPTS)), lengths)
-    call = AdapterContext(Mix.packed(MIXES, starts))
+    rows = torch.repeat_interleave(torch.arange(count), lengths)
+    call = AdapterContext(Mix.packed(mixes, starts))
     runner.forward_cached(packed, rows, cache, call, decoding=False)
-    call = AdapterContext(Mix.packed(MIXES, range(len(PROMPTS) + 1)))
-    count = len(PROMPTS)
-    newest = PackedInput(torch.arange(count), cache.lengths, [(i, i + 1) for i in range(count)])
+    call = AdapterContext(Mix.packed(mixes, range(count + 1)))
+    tokens = torch.arange(count) % VOCAB
+    newest = PackedInput(tokens, cache.lengths, [(i, i + 1) for i in range(count)])
     runner._work(call, anew=False)
     assert runner.step is not None
     if not at_once:
@@ -106,6 +112,14 @@ def test_a_step_is_the_forward_pass_in_float64(family: str, threads: int) -> Non
     size = float(truth.abs().max())
     assert float((narrow - truth).abs().max()) <= 0.05 * size
     assert float((narrow - plain).abs().max()) <= 0.02 * size
+
+
+def test_threads_take_a_term_each_of_many_rows(threads: int) -> None:
+    """fp32, 48 rows wide enough for threads, against the layers one by one."""
+    model = native(random_model({**LLAMA, "hidden_size": 128}).float())
+    model = with_adapters(model, "llama")
+    plain = decoded(model, at_once=False, times=8)
+    torch.testing.assert_close(decoded(model, times=8), plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])

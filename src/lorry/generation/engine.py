@@ -41,6 +41,7 @@ from lorry.generation.request import (
 )
 from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
 from lorry.models.causal_lm import CausalLM, PackedInput, invoke, prompt_gates
+from lorry.models.decoder.cache import RowKVCache
 from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.owners import owners_in, owning_adapters
 
@@ -220,7 +221,22 @@ class GenerationEngine:
             self.running.append(self.waiting.popleft())
         if fresh:
             self._reserve_rows(more)
+            fresh = self._sort_rows(fresh)
         return fresh
+
+    def _sort_rows(self, fresh: Sequence[int]) -> list[int]:
+        """Lay rows of one mix side by side, where a row moves without its memory, so that a step has as
+        few terms as there are mixes; a late request gets whichever row was free. Returns where the fresh
+        ones are then."""
+        if not isinstance(self.cache, RowKVCache):
+            return list(fresh)
+        place = {mix: n for n, mix in enumerate(dict.fromkeys(r.answering for r in self.running))}
+        order = sorted(range(len(self.running)), key=lambda row: place[self.running[row].answering])
+        if order == list(range(len(order))):
+            return list(fresh)
+        self.running = [self.running[row] for row in order]
+        self.cache.keep(torch.tensor(order))
+        return sorted(order.index(row) for row in fresh)
 
     def _count_ready(self) -> int:
         """How many of the waiting requests, from the first on, may run beside those that run: an adapter with

@@ -2,7 +2,7 @@
 // choice of a token, in bfloat16 and float.
 //
 // Every row is computed alone, in a fixed order: its result depends neither on its neighbours nor on the number of threads.
-#include "vectors.h"
+#include "few_rows.h"
 
 #include <algorithm>
 #include <vector>
@@ -29,13 +29,14 @@ static void store(const T* k, const T* v, const int64_t* table, const int64_t* r
 // Scores of `share` query heads against n keys, and sums of n values weighted by them: p [share, n], out [share, width].
 template <typename T>
 static void score_any(const T* q, const T* k, long n, long share, long width, float* p, long first) {
-    for (long t = first; t < n; t++)
-        for (long h = 0; h < share; h++) {
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (long i = 0; i < width; i++) sum += wide(q[h * width + i]) * wide(k[t * width + i]);
-            p[h * n + t] = sum;
-        }
+    const Inputs<T> queries(q, share, width, width);
+    const FloatRows heads = queries.as_opened();
+    for (long h = 0; h < share; h++) {
+        long t = first;
+        for (; t + SUMS <= n; t += SUMS) multiply_block<T, SUMS, 1, false>(k + t * width, nullptr, width, heads.from(h), p + h * n + t);
+        for (; t + 4 <= n; t += 4) multiply_block<T, 4, 1, false>(k + t * width, nullptr, width, heads.from(h), p + h * n + t);
+        for (; t < n; t++) multiply_block<T, 1, 1, false>(k + t * width, nullptr, width, heads.from(h), p + h * n + t);
+    }
 }
 
 template <typename T>
@@ -46,6 +47,38 @@ static void weigh_any(const float* p, const T* v, long n, long share, long width
 #pragma omp simd
             for (long i = 0; i < width; i++) out[h * width + i] += by * wide(v[t * width + i]);
         }
+}
+
+// H heads of width D, whose sums stay in registers; `next` are read after these.
+template <typename T, int D, int H>
+static void weigh_heads(const float* p, const T* v, long n, float* out, const T* next) {
+    constexpr int VECTORS = Opened<T>::VECTORS, STEP = Opened<T>::STEP, STEPS = D / STEP;
+    Floats sum[H][STEPS][VECTORS] = {};
+    for (long t = 0; t < n; t++) {
+        for (int d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(next + t * D + d, 0, 2);
+#pragma GCC unroll 16
+        for (int s = 0; s < STEPS; s++) {
+            Floats values[VECTORS];
+            open(v + t * D + s * STEP, values);
+#pragma GCC unroll 8
+            for (int h = 0; h < H; h++)
+#pragma GCC unroll 2
+                for (int x = 0; x < VECTORS; x++) sum[h][s][x] = fused(p[h * n + t] - Floats{}, values[x], sum[h][s][x]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+        for (int s = 0; s < STEPS; s++)
+            for (int x = 0; x < VECTORS; x++)
+                for (int i = 0; i < LANES; i++) out[h * D + s * STEP + i * VECTORS + x] = sum[h][s][x][i];
+}
+
+template <typename T, int D>
+static void weigh_wide(const float* p, const T* v, long n, long share, float* out, const T* next) {
+    constexpr int MOST = SUMS * LANES / D > 1 ? SUMS * LANES / D : 1;
+    long h = 0;
+    for (; share - h >= MOST; h += MOST) weigh_heads<T, D, MOST>(p + h * n, v, n, out + h * D, next);
+    if (MOST > 3 && share - h == 3) return weigh_heads<T, D, 3>(p + h * n, v, n, out + h * D, next);
+    for (; h < share; h++) weigh_heads<T, D, 1>(p + h * n, v, n, out + h * D, next);
 }
 
 #if defined(__AVX512BF16__)
@@ -68,39 +101,10 @@ static void score_wide(const bf16* q, const bf16* k, const bf16* v, long n, long
     score_any(q, k, n, share, D, p, t);
 }
 
-template <int D, int H>
-static void weigh_heads(const float* p, const bf16* v, long n, float* out, const bf16* next) {
-    __m512 sum[H][D / 16];
-    for (int h = 0; h < H; h++)
-        for (int d = 0; d < D / 16; d++) sum[h][d] = _mm512_setzero_ps();
-    for (long t = 0; t < n; t++) {
-        for (int d = 0; d < D; d += 32) _mm_prefetch((const char*)(next + t * D + d), _MM_HINT_T1);
-        for (int d = 0; d < D / 16; d++) {
-            __m512i half = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + t * D + 16 * d)));
-            __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(half, 16));
-            for (int h = 0; h < H; h++) sum[h][d] = _mm512_fmadd_ps(_mm512_set1_ps(p[h * n + t]), x, sum[h][d]);
-        }
-    }
-    for (int h = 0; h < H; h++)
-        for (int d = 0; d < D / 16; d++) _mm512_storeu_ps(out + h * D + 16 * d, sum[h][d]);
-}
-
-template <int D>
-static void weigh_wide(const float* p, const bf16* v, long n, long share, float* out, const bf16* next) {
-    constexpr int MOST = D <= 64 ? 4 : 2;
-    long h = 0;
-    for (; share - h >= MOST; h += MOST) weigh_heads<D, MOST>(p + h * n, v, n, out + h * D, next);
-    if (share - h == 3) weigh_heads<D, 3>(p + h * n, v, n, out + h * D, next);
-    if (share - h == 2) weigh_heads<D, 2>(p + h * n, v, n, out + h * D, next);
-    if (share - h == 1) weigh_heads<D, 1>(p + h * n, v, n, out + h * D, next);
-}
-
 #endif
 
 static void score(const float* q, const float* k, const float*, long n, long share, long width, float* p) { score_any(q, k, n, share, width, p, 0); }
-static void weigh(const float* p, const float* v, long n, long share, long width, float* out, const float*) { weigh_any(p, v, n, share, width, out); }
-
-static void score(const bf16* q, const bf16* k, const bf16* v, long n, long share, long width, float* p) {
+static void score(const bf16* q, const bf16* k, [[maybe_unused]] const bf16* v, long n, long share, long width, float* p) {
 #if defined(__AVX512BF16__)
     if (width == 64) return score_wide<64>(q, k, v, n, share, p);
     if (width == 128) return score_wide<128>(q, k, v, n, share, p);
@@ -108,11 +112,11 @@ static void score(const bf16* q, const bf16* k, const bf16* v, long n, long shar
     score_any(q, k, n, share, width, p, 0);
 }
 
-static void weigh(const float* p, const bf16* v, long n, long share, long width, float* out, const bf16* next) {
-#if defined(__AVX512BF16__)
-    if (width == 64) return weigh_wide<64>(p, v, n, share, out, next);
-    if (width == 128) return weigh_wide<128>(p, v, n, share, out, next);
-#endif
+// out: zeros before.
+template <typename T>
+static void weigh(const float* p, const T* v, long n, long share, long width, float* out, const T* next) {
+    if (width == 64) return weigh_wide<T, 64>(p, v, n, share, out, next);
+    if (width == 128) return weigh_wide<T, 128>(p, v, n, share, out, next);
     weigh_any(p, v, n, share, width, out);
 }
 

@@ -5,12 +5,34 @@
 #pragma once
 #include "vectors.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include <algorithm>
 #include <vector>
 
 constexpr long PANEL = 16;  // outputs a thread takes at a time
 // Sums at once, each in a register: enough to hide the latency of one, and as many registers are left for what is multiplied.
 constexpr int SUMS = LANES == 16 ? 16 : 8;
+// Rows at once, of many: each weight that is loaded then serves so many sums, and comes from no nearer than the second cache.
+constexpr int MOST_ROWS = LANES == 16 ? 8 : 4;
+
+// a b + c, rounded once where the processor has that: left to the compiler it would be so in one place and not in another, and a row's
+// result would hang on how many there are.
+static inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 
 // Rows of floats, `stride` apart.
 struct FloatRows {
@@ -27,11 +49,15 @@ class Inputs {
     const long rows, width, stride;
 
     Inputs(const T* x, long rows, long width, long stride) : x(x), rows(rows), width(width), stride(stride) {}
+    // `count` rows of others from the `first` on; floats are made once for all of those.
+    Inputs(const Inputs& all, long first, long count)
+        : x(all.x + first * all.stride), rows(count), width(all.width), stride(all.stride), all(&all), first(first) {}
     Inputs(const Inputs&) = delete;
 
     // In order.
     FloatRows plain() const {
         if constexpr (sizeof(T) == sizeof(float)) return {x, stride};
+        if (all) return all->plain().from(first);
         if (ordered.empty()) {
             ordered.resize(rows * width);
             for (long r = 0; r < rows; r++)
@@ -42,11 +68,12 @@ class Inputs {
 
     // Of every 2 * LANES the even places, then the odd ones; zeros fill the last.
     FloatRows paired() const {
+        if (all) return all->paired().from(first);
         const long padded = (width + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
         if (pairs.empty()) {
             pairs.assign(rows * padded, 0.0f);
             for (long r = 0; r < rows; r++)
-                for (long i = 0; i < width; i++) pairs[r * padded + i / (2 * LANES) * 2 * LANES + i % 2 * LANES + i % (2 * LANES) / 2] = wide(x[r * stride + i]);
+                for (long i = 0; i < width; i += 2 * LANES) pair(x + r * stride + i, std::min(width - i, 2L * LANES), pairs.data() + r * padded + i);
         }
         return {pairs.data(), padded};
     }
@@ -58,7 +85,20 @@ class Inputs {
     }
 
    private:
+    const Inputs* const all = nullptr;
+    const long first = 0;
     mutable std::vector<float> ordered, pairs;
+
+    static inline void pair(const T* from, long count, float* to) {
+        if (count < 2 * LANES) {
+            for (long i = 0; i < count; i++) to[i % 2 * LANES + i / 2] = wide(from[i]);
+            return;
+        }
+        for (long i = 0; i < LANES; i++) {
+            to[i] = wide(from[2 * i]);
+            to[LANES + i] = wide(from[2 * i + 1]);
+        }
+    }
 };
 
 // Where sums go: y [rows, outputs] = scale * sum + bias (or null), or y += scale * sum; rounded once.
@@ -70,11 +110,39 @@ struct Outputs {
     bool add;
     float scale;
 
-    inline void write(long row, long output, float sum) const {
-        T& to = y[row * outputs + output];
-        put(to, sum * scale + (add ? wide(to) : bias ? wide(bias[output]) : 0.0f));
+    // sums [count] of a row's outputs from the `first` on.
+    inline void write(long row, long first, const float* sums, long count) const {
+        T* to = y + row * outputs + first;
+        if (add) {
+#pragma omp simd
+            for (long i = 0; i < count; i++) put(to[i], sums[i] * scale + wide(to[i]));
+        } else if (bias) {
+#pragma omp simd
+            for (long i = 0; i < count; i++) put(to[i], sums[i] * scale + wide(bias[first + i]));
+        } else {
+#pragma omp simd
+            for (long i = 0; i < count; i++) put(to[i], sums[i] * scale);
+        }
     }
 };
+
+// The last weights of a row, `count` of them and fewer than a STEP, as `open` gives them; and inputs for these: zeros behind.
+template <typename T>
+static inline void open_some(const T* from, long count, Floats (&to)[Opened<T>::VECTORS]) {
+    T some[Opened<T>::STEP] = {};
+    std::copy_n(from, count, some);
+    open(some, to);
+}
+#if defined(__AVX512BW__)
+static inline void open_some(const float* from, long count, Floats (&to)[1]) {
+    to[0] = (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+}
+static inline void open_some(const bf16* from, long count, Floats (&to)[2]) {
+    const __m512i both = _mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), from);
+    to[0] = (Floats)_mm512_slli_epi32(both, 16);
+    to[1] = (Floats)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+}
+#endif
 
 // sums [ROWS, COUNT]: COUNT rows of weights, `width` apart, by ROWS rows of inputs; with FETCH as many weights `ahead` are fetched.
 template <typename T, int COUNT, int ROWS, bool FETCH>
@@ -82,20 +150,34 @@ static inline void multiply_block(const T* w, const T* ahead, long width, FloatR
     constexpr int VECTORS = Opened<T>::VECTORS;
     constexpr long STEP = Opened<T>::STEP;
     Floats sum[COUNT * ROWS] = {};
-    const auto step = [&](const T* weights, long apart, const float* inputs, long inputs_apart) __attribute__((always_inline)) {
-        Floats in[ROWS][VECTORS];
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++) in[r][v] = load(inputs + r * inputs_apart + v * LANES);
+    // what there is less of stays in registers
+    const auto step = [&](const auto& weights, const auto& inputs) __attribute__((always_inline)) {
+        if constexpr (COUNT >= ROWS) {
+            Floats in[ROWS][VECTORS];
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) inputs(r, in[r]);
 #pragma GCC unroll 16
-        for (int o = 0; o < COUNT; o++) {
-            Floats opened[VECTORS];
-            open(weights + o * apart, opened);
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++)
+            for (int o = 0; o < COUNT; o++) {
+                Floats opened[VECTORS];
+                weights(o, opened);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; v++) sum[r * COUNT + o] += opened[v] * in[r][v];
+                    for (int v = 0; v < VECTORS; v++) sum[r * COUNT + o] = fused(opened[v], in[r][v], sum[r * COUNT + o]);
+            }
+        } else {
+            Floats opened[COUNT][VECTORS];
+#pragma GCC unroll 8
+            for (int o = 0; o < COUNT; o++) weights(o, opened[o]);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                Floats in[VECTORS];
+                inputs(r, in);
+#pragma GCC unroll 8
+                for (int o = 0; o < COUNT; o++)
+#pragma GCC unroll 2
+                    for (int v = 0; v < VECTORS; v++) sum[r * COUNT + o] = fused(opened[o][v], in[v], sum[r * COUNT + o]);
+            }
         }
     };
     long k = 0;
@@ -103,15 +185,24 @@ static inline void multiply_block(const T* w, const T* ahead, long width, FloatR
         if (FETCH)
 #pragma GCC unroll 16
             for (int o = 0; o < COUNT; o++) __builtin_prefetch(ahead + o * width + k, 0, 2);
-        step(w + k, width, x.at + k, x.stride);
+        step([&](int o, Floats (&to)[VECTORS]) __attribute__((always_inline)) { open(w + o * width + k, to); },
+             [&](int r, Floats (&to)[VECTORS]) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+                 for (int v = 0; v < VECTORS; v++) to[v] = load(x.at + r * x.stride + k + v * LANES);
+             });
     }
-    if (k < width) {
-        T weights[COUNT][STEP] = {};
-        float inputs[ROWS][VECTORS * LANES] = {};
-        for (int o = 0; o < COUNT; o++) std::copy_n(w + o * width + k, width - k, weights[o]);
-        for (int r = 0; r < ROWS; r++) std::copy_n(x.at + r * x.stride + k, VECTORS == 1 ? width - k : STEP, inputs[r]);
-        step(weights[0], STEP, inputs[0], VECTORS * LANES);
-    }
+    if (k < width)
+        step([&](int o, Floats (&to)[VECTORS]) __attribute__((always_inline)) { open_some(w + o * width + k, width - k, to); },
+             [&](int r, Floats (&to)[VECTORS]) __attribute__((always_inline)) {
+                 const float* from = x.at + r * x.stride + k;
+                 // those of pairs have their zeros
+                 if constexpr (VECTORS == 1) {
+                     open_some(from, width - k, to);
+                 } else {
+#pragma GCC unroll 2
+                     for (int v = 0; v < VECTORS; v++) to[v] = load(from + v * LANES);
+                 }
+             });
     add_lanes<COUNT * ROWS>(sum, sums);
 }
 
@@ -119,33 +210,35 @@ template <typename T, int ROWS, bool FETCH>
 static inline void multiply_rows(const T* w, long count, long width, FloatRows x, long row, long at, const Outputs<T>& to) {
     constexpr int COUNT = SUMS / ROWS;
     const T* ahead = w + count * width;
-    float sums[SUMS];
+    float panel[ROWS][PANEL], sums[SUMS];
     const long whole = count / COUNT * COUNT;
     for (long o = 0; o < whole; o += COUNT) {
         multiply_block<T, COUNT, ROWS, FETCH>(w + o * width, ahead + o * width, width, x.from(row), sums);
         for (int r = 0; r < ROWS; r++)
-            for (int i = 0; i < COUNT; i++) to.write(row + r, at + o + i, sums[r * COUNT + i]);
+            for (int i = 0; i < COUNT; i++) panel[r][o + i] = sums[r * COUNT + i];
     }
     for (long o = whole; o < count; o++) {
         multiply_block<T, 1, ROWS, false>(w + o * width, nullptr, width, x.from(row), sums);
-        for (int r = 0; r < ROWS; r++) to.write(row + r, at + o, sums[r]);
+        for (int r = 0; r < ROWS; r++) panel[r][o] = sums[r];
     }
+    for (int r = 0; r < ROWS; r++) to.write(row + r, at, panel[r], count);
 }
 
-// `count` outputs from `at` on, whose weights are w [count, width], of all rows; with FETCH as many weights lie behind them.
+// Rows from `row` on, ROWS at a time and then fewer; with FETCH the first of them fetch what is ahead.
+template <typename T, int ROWS, bool FETCH>
+static inline void multiply_by(const T* w, long count, long width, FloatRows x, long rows, long row, long at, const Outputs<T>& to) {
+    if (FETCH && row + ROWS <= rows) {
+        multiply_rows<T, ROWS, true>(w, count, width, x, row, at, to);
+        return multiply_by<T, ROWS, false>(w, count, width, x, rows, row + ROWS, at, to);
+    }
+    for (; row + ROWS <= rows; row += ROWS) multiply_rows<T, ROWS, false>(w, count, width, x, row, at, to);
+    if constexpr (ROWS > 1) multiply_by<T, ROWS / 2, FETCH>(w, count, width, x, rows, row, at, to);
+}
+
+// `count` <= PANEL outputs from `at` on, whose weights are w [count, width], of all rows; with FETCH as many weights lie behind them.
 template <typename T, bool FETCH>
 static void multiply_panel(const T* w, long count, long width, FloatRows x, long rows, long at, const Outputs<T>& to) {
-    long row = 0;
-    // what is ahead is fetched once, along with the first rows
-    if (FETCH && rows >= 4)
-        multiply_rows<T, 4, true>(w, count, width, x, 0, at, to), row = 4;
-    else if (FETCH && rows >= 2)
-        multiply_rows<T, 2, true>(w, count, width, x, 0, at, to), row = 2;
-    else if (FETCH)
-        multiply_rows<T, 1, true>(w, count, width, x, 0, at, to), row = 1;
-    for (; row + 4 <= rows; row += 4) multiply_rows<T, 4, false>(w, count, width, x, row, at, to);
-    for (; row + 2 <= rows; row += 2) multiply_rows<T, 2, false>(w, count, width, x, row, at, to);
-    for (; row < rows; row++) multiply_rows<T, 1, false>(w, count, width, x, row, at, to);
+    multiply_by<T, MOST_ROWS, FETCH>(w, count, width, x, rows, 0, at, to);
 }
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)

@@ -118,6 +118,20 @@ struct Term {
         : start(words.next()), stop(words.next()), ranks(words.next()), lora_A(words.address<T>()), rank_scales(words.address<T>()) {
         for (long n = words.next(); n > 0; n--) parts.emplace_back(words);
     }
+
+    // ys, of all rows of x, += what the term makes of its own.
+    void add(const Inputs<T>& x, const std::vector<Linear<T>>& linears, std::vector<std::vector<T>>& ys) const {
+        const long count = (stop < 0 ? x.rows : stop) - start;
+        std::vector<T> low(count * ranks);
+        multiply_dense(lora_A, Inputs<T>(x, start, count), {low.data(), nullptr, ranks, false, 1.0f});
+        if (rank_scales)
+            for (long i = 0; i < count * ranks; i++) put(low[i], wide(low[i]) * wide(rank_scales[i % ranks]));
+        for (const Part& part : parts) {
+            const long outputs = linears[part.linear].outputs;
+            T* y = ys[part.linear].data() + start * outputs;
+            multiply_dense(part.lora_B, Inputs<T>(low.data() + part.first, count, part.rank, ranks), {y, nullptr, outputs, true, part.scale});
+        }
+    }
 };
 
 // Linears that read the same input, and what adapters add to them.
@@ -125,34 +139,29 @@ template <typename T>
 struct Group {
     std::vector<Linear<T>> linears;
     std::vector<Term<T>> terms;
+    bool apart = true;  // whether no row has two terms
 
     explicit Group(Words& words) {
         for (long n = words.next(); n > 0; n--) linears.emplace_back(words);
-        for (long n = words.next(); n > 0; n--) terms.emplace_back(words);
+        for (long n = words.next(); n > 0; n--) {
+            terms.emplace_back(words);
+            if (terms.size() > 1) apart &= terms[terms.size() - 2].stop >= 0 && terms.back().start >= terms[terms.size() - 2].stop;
+        }
     }
 
     // x [rows, inputs] -> one [rows, outputs] for each linear.
     void multiply(const std::vector<T>& x, long rows, std::vector<std::vector<T>>& ys) const {
-        const long width = linears[0].inputs;
-        const Inputs<T> in(x.data(), rows, width, width);
+        const Inputs<T> in(x.data(), rows, linears[0].inputs, linears[0].inputs);
         ys.resize(linears.size());
         for (size_t i = 0; i < linears.size(); i++) {
             ys[i].resize(rows * linears[i].outputs);
             linears[i].multiply(in, ys[i].data());
         }
-        std::vector<T> low;
-        for (const Term<T>& term : terms) {
-            const long count = (term.stop < 0 ? rows : term.stop) - term.start;
-            low.resize(count * term.ranks);
-            multiply_dense(term.lora_A, Inputs<T>(x.data() + term.start * width, count, width, width), {low.data(), nullptr, term.ranks, false, 1.0f});
-            if (term.rank_scales)
-                for (long i = 0; i < count * term.ranks; i++) put(low[i], wide(low[i]) * wide(term.rank_scales[i % term.ranks]));
-            for (const auto& part : term.parts) {
-                const long outputs = linears[part.linear].outputs;
-                T* y = ys[part.linear].data() + term.start * outputs;
-                multiply_dense(part.lora_B, Inputs<T>(low.data() + part.first, count, part.rank, term.ranks), {y, nullptr, outputs, true, part.scale});
-            }
-        }
+        if (terms.empty()) return;
+        in.as_opened();  // made before several threads ask for it
+        // with terms of rows of their own threads take one after the other, which is less to wait for than sharing each
+#pragma omp parallel for schedule(dynamic) if (apart && terms.size() > 1 && rows * in.width > PARALLEL / 8)
+        for (size_t i = 0; i < terms.size(); i++) terms[i].add(in, linears, ys);
     }
 };
 

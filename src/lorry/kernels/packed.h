@@ -3,6 +3,9 @@
 #include "vectors.h"
 
 #include <algorithm>
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 constexpr long BLOCK = 64;  // values of a flattened matrix that share a scale
 constexpr long SCALE_BLOCK = 256;  // scales that share one of their own
@@ -16,10 +19,14 @@ static inline float product_plus(float a, float b, float c) {
 
 // A finite half-precision number.
 static inline float half(uint16_t bits) {
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
     uint32_t word = (uint32_t)(bits & 0x7fff) << 13;
     float out;
     std::memcpy(&out, &word, 4);
     return (bits & 0x8000 ? -0x1p112f : 0x1p112f) * out;
+#endif
 }
 
 // A finite number of 8 bits, 4 of them exponent and 3 mantissa.
@@ -91,6 +98,50 @@ inline long Table<float>::look_up_wide(const uint8_t* codes, float* out, long co
     }
     return i;
 }
+#elif defined(__AVX2__)
+// Eight lanes choose from 16 values: from the lower half and from the upper one, and from the two by the highest bit of their codes.
+struct TableHalves {
+    __m256 lower, upper;
+
+    inline __m256 look_up(__m256i codes) const {
+        const __m256 a = _mm256_permutevar8x32_ps(lower, codes), b = _mm256_permutevar8x32_ps(upper, codes);
+        return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+    }
+};
+
+static inline TableHalves halves_of(const float* values) { return {_mm256_load_ps(values), _mm256_load_ps(values + 8)}; }
+static inline __m256 widen8(const bf16* x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_load_si128((const __m128i*)x)), 16));
+}
+static inline TableHalves halves_of(const bf16* values) { return {widen8(values), widen8(values + 8)}; }
+
+// Eight bytes at a time.
+template <>
+inline long Table<bf16>::look_up_wide(const uint8_t* codes, bf16* out, long count) const {
+    const TableHalves all = halves_of(values);
+    long i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i / 2)));
+        const __m256i first = _mm256_srli_epi32(_mm256_castps_si256(all.look_up(_mm256_srli_epi32(byte, 4))), 16);
+        _mm256_storeu_si256((__m256i*)(out + i), _mm256_or_si256(first, _mm256_castps_si256(all.look_up(byte))));
+    }
+    return i;
+}
+
+template <>
+inline long Table<float>::look_up_wide(const uint8_t* codes, float* out, long count) const {
+    const TableHalves all = halves_of(values);
+    long i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i / 2)));
+        const __m256 first = all.look_up(_mm256_srli_epi32(byte, 4)), second = all.look_up(byte);
+        // by fours: of 0, 1 and 4, 5; of 2, 3 and 6, 7
+        const __m256 a = _mm256_unpacklo_ps(first, second), b = _mm256_unpackhi_ps(first, second);
+        _mm256_storeu_ps(out + i, _mm256_permute2f128_ps(a, b, 0x20));
+        _mm256_storeu_ps(out + i + 8, _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    return i;
+}
 #endif
 
 // Four bits in blocks of the flattened matrix. Scales are floats, or (`scale_levels` not null) eight-bit codes with a scale for every
@@ -159,10 +210,25 @@ struct Grid {
 
     inline float scale(long place) const { return halves ? half(((const uint16_t*)scales)[place]) : ((const float*)scales)[place]; }
 
-    inline float value(float code, long place, float by) const {
-        // scales of halves: the product of one and a code is exact, however it is rounded
-        const float exact = zeros ? (code - zeros[place]) * by : minimums ? code * by + half(minimums[place]) : code * by;
-        return rounded ? widen(narrow(exact)) : exact;
+    // A code counts (code - zero) * by + least; without the one or the other nothing changes but the sign of a zero.
+    struct Place {
+        float by, zero, least;
+        inline float value(float code) const { return (code - zero) * by + least; }
+    };
+    inline Place place(long at) const {
+        return {scale(at), zeros ? (float)zeros[at] : 0.0f, minimums ? half(minimums[at]) : 0.0f};
+    }
+
+    // out [count] of the codes at a place, code(i) the i-th.
+    template <typename T, typename Code>
+    inline void open(const Place& here, long count, const Code& code, T* out) const {
+        if (rounded && sizeof(T) == sizeof(float)) {
+#pragma omp simd
+            for (long i = 0; i < count; i++) put(out[i], widen(narrow(here.value(code(i)))));
+        } else {
+#pragma omp simd
+            for (long i = 0; i < count; i++) put(out[i], here.value(code(i)));
+        }
     }
 
     template <typename T>
@@ -172,25 +238,25 @@ struct Grid {
         if (groups) {
             for (long i = 0; i < width; i++) {
                 const float code = kind ? from[i] : i % 2 ? from[i / 2] & 15 : from[i / 2] >> 4;
-                put(out[i], value(code, first + groups[i], scale(first + groups[i])));
+                open(place(first + groups[i]), 1, [&](long) { return code; }, out + i);
             }
             return;
         }
-        for (long at = 0, place = first; at < width; at += columns, place++) {
+        for (long at = 0, number = first; at < width; at += columns, number++) {
             const long many = std::min(columns, width - at);
-            const float by = scale(place);
+            const Place here = place(number);
+            const uint8_t* codes = from + (kind ? at : at / 2);
             T* to = out + at;
             if (kind == 0) {
                 alignas(64) float values[16];
-                for (int i = 0; i < 16; i++) values[i] = value((float)i, place, by);
-                const Table<T> table(values);
-                table.look_up(from + at / 2, to, many);
+                open(here, 16, [](long i) { return (float)i; }, values);
+                Table<T>(values).look_up(codes, to, many);
             } else if (kind == 1)
-                for (long i = 0; i < many; i++) put(to[i], value(from[at + i], place, by));
+                open(here, many, [&](long i) { return (float)codes[i]; }, to);
             else if (kind == 2)
-                for (long i = 0; i < many; i++) put(to[i], value((int8_t)from[at + i], place, by));
+                open(here, many, [&](long i) { return (float)(int8_t)codes[i]; }, to);
             else
-                for (long i = 0; i < many; i++) put(to[i], value(eighth(from[at + i]), place, by));
+                open(here, many, [&](long i) { return eighth(codes[i]); }, to);
         }
     }
 };

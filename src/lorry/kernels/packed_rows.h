@@ -6,6 +6,8 @@
 #include "few_rows.h"
 #include "packed.h"
 
+#include <type_traits>
+
 #if defined(__AVX512F__)
 constexpr long AHEAD = 4096;  // bytes of codes that are on their way while those before them are multiplied
 constexpr long MOST_IN_REGISTERS = 8;  // rows; with more a panel that is opened once for all costs less
@@ -18,8 +20,92 @@ static inline __m512 rounded16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32((int)0xffff0000)));
 }
 
+// Two vectors of values, rounded to bfloat16. Where the processor rounds both into one they come back by places: in `a` the first of
+// each two neighbours, in `b` the second. Numbers below 2^-126 it takes for 0, which those of half-precision scales never are.
+#if defined(__AVX512BF16__)
+constexpr bool BY_PLACES = true;
+static inline void round_both(__m512& a, __m512& b) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+}
+#else
+constexpr bool BY_PLACES = false;
+static inline void round_both(__m512& a, __m512& b) {
+    a = rounded16(a);
+    b = rounded16(b);
+}
+#endif
+
+// One scale for all lanes, and two neighbouring ones in turn.
+constexpr auto ALIKE = [](const float* one) { return _mm512_set1_ps(*one); };
+constexpr auto IN_TURN = [](const float* two) {
+    double both;
+    std::memcpy(&both, two, sizeof both);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+};
+
+// The 16 numbers that codes choose from, and those of two tables in turn: the first eight twice each, and the others.
+struct Numbers {
+    const __m512 all, lower, upper;
+
+    explicit Numbers(__m512 all)
+        : all(all), lower(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), all)),
+          upper(_mm512_permutexvar_ps(_mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15), all)) {}
+};
+
+struct Tables {
+    __m512 first, second;
+};
+
+// What a number counts at each place: (number - zeros) * by + least; zeros and least may be null.
+struct Places {
+    const float *by, *zeros, *least;
+
+    template <typename Spread>
+    inline __m512 value(__m512 number, long place, const Spread& spread) const {
+        if (zeros) number = _mm512_sub_ps(number, spread(zeros + place));
+        const __m512 scale = spread(by + place);
+        return least ? _mm512_fmadd_ps(number, scale, spread(least + place)) : _mm512_mul_ps(number, scale);
+    }
+
+    template <bool ROUNDS>
+    inline __m512 table(const Numbers& numbers, long place) const {
+        const __m512 values = value(numbers.all, place, ALIKE);
+        return ROUNDS ? rounded16(values) : values;
+    }
+
+    // Those of a place and of the next.
+    template <bool ROUNDS>
+    inline Tables tables(const Numbers& numbers, long place) const {
+        if (!ROUNDS) return {table<false>(numbers, place), table<false>(numbers, place + 1)};
+        Tables out;
+        // in turn: as words then each two neighbours are a code's value in the one table and in the other
+        if (BY_PLACES) out = {value(numbers.lower, place, IN_TURN), value(numbers.upper, place, IN_TURN)};
+        else out = {value(numbers.all, place, ALIKE), value(numbers.all, place + 1, ALIKE)};
+        round_both(out.first, out.second);
+        return out;
+    }
+};
+
+// 16 codes of a byte each, as floats.
+template <bool SIGNED>
+static inline __m512 code_numbers(const uint8_t* codes) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)codes);
+    return _mm512_cvtepi32_ps(SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+}
+
+// 32 values, rounded if asked, by inputs that lie as `byte_inputs` gives them.
+template <bool ROUNDS, int ROWS>
+static inline void multiply_values(__m512 a, __m512 b, const float* x, long stride, Floats (&even)[ROWS], Floats (&odd)[ROWS]) {
+    if (ROUNDS) round_both(a, b);
+    for (int r = 0; r < ROWS; r++) {
+        even[r] = fused((Floats)a, load(x + r * stride), even[r]);
+        odd[r] = fused((Floats)b, load(x + r * stride + 16), odd[r]);
+    }
+}
 template <typename T>
-static inline __m512 rounded_to(__m512 x) { return sizeof(T) == sizeof(bf16) ? rounded16(x) : x; }
+static FloatRows byte_inputs(bool rounds, const Inputs<T>& x) { return rounds && BY_PLACES ? x.paired() : x.plain(); }
 
 // 32 values of a table by codes of which a byte has two, times inputs of even and of odd places.
 template <int ROWS>
@@ -28,8 +114,8 @@ static inline void multiply_nibbles(__m512 table, const uint8_t* codes, FloatRow
     // a permutation reads the low four bits of each lane
     const Floats high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), low = (Floats)_mm512_permutexvar_ps(byte, table);
     for (int r = 0; r < ROWS; r++) {
-        even[r] += high * load(x.at + r * x.stride);
-        odd[r] += low * load(x.at + r * x.stride + 16);
+        even[r] = fused(high, load(x.at + r * x.stride), even[r]);
+        odd[r] = fused(low, load(x.at + r * x.stride + 16), odd[r]);
     }
 }
 
@@ -75,105 +161,139 @@ struct FlatPanel {
 
     template <int ROWS>
     inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
+        constexpr bool ROUNDS = sizeof(T) == sizeof(bf16);
         const long blocks = width / BLOCK;
-        const float* own = scales.data() + output * blocks;
+        const Places places = {scales.data() + output * blocks, nullptr, nullptr};
+        const Numbers numbers(_mm512_loadu_ps(source.levels));
         const uint8_t* codes = source.codes + (first + output) * width / 2;
-        const __m512 levels = _mm512_loadu_ps(source.levels);
         Floats odd[ROWS] = {};
-        for (long b = 0; b < blocks; b++) {
-            __builtin_prefetch(codes + 32 * b + AHEAD, 0, 2);
-            const __m512 table = rounded_to<T>(_mm512_mul_ps(levels, _mm512_set1_ps(own[b])));
+        const auto multiply_block_of = [&](__m512 table, long b) __attribute__((always_inline)) {
             multiply_nibbles<ROWS>(table, codes + 32 * b, {x.at + 64 * b, x.stride}, sum, odd);
             multiply_nibbles<ROWS>(table, codes + 32 * b + 16, {x.at + 64 * b + 32, x.stride}, sum, odd);
+        };
+        long b = 0;
+        for (; b + 2 <= blocks; b += 2) {
+            __builtin_prefetch(codes + 32 * b + AHEAD, 0, 2);
+            const Tables both = places.tables<ROUNDS>(numbers, b);
+            multiply_block_of(both.first, b);
+            multiply_block_of(both.second, b + 1);
         }
+        if (b < blocks) multiply_block_of(places.table<ROUNDS>(numbers, b), b);
         for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
     }
 };
 
 template <typename T>
 struct RowsPanel {
+    static constexpr bool ROUNDS = sizeof(T) == sizeof(bf16);
     const Rows& source;
     const long first, width;
 
-    static bool fits(const Rows&, long width) { return width % 16 == 0; }
-    static FloatRows inputs(const Rows&, const Inputs<T>& x) { return x.plain(); }
+    static bool fits(const Rows&, long width) { return width % 32 == 0; }
+    static FloatRows inputs(const Rows&, const Inputs<T>& x) { return byte_inputs(ROUNDS, x); }
 
     RowsPanel(const Rows& source, long first, long, long width, std::vector<float>&) : source(source), first(first), width(width) {}
 
     template <int ROWS>
     inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
-        const int8_t* codes = source.codes + (first + output) * width;
+        const uint8_t* codes = (const uint8_t*)source.codes + (first + output) * width;
         const __m512 by = _mm512_set1_ps(source.largest[first + output]), share = _mm512_set1_ps(1.0f / 127);
-        for (long k = 0; k < width; k += 16) {
+        Floats odd[ROWS] = {};
+        for (long k = 0; k < width; k += 32) {
             if (k % 64 == 0) __builtin_prefetch(codes + k + AHEAD, 0, 2);
-            const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + k))));
-            const Floats value = (Floats)rounded_to<T>(_mm512_mul_ps(_mm512_mul_ps(code, by), share));
-            for (int r = 0; r < ROWS; r++) sum[r] += value * load(x.at + r * x.stride + k);
+            // one after the other, as a row is opened
+            const __m512 a = _mm512_mul_ps(_mm512_mul_ps(code_numbers<true>(codes + k), by), share);
+            const __m512 b = _mm512_mul_ps(_mm512_mul_ps(code_numbers<true>(codes + k + 16), by), share);
+            multiply_values<ROUNDS, ROWS>(a, b, x.at + k, x.stride, sum, odd);
         }
+        for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
     }
 };
 
 template <typename T>
 struct GridPanel {
     const Grid& source;
-    const long first, width, across;
-    const float *scales, *minimums;
+    const long first, width, from;  // from: the first row of scales
+    Places places;  // of the panel
 
+    static bool rounds(const Grid& source) { return source.rounded || sizeof(T) == sizeof(bf16); }
     static bool fits(const Grid& source, long width) {
         return source.kind < 3 && !source.groups && source.columns % 32 == 0 && width % 32 == 0;
     }
-    static FloatRows inputs(const Grid& source, const Inputs<T>& x) { return source.kind ? x.plain() : x.paired(); }
+    static FloatRows inputs(const Grid& source, const Inputs<T>& x) { return source.kind ? byte_inputs(rounds(source), x) : x.paired(); }
 
     GridPanel(const Grid& source, long first, long count, long width, std::vector<float>& space)
-        : source(source), first(first), width(width), across(source.across) {
-        const long from = first / source.rows, places = ((first + count - 1) / source.rows - from + 1) * across;
-        space.resize(2 * places);
-        scales = (const float*)source.scales + from * across;
-        if (source.halves) {
-            widen_halves((const uint16_t*)source.scales + from * across, places, space.data());
-            scales = space.data();
+        : source(source), first(first), width(width), from(first / source.rows) {
+        const long start = from * source.across, length = ((first + count - 1) / source.rows - from + 1) * source.across;
+        space.resize(2 * length);
+        float *scales = space.data(), *others = space.data() + length;
+        if (source.halves) widen_halves((const uint16_t*)source.scales + start, length, scales);
+        places = {source.halves ? scales : (const float*)source.scales + start, nullptr, nullptr};
+        if (source.minimums) {
+            widen_halves(source.minimums + start, length, others);
+            places.least = others;
+        } else if (source.zeros) {
+            const uint8_t* zeros = source.zeros + start;
+            // the product of a half and a code is exact, and so what is left of two of them is that of the difference, rounded once
+            for (long i = 0; i < length; i++) others[i] = source.halves ? -(zeros[i] * scales[i]) : zeros[i];
+            (source.halves ? places.least : places.zeros) = others;
         }
-        minimums = space.data() + places;
-        if (source.minimums) widen_halves(source.minimums + from * across, places, space.data() + places);
-    }
-
-    // What codes of a place stand for.
-    inline __m512 values(__m512 codes, long place, long zeros_at) const {
-        const __m512 by = _mm512_set1_ps(scales[place]);
-        __m512 out;
-        if (source.zeros)
-            out = _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(source.zeros[zeros_at + place])), by);
-        else if (source.minimums)
-            out = _mm512_add_ps(_mm512_mul_ps(codes, by), _mm512_set1_ps(minimums[place]));
-        else
-            out = _mm512_mul_ps(codes, by);
-        return source.rounded ? rounded16(out) : rounded_to<T>(out);
     }
 
     template <int ROWS>
     inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
-        const long from = first / source.rows, row = (first + output) / source.rows - from, zeros_at = from * across;
-        const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const uint8_t* codes = source.codes + (first + output) * (source.kind ? width : width / 2);
+        const long row = source.rows == 1 ? output : (first + output) / source.rows - from;
         Floats odd[ROWS] = {};
-        for (long at = 0, place = row * across; at < width; at += source.columns, place++) {
-            const long end = std::min(at + source.columns, width);
-            if (source.kind == 0) {
-                const __m512 table = values(all, place, zeros_at);
-                for (long k = at; k < end; k += 32) {
-                    __builtin_prefetch(codes + k / 2 + AHEAD, 0, 2);
-                    multiply_nibbles<ROWS>(table, codes + k / 2, {x.at + k, x.stride}, sum, odd);
-                }
-            } else
-                for (long k = at; k < end; k += 16) {
-                    if (k % 64 == 0) __builtin_prefetch(codes + k + AHEAD, 0, 2);
-                    const __m128i bytes = _mm_loadu_si128((const __m128i*)(codes + k));
-                    const __m512i words = source.kind == 2 ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
-                    const Floats value = (Floats)values(_mm512_cvtepi32_ps(words), place, zeros_at);
-                    for (int r = 0; r < ROWS; r++) sum[r] += value * load(x.at + r * x.stride + k);
-                }
-        }
+        if (source.kind == 0)
+            rounds(source) ? multiply_halves<true, ROWS>(output, row, x, sum, odd) : multiply_halves<false, ROWS>(output, row, x, sum, odd);
+        else
+            rounds(source) ? multiply_bytes<true, ROWS>(output, row, x, sum, odd) : multiply_bytes<false, ROWS>(output, row, x, sum, odd);
         for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
+    }
+
+    // Codes of which a byte has two.
+    template <bool ROUNDS, int ROWS>
+    inline void multiply_halves(long output, long row, FloatRows x, Floats (&sum)[ROWS], Floats (&odd)[ROWS]) const {
+        const Places places = this->places;
+        const Numbers numbers(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        const uint8_t* codes = source.codes + (first + output) * width / 2;
+        const auto multiply_32 = [&](__m512 table, long k) __attribute__((always_inline)) {
+            multiply_nibbles<ROWS>(table, codes + k / 2, {x.at + k, x.stride}, sum, odd);
+        };
+        long at = 0, place = row * source.across;
+        if (source.columns == 32)
+            for (; at + 64 <= width; at += 64, place += 2) {
+                if (at % 128 == 0) __builtin_prefetch(codes + at / 2 + AHEAD, 0, 2);
+                const Tables both = places.tables<ROUNDS>(numbers, place);
+                multiply_32(both.first, at);
+                multiply_32(both.second, at + 32);
+            }
+        for (; at < width; at += source.columns, place++) {
+            const long end = std::min(at + source.columns, width);
+            const __m512 table = places.table<ROUNDS>(numbers, place);
+            for (long k = at; k < end; k += 32) {
+                if (k % 128 == 0) __builtin_prefetch(codes + k / 2 + AHEAD, 0, 2);
+                multiply_32(table, k);
+            }
+        }
+    }
+
+    // Codes of a byte each.
+    template <bool ROUNDS, int ROWS>
+    inline void multiply_bytes(long output, long row, FloatRows x, Floats (&sum)[ROWS], Floats (&odd)[ROWS]) const {
+        const Places places = this->places;
+        const uint8_t* codes = source.codes + (first + output) * width;
+        const auto multiply_places = [&](auto is_signed) __attribute__((always_inline)) {
+            constexpr bool SIGNED = decltype(is_signed)::value;
+            for (long at = 0, place = row * source.across; at < width; at += source.columns, place++)
+                for (long k = at, end = std::min(at + source.columns, width); k < end; k += 32) {
+                    if (k % 64 == 0) __builtin_prefetch(codes + k + AHEAD, 0, 2);
+                    const __m512 a = places.value(code_numbers<SIGNED>(codes + k), place, ALIKE);
+                    const __m512 b = places.value(code_numbers<SIGNED>(codes + k + 16), place, ALIKE);
+                    multiply_values<ROUNDS, ROWS>(a, b, x.at + k, x.stride, sum, odd);
+                }
+        };
+        source.kind == 2 ? multiply_places(std::true_type()) : multiply_places(std::false_type());
     }
 };
 
@@ -196,8 +316,8 @@ struct HalvesPanel {
             Floats value[2];
             open(codes + k, value);
             for (int r = 0; r < ROWS; r++) {
-                sum[r] += value[0] * load(x.at + r * x.stride + k);
-                odd[r] += value[1] * load(x.at + r * x.stride + k + LANES);
+                sum[r] = fused(value[0], load(x.at + r * x.stride + k), sum[r]);
+                odd[r] = fused(value[1], load(x.at + r * x.stride + k + LANES), odd[r]);
             }
         }
         for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
@@ -227,7 +347,7 @@ static void multiply_packed_rows(const Source& source, long width, FloatRows x, 
             for (int r = 0; r < ROWS; r++) {
                 float sums[PANEL];
                 add_lanes<PANEL>(lanes[r], sums);
-                for (long o = 0; o < count; o++) to.write(row + r, at + o, sums[o]);
+                to.write(row + r, at, sums, count);
             }
         }
     }

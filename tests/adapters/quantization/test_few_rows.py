@@ -23,7 +23,7 @@ from lorry.kernels.packed import MAX_PACKED_ROWS
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 # widths of whole blocks, with a rest, odd ones, and long enough for threads
-SHAPES = [(64, 64), (300, 96), (7, 13), (1, 1), (40, 70), (96, 576)]
+SHAPES = [(64, 64), (300, 96), (7, 13), (1, 1), (40, 70), (96, 576), (33, 160)]
 # unit roundoffs: half a step of 24 and of 8 bits
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
@@ -34,7 +34,7 @@ def of_format(name: str, shape: tuple[int, int]) -> PackedMatrix:
     if name in ("nf4", "nf4-single", "fp4", "int8", KEPT_BFLOAT16.name):
         weight = torch.from_numpy(draw.normal(size=shape).astype(np.float32)) * 0.02
         return pack(weight, Quantization(name.partition("-")[0], double="-" not in name))
-    size = 32
+    size = {"awq": 64, "gptq-wide": 128}.get(name, 32)
     groups = -(-inputs // size)
     codes = torch.from_numpy(draw.integers(0, 16, shape).astype(np.uint8))
     scales = torch.from_numpy((draw.random((outputs, groups)) * 0.01 + 0.001).astype(np.float16))
@@ -42,8 +42,14 @@ def of_format(name: str, shape: tuple[int, int]) -> PackedMatrix:
     zeros = torch.from_numpy(draw.integers(0, 16, (outputs, groups)).astype(np.uint8))
     order = torch.from_numpy((draw.permutation(inputs) // size).astype(np.int32))
     kind = Quantization(name)
-    if name == "gptq":
+    if name in ("gptq", "awq", "gptq-wide"):
         return PackedGrid(kind, shape, pack_nibbles(codes), bits, "nibbles", (1, size), zeros)
+    if name == "gptq-single":  # scales that a product with a code may round
+        single = torch.from_numpy(draw.random((outputs, groups)).astype(np.float32)) * 0.01
+        return PackedGrid(kind, shape, pack_nibbles(codes), single, "nibbles", (1, size), zeros)
+    if name == "gptq-rows":  # two outputs share a scale
+        two = (bits[::2].contiguous(), zeros[::2].contiguous())
+        return PackedGrid(kind, shape, pack_nibbles(codes), two[0], "nibbles", (2, size), two[1])
     if name == "gptq-order":
         return PackedGrid(
             kind, shape, pack_nibbles(codes), bits, "nibbles", (1, size), zeros, groups=order
@@ -61,22 +67,37 @@ def of_format(name: str, shape: tuple[int, int]) -> PackedMatrix:
             minimums=bits,
             rounded=True,
         )
+    if name == "q4_0":
+        return PackedGrid(
+            Quantization("gguf"),
+            shape,
+            pack_nibbles(codes),
+            bits,
+            "nibbles",
+            (1, size),
+            torch.full_like(zeros, 8),
+            rounded=True,
+        )
+    if name == "q8_0":
+        signed = torch.from_numpy(draw.integers(-127, 128, shape).astype(np.int8))
+        return PackedGrid(
+            Quantization("gguf"),
+            shape,
+            signed.view(torch.uint8),
+            bits,
+            "signed",
+            (1, size),
+            rounded=True,
+        )
     assert name == "fp8"
     tiles = torch.rand(-(-outputs // 16), groups) * 0.01
     return PackedGrid(kind, shape, codes * 7, tiles, "e4m3", (16, size))
 
 
 FORMATS = [
-    "nf4",
-    "nf4-single",
-    "fp4",
-    "int8",
-    "gptq",
-    "gptq-order",
-    "gptq-8",
-    "q4_1",
-    "fp8",
-    "bfloat16",
+    *("nf4", "nf4-single", "fp4", "int8"),
+    *("gptq", "gptq-order", "gptq-8", "gptq-single", "gptq-rows", "gptq-wide", "awq"),
+    *("q4_0", "q4_1", "q8_0", "fp8", "bfloat16"),
 ]
 
 

@@ -43,6 +43,7 @@ class ForwardContext:
     """One forward pass: the adapters' context, rotary tables [T, dim/2], the segments, and a cache
     when generating.
 
+    ``rows`` [tokens]: the cache's row of each token, but for padding behind them;
     ``recompute``: layers keep their input only and run again in backward; ``keepers``: the ranks that
     divide by tokens what a layer keeps of the residual stream, which all of them have (sequence
     parallel);
@@ -230,8 +231,9 @@ class DecoderBlock:
         raw_q, raw_k = q, k
         q, k = self.apply_positions(q, k, state)
         if state.cache is not None and state.rows is not None:
-            # keys are stored rotated: their position never changes
-            state.cache.write(self.index, state.rows, state.positions, k, v)
+            # keys are stored rotated: their position never changes; those of padding, of no row, are not
+            own = slice(len(state.rows))
+            state.cache.write(self.index, state.rows, state.positions[own], k[own], v[own])
         stats = AttentionStats()
         if state.decoding and state.cache is not None:
             # no stats: decoding never has a backward

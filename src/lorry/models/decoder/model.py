@@ -25,6 +25,7 @@ from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices, gather_outputs
 from lorry.adapters.variants.own_weights import under
 from lorry.families import LayerLinears, ModelFamily, ModelGeometry
+from lorry.kernels import decode as kernel
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput, add_at
 from lorry.models.decoder.attention import PackedSegments
 from lorry.models.decoder.block import DecoderBlock, ForwardContext, compute_inv_freq
@@ -227,7 +228,7 @@ class Decoder(CausalLM):
         products: Sequence[LayerLinears[LinearProducts]] | None = None,
         step: LayersAtOnce | None = None,
     ) -> Tensor:
-        """Run tokens of cache rows ``rows`` [T], store their keys and values and update
+        """Run tokens [T] of cache rows ``rows`` [T], store their keys and values and update
         ``cache.lengths``. Returns hidden [T,D].
 
         Either whole prompts, each into a row of its own whose former content is forgotten; or
@@ -236,6 +237,16 @@ class Decoder(CausalLM):
         caller has made it (`models/decoder/decode.py`); there is no graph then. ``step``: all
         layers at once, in place of that.
         """
+        tokens = packed.tokens.numel()
+        if decoding:
+            # before the layers run: they attend up to and with the new token
+            cache.extend()
+        else:
+            cache.fill(rows, packed.positions)
+            # products of a few rows are no torch products, and compiled for every length
+            few = products is not None and tokens <= kernel.most_few_rows(self.dtype)
+            if not few and (total := self._padded_length(tokens)) > tokens:
+                packed, call = packed.padded(total), call.padded(tokens, total)
         segments = PackedSegments(packed.segments, packed.tokens.device)
         state = ForwardContext(
             call,
@@ -247,14 +258,9 @@ class Decoder(CausalLM):
             decoding,
             weights=self.layer_weights,
         )
-        if decoding:
-            # before the layers run: they attend up to and with the new token
-            cache.extend()
-        else:
-            cache.fill(rows, packed.positions)
         last = self._run(packed.tokens, state, (), None, products, step).last
         assert last is not None
-        return last
+        return last[:tokens]
 
     @property
     def vocab_size(self) -> int:
