@@ -33,7 +33,12 @@ from lorry.models.decoder import attention
 from lorry.models.decoder.attention import AttentionStats, PackedSegments
 from lorry.models.decoder.cache import KVCache
 from lorry.models.decoder.experts import ExpertMlps
-from lorry.models.decoder.pointwise import ACTIVATIONS, DecoderNorm, apply_rotary
+from lorry.models.decoder.pointwise import (
+    ACTIVATIONS,
+    ActivationFunction,
+    DecoderNorm,
+    apply_rotary,
+)
 from lorry.models.decoder.pointwise import gated_activation as apply_gate
 from lorry.models.layer_weights import WHOLE_WEIGHTS, LayerWeights
 
@@ -157,7 +162,11 @@ class DecoderBlock:
         self.norms = family.norms.map(lambda path: cast(DecoderNorm, layer.get_submodule(path)))
         # the dimension of q, k, v where one product makes all of them: [T, 3, H, D] or [T, H, 3, D]
         self.fused_dim = {"separate": None, "thirds": 1, "heads": 2}[family.qkv]
-        self.activation = ACTIVATIONS[geometry.activation]
+
+    @property
+    def activation(self) -> ActivationFunction:
+        """Of its MLP. Looked up, not kept: of a copied model too it is the very one that has a kernel."""
+        return ACTIVATIONS[self.geometry.activation]
 
     def under(self, call: AdapterContext) -> DecoderBlock:
         """The layer as it computes under a call: itself, or one with the weights that the active adapter
