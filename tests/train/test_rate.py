@@ -146,9 +146,12 @@ def test_runs_that_the_plan_does_not_count_have_no_rate(base: Path, tmp_path: Pa
         assert planned_run_of(run.model_copy(update=other), opened) is None
 
 
-def test_a_rate_that_cannot_be_kept_is_a_note(base: Path, tmp_path: Path, home: Path) -> None:
+def test_a_rate_that_cannot_be_kept_is_a_note(
+    base: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, opened, times = finished(base, tmp_path)
-    home.write_text("a file where the directory should be")
+    (tmp_path / "file").write_text("a file where the directory should be")
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "file"))
     note = record_step_rate(times, run, opened.model, 1)
     assert note.startswith("the measured speed is not saved for `lorry plan`: ")
 
