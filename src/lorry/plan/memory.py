@@ -49,6 +49,8 @@ TRAINABLE_PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float
 # fp4: blocks of 64 with an absmax, itself quantised to 8 bits in blocks of 256 (Dettmers et al.
 # 2023, QLoRA): (8 + 32/256) / 64 = 0.127 bits a weight.
 FOUR_BIT = (4 + (8 + 32 / 256) / 64) / 8
+# of a matrix that ranks share: blocks whose absmax share a scale part there, and have theirs in fp32
+FOUR_BIT_SHARED = (4 + 32 / 64) / 8
 WEIGHT_BYTES: dict[PrecisionName, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": FOUR_BIT, "fp4": FOUR_BIT,
 }  # fmt: skip
@@ -69,9 +71,10 @@ class MemorySetup:
     ``whole``: a run on real data, not steps of one length alone; ``reads``: what a step reads for
     each row, ``step_tokens``: of all its micro-batches, at most (0: of one), of which the start
     is asked before the first of them is run; ``mixed_mlps``: the MLPs that a token passes under a
-    router at `level: expert` (0: the layer's own); ``sequence_ranks``: the tensor-parallel ranks
-    that divide the inputs of layers by tokens (sequence parallel); ``precision``: what the base's matrices are
-    held in; ``compute``: what is computed in, where that is another (None of packed ones: bfloat16).
+    router at `level: expert` (0: the layer's own); ``tensor_ranks``: that share every matrix;
+    ``sequence_ranks``: those of them that divide the inputs of layers by tokens (sequence parallel);
+    ``precision``: what the base's matrices are held in; ``compute``: what is computed in, where that is
+    another (None of packed ones: bfloat16).
     """
 
     tokens: int
@@ -84,6 +87,7 @@ class MemorySetup:
     reads: StepReads = ROW_ALONE
     step_tokens: int = 0
     mixed_mlps: int = 0
+    tensor_ranks: int = 1
     sequence_ranks: int = 1
     compute: PrecisionName | None = None
 
@@ -98,6 +102,12 @@ class MemorySetup:
     def element(self) -> int:
         """Bytes of a number in that format."""
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def matrix_element(self) -> float:
+        """Bytes of a weight of a layer's matrices; int8's scales are counted apart."""
+        shared = self.tensor_ranks > 1 and WEIGHT_BYTES[self.precision] == FOUR_BIT
+        return FOUR_BIT_SHARED if shared else WEIGHT_BYTES[self.precision]
 
 
 @dataclass(frozen=True)
@@ -300,7 +310,7 @@ def layer_weights(shape: ModelShape, setup: MemorySetup) -> float:
         if setup.precision == "int8"
         else 0
     )
-    return matrices * WEIGHT_BYTES[setup.precision] + scales + shape.layer_small * setup.element
+    return matrices * setup.matrix_element + scales + shape.layer_small * setup.element
 
 
 def packed_precision(config: Mapping[str, Any]) -> PrecisionName | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from lorry.adapters.quantization.packed import QUANTIZATIONS, pack
 from lorry.config.schema.lora import LoraConfig
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
@@ -15,6 +17,7 @@ from lorry.plan.memory import (
     DeviceType,
     MemoryEstimate,
     MemorySetup,
+    PrecisionName,
 )
 from lorry.plan.parallel.per_rank import memory_per_rank, pipeline_slowdown
 from lorry.plan.parallel.split import ParallelSplit
@@ -29,10 +32,11 @@ def per_gpu(
     accumulation: int = 1,
     tokens: int = 4096,
     device: DeviceType = "cuda",
+    precision: PrecisionName = "bfloat16",
     **split: Any,
 ) -> MemoryEstimate:
     shape = read_model_shape(KNOWN_CONFIGS[model])
-    setup = MemorySetup(tokens=tokens, length=tokens, device=device)
+    setup = MemorySetup(tokens=tokens, length=tokens, device=device, precision=precision)
     adapter = plan_adapter(shape, LoraConfig(r=16), 16)
     return memory_per_rank(
         shape,
@@ -94,6 +98,25 @@ def test_tensor_parallel_of_ddp_keeps_inputs_whole_unless_they_are_divided() -> 
     base = 2 * (32 * (2 * d * (q + k) + 3 * d * f) // 2 + 32 * 2 * d + d)
     assert part(whole, "base weights") == base
     assert part(whole, "vocabulary") == 2 * 2 * 128256 * d // 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "matrices"), [("nf4", 4.5 / 8), ("fp4", 4.5 / 8), ("int8", 1.0)]
+)
+def test_a_packed_matrix_that_ranks_share(precision: PrecisionName, matrices: float) -> None:
+    """Bytes of a half as `PackedMatrix.part` holds it; a 4-bit block's scale is fp32 there, not 8 bits."""
+    outputs, inputs = 1024, 512
+    half = pack(torch.randn(outputs, inputs), QUANTIZATIONS[precision]).part(0, [slice(0, 512)])
+    held = sum(t.nbytes for t in half.tensors().values())
+    scales = 4 * outputs // 2 if precision == "int8" else 0
+    assert held == matrices * outputs * inputs / 2 + scales
+    d, q, k, f = 4096, 4096, 1024, 14336
+    linears, small = 2 * d * (q + k) + 3 * d * f, 2 * d
+    # of every output of q, k, v, gate and up a half; of those behind attention and MLP all
+    rows = (q + 2 * k + 2 * f) // 2 + 2 * d if precision == "int8" else 0
+    layer = matrices * linears / 2 + 4 * rows + 2 * small
+    planned = per_gpu("llama-3-8b", "ddp", 2, tensor=2, precision=precision)
+    assert part(planned, "base weights") == int(32 * layer + 2 * d)
 
 
 def test_replicas_of_hsdp_are_groups_of_fewer_shards() -> None:

@@ -10,7 +10,7 @@ between replicas nothing but adapters.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorry.plan.adapters import PlannedAdapter, is_embedding
@@ -115,8 +115,9 @@ def _gathers(
     gathered for all the micro-batches of a step; they are asked once more for a start's answers.
     """
     local, n = local_shape(shape, split.tensor), split.shards
+    held = replace(setup, tensor_ranks=split.tensor)
     values = (
-        sharded_rows(rows, n) * each * size for rows, each, size in layer_tensors(local, setup)
+        sharded_rows(rows, n) * each * size for rows, each, size in layer_tensors(local, held)
     )
     layer = int(n * sum(values))
     rest = n * sum(sharded_rows(rows, n) * each for rows, each in root_tensors(local))

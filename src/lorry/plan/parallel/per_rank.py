@@ -23,7 +23,6 @@ from lorry.plan.memory import (
     MASTERS,
     MOMENT_BYTES,
     VALUE_BYTES,
-    WEIGHT_BYTES,
     MemoryComponent,
     MemoryEstimate,
     MemorySetup,
@@ -75,7 +74,11 @@ def _layout_memory(
     """Of ddp and fsdp, with tensor parallel or without."""
     local = local_shape(shape, split.tensor)
     part = local_adapter(adapter, split.tensor)
-    setup = replace(setup, sequence_ranks=split.tensor if split.sequence else 1)
+    setup = replace(
+        setup,
+        tensor_ranks=split.tensor,
+        sequence_ranks=split.tensor if split.sequence else 1,
+    )
     components = {c.name: c for c in estimate_memory(local, part, setup).components}
     if split.tensor > 1:
         for name in ("base weights", "vocabulary", "adapter"):
@@ -193,9 +196,11 @@ def root_tensors(local: ModelShape) -> Iterator[tuple[int, int]]:
 
 def layer_tensors(local: ModelShape, setup: MemorySetup) -> Iterator[tuple[int, int, float]]:
     """(first dimension, values of each of its rows, bytes a value) of the tensors of one layer."""
-    g, e, matrix = local.geometry, setup.element, WEIGHT_BYTES[setup.precision]
+    g, e, matrix = local.geometry, setup.element, setup.matrix_element
     for linear in local.linears:
         yield linear.outputs, linear.inputs, matrix
+        if setup.precision == "int8":
+            yield linear.outputs, 1, 4  # the scale of each
         if linear.bias:
             yield linear.outputs, 1, e
     norms = 2 if local.norm == "layer" else 1
