@@ -178,8 +178,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "kept": ({"init_lora_weights": "loftq", "quantize": "keep"}, "give model.quantize=nf4"),
     "streamed": ({"init_lora_weights": "eva", "streaming": True}, "leave data.streaming out"),
     "cut": (
-        {"init_lora_weights": "pissa", "backend": "fsdp", "processes": 2},
-        "with backend=fsdp each process has a part",
+        {"init_lora_weights": "pissa", "backend": "megatron"},
+        "with backend=megatron each process has a part",
+    ),
+    "cut, taken off again": (
+        {"init_lora_weights": "pissa", "keep_residual": True, "backend": "fsdp"},
+        "a reader takes off the product of whole matrices",
     ),
     "tensor ranks": (
         {"init_lora_weights": "eva", "backend": {"name": "ddp", "tensor_parallel": 2}},

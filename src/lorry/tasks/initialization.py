@@ -122,7 +122,9 @@ def _backward(model: CausalLM, rows: list[Batch]) -> None:
         wants = {"logprob": TokenScore(log_prob)}
         scores = evaluate_wants(model, batch, wants, AdapterContext(Mix.none()))["logprob"]
         # the mean over passes is taken: their sum is that of all tokens
-        (-(scores * batch.weights).sum() * (len(rows) / supervised)).backward()
+        loss = -(scores * batch.weights).sum() * (len(rows) / supervised)
+        with model.layer_weights.backward_pass():
+            loss.backward()
 
 
 def _description(adapter: Adapter, way: Initialization, rows: int) -> str:

@@ -21,7 +21,6 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.initialization.initialize import spec_of_ranks
 from lorry.adapters.initialization.spectrum import ENERGY, gradient_ranks
-from lorry.adapters.layers.adaptable import is_sharded
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
@@ -143,7 +142,8 @@ def ranks_of_rows(
         scores = evaluate_wants(model, moved, wants, AdapterContext(Mix.none()))["logprob"]
         total = -(scores * moved.weights).sum() / moved.weights.sum()
         loss = float(total.detach())
-        total.backward()
+        with model.layer_weights.backward_pass():
+            total.backward()
 
     bound = max(slot.A.shape[0] for slot in adapter.slots.values())
     directions = gradient_ranks(layers, run_model, bound)
@@ -195,10 +195,10 @@ def _check_layers(bank: AdapterBank, adapter: Adapter) -> dict[str, BankLinear]:
                 f"lora.rank_by=data is for linear layers, and {path} is none (fused experts, a router or an "
                 "embedding); leave it out (exclude_modules), give r=N, or rank_by=memory and memory_budget"
             )
-        if layer.slices is not None or is_sharded(layer.weight):
+        if layer.slices is not None:
             raise ConfigError(
                 f"lora.rank_by=data reads the gradient of whole matrices, of which each process has a part "
-                f"of {path}; train on one process or with backend=ddp, or give r=N"
+                f"of {path}; train on one process or with backend=ddp or fsdp, or give r=N"
             )
         layers[path] = layer
     return layers

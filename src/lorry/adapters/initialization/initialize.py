@@ -20,7 +20,6 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.initialization import factors
 from lorry.adapters.initialization.ranks import redistribute_ranks
 from lorry.adapters.initialization.recording import RunModel, record_gradients, record_inputs
-from lorry.adapters.layers.adaptable import is_sharded
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.spec import LoraSpec
 from lorry.config.adapter.initialization import Initialization, find_initialization
@@ -176,10 +175,10 @@ def _check_layers(
                 f"{written} is for linear layers, and {path} is none; leave it out of the targets, or use "
                 "init_lora_weights=true"
             )
-        if way.name != "orthogonal" and (layer.slices is not None or is_sharded(layer.weight)):
+        if way.name != "orthogonal" and layer.slices is not None:
             raise ConfigError(
                 f"{written} reads whole matrices, of which each process has a part here; train on one "
-                "process or with backend=ddp, or use init_lora_weights=true"
+                "process or with backend=ddp or fsdp, or use init_lora_weights=true"
             )
         if layer.weight.device.type == "meta":
             raise ConfigError(f"{written} reads {path}.weight, which has no values yet")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers.linear import BankLinear
-from lorry.adapters.product import FrozenLinear
+from lorry.adapters.product import DenseLinear, FrozenLinear
 from lorry.errors import ConfigError, ContractError
 
 RunModel = Callable[[], None]
@@ -107,9 +107,18 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 @dataclass
 class WatchedLinear:
-    """A base product in whose place somebody looks on: as that multiplies, and nothing of it trains."""
+    """The base product of a layer in whose place somebody looks on: as that multiplies, and nothing of it
+    trains. ``product``: what the layer had for one."""
 
-    linear: FrozenLinear
+    layer: BankLinear
+    product: FrozenLinear | None
+
+    @property
+    def linear(self) -> FrozenLinear:
+        """The base product, as it is now: a sharded weight is whole while a pass is at its layer."""
+        if self.product is not None:
+            return self.product
+        return DenseLinear(self.layer.weight, self.layer.added_bias(), self.layer.transposed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +183,7 @@ def record_inputs(
     recorder = _Recorder(normed)
 
     def watch(path: str, layer: BankLinear) -> WatchedLinear:
-        return _RecordedLinear(layer.base_product(), path, recorder)
+        return _RecordedLinear(layer, layer.product, path, recorder)
 
     with watched_products(layers, watch), torch.no_grad():
         run_model()
@@ -226,7 +235,7 @@ def record_gradients(layers: Mapping[str, BankLinear], run_model: RunModel) -> d
         wanted = nn.Parameter(torch.zeros((), device=layer.weight.device))
         # once a backward pass, however often the linear multiplied in it
         wanted.register_post_accumulate_grad_hook(partial(count, path))
-        return ProbedLinear(layer.base_product(), wanted, partial(add, path))
+        return ProbedLinear(layer, layer.product, wanted, partial(add, path))
 
     with watched_products(layers, watch), torch.enable_grad():
         run_model()

@@ -61,7 +61,7 @@ def gradient_ranks(
 
     def watch(path: str, layer: BankLinear) -> WatchedLinear:
         wanted = nn.Parameter(torch.zeros((), device=layer.weight.device))
-        return ProbedLinear(layer.base_product(), wanted, partial(show, path))
+        return ProbedLinear(layer, layer.product, wanted, partial(show, path))
 
     with watched_products(layers, watch), torch.enable_grad():
         run_model()

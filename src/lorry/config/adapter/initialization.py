@@ -109,7 +109,7 @@ def check_run_initialization(
     if cut_by is not None:
         raise ValueError(
             f"{written} reads whole matrices, and with {cut_by} each process has a part; train on one "
-            "device or with backend=ddp, or leave init_lora_weights out"
+            "device or with backend=ddp or fsdp, or leave init_lora_weights out"
         )
     # what is kept as a file has it rounds nothing off
     if way.reads == "rounding" and quantize in (None, "keep"):
