@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lorry.backends.distributed.communicator import ONE_PROCESS
@@ -15,7 +16,7 @@ from tests.support import layouts
 from tests.support.layout_equality import BOUNDS, compare_training
 from tests.support.ranks import run_ranks
 from tests.support.tinyrun import quick  # noqa: F401 - a fixture
-from tests.support.variant_ranks import LAYOUTS, trainings
+from tests.support.variant_ranks import LAYOUTS, grown, loader, read, trainings, write_theirs
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.timeout(600)
 def folder(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:  # noqa: F811 - the fixture
     out = tmp_path_factory.mktemp("variants")
     layouts.write_models(out)
+    write_theirs(out)
     run_ranks("tests.support.variant_ranks", out)
     return out
 
@@ -34,3 +36,22 @@ def test_two_processes_are_one(folder: Path, layout: str) -> None:
     ranks = [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
     for training in ("adalora", "half", "alora", "own"):
         compare_training(ranks, alone, layout, training, BOUNDS["float64"])
+
+
+def test_an_embedding_that_is_cut_grows_like_a_whole_one(folder: Path) -> None:
+    """float64; every process has the rows where it looks for them."""
+    alone = grown(loader(folder, ONE_PROCESS))
+    for rank in range(2):
+        mine = load_file(folder / f"rank-{rank}.safetensors")
+        for name, true in alone.items():
+            torch.testing.assert_close(mine[f"grown/{name}"], true, rtol=1e-12, atol=1e-12)
+
+
+def test_a_base_that_is_cut_is_compared_with_a_file_row_by_row(folder: Path) -> None:
+    """float32; a bias of another base is found by the process that has it, without a word to the other."""
+    alone = read(folder, loader(folder, ONE_PROCESS))
+    ranks = [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
+    for mine in ranks:
+        torch.testing.assert_close(mine["read/logits"], alone["logits"], rtol=1e-5, atol=1e-5)
+    assert bool(alone["refused"])
+    assert [bool(mine["read/refused"]) for mine in ranks] == [False, True]

@@ -1,6 +1,6 @@
 """What one of two processes trains for `tests/contracts/test_variant_layouts.py`: AdaLoRA, one half alone, an
 adapter that tokens invoke and one with weights in the base's place, over a base that each process has, or
-that is cut over them.
+that is cut over them; and what it reads and grows of one that is cut.
 
     RANK=0 WORLD_SIZE=2 ... python -m tests.support.variant_ranks OUT
 """
@@ -13,16 +13,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from lorry.adapters.attach import detach
+from lorry.adapters.layers import whole_weight
+from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.distributed.communicator import open_communicator
+from lorry.adapters.variants.new_tokens import NewTokens, grow_vocabulary
+from lorry.backends.distributed.communicator import Communicator, open_communicator
+from lorry.backends.distributed.fsdp import sharder_of
 from lorry.backends.local import LocalBackend
 from lorry.config.adapter.adalora import AdaLoraSettings
 from lorry.config.schema.backend import TrainBackendConfig
 from lorry.data.batch import TokenizedExample
+from lorry.errors import ModelError
+from lorry.models.decoder.model import Decoder
+from lorry.models.loading.load import load_model
+from lorry.notes import ignore_note
+from tests.support import tinyrun
 from tests.support.layouts import ALPHA, TARGETS, flat, sharded, steps_of, trained, uneven
 from tests.support.seam import Fixed
 
@@ -71,6 +83,80 @@ def trainings(start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
     )
 
 
+def write_theirs(out: Path) -> None:
+    """A model with biases, and an adapter of PEFT's in which a whole module's lie three times, once as the
+    base has them; and one of another base, by the last of these."""
+    base = tinyrun.model_directory(out / "qwen2", "qwen2")
+    asked = peft.LoraConfig(
+        r=2,
+        bias="all",
+        target_modules=["q_proj"],
+        modules_to_save=["k_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.get_peft_model(model, asked)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for param in (p for p in theirs.parameters() if p.requires_grad):
+            param.add_(torch.randn(param.shape, generator=draw) * 0.2)
+    for name in ("theirs", "others"):
+        theirs.save_pretrained(out / name)
+    file = out / "others" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (last,) = (n for n in tensors if n.endswith("k_proj.original_module.bias"))
+    tensors[last][-1] += 1
+    save_file(tensors, file)
+
+
+def grown(load: Callable[..., Decoder]) -> dict[str, Tensor]:
+    """Embedding, head and logits of models that were given three tokens: a tied one as it was read, and one
+    that has run, whose head is its own. float64."""
+    tensors = dict[str, Tensor]()
+    for family, init, has_run in (("llama", "subtokens", False), ("gpt_neox", "mean", True)):
+        model = load(family, torch.float64)
+        rows = model.vocab_size
+        if has_run:
+            model(torch.tensor([3, 9]))
+        pieces = {rows: (3, 5), rows + 1: (7,), rows + 2: (rows - 1, 2, 4)}
+        grow_vocabulary(model, NewTokens(pieces, init))  # type: ignore[arg-type]
+        ends = {"embedding": model.family.embed, "head": model.family.head}
+        for end, path in ends.items():
+            tensors[f"{family}/{end}"] = whole_weight(model.get_parameter(f"{path}.weight")).clone()
+        tensors[f"{family}/logits"] = model(torch.tensor([rows, 3, rows + 2, 9])).logits.detach()
+    return tensors
+
+
+def read(out: Path, load: Callable[..., Decoder]) -> dict[str, Tensor]:
+    """Logits under `write_theirs`' adapter, and whether this process refuses the one of another base."""
+    model = load("qwen2", torch.float32)
+    load_adapter(model, out / "theirs", "theirs", trainable=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([3, 9, 27])).logits
+    detach(model, "theirs")
+    said = ""
+    try:
+        load_adapter(model, out / "others", "others", trainable=False)
+    except ModelError as error:
+        said = str(error)
+    refused = "differs from the weight of the base model" in said
+    return {"logits": logits, "refused": torch.tensor(refused)}
+
+
+def loader(out: Path, communicator: Communicator) -> Callable[..., Decoder]:
+    """Reads a model of ``out``, cut over the processes where there are several."""
+    shard = sharder_of(TrainBackendConfig(name="fsdp"), communicator, "cpu")
+
+    def load(family: str, dtype: torch.dtype) -> Decoder:
+        read = load_model(
+            out / family, dtype=dtype, device="cpu", shard=shard, add_note=ignore_note
+        )
+        assert isinstance(read.model, Decoder)
+        return read.model
+
+    return load
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     communicator = open_communicator(TrainBackendConfig(name="ddp", timeout=300.0))
@@ -79,6 +165,8 @@ def main(out: Path) -> None:
         for layout, settings in LAYOUTS.items()
         for name, tensor in trainings(sharded(out, **settings)[1]).items()
     }
+    load = loader(out, sharded(out)[0])
+    tensors |= flat({"grown": grown(load), "read": read(out, load)})
     save_file(tensors, out / f"rank-{communicator.rank}.safetensors")
 
 

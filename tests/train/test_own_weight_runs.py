@@ -150,15 +150,14 @@ def test_jobs_have_their_own_and_are_as_they_would_be_alone(
         torch.testing.assert_close(got.values, wanted.values, rtol=1e-4, atol=1e-6)
 
 
-def test_several_processes_are_one(thoughts: World, tmp_path: Path) -> None:
-    """Or refused before anything is read."""
+def test_where_matrices_are_cut_they_are_refused(thoughts: World, tmp_path: Path) -> None:
+    """Before anything is read; `tests/verbs/test_own_weights_on_ranks.py` trains with the others."""
     for own in (*CASES.values(), {"jobs": [{"name": "a"}, {"name": "b", "bias": "all"}]}):
         for layout in (
             {"backend": "megatron"},
-            {"backend": "fsdp", "processes": 2},
             {"backend": "ddp", "processes": 2, "tensor_parallel": 2},
         ):
-            with pytest.raises(ConfigError, match="use backend=single or ddp"):
+            with pytest.raises(ConfigError, match="use backend=single, ddp or fsdp"):
                 thoughts.run(tmp_path, **own, **layout)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import freeze_base, get_bank
 from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
-from lorry.adapters.layers.adaptable import local_share
+from lorry.adapters.layers.adaptable import local_share, shares_of
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.mix import Mix
@@ -278,8 +278,7 @@ def make_weights_trainable(
             f"this model has {what} already, and full fine-tuning allows no adapter "
             "beside it; merge or detach it first"
         )
-    weights = getattr(model, "layer_weights", None)
-    shares: WeightShares | None = weights if weights is not None and weights.sharded else None
+    shares = shares_of(model)
     if shares is not None:
         # what an earlier pass has gathered is not what trains
         shares.release()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lorry.adapters.base_weights import WeightShares
@@ -42,6 +43,10 @@ class LayerWeights(Protocol):
     def values_from(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """The values of a weight from a flat position to another; every rank asks for the same."""
 
+    def resize(self, module: nn.Module, name: str, rows: int) -> None:
+        """Give a module's parameter that is no layer's so many rows, zeros behind those that it has; a new
+        parameter takes its place. Every rank calls it, between passes."""
+
 
 class WholeWeights:
     """The weights of a model that lie whole on its device."""
@@ -65,6 +70,17 @@ class WholeWeights:
     def values_from(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """A view of them."""
         return weight.detach().reshape(-1)[start:stop]
+
+    def resize(self, module: nn.Module, name: str, rows: int) -> None:
+        """It has them all."""
+        grown = with_rows(module.get_parameter(name).detach(), rows)
+        setattr(module, name, nn.Parameter(grown, requires_grad=False))
+
+
+def with_rows(weight: Tensor, rows: int) -> Tensor:
+    """[rows, ...]: the first of a weight, zeros behind its last one."""
+    added = weight.new_zeros(max(rows - weight.shape[0], 0), *weight.shape[1:])
+    return torch.cat([weight[:rows], added])
 
 
 _NOTHING = nullcontext()

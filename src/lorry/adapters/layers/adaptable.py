@@ -7,6 +7,8 @@ them): they are `AdapterSlot`s.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, MixTerm
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
 from lorry.errors import ConfigError, ContractError
+
+if TYPE_CHECKING:
+    from lorry.adapters.base_weights import WeightShares
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -24,6 +29,25 @@ def is_sharded(weight: Tensor) -> bool:
 def local_share(weight: Tensor) -> Tensor:
     """This rank's share of a sharded weight, the memory itself; any other weight as it is."""
     return weight.detach().to_local() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """All of a weight. The shares of a sharded one are joined, for which all ranks come here together."""
+    return weight.detach().full_tensor() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
+
+
+def shares_of(model: nn.Module) -> WeightShares | None:
+    """Who knows which rows of its weights this rank has; None of a model that it has whole."""
+    weights = getattr(model, "layer_weights", None)
+    return weights if weights is not None and weights.sharded else None
+
+
+def own_rows(model: nn.Module, weight: Tensor) -> slice:
+    """The rows of a weight that `local_share` gives of it."""
+    shares = shares_of(model)
+    if shares is None or not is_sharded(weight):
+        return slice(0, weight.shape[0])
+    return shares.local_rows(weight)
 
 
 class AdaptableLayer(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer, whole_weight
 from lorry.adapters.layers.copies import compute_copies
 from lorry.adapters.layers.slot import AdapterSlot, touch_slots
 from lorry.adapters.mix import AdapterContext, LinearRouter, MixTerm
@@ -81,10 +81,10 @@ class BankLinear(AdaptableLayer):
         return DenseLinear(self.weight, self.added_bias(), self.transposed)
 
     def base_matrix(self) -> Tensor:
-        """[O,I] fp32: the matrix that the base product multiplies, opened where it is packed. Raises
-        ConfigError where the product has none."""
+        """[O,I] fp32: the matrix that the base product multiplies, opened where it is packed; of a
+        sharded one all ranks ask together. Raises ConfigError where the product has none."""
         if self.product is None:
-            weight = self.weight.detach()
+            weight = whole_weight(self.weight)
             return (weight.t() if self.transposed else weight).float()
         opened = getattr(self.product, "open", None)
         if opened is None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer, is_sharded, local_share, own_rows
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.wrapping import wrap_module
 from lorry.adapters.parameters.experts import ExpertMatrices
@@ -143,7 +143,7 @@ def read_further_values(
         whole = WHOLE_TENSOR.fullmatch(body)
         name = find(body) if whole is None else _name_of_whole(whole, find)
         if whole is not None and name is not None and whole["which"] == "original_module":
-            _compare_with_base(further[name].make_values(None), file, key, where)
+            _compare_replaced(model, further[name], file, key, where)
         elif name is not None:
             read = _read_values(file, where, key, further[name].whole_shape, name)
             if name in values and not torch.equal(values[name], read):
@@ -155,7 +155,8 @@ def read_further_values(
         elif (match := BASE_TENSOR.fullmatch(body)) and (
             match["inner"] or rename(match["module"]) in ends
         ):
-            _check_base_tensor(layers.get(rename(match["module"])), match["leaf"], file, key, where)
+            layer = layers.get(rename(match["module"]))
+            _check_base_tensor(model, layer, match["leaf"], file, key, where)
         else:
             raise ModelError(
                 f"{where}: {key} is not part of an adapter of these settings; a file with "
@@ -194,8 +195,25 @@ def _read_values(
     return value.float()
 
 
+def _compare_replaced(
+    model: nn.Module, start: FurtherStart, file: TensorFile, key: str, where: str
+) -> None:
+    """Raise ModelError unless a tensor of the file is the base's weight that a parameter takes the place of."""
+    assert start.replaces is not None
+    path, leaf = start.replaces.sites[0]
+    held = model.get_submodule(path).get_parameter(leaf)
+    # what it begins as, unless other ranks would have to be asked for it
+    base = held if is_sharded(held) and held.is_floating_point() else start.make_values(None)
+    _compare_with_base(model, base, file, key, where)
+
+
 def _check_base_tensor(
-    layer: AdaptableLayer | None, leaf: str, file: TensorFile, key: str, where: str
+    model: nn.Module,
+    layer: AdaptableLayer | None,
+    leaf: str,
+    file: TensorFile,
+    key: str,
+    where: str,
 ) -> None:
     """PEFT's save_embedding_layers stores base weights too: fine if they are this base's, in
     either's precision.
@@ -220,20 +238,22 @@ def _check_base_tensor(
             f"{where}: {key} is {shape}, the base model has {has}; the adapter "
             "belongs to another base model or a resized vocabulary"
         )
-    _compare_with_base(base, file, key, where, cut)
+    _compare_with_base(model, base, file, key, where, cut)
 
 
 def _compare_with_base(
+    model: nn.Module,
     base: Tensor,
     file: TensorFile,
     key: str,
     where: str,
     cut: tuple[int, DimensionSlice] | None = None,
 ) -> None:
-    """Raise ModelError unless a tensor of the file is the base's, of which ranks may have a part."""
+    """Raise ModelError unless a tensor of the file is the base's, or its part that this rank has."""
     # equal in either precision: PEFT saves the base in its dtype, which may be wider or narrower
-    stored, expected = file.get_tensor(key), base.detach().cpu()
+    stored, expected = file.get_tensor(key), local_share(base).cpu()
     stored = stored if cut is None else cut[1].cut(stored, cut[0])
+    stored = stored[own_rows(model, base)]
     if not (
         torch.equal(stored.to(expected.dtype), expected)
         or torch.equal(stored, expected.to(stored.dtype))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer, whole_weight
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.layers.wrapping import wrap_module
 from lorry.adapters.quantization.packed import (
@@ -88,10 +88,14 @@ class QuantizedLinear:
 
     @property
     def packed(self) -> PackedMatrix:
-        """The matrix, as the layer holds it now. Raises ContractError where something cast its scales."""
+        """The matrix, as the layer holds it now; of a sharded one all ranks ask together, unless a pass has
+        it whole. Raises ContractError where something cast its scales."""
         # not `get_parameter`, which takes longer than the product of one row with a small matrix
         parameters: Mapping[str, nn.Parameter] = self.layer._parameters  # type: ignore[assignment]
         held = {part: parameters[name].detach() for part, name in self.parts.items()}
+        # by its class, which is asked faster than for a method that it lacks
+        if type(held["codes"]) is not Tensor:
+            held = {part: whole_weight(tensor) for part, tensor in held.items()}
         for tensor in held.values():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise ContractError(

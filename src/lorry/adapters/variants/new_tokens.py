@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
+from lorry.adapters.layers.adaptable import local_share, own_rows, shares_of, whole_weight
 from lorry.adapters.variants.starts import TOKEN_ROWS, Ends
 from lorry.errors import ConfigError, ModelError
 
@@ -83,8 +84,9 @@ def grown_with(model: nn.Module) -> NewTokens | None:
 
 @torch.no_grad()
 def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
-    """Give a model that has no adapter yet a row for each new token, in the embedding and in the head. Raises
-    ConfigError where its layout does not allow it, ModelError for tokens that it does not have."""
+    """Give a model that has no adapter yet a row for each new token, in the embedding and in the head; where
+    its weights are cut over ranks all of them call this. Raises ConfigError where its layout does not allow
+    it, ModelError for tokens that it does not have."""
     if (before := grown_with(model)) is not None:
         if before != new:
             raise ConfigError(
@@ -100,10 +102,10 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
         raise ModelError(
             f"new tokens are made of token {odd[0]}, and this model has {rows} rows; it is another base"
         )
-    weights = getattr(model, "layer_weights", None)
-    if getattr(model, "ranks", None) is not None or (weights is not None and weights.sharded):
+    if getattr(model, "ranks", None) is not None:
         raise ConfigError(
-            "new_tokens: an embedding that is cut over processes does not grow; use backend=single or ddp"
+            "new_tokens: an embedding that tensor-parallel processes have parts of does not grow; use "
+            "backend=ddp or fsdp"
         )
     # a row between would be of no token, and a wrong file may ask for more than there is memory
     missing = sorted(token for token in new.pieces if token >= rows)
@@ -120,19 +122,28 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
             "the one with new tokens first, or what lorry merge makes of it"
         )
     paths = [path for path in (ends.embed, ends.head) if path is not None]
-    starts = {path: new.starts(model.get_parameter(f"{path}.weight")) for path in paths}
+    starts = {path: new.starts(_table(model, path)) for path in paths}
     if needed > rows:
         _resize(model, needed)
         for path, values in starts.items():
             grown = model.get_parameter(f"{path}.weight")
+            here, share = own_rows(model, grown), local_share(grown)
             for token, row in zip(new.pieces, values, strict=True):
-                if token >= rows:
-                    grown[token] = row.to(grown.dtype)
+                if token >= rows and here.start <= token < here.stop:
+                    share[token - here.start] = row.to(share.dtype)
     model.__dict__[GROWN] = (new, rows)
 
 
+def _table(model: nn.Module, path: str) -> Tensor:
+    """[V, D]: all of the weight of an embedding or a head."""
+    return whole_weight(model.get_parameter(f"{path}.weight"))
+
+
 def shrink_vocabulary(model: nn.Module) -> None:
-    """Take back what `grow_vocabulary` gave a model: nothing is left of it."""
+    """Take back what `grow_vocabulary` gave a model: nothing is left of it. One that is cut over ranks keeps
+    it: they call this together or not at all, and an error of one ends them all."""
+    if shares_of(model) is not None:
+        return
     new, rows = model.__dict__.pop(GROWN)
     if max(new.pieces) >= rows:
         _resize(model, rows)
@@ -159,7 +170,7 @@ def begin_rows(model: nn.Module, adapter: Adapter, new: NewTokens) -> None:
         if not name.endswith(TOKEN_ROWS) or one.replaces is None or one.replaces.ids is None:
             continue
         place = {token: row for row, token in enumerate(one.replaces.ids.tolist())}
-        table = model.get_parameter(f"{one.module}.weight")[:count]
+        table = _table(model, one.module)[:count]
         for token, values in zip(new.pieces, new.starts(table), strict=True):
             if token in place:
                 one.param[place[token]] = values

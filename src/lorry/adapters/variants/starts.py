@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers.adaptable import AdaptableLayer
+from lorry.adapters.layers.adaptable import AdaptableLayer, shares_of, whole_weight
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.layers.slot import AdapterSlot
@@ -302,12 +302,11 @@ def _row_start(
 
 def _refuse_layout(model: nn.Module, module: nn.Module, what: str) -> None:
     """Raises ConfigError for a model whose weights are cut in a way that this process cannot join."""
-    weights = getattr(model, "layer_weights", None)
     shared = (
         getattr(model, "ranks", None) is not None or getattr(module, "slices", None) is not None
     )
     # our own FSDP2 walks through the layers, whoever's weights they multiply with; another's hooks do not
-    foreign = (weights is None or not weights.sharded) and any(
+    foreign = shares_of(model) is None and any(
         hasattr(p, "to_local") for p in module.parameters(recurse=False)
     )
     holders: tuple[nn.Module, ...] = getattr(module, "holders", ())
@@ -334,9 +333,7 @@ def _base_values(module: nn.Module, leaf: str) -> Tensor:
             raise ConfigError(f"{module.path} has a custom product, and cannot train whole")
         whole = opened(torch.float32)
         return whole.t() if module.transposed else whole
-    weight = module.get_parameter(leaf).detach()
-    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()
+    return whole_weight(module.get_parameter(leaf))
 
 
 def _own_at(model: nn.Module, path: str, adapter: str) -> OwnWeights:

@@ -25,12 +25,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lorry.adapters.layers import whole_weight
 from lorry.backends.distributed.exchange import PeerError
-from lorry.backends.distributed.gathered import WholePlaces, can_map
+from lorry.backends.distributed.gathered import WholePlaces, can_map, parameters_of
 from lorry.backends.distributed.passes import PassKind, PassSchedule
 from lorry.backends.distributed.shares import GatheredTensors
 from lorry.errors import ConfigError, ContractError
-from lorry.models.layer_weights import WHOLE_WEIGHTS
+from lorry.models.layer_weights import WHOLE_WEIGHTS, with_rows
 
 # the axes of the device mesh along which weights are cut, and copied
 SHARD, REPLICA = "shard", "replica"
@@ -117,6 +118,8 @@ class ShardedWeights:
         self.layers = [_group(layer, mesh) for layer in layers]
         self.rest = _group(model, mesh, {p for layer in layers for p in layer.parameters()})
         self.places: WholePlaces | None = None  # of weights that are being read
+        self._new_groups = self.layers  # those of layers that have not been gathered yet
+        self._resized = False  # whether the rest has weights of another shape than its group
         self.number = schedule.join(self)
         self.lowest_trained = 0  # the lowest layer that a backward pass has to reach
         self._order: range | None = None  # of the pass being walked
@@ -245,9 +248,48 @@ class ShardedWeights:
 
     def _bind(self) -> None:
         """Before the first gather: by then the weights have been read."""
+        if self._resized:
+            self._regroup_rest()
         if self.places is not None:
-            self.places.bind(self.layers, self.rest)
-            self.places = None
+            self.places.bind(self._new_groups, self.rest)
+            self.places, self._new_groups = None, []
+
+    @torch.no_grad()
+    def resize(self, module: nn.Module, name: str, rows: int) -> None:
+        """See `LayerWeights.resize`; meanwhile all of it is there on every rank."""
+        self.agree("rows of a weight")
+        self.release()
+        weight = module.get_parameter(name)
+        with self.explained("rows of a weight"):
+            grown = with_rows(whole_weight(weight), rows)
+        # a copy: a view would keep all of it
+        share = self.keep(grown, grown[self.local_rows(grown)].clone())
+        setattr(module, name, self._parameter(share, weight, grown))
+        self._resized = True
+
+    def _regroup_rest(self) -> None:
+        """Let FSDP2 know of weights that have another shape than when it first saw them."""
+        model = cast(_Holder, self.rest).held
+        for known in parameters_of(self.rest):  # of the group that is no more
+            known._post_load_hook_handle.remove()
+        inner = {p for layer in self.layers for p in cast(_Holder, layer).held.parameters()}
+        held = [
+            (module, name, p)
+            for module in model.modules()
+            for name, p in module.named_parameters(recurse=False)
+            if p not in inner
+        ]
+        # as where they were read: groups are made of parameters without memory (tied ones are one)
+        empty = {
+            p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+            for _, _, p in held
+        }
+        for module, name, p in held:
+            setattr(module, name, empty[p])
+        self.rest = _group(model, self.mesh, inner)
+        for module, name, p in held:
+            setattr(module, name, p)
+        self._resized = False
 
     # --- weights that train
 
@@ -349,15 +391,21 @@ class ShardedWeights:
                 f"FSDP2 gives this rank {tuple(weight.to_local().shape)} of {tuple(weight.shape)}, "
                 f"and {tuple(share.shape)} were read"
             )
-        whole = DTensor.from_local(
+        return self._parameter(share, weight, weight)
+
+    @staticmethod
+    def _parameter(share: Tensor, like: Tensor, whole: Tensor) -> nn.Parameter:
+        """This rank's rows of what has the shape of ``whole``, cut as ``like`` is."""
+        assert isinstance(like, DTensor)
+        sharded = DTensor.from_local(
             share,
-            weight.device_mesh,
-            weight.placements,
+            like.device_mesh,
+            like.placements,
             run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
+            shape=whole.shape,
+            stride=whole.stride(),
         )
-        return nn.Parameter(whole, requires_grad=False)
+        return nn.Parameter(sharded, requires_grad=False)
 
     def values_from(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """See `LayerWeights.values_from`."""

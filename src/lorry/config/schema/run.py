@@ -197,9 +197,8 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _own_weights_need_a_whole_base(self) -> Self:
         b = self.backend
-        # under fsdp they train (tests/contracts/test_variant_layouts.py), but a written adapter is read back
-        # on one process, and a bias that the file has twice is held against the base's, which is cut
-        cut = b.name in ("megatron", "fsdp") or b.tensor_parallel > 1
+        # fsdp cuts the base too, and has a layer's weights whole while it runs
+        cut = b.name == "megatron" or b.tensor_parallel > 1
         refused = OWN_WEIGHT_FIELDS if cut else ()
         where = f"backend={b.name}" if b.tensor_parallel == 1 else "tensor_parallel"
         # what is a job's own is in plain values there
@@ -212,7 +211,7 @@ class RunConfig(SettingsGroup):
             if own:
                 raise ValueError(
                     f"lora.{own[0]} trains weights in the base's place, which has to be whole in every "
-                    f"process, and {where} cuts it; use backend=single or ddp"
+                    f"process, and {where} cuts it; use backend=single, ddp or fsdp"
                 )
         return self
 
@@ -236,7 +235,7 @@ class RunConfig(SettingsGroup):
         backend, cut_by = self.backend, None
         if backend.tensor_parallel > 1:
             cut_by = f"backend.tensor_parallel={backend.tensor_parallel}"
-        elif backend.name in ("fsdp", "megatron"):
+        elif backend.name == "megatron":
             cut_by = f"backend={backend.name}"
         check_run_initialization(
             self.lora.init_lora_weights,
@@ -244,6 +243,12 @@ class RunConfig(SettingsGroup):
             cut_by=cut_by,
             streaming=self.data.streaming,
         )
+        if backend.name == "fsdp" and self.lora.keep_residual:
+            # one process reads back what it wrote, and nobody else gathers for it
+            raise ValueError(
+                "lora.keep_residual=true with backend=fsdp: a reader takes off the product of whole matrices, of "
+                "which each process has a part; leave it out (the file is plain LoRA then), or use backend=ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -272,12 +272,9 @@ class Decoder(CausalLM):
         """So many rows of the embedding and the head, zeros behind those that are there; a tied pair stays
         one tensor."""
         tied = self.head.weight is self.embed.weight
+        # the old table goes before the other side is made
         for module in (self.embed, self.head):
-            old = module.weight
-            added = old.new_zeros(max(rows - old.shape[0], 0), old.shape[1])
-            grown = torch.cat([old.detach()[:rows], added])
-            # the old table goes before the other side is made
-            module.weight = nn.Parameter(grown, requires_grad=False)
+            self.layer_weights.resize(module, "weight", rows)
             if tied:
                 self.tie()
                 break

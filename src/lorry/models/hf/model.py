@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Half
-from lorry.errors import ContractError, ModelError
+from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.hf.anatomy import (
     counts_from_zero,
@@ -144,7 +144,13 @@ class HfModel(CausalLM):
         return int(self.inner.get_input_embeddings().weight.shape[0])
 
     def resize_vocabulary(self, rows: int) -> None:
-        """As of the decoder: transformers' own way."""
+        """As of the decoder: transformers' own way. Raises ConfigError where the weights are cut over
+        processes, which that does not know."""
+        if self.layer_weights.sharded:
+            raise ConfigError(
+                f"{type(self.inner).__name__} runs in transformers' code, and its embedding, which processes have "
+                "parts of, does not grow there; use backend=ddp"
+            )
         self.inner.resize_token_embeddings(rows, mean_resizing=False)
         self.inner.requires_grad_(False)
         self.config = self.inner.config.to_dict()
