@@ -90,6 +90,10 @@ class AdaptableLayer(nn.Module):
             "exclude_modules, or train a plain LoRA (use_dora=false)"
         )
 
+    def check_matrix(self) -> None:
+        """Raise what `matrix` raises, without opening it."""
+        self.matrix()
+
     @property
     def num_experts(self) -> int:
         """How many matrices its weight holds, each of which has a rank of its own in A and B: PEFT's

@@ -94,13 +94,20 @@ class BankLinear(AdaptableLayer):
 
     def matrix(self) -> Tensor:
         """As `AdaptableLayer.matrix`. Raises ConfigError where another layer multiplies it."""
+        return self._matrix_product().matrix()
+
+    def check_matrix(self) -> None:
+        """As `AdaptableLayer.check_matrix`."""
+        self._matrix_product()
+
+    def _matrix_product(self) -> MatrixProduct:
         product = self.base_product()
         if not isinstance(product, MatrixProduct):
             raise ConfigError(
                 f"{self.path}: use_dora needs the base's matrix, and the product of this linear does not "
                 "show it; train a plain LoRA (use_dora=false)"
             )
-        return product.matrix()
+        return product
 
     def added_bias(self) -> Tensor | None:
         """The bias that this process adds: of a sum over ranks one of them alone."""

@@ -28,7 +28,7 @@ def magnitudes(
         return {}
     starts = dict[str, FurtherStart]()
     for path, layer in targets.items():
-        layer.matrix()  # refuses one whose matrix another multiplies
+        layer.check_matrix()
         rows = None if layer.slices is None else layer.slices.rows
         size = layer.out_features
         starts[f"{path}.{SUFFIX}"] = FurtherStart(

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lorry.adapters.layers import whole_weight
+from lorry.adapters.layers.adaptable import whole_weight
 from lorry.backends.distributed.exchange import PeerError
 from lorry.backends.distributed.gathered import WholePlaces, can_map, parameters_of
 from lorry.backends.distributed.passes import PassKind, PassSchedule
