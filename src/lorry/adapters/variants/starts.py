@@ -55,7 +55,7 @@ def saved_modules(
             )
         packed = _packed_parts(module)
         params = {name: p for name, p in module.named_parameters() if name not in packed}
-        if kept := sorted(set(module.state_dict()) - {*params, *packed} - _second_names(module)):
+        if kept := _saved_buffers(module):
             raise ConfigError(
                 f"modules_to_save names {path}, whose {kept[0]} is no parameter but changes while it "
                 "trains; name the modules inside it"
@@ -213,10 +213,15 @@ def match_saved_modules(model: nn.Module, names: Sequence[str], ends: Ends) -> l
     ]
 
 
-def _second_names(module: nn.Module) -> set[str]:
-    """Names of a state dict whose tensor has another name already."""
-    named = {id(p) for p in module.parameters()}
-    return {n for n, t in module.state_dict(keep_vars=True).items() if id(t) in named}
+def _saved_buffers(module: nn.Module) -> list[str]:
+    """Names of what a module's state dict has besides parameters. It is not asked for one: FSDP2 lets go of
+    gathered weights then, on a process that asks alone."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, inner in module.named_modules()
+        for name, buffer in inner.named_buffers(recurse=False)
+        if buffer is not None and name not in inner._non_persistent_buffers_set
+    ]
 
 
 def _matrix_at(model: nn.Module, name: str, ends: Ends) -> str:
