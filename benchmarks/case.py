@@ -111,7 +111,7 @@ def prepare_curve(folder: Path, case: Case, seed: int) -> None:
 
 def rows_of(text: str, tokenizer: Any, length: int, rows: int) -> list[list[int]]:
     """So many rows of ``length`` tokens, from the beginning again when the text is used up."""
-    ids = tokenizer(text).input_ids
+    ids = tokenizer(text)["input_ids"]
     ids = (ids * (1 + rows * length // len(ids)))[: rows * length]
     return [ids[at : at + length] for at in range(0, len(ids), length)]
 

@@ -107,7 +107,7 @@ def lorry(held: str, rows: int, adapters: int) -> dict[str, Any]:
         attach(model, LoraSpec(r=16, init_lora_weights=False), f"a{i}", seed=i)
         with torch.no_grad():
             get_bank(model)[f"a{i}"].values.mul_(0.2)
-    prompt = list(map(int, tokenizer(PROMPT if rows else LONG).input_ids))
+    prompt = list(map(int, tokenizer(PROMPT if rows else LONG)["input_ids"]))
     alone, rows = not rows, rows or 1
     mixes = [Mix.one(f"a{i % adapters}") if adapters else Mix.none() for i in range(rows)]
 

@@ -103,11 +103,11 @@ class Padded:
         """Token ids of the bare question in the chat template."""
         turns = [{"role": "user", "content": question}]
         text = self.words.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(self.words(text, add_special_tokens=False).input_ids)
+        return list(self.words(text, add_special_tokens=False)["input_ids"])
 
     def answer(self, text: str) -> list[int]:
         """Of an answer with its end of turn."""
-        return [*self.words(text, add_special_tokens=False).input_ids, self.end]
+        return [*self.words(text, add_special_tokens=False)["input_ids"], self.end]
 
     def ask(self, suite: SuiteEvaluation) -> Answered:
         """Every answer once, set by set and field by field."""

@@ -186,8 +186,8 @@ def _note_trimming(added: Any, add_note: NoteCallback) -> None:
 def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
     """Whether a text gets the tokenizer's BOS in front and its EOS behind, found by trying."""
     text = "a"
-    bare = tokenizer(text, add_special_tokens=False).input_ids
-    whole = tokenizer(text).input_ids
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text)["input_ids"]
     for bos in (False, True):
         for eos in (False, True):
             front = [tokenizer.bos_token_id] if bos else []

@@ -83,7 +83,7 @@ def _prompt_states(
     for prompt in prompts:
         if isinstance(prompt, str):
             text = f"{tokenizer.bos_token or ''}{prompt}"
-            ids: Sequence[int] = tokenizer(text, add_special_tokens=False).input_ids
+            ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = prompt
         if not ids:
