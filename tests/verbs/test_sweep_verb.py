@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorry.config.schema import RunConfig
+from lorry.config.schema.run import RunConfig
 from lorry.errors import DataError
 from lorry.runs.read import read_readable_runs
 from lorry.train import session
