@@ -95,6 +95,9 @@ def test_a_tokenizer_seen_before_makes_the_same_tokens(
     assert known(TEXTS, **options) == dict(whole(TEXTS, **options))
     for text in TEXTS:
         assert known(text, **options) == dict(whole(text, **options))
+        assert known(text, **options).input_ids == whole(text, **options).input_ids
+    with pytest.raises(AttributeError):
+        assert known(TEXTS, **options).pixel_values
     assert not opened(known)
 
 

@@ -78,6 +78,15 @@ DONE_HERE = (
 SAMPLE = "Über  12,345 it's\t\n\n<|x|> 漢字🙂 \u2581 end."
 
 
+class EncodedText(dict[str, Any]):
+    """What a call returns: columns by name, which are attributes as well, as transformers has them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class KnownTokenizer:
     """transformers' tokenizer of a directory, as far as tokenising goes; the whole of it is opened when
     something else is asked or set, and answers everything from then on.
@@ -170,7 +179,9 @@ class KnownTokenizer:
             name: [getattr(encoding, attribute) for encoding in encodings]
             for name, attribute in self._columns(options)
         }
-        return columns if isinstance(text, list) else {k: v[0] for k, v in columns.items()}
+        return EncodedText(
+            columns if isinstance(text, list) else {k: v[0] for k, v in columns.items()}
+        )
 
     def _columns(self, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """(what a call returns, where `tokenizers` has it), in transformers' order."""
