@@ -17,8 +17,7 @@
 constexpr long PANEL = 16;  // outputs a thread takes at a time
 // Sums at once, each in a register: enough to hide the latency of one, and as many registers are left for what is multiplied.
 constexpr int SUMS = LANES == 16 ? 16 : 8;
-// Rows at once, of many: each weight that is loaded then serves so many sums, and comes from no nearer than the second cache.
-constexpr int MOST_ROWS = LANES == 16 ? 8 : 4;
+constexpr int MOST_ROWS = 4;  // rows at once: with 8, and half as many outputs, 32 rows took a third longer
 
 // a b + c, rounded once where the processor has that: left to the compiler it would be so in one place and not in another, and a row's
 // result would hang on how many there are.
