@@ -8,7 +8,7 @@ that is cut over them; and what it reads and grows of one that is cut.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,11 @@ from tests.support import tinyrun
 from tests.support.layouts import ALPHA, TARGETS, flat, sharded, steps_of, trained, uneven
 from tests.support.seam import Fixed
 
-LAYOUTS: dict[str, dict[str, Any]] = {"ddp": {"name": "ddp"}, "fsdp": {}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ddp": {"name": "ddp"},
+    "fsdp": {},
+    "tensor": {"name": "ddp", "tensor_parallel": 2},
+}
 RANKED = LoraSpec(
     r=4, lora_alpha=ALPHA, target_modules=TARGETS, adalora=AdaLoraSettings(target_r=2)
 )
@@ -50,6 +54,14 @@ OWN = LoraSpec(
     target_modules=TARGETS,
     modules_to_save=("norm",),
     trainable_token_indices={"embed_tokens": (5, 6, 9), "lm_head": (6, 3)},
+)
+# with biases, of which some are cut, some of one process's sum; whole matrices, and both ends
+WHOLE = LoraSpec(
+    r=3,
+    lora_alpha=ALPHA,
+    target_modules=["query_key_value"],
+    modules_to_save=("dense_h_to_4h", "dense_4h_to_h", "embed_in", "lm_head"),
+    bias="all",
 )
 CALLED = LoraSpec(r=3, lora_alpha=ALPHA, target_modules=TARGETS, alora_invocation_tokens=(5, 6))
 
@@ -67,18 +79,27 @@ def calling(step: int) -> list[list[TokenizedExample]]:
     ]
 
 
-def trainings(start: Callable[..., LocalBackend]) -> dict[str, Tensor]:
-    """Every training by name."""
+OWN_WEIGHTS = ("own", "whole")
+
+
+def trainings(
+    start: Callable[..., LocalBackend], names: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Every training by name; ``names``: of those alone."""
     each = {
-        "adalora": (RANKED, uneven),
-        "half": (HALF, uneven),
-        "alora": (CALLED, calling),
-        "own": (OWN, calling),
+        "adalora": (RANKED, uneven, "llama"),
+        "half": (HALF, uneven, "llama"),
+        "alora": (CALLED, calling, "llama"),
+        "own": (OWN, calling, "llama"),
+        "whole": (WHOLE, uneven, "gpt_neox"),
     }
     return flat(
         {
-            name: trained(start({"default": spec}, torch.float64), Fixed(steps_of(rows)))
-            for name, (spec, rows) in each.items()
+            name: trained(
+                start({"default": spec}, torch.float64, family=family), Fixed(steps_of(rows))
+            )
+            for name, (spec, rows, family) in each.items()
+            if names is None or name in names
         }
     )
 
@@ -163,7 +184,9 @@ def main(out: Path) -> None:
     tensors = {
         f"{layout}/{name}": tensor
         for layout, settings in LAYOUTS.items()
-        for name, tensor in trainings(sharded(out, **settings)[1]).items()
+        for name, tensor in trainings(
+            sharded(out, **settings)[1], OWN_WEIGHTS if layout == "tensor" else None
+        ).items()
     }
     load = loader(out, sharded(out)[0])
     tensors |= flat({"grown": grown(load), "read": read(out, load)})

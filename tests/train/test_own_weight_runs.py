@@ -153,10 +153,8 @@ def test_jobs_have_their_own_and_are_as_they_would_be_alone(
 def test_where_matrices_are_cut_they_are_refused(thoughts: World, tmp_path: Path) -> None:
     """Before anything is read; `tests/verbs/test_own_weights_on_ranks.py` trains with the others."""
     for own in (*CASES.values(), {"jobs": [{"name": "a"}, {"name": "b", "bias": "all"}]}):
-        for layout in (
-            {"backend": "megatron"},
-            {"backend": "ddp", "processes": 2, "tensor_parallel": 2},
-        ):
+        shared = {"backend": "ddp", "processes": 2, "tensor_parallel": 2}
+        for layout in ({"backend": "megatron"}, *([shared] if "new_tokens" in own else [])):
             with pytest.raises(ConfigError, match="use backend=single, ddp or fsdp"):
                 thoughts.run(tmp_path, **own, **layout)
 

@@ -302,8 +302,8 @@ class Adapter:
         return whole if cut is None else cut[1].cut(whole, cut[0])
 
     def _is_partial_sum(self, name: str) -> bool:
-        if name in self.further:  # of what each rank has whole, each makes the whole gradient
-            return False
+        if name in self.further:
+            return self.further[name].partial
         slices = self._slices_at(name)
         return slices is not None and self._slice_of(name) is None and not slices.sums_ranks
 

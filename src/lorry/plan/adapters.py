@@ -73,23 +73,33 @@ class AdaptedMatrix:
 
 
 @dataclass(frozen=True)
+class OwnValues:
+    """``values`` that train in the base's place at a module, by its path or its kind (`HEAD`); ``rows``: of
+    single tokens, which are never cut."""
+
+    place: str
+    values: int
+    rows: bool = False
+
+
+@dataclass(frozen=True)
 class PlannedAdapter:
     """All of an adapter's matrices. ``beside``: values of other adapters that are held with it and
     that no token of a micro-batch passes; ``frozen``: values of adapters under it that do not train,
-    which every token passes; ``idle``: of such as no token does; ``own``: {module, or its kind: values} of
-    matrices, rows and new tokens that train in the base's place.
+    which every token passes; ``idle``: of such as no token does; ``own``: matrices, rows and new tokens
+    that train in the base's place.
     """
 
     matrices: tuple[AdaptedMatrix, ...]
     beside: int = 0
     frozen: int = 0
     idle: int = 0
-    own: tuple[tuple[str, int], ...] = ()
+    own: tuple[OwnValues, ...] = ()
 
     @cached_property
     def parameters(self) -> int:
         """P of the floor."""
-        own = sum(values for _, values in self.own)
+        own = sum(each.values for each in self.own)
         return sum(s.parameters for s in self.matrices) + self.beside + own
 
     @cached_property
@@ -152,7 +162,7 @@ class PlannedAdapter:
 
     def adapts_head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
-        return any(what == HEAD for what, _ in self.own) or any(
+        return any(each.place == HEAD for each in self.own) or any(
             s.layer is None and not is_embedding(s) for s in self.matrices
         )
 
@@ -231,29 +241,32 @@ def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapt
 
 def _own_values(
     shape: ModelShape, lora: LoraConfig, matrices: Sequence[AdaptedMatrix]
-) -> tuple[tuple[str, int], ...]:
+) -> tuple[OwnValues, ...]:
     """What trains in the base's place: whole matrices by the end of their path, and rows. Norms and biases,
     thousands of values, are left out; tokens of a file count as none."""
     g, names = shape.geometry, {"lm_head": shape.head, "embed": shape.embed}
     kind = {shape.embed: "embedding", shape.head: HEAD}
-    ends = tuple(names.get(name, name) for name in lora.modules_to_save or ())
-    parents = tuple(f"{end}." for end in ends)
+    asked_paths = tuple(names.get(name, name) for name in lora.modules_to_save or ())
+    parents = tuple(f"{path}." for path in asked_paths)
     own = [
-        (kind.get(m.path, m.path), m.inputs * m.outputs)
+        OwnValues(kind.get(m.path, m.path), m.inputs * m.outputs)
         for m in matrices
         # a module may hold it: mlp
-        if ends and (m.path.endswith(ends) or any(p in f"{m.path}." for p in parents))
+        if asked_paths and (m.path.endswith(asked_paths) or any(p in f"{m.path}." for p in parents))
     ]
-    if lora.ensure_weight_tying and g.tied and len({m for m, _ in own} & {HEAD, "embedding"}) == 2:
-        own = [(what, values) for what, values in own if what != "embedding"]
+    ends = {each.place for each in own} & {HEAD, "embedding"}
+    if lora.ensure_weight_tying and g.tied and len(ends) == 2:
+        own = [each for each in own if each.place != "embedding"]
     asked = lora.trainable_token_indices
     lists = asked if isinstance(asked, dict) else {"embedding": asked or []}
     for name, ids in lists.items():
         if ids:
             is_head = names.get(name, name) == shape.head or g.tied
-            own.append((HEAD if is_head else "embedding", len(ids) * g.width))
+            place = HEAD if is_head else "embedding"
+            own.append(OwnValues(place, len(ids) * g.width, rows=True))
     if isinstance(lora.new_tokens, list):
-        own.append((HEAD, len(lora.new_tokens) * g.width * (1 if g.tied else 2)))
+        values = len(lora.new_tokens) * g.width * (1 if g.tied else 2)
+        own.append(OwnValues(HEAD, values, rows=True))
     return tuple(own)
 
 

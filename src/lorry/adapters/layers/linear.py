@@ -124,7 +124,8 @@ class BankLinear(AdaptableLayer):
 
     def trainable_base_tensors(self) -> list[Tensor]:
         """What of the base product trains, in the order of `FrozenLinear.parameter_gradients`."""
-        tensors = (self.weight, self.bias) if self.product is None else self.product.parameters()
+        own = (self.weight, self.added_bias())
+        tensors = own if self.product is None else self.product.parameters()
         return [t for t in tensors if t is not None and t.requires_grad]
 
     @property

@@ -204,7 +204,7 @@ def _compare_replaced(
     held = model.get_submodule(path).get_parameter(leaf)
     # what it begins as, unless other ranks would have to be asked for it
     base = held if is_sharded(held) and held.is_floating_point() else start.make_values(None)
-    _compare_with_base(model, base, file, key, where)
+    _compare_with_base(model, base, file, key, where, start.cut)
 
 
 def _check_base_tensor(

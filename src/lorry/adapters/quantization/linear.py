@@ -83,7 +83,7 @@ class QuantizedLinear:
     @property
     def requires_grad(self) -> bool:
         """Whether the bias does: what is packed cannot train."""
-        bias = self.layer.bias
+        bias = self.layer.added_bias()
         return bias is not None and bias.requires_grad
 
     @property
@@ -106,7 +106,8 @@ class QuantizedLinear:
 
     def parameters(self) -> Sequence[Tensor]:
         """The bias, which an adapter may have of its own."""
-        return [] if self.layer.bias is None else [self.layer.bias]
+        bias = self.layer.added_bias()
+        return [] if bias is None else [bias]
 
     def open(self, dtype: torch.dtype) -> Tensor:
         """The matrix [O,I] it computes with, a new tensor."""

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.tensor_parallel.ranks import CopyToRanks
+from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.errors import ContractError
 
 SITE = "lorry_own_weights"  # of a module's dictionary: nn.Module would register what is in it
@@ -203,12 +205,22 @@ def with_own_rows(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     values = rows.tensor.values(module.get_parameter("weight").dtype)
     part = copy.copy(module)
     part.__dict__.pop(ROWS)
-    part.__dict__["weight"] = values
+    # behind the sum over ranks an embedding's rows are whole
+    cut: LayerSlices | None = part.__dict__.pop("slices", None)
+    part.__dict__["slices"] = None
     if x.is_floating_point():
+        ids = rows.ids
+        if cut is not None:
+            assert cut.rows is not None
+            at, here = cut.rows.local(ids)
+            # each makes those that it has the logits of, and of the gradients a part
+            x, values = CopyToRanks.apply(x, cut.ranks), CopyToRanks.apply(values, cut.ranks)
+            ids, values = at[here], values[here.to(values.device)]
         if (bias := getattr(module, "bias", None)) is not None:
-            part.__dict__["bias"] = bias[rows.ids.to(bias.device)]
-        ids = rows.ids.to(y.device)
-        return y.index_copy(-1, ids, _plain_forward(part, x))
+            part.__dict__["bias"] = bias[ids.to(bias.device)]
+        part.__dict__["weight"] = values
+        return y.index_copy(-1, ids.to(y.device), _plain_forward(part, x))
+    part.__dict__["weight"] = values
     part.__dict__["padding_idx"] = None
     positions, which = rows.find(x.reshape(-1))
     vectors = _plain_forward(part, which)

@@ -55,7 +55,8 @@ class FurtherParameter:
     dimension ranks share it and how, None where each has it whole; ``touch``: called when its values
     were written; ``forget``: when the adapter is removed; ``replaces``: what of the base it stands for;
     ``also``: other names under which files hold it; ``low_rank``: whether it is a factor of the low-rank
-    term itself, which merging and saving as plain LoRA fold in."""
+    term itself, which merging and saving as plain LoRA fold in; ``partial``: whether each rank that has it
+    whole makes a part of its gradient."""
 
     param: nn.Parameter
     module: str
@@ -66,6 +67,7 @@ class FurtherParameter:
     replaces: Replacement | None = None
     also: tuple[str, ...] = ()
     low_rank: bool = False
+    partial: bool = False
 
     def num_parameters(self) -> int:
         """How many numbers it is, on all ranks that share it."""
@@ -90,6 +92,7 @@ class FurtherStart:
     replaces: Replacement | None = None
     also: tuple[str, ...] = ()
     low_rank: bool = False
+    partial: bool = False
 
     def parameter(self, param: nn.Parameter) -> FurtherParameter:
         """The adapter's, once it lies in its buffer."""
@@ -103,6 +106,7 @@ class FurtherStart:
             self.replaces,
             self.also,
             self.low_rank,
+            self.partial,
         )
 
     @property

@@ -21,6 +21,7 @@ from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
 from lorry.adapters.variants.own_weights import (
     OwnRows,
     OwnTensor,
@@ -29,7 +30,7 @@ from lorry.adapters.variants.own_weights import (
     run_under,
     site_at,
 )
-from lorry.adapters.variants.parameters import FurtherStart, Replacement
+from lorry.adapters.variants.parameters import FurtherStart, Replacement, whole_shape
 from lorry.errors import ConfigError, suggest_nearest
 from lorry.families import ModelFamily
 
@@ -251,7 +252,8 @@ def _own_start(
     """A parameter of the module at ``path``, used there and ``also`` at others; it begins as the base's."""
     module = model.get_submodule(path)
     _refuse_layout(model, module, f"{path}.{leaf}")
-    shape, own = _whole_shape(module, leaf), OwnTensor()
+    shape, own = _shape(module, leaf), OwnTensor()
+    cut, is_partial = _cut(model, path, leaf)
     sites = ((path, leaf), *also)
 
     def use(param: nn.Parameter, slot: AdapterSlot | None) -> None:
@@ -266,6 +268,8 @@ def _own_start(
         use,
         # as transformers' Trainer: norms and biases do not decay
         decays=len(shape) > 1,
+        cut=cut,
+        partial=is_partial,
         touch=own.touch,
         forget=lambda: _forget(model, adapter, [at for at, _ in sites]),
         replaces=Replacement(sites),
@@ -281,7 +285,8 @@ def _row_start(
     _refuse_layout(model, module, f"{path}.weight")
     if isinstance(module, BankLinear) and (module.transposed or module.product is not None):
         raise ConfigError(f"trainable_token_indices: {path} is no plain matrix of token rows")
-    count, width = _whole_shape(module, "weight")
+    cut, _ = _cut(model, path, "weight")
+    count, width = whole_shape(_shape(module, "weight"), cut)
     for token in ids:
         if token >= count:
             raise ConfigError(
@@ -296,7 +301,7 @@ def _row_start(
 
     return FurtherStart(
         (len(ids), width),
-        lambda _: _base_values(module, "weight")[rows.ids],
+        lambda _: _base_rows(module, rows.ids, cut),
         path,
         use,
         touch=rows.tensor.touch,
@@ -307,9 +312,8 @@ def _row_start(
 
 def _refuse_layout(model: nn.Module, module: nn.Module, what: str) -> None:
     """Raises ConfigError for a model whose weights are cut in a way that this process cannot join."""
-    shared = (
-        getattr(model, "ranks", None) is not None or getattr(module, "slices", None) is not None
-    )
+    slices: LayerSlices | None = getattr(module, "slices", None)
+    shared = slices is not None and slices.sums_ranks
     # our own FSDP2 walks through the layers, whoever's weights they multiply with; another's hooks do not
     foreign = shares_of(model) is None and any(
         hasattr(p, "to_local") for p in module.parameters(recurse=False)
@@ -322,7 +326,26 @@ def _refuse_layout(model: nn.Module, module: nn.Module, what: str) -> None:
         )
 
 
-def _whole_shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
+def _cut(model: nn.Module, path: str, leaf: str) -> tuple[tuple[int, DimensionSlice] | None, bool]:
+    """How tensor-parallel ranks share a parameter of the module at ``path``: along which dimension it is cut,
+    None where each has it whole, and whether of that each makes a part of the gradient."""
+    family: ModelFamily | None = getattr(model, "family", None)
+    if getattr(model, "ranks", None) is None or family is None:
+        return None, False
+    module = model.get_submodule(path)
+    slices: LayerSlices | None = getattr(module, "slices", None)
+    if slices is None:
+        # each rank norms its own heads; all else that is whole reads what all of them have
+        of_heads = (family.norms.q, family.norms.k)
+        return None, any(norm is not None and path.endswith(f".{norm}") for norm in of_heads)
+    if leaf == "weight":
+        assert isinstance(module, AdaptableLayer)
+        return module.stored_slice(), False
+    # behind a sum over ranks one of them adds it
+    return (None, True) if slices.rows is None else ((0, slices.rows), False)
+
+
+def _shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
     if leaf == "weight" and isinstance(module, BankLinear) and module.product is not None:
         outputs, inputs = module.product.shape
         return (inputs, outputs) if module.transposed else (outputs, inputs)
@@ -339,6 +362,20 @@ def _base_values(module: nn.Module, leaf: str) -> Tensor:
         whole = opened(torch.float32)
         return whole.t() if module.transposed else whole
     return whole_weight(module.get_parameter(leaf))
+
+
+def _base_rows(module: nn.Module, ids: Tensor, cut: tuple[int, DimensionSlice] | None) -> Tensor:
+    """[n, D]: rows of the base's matrix there; of one that tensor-parallel ranks share all of them ask
+    together."""
+    weight = _base_values(module, "weight")
+    if cut is None:
+        return weight[ids]
+    at, here = cut[1].local(ids)
+    # a sum with zeros keeps every value
+    rows = weight[at] * here[:, None].to(weight)
+    assert isinstance(module, AdaptableLayer)
+    assert module.slices is not None
+    return module.slices.ranks.add_up(rows)
 
 
 def _own_at(model: nn.Module, path: str, adapter: str) -> OwnWeights:

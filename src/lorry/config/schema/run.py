@@ -197,10 +197,11 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _own_weights_need_a_whole_base(self) -> Self:
         b = self.backend
-        # fsdp cuts the base too, and has a layer's weights whole while it runs
-        cut = b.name == "megatron" or b.tensor_parallel > 1
-        refused = OWN_WEIGHT_FIELDS if cut else ()
-        where = f"backend={b.name}" if b.tensor_parallel == 1 else "tensor_parallel"
+        refused, where = tuple[str, ...](), f"backend={b.name}"
+        if b.name == "megatron":
+            refused = OWN_WEIGHT_FIELDS
+        elif b.tensor_parallel > 1:  # a part of a vocabulary does not grow
+            refused, where = ("new_tokens",), "tensor_parallel"
         # what is a job's own is in plain values there
         each = [
             {} if self.lora is None else self.lora.model_dump(),

@@ -244,6 +244,10 @@ def local_adapter(adapter: PlannedAdapter, tensor: int) -> PlannedAdapter:
     return replace(
         adapter,
         matrices=matrices,
+        own=tuple(
+            each if each.rows else replace(each, values=-(-each.values // tensor))
+            for each in adapter.own
+        ),
         beside=round(adapter.beside * share),
         frozen=round(adapter.frozen * share),
         idle=round(adapter.idle * share),
