@@ -59,6 +59,19 @@ RUNS: dict[str, dict[str, Any]] = {
         "quantize": "nf4",
         "jobs": [{"name": name, **own} for name, own in PACKED.items()],
     },
+    # what tensor-parallel processes can share of the first
+    "shared": {
+        "model": "tied",
+        "jobs": [
+            {"name": name, **JOBS[name]}
+            for name in ("norms", "ends", "rows", "biases", "beside", "dora")
+        ],
+    },
+}
+LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "fsdp": (["backend=fsdp", "keep_total=true"], ("jobs", "grown", "packed")),
+    "ddp": (["backend=ddp", "keep_total=true"], ("jobs", "grown")),
+    "tensor": (["backend=ddp", "tensor_parallel=2"], ("shared",)),
 }
 
 
@@ -104,14 +117,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:  # noq
 def pair(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
     out = tmp_path_factory.mktemp("pair")
     made: dict[str, list[Any]] = {}
-    for name, settings in RUNS.items():
-        for layout in ("fsdp", "ddp"):
-            if (name, layout) == ("packed", "ddp"):
-                continue  # as alone: nothing is cut
-            several = [f"backend={layout}", "keep_total=true"]
-            made[f"{layout} {name}"] = [*words_of(world, out / layout / name, settings), *several]
+    for layout, (several, names) in LAYOUTS.items():
+        for name in names:
+            words = words_of(world, out / layout / name, RUNS[name])
+            made[f"{layout} {name}"] = [*words, *several]
     for name in ("jobs", "grown"):
-        words = [*words_of(world, out / "again" / name, RUNS[name]), *made[f"fsdp {name}"][-2:]]
+        words = [*words_of(world, out / "again" / name, RUNS[name]), *LAYOUTS["fsdp"][0]]
         # behind the checkpoint one of the two fails, and the other hears of it
         made[f"broken {name}"] = [f"{FAULT}fail 1 update {SAVED + 1}", *words]
         made[f"again {name}"] = words
@@ -138,14 +149,13 @@ def adapters_of(run: Path) -> list[Path]:
     )
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+@pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for layout, (_, names) in LAYOUTS.items() for name in names]
+)
 def test_two_processes_write_what_one_does(
     pair: tuple[Ended, Path], alone: Path, layout: str, name: str
 ) -> None:
     ended, out = pair
-    if (name, layout) == ("packed", "ddp"):
-        return
     assert ended.codes[f"{layout} {name}"] == [0, 0], ended.printed[f"{layout} {name}"]
     assert ended.printed[f"{layout} {name}"][1] == ("", "")
     run, true = out / layout / name, alone / name
@@ -186,12 +196,14 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(
     ]
 
 
-@pytest.mark.parametrize("name", ["jobs", "grown"])
+@pytest.mark.parametrize(
+    ("layout", "name"), [("fsdp", "jobs"), ("fsdp", "grown"), ("tensor", "shared")]
+)
 def test_peft_opens_what_two_processes_wrote(
-    pair: tuple[Ended, Path], world: Path, name: str
+    pair: tuple[Ended, Path], world: Path, layout: str, name: str
 ) -> None:
     _, out = pair
-    for folder in adapters_of(out / "fsdp" / name):
+    for folder in adapters_of(out / layout / name):
         model, tokenizer = lorry.load(folder)
         ids = tokenizer("<think> the red lorry </think>", return_tensors="pt")["input_ids"]
         base = AutoModelForCausalLM.from_pretrained(
