@@ -308,6 +308,20 @@ def test_transformers_is_not_asked_of_a_config_seen_before(
         describe_model(tmp_path, add_note=print)
 
 
+def test_a_config_kept_before_its_kind_had_a_family_is_compared_with_defaults_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a field at another than its default, which the decoder does not compute with
+    shape = {**tinyrun.FAMILIES["gpt2"], "scale_attn_by_inverse_layer_idx": True}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+    with monkeypatch.context() as patch:
+        patch.setattr(describe, "find_family", lambda kind: None)
+        assert "no family" in describe_model(tmp_path, add_note=print).why
+    with another_process():
+        found = describe_model(tmp_path, add_note=print)
+    assert (found.family, "by_inverse_layer_idx=True" in found.why) == (None, True)
+
+
 def test_what_is_refused_or_warned_of_is_not_kept(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

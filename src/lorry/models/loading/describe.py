@@ -138,7 +138,9 @@ def describe_model(
             own.to_dict(), lambda: own, None, "its code is part of the checkpoint", packed_as
         )
     build_hf = cache(partial(build_hf_config, kind, raw, path))
-    if (known := recall_config(raw)) is None:
+    known = recall_config(raw)
+    # a Lorry that had no family of this kind kept no defaults to compare with
+    if known is None or (not known.defaults and find_family(kind) is not None):
         _expect_known_kind(kind, path, needs_code=bool(pointers))
         known = _ask_transformers(kind, raw, build_hf)
     config = known.config
