@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import pre_tokenizers
 from transformers import GPT2Tokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -21,7 +24,11 @@ from lorry.models.loading import known as known_files
 from lorry.models.loading import tokenizer as loading
 from lorry.models.loading.describe import describe_model
 from lorry.models.loading.known.config import KnownConfig, keep_config, recall_config
-from lorry.models.loading.known.tokenizer import KnownTokenizer, keep_tokenizer
+from lorry.models.loading.known.tokenizer import (
+    KnownTokenizer,
+    keep_tokenizer,
+    read_tokenizer_files,
+)
 from lorry.models.loading.tokenizer import load_tokenizer, whole_tokenizer
 from tests.support import tinyrun
 
@@ -112,6 +119,9 @@ def test_and_says_the_same_of_itself(pair: tuple[Any, KnownTokenizer]) -> None:
             rows[2], skip_special_tokens=skip
         )
     assert known.decode(5) == whole.decode(5)
+    # rows of ids, or one row of them, or one id: always a list of texts
+    for ids in ([5, 6], torch.tensor([5, 6]), np.array([[5], [6]]), 5, []):
+        assert known.batch_decode(ids) == whole.batch_decode(ids)
     assert known.decode(rows) == whole.decode(rows)
     for name in ("bos_token", "eos_token", "eos_token_id", "pad_token_id", "chat_template"):
         assert getattr(known, name) == getattr(whole, name)
@@ -165,6 +175,10 @@ def test_whatever_else_is_asked_opens_the_whole_one_which_answers_from_then_on(
         lambda known: known.decode([3], clean_up_tokenization_spaces=True),
         lambda known: known.apply_chat_template([{"role": "user", "content": "a"}]),
         lambda known: known.name_or_path,
+        lambda known: known(text_target="a"),
+        lambda known: known.decode({"input_ids": [3, 4]}),
+        lambda known: known.decode([torch.tensor([3, 4]), torch.tensor([5])]),
+        lambda known: known.convert_tokens_to_ids({"a"}),
     ],
 )
 def test_a_call_that_takes_more_than_tokenizers_is_transformers(
@@ -197,6 +211,56 @@ def test_a_copy_is_another_one(pair: tuple[Any, KnownTokenizer]) -> None:
     assert not opened(pair[1])
 
 
+def test_a_copy_splits_special_tokens_as_well(directory: Path) -> None:
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
+    whole = load_tokenizer(directory, add_note=print)
+    assert whole is not None
+    known, text = recalled(directory), TEXTS[2]
+    expected = whole(text)["input_ids"]
+    assert expected != whole(text, split_special_tokens=False)["input_ids"]
+    for one in (known, deepcopy(known)):
+        assert one is not None
+        assert one(text)["input_ids"] == expected
+
+
+def test_of_files_that_changed_meanwhile_nothing_is_kept(
+    directory: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = PreTrainedTokenizerFast.from_pretrained
+
+    def change(cls: Any, *given: Any, **options: Any) -> Any:
+        whole = read(*given, **options)
+        (directory / "chat_template.jinja").write_text("{{ 'another' }}")
+        return whole
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", classmethod(change))
+        load_tokenizer(directory, add_note=print)
+    assert not (home / "tokenizers").exists()
+    load_tokenizer(directory, add_note=print)
+    known = recalled(directory)
+    assert known is not None
+    assert known.chat_template == "{{ 'another' }}"
+
+
+def test_an_answer_that_python_fails_to_read_is_none(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(text: str) -> Any:  # as when two threads read at once, under CPython 3.11
+        raise SystemError("AST constructor recursion depth mismatch (before=18, after=15)")
+
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **tinyrun.LLAMA}))
+    load_tokenizer(directory, add_note=print)
+    described = describe_model(directory, add_note=print)
+    with monkeypatch.context() as patch:
+        patch.setattr(ast, "literal_eval", fail)
+        assert recalled(directory) is None
+        with another_process():
+            assert describe_model(directory, add_note=print).config == described.config
+    assert recalled(directory) is not None
+
+
 def test_other_files_are_another_tokenizer(directory: Path, home: Path) -> None:
     assert recalled(directory) is None  # never seen
     assert recalled(directory) is not None
@@ -226,7 +290,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 def test_what_is_not_tokenizers_alone_is_not_kept(directory: Path, home: Path) -> None:
     def kept(change: Callable[[Any], Any]) -> bool:
         whole = PreTrainedTokenizerFast.from_pretrained(directory)
-        keep_tokenizer(directory, change(whole) or whole)
+        keep_tokenizer(directory, read_tokenizer_files(directory), change(whole) or whole)
         return (home / "tokenizers").is_dir()
 
     def cleaned(whole: Any) -> None:

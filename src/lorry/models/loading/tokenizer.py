@@ -15,7 +15,11 @@ from lorry.models.loading.describe import (
     model_file_errors,
     read_model_json,
 )
-from lorry.models.loading.known.tokenizer import keep_tokenizer, recall_tokenizer
+from lorry.models.loading.known.tokenizer import (
+    keep_tokenizer,
+    read_tokenizer_files,
+    recall_tokenizer,
+)
 from lorry.notes import NoteCallback
 
 # Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every
@@ -65,6 +69,7 @@ def _load_whole(directory: Path, *, trust_remote_code: bool = False) -> Any:
                 _expect_whole(document, path)
     from transformers import AutoTokenizer
 
+    files = None if trust_remote_code else read_tokenizer_files(directory)
     with (
         model_file_errors(f"{directory}: its tokenizer cannot be read"),
         hear_transformers() as warnings,
@@ -73,8 +78,8 @@ def _load_whole(directory: Path, *, trust_remote_code: bool = False) -> Any:
             str(directory), trust_remote_code=trust_remote_code, local_files_only=True
         )
     # a warning is to be heard the next time as well
-    if not trust_remote_code and not warnings:
-        keep_tokenizer(directory, tokenizer)
+    if not warnings:
+        keep_tokenizer(directory, files, tokenizer)
     return tokenizer
 
 

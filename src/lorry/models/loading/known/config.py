@@ -14,7 +14,6 @@ again, and says again.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping
@@ -58,16 +57,11 @@ def keep_config(raw: Mapping[str, Any], hf: Any, known: KnownConfig) -> None:
 
 
 def _parse(text: str) -> KnownConfig | None:
-    """From Python's own notation: JSON would make text of the numbers of labels, and lists of tuples."""
-    try:
-        config, defaults = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-    if not isinstance(config, dict) or not isinstance(defaults, dict):
-        return None
-    known = KnownConfig(config, defaults)
-    # 1, 1.0 and True are equal, and not the same
-    return known if ascii((config, defaults)) == text else None
+    match known_files.parse_values(text):
+        case (dict() as config, dict() as defaults):
+            # 1, 1.0 and True are equal, and not the same
+            return KnownConfig(config, defaults) if ascii((config, defaults)) == text else None
+    return None
 
 
 def _digest(raw: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ transformers gets a `KnownTokenizer`.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -104,15 +103,13 @@ class KnownTokenizer:
         facts: Mapping[str, Any],
         open_whole: Callable[[Path], Any],
     ) -> None:
-        backend = Tokenizer.from_buffer(files[TOKENIZER_FILE])
-        backend.encode_special_tokens = facts["split_special_tokens"]
         # past `__setattr__`, which is for what others set
         vars(self).update(
             _directory=directory,
             _files=files,
             _facts=facts,
             _open_whole=open_whole,
-            _backend=backend,
+            _backend=Tokenizer.from_buffer(files[TOKENIZER_FILE]),
             _whole=None,
         )
 
@@ -124,7 +121,7 @@ class KnownTokenizer:
         return self._whole
 
     def _open_as_it_was(self) -> Any:
-        if _read_files(self._directory) == self._files:
+        if read_tokenizer_files(self._directory) == self._files:
             return self._open_whole(self._directory)
         # an earlier run moves when another takes its directory over
         with tempfile.TemporaryDirectory(prefix="lorry-tokenizer-") as folder:
@@ -161,7 +158,7 @@ class KnownTokenizer:
     def __bool__(self) -> bool:
         return True
 
-    def __call__(self, text: Any, *more: Any, **options: Any) -> Any:
+    def __call__(self, text: Any = None, *more: Any, **options: Any) -> Any:
         """Tokens of a text, or of a list of texts, as transformers gives them: {"input_ids": ...}."""
         texts = text if isinstance(text, list) else [text]
         if (
@@ -172,6 +169,8 @@ class KnownTokenizer:
             or not all(value in ANSWERED.get(name, ()) for name, value in options.items())
         ):
             return self.whole(text, *more, **options)
+        # a copy of the tokenizer, or one that went to another process, has lost it
+        self._backend.encode_special_tokens = self._facts["split_special_tokens"]
         encodings = self._backend.encode_batch(
             texts, add_special_tokens=options.get("add_special_tokens", True)
         )
@@ -194,22 +193,26 @@ class KnownTokenizer:
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
         """The text of token ids, or the texts of a list of them."""
-        if self._whole is not None or options:
-            return self.whole.decode(token_ids, skip_special_tokens, **options)
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, int):
             ids = [ids]
-        if ids and isinstance(ids[0], (list, tuple)):
-            return [self._backend.decode(list(row), skip_special_tokens) for row in ids]
-        return self._backend.decode(list(ids), skip_special_tokens)
+        several = _is_row(ids) and len(ids) > 0 and _is_row(ids[0])
+        rows = ids if several else [ids]
+        if (
+            self._whole is not None
+            or options
+            or not all(_is_row(row) and all(isinstance(one, int) for one in row) for row in rows)
+        ):
+            return self.whole.decode(token_ids, skip_special_tokens, **options)
+        texts = [self._backend.decode(list(row), skip_special_tokens) for row in rows]
+        return texts if several else texts[0]
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, **options: Any
     ) -> list[str]:
-        """The texts of rows of token ids."""
-        if self._whole is not None or options:
-            return list(self.whole.batch_decode(sequences, skip_special_tokens, **options))
-        return [self.decode(row, skip_special_tokens) for row in sequences]
+        """The texts of rows of token ids; of one row, a list of its text alone."""
+        texts = self.decode(sequences, skip_special_tokens, **options)
+        return [texts] if isinstance(texts, str) else list(texts)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a token, or those of a list; the unknown token's where there is none."""
@@ -218,6 +221,8 @@ class KnownTokenizer:
         if isinstance(tokens, str):
             found = self._backend.token_to_id(tokens)
             return self._facts["unk_token_id"] if found is None else found
+        if not (_is_row(tokens) and all(isinstance(token, str) for token in tokens)):
+            return self.whole.convert_tokens_to_ids(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def __getattr__(self, name: str) -> Any:
@@ -235,17 +240,18 @@ class KnownTokenizer:
 def recall_tokenizer(directory: Path, open_whole: Callable[[Path], Any]) -> KnownTokenizer | None:
     """The tokenizer of a directory whose files were seen before; None where transformers has to be asked,
     or is imported already."""
-    if known_files.transformers_is_imported() or (files := _read_files(directory)) is None:
+    if known_files.transformers_is_imported() or (files := read_tokenizer_files(directory)) is None:
         return None
     text = _kept_facts().read(_digest(files))
     facts = None if text is None else _parse(text)
     return None if facts is None else KnownTokenizer(directory, files, facts, open_whole)
 
 
-def keep_tokenizer(directory: Path, whole: Any) -> None:
+def keep_tokenizer(directory: Path, files: Mapping[str, bytes] | None, whole: Any) -> None:
     """Keep what a tokenizer that transformers has just loaded says, if `tokenizers` alone reads a text as
-    it does."""
-    if (files := _read_files(directory)) is None or not _hands_all_on(whole):
+    it does. ``files``: of the directory, read before that: another process may have changed them since,
+    and which of them transformers read is not known then."""
+    if files is None or read_tokenizer_files(directory) != files or not _hands_all_on(whole):
         return
     digest, kept = _digest(files), _kept_facts()
     if kept.read(digest) is not None:
@@ -278,6 +284,10 @@ def reads_alike(known: KnownTokenizer, whole: Any) -> bool:
     return True
 
 
+def _is_row(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
 def _hands_all_on(whole: Any) -> bool:
     """Whether a tokenizer leaves to `tokenizers` all that is done here, and has no setting that is none of
     its."""
@@ -294,7 +304,7 @@ def _hands_all_on(whole: Any) -> bool:
     )
 
 
-def _read_files(directory: Path) -> dict[str, bytes] | None:
+def read_tokenizer_files(directory: Path) -> dict[str, bytes] | None:
     """{name: content} of all that a tokenizer is read from; None where there is no tokenizer.json, one of
     them cannot be read, or they are too large."""
     try:
@@ -324,10 +334,7 @@ def _digest(files: Mapping[str, bytes]) -> str:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        facts = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
+    facts = known_files.parse_values(text)
     wanted = {*FACTS, "class_name"}
     return facts if isinstance(facts, dict) and facts.keys() == wanted else None
 
