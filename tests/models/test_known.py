@@ -386,6 +386,18 @@ def test_a_config_kept_before_its_kind_had_a_family_is_compared_with_defaults_al
     assert (found.family, "by_inverse_layer_idx=True" in found.why) == (None, True)
 
 
+def test_nor_of_one_whose_rotary_settings_transformers_fills_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config = {"model_type": "llama", **tinyrun.LLAMA, "rope_theta": 5e5, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = describe_model(tmp_path, add_note=print)
+    monkeypatch.setattr(describe, "build_hf_config", lambda *given: pytest.fail("asked"))
+    with another_process():
+        assert describe_model(tmp_path, add_note=print).config == theirs.config
+
+
 def test_what_is_refused_or_warned_of_is_not_kept(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

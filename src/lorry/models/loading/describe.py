@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from logging import WARNING, Handler, LogRecord
@@ -331,5 +332,6 @@ def build_hf_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
         )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    # a copy: rotary settings are filled in where they lie, and what is kept goes by the config as it was
     with model_file_errors(f"{path}: transformers refuses this config"):
-        return CONFIG_MAPPING[kind].from_dict(raw)
+        return CONFIG_MAPPING[kind].from_dict(deepcopy(raw))
