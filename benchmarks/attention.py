@@ -125,7 +125,7 @@ def main() -> None:
             rows.append(measure(dtype, length))
             print("  ".join(f"{x:>10}" for x in rows[-1]), flush=True)
     record = {
-        "title": f"Attention of {TOKENS} tokens, forward and backward, one thread, CPU time",
+        "title": f"Attention of {TOKENS} tokens, forward and backward, one thread, CPU time, {status.isa}",
         "columns": [
             "format",
             "tokens of a segment",
