@@ -272,6 +272,7 @@ def test_other_files_are_another_tokenizer(directory: Path, home: Path) -> None:
     for kept in (home / "tokenizers").iterdir():
         kept.write_text("{'eos_token': 1}")
     assert recalled(directory) is None
+    assert recalled(directory) is not None  # kept anew
 
 
 def test_in_a_process_that_has_transformers_it_is_asked(directory: Path) -> None:

@@ -254,7 +254,7 @@ def keep_tokenizer(directory: Path, files: Mapping[str, bytes] | None, whole: An
     if files is None or read_tokenizer_files(directory) != files or not _hands_all_on(whole):
         return
     digest, kept = _digest(files), _kept_facts()
-    if kept.read(digest) is not None:
+    if _parse(kept.read(digest) or "") is not None:
         return
     facts = {name: getattr(whole, name) for name in FACTS}
     facts["class_name"] = type(whole).__qualname__
