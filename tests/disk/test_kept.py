@@ -45,3 +45,16 @@ def test_what_is_no_answer_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(durable, "write_files", full)
     kept.save(NAMES[1], "a")  # found again the next time
     assert kept.read(NAMES[1]) is None
+
+
+def test_an_answer_in_a_folder_that_is_only_read_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = KeptAnswers(tmp_path, most=9, largest=100)
+    kept.save(NAMES[0], "an answer")
+
+    def refuse(*given: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("os.utime", refuse)
+    assert kept.read(NAMES[0]) == "an answer"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,11 @@ class KeptAnswers:
             if not place.is_file() or place.stat().st_size > self.largest:
                 return None
             text = place.read_text(encoding="utf-8")
-            os.utime(place)
         except (OSError, UnicodeDecodeError):
             return None
+        # of a folder that is only read, an image's, nobody says what was used last
+        with suppress(OSError):
+            os.utime(place)
         return text
 
     def save(self, digest: str, answer: str) -> None:
