@@ -7,7 +7,7 @@ them): they are `AdapterSlot`s.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,16 @@ def local_share(weight: Tensor) -> Tensor:
 
 def whole_weight(weight: Tensor) -> Tensor:
     """All of a weight. The shares of a sharded one are joined, for which all ranks come here together."""
-    return weight.detach().full_tensor() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
+    if not is_sharded(weight):
+        return weight.detach()
+    shares: Any = weight.detach()
+    whole: Tensor
+    if weight.dtype == torch.int16:
+        # gloo sends no integers of 16 bits; numbers of as many are copied bit by bit
+        whole = shares.view(torch.bfloat16).full_tensor().view(torch.int16)
+    else:
+        whole = shares.full_tensor()
+    return whole
 
 
 def shares_of(model: nn.Module) -> WeightShares | None:
