@@ -48,7 +48,7 @@ class ModelError(LorryError, ValueError):
 
 
 class ContractError(LorryError, RuntimeError):
-    """A run broke one of its contracts (DESIGN section 7): it would have been silently wrong, so it
+    """A run broke one of its contracts (docs/architecture.md): it would have been silently wrong, so it
     stopped.
     """
 
