@@ -6,6 +6,7 @@ write is what one process writes, and PEFT opens it. float32.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "quantize": "nf4",
         "jobs": [{"name": name, **own} for name, own in PACKED.items()],
     },
+    "kept": {"model": "halves", "quantize": "keep", "use_dora": True},
     # what tensor-parallel processes can share of the first
     "shared": {
         "model": "tied",
@@ -69,7 +71,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "fsdp": (["backend=fsdp", "keep_total=true"], ("jobs", "grown", "packed")),
+    "fsdp": (["backend=fsdp", "keep_total=true"], ("jobs", "grown", "packed", "kept")),
     "ddp": (["backend=ddp", "keep_total=true"], ("jobs", "grown")),
     "tensor": (["backend=ddp", "tensor_parallel=2"], ("shared",)),
 }
@@ -108,6 +110,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:  # noq
     for name in ("tied", "untied"):
         tied = {"tie_word_embeddings": name == "tied", "num_key_value_heads": 2}
         tinyrun.model_directory(folder / name, "qwen2", **tied)
+    shutil.copytree(folder / "untied", folder / "halves")
+    base = AutoModelForCausalLM.from_pretrained(folder / "untied", dtype=torch.bfloat16)
+    base.save_pretrained(folder / "halves")
     rows = [{**row, "answer": f"<think>{row['answer']}</think>"} for row in tinyrun.rows(16)]
     tinyrun.write_rows(folder / "data.jsonl", rows)
     return folder
