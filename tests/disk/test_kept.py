@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from lorry.disk import durable
+from lorry.disk.home import lorry_home
 from lorry.disk.kept import KeptAnswers
+from lorry.errors import ConfigError
 
 NAMES = [str(i) * 64 for i in range(5)]
 
@@ -58,3 +60,9 @@ def test_an_answer_in_a_folder_that_is_only_read_is_one(
 
     monkeypatch.setattr("os.utime", refuse)
     assert kept.read(NAMES[0]) == "an answer"
+
+
+def test_without_a_home_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_HOME", "~no-such-user/cache")
+    with pytest.raises(ConfigError, match="set LORRY_HOME"):
+        lorry_home()
