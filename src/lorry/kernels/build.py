@@ -41,6 +41,7 @@ from torch import Tensor
 
 from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest
+from lorry.errors import ConfigError
 from lorry.processor import AttentionKernel, compiler_flags, isa_in_words, processor_flags
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,11 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
             False, "no C++ compiler; install g++ for about twice the speed on a CPU"
         )
     try:
-        digest, folder = _build_digest(compiler), lorry_home() / "kernels"
+        folder = lorry_home() / "kernels"
+    except ConfigError as e:  # nobody's home is known
+        return None, KernelStatus(False, f"the built kernels cannot be saved or loaded: {e}")
+    try:
+        digest = _build_digest(compiler)
         _make_private_folder(folder)
         library = _load_intact(folder, digest)
         if library is None:
@@ -161,7 +166,7 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
     except subprocess.CalledProcessError as e:
         messages = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
         return None, KernelStatus(False, f"{compiler} failed: {messages[0]}")
-    except (OSError, RuntimeError) as e:  # RuntimeError: nobody's home is known
+    except OSError as e:
         return None, KernelStatus(False, f"the built kernels cannot be saved or loaded: {e}")
     return library, KernelStatus(True, "", digest, bool(library.lorry_amx()), isa_in_words())
 

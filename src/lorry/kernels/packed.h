@@ -210,13 +210,14 @@ struct Grid {
 
     inline float scale(long place) const { return halves ? half(((const uint16_t*)scales)[place]) : ((const float*)scales)[place]; }
 
-    // A code counts (code - zero) * by + least; without the one or the other nothing changes but the sign of a zero.
+    // A code counts (code - zero) * by + least; without the one or the other nothing changes, not even the sign of a zero: -0 added
+    // leaves every number what it is, 0 added makes 0 of -0, and a base is known by its bits.
     struct Place {
         float by, zero, least;
         inline float value(float code) const { return (code - zero) * by + least; }
     };
     inline Place place(long at) const {
-        return {scale(at), zeros ? (float)zeros[at] : 0.0f, minimums ? half(minimums[at]) : 0.0f};
+        return {scale(at), zeros ? (float)zeros[at] : 0.0f, minimums ? half(minimums[at]) : -0.0f};
     }
 
     // out [count] of the codes at a place, code(i) the i-th.

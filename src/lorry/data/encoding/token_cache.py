@@ -55,11 +55,11 @@ def cache_key(source: DataSource, encoder: ExampleEncoder, form: RowFormat | Non
     ):
         return ""
     try:
-        _cache_folder()  # RuntimeError where nobody has a home
+        _cache_folder()  # ConfigError where nobody has a home
         if sum(path.stat().st_size for path in source.files) < SMALLEST_SOURCE:
             return ""
         contents = [f"{path} {integrity.file_digest(path)}" for path in source.files]
-    except (OSError, ModelError, RuntimeError):
+    except (OSError, ModelError, ConfigError, RuntimeError):
         return ""  # the reader says what is wrong with a file, in its own words
     tokenizer = encoder.identity()
     if not tokenizer:
