@@ -52,8 +52,14 @@ def keep_config(raw: Mapping[str, Any], hf: Any, known: KnownConfig) -> None:
     """Keep what transformers made of a config, ``hf``, for later processes; nothing where that is a class
     of somebody else's, or would come back as other values."""
     text = ascii((known.config, known.defaults))
-    if type(hf).__module__.startswith("transformers.models.") and _parse(text) == known:
-        _kept_configs().save(_digest(raw), text)
+    kept, digest = _kept_configs(), _digest(raw)
+    # a process that has imported transformers asks it each time, and hears what is kept already
+    if (
+        type(hf).__module__.startswith("transformers.models.")
+        and _parse(text) == known
+        and kept.read(digest) != text
+    ):
+        kept.save(digest, text)
 
 
 def _parse(text: str) -> KnownConfig | None:
