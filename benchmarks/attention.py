@@ -7,20 +7,20 @@ torch's as it runs where there are no kernels, and as a plain call.
 
 2048 tokens as segments of one length, one thread. The ways take turns; CPU time, median of five. No
 time is shown unless each way's gradients are near float64's. JSON goes to
-benchmarks/results/attention-ISA.json.
+benchmarks/results/ (records.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measure import cpu_name
+from isa import described
+from measure import machine
+from records import keep
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -136,16 +136,15 @@ def main() -> None:
             "torch fused / Lorry",
         ],
         "rows": rows,
-        "cpu": cpu_name(),
-        "isa": status.isa,
+        "machine": machine(),
+        "isa": described(),
         "attention": status.attention,
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "kernels": status.digest,
     }
-    path = Path(__file__).parent / "results" / f"attention-{status.isa}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"kept in {keep(record, 'attention')}")
 
 
 if __name__ == "__main__":

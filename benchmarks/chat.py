@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 from case import MODEL, Case, data_folder, prepare_chat
-from turns import contest, elsewhere, keep, show
+from records import keep
+from turns import contest, elsewhere, show
 
 ENGINES = ("lorry", "trl", "lorry-packing", "trl-packing")
 OTHERS = ("peft", "peft-bf16", "peft-bf16-malloc")
@@ -69,7 +70,7 @@ def main() -> int:
     }
     show(record)
     if not args.no_keep:
-        print(f"  kept in {keep(record, f'chat-cpu-T{args.length}-r{args.rank}-t{args.threads}')}")
+        print(f"  kept in {keep(record, 'chat', f'T{args.length}-r{args.rank}-t{args.threads}')}")
     return int(bool(record["refused"]))
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import measure
+import records
 import turns
 
 if TYPE_CHECKING:
@@ -651,8 +652,8 @@ def main() -> int:
             f"(<= {goal['at_most']}: {'met' if goal['met'] else 'NOT MET'})"
         )
     if not args.no_keep:
-        name = f"experts-cpu-K{args.experts}-r{args.rank}-L{args.layers}-t1"
-        print(f"  kept in {turns.keep(record, name)}")
+        shape = f"K{args.experts}-r{args.rank}-L{args.layers}-t1"
+        print(f"  kept in {records.keep(record, 'experts', shape)}")
     return int(bool(record["refused"]))
 
 

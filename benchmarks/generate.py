@@ -31,8 +31,8 @@ from typing import Any
 import few_rows
 import measure
 from generators import Engine, Tokens, prepare, work
+from records import keep
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS = [
     Engine("transformers", batch=64),
     Engine("transformers", batch=32, by_length=True),
@@ -206,12 +206,12 @@ def main() -> None:
     parser.add_argument("--few-rows", action="store_true", help="a row and a few (few_rows.py)")
     parser.add_argument("--weights", nargs="*", default=[], help="of --few-rows: these alone")
     args = parser.parse_args()
-    suffix = "" if args.threads == 1 else f"-t{args.threads}"
+    case = "" if args.threads == 1 else f"t{args.threads}"
     if args.few_rows:
         with tempfile.TemporaryDirectory() as name:
             # after every round: one that is stopped leaves those before it
             for runs in few_rows.contest(Path(name), args.threads, args.rounds, args.weights):
-                save(few_rows.record(runs, args.threads), f"few-rows-cpu{suffix}")
+                save(few_rows.record(runs, args.threads), "few-rows", case)
         return
     if args.worker:
         engine, folder, tasks = args.worker
@@ -220,15 +220,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         record = summary(contest(Path(name), args.threads, args.rounds), args.rounds, args.threads)
-    save(record, f"generate-cpu{suffix}")
+    save(record, "generate", case)
 
 
-def save(record: dict[str, Any], name: str) -> None:
+def save(record: dict[str, Any], benchmark: str, case: str) -> None:
     """Print the table and keep the record."""
     for cells in [record["columns"], *record["rows"]]:
         print(f"{cells[0]:62s}" + "".join(f"{cell:>20s}" for cell in cells[1:]))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, benchmark, case)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lorry.errors import ConfigError
@@ -30,13 +30,6 @@ LIBRARY_NAMES: Mapping[str, tuple[str, str, str, str]] = {
     "avx512": ("avx512", "AVX512_CORE", "AVX512", "x86-64-v4"),
     "avx2": ("avx2", "AVX2", "AVX2", "x86-64-v3"),
     "portable": ("default", "SSE41", "SSE4_2", "x86-64"),
-}
-# What records that do not name their instruction set say of the processor, the best first.
-SETS_BY_FLAG = {
-    "amx_bf16": "amx",
-    "avx512_bf16": "avx512_bf16",
-    "avx512f": "avx512",
-    "avx2": "avx2",
 }
 VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -83,28 +76,6 @@ def described() -> dict[str, Any]:
         "bfloat16": has_bfloat16(),
         "libraries": libraries(),
     }
-
-
-def isa_of(record: Mapping[str, Any]) -> str:
-    """The instruction set that a record is of; one that does not name it had all of its processor."""
-    if "isa" in record:
-        return str(record["isa"]["name"])
-    named = (name for flag, name in SETS_BY_FLAG.items() if flag in record["machine"]["cpu"])
-    return next(named, "native")
-
-
-def by_processor(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Records of one instruction set on one processor, the best set first, under the set's name; a
-    second processor's under NAME-2.
-    """
-    kinds = list(dict.fromkeys((isa_of(r), r["machine"]["cpu"]) for r in records))
-    kinds.sort(key=lambda kind: list(LIBRARY_NAMES).index(kind[0]) if kind[0] in ISAS else -1)
-    found = dict[str, list[Mapping[str, Any]]]()
-    for at, (isa, cpu) in enumerate(kinds):
-        number = 1 + [name for name, _ in kinds[:at]].count(isa)
-        mine = [r for r in records if (isa_of(r), r["machine"]["cpu"]) == (isa, cpu)]
-        found[isa if number == 1 else f"{isa}-{number}"] = mine
-    return found
 
 
 PROBE = """

@@ -10,7 +10,7 @@ unless, in float32, every job's losses are within 1e-5 of those of its run alone
 runs, in what dtype=auto is on the processor, within 2%. Shown: wall and CPU time of the steps without the first two (median over
 rounds), the wall time of whole runs, loading and writing included, and the peak resident set above
 the imports, as a share of the sum and of the largest of the separate runs. JSON goes to
-benchmarks/results/jobs-cpu.json.
+benchmarks/results/ (records.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 
 import isa
 from measure import QUIET, Others, machine, peak_rss, rss
+from records import keep
 
 from lorry.processor import has_bfloat16
 
@@ -308,7 +309,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="as it comes: as many as torch takes")
     isa.add_argument(parser)
-    parser.add_argument("--output", type=Path, help="benchmarks/results/jobs-cpu[-ISA].json")
+    parser.add_argument("--output", type=Path, help="as it comes: as records.py names it")
     parser.add_argument(
         "--worker",
         nargs=5,
@@ -338,10 +339,8 @@ def main() -> None:
         "others_cores": busy,
         "clean": busy <= QUIET,
     }
-    name = f"jobs-cpu-{args.isa}.json" if args.isa else "jobs-cpu.json"
-    output = args.output or Path(__file__).parent / "results" / name
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps({**where, **table(rows, where), "records": rows}, indent=1) + "\n")
+    record = {**where, **table(rows, where), "records": rows}
+    print(f"kept in {keep(record, 'jobs', path=args.output)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ of PEFT in float32 (gates.py), and of a layout that shards the base each process
 than its part of it. Then: tokens per second of all processes together; the highest resident set of
 the fullest process during the steps, less its imports; and bytes that a process sent in a step, as
 the kernel counts them on its TCP connections (`wire.py`), beside what `lorry plan` expects. The
-record goes to benchmarks/results/layouts-cpu.json, a table of it to docs/results.md (`make results`).
+record goes to benchmarks/results/ (records.py), a table of it to docs/results.md (`make results`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from typing import Any
 from case import MODEL, Case, prepare_text
 from layout_engines import LAYOUTS
 from layout_turns import contest
-from turns import elsewhere, keep
-
-NAME = "layouts-cpu"
+from records import keep
+from turns import elsewhere
 
 
 def show(record: Mapping[str, Any]) -> None:
@@ -72,7 +71,7 @@ def main() -> int:
         record = contest(Path(name), case, args.engines, args.rounds)
     show(record)
     if not args.no_keep:
-        print(f"kept in {keep(record, NAME)}")
+        print(f"kept in {keep(record, 'layouts')}")
     return int(bool(record["refused"]))
 
 

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def rss() -> int:
     """Resident set now, bytes."""
@@ -237,10 +239,11 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Model name, family and the matrix instructions, as Linux tells them."""
-    path = Path("/proc/cpuinfo")
+    """Name, family, model and matrix instructions of the processor, as Linux tells them; of an ARM
+    processor its implementer and part.
+    """
     facts: dict[str, str] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in CPUINFO.read_text().splitlines() if CPUINFO.exists() else []:
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
     flags = [
@@ -248,4 +251,12 @@ def cpu_name() -> str:
         for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
         if f in facts.get("flags", "").split()
     ]
-    return f"{facts.get('model name', platform.machine())}, model {facts.get('model', '?')} ({', '.join(flags) or 'no flags known'})"
+    numbers = {
+        "family": "cpu family",
+        "model": "model",
+        "implementer": "CPU implementer",
+        "part": "CPU part",
+    }
+    known = [f"{name} {facts[key]}" for name, key in numbers.items() if key in facts]
+    named = ", ".join((facts.get("model name", platform.machine()), *known))
+    return f"{named} ({', '.join(flags) or 'no flags known'})"

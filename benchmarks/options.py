@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from measure import machine
+from records import keep
 
 ROOT = Path(__file__).resolve().parents[1]
 AGREE = 2e-3  # nats, in float32
@@ -52,9 +52,7 @@ def main() -> None:
         default=[1, 8, 16],
         help="the harness' batch sizes; the best counts",
     )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "options-cpu.json"
-    )
+    parser.add_argument("--out", type=Path, help="as it comes: as records.py names it")
     args = parser.parse_args()
     import torch
     from lm_eval.api.instance import Instance
@@ -101,7 +99,7 @@ def main() -> None:
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    args.out.write_text(json.dumps(made, indent=1) + "\n")
+    keep(made, "options", path=args.out)
     for row in rows:
         print(" | ".join(row))
 

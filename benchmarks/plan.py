@@ -6,8 +6,8 @@
 Each configuration runs in a fresh process, or in two that train all weights together (`lora=null`),
 of which the fullest counts: five steps of Lorry's backend on packed rows of one length. Measured: the
 peak resident set minus the resident set after imports. Predicted: `lorry.plan` on the same config,
-before anything is made. JSON goes to benchmarks/results/plan-cpu.json, a plot to
-docs/results/plan.png; exit code 1 if one prediction is off by more than 10%.
+before anything is made. JSON goes to benchmarks/results/ (records.py), a plot of the same name to
+docs/results/; exit code 1 if one prediction is off by more than 10%.
 
 To calibrate src/lorry/plan/constants.py: `rest` is what was measured beyond runtime, weights, what
 trains, optimizer and kept activations, to be explained by `work` (derived) and `alloc` (GAPS,
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,13 +28,11 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import Mock
 
+import records
 from layout_engines import environments
+from measure import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PLOT = (
-    ROOT / "benchmarks" / "results" / "plan-cpu.json",
-    ROOT / "docs" / "results" / "plan.png",
-)
 BOUND, STEPS, RATE = 0.10, 5, 1e-4
 # the components that `rest` is to be explained by, and the one that nothing measured is
 PASSING = ("workspace", "allocator", "margin")
@@ -296,7 +293,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Predicted over measured, with the band of the bound."""
     import matplotlib
 
@@ -337,8 +334,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axes.set_title("lorry plan against real training steps, CPU")
     axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def main() -> int:
@@ -388,17 +385,14 @@ def keep(rows: list[dict[str, Any]]) -> None:
     """The JSON and the plot."""
     import torch
 
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
+    made = {
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "bound": BOUND,
         "steps": STEPS,
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({**machine, **table(rows), "records": rows}, indent=1) + "\n")
-    plot(rows)
+    kept = records.keep({**made, **table(rows), "records": rows}, "plan")
+    plot(rows, ROOT / "docs" / "results" / f"{kept.stem}.png")
 
 
 if __name__ == "__main__":

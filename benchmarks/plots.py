@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isa import by_processor
+from records import by_processor
 
 OURS, THEIRS, ANCHOR = "#c2410c", "#64748b", "#cbd5e1"
 LINES = (
@@ -26,8 +26,8 @@ Record = Mapping[str, Any]
 
 
 def draw(records: Mapping[str, Record], folder: Path) -> dict[str, Path]:
-    """A PNG per record that has something to draw, and one named sweep-ISA where there are several
-    lengths of an instruction set.
+    """A PNG per record that has something to draw, and one named sweep-... where there are several
+    lengths of an instruction set on a processor.
     """
     import matplotlib
 

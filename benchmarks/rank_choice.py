@@ -380,14 +380,14 @@ def rows_record(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def finish(record: dict[str, Any], name: str, keep: bool) -> None:
     """Print a record, and keep it."""
-    import turns
+    import records
 
     told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": measure.machine()}
     print(record["text"])
     for cells in (record["columns"], *record["rows"]):
         print("  " + " | ".join(cells))
     if keep:
-        print(f"  kept in {turns.keep({**record, **told}, name)}")
+        print(f"  kept in {records.keep({**record, **told}, name)}")
 
 
 def main() -> int:
@@ -415,7 +415,7 @@ def main() -> int:
                 kept.write_text(json.dumps(budget_row(case, done)))
             rows.append(json.loads(kept.read_text()))
         failed += [why for why in map(over, rows) if why is not None]
-        finish(memory_record(rows), "ranks-memory-cpu", not args.only)
+        finish(memory_record(rows), "ranks-memory", not args.only)
     if args.rows:
         write_rows(args.work / "data", SIZE)
         told = dict[str, Any]()
@@ -425,7 +425,7 @@ def main() -> int:
         failed += [
             f"{task}: above the best rank's interval" for task, t in told.items() if not t["within"]
         ]
-        finish(rows_record(told), "ranks-rows-cpu", not args.only)
+        finish(rows_record(told), "ranks-rows", not args.only)
     for why in failed:
         print(why, file=sys.stderr)
     return int(bool(failed))

@@ -13,7 +13,7 @@ bfloat16, by other kernels. A line says of each version: reward of the rollouts
 before it, seconds and bytes of its push, how far the engine's log-probabilities are from the
 trainer's, what share of the adapter's effect it shows, and how many greedy answers are the same.
 Seconds are those of the machine as it was, with its load beside them. The record goes to
-benchmarks/results/rollout-cpu.json.
+benchmarks/results/ (records.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from case import data_folder
 from measure import machine
-from turns import RESULTS, keep
+from records import keep, record_path
 
 from lorry.adapters.merge import merged_tensors
 from lorry.adapters.mix import Mix
@@ -58,7 +58,6 @@ from lorry.runs.layout import ADAPTER_WEIGHTS
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "rollout"))
 from grpo import POLICY, GrpoTrainer, Settings, make_probe, open_policy, read_questions
 
-NAME = "rollout-cpu"
 MODEL = "smollm2-135m-instruct"
 PROBES = 8
 
@@ -321,7 +320,7 @@ def main() -> int:
             parts["in_process"] = train(engine, policy, args.steps, Path(name) / "here")
             parts["merged"] = merge_after(engine, policy, args.steps, Path(name) / "merged")
     if not args.no_keep:
-        place = RESULTS / f"{NAME}.json"
+        place = record_path("rollout")
         before = json.loads(place.read_text()) if place.is_file() else {}
         record = {
             **before,
@@ -330,7 +329,7 @@ def main() -> int:
             "machine": machine(),
             **parts,
         }
-        print(f"kept in {keep(record, NAME)}")
+        print(f"kept in {keep(record, 'rollout')}")
     return 0
 
 

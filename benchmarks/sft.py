@@ -9,8 +9,8 @@ Trainer, TRL, and two anchors.
 
 All engines train on the same packed rows of equal length in the same order, from the same adapter,
 with the same AdamW, clip and tokens per step; each in a fresh process, in turns. See gates.py for
-what must hold before a speed is shown. One JSON per configuration goes to benchmarks/results/;
-`make results` makes docs/results.md of them.
+what must hold before a speed is shown. One JSON per configuration goes to benchmarks/results/
+(records.py); `make results` makes docs/results.md of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 import isa
 from case import MODEL, Case, prepare_text
 from curve import curve
-from turns import ENGINES, contest, elsewhere, keep, show
+from records import keep
+from turns import ENGINES, contest, elsewhere, show
 
 from lorry.processor import has_bfloat16
 
@@ -87,13 +88,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     isa.hold_to(args.isa)
-    held = f"-{args.isa}" if args.isa else ""
     engines = args.engines or (FEW if args.few else DEFAULT)[has_bfloat16()]
     if args.curve:
         threads = args.threads[0]
         record = curve(args.model, args.curve_length, args.curve_steps, threads)
         if not args.no_keep:
-            keep(record, f"curve-cpu{held}-T{args.curve_length}-t{threads}")
+            keep(record, "curve", f"T{args.curve_length}-t{threads}")
         return int(not record["inside"])
     bad = False
     for length, rank, threads in product(args.lengths, args.ranks, args.threads):
@@ -112,7 +112,7 @@ def main() -> int:
         show(record)
         bad |= bool(record["refused"])
         if not args.no_keep:
-            print(f"  kept in {keep(record, f'sft-cpu{held}-T{length}-r{rank}-t{threads}')}")
+            print(f"  kept in {keep(record, 'sft', f'T{length}-r{rank}-t{threads}')}")
     return int(bad)
 
 

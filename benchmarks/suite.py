@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import time
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from case import MODEL, data_folder
 from measure import machine
+from records import keep
 
 if TYPE_CHECKING:
     from lorry.evaluate.unlearning.evaluation import SuiteEvaluation
@@ -194,9 +194,7 @@ def main() -> None:
         "--batch", type=int, nargs="*", default=[1, 8, 32], help="the peer's; its best counts"
     )
     parser.add_argument("--new-tokens", type=int, default=200, help="longest answer")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "suite-cpu.json"
-    )
+    parser.add_argument("--out", type=Path, help="as it comes: as records.py names it")
     args = parser.parse_args()
     # its threads would be counted as this one's time
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -263,7 +261,7 @@ def main() -> None:
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, "suite", path=args.out)
     print(record["text"])
     for row in rows:
         print(" | ".join(row))

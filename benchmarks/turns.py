@@ -55,7 +55,6 @@ ENGINES = {
     "forward": Entry(forward, "forward pass only, frozen", "forward", anchor=True),
     "lorry-packing": Entry(partial(lorry, packing=True), "Lorry, packing", dtype="auto"),
 }
-RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 2000  # of rounds and steps, for an interval
 
 
@@ -328,14 +327,6 @@ def show(record: Mapping[str, Any]) -> None:
             f"  NOT CLEAN: the load went up to {record['highest_load']:.1f} on {record['machine']['cores']} cores, "
             f"{record['others_cores']:.1f} of which other programs had; measure again"
         )
-
-
-def keep(record: Mapping[str, Any], name: str) -> Path:
-    """Write benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
 
 
 if __name__ == "__main__":

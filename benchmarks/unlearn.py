@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import gates
 import measure
+import records
 import turns
 from case import IGNORED, MODEL, Row, chat_pairs, data_folder, json_lines, write_chat, write_rows
 from engines import fast_path
@@ -528,8 +529,8 @@ def main() -> int:
         if not args.no_keep:
             # some methods alone are no successor of a record of all
             some = "" if set(args.methods) == set(METHODS) else "-".join(["", *args.methods])
-            name = f"unlearn{some}-cpu-{dtype}-r{args.rank}-t{args.threads}"
-            print(f"  kept in {turns.keep(record, name)}")
+            shape = f"{dtype}-r{args.rank}-t{args.threads}"
+            print(f"  kept in {records.keep(record, f'unlearn{some}', shape)}")
     return int(bad)
 
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import experts
 import measure
+import records
 import turns
 
 SHAPES = {
@@ -481,7 +482,7 @@ def main() -> int:
             f"({sign} {goal['bound']:.2f}: {'met' if goal['met'] else 'NOT MET'})"
         )
     if not args.no_keep:
-        print(f"  kept in {turns.keep(record, f'variants-cpu-{args.shape}-t1')}")
+        print(f"  kept in {records.keep(record, 'variants', f'{args.shape}-t1')}")
     return int(bool(record["refused"]))
 
 

@@ -8,9 +8,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import isa
 import plots
 import pytest
+import records
 import results
 
 MACHINE: dict[str, Any] = dict.fromkeys(("torch", "transformers", "peft", "lorry", "python"), "1.0")
@@ -70,9 +70,11 @@ def test_the_page_tells_ratios_refusals_and_targets(record: dict[str, Any]) -> N
         in text
     )
     assert "Refused: engine trl: another loss." in text
-    assert "at least 3.0x PEFT's default (amx, 1 thread) | 3.00 | yes" in text
-    assert "at least 2.7x the strongest peer, peft-bf16 (amx, 1 thread) | 1.50 | no" in text
-    assert "at least 0.5 of the matrix rate (amx, 1 thread) | 0.40 | no" in text
+    assert "at least 3.0x PEFT's default (amx on a-cpu, 1 thread) | 3.00 | yes" in text
+    assert (
+        "at least 2.7x the strongest peer, peft-bf16 (amx on a-cpu, 1 thread) | 1.50 | no" in text
+    )
+    assert "at least 0.5 of the matrix rate (amx on a-cpu, 1 thread) | 0.40 | no" in text
     assert "Not above 0.999, let through by the control: engine peft-bf16 (0.99890)." in text
     assert "results/one.png" in text
 
@@ -80,7 +82,7 @@ def test_the_page_tells_ratios_refusals_and_targets(record: dict[str, Any]) -> N
 def test_where_we_lose_is_computed(record: dict[str, Any]) -> None:
     said = results.losses({"one": record})
     assert (
-        "- more memory than engine peft-bf16 (Packed text: 1024 tokens, rank 16, 1 thread, amx): 1.25x"
+        "- more memory than engine peft-bf16 (Packed text: 1024 tokens, rank 16, 1 thread, amx on a-cpu): 1.25x"
         in said
     )
     assert "forward" not in said  # nobody can train faster than by not training
@@ -110,19 +112,22 @@ def test_each_processor_has_its_own_lines_and_targets(record: dict[str, Any]) ->
     old = copy.deepcopy(record)
     del old["isa"]
     old["machine"] = {**MACHINE, "cpu": "a CPU (avx512_bf16, avx512f, avx2)"}
-    found = isa.by_processor([held, old, record])
-    assert list(found) == ["amx", "avx512_bf16", "avx2"]
-    assert list(isa.by_processor([record, {**record, "machine": old["machine"]}])) == [
-        "amx",
-        "amx-2",
-    ]
-    text = results.page({"held": held, "old": old, "new": record}, {"sweep-avx2": "results/s.png"})
+    found = records.by_processor([held, old, record])
+    assert list(found) == ["cpu-a-cpu-amx", "cpu-a-cpu-avx512_bf16", "cpu-a-cpu-avx2"]
+    other = {**record, "machine": {**MACHINE, "cpu": "AMD EPYC, family 26, model 2 (avx2)"}}
+    assert list(records.by_processor([record, other])) == ["cpu-a-cpu-amx", "cpu-amd-26-2-amx"]
+    picture = {"sweep-cpu-a-cpu-avx2": "results/s.png"}
+    text = results.page({"held": held, "old": old, "new": record}, picture)
+    assert "![Lengths and ranks, cpu-a-cpu-avx2](results/s.png)" in text
     assert "### avx2: a CPU" in text
     assert "### avx512_bf16: a CPU (avx512_bf16, avx512f, avx2)" in text
     # without bfloat16, PEFT as it comes is the faster of its two formats
     assert "| 1024 | 16 | 1 | 600 | peft-float32 | 2.40x (2.30 to 2.50) | 0.50x |" in text
-    assert "at least 2.5x PEFT's default (avx2, 1 thread) | 2.40 | no" in text
-    assert "memory at 1024 tokens, at most 0.45x PEFT's default (avx512_bf16, 1 thread)" in text
+    assert "at least 2.5x PEFT's default (avx2 on a-cpu, 1 thread) | 2.40 | no" in text
+    assert (
+        "memory at 1024 tokens, at most 0.45x PEFT's default (avx512_bf16 on a-cpu, 1 thread)"
+        in text
+    )
     assert "Held to avx2 (ATen: AVX512)." in text
     assert text.count("Held to") == 1
     assert text.count("base in float32 or bf16") == 1
@@ -137,8 +142,19 @@ def test_other_benchmarks_may_add_a_table(record: dict[str, Any]) -> None:
         },
         {},
     )
-    assert "## Generation" in text
+    assert "## Generation\n" in text
     assert "| 1 |" in text
+
+
+def test_a_table_of_two_processors_names_each(record: dict[str, Any]) -> None:
+    table = {"title": "Generation", "columns": ["a"], "rows": [[1]]}
+    kept = {
+        name: {**table, "machine": {**MACHINE, "cpu": cpu}, "isa": record["isa"]}
+        for name, cpu in (("x", "a CPU (avx2)"), ("y", "AMD EPYC, family 26, model 2 (avx2)"))
+    }
+    text = results.page(kept, {})
+    assert "## Generation, amx on a-cpu\n" in text
+    assert "## Generation, amx on amd-26-2\n" in text
 
 
 def test_plots_are_drawn(record: dict[str, Any], tmp_path: Path) -> None:
@@ -150,5 +166,5 @@ def test_plots_are_drawn(record: dict[str, Any], tmp_path: Path) -> None:
         "losses": {"peft-1": [3.0, 2.0, 1.0], "lorry-1": [3.0, 2.1, 1.0]},
     }
     made = plots.draw({"one": record, "two": longer, "curve": curve, "other": {}}, tmp_path)
-    assert set(made) == {"one", "two", "curve", "sweep-amx"}
+    assert set(made) == {"one", "two", "curve", "sweep-cpu-a-cpu-amx"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made.values())

@@ -290,7 +290,8 @@ def test_without_a_budget_an_automatic_rank_is_bounded_all_the_same() -> None:
 def test_a_plan_is_above_what_was_measured() -> None:
     """The worst of what benchmarks/plan.py has measured was 4.9% above the sum of what is counted, of whole
     runs (benchmarks/rank_choice.py) 5.8%."""
-    rows = json.loads((ROOT / "benchmarks/results/plan-cpu.json").read_text())["rows"]
+    paths = (ROOT / "benchmarks/results").glob("plan-cpu-*.json")
+    rows = [row for path in paths for row in json.loads(path.read_text())["rows"]]
     worst = max(measured / predicted for _, predicted, measured, _ in rows)
     assert 1.04 < worst <= 1.05
     assert PLAN_MARGIN["cpu"] == 0.06

@@ -43,7 +43,7 @@ FEWER_GAPS = {"none": 5.0, "full": 3.0}
 
 # What a plan adds to the sum of all that it counts, so that it bounds a run from above: measured
 # peaks were up to 5.8% above that sum (a whole run of SmolLM2-135M, r 64, 128 tokens, float32, in
-# benchmarks/results/ranks-memory-cpu.json; the 20 configurations of plan-cpu.json 4.9%, a whole run of
+# benchmarks/results/ranks-memory-cpu-*.json; the 20 configurations of plan-cpu-*.json 4.9%, a whole run of
 # NPO 1.1%, one of three jobs 3.6%), by gaps that hang on the order of the lengths of real batches and on
 # what the heap held before. Nothing of CUDA has been measured.
 PLAN_MARGIN = {"cpu": 0.06, "cuda": 0.0}
