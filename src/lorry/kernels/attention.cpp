@@ -1,4 +1,4 @@
-// Causal attention by segment on AMX matrix tiles, bfloat16 in and out, forward and backward.
+// Causal attention by segment in bfloat16 products, forward and backward: on AMX matrix tiles, or in dot products of AVX512-BF16.
 //
 // One call serves every segment of a packed batch: tokens of a segment see themselves and what is before them in it, so no mask,
 // no padding and no copy of keys per query head exist in memory. Work is cut into blocks of 64 queries by 64 keys.
@@ -9,7 +9,7 @@
 //
 // Every segment is computed alone, in an order that the shapes and the number of threads fix, whatever its neighbours say.
 #include "common.h"
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #include <omp.h>
 
@@ -23,6 +23,9 @@ constexpr float LOG2E = 1.44269504f;
 alignas(64) static const uint16_t HALVES[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
+// Below, `product` is C[rows, cols] (fp32, stride ldc floats) = or += A[rows, depth] B[depth, cols], sides in multiples of 32.
+// A: rows of bf16, stride lda bytes. B: paired rows, stride ldb bytes.
+#if defined(__AMX_BF16__)
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -38,13 +41,11 @@ struct Tiles {
     ~Tiles() { _tile_release(); }
 };
 
-// C[ROWS, COLS] (fp32, stride ldc floats) = or += A[ROWS, DEPTH] B[DEPTH, COLS]. A: rows of bf16, stride lda bytes.
-// B: paired rows, stride ldb bytes.
-template <int ROWS, int COLS, int DEPTH>
-static inline void product(const void* a, long lda, const void* b, long ldb, float* c, long ldc, bool add) {
+static inline void product(int rows, int cols, int depth, const void* a, long lda, const void* b, long ldb, float* c, long ldc,
+                           bool add) {
     const char *ap = (const char*)a, *bp = (const char*)b;
-    for (int i = 0; i < ROWS; i += 32)
-        for (int j = 0; j < COLS; j += 32) {
+    for (int i = 0; i < rows; i += 32)
+        for (int j = 0; j < cols; j += 32) {
             float* c0 = c + i * ldc + j;
             if (add) {
                 _tile_loadd(0, c0, ldc * 4);
@@ -58,7 +59,7 @@ static inline void product(const void* a, long lda, const void* b, long ldb, flo
                 _tile_zero(3);
             }
 #pragma GCC unroll 4
-            for (int k = 0; k < DEPTH; k += 32) {
+            for (int k = 0; k < depth; k += 32) {
                 _tile_loadd(4, ap + i * lda + k * 2, lda);
                 _tile_loadd(5, ap + (i + 16) * lda + k * 2, lda);
                 _tile_loadd(6, bp + (k / 2) * ldb + j * 4, ldb);
@@ -74,6 +75,53 @@ static inline void product(const void* a, long lda, const void* b, long ldb, flo
             _tile_stored(3, c0 + 16 * ldc + 16, ldc * 4);
         }
 }
+#else
+struct Tiles {};  // nothing to take
+
+// ROWS x VECTORS sums in registers. A pair of A's values is spread over the lanes, against a paired row of B.
+template <int ROWS, int VECTORS>
+static inline __attribute__((always_inline)) void product_dots(int depth, const char* a, long lda, const char* b, long ldb, float* c, long ldc, bool add) {
+    __m512 sums[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; i++)
+        for (int v = 0; v < VECTORS; v++) sums[i][v] = add ? _mm512_loadu_ps(c + i * ldc + 16 * v) : _mm512_setzero_ps();
+    for (int k = 0; k < depth / 2; k++) {
+        __m512bh right[VECTORS];
+        for (int v = 0; v < VECTORS; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 64 * v);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            int32_t pair;
+            std::memcpy(&pair, a + i * lda + 4 * k, 4);
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], left, right[v]);
+        }
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(c + i * ldc + 16 * v, sums[i][v]);
+}
+
+template <int VECTORS>
+static inline __attribute__((always_inline)) void product_columns(int rows, int depth, const char* a, long lda, const char* b, long ldb, float* c, long ldc, bool add) {
+    constexpr int HIGH = 6;  // 24 sums of 32 registers where columns are wide
+    int i = 0;
+    for (; i + HIGH <= rows; i += HIGH) product_dots<HIGH, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    // of a multiple of 32 rows
+    if (rows - i == 4) product_dots<4, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    if (rows - i == 2) product_dots<2, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+}
+
+static inline void product(int rows, int cols, int depth, const void* a, long lda, const void* b, long ldb, float* c, long ldc,
+                           bool add) {
+    const char *ap = (const char*)a, *bp = (const char*)b;
+    int j = 0;
+    for (; j + 64 <= cols; j += 64)
+        if (depth == N)  // most often; known to the compiler it is a twentieth faster
+            product_columns<4>(rows, N, ap, lda, bp + j * 4, ldb, c + j, ldc, add);
+        else
+            product_columns<4>(rows, depth, ap, lda, bp + j * 4, ldb, c + j, ldc, add);
+    if (j < cols) product_columns<2>(rows, depth, ap, lda, bp + j * 4, ldb, c + j, ldc, add);
+}
+#endif
 
 // 2^x to 4e-5, a hundredth of what bfloat16 keeps; far below -126 it is 0, a NaN stays one.
 static inline __m512 exp2_16(__m512 x) {
@@ -201,6 +249,9 @@ static inline __mmask16 seen(int r, int c) {
     return first <= 0 ? 0xffff : first >= 16 ? 0 : (__mmask16)(0xffff << first);
 }
 
+// So many queries or keys of a block are computed: the last block of a segment, and the only one of a short one, are not full.
+static inline int padded(int count) { return (count + 31) / 32 * 32; }
+
 static inline int blocks(long length) { return (int)((length + N - 1) / N); }
 
 struct Unit {
@@ -275,24 +326,24 @@ static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float*
         for (size_t w = 0; w < units.size(); w++) {
             const Unit& u = units[w];
             long g = u.head / (heads / groups), first = u.block * N;
-            int count = (int)std::min<long>(N, u.length - first);
+            int count = (int)std::min<long>(N, u.length - first), width = padded(count);
             turned<D>(q + ((u.start + first) * heads + u.head) * D, heads * D, count, qt);
             for (int c = 0; c < N; c++) top[c] = -INFINITY, sum[c] = 0;
             for (int j = 0; j <= u.block; j++) {
                 long bytes;
-                int keys = (int)std::min<long>(N, u.length - (long)j * N);
+                int keys = (int)std::min<long>(N, u.length - (long)j * N), deep = padded(keys);
                 const bf16* kj = whole<D>(k + ((u.start + (long)j * N) * groups + g) * D, groups * D, keys, spare, &bytes);
-                product<N, N, D>(kj, bytes, qt, N * 4, st, N, false);
+                product(deep, width, D, kj, bytes, qt, N * 4, st, N, false);
                 bool diagonal = j == u.block;
                 __m512 fix[N / 16];
-                for (int c = 0; c < N; c += 16) {
+                for (int c = 0; c < width; c += 16) {
                     __m512 old = _mm512_load_ps(top + c), high = old, total = _mm512_setzero_ps();
                     if (diagonal)
-                        for (int r = 0; r < N; r++) high = _mm512_mask_max_ps(high, seen(r, c), high, _mm512_load_ps(st + r * N + c));
+                        for (int r = 0; r < deep; r++) high = _mm512_mask_max_ps(high, seen(r, c), high, _mm512_load_ps(st + r * N + c));
                     else
-                        for (int r = 0; r < N; r++) high = _mm512_max_ps(high, _mm512_load_ps(st + r * N + c));
+                        for (int r = 0; r < deep; r++) high = _mm512_max_ps(high, _mm512_load_ps(st + r * N + c));
                     const __m512 by = _mm512_set1_ps(scale2), level = _mm512_mul_ps(high, by);
-                    for (int r = 0; r < N; r += 2) {
+                    for (int r = 0; r < deep; r += 2) {
                         __m512 a = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(st + r * N + c), by, level));
                         __m512 b = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(st + (r + 1) * N + c), by, level));
                         if (diagonal) a = _mm512_maskz_mov_ps(seen(r, c), a), b = _mm512_maskz_mov_ps(seen(r + 1, c), b);
@@ -305,9 +356,9 @@ static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float*
                 }
                 if (j > 0)
                     for (int d = 0; d < D; d++)
-                        for (int c = 0; c < N; c += 16)
+                        for (int c = 0; c < width; c += 16)
                             _mm512_store_ps(ot + d * N + c, _mm512_mul_ps(_mm512_load_ps(ot + d * N + c), fix[c / 16]));
-                product<D, N, N>(vt + (g * plan.count + plan.first[segment[w]] + j) * N * D, N * 2, p, N * 4, ot, N, j > 0);
+                product(D, width, deep, vt + (g * plan.count + plan.first[segment[w]] + j) * N * D, N * 2, p, N * 4, ot, N, j > 0);
             }
             alignas(64) float by[N];
             for (int c = 0; c < N; c++) by[c] = 1.0f / sum[c];
@@ -371,7 +422,7 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
             for (long h = u.head; h < u.head + share; h++)
                 for (int i = 0; i < n; i++) {
                     long first = u.start + (long)i * N;
-                    int count = (int)std::min<long>(N, u.length - (long)i * N);
+                    int count = (int)std::min<long>(N, u.length - (long)i * N), width = padded(count);
                     const bf16 *qi = q + (first * heads + h) * D, *gi = go + (first * heads + h) * D, *oi = o + (first * heads + h) * D;
                     turned<D>(qi, heads * D, count, qt);
                     turned<D>(gi, heads * D, count, gt);
@@ -387,18 +438,18 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
                     }
                     for (int j = 0; j <= i; j++) {
                         long kb, vb;
-                        int keys = (int)std::min<long>(N, u.length - (long)j * N);
+                        int keys = (int)std::min<long>(N, u.length - (long)j * N), deep = padded(keys);
                         long at = ((u.start + (long)j * N) * groups + g) * D;
                         const bf16* kj = whole<D>(k + at, groups * D, keys, spare_k, &kb);
                         const bf16* vj = whole<D>(v + at, groups * D, keys, spare_v, &vb);
-                        product<N, N, D>(kj, kb, qt, N * 4, st, N, false);
-                        product<N, N, D>(vj, vb, gt, N * 4, dpt, N, false);
+                        product(deep, width, D, kj, kb, qt, N * 4, st, N, false);
+                        product(deep, width, D, vj, vb, gt, N * 4, dpt, N, false);
                         bool diagonal = i == j;
-                        for (int c = 0; c < N; c += 32) {
+                        for (int c = 0; c < width; c += 32) {
                             __m512 l0 = _mm512_load_ps(level + c), l1 = _mm512_load_ps(level + c + 16);
                             __m512 e0 = _mm512_load_ps(delta + c), e1 = _mm512_load_ps(delta + c + 16);
                             const __m512 by = _mm512_set1_ps(scale2);
-                            for (int r = 0; r < N; r += 2) {
+                            for (int r = 0; r < deep; r += 2) {
                                 __m512 p[4], ds[4];
                                 for (int z = 0; z < 2; z++) {
                                     const float *sr = st + (r + z) * N + c, *dr = dpt + (r + z) * N + c;
@@ -418,10 +469,10 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
                                                    _mm512_permutexvar_epi16(interleave, narrow32(ds[1], ds[3])));
                             }
                         }
-                        product<N, D, N>(pt, N * 2, gp, D * 4, dvs + (long)j * N * D, D, true);
-                        product<N, D, N>(dst, N * 2, qp, D * 4, dks + (long)j * N * D, D, true);
+                        product(deep, D, width, pt, N * 2, gp, D * 4, dvs + (long)j * N * D, D, true);
+                        product(deep, D, width, dst, N * 2, qp, D * 4, dks + (long)j * N * D, D, true);
                         const bf16* kjt = kt + (g * plan.count + plan.first[segment[w]] + j) * N * D;
-                        product<D, N, N>(kjt, N * 2, dsp, N * 4, dqt, N, j > 0);
+                        product(D, width, deep, kjt, N * 2, dsp, N * 4, dqt, N, j > 0);
                     }
                     write_turned<D>(dqt, even, dq + (first * heads + h) * D, heads * D, count);
                 }

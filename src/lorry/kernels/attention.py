@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lorry.kernels.build import call_kernel, kernel_status
 
-# Widths that the kernel on matrix tiles is compiled for: multiples of a tile's 32 bf16 columns.
-TILE_WIDTHS = (32, 64, 96, 128)
+# Widths that the kernel of bfloat16 products is compiled for: multiples of a tile's 32 columns.
+BFLOAT16_WIDTHS = (32, 64, 96, 128)
 # Widths up to here the kernel on vectors takes: what it works on stays near the core.
 MAX_HEAD_DIM = 256
 
@@ -32,9 +32,14 @@ def supports_attention(q: Tensor, k: Tensor) -> bool:
     )
 
 
-def runs_on_tiles(q: Tensor) -> bool:
-    """Whether q [T,H,D] is attended to on matrix tiles; else it is on vectors."""
-    return q.dtype == torch.bfloat16 and q.shape[2] in TILE_WIDTHS and kernel_status().amx
+def multiplies_bfloat16(q: Tensor) -> bool:
+    """Whether q [T,H,D] is attended to in products of bfloat16, on matrix tiles or in dot products; else it
+    is widened to float32 vectors."""
+    return (
+        q.dtype == torch.bfloat16
+        and q.shape[2] in BFLOAT16_WIDTHS
+        and kernel_status().attention in ("tiles", "dots")
+    )
 
 
 def build_cu_seqlens(segments: Sequence[tuple[int, int]]) -> Tensor:
@@ -80,8 +85,8 @@ def _call_with_scratch(
     """
     q, k = tensors[:2]
     (tokens, heads, width), groups, segments = q.shape, k.shape[1], len(starts) - 1
-    on_tiles = runs_on_tiles(q)
-    kernel = "attention" if on_tiles else "attention_vectors"
+    of_bfloat16 = multiplies_bfloat16(q)
+    kernel = "attention" if of_bfloat16 else "attention_vectors"
     sizes = (starts, segments, tokens, heads, groups, width)
     # two calls: the kernel says what it needs, torch allocates it
     size = call_kernel(f"{kernel}_space", *sizes, int(direction == "backward"))
@@ -89,5 +94,5 @@ def _call_with_scratch(
     space = torch.empty(size + 64, dtype=torch.uint8)
     space = space[-space.data_ptr() % 64 :]
     # one kernel is of bfloat16 alone, the other is told what it reads
-    form = () if on_tiles else (int(q.dtype == torch.bfloat16),)
+    form = () if of_bfloat16 else (int(q.dtype == torch.bfloat16),)
     call_kernel(f"{kernel}_{direction}", *tensors, *sizes, scale, space, *form)

@@ -42,7 +42,13 @@ from torch import Tensor
 from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
-from lorry.processor import AttentionKernel, compiler_flags, isa_in_words, processor_flags
+from lorry.processor import (
+    AttentionKernel,
+    compiler_flags,
+    has_fast_dots,
+    isa_in_words,
+    processor_flags,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,26 +71,30 @@ LIBRARY_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-w")
 @dataclass(frozen=True)
 class KernelStatus:
     """Whether the kernels run here; if not, why. ``digest`` names the build, ``amx`` says whether matrix
-    tiles are used, ``isa`` what instruction set it was built for.
+    tiles are used, ``dots`` whether dot products of bfloat16 pairs, ``isa`` what instruction set it was
+    built for.
     """
 
     active: bool
     reason: str
     digest: str = ""
     amx: bool = False
+    dots: bool = False
     isa: str = ""
 
     @property
     def attention(self) -> AttentionKernel:
         """What computes attention in the formats that the kernels take."""
-        return "none" if not self.active else "tiles" if self.amx else "vectors"
+        if not self.active:
+            return "none"
+        return "tiles" if self.amx else "dots" if self.dots else "vectors"
 
     def line(self) -> str:
         """One line for people."""
         if not self.active:
             return f"torch only ({self.reason})"
-        tiles = ", attention on AMX tiles" if self.amx else ""
-        return f"compiled C++ for {self.isa} ({self.digest[:12]}{tiles})"
+        ways = {"tiles": ", attention on AMX tiles", "dots": ", attention in bfloat16 dot products"}
+        return f"compiled C++ for {self.isa} ({self.digest[:12]}{ways.get(self.attention, '')})"
 
 
 def load_library() -> ctypes.CDLL | None:
@@ -168,7 +178,9 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
         return None, KernelStatus(False, f"{compiler} failed: {messages[0]}")
     except OSError as e:
         return None, KernelStatus(False, f"the built kernels cannot be saved or loaded: {e}")
-    return library, KernelStatus(True, "", digest, bool(library.lorry_amx()), isa_in_words())
+    return library, KernelStatus(
+        True, "", digest, bool(library.lorry_amx()), has_fast_dots(), isa_in_words()
+    )
 
 
 def _build_digest(compiler: str) -> str:
