@@ -87,20 +87,28 @@ def test_what_each_means(
 
 
 @pytest.mark.parametrize(
-    ("flags", "vendor", "fast"),
+    ("flags", "vendor", "fast", "dots"),
     [
-        (SAPPHIRE_RAPIDS, "GenuineIntel", True),
-        (COOPER_LAKE, "GenuineIntel", False),  # slower than float32, where it was measured
-        (COOPER_LAKE, "AuthenticAMD", True),
-        (SKYLAKE, "AuthenticAMD", False),
+        (SAPPHIRE_RAPIDS, "GenuineIntel", True, False),
+        (COOPER_LAKE, "GenuineIntel", False, False),  # slower than float32, where it was measured
+        (COOPER_LAKE, "AuthenticAMD", True, True),
+        (SKYLAKE, "AuthenticAMD", False, False),
     ],
 )
 def test_where_bfloat16_is_worth_it(
-    flags: str, vendor: str, fast: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    flags: str,
+    vendor: str,
+    fast: bool,
+    dots: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags.split(), True))
     put_in(flags, monkeypatch, tmp_path, vendor=vendor)
     assert processor.has_bfloat16() == has_fast_bfloat16(torch.device("cpu")) == fast
+    assert processor.has_fast_dots() == dots
+    monkeypatch.setenv("LORRY_ISA", "avx2")  # held to less, there are none
+    assert not processor.has_fast_dots()
 
 
 def test_capitals_mean_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

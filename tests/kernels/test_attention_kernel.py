@@ -1,5 +1,5 @@
 """The attention kernels against float64 attention, segment by segment: on vectors in float32 and
-bfloat16, and on matrix tiles where the machine has them.
+bfloat16, and in bfloat16 products where the machine has them, on matrix tiles or in dot products.
 """
 
 from __future__ import annotations
@@ -26,27 +26,31 @@ class Way(NamedTuple):
     """A kernel, the numbers it is given, and how far from float64 it may be: relative, of an output
     whose truth is about 0 relative to ``floor``."""
 
-    tiles: bool
+    products: bool
     dtype: torch.dtype
     bound: float
     floor: float
 
 
-TILES = Way(True, torch.bfloat16, 6e-3, 1e-2)
+PRODUCTS = Way(True, torch.bfloat16, 6e-3, 1e-2)
 WAYS = [
     Way(False, torch.float32, 5e-6, 10.0),
     Way(False, torch.bfloat16, 6e-3, 1e-2),
     pytest.param(
-        TILES, marks=pytest.mark.skipif(not kernel_status().amx, reason="no matrix tiles")
+        PRODUCTS,
+        marks=pytest.mark.skipif(
+            kernel_status().attention not in ("tiles", "dots"),
+            reason="no matrix tiles or fast dot products",
+        ),
     ),
 ]
 
 
-@pytest.fixture(params=WAYS, ids=["vectors-float32", "vectors-bfloat16", "tiles-bfloat16"])
+@pytest.fixture(params=WAYS, ids=["vectors-float32", "vectors-bfloat16", "products-bfloat16"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     chosen: Way = request.param
-    if not chosen.tiles:
-        monkeypatch.setattr(kernel, "runs_on_tiles", lambda q: False)
+    if not chosen.products:
+        monkeypatch.setattr(kernel, "multiplies_bfloat16", lambda q: False)
     return chosen
 
 
@@ -102,8 +106,8 @@ ODD_WIDTHS = [(5, 5, 33), (3, 1, 7), (8, 2, 80), (9, 1, 48), (2, 2, 200), (1, 1,
 def test_output_and_gradients(
     way: Way, heads: int, groups: int, width: int, starts: list[int]
 ) -> None:
-    if way.tiles and (heads, groups, width) in ODD_WIDTHS:
-        pytest.skip("tiles take other widths")
+    if way.products and (heads, groups, width) in ODD_WIDTHS:
+        pytest.skip("compiled for other widths")
     given_ = inputs(starts[-1], heads, groups, width, way.dtype)
     assert worst(given_, starts, way.floor) < way.bound
 
@@ -144,7 +148,7 @@ def test_a_segment_does_not_see_its_neighbours(way: Way, threads: int) -> None:
 
 
 def test_threads_split_a_lone_segment(way: Way) -> None:
-    """On vectors alike to the bit; on tiles sums over rows may differ."""
+    """On vectors alike to the bit; in bfloat16 products sums over rows may differ."""
     given_ = inputs(200, 9, 3, 64, way.dtype)
     torch.set_num_threads(2)
     try:
@@ -153,7 +157,7 @@ def test_threads_split_a_lone_segment(way: Way) -> None:
     finally:
         torch.set_num_threads(1)
     alone = run(*given_, [0, 200])
-    count = 2 if way.tiles else 4
+    count = 2 if way.products else 4
     assert all(torch.equal(a, b) for a, b in zip(shared[:count], alone[:count], strict=True))
 
 

@@ -16,6 +16,7 @@ from lorry.plan.constants import GIB
 from lorry.processor import (
     AttentionKernel,
     cpuinfo_values,
+    has_fast_dots,
     isa_in_words,
     processor_flags,
     processor_name,
@@ -142,9 +143,11 @@ def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
 
 def attention_kernel() -> AttentionKernel:
     """Which attention will run on this CPU: kernels need a compiler to build them with
-    (kernels/build.py), the better ones matrix tiles. Raises ConfigError where LORRY_ISA asks for what this processor lacks.
+    (kernels/build.py), the better ones matrix tiles or fast dot products. Raises ConfigError where LORRY_ISA asks for what this processor lacks.
     """
     compiler = (
         any(map(shutil.which, ("g++", "c++", "clang++"))) and os.environ.get("LORRY_KERNELS") != "0"
     )
-    return "none" if not compiler else "tiles" if isa_in_words() == "amx" else "vectors"
+    if not compiler:
+        return "none"
+    return "tiles" if isa_in_words() == "amx" else "dots" if has_fast_dots() else "vectors"

@@ -1,8 +1,8 @@
 """Causal attention within the segments of a packed batch, forward and backward. Nothing leaks
 between segments.
 
-On a CPU one kernel call serves all segments, in bfloat16 and float32 (kernels/attention.cpp on
-matrix tiles, kernels/attention_vectors.cpp on any processor's vectors). Elsewhere segments of
+On a CPU one kernel call serves all segments, in bfloat16 and float32 (kernels/attention.cpp in
+bfloat16 products, kernels/attention_vectors.cpp on any processor's vectors). Elsewhere segments of
 similar length are laid into one right-padded call of torch's: under a causal mask a real query
 never sees the padding to its right, so no mask is needed and padding costs only time. T tokens, H
 heads, G key/value heads, D head width.
