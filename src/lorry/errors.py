@@ -41,6 +41,12 @@ class DataError(LorryError, ValueError):
     docs = "data.md"
 
 
+class RunFilesError(DataError):
+    """A run directory is missing, is none, or holds a damaged file."""
+
+    docs = "running.md#what-a-run-leaves"
+
+
 class ModelError(LorryError, ValueError):
     """A model or adapter cannot be loaded, or is not the one that was asked for."""
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lorry import cli
 from lorry.config import parse_settings
 from lorry.config.settings import RunsSettings
-from lorry.errors import DataError
+from lorry.errors import RunFilesError
 from lorry.verbs import runs
 from tests.support.verbworld import STEPS, World
 
@@ -66,5 +67,21 @@ def test_nothing_there(
     assert listing(tmp_path, "format=json") == 0
     assert capsys.readouterr().out == "[]\n"
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="runs: no such folder"):
+    with pytest.raises(RunFilesError, match="runs: no such folder"):
         listing()
+
+
+@pytest.mark.parametrize("command", ["runs", "report", "doctor"])
+def test_what_is_wrong_with_a_run_is_explained_on_the_page_of_runs(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """docs/data.md, where rows of data are explained, says nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "gone"]) == RunFilesError.exit_code
+    error = capsys.readouterr().err
+    assert "gone: no such" in error
+    assert error.endswith(f"see docs/{RunFilesError.docs}\n")
+    assert RunFilesError.docs.startswith("running.md#")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents
-from lorry.errors import DataError
+from lorry.errors import RunFilesError
 
 OBJECTS = ("data", "base", "code", "environment", "adapters", "weights", "teacher")
 NUMBERS = ("trainable_parameters", "total_parameters", "saved_bytes")
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     if not isinstance(receipt, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(receipt).__name__}")
+        raise RunFilesError(f"{path}: expected a JSON object, got {type(receipt).__name__}")
     for name in OBJECTS:
         _texts(part(receipt, name, path), name, path)
     for name in DIGESTS:
@@ -93,4 +93,4 @@ def _texts(group: Mapping[str, Any], name: str, path: Path) -> None:
 
 def _require(holds: bool, name: str, path: Path | str) -> None:
     if not holds:
-        raise DataError(f"{path}: {name!r} is not valid in a receipt")
+        raise RunFilesError(f"{path}: {name!r} is not valid in a receipt")

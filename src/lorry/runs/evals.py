@@ -21,7 +21,7 @@ from typing import Any
 
 from lorry.disk import documents, receipt
 from lorry.disk.integrity import file_digest
-from lorry.errors import DataError
+from lorry.errors import RunFilesError
 from lorry.runs.layout import (
     ADAPTER_WEIGHTS,
     ATTACKS,
@@ -118,7 +118,7 @@ def read_suites(run_dir: Path) -> tuple[SuiteRecord, ...]:
         if not STEP.fullmatch(path.relative_to(folder).parts[0])
     ]
     if len(files) > MOST_FILES:
-        raise DataError(f"{folder}: {len(files)} suites; a report shows at most {MOST_FILES}")
+        raise RunFilesError(f"{folder}: {len(files)} suites; a report shows at most {MOST_FILES}")
     return tuple(_read_suite(path, folder) for path in sorted(files))
 
 
@@ -129,7 +129,7 @@ def _read_suite(path: Path, folder: Path) -> SuiteRecord:
 
 def _suite_of(records: Mapping[str, Any], path: Path, part: str) -> SuiteRecord:
     if len(records) > MOST_RECORDS:
-        raise DataError(f"{path}: {len(records)} metrics; a suite has at most {MOST_RECORDS}")
+        raise RunFilesError(f"{path}: {len(records)} metrics; a suite has at most {MOST_RECORDS}")
     values, rocs, rows, oracle = Values(), {}, {}, None
     for name, content in records.items():
         record, where = _object(content, f"{path}: {name}"), f"{path}: {name}"
@@ -146,17 +146,17 @@ def _read_oracle(content: Any, where: str) -> OracleValues:
     fields = _object(content, where)
     texts = _texts({name: fields.get(name) for name in ("path", "sha256")}, where)
     if "\0" in texts["path"]:  # every call of the system refuses it, each in its own way
-        raise DataError(f"{where}.path is not a path")
+        raise RunFilesError(f"{where}.path is not a path")
     return OracleValues(texts["path"], texts["sha256"], _values(fields.get("values"), where))
 
 
 def _read_roc(content: Any, where: str) -> list[tuple[float, float]]:
     if not isinstance(content, list) or len(content) > MOST_ROC_POINTS:
-        raise DataError(f"{where} is not a list of at most {MOST_ROC_POINTS} points")
+        raise RunFilesError(f"{where} is not a list of at most {MOST_ROC_POINTS} points")
     points = []
     for point in content:
         if not isinstance(point, list) or len(point) != 2:
-            raise DataError(f"{where}: a point has to be a list of two shares")
+            raise RunFilesError(f"{where}: a point has to be a list of two shares")
         points.append((_number(point[0], where), _number(point[1], where)))
     return points
 
@@ -228,10 +228,10 @@ def read_attacks(run_dir: Path) -> AttacksRecord | None:
 
 def _read_curve(content: Any, where: str) -> list[Values]:
     if not isinstance(content, list) or len(content) > MOST_CURVE_POINTS:
-        raise DataError(f"{where} is not a list of at most {MOST_CURVE_POINTS} points")
+        raise RunFilesError(f"{where} is not a list of at most {MOST_CURVE_POINTS} points")
     points = [_values(point, where) for point in content]
     if any("step" not in point for point in points):
-        raise DataError(f"{where}: a point has no step")
+        raise RunFilesError(f"{where}: a point has no step")
     return points
 
 
@@ -258,7 +258,7 @@ def find_start(run_dir: Path, run_receipt: Mapping[str, Any] | None) -> Path | N
 
 def _object(content: Any, where: object) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(content).__name__}")
+        raise RunFilesError(f"{where}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -266,7 +266,7 @@ def _values(content: Any, where: str) -> Values:
     """{name: number} of an object."""
     numbers = _object(content, where)
     if len(numbers) > MOST_RECORDS:
-        raise DataError(f"{where}: {len(numbers)} values; there are at most {MOST_RECORDS}")
+        raise RunFilesError(f"{where}: {len(numbers)} values; there are at most {MOST_RECORDS}")
     return {name: _number(value, f"{where}.{name}") for name, value in numbers.items()}
 
 
@@ -274,11 +274,11 @@ def _texts(content: Any, where: str) -> dict[str, str]:
     texts = _object(content, where)
     for name, value in texts.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}.{name} is {str(value)[:40]!r} instead of a text")
+            raise RunFilesError(f"{where}.{name} is {str(value)[:40]!r} instead of a text")
     return texts
 
 
 def _number(value: Any, where: str) -> float:
     if not is_number(value):
-        raise DataError(f"{where} is {str(value)[:40]!r} instead of a number")
+        raise RunFilesError(f"{where} is {str(value)[:40]!r} instead of a number")
     return float(value)

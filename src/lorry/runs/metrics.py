@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents, durable
-from lorry.errors import DataError
+from lorry.errors import DataError, RunFilesError
 from lorry.runs.closeable import CloseableResource
 
 MetricsRecord = dict[str, Any]
@@ -42,7 +42,7 @@ def iter_metrics(path: Path) -> Iterator[tuple[int, MetricsRecord]]:
     try:
         lines = documents.read_bytes(path, MOST_BYTES).split(b"\n")
     except FileNotFoundError:
-        raise DataError(
+        raise RunFilesError(
             f"{path} is missing, although a run writes it from its first step on"
         ) from None
     for number, line in enumerate(lines, 1):
@@ -77,9 +77,11 @@ def _parse_record(line: bytes, path: str, number: int = 1) -> MetricsRecord:
     try:
         record = _read_line(line, path, number)
     except DataError as error:
-        raise DataError(f"{error}; delete this line, or start the run afresh") from None
+        raise RunFilesError(f"{error}; delete this line, or start the run afresh") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a metrics line is a JSON object, got {type(record).__name__}")
+        raise RunFilesError(
+            f"{where}: a metrics line is a JSON object, got {type(record).__name__}"
+        )
     _refuse_step(record.get("step"), where)
     return {name: _decode_value(value) for name, value in record.items()}
 
@@ -87,7 +89,7 @@ def _parse_record(line: bytes, path: str, number: int = 1) -> MetricsRecord:
 def _refuse_step(step: Any, where: str) -> None:
     # 2^53: beyond it a JSON number is not exact for every reader
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
-        raise DataError(
+        raise RunFilesError(
             f"{where}: 'step' must be a whole number of 0 or more, got {str(step)[:40]!r}"
         )
 

@@ -22,7 +22,7 @@ import psutil
 
 from lorry.disk import documents
 from lorry.disk.durable import DiskError
-from lorry.errors import ConfigError, DataError
+from lorry.errors import ConfigError, RunFilesError
 from lorry.runs.closeable import CloseableResource
 from lorry.runs.layout import PROCESS
 
@@ -70,7 +70,7 @@ def read_process(run_dir: Path) -> RunProcess | None:
         return None
     process = _process_from_json(document)
     if process is None:
-        raise DataError(
+        raise RunFilesError(
             f"{path}:1: this was not written by a run; move it away if no run is "
             f"going on in {run_dir}"
         )

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents, receipt
-from lorry.errors import DataError, LorryError
+from lorry.errors import DataError, LorryError, RunFilesError
 from lorry.runs import evals, ownership, process, series
 from lorry.runs.evals import RunEvals
 from lorry.runs.layout import (
@@ -133,7 +133,7 @@ class RunRecord:
             isinstance(job, dict) and isinstance(job.get("name"), str) for job in jobs
         )
         if not sound:
-            raise DataError(
+            raise RunFilesError(
                 f"{self.path / RUN_FILE}: jobs has to be a list of mappings, each with a 'name'"
             )
         return {job["name"]: job for job in jobs}
@@ -164,7 +164,7 @@ class RunRecord:
 
 def _settings_map(run: RunRecord, name: str, group: Any) -> dict[str, Any]:
     if not isinstance(group, dict | None):
-        raise DataError(
+        raise RunFilesError(
             f"{run.path / RUN_FILE}: {name!r} has to be a mapping of settings, got "
             f"{type(group).__name__}"
         )
@@ -186,7 +186,7 @@ def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[Dam
     where a path is no run directory at all.
     """
     if not paths:
-        raise DataError("a report needs at least one run directory")
+        raise RunFilesError("a report needs at least one run directory")
     for path in paths:
         _require_run(path)
     runs, damaged = list[RunRecord](), list[DamagedRun]()
@@ -197,7 +197,7 @@ def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[Dam
         except DataError as error:
             damaged.append(DamagedRun(path, name, str(error)))
     if not runs:
-        raise DataError("; ".join(damaged_run.why for damaged_run in damaged))
+        raise RunFilesError("; ".join(damaged_run.why for damaged_run in damaged))
     return runs, damaged
 
 
@@ -207,7 +207,7 @@ def _distinct_names(paths: list[Path]) -> list[str]:
         names = ["/".join(p.parts[-depth:]) for p in paths]
         if len(set(names)) == len(names):
             return names
-    raise DataError(f"{paths[0]}: the same run directory is given twice")
+    raise RunFilesError(f"{paths[0]}: the same run directory is given twice")
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
@@ -220,21 +220,23 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
     except (
         OSError
     ) as error:  # no right to read it, a disk that fails, or it moved away while we looked
-        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
+        raise RunFilesError(
+            f"{error.filename or path}: cannot be read ({error.strerror})"
+        ) from error
 
 
 def _require_run(path: Path) -> None:
     if not path.is_dir():
-        raise DataError(f"{path}: no such run directory")
+        raise RunFilesError(f"{path}: no such run directory")
     if not any((path / file).exists() for file in RUN_FILES):
         if (path / ROUTER / ROUTER_FILE).is_file():
             own = f"; its experts' run is {path / EXPERTS}" if (path / EXPERTS).is_dir() else ""
-            raise DataError(
+            raise RunFilesError(
                 f"{path}: a mixture without {RUN_FILE}, so that it is no run directory (earlier versions described none that "
                 f"no run trains); `lorry doctor`, "
                 f"`lorry eval` and `lorry chat` read it{own}"
             )
-        raise DataError(f"{path}: not a run directory; it has none of {', '.join(RUN_FILES)}")
+        raise RunFilesError(f"{path}: not a run directory; it has none of {', '.join(RUN_FILES)}")
 
 
 def _read_run_files(path: Path, name: str) -> RunRecord:
@@ -275,7 +277,7 @@ def _read_evals(run: RunRecord) -> RunEvals:
     try:
         run_evals = RunEvals(evals.read_suites(run.path), evals.read_attacks(run.path))
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise RunFilesError(f"{error.filename}: cannot be read ({error.strerror})") from error
     try:
         start = evals.find_start(run.path, run.receipt)
         if start is not None:
@@ -320,7 +322,7 @@ def _read_text(path: Path) -> str:
 def _parse_config(text: str, path: Path) -> dict[str, Any]:
     content, _ = documents.parse_yaml(text, str(path))
     if content is not None and not isinstance(content, dict):
-        raise DataError(
+        raise RunFilesError(
             f"{path}: settings have to be a mapping of names, got {type(content).__name__}"
         )
     return content or {}
@@ -337,15 +339,15 @@ def _read_list(path: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
     """(where, item) of a JSON list of at most so many objects."""
     content = _read_json(path)
     if content is not None and not isinstance(content, list):
-        raise DataError(f"{path}: expected a list, got {type(content).__name__}")
+        raise RunFilesError(f"{path}: expected a list, got {type(content).__name__}")
     listed: list[Any] = content or []
     if len(listed) > most:
-        raise DataError(f"{path}: {len(listed)} items; a run writes at most {most} there")
+        raise RunFilesError(f"{path}: {len(listed)} items; a run writes at most {most} there")
     # counted from 1, as a person counts the items of a list
     items = [(f"{path}: item {index}", item) for index, item in enumerate(listed, 1)]
     for where, item in items:
         if not isinstance(item, dict):
-            raise DataError(f"{where} is not an object")
+            raise RunFilesError(f"{where} is not an object")
     return items
 
 
@@ -358,14 +360,16 @@ def _take_field(
     if value is None and default is not None:
         return default
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{where}: {key!r} is {str(value)[:40]!r}, which is not valid in this file")
+        raise RunFilesError(
+            f"{where}: {key!r} is {str(value)[:40]!r}, which is not valid in this file"
+        )
     return value
 
 
 def _read_contract(item: dict[str, Any], where: str) -> ContractRecord:
     status = _take_field(item, "status", str, where)
     if status not in CONTRACT_STATUSES:
-        raise DataError(
+        raise RunFilesError(
             f"{where}: status {status[:40]!r} is none of {', '.join(CONTRACT_STATUSES)}"
         )
     return ContractRecord(
@@ -396,7 +400,7 @@ def _read_sample(item: dict[str, Any], where: str) -> SampleRecord:
 
 def _read_token(item: Any, where: str) -> TokenWeight:
     if not isinstance(item, dict):
-        raise DataError(f"{where}: a token is an object with 'text' and 'weight'")
+        raise RunFilesError(f"{where}: a token is an object with 'text' and 'weight'")
     return TokenWeight(
         _take_field(item, "text", str, where),
         float(_take_field(item, "weight", (int, float), where)),
@@ -406,7 +410,7 @@ def _read_token(item: Any, where: str) -> TokenWeight:
 def _read_evaluation(item: dict[str, Any], where: str) -> EvaluationRecord:
     metrics = {}
     if len(item_metrics := _take_field(item, "metrics", dict, where)) > MOST_METRICS:
-        raise DataError(
+        raise RunFilesError(
             f"{where} has {len(item_metrics)} metrics; a run writes at most {MOST_METRICS} there"
         )
     for name, pair in item_metrics.items():
@@ -422,7 +426,7 @@ def _read_evaluation(item: dict[str, Any], where: str) -> EvaluationRecord:
 
 def _optional_number(value: Any, metric: str, where: str) -> float | None:
     if value is not None and not is_number(value):
-        raise DataError(
+        raise RunFilesError(
             f"{where}: metric {metric!r} holds {str(value)[:40]!r}, which is not a number"
         )
     return value
@@ -435,6 +439,6 @@ def _read_interval(ends: Any, metric: str, where: str) -> tuple[float, float] | 
     if ends is None:
         return None
     if not isinstance(ends, list) or len(ends) != 2:
-        raise DataError(f"{where}: the interval of {metric!r} is a list of two numbers")
+        raise RunFilesError(f"{where}: the interval of {metric!r} is a list of two numbers")
     low, high = (_optional_number(end, metric, where) for end in ends)
     return None if low is None or high is None else (low, high)

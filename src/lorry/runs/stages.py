@@ -23,7 +23,7 @@ from typing import Any
 from lorry.config.data import DataConfig
 from lorry.disk import documents, durable
 from lorry.disk.integrity import file_digest
-from lorry.errors import DataError
+from lorry.errors import RunFilesError
 from lorry.runs import ownership
 from lorry.runs.layout import STAGES
 
@@ -51,7 +51,7 @@ class StageRecord:
             and isinstance(stage.get("finished"), bool)
             for stage in stages.values()
         ):
-            raise DataError(
+            raise RunFilesError(
                 f"{file}: not a record of stages; move it away, and every stage is done again"
             )
         return stages

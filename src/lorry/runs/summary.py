@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.disk.documents import read_object
-from lorry.errors import DataError
+from lorry.errors import DataError, RunFilesError
 from lorry.formatting import MISSING_VALUE, format_bytes, format_duration, format_number
 from lorry.runs.evals import RunEvals
 from lorry.runs.layout import ADAPTER_CONFIG
@@ -213,7 +213,7 @@ def _saved_ranks(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        saved = read_object(file, error=DataError)
+        saved = read_object(file, error=RunFilesError)
     except DataError:
         return {}  # who loads it is told what is wrong
     pattern = saved.get("rank_pattern")

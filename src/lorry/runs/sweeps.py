@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents
-from lorry.errors import DataError
+from lorry.errors import RunFilesError
 from lorry.runs.layout import SWEEP
 
 # a run of several bases and passes lies in SWEEP/BASE/pass-N
@@ -54,15 +54,15 @@ def read_sweep(path: Path) -> SweepRecord:
     try:
         content = documents.read_json_document(path, nonfinite=True)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise RunFilesError(f"{path}: cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object, got {type(content).__name__}")
+        raise RunFilesError(f"{path}: expected an object, got {type(content).__name__}")
     jobs, advice = content.get("jobs"), content.get("advice", [])
     if not isinstance(jobs, list) or not 0 < len(jobs) <= MOST_JOBS_READ or not _are_texts(advice):
-        raise DataError(f"{path}: jobs have to be a list of some, and advice a list of texts")
+        raise RunFilesError(f"{path}: jobs have to be a list of some, and advice a list of texts")
     for number, job in enumerate(jobs, 1):
         if not _is_job(job):
-            raise DataError(
+            raise RunFilesError(
                 f"{path}: job {number} lacks a name, a path, settings, its parameters or a loss"
             )
     held_out = any("eval_loss" in job for job in jobs)

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from lorry.config.settings import RunsSettings
 from lorry.console import VisibleConsole
-from lorry.errors import DataError
+from lorry.errors import RunFilesError
 from lorry.report import table
 from lorry.runs import status
 from lorry.visible import escape_document, make_visible
@@ -33,7 +33,7 @@ def main(settings: RunsSettings) -> int:
     """
     folder = Path(settings.folder)
     if not folder.is_dir():
-        raise DataError(
+        raise RunFilesError(
             f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER"
         )
     states = status.list_run_states(folder)
