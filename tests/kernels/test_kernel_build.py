@@ -151,9 +151,13 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
         assert f"did not finish within {limit} s and was stopped" in status.line()
         if pids.is_file() and pids.read_text().endswith("\n"):
             break
-    child = int(pids.read_text())
+    assert_ends(int(pids.read_text()))
+
+
+def assert_ends(child: int) -> None:
+    """It is gone, or a zombie until its new parent looks."""
     until = time.monotonic() + 30
-    while time.monotonic() < until:  # a zombie until its new parent looks
+    while time.monotonic() < until:
         with contextlib.suppress(FileNotFoundError):
             if Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0] != "Z":
                 time.sleep(0.05)
@@ -162,6 +166,67 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
     else:
         os.kill(child, signal.SIGKILL)
         pytest.fail("the compiler's child lives on")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_signal_that_ends_a_program_ends_its_compilers(
+    tmp_path: Path, number: signal.Signals, at_once: bool
+) -> None:
+    """Compilers went on for minutes before, and half a library lay there for an hour. Of a program that
+    says nothing of signals: the command has handlers of its own."""
+    pids, home = tmp_path / "pids", tmp_path / "home"
+    compiler = tmp_path / "g++"
+    probe = "" if at_once else '[ "$1" = --version ] && exit 0\n'
+    compiler.write_text(f"#!/bin/sh\n{probe}sleep 300 & echo $! >> {pids}; wait\n")
+    compiler.chmod(0o755)
+    program = subprocess.Popen(
+        [sys.executable, "-c", "from lorry.kernels import kernel_status; kernel_status()"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "LORRY_HOME": str(home),
+        },
+        stderr=subprocess.PIPE,
+    )
+    wanted = 1 if at_once else len(list(build.SOURCES.glob("*.cpp")))
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (
+        pids.is_file() and pids.read_text().count("\n") == wanted
+    ):
+        assert program.poll() is None
+        time.sleep(0.05)
+    program.send_signal(number)
+    program.communicate(timeout=60)
+    assert program.returncode == -number
+    started = pids.read_text().split()
+    assert len(started) == wanted
+    for child in started:
+        assert_ends(int(child))
+    assert list(home.glob("kernels/*")) == []
+
+
+def test_a_second_signal_waits_until_all_is_cleared_up(tmp_path: Path) -> None:
+    """Handlers are put back, and nested blocks clear up from the innermost out."""
+    code = f"""
+import os, signal
+from lorry.kernels import build
+with build._end_by_exception():
+    pass
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+try:
+    with build._end_by_exception():
+        try:
+            with build._end_by_exception():
+                os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            open({str(tmp_path / "cleared")!r}, "w").close()
+finally:
+    open({str(tmp_path / "gone")!r}, "w").close()
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["cleared"]
 
 
 def test_a_library_without_our_functions_is_built_again(

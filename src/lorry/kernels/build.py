@@ -28,9 +28,11 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -213,10 +215,19 @@ def _run_together(commands: Sequence[Sequence[str]], limit: float) -> list[str]:
     first that failed, and TimeoutExpired after ``limit`` seconds; none of them is left behind.
     """
     deadline, outputs = time.monotonic() + limit, list[str]()
-    with ExitStack() as stack:
-        processes = [stack.enter_context(_start(command)) for command in commands]
+    processes = list[subprocess.Popen[str]]()
+    with _end_by_exception(), ExitStack() as stack:
+
+        def start_all() -> None:
+            for command in commands:
+                processes.append(stack.enter_context(_start(command)))
+
         # the limit, Ctrl-C, a signal, a source that failed: g++ is a driver, whose children would go on
         try:
+            # handlers of signals run in the main thread: none raises between a start and its place in
+            # the list
+            with ThreadPoolExecutor(1) as starter:
+                starter.submit(start_all).result()
             for process in processes:
                 out, err = process.communicate(timeout=max(deadline - time.monotonic(), 0))
                 if process.returncode:
@@ -230,6 +241,46 @@ def _run_together(commands: Sequence[Sequence[str]], limit: float) -> list[str]:
             _kill(processes)
             raise
     return outputs
+
+
+class _TerminatedError(BaseException):
+    """A signal that ends the process. ``number``: which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _end_by_exception() -> Iterator[None]:
+    """While the block runs SIGTERM and SIGHUP, where they would end the process on the spot, end it once
+    the block has cleared up. Blocks nest. A handler that somebody has set, and a signal that is
+    ignored, stay as they are; outside the main thread all do.
+    """
+
+    def end(number: int, frame: object) -> None:
+        for each in handled:  # a second one would come in the midst of clearing up
+            signal.signal(each, signal.SIG_IGN)
+        raise _TerminatedError(number)
+
+    handled = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    except _TerminatedError as error:
+        if not handled:  # of a block around this one, which has more to clear up
+            raise
+        signal.signal(error.number, signal.SIG_DFL)
+        signal.raise_signal(error.number)
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -333,7 +384,10 @@ def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
         "compiling the kernels for this processor (%s), which is done once and takes up to a minute",
         isa_in_words(),
     )
-    with tempfile.TemporaryDirectory(dir=folder, prefix=BUILD_PREFIX) as name:
+    with (
+        _end_by_exception(),
+        tempfile.TemporaryDirectory(dir=folder, prefix=BUILD_PREFIX) as name,
+    ):
         objects = {
             source: str(Path(name) / f"{source.stem}.o") for source in sorted(SOURCES.glob("*.cpp"))
         }
