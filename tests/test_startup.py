@@ -1,5 +1,5 @@
-"""What commands do not import: named one by one, in a process of their own, so that a start does not
-grow again unseen.
+"""What commands, and the first step of a run, do not import: named one by one, in a process of their
+own, so that a start does not grow again unseen.
 
 Each of these takes from twenty milliseconds to seconds, and most commands do without it.
 """
@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from lorry.kernels import kernel_status
 from lorry.models.loading.load import load_model
 from tests.support import tinyrun
 
@@ -42,8 +43,12 @@ imported["plan"] = sorted(sys.modules)
 
 from lorry.train.engine import TrainingEngine
 
+step = TrainingEngine._one_step
+
 def first(self, *given):
     imported["sft"] = sorted(sys.modules)
+    step(self, *given)
+    imported["first step"] = sorted(sys.modules)
     Path(said).write_text(json.dumps(imported))
     os._exit(0)
 
@@ -54,8 +59,8 @@ sys.exit(cli.main(["sft", f"model={model}", f"data={data}", f"output_dir={out}",
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """The modules that are there when `lorry --help` and `lorry plan` have answered, and before the first
-    step of a run whose model was opened before: {command: names}."""
+    """The modules that are there when `lorry --help` and `lorry plan` have answered, and before and after
+    the first step of a run whose model was opened before: {command: names}."""
     folder = tmp_path_factory.mktemp("startup")
     model = tinyrun.model_directory(folder / "model")
     load_model(model, dtype="float32", add_note=print)  # in this LORRY_HOME, as that process will
@@ -76,3 +81,10 @@ def test_a_command_imports_only_what_it_needs(imported: dict[str, set[str]], com
     assert imported[command] & UNNEEDED[command] == set()
     # it sees what is there
     assert imported[command] >= NEEDED[command]
+
+
+def test_the_first_step_imports_no_compiler(imported: dict[str, set[str]]) -> None:
+    """Torch does, asked for a gradient in one way rather than in another (`StatisticsRequest`)."""
+    if not kernel_status().active:
+        pytest.skip("torch's own attention is asked for its gradient in the way that imports sympy")
+    assert imported["first step"] & NEVER == set()
