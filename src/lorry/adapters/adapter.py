@@ -391,6 +391,15 @@ class Adapter:
         for one in self.further.values():
             one.touch()
 
+    def versions(self) -> tuple[object, ...]:
+        """Other ones whenever what the adapter computes may have changed, and for every other adapter."""
+        params = [one.param for one in self.further.values()]
+        tensors = [t for t in (self.buffer, self.held, self.initial, *params) if t is not None]
+        return (
+            *((slot.slot_id, slot.stamp()) for slot in self.slots.values()),
+            *((t.data_ptr(), t._version) for t in tensors),
+        )
+
     @contextmanager
     def held_still(self) -> Iterator[None]:
         """While the block runs nobody writes the masters without saying so (`touch`), as between the

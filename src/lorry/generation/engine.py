@@ -32,6 +32,7 @@ from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import AdapterContext, Mix, SequenceRouter
 from lorry.adapters.variants.alora import answering_mix, has_invocations
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
+from lorry.generation.prefix_cache import PrefixCache
 from lorry.generation.request import (
     Completion,
     Request,
@@ -41,7 +42,7 @@ from lorry.generation.request import (
 )
 from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
 from lorry.models.causal_lm import CausalLM, PackedInput, invoke, prompt_gates
-from lorry.models.decoder.cache import RowKVCache
+from lorry.models.decoder.cache import KVCache, RowKVCache
 from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.owners import owners_in, owning_adapters
 
@@ -56,12 +57,20 @@ PREFILL_TOKENS = 2048
 
 class GenerationEngine:
     """Requests being answered by one model. ``batch_rows``: how many run at once; the others wait.
+    ``prefix_cache``: of this model; what a prompt has in common with an earlier request of its is not
+    computed again, in Lorry's own decoder.
 
     ``requests``: the unfinished ones by id, with their answers so far. The model's weights and
     adapters must stay as they are while there are any: keys and values of their tokens are kept.
     """
 
-    def __init__(self, model: nn.Module, *, batch_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_rows: int | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         if batch_rows is not None and batch_rows < 1:
             raise ConfigError(f"batch_rows is {batch_rows}; it must be at least 1")
         self.model = model
@@ -70,6 +79,7 @@ class GenerationEngine:
             DecodeRunner(model) if DecodeRunner.takes(model) else model,  # type: ignore[arg-type]
         )
         self.batch_rows = batch_rows or BATCH_ROWS
+        self.prefix_cache = prefix_cache
         self.requests: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
         # Request i has row i of the cache. One that has finished keeps its row until the next step
@@ -262,32 +272,65 @@ class GenerationEngine:
         """The requests that the last step has finished; when no others are left, the cache goes."""
         finished = [request for request in self.running if request.finish_reason]
         for request in finished:
+            self.keep_prefix(request)
             del self.requests[request.request_id]
         if not self.requests:
             self.running, self.cache = [], None
         return [RequestOutput(request.request_id, request.completion()) for request in finished]
 
+    # --- what requests have in common with earlier ones
+
+    def keep_prefix(self, request: Request) -> None:
+        """Put what has been computed for a running request into the prefix cache, if there is one; nothing
+        before its first token."""
+        if self.prefix_cache is None or not isinstance(self.cache, KVCache) or not request.tokens:
+            return
+        # the newest token has been chosen, not read
+        tokens = [*request.prompt, *request.tokens[:-1]]
+        keys_values = self.cache.row(self.running.index(request), len(tokens))
+        self.prefix_cache.add(tokens, request.mix, len(request.prompt), keys_values)
+
+    def _restore_prefix(self, row: int) -> int:
+        """How many tokens of a new request's prompt its row holds already: those that it has in common
+        with an earlier one."""
+        if self.prefix_cache is None or not isinstance(self.cache, KVCache):
+            return 0
+        request = self.running[row]
+        prefix = self.prefix_cache.find(request.prompt, request.mix)
+        if prefix is None:
+            return 0
+        self.cache.restore(row, prefix, len(request.prompt))
+        return prefix.shape[3]
+
     # --- what they say
 
     def _prefill(self, rows: Sequence[int]) -> None:
         """Run the prompts of the requests in these rows, a bounded number of tokens at a time."""
+        shared = {row: self._restore_prefix(row) for row in rows}
         groups: list[list[int]] = []
         held = 0
         for row in rows:
-            held += len(self.running[row].prompt)
+            new = len(self.running[row].prompt) - shared[row]
+            held += new
             if not groups or held > PREFILL_TOKENS:
                 groups.append([])
-                held = len(self.running[row].prompt)
+                held = new
             groups[-1].append(row)
         device = self.runner.device
         for group in groups:
             requests = [self.running[row] for row in group]
             packed = PackedInput.of([request.prompt for request in requests], device)
-            lengths = torch.tensor([len(request.prompt) for request in requests])
-            token_rows = torch.repeat_interleave(torch.tensor(group), lengths).to(device)
-            ends = [stop for _, stop in packed.segments]
-            call = _adapter_context([request.mix for request in requests], [0, *ends])
+            call = _adapter_context(
+                [request.mix for request in requests], [0, *(stop for _, stop in packed.segments)]
+            )
+            # what invokes an adapter is looked for in whole prompts
             call = invoke(cast(CausalLM, self.model), packed, call)
+            if any(shared[row] for row in group):
+                packed, kept = packed.without_beginnings([shared[row] for row in group])
+                call = call.narrow(kept)
+            ends = [stop for _, stop in packed.segments]
+            lengths = torch.tensor([stop - start for start, stop in packed.segments])
+            token_rows = torch.repeat_interleave(torch.tensor(group), lengths).to(device)
             hidden = self.runner.forward_cached(
                 packed, token_rows, self.cache, call, decoding=False
             )
@@ -402,17 +445,23 @@ def stream_tokens(
     params: SamplingParams,
     *,
     adapter: Mix | str | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[int]:
     """The tokens `generate_completions` would give this prompt, one by one as they are chosen;
-    ``adapter`` None is the model's active mix. Settings are checked at once.
+    ``adapter`` None is the model's active mix. Settings are checked at once. ``prefix_cache``: as of
+    `GenerationEngine`; an answer that is not read to its end is kept there as far as it came.
     """
-    engine = GenerationEngine(model)
+    engine = GenerationEngine(model, prefix_cache=prefix_cache)
     number = engine.add_request(prompt, params, adapter=resolve_constant_mix(model, adapter))
 
     def tokens() -> Iterator[int]:
         request = engine.requests[number]
-        while not request.finish_reason:
-            engine.step()
-            yield request.tokens[-1]
+        try:
+            while not request.finish_reason:
+                engine.step()
+                yield request.tokens[-1]
+        finally:
+            if not request.finish_reason:
+                engine.keep_prefix(request)
 
     return tokens()

@@ -53,6 +53,22 @@ class PackedInput:
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device)
         return PackedInput(tokens, positions, segments)
 
+    def without_beginnings(self, counts: Sequence[int]) -> tuple[PackedInput, Tensor]:
+        """What is behind the first ``counts`` [S] tokens of each sequence, fewer than it has, at the
+        positions that it has; and its rows [t] among these."""
+        rows = torch.cat(
+            [
+                torch.arange(start + count, stop)
+                for (start, stop), count in zip(self.segments, counts, strict=True)
+            ]
+        ).to(self.tokens.device)
+        lengths = [
+            stop - start - count for (start, stop), count in zip(self.segments, counts, strict=True)
+        ]
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        segments = list(zip([0, *ends[:-1]], ends, strict=True))
+        return PackedInput(self.tokens[rows], self.positions[rows], segments), rows
+
     def padded(self, total: int) -> PackedInput:
         """With a sequence of zeros (all at position 0: the context may be short) behind the others,
         up to ``total`` tokens.

@@ -113,6 +113,7 @@ class ChatSession:
 
     def __init__(self, settings: ChatSettings, opened: OpenedModel) -> None:
         from lorry.data.encoding.encode import ExampleEncoder
+        from lorry.generation.prefix_cache import PrefixCache
         from lorry.generation.text import NO_TOKEN_LIMIT
 
         self.settings, self.opened = settings, opened
@@ -128,6 +129,8 @@ class ChatSession:
         self.mixture_words = "the mixture of all experts"
         self.system = settings.system
         self.turns: list[ChatMessage] = []
+        # a turn goes on from the keys and values of those before it
+        self.prefixes = PrefixCache(opened.model)
         self.questions = 0
         if self.system and not self.encoder.has_template:
             raise ModelError(
@@ -153,6 +156,7 @@ class ChatSession:
                 self.set_router(rest)
             case "/reset":
                 self.turns.clear()
+                self.prefixes.clear()
                 print_note("(the conversation is forgotten)")
             case "/system":
                 self.set_system(rest)
@@ -251,6 +255,7 @@ class ChatSession:
             adapter=Mix.constants({self.adapter: settings.weight} if self.adapter else {})
             if self.mixture is None
             else self.mixture,
+            prefix_cache=self.prefixes,
         )
         detokenizer, pieces, completed = IncrementalDetokenizer(self.encoder), list[str](), False
         try:

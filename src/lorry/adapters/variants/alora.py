@@ -74,6 +74,28 @@ def answering_mix(bank: AdapterBank, mix: Mix, prompt: Sequence[int]) -> Mix:
     return replace(mix, terms=tuple(terms))
 
 
+def mixes_by_token(bank: AdapterBank, mix: Mix, prompt: Sequence[int]) -> list[tuple[int, Mix]]:
+    """[(stop, mix)]: the mixes of constants under which a prompt's tokens are read, each up to its
+    ``stop``, ``mix`` being one of constants; before an adapter is invoked its term is not there, as in
+    the base's."""
+    invoked_at = dict[MixTerm, int]()
+    for term in mix.terms:
+        if invocation := _invocation(bank, term):
+            at = find_invocation(prompt, invocation)
+            invoked_at[term] = len(prompt) if at is None else at
+    runs = list[tuple[int, Mix]]()
+    start = 0
+    for stop in sorted({*invoked_at.values(), len(prompt)} - {0}):
+        terms = (
+            term if term not in invoked_at else replace(term, invoked=True)
+            for term in mix.terms
+            if invoked_at.get(term, 0) <= start
+        )
+        runs.append((stop, replace(mix, terms=tuple(terms))))
+        start = stop
+    return runs
+
+
 def has_invocations(bank: AdapterBank, mix: Mix) -> bool:
     """Whether an adapter of the mix waits for tokens that invoke it."""
     return any(_invocation(bank, term) for term in mix.terms)

@@ -66,6 +66,8 @@ class ForwardContext:
     rows: Tensor | None = None
     # one new token a row: attention reads the cache instead of the segments
     decoding: bool = False
+    # so it does where prompts go on behind what their rows hold
+    continuing: bool = False
     recompute: bool = False
     keepers: TensorRanks | None = None
     router_logits: list[Tensor] = field(default_factory=list)
@@ -247,6 +249,13 @@ class DecoderBlock:
         if state.decoding and state.cache is not None:
             # no stats: decoding never has a backward
             attn = state.cache.attend(self.index, q)
+        elif state.continuing and state.cache is not None and state.rows is not None:
+            own = slice(len(state.rows))
+            # zeros of padding, which has no row
+            attn = torch.zeros_like(q)
+            attn[own] = state.cache.attend_rows(
+                self.index, q[own], state.rows, state.positions[own]
+            )
         else:
             attn, stats = attention.attention_forward(q, k, v, state.segments, save=save)
         (attended,) = self._product("attn_out", attn.flatten(1), state, products)

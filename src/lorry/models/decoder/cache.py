@@ -62,13 +62,25 @@ class KVCache:
 
     def fill(self, rows: Tensor, positions: Tensor) -> None:
         """Prompts are about to be written: tokens of ``rows`` [T] at ``positions`` [T]. Whatever
-        those rows held is forgotten.
+        those rows held from their first position on is forgotten.
         """
         self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(
             0, rows, positions + 1, "amax"
         )
         self._measure()
         self._reserve(self.longest)
+
+    def row(self, row: int, length: int) -> Tensor:
+        """[layers, 2, G, length, D]: keys and values of a row's first tokens, no copy where there need be
+        none."""
+        return torch.stack([x[:, row, :, :length] for x in (self.keys, self.values)], dim=1)
+
+    def restore(self, row: int, prefix: Tensor, length: int) -> None:
+        """Give a row the keys and values ``prefix``, as `row` told them, of its first tokens: a prompt of
+        ``length`` tokens goes on behind them (`fill`)."""
+        self._reserve(length)
+        for x, part in zip((self.keys, self.values), prefix.unbind(1), strict=True):
+            x[:, row, :, : prefix.shape[3]] = part
 
     def extend(self) -> None:
         """Every row is about to get one more token."""
@@ -111,6 +123,30 @@ class KVCache:
             q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=self.unseen
         )
         return o.reshape(q.shape)
+
+    def attend_rows(self, layer: int, q: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """q [T,H,D] of tokens of ``rows`` [T], adjoining where they are of one, at ``positions`` [T] ->
+        [T,H,D]: each attends to what its row holds up to itself.
+        """
+        kept, counts = torch.unique_consecutive(rows, return_counts=True)
+        parts = list[Tensor]()
+        for row, own, at in zip(
+            kept.tolist(), q.split(counts.tolist()), positions.split(counts.tolist()), strict=True
+        ):
+            k, v = (x[layer, row, :, : int(at[-1]) + 1] for x in (self.keys, self.values))
+            # [t, 1, keys]: of the query heads that share a key head each sees the same
+            seen = (torch.arange(k.shape[1], device=q.device) <= at[:, None])[:, None]
+            (tokens, heads, width), groups = own.shape, k.shape[0]
+            folded = own.view(tokens, groups, -1, width).transpose(0, 1)
+            shared = heads // groups
+            o = F.scaled_dot_product_attention(
+                folded.reshape(groups, -1, width),
+                k,
+                v,
+                attn_mask=seen.expand(-1, shared, -1).reshape(tokens * shared, -1),
+            )
+            parts.append(o.view(groups, tokens, shared, width).transpose(0, 1).reshape(own.shape))
+        return torch.cat(parts)
 
     def _measure(self) -> None:
         shortest, self.longest = (int(n) for n in torch.aminmax(self.lengths))
@@ -164,8 +200,18 @@ class RowKVCache(KVCache):
         self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(
             0, rows, positions + 1, "amax"
         )
+        first = torch.zeros_like(self.lengths).scatter_reduce(
+            0, rows, positions, "amin", include_self=False
+        )
         for row in rows.unique().tolist():
-            self._reserve_row(row, int(self.lengths[row]), used=0)
+            self._reserve_row(row, int(self.lengths[row]), used=int(first[row]))
+
+    def row(self, row: int, length: int) -> Tensor:
+        return self.memory[row][:, :, :, :length]
+
+    def restore(self, row: int, prefix: Tensor, length: int) -> None:
+        self._reserve_row(row, length, used=0)
+        self.memory[row][:, :, :, : prefix.shape[3]] = prefix
 
     def extend(self) -> None:
         self.lengths = self.lengths + 1
@@ -183,6 +229,10 @@ class RowKVCache(KVCache):
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         return kernel.attend_to_cache(q, self.table, self.lengths, layer, self.groups)
+
+    def attend_rows(self, layer: int, q: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        # to the kernel each token is a row of its own, whose memory is that of its sequence
+        return kernel.attend_to_cache(q, self.table[rows], positions + 1, layer, self.groups)
 
     def _reserve_row(self, row: int, length: int, used: int) -> None:
         """Memory for ``length`` tokens and some to come, of which the first ``used`` are there

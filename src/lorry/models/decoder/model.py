@@ -231,18 +231,20 @@ class Decoder(CausalLM):
         """Run tokens [T] of cache rows ``rows`` [T], store their keys and values and update
         ``cache.lengths``. Returns hidden [T,D].
 
-        Either whole prompts, each into a row of its own whose former content is forgotten; or
-        (``decoding``) one token for every row of the cache, in order, at positions
+        Either prompts, each into a row of its own whose former content is forgotten from their first
+        position on (0, or behind what `KVCache.restore` gave the row); or (``decoding``) one token for every row of the cache, in order, at positions
         ``cache.lengths`` as they were before. ``products``: per layer, its linears' work where the
         caller has made it (`models/decoder/decode.py`); there is no graph then. ``step``: all
         layers at once, in place of that.
         """
-        tokens = packed.tokens.numel()
+        tokens, continuing = packed.tokens.numel(), False
         if decoding:
             # before the layers run: they attend up to and with the new token
             cache.extend()
         else:
             cache.fill(rows, packed.positions)
+            starts = [start for start, _ in packed.segments]
+            continuing = bool(packed.positions[starts].any())
             # products of a few rows are no torch products, and compiled for every length
             few = products is not None and tokens <= kernel.most_few_rows(self.dtype)
             if not few and (total := self._padded_length(tokens)) > tokens:
@@ -256,6 +258,7 @@ class Decoder(CausalLM):
             cache,
             rows,
             decoding,
+            continuing,
             weights=self.layer_weights,
         )
         last = self._run(packed.tokens, state, (), None, products, step).last
