@@ -189,13 +189,15 @@ def test_what_other_weights_made_is_forgotten(talk: Talk, what: str) -> None:
 
 
 def test_so_many_tokens_are_kept_and_the_last_used_ones(talk: Talk) -> None:
-    talk.prefixes.max_tokens = 2 * (len(FIRST) + NEW - 1)
     one, two, three = ([n, *FIRST[1:]] for n in (1, 2, 4))
-    talk.say(one)
-    talk.say(two)
-    talk.say(one)
-    talk.say(three)
-    assert talk.prefixes.tokens == talk.prefixes.max_tokens
+    # of which the beginning alone is shared
+    part = [*one[:4], 25]
+    talk.prefixes.max_tokens = 2 * (len(FIRST) + NEW - 1) + len(part) + NEW - 1
+    for prompt in (one, two, part, three):
+        talk.say(prompt)
+        assert talk.prefixes.tokens <= talk.prefixes.max_tokens
+    assert talk.say(one) == talk.truth(one)
+    assert talk.ran == [1]
     assert talk.say(two) == talk.truth(two)
     assert talk.ran == [len(two)]
     # a request of more of them is kept up to there

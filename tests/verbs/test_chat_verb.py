@@ -17,8 +17,10 @@ import pytest
 import lorry as library
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.generation import engine
+from lorry.generation.prefix_cache import PrefixCache
 from lorry.generation.sampling import SamplingParams
 from lorry.generation.text import generate_texts
+from lorry.models.decoder.model import Decoder
 from tests.support.verbworld import CONTEXT, PEOPLE, World, lorry, model_directory, train
 
 ASKED, OTHER = PEOPLE[0]["question"], PEOPLE[3]["question"]
@@ -69,6 +71,28 @@ def test_the_conversation_is_remembered(world: World, chat: Chat) -> None:
     assert out[1].strip() == expected(world.run, ASKED, PEOPLE[0]["answer"], OTHER)
     assert out[2] == PEOPLE[3]["answer"]
     assert out[1] != out[2]
+
+
+def test_a_turn_runs_what_is_new(world: World, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, plain = list[int](), Decoder.forward_cached
+
+    def counted(model: Any, packed: Any, *args: Any, decoding: bool, **options: Any) -> Any:
+        if not decoding:
+            ran.append(packed.tokens.numel())
+        return plain(model, packed, *args, decoding=decoding, **options)
+
+    monkeypatch.setattr(Decoder, "forward_cached", counted)
+    lines = (ASKED, OTHER, "/adapter none", OTHER, "/reset", ASKED)
+    _, out, _ = chat(world.run, *lines)
+    assert out[1].strip() == expected(world.run, ASKED, PEOPLE[0]["answer"], OTHER)
+    new = [ran.pop(0) for _ in range(4)]
+    ran.clear()
+    monkeypatch.setattr(PrefixCache, "find", lambda *_: None)
+    assert chat(world.run, *lines)[1] == out
+    whole = ran[:4]
+    # another adapter and a new conversation begin afresh
+    assert [new[0], *new[2:]] == [whole[0], *whole[2:]]
+    assert new[1] <= whole[1] - whole[0]
 
 
 def test_adapters_are_switched_by_name(world: World, chat: Chat) -> None:
