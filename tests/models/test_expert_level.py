@@ -24,7 +24,7 @@ from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.data.batch import collate
 from lorry.errors import ConfigError, ContractError
-from lorry.evaluate.loss import packing_leak
+from lorry.evaluate.packing import PackedSequences, packing_leak
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder import attention
 from lorry.models.decoder import model as decoder_model
@@ -299,14 +299,14 @@ def test_neighbours_move_the_rounding_alone(
     rows = [replace(row, tokens=[t % model.vocab_size for t in row.tokens]) for row in examples(6)]
     backend, batch = Routed(model, ["a"], OptimSettings()), collate(rows)
     limit = LEAK_FACTOR * SCORE_TOLERANCES[torch.float32]
-    assert packing_leak(backend, batch) <= limit
+    assert packing_leak(PackedSequences(backend, batch)) <= limit
     original = attention.PackedSegments
 
     def merged(segments: Any, device: Any, places: Any) -> Any:
         return original([(segments[0][0], segments[-1][1])], device)
 
     monkeypatch.setattr(decoder_model, "PackedSegments", merged)
-    assert packing_leak(backend, batch) > limit
+    assert packing_leak(PackedSequences(backend, batch)) > limit
 
 
 def test_what_expert_level_refuses(tmp_path: Path) -> None:

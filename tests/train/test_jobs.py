@@ -389,14 +389,16 @@ def test_contract_4_looks_for_leaks_between_jobs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sequences it compares have neighbours of other jobs."""
-    seen = first_calls(monkeypatch, checks, "packing_leak", 1)
+    seen = first_calls(monkeypatch, checks, "packing_leak", 0)
     train_run(
         world.together(
             "leak", {"a": {"per_device_train_batch_size": 2}, "b": {"r": 3}, "c": {}}, **PLAIN
         ),
         [],
     )
-    assert [batch.adapter.tolist() for batch in seen] == [[0, 1, 2, 0, 1, 2, 1, 2]]
+    assert [packed.batch.adapter.tolist() for packed in seen] == [[0, 1, 2]]
+    # and each job's is scored alone
+    assert [example.adapter for example in seen[0].alone] == [0, 1, 2]
 
 
 def test_contract_4_asks_for_each_jobs_own_end(

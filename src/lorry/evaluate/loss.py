@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lorry.adapters.mix import Mix
 from lorry.backends.protocol import ScoringBackend, Task, term_totals
-from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.data.batch import Batch
 from lorry.models.scoring.score import PromptState, TokenScore, correct, log_prob
 
 
@@ -70,69 +69,6 @@ def mean_nll(
         nll -= float((logprob.double() * batch.weights.double()).sum())
         tokens += float(batch.weights.double().sum())
     return nll, tokens
-
-
-def packed_loss_difference(backend: ScoringBackend, batch: Batch, sequences: int = 8) -> float:
-    """Difference between the mean loss of a batch's first few sequences packed and alone, relative
-    to the loss where that is above 1: rounding and nothing more, if packing changes nothing."""
-    parts = _split_examples(batch, sequences)
-    (packed, tokens), (alone, _) = (
-        mean_nll(backend, [collate(parts)]),
-        mean_nll(backend, [collate([p]) for p in parts]),
-    )
-    # per token, and relative above a loss of 1: rounding grows with the loss
-    return abs(packed - alone) / max(tokens, alone)
-
-
-def packing_leak(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> float:
-    """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if
-    nothing leaks, since shapes, and with them every kernel and its rounding, stay the same; rounding
-    where `CausalLM.shapes_follow_tokens`."""
-    parts, want = _split_examples(batch, sequences), {"logprob": TokenScore(log_prob)}
-    before = backend.score([collate(parts)], want)[0]["logprob"]
-    worst = 0.0
-    # first the even sequences change and the odd are watched, then the other way round
-    for parity in (0, 1):
-        neighbours_reversed = [
-            # reversed and not drawn anew: experts and vocabulary tiles see the same tokens
-            replace(p, tokens=list(p.tokens)[::-1]) if s % 2 == parity else p
-            for s, p in enumerate(parts)
-        ]
-        changed_batch = collate(neighbours_reversed)
-        after = backend.score([changed_batch], want)[0]["logprob"]
-        unchanged_rows = [
-            slice(*changed_batch.segments[s]) for s in range(len(parts)) if s % 2 != parity
-        ]
-        worst = max(
-            [worst, *(float((after[rows] - before[rows]).abs().max()) for rows in unchanged_rows)]
-        )
-    return worst
-
-
-def repeat_difference(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> float:
-    """Largest change of a score when the same sequences are scored again: 0, unless a processor,
-    its memory or a library gives other results for the same numbers."""
-    one, want = collate(_split_examples(batch, sequences)), {"logprob": TokenScore(log_prob)}
-    first, second = (backend.score([one], want)[0]["logprob"].clone() for _ in range(2))
-    return float((first - second).abs().max())
-
-
-def _split_examples(batch: Batch, sequences: int) -> list[TokenizedExample]:
-    """The first few sequences of a batch, apart again."""
-    parts = []
-    for s, (start, stop) in enumerate(batch.segments[:sequences]):
-        tokens, weights = batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist()
-        parts.append(
-            TokenizedExample(
-                tokens,
-                weights,
-                adapter=int(batch.adapter[s]),
-                key=int(batch.key[s]),
-                # what a sequence runs under may hang on it
-                role=batch.role[s],
-            )
-        )
-    return parts
 
 
 def loss_perplexity(nll: float, tokens: float) -> float:

@@ -23,9 +23,13 @@ from lorry.adapters.variants.starts import TOKEN_ROWS
 from lorry.backends.distributed.communicator import Communicator
 from lorry.backends.protocol import Backend, GradientNorms, ParameterInspection, Task
 from lorry.data.batch import Batch
-from lorry.data.stream.joint import interleave_adapters
 from lorry.errors import ConfigError, ContractError, ModelError, NonFiniteError
-from lorry.evaluate.loss import packed_loss_difference, packing_leak, repeat_difference
+from lorry.evaluate.packing import (
+    PackedSequences,
+    packed_loss_difference,
+    packing_leak,
+    repeat_difference,
+)
 from lorry.train.jobs import StepCount, validate_strict
 
 # numbers and order are those of docs/architecture.md, and stand in every contracts.json
@@ -210,10 +214,12 @@ class ContractChecks:
         *,
         tolerance: float,
         leak_tolerance: float = 0.0,
+        ranks: int = 1,
     ) -> None:
         """Contract 4 on the first batches, across adapters, too. ``ends``: per adapter, token ids
         of which one must be supervised in each of its sequences (empty: any); ``tolerance`` of the
-        mean loss packed and alone, ``leak_tolerance`` of one token's score, both in nats."""
+        mean loss packed and alone, ``leak_tolerance`` of one token's score, both in nats; ``ranks``:
+        how many share a batch's sequences."""
         for batch in batches:
             for s, (start, stop) in enumerate(batch.segments):
                 # [tokens of s], bool; the weight of token t is that of t as target
@@ -231,18 +237,16 @@ class ContractChecks:
                             "model to stop: no end token is supervised"
                         ),
                     )
-        # the first of those with the most adapters
+        # the first of those with the most adapters; a few sequences suffice: the mask is made the same
+        # way for all
         shared = max(batches, key=lambda batch: len(batch.adapter.unique()))
-        # neighbours of different adapters: a leak between jobs would not show within one
-        first = interleave_adapters(shared, len(ends)) if len(ends) > 1 else shared
-        # a few sequences suffice, at least one of each adapter: the mask is made the same way for
-        # all
-        leaked = packing_leak(backend, first, max(4, len(ends)))
+        packed = PackedSequences(backend, shared, len(ends), ranks)
+        leaked = packing_leak(packed)
         # NaN is the next check's: it says which
         if leaked > leak_tolerance:
-            again = repeat_difference(backend, first, max(4, len(ends)))
+            again = repeat_difference(packed)
             # a sequence alone has no neighbours that could have changed it
-            if again > leak_tolerance or len(first.segments) == 1:
+            if again > leak_tolerance or len(packed.examples) == 1:
                 raise self.fail(
                     4,
                     (
@@ -258,7 +262,7 @@ class ContractChecks:
                     "other sequences in the batch"
                 ),
             )
-        difference = packed_loss_difference(backend, first, max(8, len(ends)))
+        difference = packed_loss_difference(packed)
         if math.isnan(difference):
             # scores that are not finite are another contract's business: the loss is looked at next
             return

@@ -1,0 +1,114 @@
+"""Whether a sequence's scores hang on what else lies in its batch: a few sequences packed, packed beside
+others, and alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+from torch import Tensor
+
+from lorry.backends.protocol import ScoringBackend
+from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.data.stream.joint import interleave_adapters, select_sequences
+from lorry.evaluate.loss import mean_nll
+from lorry.models.scoring.score import TokenScore, log_prob
+
+# a first, a middle and a last one: the boundaries behind them are made as these are
+PACKED_SEQUENCES = 3
+ALONE_SEQUENCES = 2
+
+
+class PackedSequences:
+    """A few sequences of a batch end to end: as many as there are ``adapters``, three at least, and so
+    many for each of the ``ranks`` that they are dealt to. Of each adapter the longest comes first, then
+    the next longest, which torch's attention pads to the longest where they are much alike, then the
+    shortest; those of different adapters are neighbours, since a leak between jobs would not show
+    within one.
+    """
+
+    def __init__(
+        self, backend: ScoringBackend, batch: Batch, adapters: int = 1, ranks: int = 1
+    ) -> None:
+        by_length = sorted(range(len(batch)), key=lambda s: -int(batch.lengths[s]))
+        order = [*by_length[:2], *by_length[2:][-1:], *by_length[2:-1]]
+        ordered = select_sequences(batch, order)
+        if adapters > 1:
+            ordered = interleave_adapters(ordered, adapters)
+        self.backend = backend
+        self.examples = split_examples(ordered)[: max(PACKED_SEQUENCES, adapters) * ranks]
+        # the first sequence of a pack lies as it would alone
+        self.alone = self.examples[-max(ALONE_SEQUENCES, adapters) :]
+
+    @cached_property
+    def batch(self) -> Batch:
+        return collate(self.examples)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """[T] log-probability of every supervised token, scored once."""
+        return score_batch(self.backend, self.batch)
+
+
+def packing_leak(packed: PackedSequences) -> float:
+    """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if
+    nothing leaks, since shapes, and with them every kernel and its rounding, stay the same; rounding
+    where `CausalLM.shapes_follow_tokens`. Of one sequence the change when it is scored again."""
+    worst, count = 0.0, len(packed.examples)
+    # first the even sequences change and the odd are watched, then the other way round
+    for parity in (0, 1):
+        watched = [slice(*packed.batch.segments[s]) for s in range(count) if s % 2 != parity]
+        if not watched:
+            continue
+        neighbours_reversed = [
+            # reversed and not drawn anew: experts and vocabulary tiles see the same tokens
+            replace(e, tokens=list(e.tokens)[::-1]) if s % 2 == parity else e
+            for s, e in enumerate(packed.examples)
+        ]
+        after = score_batch(packed.backend, collate(neighbours_reversed))
+        worst = max([worst, *(float((after[w] - packed.scores[w]).abs().max()) for w in watched)])
+    return worst
+
+
+def packed_loss_difference(packed: PackedSequences) -> float:
+    """Difference between the mean loss of sequences as they are packed and alone, relative to the loss
+    where that is above 1: rounding and nothing more, if packing changes nothing."""
+    alone, tokens = mean_nll(packed.backend, [collate([e]) for e in packed.alone])
+    first = len(packed.examples) - len(packed.alone)
+    weighted = (packed.scores.double() * packed.batch.weights.double())[
+        packed.batch.segments[first][0] :
+    ]
+    # per token, and relative above a loss of 1: rounding grows with the loss
+    return abs(-float(weighted.sum()) - alone) / max(tokens, alone)
+
+
+def repeat_difference(packed: PackedSequences) -> float:
+    """Largest change of a score when the same sequences are scored again: 0, unless a processor,
+    its memory or a library gives other results for the same numbers."""
+    again = score_batch(packed.backend, packed.batch)
+    return float((packed.scores - again).abs().max())
+
+
+def score_batch(backend: ScoringBackend, batch: Batch) -> Tensor:
+    """[T] log-probability of every supervised token, 0 elsewhere."""
+    # a copy: whoever scores may do so in the same memory the next time
+    return backend.score([batch], {"logprob": TokenScore(log_prob)})[0]["logprob"].clone()
+
+
+def split_examples(batch: Batch) -> list[TokenizedExample]:
+    """The sequences of a batch, apart again."""
+    examples = []
+    for s, (start, stop) in enumerate(batch.segments):
+        tokens, weights = batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist()
+        examples.append(
+            TokenizedExample(
+                tokens,
+                weights,
+                adapter=int(batch.adapter[s]),
+                key=int(batch.key[s]),
+                # what a sequence runs under may hang on it
+                role=batch.role[s],
+            )
+        )
+    return examples

@@ -1,0 +1,123 @@
+"""What contract 4 compares: a backend that is made to leak from one token of a sequence to one token of
+another, or to score a packed sequence otherwise than alone, is found out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorry.backends.protocol import ScoringBackend
+from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.evaluate.packing import PackedSequences, packed_loss_difference, packing_leak
+
+LENGTHS = (5, 9, 7, 3, 8)
+
+
+def row(length: int, key: int, adapter: int = 0) -> TokenizedExample:
+    """Tokens that no other row has, the second half of them supervised."""
+    tokens = [100 * key + t for t in range(length)]
+    weights = [float(t >= length // 2) for t in range(length)]
+    return TokenizedExample(tokens, weights, key=key, adapter=adapter)
+
+
+@dataclass
+class Scorer:
+    """Scores of supervised tokens by their sequence's tokens up to them alone, and ``more(batch)`` [T]."""
+
+    more: Callable[[Batch], Tensor] = lambda batch: torch.zeros(len(batch.tokens))
+    packs: list[int] = field(default_factory=list)
+
+    def score(
+        self, batches: Sequence[Batch], wants: Any, mix: Any = None
+    ) -> list[dict[str, Tensor]]:
+        self.packs += map(len, batches)
+        return [{"logprob": self._of(batch)} for batch in batches]
+
+    def _of(self, batch: Batch) -> Tensor:
+        values = torch.zeros(len(batch.tokens))
+        for start, stop in batch.segments:
+            values[start:stop] = -1 - batch.tokens[start:stop].cumsum(0).remainder(7) / 10
+        return torch.where(batch.weights != 0, values + self.more(batch), 0)
+
+
+def packed_of(scorer: Scorer, rows: Sequence[TokenizedExample], **given: int) -> PackedSequences:
+    return PackedSequences(cast(ScoringBackend, scorer), collate(rows), **given)
+
+
+ROWS = [row(length, key) for key, length in enumerate(LENGTHS, 1)]
+
+
+def keys(examples: Sequence[TokenizedExample]) -> list[int]:
+    return [example.key for example in examples]
+
+
+def test_the_longest_two_and_the_shortest_are_compared() -> None:
+    packed = packed_of(Scorer(), ROWS)
+    assert keys(packed.examples) == [2, 5, 4]
+    # the first lies as it would alone
+    assert keys(packed.alone) == [5, 4]
+    for count in (1, 2, 3):
+        assert len(packed_of(Scorer(), ROWS[:count]).examples) == count
+    # each of the ranks has as many
+    assert sorted(keys(packed_of(Scorer(), ROWS, ranks=2).examples)) == [1, 2, 3, 4, 5]
+    # one of each adapter, neighbours of different ones
+    mixed = [row(length, key, key % 2) for key, length in enumerate(LENGTHS, 1)]
+    two = packed_of(Scorer(), mixed, adapters=2)
+    assert [e.adapter for e in two.examples] == [0, 1, 0]
+    assert {e.adapter for e in two.alone} == {0, 1}
+    several = [row(4, key, key % 5) for key in range(15)]
+    five = packed_of(Scorer(), several, adapters=5)
+    assert [e.adapter for e in five.examples] == [e.adapter for e in five.alone] == [0, 1, 2, 3, 4]
+
+
+def test_a_sound_backend_shows_no_difference() -> None:
+    scorer = Scorer()
+    packed = packed_of(scorer, ROWS)
+    assert (packing_leak(packed), packed_loss_difference(packed)) == (0, 0)
+    # packed once, with either half of the neighbours reversed, and two alone
+    assert scorer.packs == [3, 3, 3, 1, 1]
+
+
+@pytest.mark.parametrize(("source", "sink"), [(0, 1), (1, 0), (1, 2), (2, 1)])
+def test_a_leak_from_any_token_to_any_supervised_one_is_found(source: int, sink: int) -> None:
+    """However small: to the next sequence, or the one before, of all three."""
+    packed = packed_of(Scorer(), ROWS)
+    (at, end), (first, last) = packed.batch.segments[source], packed.batch.segments[sink]
+    into = [t for t in range(first, last) if packed.batch.weights[t]]
+    for token, to in itertools.product(range(at, end), into):
+        if 2 * token == at + end - 1:
+            continue  # the middle of an odd number of tokens, which reversing leaves where it is
+
+        def leaking(batch: Batch, token: int = token, to: int = to) -> Tensor:
+            leaked = torch.zeros(len(batch.tokens))
+            if len(batch) > 1:
+                leaked[to] = 1e-6 * float(batch.tokens[token])
+            return leaked
+
+        assert packing_leak(packed_of(Scorer(leaking), ROWS)) > 0, (token, to)
+
+
+def test_the_loss_of_packed_and_alone_is_compared_by_sequence_and_relative_above_one() -> None:
+    """Those behind the first score more the further back they lie, as positions that do not restart
+    would have it."""
+
+    def by_place(batch: Batch) -> Tensor:
+        return -torch.arange(len(batch.tokens)) / 100
+
+    packed = packed_of(Scorer(by_place), ROWS)
+    shifts = [start for start, _ in packed.batch.segments]
+    counts = [sum(example.weights) for example in packed.examples]
+    more = sum(count * shift / 100 for count, shift in zip(counts[1:], shifts[1:], strict=True))
+    alone = -sum(
+        float(packed.backend.score([collate([example])], {})[0]["logprob"].sum())
+        for example in packed.examples[1:]
+    )
+    assert alone > sum(counts[1:])
+    assert math.isclose(packed_loss_difference(packed), more / alone, rel_tol=1e-5)
