@@ -4,8 +4,10 @@ hostile headers.
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -32,6 +34,7 @@ from lorry.models.gguf.embedded import MANIFEST_FILE, convert_gguf, find_damage
 from lorry.models.gguf.header import check_gguf
 from lorry.models.loading.load import LoadedModel, load_model
 from lorry.models.loading.tokenizer import load_tokenizer, set_pre_tokenizer
+from lorry.verbs.doctor import describe_machine
 from tests.support import tiny
 from tests.support.ggufs import write_gguf
 from tests.support.tiny import one_thread  # noqa: F401 - a fixture
@@ -192,7 +195,8 @@ def test_a_gguf_file_becomes_a_checked_directory(
     notes: list[str] = []
     loaded = load_model(small, dtype="float32", add_note=notes.append)
     path = Path(loaded.source["path"])
-    assert path == tmp_path / "models" / f"Tiny-Llama-{file_digest(small)[:12]}"
+    name = f"Tiny-Llama-{file_digest(small)[:12]}-{embedded.converter_digest()[:8]}"
+    assert path == tmp_path / "models" / name
     assert sum("once" in note for note in notes) == 1
     assert (loaded.source["kind"], loaded.source["family"]) == ("gguf", "llama")
     truth = tiny.fresh("llama", vocab_size=300)
@@ -214,6 +218,60 @@ def test_a_gguf_file_becomes_a_checked_directory(
         assert convert_gguf(small, notes.append) == path
         assert any("converting it again" in note for note in notes)
         assert find_damage(path, file_digest(small)) is None
+
+
+def test_another_converter_makes_another_directory_and_leaves_the_first_alone(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory of another converter passed for intact before, or, with a number counted up by hand,
+    was replaced under the runs that name it."""
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+    made = []
+
+    def convert(file: Path, work: Path) -> list[str]:
+        made.append(work)
+        (work / "config.json").write_text(json.dumps({"by": len(made)}))
+        return []
+
+    monkeypatch.setattr(embedded, "_convert_to_folder", convert)
+    # the modules as they are, in a package of their own
+    package = tmp_path / "lorry"
+    for name in embedded.CONVERTER_MODULES:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_bytes((Path(embedded.__file__).parents[2] / name).read_bytes())
+    monkeypatch.setattr(embedded, "__file__", str(package / "models/gguf/embedded.py"))
+    versions = dict.fromkeys(embedded.CONVERTER_LIBRARIES, "1.0")
+    monkeypatch.setattr(embedded, "version", versions.__getitem__)
+    embedded.converter_digest.cache_clear()
+    monkeypatch.setattr(embedded, "converter_digest", embedded.converter_digest.__wrapped__)
+    paths = [convert_gguf(small, print)]
+    assert embedded.converted_by_others() == []
+    for name in embedded.CONVERTER_MODULES:
+        (package / name).write_text("# changed\n")
+        paths.append(convert_gguf(small, print))
+    for name in versions:
+        versions[name] = "1.1"
+        paths.append(convert_gguf(small, print))
+    assert convert_gguf(small, print) == paths[-1]
+    assert len(set(paths)) == len(paths) == len(made)
+    for count, path in enumerate(paths, 1):
+        assert json.loads((path / "config.json").read_text()) == {"by": count}
+    assert embedded.converted_by_others() == sorted(paths[:-1])
+    said = describe_machine()["converted models"]
+    assert said.startswith(f"{len(paths) - 1} of other versions")
+    assert paths[0].name in said
+    assert paths[-1].name not in said
+
+
+def test_the_converter_is_all_of_lorry_that_a_conversion_runs_through() -> None:
+    """What it imports of the rooms that make a directory; the others look at it, or write files."""
+    looked = {"describe", "digest", "reopen", "store", "accounting", "tensor_files", "known"}
+    package = Path(embedded.__file__).parents[2]
+    for name in embedded.CONVERTER_MODULES:
+        for node in ast.walk(ast.parse((package / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lorry.models."):
+                module = str(node.module).removeprefix("lorry.").replace(".", "/")
+                assert f"{module}.py" in embedded.CONVERTER_MODULES or looked & {*module.split("/")}
 
 
 def cut(path: Path) -> None:

@@ -46,11 +46,13 @@ def test_an_adapter_stands_for_its_base(tmp_path: Path) -> None:
         tmp_path / "a", "adapter_config.json", {"base_model_name_or_path": str(base), "r": 24}
     )
     assert (find_config(str(adapter)).config, find_config(str(adapter)).adapter_rank) == (LLAMA, 24)
-    gone = {"base_model_name_or_path": "/elsewhere/smollm2-135m-instruct-b179c9523d0e", "r": 4}
-    assert (
-        find_config(str(write(tmp_path / "b", "adapter_config.json", gone))).config
-        == KNOWN_CONFIGS["smollm2-135m"]
-    )
+    # a converted directory of another machine's cache, without and with the converter's digest
+    for digests in ("b179c9523d0e", "b179c9523d0e-0123abcd"):
+        gone = {"base_model_name_or_path": f"/elsewhere/smollm2-135m-instruct-{digests}", "r": 4}
+        assert (
+            find_config(str(write(tmp_path / "b", "adapter_config.json", gone))).config
+            == KNOWN_CONFIGS["smollm2-135m"]
+        )
 
 
 def test_a_hub_id_reads_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

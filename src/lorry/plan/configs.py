@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorry.config.left_out import find_in_adapter
 from lorry.disk import documents
+from lorry.disk.home import name_of_converted
 from lorry.errors import ModelError, suggest_nearest
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.runs.layout import (
@@ -29,7 +30,6 @@ from lorry.runs.layout import (
 HUB_ID = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*"
 )
-DIGEST_SUFFIX = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's directory in the cache
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def _directory_config(path: Path) -> FoundConfig:
             )
     # an adapter may name a converted model that another machine's cache holds: its shape is
     # that of the well-known model it was converted from
-    cached = DIGEST_SUFFIX.fullmatch(Path(first).name)
-    known = cached is not None and not Path(first).is_dir() and cached[1] in KNOWN_CONFIGS
+    cached = name_of_converted(first)
+    known = not Path(first).is_dir() and cached in KNOWN_CONFIGS
     ranks = {folder.name: rank for folder, (_, rank) in bases.items()}
     return replace(
-        find_config(cached[1] if known and cached else first),
+        find_config(cached if known and cached else first),
         adapter_ranks=ranks,
         folders=tuple(folders),
     )

@@ -79,6 +79,7 @@ def describe_machine() -> dict[str, str]:
 
     from lorry import kernels
     from lorry.disk.home import lorry_home
+    from lorry.models.gguf.embedded import converted_by_others
     from lorry.models.loading.load import has_fast_bfloat16, pick_device, pick_dtype
     from lorry.processor import isa_in_words, requested_isa
 
@@ -106,6 +107,12 @@ def describe_machine() -> dict[str, str]:
         "cache": f"{lorry_home()}{' (LORRY_HOME)' if os.environ.get('LORRY_HOME') else ''}; "
         "may be deleted, and is made again",
     }
+    if older := converted_by_others():
+        size = sum(path.stat().st_size for folder in older for path in folder.iterdir())
+        facts["converted models"] = (
+            f"{len(older)} of other versions ({size / 2**30:.1f} GiB) in {older[0].parent}: "
+            f"{', '.join(folder.name for folder in older)}; delete those that no run of yours names"
+        )
     return facts | {name: _package_version(name) for name in REPORTED_PACKAGES}
 
 

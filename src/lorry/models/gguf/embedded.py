@@ -5,18 +5,22 @@ directory in the user's cache.
 SmolLM2-135M-Instruct by Hugging Face). The 4-bit noise is baked in: it is another base than the
 published one, and its digest says so. The cache is `$LORRY_HOME/models`, else
 `$XDG_CACHE_HOME/lorry/models`, else `~/.cache/lorry/models`; a directory is named by the source's
-SHA-256 and holds a manifest, and every file is hashed again on each load (0.2 s for 269 MB).
+SHA-256 and the converter's, and holds a manifest, and every file is hashed again on each load (0.2 s for
+269 MB). Another converter makes another directory: runs that name an older one find it as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,16 @@ from lorry.notes import NoteCallback
 
 MANIFEST_FILE = "lorry_model.json"
 PROBE_TOKENS = 16  # that a converted model is run on
-CONVERSION_FORMAT = 3  # of a converted directory; 3: every tensor of the GGUF file accounted for
+# What a converted directory depends on beside its file: Lorry's modules, by their place in the
+# package, and what dequantises and makes the tokenizer.
+CONVERTER_MODULES = (
+    "models/gguf/embedded.py",
+    "models/gguf/header.py",
+    "models/gguf/tensors.py",
+    "models/loading/config_json.py",
+    "models/loading/tokenizer.py",
+)
+CONVERTER_LIBRARIES = ("transformers", "tokenizers", "gguf")
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,28 @@ def cache_root() -> Path:
     return lorry_home() / "models"
 
 
+@cache
+def converter_digest() -> str:
+    """SHA-256 of what turns a GGUF file into a directory: sources and versions of libraries."""
+    parts = [f"{name} {version(name)}".encode() for name in CONVERTER_LIBRARIES]
+    package = Path(__file__).parents[2]
+    parts += [hashlib.sha256((package / name).read_bytes()).digest() for name in CONVERTER_MODULES]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def converted_by_others() -> list[Path]:
+    """Converted directories in the cache that this version did not make and does not open by the name of
+    their file: of earlier versions of Lorry or of the libraries. Nothing removes them, since runs may
+    name them as their base."""
+    root = cache_root()
+    return [
+        folder
+        for folder in sorted(root.iterdir() if root.is_dir() else ())
+        if (folder / MANIFEST_FILE).is_file()
+        and not folder.name.endswith(f"-{converter_digest()[:8]}")
+    ]
+
+
 def convert_gguf(
     file: Path, add_note: NoteCallback, name: str | None = None, digest: str | None = None
 ) -> Path:
@@ -106,7 +141,7 @@ def convert_gguf(
     digest = file_digest(file) if digest is None else digest
     slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
     # by content: a file of the same name and other weights gets another directory
-    target = cache_root() / f"{slug}-{digest[:12]}"
+    target = cache_root() / f"{slug}-{digest[:12]}-{converter_digest()[:8]}"
     try:
         durable.make_directory(target.parent)
         # looked at under the lock: the other process may just have finished
@@ -190,7 +225,7 @@ def _write_manifest(work: Path, file: Path, digest: str) -> None:
         for p in sorted(work.iterdir())
     }
     manifest = {
-        "format": CONVERSION_FORMAT,
+        "converter": converter_digest(),
         "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest},
         "files": files,
     }
@@ -203,7 +238,7 @@ def find_damage(directory: Path, digest: str) -> str | None:
     try:
         manifest = read_model_json(directory / MANIFEST_FILE)
         if (
-            manifest.get("format") != CONVERSION_FORMAT
+            manifest.get("converter") != converter_digest()
             or manifest.get("source", {}).get("sha256") != digest
         ):
             return "made from another file or by another version"

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lorry.disk.home import name_of_converted
 from lorry.errors import ModelError, suggest_nearest
 from lorry.models.gguf.embedded import (
     EMBEDDED,
@@ -146,11 +147,7 @@ def _base_of_adapter(adapter: Path) -> str:
             "base model and add the adapter to it"
         )
     # the cache directory of an embedded model, on a machine that may not have it yet
-    names += [
-        m[1]
-        for m in (re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(n).name) for n in names)
-        if m and m[1] in EMBEDDED
-    ]
+    names += [embedded for embedded in map(name_of_converted, names) if embedded in EMBEDDED]
     # what is on this machine first, then the hub, then whatever was written
     local = [n for n in names if n in EMBEDDED] + [n for n in names if Path(n).exists()]
     return (local + [n for n in names if HUB_ID.fullmatch(n)] + names)[0]
