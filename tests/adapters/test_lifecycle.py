@@ -186,6 +186,39 @@ def test_no_gradient_is_of_other_values_than_the_forward_pass_s(
         assert torch.equal(adapter.grads, expected)
 
 
+@pytest.mark.parametrize("kind", ["a second adapter", "a start that is taken off"])
+def test_a_write_to_what_nobody_reads_in_place_is_none_of_backward_s(kind: str) -> None:
+    """Two adapters, and factors behind which a start's lie, are joined in memory of their own: in float32,
+    too, gradients are of what was there. Writes to them were refused."""
+    model, x = linear(torch.float32), torch.randn(4, 32)
+    mix = Mix.one("a")
+    if kind == "a second adapter":
+        for name in ("a", "b"):
+            attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), name)
+        mix = Mix.constants({"a": 1.0, "b": 0.5})
+    else:
+        attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights="pissa"), "a")
+    bank = get_bank(model)
+    bank.activate(mix)
+    adapter = bank["a"]
+    slot = adapter.slots["0"]
+    assert (slot.initial is None) == (kind == "a second adapter")
+    model(x).square().sum().backward()
+    expected = adapter.grads.clone()
+    assert expected.any()
+    adapter.grads.zero_()
+    for write in (slot.A, slot.B):
+        loss = model(x).square().sum()
+        before = write.detach().clone()
+        with torch.no_grad():
+            write.mul_(1.5)
+        loss.backward()
+        assert torch.equal(adapter.grads, expected)
+        with torch.no_grad():
+            write.copy_(before)
+        adapter.grads.zero_()
+
+
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_optimizer_that_steps_in_the_midst_of_backward(

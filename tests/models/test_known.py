@@ -337,6 +337,35 @@ def test_a_warning_is_heard_each_time(
     assert (home / "tokenizers").exists()
 
 
+def test_a_warning_that_nobody_wants_to_see_is_heard_and_not_shown(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRANSFORMERS_VERBOSITY=error of one run kept a tokenizer whose warning the next would have shown."""
+    from transformers.utils import logging
+
+    before, own = logging.get_verbosity(), logging.get_logger("transformers.own")
+    levels = [handler.level for handler in own.parent.handlers]
+    logging.set_verbosity_error()
+    logging.enable_propagation()  # as of a program that collects all records in one place
+    try:
+        with describe.hear_transformers() as heard:
+            own.warning("something is odd")
+            own.info("nothing is")
+            own.error("all is lost")
+        assert list(heard) == ["something is odd", "all is lost"]
+        own.warning("more is odd")
+    finally:
+        logging.disable_propagation()
+        logging.set_verbosity(before)
+    assert {record.message for record in caplog.records} == {"all is lost"}
+    assert "odd" not in "".join(capsys.readouterr())
+    assert [handler.level for handler in own.parent.handlers] == levels
+    # and one that is wanted is heard and shown
+    with describe.hear_transformers() as heard:
+        own.warning("something is odd")
+    assert list(heard) == ["something is odd"]
+
+
 # --- configs
 
 

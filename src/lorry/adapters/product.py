@@ -108,6 +108,11 @@ class ComputeCopies:
     in_use: object | None = None
     masters: Sequence[MasterVersion] = ()
 
+    def storages(self) -> set[int]:
+        """The addresses of the memory that products read of adapters."""
+        read = (self.lora_A, *(part.lora_B for part in self.parts))
+        return {values.untyped_storage().data_ptr() for values in read}
+
     def refuse_written(self) -> None:
         """Raises ContractError where a master that is read in place was written since: a gradient would
         be that of other values."""

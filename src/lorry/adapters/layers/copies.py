@@ -50,7 +50,8 @@ def compute_copies(
             else _copies_of_one(linears, slots, dtype, memory)
         )
         if dtype == slots[0][2].A.dtype:
-            copies = replace(copies, masters=master_versions([slot for _, _, slot in slots]))
+            versions = master_versions([slot for _, _, slot in slots], copies.storages())
+            copies = replace(copies, masters=versions)
         cache[key] = entry = StackEntry(stamp, copies)
     copies = entry.hand_out()
     if any(slot.bias is not None for _, _, slot in slots):

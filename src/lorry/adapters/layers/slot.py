@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -168,12 +168,14 @@ class AdapterSlot:
         master.copy_(values if self.slices is None else self.slices.cut(side, values))
 
 
-def master_versions(slots: Sequence[AdapterSlot]) -> list[MasterVersion]:
-    """Of A and B of the slots, and of the buffers that these lie in, each once."""
+def master_versions(slots: Sequence[AdapterSlot], storages: Collection[int]) -> list[MasterVersion]:
+    """Of the A's and B's of the slots that lie in one of the ``storages`` (addresses), and of the buffers
+    that these lie in, each once."""
     read = {
         id(values): MasterVersion(slot.module, values, values._version)
         for slot in slots
         for values in (slot.A, slot.B, *slot.buffers)
+        if values.untyped_storage().data_ptr() in storages
     }
     return list(read.values())
 

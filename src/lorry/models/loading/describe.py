@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
-from logging import WARNING, Handler, LogRecord
+from logging import WARNING, Handler, Logger, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -301,15 +301,34 @@ def silence_transformers(messages: list[str] | None = None) -> Iterator[None]:
 
 @contextmanager
 def hear_transformers() -> Iterator[Collection[str]]:
-    """The warnings that transformers gives meanwhile, on the terminal as ever."""
+    """The warnings that transformers gives meanwhile, on the terminal as ever: also those that it is told
+    to keep to itself (TRANSFORMERS_VERBOSITY), which stay off it."""
     from transformers.utils import logging
 
     logger, heard = logging.get_logger("transformers"), _MessageCollector()
+    level, others = logger.level, _handlers_of(logger)
+    levels = [handler.level for handler in others]
+    if logger.getEffectiveLevel() > WARNING:
+        for handler in others:
+            handler.setLevel(max(handler.level, logger.getEffectiveLevel()))
+        logger.setLevel(WARNING)
     logger.addHandler(heard)
     try:
         yield heard.texts
     finally:
         logger.removeHandler(heard)
+        logger.setLevel(level)
+        for handler, before in zip(others, levels, strict=True):
+            handler.setLevel(before)
+
+
+def _handlers_of(logger: Logger) -> list[Handler]:
+    """All that a logger's records reach."""
+    found, each = list(logger.handlers), logger
+    while each.propagate and each.parent is not None:
+        each = each.parent
+        found += each.handlers
+    return found
 
 
 class _MessageCollector(Handler):
