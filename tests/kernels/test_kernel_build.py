@@ -100,6 +100,7 @@ def test_another_processor_or_source_has_a_library_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler = str(build.shutil.which("g++"))
+    monkeypatch.delenv("LORRY_ISA", raising=False)
     digests = {build._build_digest(compiler)}
     monkeypatch.setattr(build, "processor_flags", lambda: {"another processor"})
     digests.add(build._build_digest(compiler))

@@ -165,8 +165,11 @@ def test_the_norm_is_that_of_the_sum(dtype: torch.dtype, monkeypatch: pytest.Mon
     got = weight_norm(layer, slot)
     assert got.dtype == torch.float32
     error = (got.double() - exact.detach()).abs() / exact.detach()
-    assert float(error.max()) < (1e-5 if dtype == torch.float32 else 2e-3)
+    # of row 7 a part in 10^4 is left, of what is rounded to 2^-24: 6e-4, or 6e-8 where a product is
+    # added without being rounded first
     assert float(error[7]) < 1e-3
+    error[7] = 0
+    assert float(error.max()) < (1e-5 if dtype == torch.float32 else 2e-3)
     assert len(made) == 1, "the base's own squares were known since the start"
     assert 1 <= made[0] < 60
 
