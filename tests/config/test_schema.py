@@ -266,6 +266,26 @@ def test_missing_settings_are_named() -> None:
         build_settings(ExportSettings, {"run": "runs/a"}, print)
 
 
+@pytest.mark.parametrize("name", ["megatron", "ddp"])
+@pytest.mark.parametrize(
+    "setting", ["lora.new_tokens=[<a>]", "lora.variant=adalora", "lora.bias=all"]
+)
+def test_a_refusal_names_all_that_stands_in_the_way(name: str, setting: str) -> None:
+    """Following the advice met the next refusal: `backend=ddp` with `tensor_parallel` left as it was."""
+    words = ["data=people.jsonl", f"backend={name}", "backend.tensor_parallel=2", setting]
+    cut = "lora.bias" not in setting
+    if name == "ddp" and not cut:
+        parse_settings(RunConfig, words, print)
+        return
+    with pytest.raises(ConfigError) as refused:
+        parse_settings(RunConfig, words, print)
+    if name == "megatron":
+        assert "ddp or fsdp" in str(refused.value)
+    assert ("leave backend.tensor_parallel out" in str(refused.value)) == cut
+    advised = [w for w in words if not (cut and "tensor_parallel" in w)]
+    parse_settings(RunConfig, [w.replace("megatron", "ddp") for w in advised], print)
+
+
 @pytest.mark.parametrize("setting", ["use_dora=true", "lora_bias=true", "variant=adalora"])
 def test_vectors_beside_the_factors_are_not_megatrons(setting: str) -> None:
     """Said before anything is loaded: another library multiplies there."""

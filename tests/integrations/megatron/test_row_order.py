@@ -49,7 +49,9 @@ def test_the_gate_goes_before_up_and_each_is_cut() -> None:
 
 
 def test_ranks_do_not_share_a_kv_group() -> None:
-    with pytest.raises(ConfigError, match=r"cuts a KV group .* divides 2"):
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel of a run\) cuts a KV group .* divides 2"
+    ):
         row_order(CONFIG, LINEARS[0], 4)
 
 

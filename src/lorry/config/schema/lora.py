@@ -349,9 +349,11 @@ class LoraConfig(SettingsGroup):
                 if self.use_dora
                 else "lora_bias"
             )
+            cut = self.variant == "adalora" and backend.tensor_parallel > 1
             raise ValueError(
                 f"lora.{asked} needs linears that Lorry multiplies itself, and under backend=megatron "
                 "Megatron-core does; give backend=ddp or fsdp"
+                + (", and leave backend.tensor_parallel out" if cut else "")
             )
         if self.train != ["A", "B"] and (megatron or backend.tensor_parallel > 1):
             raise ValueError(

@@ -197,11 +197,11 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _own_weights_need_a_whole_base(self) -> Self:
         b = self.backend
-        refused, where = tuple[str, ...](), f"backend={b.name}"
-        if b.name == "megatron":
-            refused = OWN_WEIGHT_FIELDS
-        elif b.tensor_parallel > 1:  # a part of a vocabulary does not grow
-            refused, where = ("new_tokens",), "tensor_parallel"
+        megatron = b.name == "megatron"
+        # a part of a vocabulary does not grow; other weights are cut as the base's are
+        refused = (
+            OWN_WEIGHT_FIELDS if megatron else ("new_tokens",) if b.tensor_parallel > 1 else ()
+        )
         # what is a job's own is in plain values there
         each = [
             {} if self.lora is None else self.lora.model_dump(),
@@ -210,9 +210,14 @@ class RunConfig(SettingsGroup):
         for settings in each:
             own = [f for f in refused if settings.get(f) not in (None, "none")]
             if own:
+                cuts = ["backend=megatron"] if megatron else []
+                way_out = "use backend=single, ddp or fsdp"
+                if b.tensor_parallel > 1 and "new_tokens" in own:
+                    cuts.append(f"backend.tensor_parallel={b.tensor_parallel}")
+                    way_out += ", and leave backend.tensor_parallel out"
                 raise ValueError(
                     f"lora.{own[0]} trains weights in the base's place, which has to be whole in every "
-                    f"process, and {where} cuts it; use backend=single, ddp or fsdp"
+                    f"process; {' and '.join(cuts)}: it is cut there; {way_out}"
                 )
         return self
 

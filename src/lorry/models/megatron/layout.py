@@ -103,8 +103,8 @@ def row_order(config: Any, linear: MegatronLinear, tensor_parallel: int) -> RowO
         groups, heads = config.num_query_groups, config.num_attention_heads
         if groups % shards:
             raise ConfigError(
-                f"tensor_model_parallel_size={shards} cuts a KV group in two (num_query_groups="
-                f"{groups}); use a size that divides {groups}"
+                f"tensor_model_parallel_size={shards} (backend.tensor_parallel of a run) cuts a KV group in "
+                f"two (num_query_groups={groups}); use a size that divides {groups}"
             )
         width = config.kv_channels
         return RowOrder(groups // shards, (heads // groups * width, width, width))
