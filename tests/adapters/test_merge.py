@@ -5,15 +5,20 @@ numbers about rounding.
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
 from lorry.adapters.merge import (
     MergeReport,
     MergeRow,
+    fold_tensor,
     merge,
     merged_tensors,
     separates_tied_head,
@@ -21,6 +26,7 @@ from lorry.adapters.merge import (
 )
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
+from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.errors import ConfigError, ContractError, ModelError
 
 TWO = ("q_proj", "down_proj")
@@ -158,6 +164,29 @@ def test_rounded_once(tiny: Any, shake: Any) -> None:
                 slot.B.fill_(0.003)  # half a step of bf16 above 1 is 0.0039
     merge(model)
     assert (model.model.layers[0].self_attn.q_proj.weight > 1).all()
+
+
+@pytest.mark.parametrize("cut", ["by FSDP2", "by tensor parallel"])
+def test_nothing_is_streamed_of_shares(cut: str, tiny: Any) -> None:
+    """A rank that streamed its own shares wrote half a model under the names of a whole one."""
+    model = tiny("llama")
+    attach(model, LoraSpec(r=4, target_modules=("v_proj",)))
+    assert fold_tensor(model, "model.norm.weight", {}).shape == model.model.norm.weight.shape
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        if cut == "by FSDP2":
+            fully_shard(model)
+        else:
+            # what the decoder of such a rank has at its layers
+            model.model.layers[0].self_attn.v_proj.slices = LayerSlices(Mock(size=2))
+        for ask in (
+            lambda: next(merged_tensors(model, {"default": 1.0})),
+            lambda: fold_tensor(model, "model.norm.weight", {}),
+        ):
+            with pytest.raises(ConfigError, match="shares of this model's weights"):
+                ask()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_streaming_gives_what_merging_gives(family: str, tiny: Any, shake: Any) -> None:

@@ -43,8 +43,8 @@ from lorry.adapters.variants.registry import further_starts
 from lorry.errors import ConfigError, suggest_nearest
 
 # what shards or replicates a model, by class name: to ask for the classes would import them all
-DATA_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-FSDP2 = "FSDPModule"
+FSDP1, FSDP2 = "FullyShardedDataParallel", "FSDPModule"
+DATA_PARALLEL = ("DistributedDataParallel", FSDP1, "DeepSpeedEngine")
 
 
 def get_bank(model: nn.Module, *, create: bool = False) -> AdapterBank:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
-from lorry.adapters.attach import FSDP2, find_wrapper, get_bank
+from lorry.adapters.attach import FSDP1, FSDP2, find_wrapper, get_bank
 from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.adaptable import is_sharded, local_share
 from lorry.adapters.layers.embedding import BankEmbedding
@@ -175,9 +175,11 @@ def merged_tensors(
     A name that shares its Parameter with an earlier one (a tied head) is left out while both stay
     equal, as in Hugging Face files; where `separates_tied_head` says so it comes as a tensor of its
     own. ``dtype`` stores every floating tensor so instead of in its own; ``rows`` receives one
-    MergeRow per merged module. Raises what `merge` raises.
+    MergeRow per merged module. Raises what `merge` raises, and ConfigError where a process has shares
+    of weights.
     """
     bank = get_bank(model)
+    _refuse_shares(model, bank)
     mix = _constant_weights(bank, weights)
     touched, held = dict[int, tuple[str, MergedLayer]](), dict[int, tuple[str, MergedLayer]]()
     for path, layer in _adapted_layers(bank, mix).items():
@@ -218,9 +220,10 @@ def merged_tensors(
 def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Tensor:
     """A copy of one tensor of the model in fp32 by its name in the state dict; a weight that adapters sit at
     is W + sum g s B A of those with ``weights`` {adapter: g}, and of those that count as part of
-    the base. Raises what `merge` raises.
+    the base. Raises what `merged_tensors` raises.
     """
     bank = get_bank(model)
+    _refuse_shares(model, bank)
     path, _, leaf = name.rpartition(".")
     gates = {**dict.fromkeys(bank.base_adapters, 1.0), **weights}
     layer = bank.modules.get(path if leaf == "weight" else name)
@@ -228,7 +231,7 @@ def fold_tensor(model: nn.Module, name: str, weights: Mapping[str, float]) -> Te
     if (one := replacements(bank, gates).get(name)) is not None:
         return _replace(name, model.get_parameter(name), one, torch.float32)[0]
     if layer is None or not any(adapter in layer.slots for adapter in gates):
-        tensor: Tensor = model.state_dict()[name]
+        tensor: Tensor = getattr(model.get_submodule(path), leaf)
         # a copy even in fp32: experts without a delta would be one tensor under several names
         return tensor.detach().to(torch.float32, copy=True)
     if isinstance(layer, BankLinear) and layer.product is not None:
@@ -390,6 +393,17 @@ def _adapted_layers(bank: AdapterBank, mix: Mapping[str, float]) -> dict[str, Me
                 )
             layers[path] = layer
     return layers
+
+
+def _refuse_shares(model: nn.Module, bank: AdapterBank) -> None:
+    """Raises ConfigError where a process has shares of weights: a stream of whole tensors would be one of
+    shares, under the names of the whole."""
+    cut = any(is_sharded(p) for p in model.parameters()) or find_wrapper(model, (FSDP1,))
+    if cut or any(layer.slices is not None for layer in bank.modules.values()):
+        raise ConfigError(
+            "each process has shares of this model's weights, and would make merged shares of them; save the "
+            "adapter and merge it into a model that is not cut over processes"
+        )
 
 
 def _refuse_unfoldable(bank: AdapterBank, mix: Mapping[str, float]) -> None:
