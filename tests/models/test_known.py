@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
-from transformers import GPT2Tokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import BatchEncoding, GPT2Tokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.content import ChatMessage, Conversation
@@ -106,6 +107,83 @@ def test_a_tokenizer_seen_before_makes_the_same_tokens(
     with pytest.raises(AttributeError):
         assert known(TEXTS, **options).pixel_values
     assert not opened(known)
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "tokens": lambda made: made.tokens(0),
+    "word_ids": lambda made: made.word_ids(),
+    "sequence_ids": lambda made: made.sequence_ids(),
+    "token_to_sequence": lambda made: made.token_to_sequence(1),
+    "token_to_word": lambda made: made.token_to_word(1),
+    "word_to_tokens": lambda made: made.word_to_tokens(1),
+    "token_to_chars": lambda made: made.token_to_chars(1),
+    "char_to_token": lambda made: made.char_to_token(4),
+    "word_to_chars": lambda made: made.word_to_chars(1),
+    "char_to_word": lambda made: made.char_to_word(4),
+    "n_sequences": lambda made: made.n_sequences,
+    "is_fast": lambda made: made.is_fast,
+    "encodings": lambda made: [each.tokens for each in made.encodings],
+    "data": lambda made: dict(made.data),
+    "keys": lambda made: list(made.keys()),
+    "values": lambda made: list(made.values()),
+    "items": lambda made: list(made.items()),
+    "get": lambda made: (made.get("input_ids"), made.get("gone")),
+    "by number": lambda made: made[0].tokens,
+    "by slice": lambda made: [each.tokens for each in made[0:1]],
+    "of columns": lambda made: {**made}["input_ids"],
+    "copy": lambda made: dict(made.copy()),
+    "pop": lambda made: (made.pop("input_ids"), "input_ids" in made),
+    "popitem": lambda made: (made.popitem() is not None, len(made)),
+    "setdefault": lambda made: (made.setdefault("labels", [1]), made.labels),
+    "update": lambda made: (made.update(labels=[1]), made["labels"]),
+    "clear": lambda made: (made.clear(), dict(made)),
+    "fromkeys": lambda made: dict(made.fromkeys(["a"], 1)),
+    "to": lambda made: dict(made.to("cpu")),
+    "convert_to_tensors": lambda made: {
+        name: value.tolist()
+        for name, value in made.convert_to_tensors("pt", prepend_batch_axis=True).items()
+    },
+    "converted in place": lambda made: (
+        made.convert_to_tensors("np", prepend_batch_axis=True) is not None,
+        type(made["input_ids"]).__name__,
+    ),
+}
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_a_call_gives_answers_all_that_transformers_does(
+    pair: tuple[Any, KnownTokenizer], asked: str, several: bool
+) -> None:
+    """Methods of transformers' were AttributeErrors, and a number was no key."""
+    whole, known = pair
+    text: Any = [TEXTS[0]] if several else TEXTS[0]
+    options = {"return_token_type_ids": False}
+    ask = (
+        # one row is a batch of one there already
+        (lambda made: made.convert_to_tensors("pt")["input_ids"].tolist())
+        if several and asked == "convert_to_tensors"
+        else ASKED[asked]
+    )
+    theirs = ask(whole(text, **options))
+    assert ask(known(text, **options)) == theirs
+    assert ask(pickle.loads(pickle.dumps(known(text, **options)))) == theirs  # noqa: S301
+    assert not opened(known)
+
+
+def test_nothing_that_transformers_answers_is_left_out(pair: tuple[Any, KnownTokenizer]) -> None:
+    names = {name for name in dir(BatchEncoding) if not name.startswith("_")}
+    assert names <= ASKED.keys()
+
+
+def test_a_row_that_moves_has_moved(pair: tuple[Any, KnownTokenizer]) -> None:
+    _, known = pair
+    made = known(TEXTS[0]).convert_to_tensors("pt")
+    assert made.to("meta")["input_ids"].device.type == "meta"
+    kept = known(TEXTS[0])
+    kept.convert_to_tensors("pt")
+    kept.to("meta")
+    assert kept["input_ids"].device.type == kept.attention_mask.device.type == "meta"
 
 
 def test_and_says_the_same_of_itself(pair: tuple[Any, KnownTokenizer]) -> None:

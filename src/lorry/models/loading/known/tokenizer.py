@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from lorry.disk.home import lorry_home
 from lorry.disk.kept import KeptAnswers
@@ -78,12 +78,46 @@ SAMPLE = "Über  12,345 it's\t\n\n<|x|> 漢字🙂 \u2581 end."
 
 
 class EncodedText(dict[str, Any]):
-    """What a call returns: columns by name, which are attributes as well, as transformers has them."""
+    """What a call returns: columns by name, which are attributes as well, as transformers has them; whatever
+    else is asked, its BatchEncoding of the same columns answers.
+
+    ``encodings``: what `tokenizers` made of each text.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, Any] | None = None, encodings: Sequence[Encoding] = ()
+    ) -> None:
+        super().__init__(columns or {})
+        self._encodings = encodings
+
+    def as_batch_encoding(self) -> Any:
+        """transformers' own, over these columns themselves: what it writes is written here."""
+        from transformers import BatchEncoding
+
+        made = BatchEncoding(encoding=self._encodings)
+        made.data = self
+        return made
+
+    def to(self, *given: Any, **options: Any) -> Any:
+        """Move what is a tensor, as `BatchEncoding.to` does: here as well."""
+        moved = self.as_batch_encoding().to(*given, **options)
+        self.update(moved)
+        return moved
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return self.as_batch_encoding()[key]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self:
+        if name in self:
+            return self[name]
+        if name.startswith("__") or "_encodings" not in vars(self):
             raise AttributeError(name)
-        return self[name]
+        return getattr(self.as_batch_encoding(), name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EncodedText, (dict(self), self._encodings)
 
 
 class KnownTokenizer:
@@ -178,9 +212,8 @@ class KnownTokenizer:
             name: [getattr(encoding, attribute) for encoding in encodings]
             for name, attribute in self._columns(options)
         }
-        return EncodedText(
-            columns if isinstance(text, list) else {k: v[0] for k, v in columns.items()}
-        )
+        one_or_all = columns if isinstance(text, list) else {k: v[0] for k, v in columns.items()}
+        return EncodedText(one_or_all, encodings)
 
     def _columns(self, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """(what a call returns, where `tokenizers` has it), in transformers' order."""
