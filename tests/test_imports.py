@@ -9,6 +9,7 @@ import ast
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,43 @@ def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
 @cache
 def imported_at_once_by_module() -> dict[str, frozenset[str]]:
     return {name_of(path): read_source(path).at_once for path in SOURCE.rglob("*.py")}
+
+
+def imported_by_running(tree: ast.AST) -> Iterator[str]:
+    """What a module imports, at once or within a function: not what only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imports(node)
+        else:
+            yield from imported_by_running(node)
+
+
+def cycle_of(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in turn, of {dotted name: source}; empty where none do."""
+    graph = dict[str, set[str]]()
+    for module, source in sources.items():
+        names = set(imported_by_running(ast.parse(source)))
+        # a name from a module is an import of the module, unless it is a module itself
+        found = {name if name in sources else name.rpartition(".")[0] for name in names}
+        graph[module] = (found & sources.keys()) - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert cycle_of({name_of(path): path.read_text() for path in SOURCE.rglob("*.py")}) == []
+
+
+def test_a_cycle_is_seen_wherever_the_import_stands() -> None:
+    sources = {"a": "from b import f", "b": "def f():\n    from a.c import g", "a.c": "import a"}
+    assert set(cycle_of(sources)) == set(sources)
+    sources["b"] = "if TYPE_CHECKING:\n    from a.c import g"
+    assert cycle_of(sources) == []
 
 
 def way_to_heavy(

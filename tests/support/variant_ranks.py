@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lorry.adapters.attach import detach
-from lorry.adapters.layers.adaptable import whole_weight
+from lorry.adapters.layers.shares import whole_weight
 from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.new_tokens import NewTokens, grow_vocabulary

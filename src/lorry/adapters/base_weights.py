@@ -22,16 +22,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import freeze_base, get_bank
 from lorry.adapters.flat_buffer import BLOCK, euclidean_norm
-from lorry.adapters.layers.adaptable import local_share, shares_of
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.shares import WeightShares, local_share, shares_of
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.base_digest import base_digest
 from lorry.adapters.spec import LoraSpec
@@ -56,34 +55,6 @@ HALF_PATTERNS = {
     ),
     "attention": re.compile(r"(^|[._])(attn|attention)([._]|$)"),
 }
-
-
-class WeightShares(Protocol):
-    """A model's weights as the ranks of a run hold them, each its rows of every one
-    (`backends.distributed.sharded.ShardedWeights`). Every rank makes the same calls in one order."""
-
-    @property
-    def shard(self) -> int:
-        """The number of this rank's share; ranks that hold a copy have the same."""
-
-    def local_rows(self, weight: Tensor) -> slice:
-        """The rows (of dimension 0) that this rank holds."""
-
-    def add_gradients_to(self, grads: Mapping[nn.Parameter, Tensor]) -> None:
-        """From now on let each backward pass add the gradients of these weights, summed over all data
-        ranks, to this rank's rows of them, fp32."""
-
-    def release(self) -> None:
-        """Let go of what passes have gathered."""
-
-    def add_up(self, what: str, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over the shares; returns it."""
-
-    def whole_tensors(
-        self, shares: Mapping[str, tuple[nn.Parameter, Tensor]]
-    ) -> Mapping[str, Tensor]:
-        """{name: a tensor of a weight's shape}, of which ``shares`` has this rank's rows. Each is made
-        when it is read: by all ranks, or by rank 0 alone while the others follow (`on_main`)."""
 
 
 @dataclass

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import FSDP1, FSDP2, find_wrapper, get_bank
 from lorry.adapters.bank import AdapterBank
-from lorry.adapters.layers.adaptable import is_sharded, local_share
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.shares import is_sharded, local_share
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.merging.replaced import (
     displace,

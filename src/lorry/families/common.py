@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorry.families import ConfigMapping, RotaryConfig
+from lorry.families.family import ConfigMapping, RotaryConfig
 
 
 class UnsupportedConfigError(ValueError):

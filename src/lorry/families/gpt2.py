@@ -4,8 +4,14 @@
 
 from __future__ import annotations
 
-from lorry.families import ConfigMapping, LayerLinears, LayerNorms, ModelFamily, ModelGeometry
 from lorry.families.common import METADATA_KEYS
+from lorry.families.family import (
+    ConfigMapping,
+    LayerLinears,
+    LayerNorms,
+    ModelFamily,
+    ModelGeometry,
+)
 
 
 def gpt2_geometry(config: ConfigMapping) -> ModelGeometry:

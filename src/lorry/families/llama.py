@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorry.families import ConfigMapping, LayerLinears, LayerNorms, ModelFamily, ModelGeometry
 from lorry.families.common import (
     METADATA_KEYS,
     ROTARY_KEYS,
@@ -14,6 +13,13 @@ from lorry.families.common import (
     is_full_attention,
     is_wide_window,
     read_rotary,
+)
+from lorry.families.family import (
+    ConfigMapping,
+    LayerLinears,
+    LayerNorms,
+    ModelFamily,
+    ModelGeometry,
 )
 
 # Order counts: q, k, v are stacked and split in it.

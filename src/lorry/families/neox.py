@@ -4,8 +4,14 @@ side by side.
 
 from __future__ import annotations
 
-from lorry.families import ConfigMapping, LayerLinears, LayerNorms, ModelFamily, ModelGeometry
 from lorry.families.common import METADATA_KEYS, ROTARY_KEYS, read_rotary
+from lorry.families.family import (
+    ConfigMapping,
+    LayerLinears,
+    LayerNorms,
+    ModelFamily,
+    ModelGeometry,
+)
 
 
 def neox_geometry(config: ConfigMapping) -> ModelGeometry:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.base_weights import WeightShares
+from lorry.adapters.layers.shares import WeightShares
 
 
 class LayerWeights(Protocol):

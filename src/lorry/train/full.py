@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.base_weights import make_weights_trainable
-from lorry.adapters.layers.adaptable import local_share
+from lorry.adapters.layers.shares import local_share
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.backends.distributed.communicator import ONE_PROCESS, Communicator
 from lorry.config.jobs import BASE_JOB

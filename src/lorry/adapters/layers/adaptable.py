@@ -7,56 +7,14 @@ them): they are `AdapterSlot`s.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.layers.shares import is_sharded, local_share
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, MixTerm
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
 from lorry.errors import ConfigError, ContractError
-
-if TYPE_CHECKING:
-    from lorry.adapters.base_weights import WeightShares
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor, of which a rank holds a share."""
-    return hasattr(weight, "to_local")
-
-
-def local_share(weight: Tensor) -> Tensor:
-    """This rank's share of a sharded weight, the memory itself; any other weight as it is."""
-    return weight.detach().to_local() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
-
-
-def whole_weight(weight: Tensor) -> Tensor:
-    """All of a weight. The shares of a sharded one are joined, for which all ranks come here together."""
-    if not is_sharded(weight):
-        return weight.detach()
-    shares: Any = weight.detach()
-    whole: Tensor
-    if weight.dtype == torch.int16:
-        # gloo sends no integers of 16 bits; numbers of as many are copied bit by bit
-        whole = shares.view(torch.bfloat16).full_tensor().view(torch.int16)
-    else:
-        whole = shares.full_tensor()
-    return whole
-
-
-def shares_of(model: nn.Module) -> WeightShares | None:
-    """Who knows which rows of its weights this rank has; None of a model that it has whole."""
-    weights = getattr(model, "layer_weights", None)
-    return weights if weights is not None and weights.sharded else None
-
-
-def own_rows(model: nn.Module, weight: Tensor) -> slice:
-    """The rows of a weight that `local_share` gives of it."""
-    shares = shares_of(model)
-    if shares is None or not is_sharded(weight):
-        return slice(0, weight.shape[0])
-    return shares.local_rows(weight)
 
 
 class AdaptableLayer(nn.Module):

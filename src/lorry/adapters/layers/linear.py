@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.layers.adaptable import AdaptableLayer, whole_weight
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.copies import compute_copies
+from lorry.adapters.layers.shares import whole_weight
 from lorry.adapters.layers.slot import AdapterSlot, touch_slots
 from lorry.adapters.mix import AdapterContext, LinearRouter, MixTerm
 from lorry.adapters.product import (

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,11 @@ from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import check_pattern_time, match_peft_targets
+from lorry.adapters.peft.tensor_file import TensorFile
 from lorry.adapters.spec import LAYER_NUMBER, LoraSpec
 from lorry.adapters.targets.candidates import find_adaptable
 from lorry.adapters.targets.selection import UNFUSED_NAMES
 from lorry.errors import ModelError
-
-if TYPE_CHECKING:
-    from lorry.adapters.peft.tensors import TensorFile
 
 Number = TypeVar("Number", int, float)
 WRAPPED = ".base_layer"

@@ -9,19 +9,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorry.adapters.layers.adaptable import AdaptableLayer, is_sharded, local_share, own_rows
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
+from lorry.adapters.layers.shares import is_sharded, local_rows, local_share
 from lorry.adapters.layers.wrapping import wrap_module
 from lorry.adapters.parameters.experts import ExpertMatrices
 from lorry.adapters.parameters.weights import ForeignWeight
 from lorry.adapters.peft.config import match_peft_targets
 from lorry.adapters.peft.parameters import NEW_HOLDER, OLD_HOLDER, match_peft_parameters
+from lorry.adapters.peft.tensor_file import TensorFile
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.targets.candidates import find_adaptable, head_and_embedding
 from lorry.adapters.targets.selection import match_unfused_names
@@ -42,19 +43,6 @@ WHOLE_TENSOR = re.compile(
 )
 # PEFT wraps an adapted layer, whose base weight is then called base_layer.weight
 BASE_TENSOR = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
-
-
-class TensorFile(Protocol):
-    """What is read of an open file of tensors: the face of `safetensors.safe_open`."""
-
-    def keys(self) -> list[str]:
-        """Names of its tensors."""
-
-    def get_slice(self, name: str) -> Any:
-        """What knows the shape of a tensor (`get_shape`), nothing read."""
-
-    def get_tensor(self, name: str) -> Tensor:
-        """Its values."""
 
 
 def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
@@ -253,7 +241,7 @@ def _compare_with_base(
     # equal in either precision: PEFT saves the base in its dtype, which may be wider or narrower
     stored, expected = file.get_tensor(key), local_share(base).cpu()
     stored = stored if cut is None else cut[1].cut(stored, cut[0])
-    stored = stored[own_rows(model, base)]
+    stored = stored[local_rows(model, base)]
     if not (
         torch.equal(stored.to(expected.dtype), expected)
         or torch.equal(stored, expected.to(stored.dtype))

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers.adaptable import AdaptableLayer, whole_weight
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.shares import whole_weight
 from lorry.adapters.layers.wrapping import wrap_module
 from lorry.adapters.quantization.packed import (
     PackedDigest,

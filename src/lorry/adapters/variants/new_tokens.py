@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
-from lorry.adapters.layers.adaptable import local_share, own_rows, shares_of, whole_weight
+from lorry.adapters.layers.shares import local_rows, local_share, shares_of, whole_weight
 from lorry.adapters.variants.starts import TOKEN_ROWS, Ends
 from lorry.errors import ConfigError, ModelError
 
@@ -127,7 +127,7 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
         _resize(model, needed)
         for path, values in starts.items():
             grown = model.get_parameter(f"{path}.weight")
-            here, share = own_rows(model, grown), local_share(grown)
+            here, share = local_rows(model, grown), local_share(grown)
             for token, row in zip(new.pieces, values, strict=True):
                 if token >= rows and here.start <= token < here.stop:
                     share[token - here.start] = row.to(share.dtype)

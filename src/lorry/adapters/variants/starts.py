@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers.adaptable import AdaptableLayer, shares_of, whole_weight
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.shares import shares_of, whole_weight
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lorry.adapters.layers.adaptable import whole_weight
+from lorry.adapters.layers.shares import whole_weight
 from lorry.backends.distributed.exchange import PeerError
 from lorry.backends.distributed.gathered import WholePlaces, can_map, parameters_of
 from lorry.backends.distributed.passes import PassKind, PassSchedule
@@ -294,7 +294,7 @@ class ShardedWeights:
     # --- weights that train
 
     def add_gradients_to(self, grads: Mapping[nn.Parameter, Tensor]) -> None:
-        """See `adapters.base_weights.WeightShares.add_gradients_to`."""
+        """See `adapters.layers.shares.WeightShares.add_gradients_to`."""
         wanted = {id(weight): grad for weight, grad in grads.items()}
         for group in (*self.layers, self.rest):
             found = list[_TrainedWeight]()
@@ -338,7 +338,7 @@ class ShardedWeights:
 
     @property
     def shard(self) -> int:
-        """See `adapters.base_weights.WeightShares.shard`."""
+        """See `adapters.layers.shares.WeightShares.shard`."""
         return self.mesh.get_local_rank(SHARD)
 
     @property
@@ -346,7 +346,7 @@ class ShardedWeights:
         return self.mesh.size(self.mesh.ndim - 1)
 
     def add_up(self, what: str, tensor: Tensor) -> Tensor:
-        """See `adapters.base_weights.WeightShares.add_up`."""
+        """See `adapters.layers.shares.WeightShares.add_up`."""
         self.agree(what)
         with self.explained(what):
             torch.distributed.all_reduce(tensor, group=self.mesh.get_group(SHARD))
@@ -355,7 +355,7 @@ class ShardedWeights:
     def whole_tensors(
         self, shares: Mapping[str, tuple[nn.Parameter, Tensor]]
     ) -> Mapping[str, Tensor]:
-        """See `adapters.base_weights.WeightShares.whole_tensors`."""
+        """See `adapters.layers.shares.WeightShares.whole_tensors`."""
         return GatheredTensors(
             {name: (weight.shape, share) for name, (weight, share) in shares.items()},
             self.mesh.get_group(SHARD),
