@@ -11,6 +11,7 @@ import torch
 
 from lorry import kernels, processor
 from lorry.errors import ConfigError
+from lorry.kernels import matmul
 from lorry.models.loading.load import has_fast_bfloat16
 
 # what Linux tells of some processors, as far as it matters here
@@ -109,6 +110,30 @@ def test_where_bfloat16_is_worth_it(
     assert processor.has_fast_dots() == dots
     monkeypatch.setenv("LORRY_ISA", "avx2")  # held to less, there are none
     assert not processor.has_fast_dots()
+
+
+@pytest.mark.parametrize(
+    ("flags", "vendor", "isa", "slow"),
+    [
+        (COOPER_LAKE, "AuthenticAMD", "", True),
+        (SKYLAKE, "AuthenticAMD", "", True),
+        (COOPER_LAKE, "AuthenticAMD", "avx512", True),
+        (COOPER_LAKE, "AuthenticAMD", "avx2", False),
+        (V3, "AuthenticAMD", "", False),
+        (SAPPHIRE_RAPIDS, "GenuineIntel", "", False),
+        (SKYLAKE, "GenuineIntel", "", False),
+    ],
+)
+def test_where_mkl_is_slow(
+    flags: str, vendor: str, isa: str, slow: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_in(flags, monkeypatch, tmp_path, vendor=vendor, isa=isa)
+    assert processor.mkl_is_slow() == slow
+    for mkl, kernels_run in ((True, True), (False, True), (True, False)):
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda has=mkl: has)
+        monkeypatch.setattr(matmul, "load_library", lambda has=kernels_run: has or None)
+        used = matmul.multiplies_float32.__wrapped__()
+        assert used == (slow and mkl and kernels_run)
 
 
 def test_capitals_mean_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def may_use_bfloat16() -> bool:
 
     Without tiles Intel's take longer than those in float32: of a SmolLM2's matrices, forward and
     backward, oneDNN did 100 GFLOP/s against 190 (model 207, one thread). AMD's do twice as many
-    numbers in an instruction as float32 there, which was not measured here.
+    numbers in an instruction as float32, and oneDNN 500 GFLOP/s against MKL's 110 and the 230 of
+    `kernels/matmul.py` (family 26, model 2, Zen 5, one thread).
     """
     isa = requested_isa()
     if isa not in (None, "amx", "avx512_bf16"):
@@ -142,6 +143,14 @@ def has_bfloat16() -> bool:
     return may_use_bfloat16() and bool(
         processor_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
     )
+
+
+def mkl_is_slow() -> bool:
+    """Whether MKL multiplies float32 with half of what this processor may use: AVX2, on AMD's that have
+    AVX-512. Raises ConfigError as `requested_isa`.
+    """
+    isa = requested_isa() or processor_isas()[0]
+    return isa not in ("avx2", "portable") and cpuinfo_values("vendor_id") == ["AuthenticAMD"]
 
 
 def compiler_flags() -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from lorry.adapters.dropout import SeededDropout
 from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.adapters.variants.magnitude import MatrixProduct, OutputScale
 from lorry.errors import ContractError
+from lorry.kernels import matmul
 
 # Whatever stands for a parameter: the tensor itself, a bool (wants a gradient), or a gradient.
 T = TypeVar("T")
@@ -237,12 +238,12 @@ class StackedAdapters:
         # a view of a slice, so that addmm_ writes into `to` itself
         rows = to[self.tokens]
         if self.term_rows is None:
-            rows.addmm_(low, up, alpha=scale)
+            matmul.addmm_(rows, low, up, alpha=scale)
             return
         # saved and put back instead of trusting low's zeros: 0 * inf and 0 * NaN are NaN, and -0.0
         # + 0.0 loses its sign
         before, after = rows[: self.term_rows.start].clone(), rows[self.term_rows.stop :].clone()
-        rows.addmm_(low, up, alpha=scale)
+        matmul.addmm_(rows, low, up, alpha=scale)
         rows[: self.term_rows.start], rows[self.term_rows.stop :] = before, after
 
     def own_rows(self, y: Tensor) -> Tensor:
@@ -379,11 +380,11 @@ class DenseLinear:
     def forward(self, x: Tensor) -> Tensor:
         # .t() is a view: mm reads either layout without a copy
         w = self.weight if self.transposed else self.weight.t()
-        return torch.mm(x, w) if self.bias is None else torch.addmm(self.bias, x, w)
+        return matmul.mm(x, w) if self.bias is None else matmul.addmm(self.bias, x, w)
 
     def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
         w = self.weight.t() if self.transposed else self.weight
-        return torch.mm(g, w) if into is None else into.addmm_(g, w)
+        return matmul.mm(g, w) if into is None else matmul.addmm_(into, g, w)
 
     @property
     def requires_grad(self) -> bool:
@@ -396,7 +397,7 @@ class DenseLinear:
         if self.weight.requires_grad:
             # the gradient lies in the stored weight's layout, so that it can be added to it as it
             # is
-            gradients.append(torch.mm(x.t(), g) if self.transposed else torch.mm(g.t(), x))
+            gradients.append(matmul.mm(x.t(), g) if self.transposed else matmul.mm(g.t(), x))
         if self.bias is not None and self.bias.requires_grad:
             # one bias for all tokens: its gradient is the sum over them
             gradients.append(g.sum(0))
@@ -479,7 +480,7 @@ class LinearProducts:
         for stack, gate in zip(self.stacks, self.gates, strict=True):
             # one product for every linear of the group: columns of h are the ranks of all its
             # adapters, stacked
-            h = torch.mm(stack.dropout_input(x), stack.lora_A.t())
+            h = matmul.mm(stack.dropout_input(x), stack.lora_A.t())
             self._add_up("output", stack.zero_other_rows(h), of_terms=True)
             self.down_outputs.append(h)
             # gated at rank width (S columns), not at output width (O): the same result for fewer
@@ -571,7 +572,7 @@ class LinearProducts:
             # one of them
             up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.lora_A.shape[0])
             for part in stack.parts:
-                up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.lora_B).mul_(
+                up[:, part.rows] = matmul.mm(grads[part.layer][stack.tokens], part.lora_B).mul_(
                     part.scale
                 )
             self._add_up("input gradient", up, of_terms=True)
@@ -586,7 +587,7 @@ class LinearProducts:
                 # dropout sits between x and A, so the same mask must act on what A sends back
                 # before it is added; addmm_ cannot do that in place
                 more = stack.zero_other_rows(
-                    stack.dropout.apply(torch.mm(self.up_grads[-1], stack.lora_A), stack.tokens)
+                    stack.dropout.apply(matmul.mm(self.up_grads[-1], stack.lora_A), stack.tokens)
                 )
                 dx[stack.tokens] += more
         if dx is not None:
@@ -661,7 +662,7 @@ class LinearProducts:
             da = (
                 # zeros in both factors: a row of another term may hold inf or NaN, and 0 * inf is
                 # NaN
-                torch.mm(stack.trained_ranks(up).t(), stack.masked_input(x)).float()
+                matmul.mm(stack.trained_ranks(up).t(), stack.masked_input(x)).float()
                 if any(part.A for part in need.parts)
                 else None
             )
@@ -674,7 +675,7 @@ class LinearProducts:
                 g = grads[stack.parts[i].layer][stack.tokens]
                 # a clone: the slice is a view of the caller's gradient
                 g = g if stack.term_rows is None else stack.zero_other_rows(g.clone())
-                db[i] = torch.mm(g.t(), weighted[:, stack.parts[i].gradient_rows]).float()
+                db[i] = matmul.mm(g.t(), weighted[:, stack.parts[i].gradient_rows]).float()
             parts: list[PartParams[Tensor | None]] = []
             for share, wanted in zip(shares, need.parts, strict=True):
                 own = db[share.part]

@@ -5,12 +5,6 @@
 #pragma once
 #include "vectors.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 #include <algorithm>
 #include <vector>
 
@@ -18,20 +12,6 @@ constexpr long PANEL = 16;  // outputs a thread takes at a time
 // Sums at once, each in a register: enough to hide the latency of one, and as many registers are left for what is multiplied.
 constexpr int SUMS = LANES == 16 ? 16 : 8;
 constexpr int MOST_ROWS = 4;  // rows at once: with 8, and half as many outputs, 32 rows took a third longer
-
-// a b + c, rounded once where the processor has that: left to the compiler it would be so in one place and not in another, and a row's
-// result would hang on how many there are.
-static inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
 
 // Rows of floats, `stride` apart.
 struct FloatRows {

@@ -5,8 +5,13 @@
 
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
 constexpr int LANES = 8;
@@ -59,6 +64,20 @@ static inline void store_some(T* to, Floats x, long count) {
 }
 
 static inline Floats spread(float x) { return x - Floats{}; }
+
+// a b + c, rounded once where the processor has that: left to the compiler it would be so in one place and not in another, and a row's
+// result would hang on how many there are.
+static inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 
 constexpr long whole_vectors(long n) { return (n + LANES - 1) / LANES * LANES; }
 

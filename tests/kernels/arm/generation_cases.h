@@ -12,6 +12,7 @@ extern "C" {
     void decode_layers_##NAME(const int64_t*, T*, const float*, const float*, const int64_t*, const int64_t*, const int64_t*,   \
                               const int64_t*, long);
 void sum_words(const uint64_t*, uint64_t*, long);
+void matmul_float(const float*, const float*, const float*, float*, long, long, long, long, long, long, long, long, long, float);
 DECODE(bf16, bf16)
 DECODE(float, float)
 #define FLAT const uint8_t*, const void*, const float*, const float*, const float*, const float*
@@ -272,6 +273,38 @@ static void rows_of_inputs() {
     uint64_t sum = 0;
     sum_words(words.data(), &sum, 11);
     same((double)sum, 66);
+}
+
+// --- products of whole matrices
+
+static void matrices() {
+    const long shapes[][3] = {{1, 1, 1}, {3, 17, 40}, {37, 50, 300}, {261, 13, 7}, {150, 150, 150}};  // rows, columns, depth
+    for (const auto& [rows, columns, depth] : shapes)
+        for (const int how : {0, 1, 2, 3, 4, 5, 6, 7}) {
+            // either operand by its rows or by its columns, a few more beside them
+            const bool left = how & 1, right = how & 2, add = how & 4;
+            const long a_step = left ? rows + 3 : 1, a_stride = left ? 1 : depth + 3, b_step = right ? columns + 2 : 1,
+                       b_stride = right ? 1 : depth + 2, stride = columns + 1;
+            const float scale = add ? -0.75f : 1;
+            const List<float> a = numbers<float>((rows + 3) * (depth + 3)), b = numbers<float>((columns + 2) * (depth + 2)),
+                              bias = numbers<float>(columns);
+            List<float> c = numbers<float>(rows * stride);
+            const List<float> before = c;
+            matmul_float(a.data(), b.data(), add ? nullptr : bias.data(), c.data(), rows, columns, depth, a_stride, a_step, b_stride, b_step,
+                         stride, add, scale);
+            for (long i = 0; i < rows; i++) {
+                for (long j = 0; j < columns; j++) {
+                    const double added = add ? before[i * stride + j] : bias[j];
+                    double sum = 0, size = std::fabs(added);
+                    for (long k = 0; k < depth; k++) {
+                        const double product = (double)a[i * a_stride + k * a_step] * b[j * b_stride + k * b_step];
+                        sum += product, size += std::fabs(product);
+                    }
+                    near(c[i * stride + j], scale * sum + added, size * (depth + 3) * 0x1p-24);
+                }
+                same(c[i * stride + columns], before[i * stride + columns]);
+            }
+        }
 }
 
 // --- matrices of few bits

@@ -32,6 +32,7 @@ from lorry.adapters.quantization.packed import (
 )
 from lorry.adapters.targets.candidates import find_linears, head_and_embedding
 from lorry.errors import ContractError
+from lorry.kernels import matmul
 
 _KNOWN_DIGEST = "lorry_packed_digest"
 
@@ -123,11 +124,11 @@ class QuantizedLinear:
         if (y := self.packed.multiply(x, bias)) is not None:
             return y
         weight = self._weight().t()
-        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+        return matmul.mm(x, weight) if bias is None else matmul.addmm(bias, x, weight)
 
     def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
         weight = self._weight()
-        return torch.mm(g, weight) if into is None else into.addmm_(g, weight)
+        return matmul.mm(g, weight) if into is None else matmul.addmm_(into, g, weight)
 
     def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """That of the bias, if it wants one."""

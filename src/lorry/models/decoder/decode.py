@@ -21,6 +21,7 @@ from lorry.adapters.tensor_parallel.slices import LayerSlices, gather_outputs
 from lorry.adapters.variants.own_weights import under, with_own_rows
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
+from lorry.kernels import matmul
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.cache import RowKVCache
 from lorry.models.decoder.model import Decoder
@@ -78,7 +79,7 @@ class SmallBatchProducts(LinearProducts):
             h = (
                 kernel.linear_product(part_x, stack.lora_A, None)
                 if direct
-                else stack.zero_other_rows(torch.mm(part_x, stack.lora_A.t()))
+                else stack.zero_other_rows(matmul.mm(part_x, stack.lora_A.t()))
             )
             h = stack.weigh(h, gate)
             for part in stack.parts:

@@ -26,6 +26,7 @@ from lorry.adapters.tensor_parallel.ranks import CopyToRanks
 from lorry.adapters.variants.own_weights import find_own_rows, under
 from lorry.data.batch import Batch
 from lorry.errors import ContractError, DataError
+from lorry.kernels import matmul
 from lorry.kernels.softmax import accumulator_dtype
 from lorry.models.causal_lm import CausalLM, PackedInput, invoke, pooled_states, with_prompt_gates
 from lorry.models.owners import BatchPart, parts_by_owner
@@ -433,7 +434,7 @@ class FullLogitsFunction(torch.autograd.Function):
         workspace = hidden.new_empty(min(t, CHUNK_TOKENS), len(weight))
         for start in range(0, t, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, t)
-            logits = torch.mm(hidden[start:stop], weight.t(), out=workspace[: stop - start])
+            logits = matmul.mm(hidden[start:stop], weight.t(), out=workspace[: stop - start])
             logits = head.gather(logits)  # the functions see whole rows
             for j, fn in enumerate(fns):
                 value, slope = _value_and_slope(fn, logits, rows.cut(start, stop), needs_slope)
@@ -441,7 +442,7 @@ class FullLogitsFunction(torch.autograd.Function):
                 if slope is not None:
                     # d score / d hidden now, while the logits exist; backward only scales it
                     own = slope[:, here].to(hidden.dtype)
-                    torch.mm(own, weight, out=slopes[j][start:stop])
+                    matmul.mm(own, weight, out=slopes[j][start:stop])
         ctx.save_for_backward(*slopes)
         return out
 

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
+from lorry.kernels import matmul
 from lorry.kernels.softmax import SoftmaxSums, accumulator_dtype, add_scaled, write_slope
 from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
 
@@ -246,7 +247,7 @@ class HeadPass:
             tile = self.space[: len(self.hidden) * (stop - start)].view(-1, stop - start)
             pair = self.pair[first:last]
             where = (pair // self.k, self.token[first:last] - self.first - start)
-            yield torch.mm(self.hidden, weight.t(), out=tile), weight, pair, where
+            yield matmul.mm(self.hidden, weight.t(), out=tile), weight, pair, where
 
     def read(self, sums: SoftmaxSums) -> Tensor:
         """Fold every tile into ``sums``. Returns the chosen tokens' logits, [rows,k]."""
@@ -267,7 +268,7 @@ class HeadPass:
             scale = sums.fold(tile, write=True)
             # the chosen token is left out of the sum: its part is added in full precision later
             tile[where] = 0
-            add_scaled(total, torch.mm(tile, weight, out=self.part), scale)
+            add_scaled(total, matmul.mm(tile, weight, out=self.part), scale)
         return logits.view(self.rows, self.k), total[: self.rows]
 
     def hidden_gradient(self, terms: Tensor, entries: Tensor, *, moments: bool) -> Tensor:
@@ -280,7 +281,7 @@ class HeadPass:
             write_slope(tile, terms, moments=moments, out=tile)
             # chosen entries replaced whole: p - 1 near p = 1 loses all digits in bf16
             tile[where] = flat[pair]
-            add_scaled(total, torch.mm(tile, weight, out=self.part), ones)
+            add_scaled(total, matmul.mm(tile, weight, out=self.part), ones)
         return total[: self.rows]
 
     def sums(self, *, moments: bool) -> SoftmaxSums:

@@ -1,0 +1,145 @@
+"""Products of matrices: torch's, and in float32 on a CPU that torch's library holds to less than it can
+do, a kernel's.
+
+MKL multiplies on AMD's processors with AVX2, whatever else they have: 110 GFLOP/s of one thread where the
+kernel does 230 (Zen 5). Its operands may lie either way and in strides, none is copied whole, and nothing is
+kept for a shape. A row's result depends neither on the other rows nor on how many threads there are.
+
+`mm`, `addmm` and `addmm_` are torch's own wherever the kernel does not serve, and where autograd records:
+the kernel has no derivative. What they write no version counter sees. M, N rows and columns, K depth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from lorry.kernels.build import load_library
+from lorry.processor import mkl_is_slow
+
+PLAIN = (Tensor, nn.Parameter)  # no subclass: a DTensor's memory is a share, a fake one has none
+
+
+@cache
+def multiplies_float32() -> bool:
+    """Whether the kernel multiplies float32 on this machine. Raises ConfigError where LORRY_ISA asks for
+    what this processor lacks."""
+    return mkl_is_slow() and torch.backends.mkl.is_available() and load_library() is not None
+
+
+def float32_library() -> str:
+    """What multiplies float32 on this CPU, in words. Raises ConfigError likewise."""
+    if multiplies_float32():
+        return "Lorry's kernel (MKL does not use AVX-512 on AMD's processors)"
+    library = "MKL" if torch.backends.mkl.is_available() else "its BLAS library"
+    slow = mkl_is_slow() and torch.backends.mkl.is_available()
+    return f"torch: {library}" + (", half as fast here as the kernels would be" if slow else "")
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [M,K] @ b [K,N] -> [M,N], written to ``out`` if given."""
+    if not _serves(a, b) or (out is not None and not _holds(out, a.shape[0], b.shape[1])):
+        return torch.mm(a, b, out=out)
+    return _multiply(a, b, a.new_empty(a.shape[0], b.shape[1]) if out is None else out)
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """bias [N] + a [M,K] @ b [K,N] -> [M,N]."""
+    if not _serves(a, b) or not _holds(bias, b.shape[1]):
+        return torch.addmm(bias, a, b)
+    return _multiply(a, b, a.new_empty(a.shape[0], b.shape[1]), bias)
+
+
+def addmm_(into: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """into [M,N] += alpha * a [M,K] @ b [K,N]; returns it."""
+    if not _serves(a, b) or not _holds(into, a.shape[0], b.shape[1]):
+        return into.addmm_(a, b, alpha=alpha)
+    return _multiply(a, b, into, add=True, alpha=alpha)
+
+
+def _serves(a: Tensor, b: Tensor) -> bool:
+    """Whether the kernel multiplies these."""
+    return (
+        # what runs to be recorded is torch's: a compiler's pass, which nothing behind this is to be
+        # traced by, and a count of FLOPs
+        not torch.compiler.is_compiling()
+        and multiplies_float32()
+        and _is_plain(a)
+        and _is_plain(b)
+        and a.dim() == b.dim() == 2
+        and a.shape[1] == b.shape[0]
+        and a.numel() > 0
+        and b.numel() > 0
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def _holds(tensor: Tensor, *shape: int) -> bool:
+    """Whether the kernel writes or adds a tensor of this shape: rows, each contiguous."""
+    return (
+        _is_plain(tensor) and tensor.shape == shape and (tensor.stride(-1) == 1 or shape[-1] == 1)
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in PLAIN
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _multiply(
+    a: Tensor,
+    b: Tensor,
+    into: Tensor,
+    bias: Tensor | None = None,
+    *,
+    add: bool = False,
+    alpha: float = 1.0,
+) -> Tensor:
+    a, b = _in_lines(a), _in_lines(b)
+    (rows, depth), columns = a.shape, b.shape[1]
+    _kernel()(
+        a.data_ptr(),
+        b.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        into.data_ptr(),
+        rows,
+        columns,
+        depth,
+        *_strides(a),
+        *reversed(_strides(b)),
+        into.stride(0),
+        add,
+        alpha,
+    )
+    return into
+
+
+@cache
+def _kernel() -> Callable[..., None]:
+    """`matmul_float`, which is called too often for the face that other kernels have."""
+    library = load_library()
+    assert library is not None
+    function = library.matmul_float
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 9 + [ctypes.c_float]
+    function.restype = None
+    return function
+
+
+def _in_lines(matrix: Tensor) -> Tensor:
+    """A matrix whose rows or columns are contiguous."""
+    return matrix if 1 in _strides(matrix) else matrix.contiguous()
+
+
+def _strides(matrix: Tensor) -> tuple[int, int]:
+    """From a row to the next, and from a column; 1 where there is no next."""
+    (rows, columns), (down, across) = matrix.shape, matrix.stride()
+    return down if rows > 1 else 1, across if columns > 1 else 1

@@ -1,0 +1,223 @@
+"""Products of float32 matrices by the kernel, against the same in float64, whatever the processor; and where
+torch's own are taken instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorry.adapters.product import DenseLinear
+from lorry.kernels import kernel_status, load_library, matmul
+
+has_kernels = pytest.mark.skipif(
+    load_library() is None, reason=f"kernels: {kernel_status().reason}"
+)
+# of edges: a vector, a tile, a panel and a block, one more and one less
+LENGTHS = [1, 2, 3, 7, 15, 16, 17, 31, 33, 47, 48, 49, 96, 100, 255, 257]
+DEPTHS = [1, 2, 15, 16, 17, 64, 193, 255, 256, 257, 576]
+
+
+@pytest.fixture(autouse=True)
+def with_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor where the kernel multiplies."""
+    monkeypatch.setattr(matmul, "multiplies_float32", lambda: load_library() is not None)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each product of the kernel."""
+    made, kernel = list[int](), matmul._kernel
+
+    def counted() -> Callable[..., None]:
+        made.append(1)
+        return kernel()
+
+    monkeypatch.setattr(matmul, "_kernel", counted)
+    return made
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def laid(rows: int, columns: int, layout: str, seed: int) -> Tensor:
+    """[rows, columns] of random numbers that lie as ``layout`` says."""
+    match layout:
+        case "rows":
+            return random(rows, columns, seed=seed)
+        case "columns":
+            return random(columns, rows, seed=seed).t()
+        case "part":
+            return random(rows + 2, columns + 9, seed=seed)[1:-1, 5:-4]
+        case _:
+            return random(rows, 2 * columns, seed=seed)[:, ::2]
+
+
+def near(got: Tensor, truth: Tensor, size: Tensor, depth: int) -> None:
+    """Within what summing ``depth`` products in float32, one after the other, may be off; ``size``: the sum
+    of absolute values."""
+    unit = torch.finfo(torch.float32).eps / 2
+    assert got.dtype == torch.float32
+    assert ((got.double() - truth).abs() <= (depth + 3) * unit * size).all()
+
+
+@has_kernels
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(LENGTHS),
+    st.sampled_from(LENGTHS),
+    st.sampled_from(DEPTHS),
+    st.sampled_from(["rows", "columns", "part", "strided"]),
+    st.sampled_from(["rows", "columns", "part", "strided"]),
+    st.floats(-3, 3, width=32),
+)
+def test_each_form_is_the_product(
+    rows: int, columns: int, depth: int, left: str, right: str, alpha: float
+) -> None:
+    a, b = laid(rows, depth, left, 0), laid(depth, columns, right, 1)
+    bias, base = random(columns, seed=2), random(rows + 2, columns + 5, seed=3)
+    product, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    near(matmul.mm(a, b), product, size, depth)
+    near(matmul.addmm(bias, a, b), product + bias, size + bias.abs(), depth)
+    for into, out in ((base.clone(), None), (base.clone(), base.clone())):
+        here = into[1:-1, 2:-3]
+        expected = base.double().clone()
+        if out is None:
+            got = matmul.addmm_(here, a, b, alpha=alpha)
+            expected[1:-1, 2:-3] += alpha * product
+            bound = here.abs() + base[1:-1, 2:-3].abs() + abs(alpha) * size
+        else:
+            got = matmul.mm(a, b, out=here)
+            expected[1:-1, 2:-3], bound = product, size
+        assert got.data_ptr() == here.data_ptr()
+        near(here, expected[1:-1, 2:-3], bound, depth)
+        # nothing beside it
+        into[1:-1, 2:-3] = expected[1:-1, 2:-3] = 0
+        assert torch.equal(into.double(), expected)
+
+
+@has_kernels
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_row_is_the_same_bit_for_bit_whatever_surrounds_it(layout: str) -> None:
+    """Rows beside it, threads, where it lies, and how either operand is laid."""
+    x, w = random(777, 576), laid(576, 1300, layout, 1)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(matmul.mm(x, w))
+    finally:
+        torch.set_num_threads(before)
+    together = found[0]
+    assert all(torch.equal(other, together) for other in found)
+    for rows in (slice(0, 1), slice(15, 17), slice(300, 557), slice(776, 777)):
+        assert torch.equal(together[rows], matmul.mm(x[rows], w))
+    for columns in (slice(0, 1), slice(47, 50), slice(640, 1299)):
+        assert torch.equal(together[:, columns], matmul.mm(x, w[:, columns]))
+    assert torch.equal(together, matmul.mm(x.t().contiguous().t(), w.t().contiguous().t()))
+
+
+@has_kernels
+def test_what_is_no_number_spoils_its_row_and_column_alone() -> None:
+    a, b = random(37, 300), random(300, 101, seed=1)
+    a[2, 299], a[36, 0], b[3, 100] = math.nan, math.inf, -math.inf
+    expected = torch.zeros(37, 101, dtype=torch.bool)
+    expected[[2, 36]], expected[:, 100] = True, True
+    assert torch.equal(~matmul.mm(a, b).isfinite(), expected)
+    # 0 * inf is NaN, as IEEE has it
+    a[:], b[3] = 0, 1
+    b[7, 50] = math.inf
+    got = matmul.mm(a, b)
+    assert got[:, 50].isnan().all()
+    got[:, 50] = 0
+    assert not got.any()
+
+
+@has_kernels
+def test_a_linear_forward_and_backward(calls: list[int]) -> None:
+    x, g, into = random(70, 50), random(70, 33, seed=1), random(70, 50, seed=2)
+    weight, bias = random(33, 50, seed=3), random(33, seed=4)
+    for transposed in (False, True):
+        stored = nn.Parameter(weight.t().contiguous() if transposed else weight)
+        linear = DenseLinear(stored, nn.Parameter(bias), transposed)
+        with torch.no_grad():
+            y, dx = linear.forward(x), linear.backward(g, into.clone())
+            dw, db = linear.parameter_gradients(x, g)
+        exact = weight.double()
+        near(y, x.double() @ exact.t() + bias, x.abs() @ weight.abs().t() + bias.abs(), 50)
+        near(dx, into + g.double() @ exact, into.abs() + g.abs() @ weight.abs(), 33)
+        near(dw.t() if transposed else dw, g.double().t() @ x.double(), g.abs().t() @ x.abs(), 70)
+        near(db, g.double().sum(0), g.abs().sum(0), 70)
+    assert len(calls) == 6
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    "shapes", [((0, 5), (5, 3)), ((4, 0), (0, 3)), ((4, 5), (5, 0)), ((0, 0), (0, 0))]
+)
+def test_nothing_to_multiply(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    a, b = (random(*shape) for shape in shapes)
+    zeros = torch.zeros(a.shape[0], b.shape[1])
+    assert torch.equal(matmul.mm(a, b), zeros)
+    assert torch.equal(matmul.addmm(zeros.new_ones(b.shape[1]), a, b), zeros + 1)
+    assert torch.equal(matmul.addmm_(zeros + 2, a, b), zeros + 2)
+
+
+@has_kernels
+def test_what_autograd_records_is_torchs(calls: list[int]) -> None:
+    a, b = random(5, 6).requires_grad_(), random(6, 7, seed=1)
+    for product in (
+        matmul.mm(a, b),
+        matmul.addmm(random(7), a, b),
+        matmul.addmm_(random(5, 7), a, b),
+    ):
+        (grad,) = torch.autograd.grad(product.sum(), a)
+        torch.testing.assert_close(grad, b.sum(1).expand(5, 6))
+    assert not calls
+    with torch.no_grad():
+        assert not matmul.mm(a, b).requires_grad
+    assert calls
+
+
+class Named(Tensor):
+    """A subclass."""
+
+
+@has_kernels
+def test_what_the_kernel_does_not_take_is_torchs(calls: list[int]) -> None:
+    a, b = random(5, 6), random(6, 7, seed=1)
+    truth = a.double() @ b.double()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.testing.assert_close(matmul.mm(a.to(dtype), b.to(dtype)), (a.to(dtype) @ b.to(dtype)))
+    assert matmul.mm(a.to("meta"), b.to("meta")).shape == (5, 7)
+    assert type(matmul.mm(a.as_subclass(Named), b)) is Named
+    with FakeTensorMode() as mode:
+        assert matmul.mm(mode.from_tensor(a), mode.from_tensor(b)).shape == (5, 7)
+    with FlopCounterMode(display=False) as counter:
+        matmul.mm(a, b)
+    assert counter.get_total_flops() == 2 * 5 * 6 * 7
+    # torch's own broadcasts, and writes what has no rows
+    torch.testing.assert_close(matmul.addmm(random(1), a, b), (truth + random(1)).float())
+    torch.testing.assert_close(matmul.mm(a, b, out=torch.empty(7, 5).t()), truth.float())
+    for wrong in (random(7, 6), random(6), random(2, 6, 7)):
+        with pytest.raises(RuntimeError):
+            matmul.mm(a, wrong)
+    assert not calls
+
+
+@has_kernels
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_sees_torchs(calls: list[int]) -> None:
+    a, b = random(5, 6), random(6, 7, seed=1)
+    compiled = torch.compile(matmul.mm, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(a, b), (a.double() @ b.double()).float())
+    assert not calls
