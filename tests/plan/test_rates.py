@@ -281,6 +281,12 @@ def test_machines_of_one_name_are_told_apart(
                 machine.platform if patch == "node" else machine, patch, lambda value=value: value
             )
             seen.append(identity(tmp_path, monkeypatch))
+    with monkeypatch.context() as m:
+        # the other of the two, whatever this machine has
+        other, narrow = not machine.has_matmul(), machine.machine_identity("cpu", "bfloat16", 1)
+        m.setattr(machine, "has_matmul", lambda: other)
+        seen.append(machine.machine_identity("cpu", "float32", None))
+        assert machine.machine_identity("cpu", "bfloat16", 1) == narrow
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     seen.append(identity(tmp_path, monkeypatch))
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])

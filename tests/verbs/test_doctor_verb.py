@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorry.kernels import matmul
 from tests.support.verbworld import World, lorry
 
 
@@ -30,6 +31,8 @@ def test_the_machine(
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         "embedded model",
+        "float32 products",
+        matmul.float32_library()[:15],  # the table breaks lines
         "peft",
         "(LORRY_HOME)",
     ):

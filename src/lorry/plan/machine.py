@@ -18,6 +18,7 @@ from lorry.processor import (
     cpuinfo_values,
     has_fast_dots,
     isa_in_words,
+    mkl_is_slow,
     processor_flags,
     processor_name,
 )
@@ -91,6 +92,11 @@ def machine_identity(device: str, precision: str, threads_asked: int | None) -> 
         "precision": precision,
         "threads": threads_asked,
         "kernels": attention_kernel() if device == "cpu" else "none",
+        **(
+            {"matmul": "kernel"}
+            if (device, precision) == ("cpu", "float32") and has_matmul()
+            else {}
+        ),
         "torch": torch_version(),
         "environment": {
             name: os.environ[name] for name in IDENTITY_VARIABLES if name in os.environ
@@ -151,3 +157,9 @@ def attention_kernel() -> AttentionKernel:
     if not compiler:
         return "none"
     return "tiles" if isa_in_words() == "amx" else "dots" if has_fast_dots() else "vectors"
+
+
+def has_matmul() -> bool:
+    """Whether a kernel multiplies float32 on this CPU, and not torch's library (kernels/matmul.py). Raises
+    ConfigError likewise."""
+    return mkl_is_slow() and attention_kernel() != "none"
