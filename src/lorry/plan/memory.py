@@ -522,5 +522,6 @@ def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> in
         and (is_wide or setup.attention != "tiles")
     )
     gaps = (FEWER_GAPS if fewer else ALLOCATOR_GAPS)[setup.recompute]
-    between = 0.0 if fewer and is_wide else GAPS_PER_LAYER * g.layers
+    none_between = (fewer and is_wide) or (setup.attention == "dots" and setup.recompute == "none")
+    between = 0.0 if none_between else GAPS_PER_LAYER * g.layers
     return int(ALLOCATOR_SLACK["cpu"] * moving + (gaps + between) * buffer)
