@@ -6,7 +6,7 @@
 Two runs, each in a fresh process: the first converts the model, builds the kernels and proves the
 decoder, in a LORRY_HOME of its own; the second finds all that. Seconds of processor time of the
 process itself (what a compiler takes is not in it), in what order they come, each stage without
-those inside it; and tokens per second of tokenising. Prints JSON.
+those inside it; and tokens per second of tokenising. JSON goes to benchmarks/results/ (records.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--no-keep", action="store_true", help="print only")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args, more = parser.parse_known_args()
     if args.worker:
@@ -184,7 +185,30 @@ def main() -> None:
                     "seconds": {k: round(v, 2) for k, v in found["seconds"].items() if v >= 0.005},
                 }
             )
-    print(json.dumps({"machine": machine(), "rows": args.rows, "runs": runs}, indent=1))
+    record = {"machine": machine(), "asked_rows": args.rows, **table(runs, args.rows), "runs": runs}
+    print(json.dumps(record, indent=1))
+    if not args.no_keep:
+        from records import keep  # it imports of Lorry, which is a stage of the worker's
+
+        print(f"kept in {keep(record, 'startup')}", file=sys.stderr)
+
+
+def table(runs: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
+    """What `benchmarks/results.py` shows: each stage's seconds in the first run and in the second."""
+    first, second = (run["seconds"] for run in runs)
+    cells = [
+        [stage, *(f"{run.get(stage, 0):.2f}" for run in (first, second))]
+        for stage in dict.fromkeys([*first, *second])
+    ]
+    whole = [f"{run['total']:.2f}" for run in runs]
+    busy = max(run["others_cores"] for run in runs)
+    said = "the first converts the model, builds the kernels and proves the decoder; the second finds all that"
+    return {
+        "title": "From `lorry sft` to the end of its first step",
+        "text": f"Seconds of processor time, {rows} rows, {MODEL}: {said}. Other programs had {busy:.1f} cores meanwhile.",
+        "columns": ["stage", "first run", "second run"],
+        "rows": [*cells, ["all", *whole]],
+    }
 
 
 if __name__ == "__main__":

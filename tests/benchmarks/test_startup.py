@@ -51,3 +51,19 @@ def test_imports_are_stages_by_package(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_every_stage_is_where_it_is_looked_for() -> None:
     for place, name, _ in startup.STAGES:
         assert callable(getattr(importlib.import_module(place), name))
+
+
+def test_both_runs_are_in_the_table_stage_by_stage() -> None:
+    runs = [
+        {"total": 9.5, "others_cores": 0.1, "seconds": {"base: read": 8.25, "adapter": 1.25}},
+        {"total": 2.0, "others_cores": 0.4, "seconds": {"adapter": 1.5, "the first step": 0.5}},
+    ]
+    made = startup.table(runs, 7)
+    assert made["rows"] == [
+        ["base: read", "8.25", "0.00"],
+        ["adapter", "1.25", "1.50"],
+        ["the first step", "0.00", "0.50"],
+        ["all", "9.50", "2.00"],
+    ]
+    assert "7 rows" in made["text"]
+    assert "had 0.4 cores" in made["text"]
