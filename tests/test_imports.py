@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lorry"
 
 # A room may import rooms on its own line and on lines above it.
 ORDER = [
-    {"errors", "formatting", "notes", "processor", "ranks", "visible"},
+    {"errors", "formatting", "imports", "notes", "processor", "ranks", "visible"},
     {"disk"},
     {"streams", "console"},
     {"config", "families", "kernels"},
@@ -41,6 +41,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 NO_TORCH = (
     "errors",
     "formatting",
+    "imports",
     "notes",
     "processor",
     "ranks",

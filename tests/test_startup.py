@@ -6,12 +6,15 @@ Each of these takes from twenty milliseconds to seconds, and most commands do wi
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from lorry.imports import kept_imports
 from lorry.kernels import kernel_status
 from lorry.models.loading.load import load_model
 from tests.support import tinyrun
@@ -29,7 +32,7 @@ UNNEEDED = {
 }
 NEEDED = {"sft": {"torch", "tokenizers", "jinja2"}, "plan": {"pydantic"}, "help": {"typer"}}
 COMMANDS = """
-import json, os, sys
+import gc, json, os, sys
 from pathlib import Path
 
 said, model, data, out = sys.argv[1:]
@@ -41,12 +44,17 @@ imported["help"] = sorted(sys.modules)
 assert cli.main(["plan", model, "gpu=h100"]) == 0
 imported["plan"] = sorted(sys.modules)
 
-from lorry.train.engine import TrainingEngine
+import lorry.verbs.sft
+
+with lorry.verbs.sft.kept_imports():
+    from lorry.train.engine import TrainingEngine
 
 step = TrainingEngine._one_step
 
 def first(self, *given):
     imported["sft"] = sorted(sys.modules)
+    # tracked by collections, and left out of them
+    imported["collector"] = [gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count()]
     step(self, *given)
     imported["first step"] = sorted(sys.modules)
     Path(said).write_text(json.dumps(imported))
@@ -58,9 +66,10 @@ sys.exit(cli.main(["sft", f"model={model}", f"data={data}", f"output_dir={out}",
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """The modules that are there when `lorry --help` and `lorry plan` have answered, and before and after
-    the first step of a run whose model was opened before: {command: names}."""
+    the first step of a run whose model was opened before: {command: names}; and what the garbage
+    collector looks at by then."""
     folder = tmp_path_factory.mktemp("startup")
     model = tinyrun.model_directory(folder / "model")
     load_model(model, dtype="float32", add_note=print)  # in this LORRY_HOME, as that process will
@@ -72,19 +81,43 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "said").read_text())
-    return {command: set(names) for command, names in found.items()}
+    found: dict[str, list[Any]] = json.loads((folder / "said").read_text())
+    return found
 
 
 @pytest.mark.parametrize("command", UNNEEDED)
-def test_a_command_imports_only_what_it_needs(imported: dict[str, set[str]], command: str) -> None:
-    assert imported[command] & UNNEEDED[command] == set()
+def test_a_command_imports_only_what_it_needs(imported: dict[str, list[Any]], command: str) -> None:
+    names = set(imported[command])
+    assert names & UNNEEDED[command] == set()
     # it sees what is there
-    assert imported[command] >= NEEDED[command]
+    assert names >= NEEDED[command]
 
 
-def test_the_first_step_imports_no_compiler(imported: dict[str, set[str]]) -> None:
+def test_the_first_step_imports_no_compiler(imported: dict[str, list[Any]]) -> None:
     """Torch does, asked for a gradient in one way rather than in another (`StatisticsRequest`)."""
     if not kernel_status().active:
         pytest.skip("torch's own attention is asked for its gradient in the way that imports sympy")
-    assert imported["first step"] & NEVER == set()
+    assert set(imported["first step"]) & NEVER == set()
+
+
+def test_what_was_imported_is_looked_through_no_more(imported: dict[str, list[Any]]) -> None:
+    enabled, tracked, left_out = imported["collector"]
+    assert enabled
+    assert left_out > tracked
+
+
+def test_kept_imports_leave_the_collector_as_it_was() -> None:
+    frozen = gc.get_freeze_count()
+    try:
+        for on in (False, True):
+            gc.enable() if on else gc.disable()
+            with kept_imports():
+                assert not gc.isenabled()
+            assert gc.isenabled() is on
+            with pytest.raises(KeyError), kept_imports():
+                raise KeyError
+            assert gc.isenabled() is on
+    finally:
+        gc.enable()
+    # where nothing was imported what is garbage by then is none of its business
+    assert gc.get_freeze_count() == frozen

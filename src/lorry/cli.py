@@ -19,6 +19,7 @@ from typing import Annotated, Any, Protocol, TextIO, cast
 import typer
 
 from lorry.errors import ConfigError, LorryError, explain_out_of_memory
+from lorry.imports import kept_imports
 from lorry.ranks import (
     is_main_process,
     launched_process,
@@ -362,7 +363,8 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
         return run_workers([verb.name, *args], workers)
     # imported only now: the modules of some verbs import torch
     name = verb.name.replace("-", "_")
-    module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{name}"))
+    with kept_imports():
+        module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{name}"))
     raise_deferred_signals()
     return module.main(settings)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorry.config.schema.model import ModelConfig
 from lorry.errors import ConfigError, ModelError
+from lorry.imports import kept_imports
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def open_with_adapters(
     tokenizer. ``communicator``: the processes that open it together, and may share it; ``shard``,
     ``convert``: as in `load_model`. Raises ModelError when there is none.
     """
-    from lorry.backends.distributed.tensor_ranks import tensor_ranks
-    from lorry.models.loading.open import open_model
+    with kept_imports():
+        from lorry.backends.distributed.tensor_ranks import tensor_ranks
+        from lorry.models.loading.open import open_model
 
     notes: list[str] = []
     ranks = None if communicator is None else tensor_ranks(communicator)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorry.config.schema.run import RunConfig
 from lorry.console import VisibleConsole
+from lorry.imports import kept_imports
 from lorry.verbs.open_model import print_note
 
 
@@ -23,8 +24,9 @@ def main(run: RunConfig) -> int:
         # here, where it reaches the terminal: the child's errors go to a log
         check_push(run.train, print_note)
         return background.start_background_run(run, run.task)
-    from lorry.backends.distributed.communicator import join_processes
-    from lorry.train.session import train_run
+    with kept_imports():
+        from lorry.backends.distributed.communicator import join_processes
+        from lorry.train.session import train_run
 
     with join_processes(run.backend) as communicator:
         if communicator.rank:  # rank 0 shows, reports and uploads
