@@ -1,8 +1,8 @@
 """A study: which rank, alpha, layers, rate and variant of LoRA to take, and what each costs.
 
-    make study-variants                            # SmolLM2-135M, gsm8k and common_gen; hours without AMX
-    python benchmarks/variants_study.py --small    # an hour of one core: fewer tokens, rates and seeds
-    python benchmarks/variants_study.py --docs     # docs/choosing.md and its plot from the JSON
+    make study-variants                           # SmolLM2-135M, gsm8k and common_gen: an hour of two cores
+    python benchmarks/variants_study.py --full    # ten times the tokens, five rates: a day
+    python benchmarks/variants_study.py --docs    # docs/choosing.md and its plot from the JSON
 
 Everything is trained by `lorry sweep`, so that jobs share passes over the base, but for whole
 weights (`lorry sft lora=null`), which cannot. A way of training has a curve: held-out loss over a
@@ -12,7 +12,7 @@ memory are its own.
 
 What is finished is not done again: the same command goes on, and exit code 75 says that the time of
 a sitting is over. Rows come from LORRY_DATA or ../shared/data; the tables: variants_table.py.
-Results: benchmarks/results/variants-study-cpu.json, with --small variants-study-small-cpu.json.
+Results: benchmarks/results/variants-study-small-cpu.json, with --full variants-study-cpu.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,42 +38,50 @@ TASKS = ("gsm8k", "common_gen")
 DEFAULT_RATE = 2e-4  # of `learning_rate`: what it costs is asked, too
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+# not left to a default, which may change
+ALPHA = {"lora_alpha": 32}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. ``rows``: trained on, once, by task; ``held``: rows that are asked;
-    ``batch``: rows a step, ``large`` times that in part d; ``rates``: the grid of LoRA,
-    ``full_rates`` of whole weights, ``few``: how many of the grid's middle a variant has;
-    ``extend``: how often a grid grows at its edge; ``seeds``: fresh ones of the best of each;
-    ``init_rows``: rows that a data-driven start reads; ``dtype`` of the base; ``jobs`` in a pass.
+    """How much of everything. ``rows``: trained on, once, by task; ``batch``: rows a step, by task;
+    ``large_rows``: trained on in part d, by task, where there is one; ``held``: rows that are asked,
+    by task; ``rates``: the grid of LoRA, ``full_rates`` of whole weights, ``few``: how many of the
+    grid's middle a variant has; ``extend``: how often a grid grows at its edge; ``seeds``: fresh
+    ones of the best of each; ``init_rows``: rows that a data-driven start reads; ``jobs`` in a
+    pass; ``dtype`` of the base.
     """
 
     rows: Mapping[str, int]
-    held: int
-    batch: int
-    large: int
+    batch: Mapping[str, int]
+    large_rows: Mapping[str, int]
+    held: Mapping[str, int]
     rates: Sequence[float]
     full_rates: Sequence[float]
     few: int
     extend: int
     seeds: int
     init_rows: int
-    dtype: str
     jobs: int
+    dtype: str = "auto"
 
 
 FULL = Size(
-    {"gsm8k": 320, "common_gen": 832}, held=128, batch=8, large=8,
+    {"gsm8k": 320, "common_gen": 832}, batch={"gsm8k": 8, "common_gen": 8},
+    large_rows={"gsm8k": 640, "common_gen": 832}, held={"gsm8k": 128, "common_gen": 128},
     rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), full_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    few=3, extend=2, seeds=3, init_rows=64, dtype="auto", jobs=8,
+    few=3, extend=2, seeds=3, init_rows=64, jobs=8,
 )  # fmt: skip
 SMALL = Size(
-    {"gsm8k": 32, "common_gen": 80}, held=16, batch=2, large=4,
-    rates=(3e-4, 1e-3, 3e-3), full_rates=(3e-5, 1e-4, 3e-4),
-    few=3, extend=1, seeds=2, init_rows=8, jobs=4,
-    dtype="float32",  # where AMX is missing the faster one: 185 tokens/s, in bfloat16 110
+    {"gsm8k": 32, "common_gen": 96}, batch={"gsm8k": 2, "common_gen": 4},
+    # six steps of 64; of gsm8k as many would be half of the study's time
+    large_rows={"common_gen": 384}, held={"gsm8k": 24, "common_gen": 64},
+    rates=(3e-4, 1e-3, 3e-3), full_rates=(2e-5, 6e-5, 2e-4),
+    few=3, extend=2, seeds=3, init_rows=8, jobs=8,
 )  # fmt: skip
+# part d, rows a step: what fits memory, and eight times that
+BATCHES = (8, 64)
+PARTS = ("ranks", "full", "variants", "targets", "batch")
 
 
 @dataclass(frozen=True)
@@ -115,44 +123,58 @@ class Point:
 
 def list_ways(size: Size, task: str) -> list[Way]:
     """All of them, in the order of the parts: the most informative first."""
-    steps = size.rows[task] // size.batch
-    large = {"gradient_accumulation_steps": size.large}
+    steps = size.rows[task] // size.batch[task]
+    rows = {"init_rows": size.init_rows}
+    # the grids of what is known to want a lower rate begin there
     variants: list[tuple[str, str, dict[str, Any], float]] = [
-        ("rslora-r64", "rsLoRA, r 64, alpha 32", {"r": 64, "lora_alpha": 32, "use_rslora": True}, 0.3),
-        ("loraplus-16", "LoRA+, ratio 16 (rate of A)", {"train": {"loraplus_lr_ratio": 16}}, 0.25),
+        ("rslora-r64", "rsLoRA, r 64, alpha 32", {"r": 64, "use_rslora": True}, 0.1),
+        ("loraplus-16", "LoRA+, ratio 16 (rate of A)", {"train": {"loraplus_lr_ratio": 16}}, 0.1),
         ("dora", "DoRA", {"use_dora": True}, 1),
-        ("pissa", "PiSSA (16 iterations)", {"init_lora_weights": "pissa_niter_16"}, 1),
-        ("eva", "EVA", {"init_lora_weights": "eva", "init_rows": size.init_rows}, 1),
-        ("lora-ga", "LoRA-GA", {"init_lora_weights": "lora_ga", "init_rows": size.init_rows}, 1),
+        ("pissa", "PiSSA (16 iterations)", {"init_lora_weights": "pissa_niter_16"}, 0.1),
+        ("eva", "EVA", {"init_lora_weights": "eva", **rows}, 0.1),
+        ("lora-ga", "LoRA-GA", {"init_lora_weights": "lora_ga", **rows}, 0.1),
         ("adalora", "AdaLoRA, ranks 24 to 16 on average",
          {"variant": "adalora", "init_r": 24, "target_r": 16, "lora_alpha": 48,
           "tinit": steps // 8, "tfinal": steps // 4}, 3),
     ]  # fmt: skip
     found = [
         Way(f"r{r}-alpha{alpha}", f"r {r}, alpha {alpha}", "ranks",
-            {"lora": {"r": r, "lora_alpha": alpha}})
-        for r, alpha in ((16, 32), (1, 32), (4, 32), (64, 32), (1, 2), (4, 8), (64, 128))
+            {"lora": {"r": r, "lora_alpha": alpha}}, shift)
+        for r, alpha, shift in (
+            (16, 32, 1), (1, 32, 1), (4, 32, 1), (64, 32, 1),
+            # each grid has the rate that is best at alpha 32, and goes towards its own
+            (1, 2, 10 / 3), (4, 8, 10 / 3), (64, 128, 1 / 3),
+        )
     ]  # fmt: skip
     found.append(Way("full", "whole weights", "full", whole=True))
     found += [
         Way(name, words, "variants",
-            {"lora": {k: v for k, v in own.items() if k != "train"}, "train": own.get("train", {})},
-            shift)
+            {"lora": ALPHA | {k: v for k, v in own.items() if k != "train"},
+             "train": own.get("train", {})}, shift)
         for name, words, own, shift in variants
     ]  # fmt: skip
     found += [
-        Way("nf4", "NF4 base", "variants", quantize="nf4"),
-        Way("nf4-loftq", "NF4 base, LoftQ", "variants", {"lora": {"init_lora_weights": "loftq"}},
-            quantize="nf4"),
+        Way("nf4", "NF4 base", "variants", {"lora": ALPHA}, quantize="nf4"),
+        Way("nf4-loftq", "NF4 base, LoftQ", "variants",
+            {"lora": ALPHA | {"init_lora_weights": "loftq"}}, quantize="nf4"),
     ]  # fmt: skip
     # 162,816 values a layer at r 16 on all seven linears of SmolLM2-135M; 161,280 and 164,736 here
     found += [
-        Way("attention", "attention, r 42", "targets", {"lora": {"r": 42, "target_modules": ATTENTION}}),
-        Way("mlp", "MLP, r 26", "targets", {"lora": {"r": 26, "target_modules": MLP}}),
-        Way("r16-large", f"r 16, {size.batch * size.large} rows a step", "batch", {"train": large}, 3),
-        Way("full-large", f"whole weights, {size.batch * size.large} rows a step", "batch",
-            {"train": large}, 3, whole=True),
+        Way("attention", "attention, r 42", "targets",
+            {"lora": ALPHA | {"r": 42, "target_modules": ATTENTION}}),
+        Way("mlp", "MLP, r 26", "targets", {"lora": ALPHA | {"r": 26, "target_modules": MLP}}),
     ]  # fmt: skip
+    if task in size.large_rows:
+        found += [
+            Way(f"{name}-batch{rows}", f"{words}, {rows} rows a step", "batch",
+                {"lora": {} if whole else ALPHA,
+                 "train": {"per_device_train_batch_size": BATCHES[0],
+                           "gradient_accumulation_steps": rows // BATCHES[0]}},
+                # fewer steps want larger ones
+                3 if rows > BATCHES[0] else 1, whole=whole)
+            for name, words, whole in (("r16", "r 16", False), ("full", "whole weights", True))
+            for rows in BATCHES
+        ]  # fmt: skip
     return found
 
 
@@ -160,7 +182,8 @@ def list_ways(size: Size, task: str) -> list[Way]:
 
 
 def write_rows(folder: Path, size: Size, seed: int = 0) -> None:
-    """TASK.train.jsonl and TASK.held.jsonl, unless they are there. Exits without the data."""
+    """TASK.train.jsonl, TASK.batch.jsonl (of part d) and TASK.held.jsonl, unless they are there.
+    Exits without the data."""
     if (folder / "done").exists():
         return
     source = Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data"))
@@ -173,15 +196,22 @@ def write_rows(folder: Path, size: Size, seed: int = 0) -> None:
     pools = {
         "gsm8k": (problems, read_lines(source / "gsm8k/test.jsonl")),
         # it has no test split with references: the end of what was drawn
-        "common_gen": (concepts[: -FULL.held], concepts[-FULL.held :]),
-    }
+        "common_gen": (
+            concepts[: -FULL.held["common_gen"]], concepts[-FULL.held["common_gen"] :]
+        ),
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     for task, (train, held) in pools.items():
-        if len(train) < size.rows[task]:
-            sys.exit(f"{task} has {len(train)} rows to train on; {size.rows[task]} are needed")
-        for name, rows in (("train", train[: size.rows[task]]), ("held", held[: size.held])):
-            lines = (json.dumps(row) + "\n" for row in set_rows(task, rows))
-            (folder / f"{task}.{name}.jsonl").write_text("".join(lines))
+        for name, rows, count in (
+            ("train", train, size.rows[task]),
+            ("batch", train, size.large_rows.get(task, 0)),
+            ("held", held, size.held[task]),
+        ):
+            if len(rows) < count:
+                sys.exit(f"{task} has {len(rows)} {name} rows; {count} are needed")
+            if count:
+                lines = (json.dumps(row) + "\n" for row in set_rows(task, rows[:count]))
+                (folder / f"{task}.{name}.jsonl").write_text("".join(lines))
     (folder / "done").touch()
 
 
@@ -214,11 +244,10 @@ class Study:
             if p["way"] == way.name and not p["seed"] and (rates is None or p["rate"] in rates)
         }
 
-    def run_all(self) -> None:
-        """Every part, the most informative first. Raises Unfinished."""
-        for part in ("ranks", "full", "variants", "targets", "batch"):
-            self.run_curves(part)
-            self.run_seeds(part)
+    def run_part(self, part: str) -> None:
+        """A part's curves, and the best of them under fresh seeds. Raises Unfinished."""
+        self.run_curves(part)
+        self.run_seeds(part)
 
     def run_curves(self, part: str) -> None:
         """The curves of a part, grown at their edges."""
@@ -249,9 +278,10 @@ class Study:
                     self.train(piece, missing)
 
     def run_seeds(self, part: str) -> None:
-        """The best of each variant, of r 16 and of whole weights under fresh seeds: a process each."""
+        """The best of each variant, of r 16, of some layers and of whole weights under fresh seeds: a
+        process each."""
         for way in self.ways:
-            asked = way.part in ("full", "variants") or way.name == variants_table.PLAIN
+            asked = way.part in ("full", "variants", "targets") or way.name == variants_table.PLAIN
             if asked and way.part == part:
                 curve = self.curve(way)
                 best = Point(way, min(curve, key=lambda rate: curve[rate]))
@@ -267,6 +297,7 @@ class Study:
         """One command of Lorry's, and its numbers added to points.json. ``seeds``: each point under
         so many, from 1."""
         run, (first, *_) = self.work / piece, points
+        rows = "batch" if first.way.part == "batch" else "train"
         settings: dict[str, Any] = {
             "model": {
                 "name": MODEL,
@@ -275,12 +306,12 @@ class Study:
             },
             "backend": {"threads": self.threads},
             "data": {
-                "path": str(self.data / f"{self.task}.train.jsonl"),
+                "path": str(self.data / f"{self.task}.{rows}.jsonl"),
                 "eval": str(self.data / f"{self.task}.held.jsonl"),
             },
             "train": {
                 "num_train_epochs": 1,
-                "per_device_train_batch_size": self.size.batch,
+                "per_device_train_batch_size": self.size.batch[self.task],
                 # of a few steps a share would be the first one, which would then move nothing
                 "warmup_ratio": 0.0,
                 "eval_strategy": "epoch",
@@ -366,6 +397,13 @@ def next_rate(curve: Mapping[float, float]) -> float | None:
     return None
 
 
+def dtype_here() -> str:
+    """What `dtype=auto` is on this machine."""
+    from lorry.models.loading.load import pick_device, pick_dtype
+
+    return str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
+
+
 def children_seconds() -> float:
     """Processor time of all processes that were started here and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -374,7 +412,7 @@ def children_seconds() -> float:
 
 def settings_of(args: argparse.Namespace, size: Size) -> dict[str, Any]:
     """What a reader needs to run it again; where it lay on this machine is nobody's business."""
-    kept = {k: v for k, v in vars(args).items() if k in ("small", "threads")}
+    kept = {"small": not args.full, "threads": args.threads}
     return {**kept, "size": asdict(size), "model": MODEL, "default_rate": DEFAULT_RATE}
 
 
@@ -390,7 +428,7 @@ def record(args: argparse.Namespace, size: Size, studies: Sequence[Study]) -> No
     }
     if not values:
         return
-    path = ROOT / "benchmarks/results" / f"{variants_table.NAMES[args.small]}.json"
+    path = ROOT / "benchmarks/results" / f"{variants_table.NAMES[not args.full]}.json"
     made = variants_table.make_record(values, settings_of(args, size))
     path.write_text(json.dumps(made, indent=1) + "\n")
     print(f"written to {path}")
@@ -399,17 +437,18 @@ def record(args: argparse.Namespace, size: Size, studies: Sequence[Study]) -> No
 def main() -> int:
     """Train what is missing until all is done or the time is over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="an hour of one core")
+    parser.add_argument("--full", action="store_true", help="all of it: a day of two cores")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--minutes", type=float, default=20.0, help="of one call of this script")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
     parser.add_argument("--record", action="store_true", help="the JSON of what is finished")
     parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and its plot")
     args = parser.parse_args()
-    size = SMALL if args.small else FULL
-    args.work = args.work or ROOT / "build" / f"study-{variants_table.NAMES[args.small]}"
-    args.threads = args.threads or (1 if args.small else 2)
+    size = FULL if args.full else SMALL
+    # said in the record; "auto" would not say what it was
+    size = replace(size, dtype=dtype_here())
+    args.work = args.work or ROOT / "build" / f"study-{variants_table.NAMES[not args.full]}"
     if args.docs:
         variants_table.write_docs(ROOT)
         return 0
@@ -418,8 +457,10 @@ def main() -> int:
     studies = [Study(args, size, task, deadline) for task in args.tasks]
     finished = True
     try:
-        for study in [] if args.record else studies:
-            study.run_all()
+        # part by part over all tasks: what stops early has seen the same of each
+        for part in () if args.record else PARTS:
+            for study in studies:
+                study.run_part(part)
     except Unfinished:
         finished = False
         print("the time of this sitting is over; the same command goes on", flush=True)
