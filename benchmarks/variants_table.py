@@ -2,11 +2,11 @@
 docs/choosing.md, which are made of the record and of nothing else.
 
 A loss is that of the same held-out rows for all. The noise of one training is the standard deviation
-of losses of one way and rate over seeds, pooled over all ways that were trained under several; what
-a seed does to every way alike (the order of rows) is left in, so that it is rather too large for
-two trainings of one seed. Every interval is Student's t with it. The best rate is the lowest point
-of a parabola through the best of a curve and its two neighbours, over the logarithm of the rate; its
-interval comes of curves drawn with that noise.
+of what is left of the losses of the fresh seeds once the mean of each way and what a seed does to
+every way alike (the order of rows) are taken off: two trainings are only ever compared under one
+seed. Every interval is Student's t with it. The best rate is the lowest point of a parabola through
+the best of a curve and its two neighbours, over the logarithm of the rate; its interval comes of
+curves drawn with that noise.
 All of it is about these held-out rows and no others.
 """
 
@@ -73,16 +73,22 @@ class Found:
 
     @cached_property
     def noise(self) -> tuple[float, int] | None:
-        """(standard deviation of one training over seeds, degrees of freedom), pooled over all ways;
-        None where none has trained under several at one rate."""
-        groups = dict[tuple[str, float], list[float]]()
-        for point in self.points:
-            groups.setdefault((point["way"], point["rate"]), []).append(point["loss"])
-        squares, freedom = 0.0, 0
-        for losses in groups.values():
-            mean = sum(losses) / len(losses)
-            squares += sum((loss - mean) ** 2 for loss in losses)
-            freedom += len(losses) - 1
+        """(standard deviation of one training, degrees of freedom): of the fresh seeds, apart from
+        the means of ways and of seeds; None where fewer than two ways share two seeds."""
+        import numpy as np
+
+        points = [point for each in self.fresh.values() for point in each.values()]
+        columns = {("way", p["way"]) for p in points} | {("seed", p["seed"]) for p in points}
+        place = {column: n for n, column in enumerate(sorted(columns))}
+        design = np.zeros((len(points), len(place)))
+        for row, point in zip(design, points, strict=True):
+            row[[place["way", point["way"]], place["seed", point["seed"]]]] = 1
+        if not points:
+            return None
+        losses = np.array([point["loss"] for point in points])
+        effects, _, rank, _ = np.linalg.lstsq(design, losses)
+        freedom = len(points) - int(rank)
+        squares = float(((losses - design @ effects) ** 2).sum())
         return (math.sqrt(squares / freedom), freedom) if freedom else None
 
     @cached_property
@@ -90,16 +96,16 @@ class Found:
         """Of the model before any training."""
         return next((p["base_loss"] for p in self.points if "base_loss" in p), None)
 
-    def half_width(self, trainings: int) -> float:
-        """Of the interval of a difference of two means over so many trainings each; infinite where
-        the noise is not known."""
+    def half_width(self, trainings: int, means: int = 2) -> float:
+        """Of the interval of a difference of two means over so many trainings each, or of a sum and
+        difference of more; infinite where the noise is not known."""
         from scipy.special import stdtrit
 
         if self.noise is None:
             return math.inf
         deviation, freedom = self.noise
         t = float(stdtrit(freedom, (1 + LEVEL) / 2))
-        return t * deviation * math.sqrt(2 / trainings)
+        return t * deviation * math.sqrt(means / trainings)
 
     def lowest(self, way: str) -> float:
         """The best loss of a curve."""
@@ -113,7 +119,7 @@ class Found:
         """What the best of one curve lies over that of another, as a share; one seed each."""
         if not self.has_curves(way, other):
             return None
-        return self._share(self.lowest(way), self.lowest(other), 1)
+        return self.share_of(self.lowest(way), self.lowest(other))
 
     def over_fresh(self, way: str, other: str = PLAIN) -> Interval | None:
         """The same of the fresh seeds' means."""
@@ -122,9 +128,21 @@ class Found:
         if not seeds:
             return None
         own, its = (sum(points[s]["loss"] for s in seeds) / len(seeds) for points in both)
-        return self._share(own, its, len(seeds))
+        return self.share_of(own, its, len(seeds))
 
-    def _share(self, loss: float, other: float, trainings: int) -> Interval:
+    def best_over(self, way: str, other: str = PLAIN) -> Interval | None:
+        """The same of fresh seeds where there are, else of the curves."""
+        return self.over_fresh(way, other) or self.over(way, other)
+
+    def over_at(self, way: str, rate: float) -> Interval | None:
+        """What a way at a rate lies over the best of plain LoRA's curve; one seed each."""
+        loss = self.curves.get(way, {}).get(rate)
+        if loss is None or PLAIN not in self.curves:
+            return None
+        return self.share_of(loss, self.lowest(PLAIN))
+
+    def share_of(self, loss: float, other: float, trainings: int = 1) -> Interval:
+        """What a loss lies over another, means of so many trainings each."""
         width = self.half_width(trainings)
         by = loss - other
         return by / other, (by - width) / other, (by + width) / other
@@ -239,26 +257,24 @@ def rate_interval(found: Found, way: str) -> str:
 
 
 def compared(found: Found, way: str, other: str = PLAIN) -> str:
-    """What the best of one way lies over that of another: of fresh seeds where there are, else of the
-    curves."""
-    fresh = found.over_fresh(way, other)
-    if fresh is not None:
-        return share(fresh)
-    curves = found.over(way, other)
-    return share(curves) + ("" if curves is None else ", best of its curve")
+    """What the best of one way lies over that of another, and whether of its curve alone."""
+    value = found.best_over(way, other)
+    alone = value is not None and found.over_fresh(way, other) is None
+    return share(value) + (", best of its curve" if alone else "")
 
 
 # --- the claims
 
 
+def variant_names(found: Found) -> list[str]:
+    """All that the study has."""
+    return [way["name"] for way in found.ways if way["part"] == "variants"]
+
+
 def variant_range(found: Found) -> str:
     """How far the variants lie from plain LoRA, and from where to where their best rates."""
-    names = [way["name"] for way in found.ways if way["part"] == "variants"]
-    over = {
-        name: value
-        for name in names
-        if (value := found.over_fresh(name) or found.over(name, PLAIN)) is not None
-    }
+    names = variant_names(found)
+    over = {name: value for name in names if (value := found.best_over(name)) is not None}
     if not over:
         return "not run"
     low, high = (pick(over, key=lambda n: over[n][0]) for pick in (min, max))
@@ -270,11 +286,13 @@ def variant_range(found: Found) -> str:
 
 
 def batch_effect(found: Found) -> str:
-    """What larger batches cost LoRA and whole weights."""
-    return (
-        f"LoRA {share(found.over('r16-large', PLAIN))}; "
-        f"whole weights {share(found.over('full-large', WHOLE))}"
-    )
+    """What larger batches cost LoRA and whole weights, and LoRA more than those."""
+    lora, whole = (found.over(f"{way}-batch64", f"{way}-batch8") for way in ("r16", "full"))
+    if lora is None or whole is None:
+        return f"LoRA {share(lora)}; whole weights {share(whole)}"
+    by, width = lora[0] - whole[0], found.half_width(1, means=4) / found.lowest("r16-batch8")
+    more = share((by, by - width, by + width))
+    return f"LoRA {share(lora)}; whole weights {share(whole)}; the one less the other {more}"
 
 
 def dora_cost(found: Found) -> str:
@@ -326,6 +344,110 @@ def claims_table(tasks: Mapping[str, Found]) -> tuple[list[str], list[list[str]]
     return ["claim", "source", *(f"seen on {task}" for task in tasks)], [
         [claim, source, *(seen(found) for found in tasks.values())]
         for claim, source, seen in CLAIMS
+    ]
+
+
+# --- the defaults
+
+
+@dataclass(frozen=True)
+class Default:
+    """A setting, its default, what a task showed of it, and by which intervals: of what was tried in
+    its place, over it."""
+
+    setting: str
+    value: str
+    seen: Callable[[Found], str]
+    others: Callable[[Found], Sequence[Interval | None]]
+
+    def verdict(self, tasks: Mapping[str, Found]) -> str:
+        """Where it stands: where nothing tried in its place was better beyond the interval."""
+        said = dict[str, bool]()
+        for task, found in tasks.items():
+            known = [value for value in self.others(found) if value is not None]
+            if known:
+                said[task] = not any(high < 0 for _, _, high in known)
+        if not said:
+            return "not run"
+        if len({*said.values()}) == 1:
+            return "yes" if all(said.values()) else "no"
+        return ", ".join(f"{task}: {'yes' if stands else 'no'}" for task, stands in said.items())
+
+
+RANKS = {1: 2, 4: 8, 64: 128}  # those beside 16, with 2 r
+
+
+def plain_rate(found: Found) -> float:
+    """The best of those that plain LoRA was tried at."""
+    curve = found.curves[PLAIN]
+    return min(curve, key=lambda r: curve[r])
+
+
+def alphas_seen(found: Found) -> str:
+    """Both ways of choosing alpha, at the rate that is best at r 16 and at their own."""
+    if PLAIN not in found.curves:
+        return "not run"
+    at = plain_rate(found)
+    kept = "; ".join(
+        f"r {r}: {share(found.over_at(f'r{r}-alpha32', at))}, with 2 r {share(found.over_at(f'r{r}-alpha{twice}', at))}"
+        for r, twice in RANKS.items()
+    )
+    own = []
+    for words, names in (
+        ("32", ["r1-alpha32", "r4-alpha32", PLAIN, "r64-alpha32"]),
+        ("2 r", ["r1-alpha2", "r4-alpha8", PLAIN, "r64-alpha128"]),
+    ):
+        if found.has_curves(*names):
+            rates = [best_rate(found.curves[name]) for name in names]
+            own.append(f"with {words} {', '.join(map(rate, rates))}")
+    best = f". Best rates of ranks 1, 4, 16, 64: {'; '.join(own)}" if own else ""
+    return f"at {rate(at)}, over r 16: {kept}{best}"
+
+
+def alphas_over(found: Found) -> list[Interval | None]:
+    """2 r over 32 for each rank, at the rate that is best at r 16."""
+    if PLAIN not in found.curves:
+        return []
+    at, over = plain_rate(found), list[Interval | None]()
+    for r, twice in RANKS.items():
+        own, other = (found.curves.get(f"r{r}-alpha{a}", {}).get(at) for a in (twice, 32))
+        over.append(None if own is None or other is None else found.share_of(own, other))
+    return over
+
+
+def rate_over(found: Found, default: float) -> Interval | None:
+    """The best of plain LoRA's rates over the default one."""
+    curve = found.curves.get(PLAIN, {})
+    return found.share_of(min(curve.values()), curve[default]) if default in curve else None
+
+
+def list_defaults(default_rate: float) -> list[Default]:
+    """What the study asks of."""
+    ranks = [f"r{r}-alpha32" for r in RANKS]
+    return [
+        Default("r", "16",
+                lambda f: "; ".join(f"{f.words.get(n, n)}: {share(f.over(n, PLAIN))}" for n in ranks),
+                lambda f: [f.over(n, PLAIN) for n in ranks]),
+        Default("lora_alpha", "32", alphas_seen, alphas_over),
+        Default("learning_rate", rate(default_rate),
+                lambda f: passed_over(f, default_rate) or "not run",
+                lambda f: [rate_over(f, default_rate)]),
+        Default("target_modules", "all linears",
+                lambda f: f"attention {compared(f, 'attention')}; MLP {compared(f, 'mlp')}",
+                lambda f: [f.best_over("attention"), f.best_over("mlp")]),
+        Default("variant, init_lora_weights, quantize", "plain LoRA", variant_range,
+                lambda f: [f.best_over(name) for name in variant_names(f)]),
+    ]  # fmt: skip
+
+
+def defaults_table(
+    tasks: Mapping[str, Found], default_rate: float
+) -> tuple[list[str], list[list[str]]]:
+    """Setting, default, what each task showed, whether it stands."""
+    columns = ["setting", "default", *(f"seen on {task}" for task in tasks), "stands"]
+    return columns, [
+        [d.setting, d.value, *(d.seen(found) for found in tasks.values()), d.verdict(tasks)]
+        for d in list_defaults(default_rate)
     ]
 
 
@@ -418,16 +540,22 @@ def docs_section(record: Mapping[str, Any], picture: str) -> str:
     """What stands between the marks of docs/choosing.md."""
     settings, where = record["settings"], record["machine"]
     size, threads = settings["size"], settings["threads"]
-    small = " --small" if settings["small"] else ""
+    full = "" if settings["small"] else " --full"
     tasks = found_of(record)
-    rows = ", ".join(f"{size['rows'][task]} rows of {task}" for task in tasks)
+    rows = ", ".join(
+        f"{size['rows'][task]} rows of {task}, {size['batch'][task]} a step, {size['held'][task]} held out"
+        for task in tasks
+    )
+    large = ", ".join(f"{size['large_rows'][t]} of {t}" for t in tasks if t in size["large_rows"])
     # the record may be of a study that has not come to them
     again = any(found.fresh for found in tasks.values())
     seeds = f"{size['seeds']} fresh seeds of the best of each" if again else "one seed each"
     parts = [
-        f"{record['date']}, `python benchmarks/variants_study.py{small}`, {settings['model']} in {size['dtype']} on "
-        f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows}, {size['batch']} a "
-        f"step, {size['held']} held-out rows each, {seeds}.",
+        f"{record['date']}, `python benchmarks/variants_study.py{full}`, {settings['model']} in {size['dtype']} on "
+        f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows} (for 8 and 64 a step "
+        f"{large}); {seeds}.",
+        "Do the defaults stand? `yes`: nothing tried in their place was better beyond its interval.",
+        table(defaults_table(tasks, settings["default_rate"])),
         table(claims_table(tasks)),
         f"![Held-out loss by learning rate]({picture})",
     ]

@@ -15,7 +15,7 @@ import study_page
 import variants_study
 import variants_table
 from scipy import stats
-from variants_study import FULL, SMALL, Point, Size, Study
+from variants_study import BATCHES, FULL, PARTS, SMALL, Point, Size, Study
 from variants_table import PLAIN, Found, best_rate
 
 from lorry.config import RunConfig, SweepSettings, parse_settings, runs_by_adapter
@@ -68,24 +68,29 @@ def a_study(work: Path, size: Size = SMALL, task: str = "gsm8k") -> Study:
     return Study(argparse.Namespace(work=work, threads=1), size, task, 0.0)
 
 
+def run_all(study: Study) -> None:
+    for part in PARTS:
+        study.run_part(part)
+
+
 @pytest.mark.parametrize(
-    ("size", "task"), [(SMALL, "gsm8k"), (FULL, "common_gen")], ids=["small", "full"]
+    ("size", "task"), [(SMALL, "common_gen"), (FULL, "gsm8k")], ids=["small", "full"]
 )
 def test_what_is_made_is_valid_and_made_once(
     size: Size, task: str, tmp_path: Path, trained: Trained
 ) -> None:
     trained.stops_after = 9
     with pytest.raises(variants_study.Unfinished):
-        a_study(tmp_path, size, task).run_all()
+        run_all(a_study(tmp_path, size, task))
     trained.stops_after = 1000
     study = a_study(tmp_path, size, task)
-    study.run_all()
+    run_all(study)
     keys = [(p["way"], p["rate"], p["seed"]) for p in study.points]
     assert len(keys) == len({*keys})
     assert {way.name for way in study.ways} == {key[0] for key in keys}
     # a second time nothing is left to do, in the rounds beyond the grids' edges neither
     count = len(trained.runs)
-    a_study(tmp_path, size, task).run_all()
+    run_all(a_study(tmp_path, size, task))
     assert len(trained.runs) == count
     # as many jobs as there are points, each pass with one base
     jobs = [
@@ -98,9 +103,15 @@ def test_what_is_made_is_valid_and_made_once(
     kinds = {(one.lora.variant, one.lora.use_dora) for one in jobs if one.lora}
     assert kinds == {("lora", False), ("lora", True), ("adalora", False)}
     whole = [one for one in jobs if one.lora is None]
-    assert {one.train.gradient_accumulation_steps for one in whole} == {1, size.large}
-    # the grid of rsLoRA ends at 9e-4 here, so that the one beyond was tried
-    assert max(rate for way, rate, _ in keys if way == "loraplus-16") > 7.5e-4
+    for of_all in (whole, [one for one in jobs if one.lora is not None]):
+        assert {
+            one.train.per_device_train_batch_size * one.train.gradient_accumulation_steps
+            for one in of_all
+        } == {size.batch[task], *BATCHES}
+    # its grid ends at 3e-4, so that the ones beyond were tried
+    assert max(rate for way, rate, _ in keys if way == "loraplus-16") > 9e-4
+    # what the study compares hangs on no default
+    assert {one.lora.lora_alpha for one in jobs if one.lora} == {2, 8, 32, 48, 128}
     # fresh seeds at the best rate alone
     fresh = {key for key in keys if key[0] == PLAIN and key[2]}
     assert fresh == {(PLAIN, 1e-3, seed) for seed in range(1, size.seeds + 1)}
@@ -165,25 +176,41 @@ def test_the_best_rate_is_the_lowest_point_of_the_parabola() -> None:
     assert variants_table.at_edge({1e-4: 2.0, 3e-4: 1.0}) == ">= "
 
 
-def test_the_noise_is_that_of_seeds_within_ways() -> None:
-    """Against numpy's variances; each way counts by its seeds less one."""
+def test_the_noise_is_what_ways_and_seeds_leave() -> None:
+    """Against an analysis of variance by hand: rows and columns of the table less their means."""
     draws = np.random.default_rng(0)
-    losses = {name: list(draws.normal(2, 0.1, 3)) for name in (PLAIN, "a", "b", "c")}
-    losses["d"] = list(draws.normal(5, 0.1, 2))
-    found = Found(ways(*losses), points(losses))
+    names = (PLAIN, "a", "b", "c")
+    of_seeds = np.array([0.0, 0.5, -0.3])  # what a seed does to all alike
+    table = draws.normal(2, 0.1, (4, 3)) + of_seeds
+    found = Found(ways(*names), points({n: list(row) for n, row in zip(names, table, strict=True)}))
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     assert found.noise is not None
     deviation, freedom = found.noise
-    assert freedom == 9
-    squares = sum((len(each) - 1) * np.var(each, ddof=1) for each in losses.values())
-    assert deviation == pytest.approx(math.sqrt(squares / freedom))
+    assert freedom == 6
+    assert deviation == pytest.approx(math.sqrt((rest**2).sum() / 6))
     # a difference of two means over three seeds
     value, low, high = found.over_fresh("a")  # type: ignore[misc]
-    plain = np.mean(losses[PLAIN])
+    plain, own = table[0].mean(), table[1].mean()
     width = stats.t.ppf(0.975, freedom) * deviation * math.sqrt(2 / 3) / plain
-    assert value == pytest.approx(np.mean(losses["a"]) / plain - 1)
+    assert value == pytest.approx(own / plain - 1)
     assert (low, high) == pytest.approx((value - width, value + width))
-    # one seed tells nothing of noise
+    # one seed tells nothing of noise, nor does one way
     assert Found(ways("a", "b"), points({"a": [1.0], "b": [2.0]})).noise is None
+    assert Found(ways("a"), points({"a": [1.0, 2.0]})).noise is None
+
+
+def test_what_a_seed_has_not_run_is_left_out_of_the_noise() -> None:
+    """A way with fewer seeds: against least squares of numpy's own on the same table."""
+    losses = {PLAIN: [2.0, 2.1, 2.05], "a": [2.2, 2.28, 2.26], "b": [1.9, 2.03]}
+    found = Found(ways(*losses), points(losses))
+    design, values = [], []
+    for n, each in enumerate(losses.values()):
+        for seed, loss in enumerate(each):
+            design.append([1, n == 1, n == 2, seed == 1, seed == 2])
+            values.append(loss)
+    _, (squares,), rank, _ = np.linalg.lstsq(np.array(design, float), np.array(values))
+    assert rank == 5
+    assert found.noise == (pytest.approx(math.sqrt(squares / 3)), 3)
 
 
 def test_an_interval_of_a_rate_widens_with_the_noise() -> None:
@@ -193,7 +220,7 @@ def test_an_interval_of_a_rate_widens_with_the_noise() -> None:
     ]
     bounds = []
     for spread in (1e-4, 0.1):
-        fresh = points({PLAIN: [2.0, 2.0 + spread], "a": [2.0, 2.0 - spread]})
+        fresh = points({PLAIN: [2.0, 2.0 + spread, 2.0], "a": [2.0, 2.0 - spread, 2.0]})
         found = Found(ways(PLAIN, "a"), [*curve, *fresh])
         value, low, high = variants_table.interval(found.drawn_rates(PLAIN))
         assert value == pytest.approx(1e-3)
