@@ -73,11 +73,11 @@ FULL = Size(
     few=3, extend=2, seeds=3, init_rows=64, jobs=8,
 )  # fmt: skip
 SMALL = Size(
-    {"gsm8k": 32, "common_gen": 96}, batch={"gsm8k": 2, "common_gen": 4},
-    # six steps of 64; of gsm8k as many would be half of the study's time
-    large_rows={"common_gen": 384}, held={"gsm8k": 24, "common_gen": 64},
+    {"gsm8k": 32, "common_gen": 64}, batch={"gsm8k": 2, "common_gen": 4},
+    # four steps of 64; of gsm8k as many would be a third of the study's time
+    large_rows={"common_gen": 256}, held={"gsm8k": 16, "common_gen": 48},
     rates=(3e-4, 1e-3, 3e-3), full_rates=(2e-5, 6e-5, 2e-4),
-    few=3, extend=2, seeds=3, init_rows=8, jobs=8,
+    few=3, extend=2, seeds=2, init_rows=8, jobs=8,
 )  # fmt: skip
 # part d, rows a step: what fits memory, and eight times that
 BATCHES = (8, 64)
@@ -225,6 +225,7 @@ class Study:
         self.work, self.size, self.task = args.work / task, size, task
         self.data, self.threads, self.deadline = args.work / "data", args.threads, deadline
         self.ways = list_ways(size, task)
+        self.asked = set(args.ways or (way.name for way in self.ways))
         self.work.mkdir(parents=True, exist_ok=True)
         self.file = self.work / "points.json"
         self.points: list[dict[str, Any]] = (
@@ -274,15 +275,16 @@ class Study:
             for at in range(0, len(members), self.size.jobs):
                 # the number is that of the whole list, so that a piece keeps its name
                 piece = f"{label}-{base}-{at // self.size.jobs + 1}"
-                if missing := [p for p in members[at : at + self.size.jobs] if not self.has(p)]:
+                asked = [p for p in members[at : at + self.size.jobs] if p.way.name in self.asked]
+                if missing := [p for p in asked if not self.has(p)]:
                     self.train(piece, missing)
 
     def run_seeds(self, part: str) -> None:
         """The best of each variant, of r 16, of some layers and of whole weights under fresh seeds: a
         process each."""
         for way in self.ways:
-            asked = way.part in ("full", "variants", "targets") or way.name == variants_table.PLAIN
-            if asked and way.part == part:
+            again = way.part in ("full", "variants", "targets") or way.name == variants_table.PLAIN
+            if again and way.part == part and way.name in self.asked:
                 curve = self.curve(way)
                 best = Point(way, min(curve, key=lambda rate: curve[rate]))
                 fresh = [Point(way, best.rate, seed) for seed in range(1, self.size.seeds + 1)]
@@ -442,6 +444,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="of one call of this script")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
+    parser.add_argument("--ways", nargs="*", help="names of the record's ways; without it all")
     parser.add_argument("--record", action="store_true", help="the JSON of what is finished")
     parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and its plot")
     args = parser.parse_args()

@@ -64,8 +64,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     return made
 
 
-def a_study(work: Path, size: Size = SMALL, task: str = "gsm8k") -> Study:
-    return Study(argparse.Namespace(work=work, threads=1), size, task, 0.0)
+def a_study(
+    work: Path, size: Size = SMALL, task: str = "gsm8k", ways: list[str] | None = None
+) -> Study:
+    return Study(argparse.Namespace(work=work, threads=1, ways=ways), size, task, 0.0)
 
 
 def run_all(study: Study) -> None:
