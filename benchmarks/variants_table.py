@@ -2,9 +2,9 @@
 docs/choosing.md, which are made of the record and of nothing else.
 
 A loss is that of the same held-out rows for all. The noise of one training is the standard deviation
-of what is left of the losses of the fresh seeds once the mean of each way and what a seed does to
-every way alike (the order of rows) are taken off: two trainings are only ever compared under one
-seed. Every interval is Student's t with it. The best rate is the lowest point of a parabola through
+of what is left of the losses of ways under several seeds once the mean of each way and what a seed
+does to every way alike (the order of rows) are taken off: two trainings are only ever compared under
+one seed. Every interval is Student's t with it. The best rate is the lowest point of a parabola through
 the best of a curve and its two neighbours, over the logarithm of the rate; its interval comes of
 curves drawn with that noise.
 All of it is about these held-out rows and no others.
@@ -72,22 +72,33 @@ class Found:
         return found
 
     @cached_property
+    def seeded(self) -> dict[str, dict[int, float]]:
+        """{way: {seed: its loss}} at the best rates: the fresh seeds, and the one that chose the
+        rate."""
+        found = dict[str, dict[int, float]]()
+        for way, points in self.fresh.items():
+            (rate,) = {point["rate"] for point in points.values()}
+            first = self.curves.get(way, {}).get(rate)
+            chosen = {} if first is None else {0: first}
+            found[way] = chosen | {seed: point["loss"] for seed, point in points.items()}
+        return found
+
+    @cached_property
     def noise(self) -> tuple[float, int] | None:
-        """(standard deviation of one training, degrees of freedom): of the fresh seeds, apart from
-        the means of ways and of seeds; None where fewer than two ways share two seeds."""
+        """(standard deviation of one training, degrees of freedom): of what was trained under several
+        seeds, apart from the means of ways and of seeds; None where fewer than two ways share two."""
         import numpy as np
 
-        points = [point for each in self.fresh.values() for point in each.values()]
-        columns = {("way", p["way"]) for p in points} | {("seed", p["seed"]) for p in points}
-        place = {column: n for n, column in enumerate(sorted(columns))}
-        design = np.zeros((len(points), len(place)))
-        for row, point in zip(design, points, strict=True):
-            row[[place["way", point["way"]], place["seed", point["seed"]]]] = 1
-        if not points:
+        if not self.seeded:
             return None
-        losses = np.array([point["loss"] for point in points])
+        trained = [(w, s, loss) for w, each in self.seeded.items() for s, loss in each.items()]
+        ways, seeds = [*self.seeded], sorted({seed for _, seed, _ in trained})
+        design = np.zeros((len(trained), len(ways) + len(seeds)))
+        for row, (way, seed, _) in zip(design, trained, strict=True):
+            row[[ways.index(way), len(ways) + seeds.index(seed)]] = 1
+        losses = np.array([loss for _, _, loss in trained])
         effects, _, rank, _ = np.linalg.lstsq(design, losses)
-        freedom = len(points) - int(rank)
+        freedom = len(trained) - int(rank)
         squares = float(((losses - design @ effects) ** 2).sum())
         return (math.sqrt(squares / freedom), freedom) if freedom else None
 
@@ -121,18 +132,19 @@ class Found:
             return None
         return self.share_of(self.lowest(way), self.lowest(other))
 
-    def over_fresh(self, way: str, other: str = PLAIN) -> Interval | None:
-        """The same of the fresh seeds' means."""
-        both = [self.fresh.get(name, {}) for name in (way, other)]
-        seeds = set(both[0]) & set(both[1])
-        if not seeds:
+    def over_seeds(self, way: str, other: str = PLAIN) -> Interval | None:
+        """The same of the means over the seeds that both have; None where either has one alone."""
+        if way not in self.seeded or other not in self.seeded:
             return None
-        own, its = (sum(points[s]["loss"] for s in seeds) / len(seeds) for points in both)
-        return self.share_of(own, its, len(seeds))
+        own, its = self.seeded[way], self.seeded[other]
+        if not (seeds := own.keys() & its.keys()):
+            return None
+        means = [sum(losses[seed] for seed in seeds) / len(seeds) for losses in (own, its)]
+        return self.share_of(*means, len(seeds))
 
     def best_over(self, way: str, other: str = PLAIN) -> Interval | None:
-        """The same of fresh seeds where there are, else of the curves."""
-        return self.over_fresh(way, other) or self.over(way, other)
+        """The same of several seeds where there are, else of the curves."""
+        return self.over_seeds(way, other) or self.over(way, other)
 
     def over_at(self, way: str, rate: float) -> Interval | None:
         """What a way at a rate lies over the best of plain LoRA's curve; one seed each."""
@@ -259,7 +271,7 @@ def rate_interval(found: Found, way: str) -> str:
 def compared(found: Found, way: str, other: str = PLAIN) -> str:
     """What the best of one way lies over that of another, and whether of its curve alone."""
     value = found.best_over(way, other)
-    alone = value is not None and found.over_fresh(way, other) is None
+    alone = value is not None and found.over_seeds(way, other) is None
     return share(value) + (", best of its curve" if alone else "")
 
 
@@ -471,11 +483,12 @@ def curves_table(found: Found) -> tuple[list[str], list[list[str]]]:
 
 
 def seeds_table(found: Found) -> tuple[list[str], list[list[str]]]:
-    """The best of each variant under fresh seeds, with time and memory."""
+    """The best of each variant under several seeds, with time and memory of the fresh ones."""
     columns = [
         "",
         "rate",
         "loss, mean of the seeds",
+        "seeds",
         "over r 16, alpha 32",
         "CPU s",
         "MiB of the pass",
@@ -485,10 +498,12 @@ def seeds_table(found: Found) -> tuple[list[str], list[list[str]]]:
     for name, words in found.words.items():
         points, cost = [*found.fresh.get(name, {}).values()], found.cost(name)
         if cost is not None:
-            mean = sum(point["loss"] for point in points) / len(points)
-            over = "" if name == PLAIN else share(found.over_fresh(name))
+            losses = found.seeded[name].values()
+            mean = sum(losses) / len(losses)
+            over = "" if name == PLAIN else share(found.over_seeds(name))
             cells = [
                 f"{mean:.4f}",
+                str(len(losses)),
                 over,
                 f"{cost[0]:.0f}",
                 f"{cost[1]:.0f}",
@@ -549,7 +564,11 @@ def docs_section(record: Mapping[str, Any], picture: str) -> str:
     large = ", ".join(f"{size['large_rows'][t]} of {t}" for t in tasks if t in size["large_rows"])
     # the record may be of a study that has not come to them
     again = any(found.fresh for found in tasks.values())
-    seeds = f"{size['seeds']} fresh seeds of the best of each" if again else "one seed each"
+    seeds = (
+        f"the best of each under {1 + size['seeds']} seeds, the first of which chose its rate"
+        if again
+        else "one seed each"
+    )
     parts = [
         f"{record['date']}, `python benchmarks/variants_study.py{full}`, {settings['model']} in {size['dtype']} on "
         f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows} (for 8 and 64 a step "
@@ -562,7 +581,7 @@ def docs_section(record: Mapping[str, Any], picture: str) -> str:
     for task, found in tasks.items():
         parts += [f"### {task}", task_text(found, settings), table(curves_table(found))]
         if found.fresh:
-            parts += ["The best of each under fresh seeds:", table(seeds_table(found))]
+            parts += ["The best of each under several seeds:", table(seeds_table(found))]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -574,12 +593,12 @@ def task_text(found: Found, settings: Mapping[str, Any]) -> str:
         said.append(f"Before training the loss is {found.base_loss:.3f}.")
     if found.noise is not None:
         deviation, freedom = found.noise
-        plain = found.lowest(PLAIN)
+        plain, seeds = found.lowest(PLAIN), 1 + settings["size"]["seeds"]
         said.append(
             f"The noise of one training is {deviation:.4f} ({deviation / plain:.2%} of the loss; "
             f"{freedom} degrees of freedom): two trainings are told apart from "
-            f"{found.half_width(1) / plain:.1%} on, two means over {settings['size']['seeds']} seeds from "
-            f"{found.half_width(settings['size']['seeds']) / plain:.1%}."
+            f"{found.half_width(1) / plain:.1%} on, two means over {seeds} seeds from "
+            f"{found.half_width(seeds) / plain:.1%}."
         )
     if lost := passed_over(found, settings["default_rate"]):
         said.append(f"At the default rate, r 16: {lost}.")

@@ -191,11 +191,18 @@ def test_the_noise_is_what_ways_and_seeds_leave() -> None:
     assert freedom == 6
     assert deviation == pytest.approx(math.sqrt((rest**2).sum() / 6))
     # a difference of two means over three seeds
-    value, low, high = found.over_fresh("a")  # type: ignore[misc]
+    value, low, high = found.over_seeds("a")  # type: ignore[misc]
     plain, own = table[0].mean(), table[1].mean()
     width = stats.t.ppf(0.975, freedom) * deviation * math.sqrt(2 / 3) / plain
     assert value == pytest.approx(own / plain - 1)
     assert (low, high) == pytest.approx((value - width, value + width))
+    # the seed that chose the rate counts, too; at other rates it does not
+    chosen = [{"way": n, "seed": 0, "rate": r, "loss": 2.2} for n in names for r in (1e-3, 3e-3)]
+    three = Found(ways(*names), [*found.points, *chosen])
+    assert three.noise is not None
+    assert three.noise[1] == 9
+    value, *_ = three.over_seeds("a")  # type: ignore[misc]
+    assert value == pytest.approx((own * 3 + 2.2) / (plain * 3 + 2.2) - 1)
     # one seed tells nothing of noise, nor does one way
     assert Found(ways("a", "b"), points({"a": [1.0], "b": [2.0]})).noise is None
     assert Found(ways("a"), points({"a": [1.0, 2.0]})).noise is None
@@ -231,6 +238,19 @@ def test_an_interval_of_a_rate_widens_with_the_noise() -> None:
     # without a noise there is no interval, and none is shown
     assert variants_table.rate_interval(Found(ways(PLAIN), curve), PLAIN) == "1.0e-3"
     assert variants_table.share((0.01, -math.inf, math.inf)) == "+1.0% (no interval)"
+
+
+def test_some_ways_alone_are_trained(tmp_path: Path, trained: Trained) -> None:
+    study = a_study(tmp_path, ways=[PLAIN, "nf4"])
+    run_all(study)
+    assert {p["way"] for p in study.points} == {PLAIN, "nf4"}
+    # the rest comes later, and what is there is not made again
+    count = len(study.points)
+    whole = a_study(tmp_path)
+    run_all(whole)
+    assert whole.points[:count] == study.points
+    keys = [(p["way"], p["rate"], p["seed"]) for p in whole.points]
+    assert len(keys) == len({*keys}) > count
 
 
 @pytest.fixture
@@ -276,7 +296,7 @@ def test_the_tables_say_what_was_found(record: dict[str, Any], tmp_path: Path) -
     )
     assert len(record["rows"]) == len(variants_table.CLAIMS)
     _, rows = variants_table.seeds_table(found)
-    assert rows[0] == [PLAIN.upper(), "1.0e-3", "2.0050", "", "30", "1024", "2"]
+    assert rows[0] == [PLAIN.upper(), "1.0e-3", "2.0033", "3", "", "30", "1024", "2"]
     assert (
         variants_table.passed_over(found, 2e-4) == "loss 2.500 at 2.0e-4, 2.000 at 1.0e-3 (+25.0%)"
     )
