@@ -273,7 +273,7 @@ class GrpoTrainer:
 def open_policy(name: str, *, dtype: str = "bfloat16", r: int = 16) -> tuple[Any, Any]:
     """(model with a new adapter on every linear, tokenizer). ``dtype``: best the engine's."""
     model, tokenizer = lorry.load(name, dtype=dtype)
-    spec = lorry.LoraSpec(r=r, lora_alpha=2 * r, target_modules="all-linear")
+    spec = lorry.LoraSpec(r=r, target_modules="all-linear")
     lorry.attach(model, spec, POLICY)
     return model, tokenizer
 

@@ -319,7 +319,8 @@ def test_names_and_modules_given_by_hand(tiny: Any) -> None:
 
 
 def test_scales(tiny: Any) -> None:
-    assert LoraSpec(r=4).scale("m") == 2.0, "alpha is 2r where nothing is said"
+    assert LoraSpec(r=4).scale("m") == 8.0, "alpha is 32 at every rank where nothing is said"
+    assert LoraSpec().scale("m") == 2.0
     assert LoraSpec(r=4, lora_alpha=16).scale("m") == 4.0
     assert LoraSpec(r=4, lora_alpha=16, use_rslora=True).scale("m") == 8.0
     spec = LoraSpec(r=4, lora_alpha=16, rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 4})

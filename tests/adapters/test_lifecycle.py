@@ -45,7 +45,7 @@ def test_a_name_used_again_is_another_adapter(dtype: torch.dtype) -> None:
         attach(model, LoraSpec(r=4, target_modules="all-linear"), "again")
         value = 0.01 * (i + 1)
         fill(model, "again", value)
-        expected = base.float() + 2.0 * 4 * value * value * x.float().sum(1, keepdim=True)
+        expected = base.float() + 8.0 * 4 * value * value * x.float().sum(1, keepdim=True)
         assert torch.allclose(
             model(x).float(),
             expected,

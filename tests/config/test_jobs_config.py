@@ -76,11 +76,18 @@ def test_a_run_without_jobs_is_its_own_only_job() -> None:
 
 def test_only_what_differs_is_kept_and_reads_back() -> None:
     described = run(
-        "r=16", "jobs=[{name: a, r: 8}, {name: b, lora: {r: 16, lora_dropout: 0.1}, data: b.jsonl}]"
+        "r=16",
+        "jobs=[{name: a, r: 8, warmup_steps: 5}, {name: b, lora: {r: 16, lora_dropout: 0.1}, data: b.jsonl}]",
     )
     kept = [job.model_dump() for job in described.jobs]
     assert kept == [
-        {"name": "a", "lora": {"r": 8, "lora_alpha": 16}, "data": {}, "train": {}},
+        # a number of steps leaves no share of them
+        {
+            "name": "a",
+            "lora": {"r": 8},
+            "data": {},
+            "train": {"warmup_steps": 5, "warmup_ratio": 0.0},
+        },
         {"name": "b", "lora": {"lora_dropout": 0.1}, "data": {"path": "b.jsonl"}, "train": {}},
     ]
     assert build_settings(RunConfig, described.model_dump(), print) == described

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from lorry.adapters.spec import lora_spec_of
 from lorry.config import EvalSettings, ExportSettings, MergeSettings, RunConfig, build_settings
 from lorry.config.parsing.parse import parse_settings
 from lorry.errors import ConfigError
@@ -55,12 +56,27 @@ def test_every_setting_has_a_line_of_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "alpha"), [({"r": 8}, 16), ({"r": 8, "lora_alpha": 5}, 5), ({"lora_alpha": 0.5}, 0.5)]
-)
-def test_alpha_is_twice_the_rank_unless_given(given: dict[str, Any], alpha: float) -> None:
+    ("given", "alpha"),
+    [({}, 32), ({"r": 8}, 32), ({"r": 64, "lora_alpha": None}, 32), ({"r": 8, "lora_alpha": 5}, 5),
+     ({"lora_alpha": 0.5}, 0.5), ({"variant": "adalora", "init_r": 12}, 32)],
+)  # fmt: skip
+def test_alpha_is_the_same_for_every_rank_unless_given(given: dict[str, Any], alpha: float) -> None:
     lora = run(**given).lora
     assert lora is not None
     assert lora.lora_alpha == alpha
+
+
+@pytest.mark.parametrize(
+    ("given", "scale"),
+    [({}, 2), ({"use_rslora": True}, 8), ({"lora_alpha": 64}, 1), ({"memory_budget": "2GiB"}, 2)],
+)
+def test_ranks_that_rows_choose_have_the_scale_of_the_default_rank(
+    given: dict[str, Any], scale: float
+) -> None:
+    """Whatever the bound: here the largest that is tried, 64."""
+    lora = run(r="auto", **given).lora
+    assert lora is not None
+    assert lora_spec_of(lora).scale("m") == pytest.approx(scale)
 
 
 def test_no_adapter() -> None:

@@ -53,8 +53,8 @@ def adapted(family: str) -> Decoder:
 
 def with_adapters(model: Decoder, family: str) -> Decoder:
     targets = ["query_key_value", "dense"] if "neox" in family else ["q_proj", "v_proj", "up_proj"]
-    attach(model, LoraSpec(r=3, target_modules="all-linear"), "a")
-    attach(model, LoraSpec(r=8, use_rslora=True, target_modules=targets), "b")
+    attach(model, LoraSpec(r=3, lora_alpha=6, target_modules="all-linear"), "a")
+    attach(model, LoraSpec(r=8, lora_alpha=16, use_rslora=True, target_modules=targets), "b")
     with torch.no_grad():
         for name in ("a", "b"):
             values = get_bank(model)[name].values

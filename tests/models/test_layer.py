@@ -145,7 +145,7 @@ def one_layer(
         name, **{**WIDE[name], "n_layer" if name == "gpt2" else "num_hidden_layers": 1}
     )
     model = tiny.decoder(source, tmp_path, dtype)
-    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))
     theirs = rounded(model, source, dtype)
     truth = masters(model, "default")
     objective(hooked(theirs, model, lambda path, row: [(*truth[path], 2.0)])).backward()
@@ -194,7 +194,7 @@ def test_bfloat16_gradients_are_as_good_as_transformers(name: str, tmp_path: Pat
 def test_gradients_through_several_layers(name: str, tmp_path: Path) -> None:
     source = tiny.trained(name)
     model = tiny.decoder(source, tmp_path)
-    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))
     batch = [tokens[: tiny.CONTEXT - 1] for tokens in rows()]
     truth = masters(model, "default")
     theirs = tiny.fresh(name).double()
@@ -220,10 +220,15 @@ def test_every_kind_of_mix_at_once(tmp_path: Path) -> None:
     """
     source = tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=2)
     model = tiny.decoder(source, tmp_path)
-    attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False), "a")
     attach(
         model,
-        LoraSpec(r=3, init_lora_weights=False, target_modules=["v_proj", "down_proj", "up_proj"]),
+        LoraSpec(
+            r=3,
+            lora_alpha=6,
+            init_lora_weights=False,
+            target_modules=["v_proj", "down_proj", "up_proj"],
+        ),
         "b",
         seed=1,
     )
@@ -335,7 +340,7 @@ def test_backward_twice_and_with_recompute(dtype: torch.dtype, tmp_path: Path) -
     same bits; dropout on.
     """
     model = tiny.decoder(tiny.fresh("qwen3", **WIDE["qwen3"]), tmp_path, dtype)
-    attach(model, LoraSpec(r=4, lora_dropout=0.3, init_lora_weights=False))
+    attach(model, LoraSpec(r=4, lora_alpha=8, lora_dropout=0.3, init_lora_weights=False))
     adapter, batch = get_bank(model)["default"], packed()
     starts = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
     call = AdapterContext(
@@ -360,7 +365,7 @@ def test_nothing_is_done_below_the_lowest_adapter(
     gradient for its input.
     """
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=4), tmp_path)
-    attach(model, LoraSpec(r=4, init_lora_weights=False, layers_to_transform=[2, 3]))
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False, layers_to_transform=[2, 3]))
     ran: list[tuple[int, bool]] = []
     original = layer.LayerBackward.run
 
@@ -383,7 +388,7 @@ def test_what_a_layer_keeps(tmp_path: Path) -> None:
     model = tiny.decoder(
         tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=3), tmp_path, torch.bfloat16
     )
-    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))
     held: dict[int, int] = {}
 
     def note(t: Tensor) -> Tensor:
@@ -491,7 +496,7 @@ def test_a_weight_in_eight_bits_brings_its_own_product(
     """
     source = tiny.fresh(name, **WIDE[name])
     model = tiny.decoder(source, tmp_path)
-    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))
     theirs, meant = rounded(model, source, torch.float32), dict(source.named_parameters())
     for path, linear in layer_linears(model).items():
         stored = Int8.of(linear)
@@ -514,7 +519,7 @@ def test_a_variant_adds_a_term_of_its_own_that_trains(name: str, tmp_path: Path)
     """Magnitudes beside an adapter: the gradients of both are those of float64 autograd."""
     source = tiny.fresh(name, **WIDE[name])
     model = tiny.decoder(source, tmp_path)
-    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))
     theirs, truth = rounded(model, source, torch.float32), masters(model, "default")
     draw = torch.Generator().manual_seed(5)
     mine, other = dict[str, Tensor](), dict[str, Tensor]()
@@ -655,10 +660,15 @@ def test_a_router_reads_each_layers_normed_inputs(
     )
     dtype, bound = kind
     model = tiny.decoder(source, tmp_path, dtype)
-    attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False), "a")
     (out,) = model.family.roles.mlp_out
     only = model.family.targets[out].rpartition(".")[2]
-    attach(model, LoraSpec(r=3, init_lora_weights=False, target_modules=[only]), "b", seed=1)
+    attach(
+        model,
+        LoraSpec(r=3, lora_alpha=6, init_lora_weights=False, target_modules=[only]),
+        "b",
+        seed=1,
+    )
     theirs, router = rounded(model, source, dtype), Softmax(model, ["a", "b"])
     twin = Softmax(model, ["a", "b"], torch.float64)
     strength = torch.tensor([[1.0, 0.0]]).double().repeat(sum(LENGTHS), 1)
@@ -746,10 +756,15 @@ def test_a_router_of_the_linears_gates_each_by_its_own_input(
         name, **WIDE[name], **{"n_layer" if name == "gpt2" else "num_hidden_layers": 2}
     )
     model = tiny.decoder(source, tmp_path, torch.float32)
-    attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
+    attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False), "a")
     (out,) = model.family.roles.mlp_out
     only = model.family.targets[out].rpartition(".")[2]
-    attach(model, LoraSpec(r=3, init_lora_weights=False, target_modules=[only]), "b", seed=1)
+    attach(
+        model,
+        LoraSpec(r=3, lora_alpha=6, init_lora_weights=False, target_modules=[only]),
+        "b",
+        seed=1,
+    )
     theirs, router = rounded(model, source, torch.float32), SoftmaxByLinear(model, ["a", "b"])
     twin = SoftmaxByLinear(model, ["a", "b"], torch.float64)
     exact = RoutedByLinear(theirs, model, twin, torch.ones(sum(LENGTHS), 1).double())
@@ -778,7 +793,11 @@ def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
     out.
     """
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
-    attach(model, LoraSpec(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"]), "a")
+    attach(
+        model,
+        LoraSpec(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["q_proj", "lm_head"]),
+        "a",
+    )
     call = AdapterContext(Mix.layer_routed(Softmax(model, ["a"])))
     with pytest.raises(
         ContractError, match=r"lm_head: .* but this linear is not in a decoder layer"

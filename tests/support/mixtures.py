@@ -46,6 +46,7 @@ def mixture_run(
     for number, name in enumerate(NAMES):
         spec = lorry.LoraSpec(
             r=2 + 2 * number,
+            lora_alpha=4 + 4 * number,
             target_modules=targets,
             layers_to_transform=(1,) if number == 2 else None,
         )
@@ -87,6 +88,6 @@ def deltas_of(folder: Path) -> dict[str, Tensor]:
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):
             path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            # every adapter of `mixture_run` has alpha = 2 r
+            # as `mixture_run` makes every adapter
             found[path] = 2 * tensors[key.replace("lora_A", "lora_B")] @ a
     return found

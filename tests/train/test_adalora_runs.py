@@ -81,7 +81,7 @@ def test_it_ends_as_plain_lora_of_the_ranks_that_mattered(
     adapter = get_bank(result.model)["default"]
     assert adapter.spec.adalora is None
     for slot in adapter.slots.values():
-        assert slot.scale == pytest.approx(2.0)
+        assert slot.scale == pytest.approx(32 / 4)
 
 
 @pytest.mark.parametrize("step", [4, 7, 10])

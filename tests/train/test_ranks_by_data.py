@@ -132,7 +132,10 @@ def test_r_and_memory_are_bounds_and_jobs_have_each_their_own(
     assert max(asked[-1][1].ranks.values()) == 3
     heard = Heard()
     run = world.run(tmp_path / "memory", r="auto", memory_budget="2GiB", max_steps=2)
-    train_run(run, [], [heard])
+    result = train_run(run, [], [heard])
+    # whatever would have fitted, the scale is that of the default rank
+    slots = get_bank(result.model)[result.adapter].slots.values()
+    assert {round(slot.scale, 6) for slot in slots} == {2.0}
     assert any("memory_budget=2GiB would have given r=" in note for note in heard.notes)
     heard = Heard()
     train_run(

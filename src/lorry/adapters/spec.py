@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lorry.adapters.tensor_parallel.slices import SIDES, Side
 from lorry.config.adapter.adalora import AdaLoraSettings
 from lorry.config.adapter.initialization import check_initialization, find_initialization
-from lorry.config.schema.lora import ADALORA_FIELDS, LoraConfig
+from lorry.config.schema.lora import ADALORA_FIELDS, DEFAULT_ALPHA, DEFAULT_RANK, LoraConfig
 from lorry.errors import ConfigError
 
 BiasTraining = Literal["none", "all", "lora_only"]
@@ -25,7 +25,7 @@ LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 class LoraSpec:
     """Rank, scale, dropout and targets of an adapter (Hu et al. 2021, arXiv 2106.09685).
 
-    r: rank. lora_alpha: scale numerator, 2r when None. use_rslora: alpha/sqrt(r) instead of alpha/r
+    r: rank. lora_alpha: scale numerator. use_rslora: alpha/sqrt(r) instead of alpha/r
     (arXiv 2312.03732). target_modules: "auto" (every linear of attention and MLP that text trains:
     `list_skipped_modules` names what a foreign model has besides), "all-linear" (every linear but the
     output head), either with the fused experts of a mixture, a list of names (a module matches when its
@@ -53,8 +53,8 @@ class LoraSpec:
     None is plain LoRA. Raises ConfigError for values outside their range, or that do not go together.
     """
 
-    r: int = 16
-    lora_alpha: float | None = None
+    r: int = DEFAULT_RANK
+    lora_alpha: float = DEFAULT_ALPHA
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "auto"
     exclude_modules: str | tuple[str, ...] | None = None
@@ -114,9 +114,8 @@ class LoraSpec:
             # True is an int to Python
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"{where} is {rank!r}; a rank is a whole number of at least 1")
-        alpha = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
         for where, value in {
-            **alpha,
+            "lora_alpha": self.lora_alpha,
             **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
         }.items():
             if not _is_number(value) or value == 0:
@@ -246,23 +245,16 @@ class LoraSpec:
         return int(_match_pattern(self.rank_pattern, module, self.r))
 
     def alpha(self, module: str) -> float:
-        """The scale numerator at a module path; without a pattern entry `lora_alpha`, or 2r."""
-        return float(
-            _match_pattern(
-                self.alpha_pattern,
-                module,
-                2 * self.r if self.lora_alpha is None else self.lora_alpha,
-            )
-        )
+        """The scale numerator at a module path; without a pattern entry `lora_alpha`."""
+        return float(_match_pattern(self.alpha_pattern, module, self.lora_alpha))
 
     def with_doubled_rank(self) -> LoraSpec:
         """Twice the rank at every module, of the same scale: alpha/r, or alpha/sqrt(r)."""
         factor = math.sqrt(2) if self.use_rslora else 2
-        alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         return replace(
             self,
             r=2 * self.r,
-            lora_alpha=factor * alpha,
+            lora_alpha=factor * self.lora_alpha,
             rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
             alpha_pattern={key: factor * each for key, each in self.alpha_pattern.items()},
             init_lora_weights=True,
@@ -333,7 +325,12 @@ def lora_spec_of(lora: LoraConfig) -> LoraSpec:
         "new_token_init",
     )
     others = {*left_out, *ADALORA_FIELDS}
-    plain: dict[str, Any] = {**lora.model_dump(exclude=others), "r": lora.most_rank}
+    rank = lora.most_rank
+    plain: dict[str, Any] = {
+        **lora.model_dump(exclude=others),
+        "r": rank,
+        "lora_alpha": lora.alpha_at(rank),
+    }
     return LoraSpec(
         **plain,
         lora_bias=lora.lora_B_bias,

@@ -433,8 +433,8 @@ def _refuse_setting(setting: GivenSetting, dotted: str) -> None:
 
 def job_differences(run: RunConfig, job_run: RunConfig) -> dict[str, dict[str, Any]]:
     """{group: {setting: value}} of a job where it is not the run's, in plain values."""
-    # dumped values, not what was given: a default that follows from another setting (lora_alpha of
-    # r) differs, too
+    # dumped values, not what was given: a default that follows from another setting (warmup_ratio
+    # of warmup_steps) differs, too
     run_values, job_values = run.model_dump(mode="json"), job_run.model_dump(mode="json")
     return {
         group: {

@@ -177,10 +177,8 @@ def replace_ranks(bank: AdapterBank, name: str, ranks: Mapping[str, int], *, see
 def _at_rank(spec: LoraSpec, rank: int) -> LoraSpec:
     """The spec with another r, whose scale is the same."""
     ratio = rank / spec.r
-    alpha = 2 * spec.r if spec.lora_alpha is None else spec.lora_alpha
-    return replace(
-        spec, r=rank, lora_alpha=alpha * (math.sqrt(ratio) if spec.use_rslora else ratio)
-    )
+    factor = math.sqrt(ratio) if spec.use_rslora else ratio
+    return replace(spec, r=rank, lora_alpha=spec.lora_alpha * factor)
 
 
 def _check_layers(bank: AdapterBank, adapter: Adapter) -> dict[str, BankLinear]:

@@ -389,8 +389,9 @@ def test_an_adapter_may_lose_modules(tiny: Callable[..., nn.Module], ids: Tensor
     mine = tiny("llama")
     attach(mine, LoraSpec(r=2, target_modules=("q_proj",)), "first")
     spec = LoraSpec(
-        r=1, target_modules=TARGETS["llama"], init_lora_weights="eva", rho=16.0, use_rslora=True
-    )
+        r=1, lora_alpha=2, target_modules=TARGETS["llama"], init_lora_weights="eva", rho=16.0,
+        use_rslora=True,
+    )  # fmt: skip
     adapter = attach(mine, spec, "second", run_model=lambda: mine(ids))
     attach(mine, LoraSpec(r=2, target_modules=("q_proj",)), "third")
     bank = get_bank(mine)

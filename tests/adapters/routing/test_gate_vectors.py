@@ -33,7 +33,9 @@ def model_with_vectors(
     model: CausalLM = tiny.decoder(source, tmp_path) if native else HfModel(deepcopy(source))
     for rank, name in ((2, "a"), (4, "b"), (3, "c")):
         targets = ["q_proj", "down_proj"] if name == "c" else "all-linear"
-        spec = LoraSpec(r=rank, init_lora_weights=False, target_modules=targets)
+        spec = LoraSpec(
+            r=rank, lora_alpha=2 * rank, init_lora_weights=False, target_modules=targets
+        )
         adapter = attach(model, spec, name, seed=rank)
         with torch.no_grad():
             adapter.values.mul_(0.3)

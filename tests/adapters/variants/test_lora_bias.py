@@ -69,9 +69,10 @@ def test_logits_gradients_and_files_are_pefts(
 
 def two(tiny: Any) -> Any:
     model = native(tiny("llama"))
-    attach(model, LoraSpec(r=2, lora_bias=True), "one")
-    attach(model, LoraSpec(r=3, lora_bias=True, target_modules=("q_proj", "up_proj")), "two")
-    attach(model, LoraSpec(r=3), "plain")
+    attach(model, LoraSpec(r=2, lora_alpha=4, lora_bias=True), "one")
+    targets = ("q_proj", "up_proj")
+    attach(model, LoraSpec(r=3, lora_alpha=6, lora_bias=True, target_modules=targets), "two")
+    attach(model, LoraSpec(r=3, lora_alpha=6), "plain")
     draw = torch.Generator().manual_seed(1)
     for adapter in get_bank(model).adapters.values():
         adapter.values.copy_(torch.randn(adapter.values.shape, generator=draw) * 0.2)

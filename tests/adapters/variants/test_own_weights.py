@@ -313,6 +313,7 @@ def test_bfloat16_steps_move_masters_and_what_passes_read(tiny: Any) -> None:
     bfloat16's rounding of float32's."""
     settings = {
         "r": 2,
+        "lora_alpha": 4,
         "modules_to_save": ("norm", "lm_head"),
         "trainable_token_indices": {"embed_tokens": (9, 30, 4)},
     }

@@ -242,7 +242,7 @@ def to_peft_config(
 
     Layer numbers and exclusions are not repeated: ``target_modules`` already says it all.
     """
-    alpha = 2 * spec.r if spec.lora_alpha is None else spec.lora_alpha
+    alpha = spec.lora_alpha
     parameters = {"target_parameters": target_parameters} if target_parameters else {}
     config: dict[str, Any] = {
         **parameters,

@@ -4,6 +4,7 @@ backends. No torch here.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -37,6 +38,8 @@ OWN_WEIGHT_FIELDS = ("bias", "modules_to_save", "trainable_token_indices", "new_
 ADALORA_FIELDS = (
     "variant", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
 )  # fmt: skip
+# one alpha for every rank, so that a rate serves all of them (docs/choosing.md)
+DEFAULT_RANK, DEFAULT_ALPHA = 16, 32
 # the bound of r=auto without memory_budget: SmolLM2's adapter is then a fifth of its weights
 AUTO_RANK = 64
 
@@ -49,9 +52,9 @@ class LoraConfig(SettingsGroup):
         "lora",
         "dora: as use_dora=true; adalora: ranks go from init_r to target_r where they matter least",
     )
-    # far beyond any matrix; twice that is the limit of lora_alpha, which follows from it
+    # far beyond any matrix; with r=auto lora_alpha may be twice that, its limit
     r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = config_field(
-        16, "rank; auto: what the rows ask for (rank_by), at most what fits memory_budget"
+        DEFAULT_RANK, "rank; auto: what the rows ask for (rank_by), at most what fits memory_budget"
     )
     rank_by: Literal["data", "memory"] | None = config_field(
         None,
@@ -59,7 +62,9 @@ class LoraConfig(SettingsGroup):
         "null: data with r=auto, else memory",
     )
     lora_alpha: PositiveInt | PositiveFloat | None = derived_field(
-        "2 x r", "the adapter's update is scaled by lora_alpha / r", le=2**31
+        f"{DEFAULT_ALPHA}; where rows choose the ranks of r=auto {DEFAULT_ALPHA // DEFAULT_RANK} x r",
+        "the adapter's update is scaled by lora_alpha / r",
+        le=2**31,
     )
     lora_dropout: float = config_field(0.0, "dropout on the adapter's input", ge=0, lt=1)
     target_modules: str | list[str] = config_field(
@@ -190,6 +195,14 @@ class LoraConfig(SettingsGroup):
         """r, or with r=auto and without a memory budget the most that rows may ask for."""
         return AUTO_RANK if self.r == "auto" else self.r
 
+    def alpha_at(self, bound: int) -> float:
+        """lora_alpha, or where r=auto leaves it open what gives ``bound``, within which rows choose
+        ranks of one scale, the scale of the default rank: that of a module hangs on no bound."""
+        if self.lora_alpha is not None:
+            return self.lora_alpha
+        ratio = bound / DEFAULT_RANK
+        return DEFAULT_ALPHA * (math.sqrt(ratio) if self.use_rslora else ratio)
+
     @property
     def ranks_follow_data(self) -> bool:
         """Whether rows choose the ranks, of which r is the bound."""
@@ -263,11 +276,9 @@ class LoraConfig(SettingsGroup):
 
     @field_validator("lora_alpha", mode="before")
     @classmethod
-    def _twice_r(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None or info.data.get("r") == "auto":
-            return value  # with r=auto it follows once the rank is known
-        # as most recipes have it; the best rate falls as the rank grows (docs/choosing.md)
-        return 2 * info.data.get("r", 1)
+    def _one_for_all_ranks(cls, value: Any, info: ValidationInfo) -> Any:
+        # with r=auto it follows once the rank is known (`alpha_at`)
+        return DEFAULT_ALPHA if value is None and info.data.get("r") != "auto" else value
 
     @model_validator(mode="after")
     def _can_begin_so(self) -> Self:

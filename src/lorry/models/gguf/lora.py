@@ -73,8 +73,7 @@ def check_gguf_lora(file: Path, architecture: GgufArchitecture, adapter: Adapter
 
 def _file_alpha(adapter: Adapter) -> float:
     """The alpha of modules without a pattern of their own: the file's one alpha."""
-    spec = adapter.plain_spec
-    return float(2 * spec.r if spec.lora_alpha is None else spec.lora_alpha)
+    return float(adapter.plain_spec.lora_alpha)
 
 
 def _list_matrices(

@@ -115,14 +115,16 @@ def _adapter_rank(adapter: Path | None) -> int | None:
 def _apply_choice(
     run: RunConfig, choice: PlanChoice, existing: int | None, whole: str | None
 ) -> RunConfig:
-    """The description with a choice written into it; lora_alpha follows the rank unless it was
-    given. ``whole``: the precision of a base that is not packed; None of one that is so already.
-    """
+    """The description with a choice written into it. ``whole``: the precision of a base that is not
+    packed; None of one that is so already."""
     lora = run.lora
     if lora is not None and lora.r == "auto" and existing is None:
+        # the scale of ranks that rows choose does not hang on how many would fit
+        alpha = {"lora_alpha": lora.alpha_at(choice.rank)} if lora.ranks_follow_data else {}
         lora = LoraConfig.model_validate(
             {
                 **lora.model_dump(exclude_none=True),
+                **alpha,
                 "r": choice.rank,
                 "rank_by": lora.rank_by or "data",
             }
