@@ -151,7 +151,7 @@ def test_the_norm_is_that_of_the_sum(dtype: torch.dtype, monkeypatch: pytest.Mon
     layer = BankLinear(nn.Parameter(torch.randn(300, 64).to(dtype)), None, path="here")
     holder = nn.Module()
     holder.here = layer
-    adapter = attach(holder, LoraSpec(r=4, lora_alpha=8, target_modules=("here",), use_dora=True))
+    adapter = attach(holder, LoraSpec(r=4, target_modules=("here",), use_dora=True))
     slot, weight = layer.slots["default"], layer.weight.double()
     with torch.no_grad():
         slot.A[0] = layer.weight[7].float()
