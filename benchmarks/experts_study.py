@@ -200,7 +200,10 @@ class Workshop:
         """Those of the domains and of the halves, jobs of one run."""
         if (self.work / "experts/receipt.json").exists():
             return
-        jobs = [{"name": n, "data": self.file(f"{n}.train"), "r": r} for n, r in RANKS.items()]
+        jobs = [
+            {"name": n, "data": self.file(f"{n}.train"), "r": r, "lora_alpha": 2 * r}
+            for n, r in RANKS.items()
+        ]
         # few rows, and long: smaller steps, or there would be hardly any
         next(job for job in jobs if job["name"] == "longqa")["per_device_train_batch_size"] = (
             self.size.batch // 2
@@ -216,7 +219,8 @@ class Workshop:
             return
         common = self.common("joint")
         common["data"] |= {"path": [self.file(f"{d}.train") for d in DOMAINS]}
-        common["lora"] |= {"r": sum(RANKS[d] for d in DOMAINS)}
+        rank = sum(RANKS[d] for d in DOMAINS)
+        common["lora"] |= {"r": rank, "lora_alpha": 2 * rank}
         run = self.describe("joint", **common, train=self.train_settings())
         self.lorry("joint", "sft", run)
 

@@ -33,9 +33,9 @@ ASKED = {"common_gen": 100, "bool_q": 150, "scitldr": 40}
 # way -> (its words, its settings); rates as is usual for each: a tenth of LoRA's where the weights
 # themselves move
 WAYS: dict[str, tuple[str, list[str]]] = {
-    "lora-r4": ("LoRA, r=4", ["r=4", "learning_rate=5e-4"]),
+    "lora-r4": ("LoRA, r=4", ["r=4", "lora_alpha=8", "learning_rate=5e-4"]),
     "lora-r16": ("LoRA, r=16", ["r=16", "learning_rate=5e-4"]),
-    "lora-r64": ("LoRA, r=64", ["r=64", "learning_rate=5e-4"]),
+    "lora-r64": ("LoRA, r=64", ["r=64", "lora_alpha=128", "learning_rate=5e-4"]),
     "mlp": ("MLP weights only", ["lora=null", "trainable=mlp", "learning_rate=5e-5"]),
     "full": ("all weights", ["lora=null", "learning_rate=5e-5"]),
 }
@@ -260,6 +260,7 @@ def main() -> None:
         "distill.loss=kl",
         "distill.alpha=0.5",
         "r=4",
+        "lora_alpha=8",
         "learning_rate=5e-4",
     ]
     settings = {

@@ -282,7 +282,11 @@ def learn(task: str, work_in: Path) -> None:
         "seed": 0,
         "save_steps": 20,
         "resume_from_checkpoint": "auto",
-        "jobs": [{"name": f"r{r}", "r": r} for r in (*RANKS, AUTO)],
+        # the scale of what rows choose for all, so that the ranks alone differ
+        "jobs": [
+            *({"name": f"r{r}", "r": r, "lora_alpha": 2 * r} for r in RANKS),
+            {"name": f"r{AUTO}", "r": AUTO},
+        ],
     }
     words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     subprocess.run([sys.executable, "-m", "lorry", "sft", *words], check=True, env=_one_thread())

@@ -96,7 +96,7 @@ def cut_data(work: Path, small: int | None) -> Path:
 
 def pieces(data: Path, args: argparse.Namespace) -> list[Piece]:
     """The start, the oracle, and every way to unlearn."""
-    learn = ("r=64", "learning_rate=1e-3", f"num_train_epochs={args.learn_epochs}",
+    learn = ("r=64", "lora_alpha=128", "learning_rate=1e-3", f"num_train_epochs={args.learn_epochs}",
              "per_device_train_batch_size=8")  # fmt: skip
     forget, retain = str(data / "forget05.json"), str(data / "retain90.json")
     found = [
@@ -105,7 +105,7 @@ def pieces(data: Path, args: argparse.Namespace) -> list[Piece]:
     ]
     common = (f"forget={forget}", f"retain={retain}", f"num_train_epochs={args.epochs}",
               "per_device_train_batch_size=8", f"eval_strategy={args.eval_strategy}")  # fmt: skip
-    adapter = (f"model={args.work / 'start'}", "r=64", *common)
+    adapter = (f"model={args.work / 'start'}", "r=64", "lora_alpha=128", *common)
     for method in SEVERAL_RATES:
         found += [
             Piece(f"{method}-{rate}", f"{method}, {rate}", "unlearn",
