@@ -175,8 +175,8 @@ study-experts: setup
 	until $(BIN)/python benchmarks/experts_study.py; do test $$? -eq 75 || exit 1; done
 	$(BIN)/python benchmarks/experts_study.py --docs
 
-# Ranks, rates, layers and variants of LoRA on two tasks: hours; `benchmarks/variants_study.py --small --tasks gsm8k` is an hour and
-# a half of one core without AMX. Then the tables in docs/choosing.md. Sittings as above.
+# Ranks, rates, layers and variants of LoRA on two tasks, an hour of two cores that multiply bfloat16 (--full: a day); then the
+# tables in docs/choosing.md. Sittings as above.
 study-variants: setup
 	until $(BIN)/python benchmarks/variants_study.py; do test $$? -eq 75 || exit 1; done
 	$(BIN)/python benchmarks/variants_study.py --docs

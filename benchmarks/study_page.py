@@ -18,7 +18,7 @@ END = "<!-- end of what is made -->\n"
 @dataclass(frozen=True)
 class StudyPage:
     """``path``: the page; ``script``: of benchmarks/, which makes the section with --docs; ``records``:
-    names in benchmarks/results, of which the first that is there is shown; ``target``: of make, which
+    names in benchmarks/results, of which the page shows the first that is there, or all; ``target``: of make, which
     makes them."""
 
     path: str
@@ -33,11 +33,17 @@ class StudyPage:
 
     def find_record(self, root: Path) -> tuple[str, dict[str, Any]]:
         """(name, record) of what the page shows. Exits where there is none."""
-        for name in self.records:
-            path = root / "benchmarks/results" / f"{name}.json"
-            if path.exists():
-                return name, dict(json.loads(path.read_text()))
-        raise SystemExit(f"no record of the study is there; run make {self.target}")
+        first = self.find_records(root)[0]
+        exists = (n for n in self.records if (root / "benchmarks/results" / f"{n}.json").exists())
+        return next(exists), first
+
+    def find_records(self, root: Path) -> list[dict[str, Any]]:
+        """All that are there, in the order of their names. Exits where there is none."""
+        paths = [root / "benchmarks/results" / f"{name}.json" for name in self.records]
+        found = [dict(json.loads(path.read_text())) for path in paths if path.exists()]
+        if not found:
+            raise SystemExit(f"no record of the study is there; run make {self.target}")
+        return found
 
     def put(self, text: str, section: str) -> str:
         """The page's text with another section. Exits where it lacks the marks."""

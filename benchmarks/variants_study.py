@@ -12,7 +12,8 @@ memory are its own.
 
 What is finished is not done again: the same command goes on, and exit code 75 says that the time of
 a sitting is over. Rows come from LORRY_DATA or ../shared/data; the tables: variants_table.py.
-Results: benchmarks/results/variants-study-small-cpu.json, with --full variants-study-cpu.json.
+Results: benchmarks/results/variants-study-small-cpu.json, with --full variants-study-cpu.json, in
+float32 (--dtype, or what this machine has) variants-study-small-float32-cpu.json.
 """
 
 from __future__ import annotations
@@ -160,9 +161,9 @@ def list_ways(size: Size, task: str) -> list[Way]:
     ]  # fmt: skip
     # 162,816 values a layer at r 16 on all seven linears of SmolLM2-135M; 161,280 and 164,736 here
     found += [
-        Way("attention", "attention, r 42", "targets",
+        Way("attention", "attention, r 42, alpha 32", "targets",
             {"lora": ALPHA | {"r": 42, "target_modules": ATTENTION}}),
-        Way("mlp", "MLP, r 26", "targets", {"lora": ALPHA | {"r": 26, "target_modules": MLP}}),
+        Way("mlp", "MLP, r 26, alpha 32", "targets", {"lora": ALPHA | {"r": 26, "target_modules": MLP}}),
     ]  # fmt: skip
     if task in size.large_rows:
         found += [
@@ -399,11 +400,11 @@ def next_rate(curve: Mapping[float, float]) -> float | None:
     return None
 
 
-def dtype_here() -> str:
-    """What `dtype=auto` is on this machine."""
+def dtype_here(dtype: str) -> str:
+    """What a dtype, or `auto`, is on this machine."""
     from lorry.models.loading.load import pick_device, pick_dtype
 
-    return str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
+    return str(pick_dtype(dtype, pick_device("auto"))).removeprefix("torch.")
 
 
 def children_seconds() -> float:
@@ -430,7 +431,8 @@ def record(args: argparse.Namespace, size: Size, studies: Sequence[Study]) -> No
     }
     if not values:
         return
-    path = ROOT / "benchmarks/results" / f"{variants_table.NAMES[not args.full]}.json"
+    name = variants_table.record_name(small=not args.full, dtype=size.dtype)
+    path = ROOT / "benchmarks/results" / f"{name}.json"
     made = variants_table.make_record(values, settings_of(args, size))
     path.write_text(json.dumps(made, indent=1) + "\n")
     print(f"written to {path}")
@@ -444,14 +446,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="of one call of this script")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--ways", nargs="*", help="names of the record's ways; without it all")
     parser.add_argument("--record", action="store_true", help="the JSON of what is finished")
     parser.add_argument("--docs", action="store_true", help="write docs/choosing.md and its plot")
     args = parser.parse_args()
     size = FULL if args.full else SMALL
     # said in the record; "auto" would not say what it was
-    size = replace(size, dtype=dtype_here())
-    args.work = args.work or ROOT / "build" / f"study-{variants_table.NAMES[not args.full]}"
+    size = replace(size, dtype=dtype_here(args.dtype))
+    name = variants_table.record_name(small=not args.full, dtype=size.dtype)
+    args.work = args.work or ROOT / "build" / f"study-{name}"
     if args.docs:
         variants_table.write_docs(ROOT)
         return 0

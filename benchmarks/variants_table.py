@@ -25,10 +25,19 @@ from plots import LINES
 from results import grid
 from study_page import StudyPage
 
-NAMES = {False: "variants-study-cpu", True: "variants-study-small-cpu"}  # by --small
+
+def record_name(*, small: bool, dtype: str) -> str:
+    """Of a record in benchmarks/results."""
+    own = "-float32" if dtype == "float32" else ""
+    return f"variants-study{'-small' * small}{own}-cpu"
+
+
 PAGE = StudyPage(
-    "docs/choosing.md", "variants_study.py", (NAMES[False], NAMES[True]), "study-variants"
-)
+    "docs/choosing.md", "variants_study.py",
+    tuple(record_name(small=small, dtype=d) for small in (False, True) for d in ("bfloat16", "float32")),
+    "study-variants",
+)  # fmt: skip
+PICTURE = "results/variants-study-cpu.png"
 PLAIN, WHOLE = "r16-alpha32", "full"
 DRAWS, LEVEL = 4000, 0.95
 FEWEST = 3  # rates of a curve that says where its best lies
@@ -551,17 +560,31 @@ def make_record(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
     }
 
 
-def docs_section(record: Mapping[str, Any], picture: str) -> str:
-    """What stands between the marks of docs/choosing.md."""
+def label_tasks(
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, tuple[Found, Mapping[str, Any]]]:
+    """{task and dtype: (what it showed, its record's settings)}."""
+    return {
+        f"{task}, {record['settings']['size']['dtype']}": (found, record["settings"])
+        for record in records
+        for task, found in found_of(record).items()
+    }
+
+
+def describe_record(record: Mapping[str, Any]) -> str:
+    """Which command made it, where, and with how much of everything."""
     settings, where = record["settings"], record["machine"]
     size, threads = settings["size"], settings["threads"]
-    full = "" if settings["small"] else " --full"
+    options = ("" if settings["small"] else " --full") + (
+        " --dtype float32" if size["dtype"] == "float32" else ""
+    )
     tasks = found_of(record)
-    rows = ", ".join(
+    rows = "; ".join(
         f"{size['rows'][task]} rows of {task}, {size['batch'][task]} a step, {size['held'][task]} held out"
         for task in tasks
     )
-    large = ", ".join(f"{size['large_rows'][t]} of {t}" for t in tasks if t in size["large_rows"])
+    large = [f"{size['large_rows'][t]} of {t}" for t in tasks if t in size["large_rows"]]
+    of_batches = f" (for 8 and 64 rows a step {', '.join(large)})" if large else ""
     # the record may be of a study that has not come to them
     again = any(found.fresh for found in tasks.values())
     seeds = (
@@ -569,17 +592,26 @@ def docs_section(record: Mapping[str, Any], picture: str) -> str:
         if again
         else "one seed each"
     )
+    return (
+        f"{record['date']}, `python benchmarks/variants_study.py{options}`, {settings['model']} in "
+        f"{size['dtype']} on {where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of "
+        f"{rows}{of_batches}; {seeds}."
+    )
+
+
+def docs_section(records: Sequence[Mapping[str, Any]]) -> str:
+    """What stands between the marks of docs/choosing.md."""
+    tasks = label_tasks(records)
+    found_by = {label: found for label, (found, _) in tasks.items()}
     parts = [
-        f"{record['date']}, `python benchmarks/variants_study.py{full}`, {settings['model']} in {size['dtype']} on "
-        f"{where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of {rows} (for 8 and 64 a step "
-        f"{large}); {seeds}.",
-        "Do the defaults stand? `yes`: nothing tried in their place was better beyond its interval.",
-        table(defaults_table(tasks, settings["default_rate"])),
-        table(claims_table(tasks)),
-        f"![Held-out loss by learning rate]({picture})",
+        *map(describe_record, records),
+        "Does a default stand? `yes`: nothing tried in its place was better beyond its interval.",
+        table(defaults_table(found_by, records[0]["settings"]["default_rate"])),
+        table(claims_table(found_by)),
+        f"![Held-out loss by learning rate]({PICTURE})",
     ]
-    for task, found in tasks.items():
-        parts += [f"### {task}", task_text(found, settings), table(curves_table(found))]
+    for label, (found, settings) in tasks.items():
+        parts += [f"### {label}", task_text(found, settings), table(curves_table(found))]
         if found.fresh:
             parts += ["The best of each under several seeds:", table(seeds_table(found))]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
@@ -612,11 +644,13 @@ def table(columns_and_rows: tuple[Sequence[str], Sequence[Sequence[str]]]) -> st
 
 def write_docs(root: Path) -> None:
     """The section of docs/choosing.md, and its plot."""
-    name, record = PAGE.find_record(root)
-    page, picture = root / PAGE.path, f"results/{name}.png"
-    page.write_text(PAGE.put(page.read_text(), docs_section(record, picture)))
-    draw(found_of(record), root / "docs" / picture)
-    print(f"{page} and {picture}, from {name}.json")
+    records, page = PAGE.find_records(root), root / PAGE.path
+    page.write_text(PAGE.put(page.read_text(), docs_section(records)))
+    draw(
+        {label: found for label, (found, _) in label_tasks(records).items()},
+        root / "docs" / PICTURE,
+    )
+    print(f"{page} and {PICTURE}, from {len(records)} record{'s' * (len(records) > 1)}")
 
 
 PANELS: Sequence[tuple[str, Callable[[Mapping[str, Any]], bool]]] = (
