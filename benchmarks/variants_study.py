@@ -6,9 +6,9 @@
 
 Everything is trained by `lorry sweep`, so that jobs share passes over the base, but for whole
 weights (`lorry sft lora=null`), which cannot. A way of training has a curve: held-out loss over a
-grid of learning rates; where the best lies at the grid's edge, the grid grows. The best of each
-variant then trains again under fresh seeds, each variant in a process of its own, whose time and
-memory are its own.
+grid of learning rates; where the best lies at the grid's edge, the grid grows. Each
+variant then trains at the best rate of its curve under several seeds, in a process of its own, whose
+time and memory are its own.
 
 What is finished is not done again: the same command goes on, and exit code 75 says that the time of
 a sitting is over. Rows come from LORRY_DATA or ../shared/data; the tables: variants_table.py.
@@ -48,8 +48,8 @@ class Size:
     """How much of everything. ``rows``: trained on, once, by task; ``batch``: rows a step, by task;
     ``large_rows``: trained on in part d, by task, where there is one; ``held``: rows that are asked,
     by task; ``rates``: the grid of LoRA, ``full_rates`` of whole weights, ``few``: how many of the
-    grid's middle a variant has; ``extend``: how often a grid grows at its edge; ``seeds``: fresh
-    ones of the best of each; ``init_rows``: rows that a data-driven start reads; ``jobs`` in a
+    grid's middle a variant has; ``extend``: how often a grid grows at its edge; ``seeds``: of the
+    best of each; ``init_rows``: rows that a data-driven start reads; ``jobs`` in a
     pass; ``dtype`` of the base.
     """
 
@@ -78,7 +78,7 @@ SMALL = Size(
     # four steps of 64; of gsm8k as many would be a third of the study's time
     large_rows={"common_gen": 256}, held={"gsm8k": 16, "common_gen": 48},
     rates=(3e-4, 1e-3, 3e-3), full_rates=(2e-5, 6e-5, 2e-4),
-    few=3, extend=2, seeds=2, init_rows=8, jobs=8,
+    few=3, extend=2, seeds=3, init_rows=8, jobs=8,
 )  # fmt: skip
 # part d, rows a step: what fits memory, and eight times that
 BATCHES = (8, 64)
@@ -247,7 +247,7 @@ class Study:
         }
 
     def run_part(self, part: str) -> None:
-        """A part's curves, and the best of them under fresh seeds. Raises Unfinished."""
+        """A part's curves, and the best of them under several seeds. Raises Unfinished."""
         self.run_curves(part)
         self.run_seeds(part)
 
@@ -281,24 +281,26 @@ class Study:
                     self.train(piece, missing)
 
     def run_seeds(self, part: str) -> None:
-        """The best of each variant, of r 16, of some layers and of whole weights under fresh seeds: a
-        process each."""
+        """Each variant, r 16, some layers and whole weights at the best rate of the curve, between those
+        tried, under several seeds: a process each."""
         for way in self.ways:
             again = way.part in ("full", "variants", "targets") or way.name == variants_table.PLAIN
             if again and way.part == part and way.name in self.asked:
-                curve = self.curve(way)
-                best = Point(way, min(curve, key=lambda rate: curve[rate]))
-                fresh = [Point(way, best.rate, seed) for seed in range(1, self.size.seeds + 1)]
+                # once a seed has trained, its rate is kept: what it adds to the curve would move it
+                known = [p["rate"] for p in self.points if p["way"] == way.name and p["seed"]]
+                rate = known[0] if known else variants_table.best_rate(self.curve(way))
+                best = Point(way, float(f"{rate:.2g}"))
+                points = [replace(best, seed=seed) for seed in range(1, self.size.seeds)] + [best]
                 if way.whole:
-                    for point in fresh:
+                    for point in points:
                         if not self.has(point):
                             self.train(f"seeds-{way.name}-{point.seed}", [point])
-                elif not all(map(self.has, fresh)):
+                elif not all(map(self.has, points)):
                     self.train(f"seeds-{way.name}", [best], seeds=self.size.seeds)
 
     def train(self, piece: str, points: Sequence[Point], seeds: int = 0) -> None:
         """One command of Lorry's, and its numbers added to points.json. ``seeds``: each point under
-        so many, from 1."""
+        so many, from its own."""
         run, (first, *_) = self.work / piece, points
         rows = "batch" if first.way.part == "batch" else "train"
         settings: dict[str, Any] = {
@@ -320,7 +322,7 @@ class Study:
                 "eval_strategy": "epoch",
                 "save_steps": 8,
                 "resume_from_checkpoint": "auto",
-                "seed": 1 if seeds else first.seed,
+                "seed": first.seed,
             },
             "output_dir": str(run),
         }
@@ -369,7 +371,9 @@ class Study:
             found = {job["name"]: job.get("eval_loss") for job in jobs}
             base = {}
         for point in points:
-            for seed in range(1, seeds + 1) if seeds else (point.seed,):
+            for seed in range(point.seed, point.seed + max(seeds, 1)):
+                if self.has(replace(point, seed=seed)):
+                    continue  # of the curve
                 name = f"{point.name}-seed{seed}" if seeds else point.name
                 loss = found.get(name, found.get(f"seed{seed}"))
                 self.points.append({
