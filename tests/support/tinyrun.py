@@ -178,11 +178,11 @@ def engine_for(
     make_backend: Callable[..., LocalBackend] = LocalBackend, **train: Any,
 ) -> TrainingEngine:  # fmt: skip
     """The engine on `seam.tiny_llama`, an adapter for every name of the task (``specs``: one each,
-    r=3 if absent).
+    of rank 3 and scale 2 if absent).
     """
     model = tiny_llama()
     for name, spec in zip_longest(task.adapters, specs):
-        attach(model, spec or LoraSpec(r=3), name)
+        attach(model, spec or LoraSpec(r=3, lora_alpha=6), name)
     backend = make_backend(model, list(task.adapters), optim or OptimSettings())
     return TrainingEngine(
         backend,

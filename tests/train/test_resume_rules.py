@@ -47,7 +47,7 @@ def unfinished(world: World, tmp_path: Path) -> Path:
     ("changed", "named"),
     [
         ({"learning_rate": 2e-2}, ["train.learning_rate 0.01 -> 0.02"]),
-        ({"r": 4}, ["lora.r 2 -> 4", "lora.lora_alpha 4 -> 8"]),
+        ({"r": 4, "lora_alpha": 8}, ["lora.r 2 -> 4", "lora.lora_alpha 32 -> 8"]),
         ({"seed": 4, "packing": False}, ["train.seed 3 -> 4", "data.packing true -> false"]),
         ({"eval_steps": 2}, ["train.eval_steps 3 -> 2"]),
         ({"target_modules": ["q_proj", "o_proj"]}, ["lora.target_modules"]),
