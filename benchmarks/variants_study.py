@@ -243,7 +243,7 @@ class Study:
         return {
             p["rate"]: p["loss"]
             for p in self.points
-            if p["way"] == way.name and not p["seed"] and (rates is None or p["rate"] in rates)
+            if p["way"] == way.name and p["grid"] and (rates is None or p["rate"] in rates)
         }
 
     def run_part(self, part: str) -> None:
@@ -291,12 +291,14 @@ class Study:
                 rate = known[0] if known else variants_table.best_rate(self.curve(way))
                 best = Point(way, float(f"{rate:.2g}"))
                 points = [replace(best, seed=seed) for seed in range(1, self.size.seeds)] + [best]
+                missing = [point for point in points if not self.has(point)]
                 if way.whole:
-                    for point in points:
-                        if not self.has(point):
-                            self.train(f"seeds-{way.name}-{point.seed}", [point])
-                elif not all(map(self.has, points)):
-                    self.train(f"seeds-{way.name}", [best], seeds=self.size.seeds)
+                    for point in missing:
+                        self.train(f"seeds-{way.name}-{point.seed}", [point])
+                elif missing:
+                    # the curve may have that of seed 0
+                    first = min(missing, key=lambda point: point.seed)
+                    self.train(f"seeds-{way.name}", [first], seeds=len(missing))
 
     def train(self, piece: str, points: Sequence[Point], seeds: int = 0) -> None:
         """One command of Lorry's, and its numbers added to points.json. ``seeds``: each point under
@@ -354,12 +356,15 @@ class Study:
         finally:
             earlier = float(spent.read_text()) if spent.exists() else 0.0
             spent.write_text(str(earlier + children_seconds() - before))
-        self.add(run, points, seeds, float(spent.read_text()))
+        grid = not piece.startswith("seeds-")
+        self.add(run, points, seeds, grid=grid, seconds=float(spent.read_text()))
         # nothing is asked of the adapters again, and whole weights are half a gigabyte each
         shutil.rmtree(run)
 
-    def add(self, run: Path, points: Sequence[Point], seeds: int, seconds: float) -> None:
-        """A finished run's numbers, into points.json."""
+    def add(
+        self, run: Path, points: Sequence[Point], seeds: int, *, grid: bool, seconds: float
+    ) -> None:
+        """A finished run's numbers, into points.json. ``grid``: whether they belong to a curve."""
         lines = read_lines(run / "metrics.jsonl")
         memory = max(line.get("peak_memory_bytes", 0) for line in lines)
         if points[0].way.whole:
@@ -372,12 +377,10 @@ class Study:
             base = {}
         for point in points:
             for seed in range(point.seed, point.seed + max(seeds, 1)):
-                if self.has(replace(point, seed=seed)):
-                    continue  # of the curve
                 name = f"{point.name}-seed{seed}" if seeds else point.name
                 loss = found.get(name, found.get(f"seed{seed}"))
                 self.points.append({
-                    "way": point.way.name, "rate": point.rate, "seed": seed,
+                    "way": point.way.name, "rate": point.rate, "seed": seed, "grid": grid,
                     # one that diverged is as bad as it gets, and JSON has no infinity
                     "loss": loss if loss is not None and math.isfinite(loss) else 99.0,
                     "tokens": sum(line.get("tokens", 0) for line in lines),

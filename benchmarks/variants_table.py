@@ -4,9 +4,10 @@ docs/choosing.md, which are made of the record and of nothing else.
 A loss is that of the same held-out rows for all. The noise of one training is the standard deviation
 of what is left of the losses of ways under several seeds once the mean of each way and what a seed
 does to every way alike (the order of rows) are taken off: two trainings are only ever compared under
-one seed. Every interval is Student's t with it. The best rate is the lowest point of a parabola through
-the best of a curve and its two neighbours, over the logarithm of the rate; its interval comes of
-curves drawn with that noise.
+one seed. Every interval is Student's t with it. What is best of a curve is the lowest point of a
+parabola through its best point and the two neighbours, over the logarithm of the rate: whose grid
+happens to have its best rate would else win. How far that point may lie comes of curves drawn with
+the noise.
 All of it is about these held-out rows and no others.
 """
 
@@ -16,7 +17,7 @@ import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,11 @@ class Found:
 
     @cached_property
     def curves(self) -> dict[str, dict[float, float]]:
-        """{way: {rate: loss}} of seed 0, by rate."""
+        """{way: {rate: loss}} of the grids, by rate; a better rate that was tried later is not among them,
+        or who had one would be compared with who had none."""
         found = dict[str, dict[float, float]]()
         for point in sorted(self.points, key=lambda p: p["rate"]):
-            if not point["seed"]:
+            if point["grid"]:
                 found.setdefault(point["way"], {})[point["rate"]] = point["loss"]
         return found
 
@@ -82,14 +84,12 @@ class Found:
 
     @cached_property
     def seeded(self) -> dict[str, dict[int, float]]:
-        """{way: {seed: its loss}} at the best rates: the fresh seeds, and the one that chose the
-        rate."""
-        found = dict[str, dict[int, float]]()
-        for way, points in self.fresh.items():
-            (rate,) = {point["rate"] for point in points.values()}
-            first = self.curves.get(way, {}).get(rate)
-            chosen = {} if first is None else {0: first}
-            found[way] = chosen | {seed: point["loss"] for seed, point in points.items()}
+        """{way: {seed: its loss}} at the best rates: the fresh seeds, and that of the curves."""
+        rates = {way: {p["rate"] for p in points.values()} for way, points in self.fresh.items()}
+        found: dict[str, dict[int, float]] = {way: {} for way in rates}
+        for point in sorted(self.points, key=lambda p: p["seed"]):
+            if point["rate"] in rates.get(point["way"], ()):
+                found[point["way"]][point["seed"]] = point["loss"]
         return found
 
     @cached_property
@@ -129,17 +129,57 @@ class Found:
 
     def lowest(self, way: str) -> float:
         """The best loss of a curve."""
-        return min(self.curves[way].values())
+        return lowest_point(self.curves[way])[1]
 
     def has_curves(self, *ways: str) -> bool:
         """Whether each has been trained at rates enough."""
         return all(len(self.curves.get(way, {})) >= FEWEST for way in ways)
 
+    @cached_property
+    def _drawn(self) -> dict[str, list[Curve]]:
+        return {}
+
+    def drawn(self, way: str) -> list[Curve]:
+        """A way's curve, then such as the noise might have made of it; none where it is not known."""
+        import numpy as np
+
+        if way not in self._drawn:
+            curve, found = self.curves[way], list[Curve]()
+            if self.noise is not None:
+                generator = np.random.default_rng([*way.encode()])
+                noise = generator.normal(0, self.noise[0], (DRAWS, len(curve)))
+                found = [
+                    dict(zip(curve, losses, strict=True))
+                    for losses in (noise + np.array([*curve.values()])).tolist()
+                ]
+            self._drawn[way] = [curve, *found]
+        return self._drawn[way]
+
+    def compare(
+        self, *terms: tuple[float, str, Callable[[Curve], float | None]], by: float
+    ) -> Interval | None:
+        """The sum of factor * what is read off a way's curve, over ``by``: the value, and Student's t with the
+        spread over drawn curves. None where a curve does not have it."""
+        import numpy as np
+        from scipy.special import stdtrit
+
+        value, variance = 0.0, 0.0
+        for factor, way, read in terms:
+            own, *drawn = [read(curve) for curve in self.drawn(way)]
+            if own is None:
+                return None
+            value += factor * own
+            variance += factor**2 * float(np.var([x for x in drawn if x is not None] or [0.0]))
+        if self.noise is None:
+            return value / by, -math.inf, math.inf
+        width = float(stdtrit(self.noise[1], (1 + LEVEL) / 2)) * math.sqrt(variance)
+        return value / by, (value - width) / by, (value + width) / by
+
     def over(self, way: str, other: str) -> Interval | None:
         """What the best of one curve lies over that of another, as a share; one seed each."""
         if not self.has_curves(way, other):
             return None
-        return self.share_of(self.lowest(way), self.lowest(other))
+        return self.compare((1, way, low), (-1, other, low), by=self.lowest(other))
 
     def over_seeds(self, way: str, other: str = PLAIN) -> Interval | None:
         """The same of the means over the seeds that both have; None where either has one alone."""
@@ -155,12 +195,19 @@ class Found:
         """The same of several seeds where there are, else of the curves."""
         return self.over_seeds(way, other) or self.over(way, other)
 
-    def over_at(self, way: str, rate: float) -> Interval | None:
-        """What a way at a rate lies over the best of plain LoRA's curve; one seed each."""
-        loss = self.curves.get(way, {}).get(rate)
-        if loss is None or PLAIN not in self.curves:
+    def over_best(self, way: str, rate: float) -> Interval | None:
+        """What a way at a rate, between those tried, lies over the best of plain LoRA's curve."""
+        if not self.has_curves(way, PLAIN):
             return None
-        return self.share_of(loss, self.lowest(PLAIN))
+        at = partial(loss_at, rate=rate)
+        return self.compare((1, way, at), (-1, PLAIN, low), by=self.lowest(PLAIN))
+
+    def over_at(self, way: str, other: str, rate: float) -> Interval | None:
+        """What a way lies over another at the same rate, between those tried of both."""
+        if not self.has_curves(way, other):
+            return None
+        at = partial(loss_at, rate=rate)
+        return self.compare((1, way, at), (-1, other, at), by=self.lowest(other))
 
     def share_of(self, loss: float, other: float, trainings: int = 1) -> Interval:
         """What a loss lies over another, means of so many trainings each."""
@@ -170,18 +217,7 @@ class Found:
 
     def drawn_rates(self, way: str) -> list[float]:
         """The best rate of a way's curve, then those of the curves drawn with the noise."""
-        import numpy as np
-
-        curve = self.curves[way]
-        found = [best_rate(curve)]
-        if self.noise is not None:
-            generator = np.random.default_rng([*way.encode()])
-            noise = generator.normal(0, self.noise[0], (DRAWS, len(curve)))
-            found += [
-                best_rate(dict(zip(curve, losses, strict=True)))
-                for losses in noise + np.array([*curve.values()])
-            ]
-        return found
+        return [best_rate(curve) for curve in self.drawn(way)]
 
     def ratio(self, way: str, other: str) -> Interval | None:
         """The best rate of one way over that of another."""
@@ -200,18 +236,47 @@ class Found:
         return sum(seconds) / len(points), max(p["memory_bytes"] for p in points) / 2**20
 
 
-def best_rate(curve: Curve) -> float:
-    """Where the parabola through the best of a curve and its neighbours is lowest, over the
-    logarithm of the rate, within the rates tried; at an edge that rate itself."""
+def lowest_point(curve: Curve) -> tuple[float, float]:
+    """(rate, loss) where the parabola through the best of a curve and its neighbours is lowest, over
+    the logarithm of the rate, within the rates tried; at an edge that point itself."""
     rates = sorted(curve)
     at = min(range(len(rates)), key=lambda n: curve[rates[n]])
     if not 0 < at < len(rates) - 1:
-        return rates[at]
+        return rates[at], curve[rates[at]]
     (x0, y0), (x1, y1), (x2, y2) = ((math.log(r), curve[r]) for r in rates[at - 1 : at + 2])
     up = (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0)
     if not up:  # all three alike
-        return rates[at]
-    return math.exp(x1 - ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / (2 * up))
+        return rates[at], y1
+    lowest = math.exp(x1 - ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / (2 * up))
+    return lowest, _parabola(curve, rates[at - 1 : at + 2], lowest)
+
+
+def _parabola(curve: Curve, rates: Sequence[float], rate: float) -> float:
+    """The value at a rate of the parabola through three points of a curve (Lagrange's form)."""
+    x, total = math.log(rate), 0.0
+    for r in rates:
+        others = [math.log(o) for o in rates if o != r]
+        total += curve[r] * math.prod((x - o) / (math.log(r) - o) for o in others)
+    return total
+
+
+def best_rate(curve: Curve) -> float:
+    """That of `lowest_point`."""
+    return lowest_point(curve)[0]
+
+
+def low(curve: Curve) -> float:
+    """The loss of `lowest_point`."""
+    return lowest_point(curve)[1]
+
+
+def loss_at(curve: Curve, rate: float) -> float | None:
+    """At a rate within those tried, by the parabola through the three nearest to it; None outside."""
+    rates = sorted(curve)
+    if len(rates) < FEWEST or not rates[0] <= rate <= rates[-1]:
+        return None
+    nearest = sorted(rates, key=lambda r: abs(math.log(r / rate)))[:3]
+    return _parabola(curve, nearest, rate)
 
 
 def at_edge(curve: Curve) -> str:
@@ -308,12 +373,14 @@ def variant_range(found: Found) -> str:
 
 def batch_effect(found: Found) -> str:
     """What larger batches cost LoRA and whole weights, and LoRA more than those."""
-    lora, whole = (found.over(f"{way}-batch64", f"{way}-batch8") for way in ("r16", "full"))
+    names = [f"{way}-batch{rows}" for way in ("r16", "full") for rows in (64, 8)]
+    lora, whole = found.over(*names[:2]), found.over(*names[2:])
     if lora is None or whole is None:
         return f"LoRA {share(lora)}; whole weights {share(whole)}"
-    by, width = lora[0] - whole[0], found.half_width(1, means=4) / found.lowest("r16-batch8")
-    more = share((by, by - width, by + width))
-    return f"LoRA {share(lora)}; whole weights {share(whole)}; the one less the other {more}"
+    few, many = found.lowest("r16-batch8"), found.lowest("full-batch8")
+    factors = zip(names, (1 / few, -1 / few, -1 / many, 1 / many), strict=True)
+    more = found.compare(*((factor, name, low) for name, factor in factors), by=1.0)
+    return f"LoRA {share(lora)}; whole weights {share(whole)}; the one less the other {share(more)}"
 
 
 def dora_cost(found: Found) -> str:
@@ -385,7 +452,7 @@ class Default:
         """Where it stands: where nothing tried in its place was better beyond the interval."""
         said = dict[str, bool]()
         for task, found in tasks.items():
-            known = [value for value in self.others(found) if value is not None]
+            known = [v for v in self.others(found) if v is not None and math.isfinite(v[1])]
             if known:
                 said[task] = not any(high < 0 for _, _, high in known)
         if not said:
@@ -398,19 +465,14 @@ class Default:
 RANKS = {1: 2, 4: 8, 64: 128}  # those beside 16, with 2 r
 
 
-def plain_rate(found: Found) -> float:
-    """The best of those that plain LoRA was tried at."""
-    curve = found.curves[PLAIN]
-    return min(curve, key=lambda r: curve[r])
-
-
 def alphas_seen(found: Found) -> str:
     """Both ways of choosing alpha, at the rate that is best at r 16 and at their own."""
-    if PLAIN not in found.curves:
+    if not found.has_curves(PLAIN):
         return "not run"
-    at = plain_rate(found)
+    at = best_rate(found.curves[PLAIN])
     kept = "; ".join(
-        f"r {r}: {share(found.over_at(f'r{r}-alpha32', at))}, with 2 r {share(found.over_at(f'r{r}-alpha{twice}', at))}"
+        f"r {r}: {share(found.over_best(f'r{r}-alpha32', at))}, "
+        f"with 2 r {share(found.over_best(f'r{r}-alpha{twice}', at))}"
         for r, twice in RANKS.items()
     )
     own = []
@@ -427,19 +489,19 @@ def alphas_seen(found: Found) -> str:
 
 def alphas_over(found: Found) -> list[Interval | None]:
     """2 r over 32 for each rank, at the rate that is best at r 16."""
-    if PLAIN not in found.curves:
+    if not found.has_curves(PLAIN):
         return []
-    at, over = plain_rate(found), list[Interval | None]()
-    for r, twice in RANKS.items():
-        own, other = (found.curves.get(f"r{r}-alpha{a}", {}).get(at) for a in (twice, 32))
-        over.append(None if own is None or other is None else found.share_of(own, other))
-    return over
+    at = best_rate(found.curves[PLAIN])
+    return [found.over_at(f"r{r}-alpha{twice}", f"r{r}-alpha32", at) for r, twice in RANKS.items()]
 
 
 def rate_over(found: Found, default: float) -> Interval | None:
     """The best of plain LoRA's rates over the default one."""
     curve = found.curves.get(PLAIN, {})
-    return found.share_of(min(curve.values()), curve[default]) if default in curve else None
+    if default not in curve:
+        return None
+    at = partial(loss_at, rate=default)
+    return found.compare((1, PLAIN, low), (-1, PLAIN, at), by=curve[default])
 
 
 def list_defaults(default_rate: float) -> list[Default]:
@@ -525,12 +587,12 @@ def seeds_table(found: Found) -> tuple[list[str], list[list[str]]]:
 def passed_over(found: Found, default: float) -> str:
     """What the default rate costs against the best of its curve, in words; empty where it was not
     tried."""
-    curve = found.curves.get(PLAIN, {})
-    if default not in curve:
+    over = rate_over(found, default)
+    if over is None or not found.has_curves(PLAIN):
         return ""
-    best = min(curve, key=lambda r: curve[r])
-    lost = (curve[default] - curve[best]) / curve[best]
-    return f"loss {curve[default]:.3f} at {rate(default)}, {curve[best]:.3f} at {rate(best)} ({lost:+.1%})"
+    curve = found.curves[PLAIN]
+    (at, loss), lost = lowest_point(curve), curve[default]
+    return f"loss {lost:.3f} at {rate(default)}, {loss:.3f} at {rate(at)} ({share(over)})"
 
 
 # --- the record and the page
@@ -587,11 +649,7 @@ def describe_record(record: Mapping[str, Any]) -> str:
     of_batches = f" (for 8 and 64 rows a step {', '.join(large)})" if large else ""
     # the record may be of a study that has not come to them
     again = any(found.fresh for found in tasks.values())
-    seeds = (
-        f"the best of each under {1 + size['seeds']} seeds, the first of which chose its rate"
-        if again
-        else "one seed each"
-    )
+    seeds = f"the best of each under {size['seeds']} seeds" if again else "one seed each"
     return (
         f"{record['date']}, `python benchmarks/variants_study.py{options}`, {settings['model']} in "
         f"{size['dtype']} on {where['cpu']}, {threads} thread{'s' * (threads > 1)}: one epoch of "
@@ -625,7 +683,7 @@ def task_text(found: Found, settings: Mapping[str, Any]) -> str:
         said.append(f"Before training the loss is {found.base_loss:.3f}.")
     if found.noise is not None:
         deviation, freedom = found.noise
-        plain, seeds = found.lowest(PLAIN), 1 + settings["size"]["seeds"]
+        plain, seeds = found.lowest(PLAIN), settings["size"]["seeds"]
         said.append(
             f"The noise of one training is {deviation:.4f} ({deviation / plain:.2%} of the loss; "
             f"{freedom} degrees of freedom): two trainings are told apart from "

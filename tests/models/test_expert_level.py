@@ -51,7 +51,11 @@ def with_experts(
     for expert, rank in EXPERTS.items():
         layers = (0,) if expert == "c" else None
         spec = LoraSpec(
-            r=rank, init_lora_weights=False, target_modules=MLP, layers_to_transform=layers
+            r=rank,
+            lora_alpha=2 * rank,
+            init_lora_weights=False,
+            target_modules=MLP,
+            layers_to_transform=layers,
         )
         adapter = attach(model, spec, expert, seed=rank)
         with torch.no_grad():

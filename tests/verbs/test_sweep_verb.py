@@ -183,7 +183,7 @@ def test_sft_shows_each_job(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "jobs"
-    jobs = "jobs=[{name: small, r: 2}, {name: brief, r: 3, max_steps: 2}]"
+    jobs = "jobs=[{name: small, lora_alpha: 4}, {name: brief, lora_alpha: 6, max_steps: 2}]"
     assert (
         lorry(
             "sft", f"model={world.base}", f"data={world.rows}", f"output_dir={out}", jobs, *SETTINGS
