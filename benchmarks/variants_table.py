@@ -606,9 +606,11 @@ def found_of(record: Mapping[str, Any]) -> dict[str, Found]:
 def make_record(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything as JSON. ``values``: of each task its ways and points."""
     columns, rows = claims_table(found_of({"values": values}))
-    small = " (small)" if settings["small"] else ""
+    size = "small" if settings["small"] else "full"
     return {
-        "title": f"Ranks, rates, layers and variants{small}, {settings['model']}",
+        "title": (
+            f"Ranks, rates, layers and variants ({size}, {settings['size']['dtype']}), {settings['model']}"
+        ),
         "text": (
             "`make study-variants`, or `benchmarks/variants_study.py` with the settings in the JSON: "
             "held-out loss [95%]; docs/choosing.md has the rest."

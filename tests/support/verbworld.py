@@ -34,6 +34,7 @@ PEOPLE = [
 STEPS = 40
 TRAIN = (
     "r=8",
+    "lora_alpha=16",
     "learning_rate=1e-2",
     "per_device_train_batch_size=4",
     "dtype=float32",

@@ -52,7 +52,7 @@ def unlearned(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = write_rows(folder / "retain.jsonl", [{k: row[k] for k in PEOPLE[0]} for row in NEW])
     settings = (
         f"model={world.run}", f"forget={world.rows}", f"retain={rows}", "method=GradDiff", "r=4",
-        "learning_rate=1e-2", "max_steps=6", "per_device_train_batch_size=2", "save_strategy=no",
+        "lora_alpha=8", "learning_rate=1e-2", "max_steps=6", "per_device_train_batch_size=2", "save_strategy=no",
         f"output_dir={folder / 'run'}",
     )  # fmt: skip
     assert lorry("unlearn", *settings, *SETTINGS) == 0
