@@ -149,7 +149,7 @@ def relearn_by_peft(
     attach(ours, LoraSpec(r=4), "relearn", seed=0)
     first = {path: slot.A.detach() for path, slot in get_bank(ours)["relearn"].slots.items()}
     names = sorted({path.rpartition(".")[2] for path in first})
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, lora_alpha=32, target_modules=names, task_type="CAUSAL_LM")
     model.model = peft.get_peft_model(model.model, config)
     matrices = {n: p for n, p in model.model.named_parameters() if "lora_" in n}
     with torch.no_grad():
