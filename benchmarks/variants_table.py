@@ -238,17 +238,20 @@ class Found:
 
 def lowest_point(curve: Curve) -> tuple[float, float]:
     """(rate, loss) where the parabola through the best of a curve and its neighbours is lowest, over
-    the logarithm of the rate, within the rates tried; at an edge that point itself."""
+    the logarithm of the rate, within the rates tried; at an edge that point itself. A training that
+    broke down counts as one at the lowest rate, which learnt least: no parabola goes through it."""
     rates = sorted(curve)
     at = min(range(len(rates)), key=lambda n: curve[rates[n]])
     if not 0 < at < len(rates) - 1:
         return rates[at], curve[rates[at]]
-    (x0, y0), (x1, y1), (x2, y2) = ((math.log(r), curve[r]) for r in rates[at - 1 : at + 2])
+    worst = max(curve[r] for r in rates[:at])
+    curve = {r: min(curve[r], worst) for r in rates[at - 1 : at + 2]}
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(r), loss) for r, loss in curve.items())
     up = (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0)
     if not up:  # all three alike
         return rates[at], y1
     lowest = math.exp(x1 - ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / (2 * up))
-    return lowest, _parabola(curve, rates[at - 1 : at + 2], lowest)
+    return lowest, _parabola(curve, [*curve], lowest)
 
 
 def _parabola(curve: Curve, rates: Sequence[float], rate: float) -> float:

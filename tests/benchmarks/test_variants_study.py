@@ -179,6 +179,12 @@ def ways(*names: str, part: str = "variants") -> list[dict[str, str]]:
 def test_the_best_rate_is_the_lowest_point_of_the_parabola() -> None:
     curve = {r: 2 + math.log(r / 7e-4) ** 2 for r in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
     assert best_rate(curve) == pytest.approx(7e-4)
+    # what broke down says as much as what hardly learnt, however high it is
+    broken = {1e-3: 2.6, 3e-3: 2.4, 9e-3: 2.1, 2.7e-2: 11.0}
+    assert variants_table.lowest_point(broken) == variants_table.lowest_point(
+        broken | {2.7e-2: 2.6}
+    )
+    assert variants_table.low(broken) > 2.05
     # at an edge the rate itself: nothing is known of what lies beyond
     assert best_rate({r: r for r in (1e-4, 3e-4, 1e-3)}) == 1e-4
     assert best_rate({1e-4: 3.0, 3e-4: 3.0, 1e-3: 3.0}) == 1e-4
