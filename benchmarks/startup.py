@@ -18,7 +18,6 @@ import importlib
 import importlib.util
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from typing import Any
 
 from case import MODEL
 from measure import Others, machine
-from tokenise import words
+from tokenise import answers
 
 # where a stage's work is done: module, name in it, what it is called here
 STAGES = (
@@ -134,15 +133,6 @@ def work(arguments: list[str], said: Path) -> None:
     sys.exit(cli.main())
 
 
-def write_rows(path: Path, rows: int) -> None:
-    """Questions of 20 words and answers of 40."""
-    draw = random.Random(0)
-    with path.open("w") as file:
-        for number in range(rows):
-            row = {"prompt": f"{words(draw, 20)} {number}", "completion": words(draw, 40)}
-            file.write(json.dumps(row) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,7 +146,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_rows(folder / "rows.jsonl", args.rows)
+        answers(folder / "rows.jsonl", args.rows)
         env = {**os.environ, "LORRY_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
         runs = []
         for number in (1, 2):
