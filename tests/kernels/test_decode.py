@@ -52,29 +52,6 @@ def test_a_product_is_rounded_once(
     near(decode.linear_product(x, w, b if biased else None), truth, dtype, size)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(list(ROUNDING)),
-    st.integers(1, 40),
-    st.sampled_from([1, 4, 7, 16, 32, 64]),
-    st.integers(1, 70),
-    st.integers(0, 50),
-    st.floats(-3, 3),
-)
-def test_a_low_rank_term_is_added_in_place(
-    dtype: torch.dtype, rows: int, rank: int, outs: int, first: int, scale: float
-) -> None:
-    h, w, y = (
-        random(*shape, dtype=dtype, seed=seed)
-        for seed, shape in enumerate([(rows, first + rank + 3), (outs, rank), (rows, outs)])
-    )
-    part = h[:, first : first + rank].double()
-    truth = y.double() + scale * (part @ w.double().t())
-    size = y.double().abs() + abs(scale) * (part.abs() @ w.double().abs().t())
-    decode.add_linear_product(h, slice(first, first + rank), w, scale, y)
-    near(y, truth, dtype, size if dtype == torch.float32 else truth.abs() + 1e-2)
-
-
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("width", [576, 50])
 def test_a_row_multiplied_alone_is_the_same_bit_for_bit(

@@ -30,7 +30,7 @@ static void store(const T* k, const T* v, const int64_t* table, const int64_t* r
 template <typename T>
 static void score_any(const T* q, const T* k, long n, long share, long width, float* p, long first) {
     const Inputs<T> queries(q, share, width, width);
-    const FloatRows heads = queries.as_opened();
+    const auto heads = queries.as_factors();
     for (long h = 0; h < share; h++) {
         long t = first;
         for (; t + SUMS <= n; t += SUMS) multiply_block<T, SUMS, 1, false>(k + t * width, nullptr, width, heads.from(h), p + h * n + t);

@@ -7,6 +7,8 @@ heads, H heads, D head width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,6 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(rows, outputs)
     call_kernel(
         f"few_rows_{KERNEL_SUFFIXES[weight.dtype]}",
-        # behind y: rows, I, O, the row stride of x, its first column, 0 (overwrite y), the scale
         x.contiguous(),
         weight,
         bias,
@@ -49,31 +50,22 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows,
         weight.shape[1],
         outputs,
-        x.shape[1],
-        0,
-        0,
-        1.0,
     )
     return y
 
 
-def add_linear_product(x: Tensor, columns: slice, weight: Tensor, scale: float, y: Tensor) -> None:
-    """y [T,O] += scale * x[:, columns] W^T, likewise; x and y are contiguous."""
-    rows, outputs = y.shape
+def add_low_rank_terms(description: Tensor, x: Tensor, ys: Sequence[Tensor]) -> None:
+    """Add to ys, a linear's outputs [T,O] each, contiguous, what low-rank terms make of x [T,I]: y of a row +=
+    scale * B (gates * scales * A x), what A makes rounded and so again at every factor. description: int64, as
+    `models.decoder.low_rank` makes it."""
+    outputs = torch.tensor([word for y in ys for word in (y.data_ptr(), y.shape[1])])
     call_kernel(
-        f"few_rows_{KERNEL_SUFFIXES[weight.dtype]}",
-        x,
-        weight,
-        None,
-        y,
-        rows,
-        weight.shape[1],
+        f"low_rank_{KERNEL_SUFFIXES[x.dtype]}",
+        description,
+        x.contiguous(),
         outputs,
-        x.shape[1],
-        # then 1: add to y
-        columns.start,
-        1,
-        scale,
+        len(ys),
+        *x.shape,
     )
 
 

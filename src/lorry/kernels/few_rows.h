@@ -13,12 +13,36 @@ constexpr long PANEL = 16;  // outputs a thread takes at a time
 constexpr int SUMS = LANES == 16 ? 16 : 8;
 constexpr int MOST_ROWS = 4;  // rows at once: with 8, and half as many outputs, 32 rows took a third longer
 
-// Rows of floats, `stride` apart.
-struct FloatRows {
-    const float* at;
+// Numbers in rows, `stride` apart.
+template <typename N>
+struct Strided {
+    const N* at;
     long stride;
-    inline FloatRows from(long row) const { return {at + row * stride, stride}; }
+    inline Strided from(long row) const { return {at + row * stride, stride}; }
 };
+typedef Strided<float> FloatRows;
+
+// What weights of a type are multiplied as, and the inputs beside them, STEP of each at a time: floats, as `open` gives them.
+template <typename T>
+struct Factors {
+    typedef Floats Vector;
+    typedef float Number;
+    static constexpr int VECTORS = Opened<T>::VECTORS;
+    static constexpr long STEP = Opened<T>::STEP;
+};
+#if DOTS
+// Where dot products of bfloat16 pairs are fast, pairs as they lie: an instruction multiplies twice as many of them as of floats, and
+// nothing is opened.
+template <>
+struct Factors<bf16> {
+    typedef __m512bh Vector;
+    typedef bf16 Number;
+    static constexpr int VECTORS = 1;
+    static constexpr long STEP = 2 * LANES;
+};
+static inline void open(const bf16* from, __m512bh (&to)[1]) { to[0] = (__m512bh)_mm512_loadu_si512(from); }
+static inline Floats fused(__m512bh a, __m512bh b, Floats c) { return (Floats)_mm512_dpbf16_ps((__m512)c, a, b); }
+#endif
 
 // Rows that are multiplied: x [rows, width], `stride` apart, and in floats as weights want them, made when first asked for.
 template <typename T>
@@ -57,9 +81,9 @@ class Inputs {
         return {pairs.data(), padded};
     }
 
-    // As `open` gives weights.
-    FloatRows as_opened() const {
-        if constexpr (Opened<T>::VECTORS == 1) return plain();
+    // As weights are multiplied.
+    Strided<typename Factors<T>::Number> as_factors() const {
+        if constexpr (Factors<T>::VECTORS == 1) return {x, stride};
         else return paired();
     }
 
@@ -122,22 +146,28 @@ static inline void open_some(const bf16* from, long count, Floats (&to)[2]) {
     to[1] = (Floats)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
 }
 #endif
+#if DOTS
+static inline void open_some(const bf16* from, long count, __m512bh (&to)[1]) {
+    to[0] = (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), from);
+}
+#endif
 
 // sums [ROWS, COUNT]: COUNT rows of weights, `width` apart, by ROWS rows of inputs; with FETCH as many weights `ahead` are fetched.
 template <typename T, int COUNT, int ROWS, bool FETCH>
-static inline void multiply_block(const T* w, const T* ahead, long width, FloatRows x, float* sums) {
-    constexpr int VECTORS = Opened<T>::VECTORS;
-    constexpr long STEP = Opened<T>::STEP;
+static inline void multiply_block(const T* w, const T* ahead, long width, Strided<typename Factors<T>::Number> x, float* sums) {
+    typedef typename Factors<T>::Vector Vector;
+    constexpr int VECTORS = Factors<T>::VECTORS;
+    constexpr long STEP = Factors<T>::STEP;
     Floats sum[COUNT * ROWS] = {};
     // what there is less of stays in registers
     const auto step = [&](const auto& weights, const auto& inputs) __attribute__((always_inline)) {
         if constexpr (COUNT >= ROWS) {
-            Floats in[ROWS][VECTORS];
+            Vector in[ROWS][VECTORS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) inputs(r, in[r]);
 #pragma GCC unroll 16
             for (int o = 0; o < COUNT; o++) {
-                Floats opened[VECTORS];
+                Vector opened[VECTORS];
                 weights(o, opened);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++)
@@ -145,12 +175,12 @@ static inline void multiply_block(const T* w, const T* ahead, long width, FloatR
                     for (int v = 0; v < VECTORS; v++) sum[r * COUNT + o] = fused(opened[v], in[r][v], sum[r * COUNT + o]);
             }
         } else {
-            Floats opened[COUNT][VECTORS];
+            Vector opened[COUNT][VECTORS];
 #pragma GCC unroll 8
             for (int o = 0; o < COUNT; o++) weights(o, opened[o]);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
-                Floats in[VECTORS];
+                Vector in[VECTORS];
                 inputs(r, in);
 #pragma GCC unroll 8
                 for (int o = 0; o < COUNT; o++)
@@ -164,17 +194,22 @@ static inline void multiply_block(const T* w, const T* ahead, long width, FloatR
         if (FETCH)
 #pragma GCC unroll 16
             for (int o = 0; o < COUNT; o++) __builtin_prefetch(ahead + o * width + k, 0, 2);
-        step([&](int o, Floats (&to)[VECTORS]) __attribute__((always_inline)) { open(w + o * width + k, to); },
-             [&](int r, Floats (&to)[VECTORS]) __attribute__((always_inline)) {
+        step([&](int o, Vector (&to)[VECTORS]) __attribute__((always_inline)) { open(w + o * width + k, to); },
+             [&](int r, Vector (&to)[VECTORS]) __attribute__((always_inline)) {
+                 const auto* from = x.at + r * x.stride + k;
+                 if constexpr (VECTORS == 1) {
+                     open(from, to);
+                 } else {
 #pragma GCC unroll 2
-                 for (int v = 0; v < VECTORS; v++) to[v] = load(x.at + r * x.stride + k + v * LANES);
+                     for (int v = 0; v < VECTORS; v++) to[v] = load(from + v * LANES);
+                 }
              });
     }
     if (k < width)
-        step([&](int o, Floats (&to)[VECTORS]) __attribute__((always_inline)) { open_some(w + o * width + k, width - k, to); },
-             [&](int r, Floats (&to)[VECTORS]) __attribute__((always_inline)) {
-                 const float* from = x.at + r * x.stride + k;
-                 // those of pairs have their zeros
+        step([&](int o, Vector (&to)[VECTORS]) __attribute__((always_inline)) { open_some(w + o * width + k, width - k, to); },
+             [&](int r, Vector (&to)[VECTORS]) __attribute__((always_inline)) {
+                 const auto* from = x.at + r * x.stride + k;
+                 // those of pairs of floats have their zeros
                  if constexpr (VECTORS == 1) {
                      open_some(from, width - k, to);
                  } else {
@@ -186,9 +221,9 @@ static inline void multiply_block(const T* w, const T* ahead, long width, FloatR
 }
 
 template <typename T, int ROWS, bool FETCH>
-static inline void multiply_rows(const T* w, long count, long width, FloatRows x, long row, long at, const Outputs<T>& to) {
+static inline void multiply_rows(const T* w, const T* ahead, long count, long width, Strided<typename Factors<T>::Number> x, long row, long at,
+                                 const Outputs<T>& to) {
     constexpr int COUNT = SUMS / ROWS;
-    const T* ahead = w + count * width;
     float panel[ROWS][PANEL], sums[SUMS];
     const long whole = count / COUNT * COUNT;
     for (long o = 0; o < whole; o += COUNT) {
@@ -205,19 +240,23 @@ static inline void multiply_rows(const T* w, long count, long width, FloatRows x
 
 // Rows from `row` on, ROWS at a time and then fewer; with FETCH the first of them fetch what is ahead.
 template <typename T, int ROWS, bool FETCH>
-static inline void multiply_by(const T* w, long count, long width, FloatRows x, long rows, long row, long at, const Outputs<T>& to) {
+static inline void multiply_by(const T* w, const T* ahead, long count, long width, Strided<typename Factors<T>::Number> x, long rows, long row,
+                               long at, const Outputs<T>& to) {
     if (FETCH && row + ROWS <= rows) {
-        multiply_rows<T, ROWS, true>(w, count, width, x, row, at, to);
-        return multiply_by<T, ROWS, false>(w, count, width, x, rows, row + ROWS, at, to);
+        multiply_rows<T, ROWS, true>(w, ahead, count, width, x, row, at, to);
+        return multiply_by<T, ROWS, false>(w, ahead, count, width, x, rows, row + ROWS, at, to);
     }
-    for (; row + ROWS <= rows; row += ROWS) multiply_rows<T, ROWS, false>(w, count, width, x, row, at, to);
-    if constexpr (ROWS > 1) multiply_by<T, ROWS / 2, FETCH>(w, count, width, x, rows, row, at, to);
+    for (; row + ROWS <= rows; row += ROWS) multiply_rows<T, ROWS, false>(w, ahead, count, width, x, row, at, to);
+    if constexpr (ROWS > 1) multiply_by<T, ROWS / 2, FETCH>(w, ahead, count, width, x, rows, row, at, to);
 }
 
-// `count` <= PANEL outputs from `at` on, whose weights are w [count, width], of all rows; with FETCH as many weights lie behind them.
-template <typename T, bool FETCH>
-static void multiply_panel(const T* w, long count, long width, FloatRows x, long rows, long at, const Outputs<T>& to) {
-    multiply_by<T, MOST_ROWS, FETCH>(w, count, width, x, rows, 0, at, to);
+// `count` <= PANEL outputs from `at` on, whose weights are w [count, width], of all rows; as many weights `ahead` are fetched, unless
+// that is null.
+template <typename T>
+static void multiply_panel(const T* w, const T* ahead, long count, long width, Strided<typename Factors<T>::Number> x, long rows, long at,
+                           const Outputs<T>& to) {
+    if (ahead) multiply_by<T, MOST_ROWS, true>(w, ahead, count, width, x, rows, 0, at, to);
+    else multiply_by<T, MOST_ROWS, false>(w, w, count, width, x, rows, 0, at, to);
 }
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -238,14 +277,11 @@ static bool multiply_on_tiles(const T*, const Inputs<T>&, const Outputs<T>&) { r
 template <typename T>
 static void multiply_dense(const T* w, const Inputs<T>& x, const Outputs<T>& to) {
     if (multiply_on_tiles(w, x, to)) return;
-    const FloatRows rows = x.as_opened();
+    const auto rows = x.as_factors();
     const long width = x.width;
 #pragma omp parallel for schedule(static) if (to.outputs * width > PARALLEL)
     for (long at = 0; at < to.outputs; at += PANEL) {
-        const T* here = w + at * width;
-        if (at + 2 * PANEL <= to.outputs)
-            multiply_panel<T, true>(here, PANEL, width, rows, x.rows, at, to);
-        else
-            multiply_panel<T, false>(here, std::min(PANEL, to.outputs - at), width, rows, x.rows, at, to);
+        const T *here = w + at * width, *ahead = at + 2 * PANEL <= to.outputs ? here + PANEL * width : nullptr;
+        multiply_panel(here, ahead, std::min(PANEL, to.outputs - at), width, rows, x.rows, at, to);
     }
 }

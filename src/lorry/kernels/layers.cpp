@@ -1,8 +1,8 @@
 // One step of generation through all layers of a decoder in one call: with a row or a few the time is that of reading the weights, and
 // a call of Python for each norm and product would take as long again.
 //
-// What is computed and where it is rounded is as in models/decoder/block.py. Every row is computed alone, in a fixed order.
-#include "few_rows.h"
+// What is computed and where it is rounded is as in models/decoder/block.py; models/decoder/step.py describes the layers. Every row is computed alone, in a fixed order.
+#include "low_rank.h"
 #include "packed_rows.h"
 #include "pointwise.h"
 
@@ -18,19 +18,6 @@ static void attend ATTENTION(bf16) { attend_bf16(q, o, table, lengths, layer, ro
 static void attend ATTENTION(float) { attend_float(q, o, table, lengths, layer, rows, heads, groups, width, scale); }
 static void store STORE(bf16) { store_bf16(k, v, table, rows, positions, layer, tokens, groups, width); }
 static void store STORE(float) { store_float(k, v, table, rows, positions, layer, tokens, groups, width); }
-
-// The layers' description as models/decoder/step.py writes it, read word by word: whole numbers, addresses, the bits of doubles.
-struct Words {
-    const int64_t* at;
-    inline long next() { return (long)*at++; }
-    template <typename T>
-    inline const T* address() { return (const T*)*at++; }
-    inline float number() {
-        double out;
-        std::memcpy(&out, at++, sizeof out);
-        return (float)out;
-    }
-};
 
 template <typename T>
 struct Norm {
@@ -100,68 +87,32 @@ struct Linear {
     }
 };
 
-// A term of some rows: their low-rank products with the linears of a group.
-template <typename T>
-struct Term {
-    struct Part {
-        long linear, first, rank;
-        const T* lora_B;
-        float scale;
-        explicit Part(Words& words)
-            : linear(words.next()), first(words.next()), rank(words.next()), lora_B(words.address<T>()), scale(words.number()) {}
-    };
-    long start, stop, ranks;  // rows from start on, before stop (-1: all)
-    const T *lora_A, *rank_scales;
-    std::vector<Part> parts;
-
-    explicit Term(Words& words)
-        : start(words.next()), stop(words.next()), ranks(words.next()), lora_A(words.address<T>()), rank_scales(words.address<T>()) {
-        for (long n = words.next(); n > 0; n--) parts.emplace_back(words);
-    }
-
-    // ys, of all rows of x, += what the term makes of its own.
-    void add(const Inputs<T>& x, const std::vector<Linear<T>>& linears, std::vector<std::vector<T>>& ys) const {
-        const long count = (stop < 0 ? x.rows : stop) - start;
-        std::vector<T> low(count * ranks);
-        multiply_dense(lora_A, Inputs<T>(x, start, count), {low.data(), nullptr, ranks, false, 1.0f});
-        if (rank_scales)
-            for (long i = 0; i < count * ranks; i++) put(low[i], wide(low[i]) * wide(rank_scales[i % ranks]));
-        for (const Part& part : parts) {
-            const long outputs = linears[part.linear].outputs;
-            T* y = ys[part.linear].data() + start * outputs;
-            multiply_dense(part.lora_B, Inputs<T>(low.data() + part.first, count, part.rank, ranks), {y, nullptr, outputs, true, part.scale});
-        }
-    }
-};
-
 // Linears that read the same input, and what adapters add to them.
 template <typename T>
 struct Group {
     std::vector<Linear<T>> linears;
-    std::vector<Term<T>> terms;
-    bool apart = true;  // whether no row has two terms
+    LowRankTerms<T> terms;
 
-    explicit Group(Words& words) {
-        for (long n = words.next(); n > 0; n--) linears.emplace_back(words);
-        for (long n = words.next(); n > 0; n--) {
-            terms.emplace_back(words);
-            if (terms.size() > 1) apart &= terms[terms.size() - 2].stop >= 0 && terms.back().start >= terms[terms.size() - 2].stop;
-        }
-    }
+    explicit Group(Words& words) : linears(read_linears(words)), terms(words) {}
 
     // x [rows, inputs] -> one [rows, outputs] for each linear.
     void multiply(const std::vector<T>& x, long rows, std::vector<std::vector<T>>& ys) const {
         const Inputs<T> in(x.data(), rows, linears[0].inputs, linears[0].inputs);
+        std::vector<TermOutputs<T>> outputs;
         ys.resize(linears.size());
         for (size_t i = 0; i < linears.size(); i++) {
             ys[i].resize(rows * linears[i].outputs);
             linears[i].multiply(in, ys[i].data());
+            outputs.push_back({ys[i].data(), linears[i].outputs});
         }
-        if (terms.empty()) return;
-        in.as_opened();  // made before several threads ask for it
-        // with terms of rows of their own threads take one after the other, which is less to wait for than sharing each
-#pragma omp parallel for schedule(dynamic) if (apart && terms.size() > 1 && rows * in.width > PARALLEL / 8)
-        for (size_t i = 0; i < terms.size(); i++) terms[i].add(in, linears, ys);
+        terms.add(in, outputs);
+    }
+
+   private:
+    static std::vector<Linear<T>> read_linears(Words& words) {
+        std::vector<Linear<T>> out;
+        for (long n = words.next(); n > 0; n--) out.emplace_back(words);
+        return out;
     }
 };
 

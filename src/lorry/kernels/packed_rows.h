@@ -378,7 +378,7 @@ static bool multiply_in_registers(const Source&, const Inputs<T>&, const Outputs
 template <typename T, typename Source>
 static void multiply_packed(const Source& source, const Inputs<T>& x, const Outputs<T>& to) {
     if (multiply_in_registers(source, x, to)) return;
-    const FloatRows rows = x.as_opened();
+    const auto rows = x.as_factors();
     const long width = x.width;
 #pragma omp parallel if (to.outputs * width > PARALLEL)
     {
@@ -387,7 +387,7 @@ static void multiply_packed(const Source& source, const Inputs<T>& x, const Outp
         for (long at = 0; at < to.outputs; at += PANEL) {
             const long count = std::min(PANEL, to.outputs - at);
             for (long o = 0; o < count; o++) source.row(at + o, width, panel.data() + o * width);
-            multiply_panel<T, false>(panel.data(), count, width, rows, x.rows, at, to);
+            multiply_panel<T>(panel.data(), nullptr, count, width, rows, x.rows, at, to);
         }
     }
 }

@@ -19,6 +19,13 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+// Whether dot products of bfloat16 pairs are there and fast (processor.py says of which processors).
+#if defined(LORRY_DOTS) && defined(__AVX512BF16__)
+#define DOTS 1
+#else
+#define DOTS 0
+#endif
+
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
@@ -172,16 +179,16 @@ static inline Floats exchanged(Floats a, Floats b, std::integer_sequence<int, LA
 #endif
 }
 
-// LANES x LANES floats: rows become columns.
-template <int STEP = LANES / 2>
-static inline void transpose(Floats (&x)[LANES]) {
+// N x N floats of every stretch of N lanes: rows become columns.
+template <int N = LANES, int STEP = N / 2>
+static inline void transpose(Floats (&x)[N]) {
     constexpr auto lanes = std::make_integer_sequence<int, LANES>();
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
+    for (int i = 0; i < N; i++) {
         if (i & STEP) continue;
         const Floats first = x[i], second = x[i + STEP];
         x[i] = exchanged<STEP, false>(first, second, lanes);
         x[i + STEP] = exchanged<STEP, true>(first, second, lanes);
     }
-    if constexpr (STEP > 1) transpose<STEP / 2>(x);
+    if constexpr (STEP > 1) transpose<N, STEP / 2>(x);
 }

@@ -17,79 +17,87 @@ from torch import Tensor, nn
 from lorry.adapters.layers.linear import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
-from lorry.adapters.tensor_parallel.slices import LayerSlices, gather_outputs
+from lorry.adapters.tensor_parallel.slices import gather_outputs
 from lorry.adapters.variants.own_weights import under, with_own_rows
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
 from lorry.kernels import matmul
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.cache import RowKVCache
+from lorry.models.decoder.low_rank import TermDescription, supports_term
 from lorry.models.decoder.model import Decoder
 from lorry.models.decoder.step import StepDescription
 
 
 class SmallBatchProducts(LinearProducts):
     """The products of linears with one input: with few rows the weights are read once as they stand
-    and never rearranged.
+    and never rearranged, and the terms of all rows are one call of the kernel.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[DenseLinear],
-        stacks: Sequence[StackedAdapters],
-        slices: LayerSlices | None,
-    ) -> None:
-        super().__init__(layers, stacks, [None] * len(stacks), slices=slices)
-        self.dense = layers
+    @staticmethod
+    def of(group: LinearGroup, stacks: Sequence[StackedAdapters]) -> SmallBatchProducts:
+        """These products of a group, under the mix of ``stacks``."""
+        return SmallBatchProducts(
+            group.base_products(), stacks, [None] * len(stacks), slices=group.slices
+        )
 
     @cached_property
-    def direct(self) -> list[bool]:
-        """Per term: whether the kernel multiplies it too (not what lies in strides, as views of the masters
-        may); the others go through torch, in the same sum."""
-        return [
-            kernel.supports_product(stack.lora_A)
-            and all(kernel.supports_product(p.lora_B) for p in stack.parts)
-            for stack in self.stacks
-        ]
-
-    @staticmethod
-    def of(group: LinearGroup, stacks: Sequence[StackedAdapters]) -> LinearProducts:
-        """These products where the kernel takes every weight, else the plain ones: a group whose
-        linears went different ways would read its input twice."""
-        layers = group.base_products()
+    def dense(self) -> Sequence[DenseLinear] | None:
+        """The linears, where the kernel takes every weight: a group whose linears went different ways would
+        read its input twice."""
         dense = [
-            layer for layer in layers if isinstance(layer, DenseLinear) and not layer.transposed
+            layer
+            for layer in self.layers
+            if isinstance(layer, DenseLinear) and not layer.transposed
         ]
-        if len(dense) == len(layers) and all(
-            kernel.supports_product(layer.weight) for layer in dense
-        ):
-            return SmallBatchProducts(dense, stacks, group.slices)
-        return LinearProducts(layers, stacks, [None] * len(stacks), slices=group.slices)
+        alike = len(dense) == len(self.layers)
+        return (
+            dense
+            if alike and all(kernel.supports_product(layer.weight) for layer in dense)
+            else None
+        )
+
+    @cached_property
+    def together(self) -> list[bool]:
+        """Per term: whether the kernel multiplies it, with the others; the rest go through torch."""
+        return [supports_term(stack) for stack in self.stacks]
+
+    @cached_property
+    def ungated(self) -> TermDescription:
+        """Those terms, where none of them has gates; they stay as they are."""
+        return TermDescription.of(
+            [stack for stack, direct in zip(self.stacks, self.together, strict=True) if direct]
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """As `LinearProducts.forward`, without what backward would need."""
         # a prompt: with many rows the products, not reading the weights, take the time
         if x.shape[0] > kernel.most_few_rows(x.dtype):
             return super().forward(x)
-        ys = [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
-        for stack, direct, gate in zip(self.stacks, self.direct, self.gates, strict=True):
-            tokens = stack.own_tokens if direct else stack.tokens
-            part_x = x[tokens]
-            # [rows of the term, sum of ranks]: x A^T of all linears of the group at once
-            h = (
-                kernel.linear_product(part_x, stack.lora_A, None)
-                if direct
-                else stack.zero_other_rows(matmul.mm(part_x, stack.lora_A.t()))
-            )
+        ys = (
+            [layer.forward(x) for layer in self.layers]
+            if self.dense is None
+            else [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
+        )
+        self._add_terms(x, ys)
+        return self._finish(ys)
+
+    def _add_terms(self, x: Tensor, ys: list[Tensor]) -> None:
+        """Add what every term makes of its rows of x."""
+        direct = list[tuple[StackedAdapters, Tensor | None]]()
+        for stack, gate, together in zip(self.stacks, self.gates, self.together, strict=True):
+            if together:
+                direct.append((stack, gate))
+                continue
+            h = stack.zero_other_rows(matmul.mm(x[stack.tokens], stack.lora_A.t()))
             h = stack.weigh(h, gate)
             for part in stack.parts:
-                if direct:
-                    kernel.add_linear_product(
-                        h, part.rows, part.lora_B, part.scale, ys[part.layer][tokens]
-                    )
-                else:
-                    stack.add_product(ys[part.layer], h[:, part.rows], part.lora_B.t(), part.scale)
-        return self._finish(ys)
+                stack.add_product(ys[part.layer], h[:, part.rows], part.lora_B.t(), part.scale)
+        if not direct:
+            return
+        gated = any(gate is not None for _, gate in direct)
+        terms = TermDescription.of(*zip(*direct, strict=True), x.dtype) if gated else self.ungated
+        kernel.add_low_rank_terms(terms.words, x, ys)
 
 
 def _has_token_gates(call: AdapterContext) -> bool:

@@ -7,7 +7,6 @@ an adapter with biases, a matrix of another layout) runs layer by layer in `mode
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +19,7 @@ from lorry.kernels import decode as kernel
 from lorry.kernels.packed import supports_packed
 from lorry.models.decoder.block import DecoderBlock, ForwardContext
 from lorry.models.decoder.cache import RowKVCache
+from lorry.models.decoder.low_rank import double_bits, term_words
 from lorry.models.decoder.pointwise import DecoderNorm
 
 # numbers of kernels/layers.cpp
@@ -113,7 +113,7 @@ class StepDescription:
         self.words += [
             self._address(norm.weight, self.dtype),
             self._address(norm.bias, self.dtype),
-            _bits(norm.eps),
+            double_bits(norm.eps),
         ]
 
     def _add_product(self, product: LinearProducts) -> None:
@@ -157,39 +157,22 @@ class StepDescription:
             or stack.dropout is not None
         ):
             raise _UndescribedError
-        tokens = stack.own_tokens
-        start, stop = tokens.start or 0, -1 if tokens.stop is None else tokens.stop
-        self.words += [
-            start,
-            stop,
-            stack.lora_A.shape[0],
-            self._address(stack.lora_A, self.dtype),
-            self._address(stack.rank_scales, self.dtype),
-            len(stack.parts),
-        ]
-        for part in stack.parts:
-            first, ranks = part.rows.start, part.rows.stop - part.rows.start
-            self.words += [
-                part.layer,
-                first,
-                ranks,
-                self._address(part.lora_B, self.dtype),
-                _bits(part.scale),
-            ]
+        matrices = (stack.lora_A, stack.rank_scales, *(part.lora_B for part in stack.parts))
+        for matrix in matrices:
+            self._check(matrix, self.dtype)
+        self.words += term_words(stack, None, self.kept)
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype | None) -> int:
         """Of its memory, 0 for None; ``dtype``: what it has to be of."""
         if tensor is None:
             return 0
+        self._check(tensor, dtype)
         # an alias, which keeps the memory whatever becomes of the tensor
-        tensor = tensor.detach()
-        if not tensor.is_contiguous() or (dtype is not None and tensor.dtype != dtype):
-            raise _UndescribedError
-        self.kept.append(tensor)
+        self.kept.append(tensor.detach())
         return tensor.data_ptr()
 
-
-def _bits(number: float) -> int:
-    """Those of a double, as a whole number."""
-    bits: int = struct.unpack("q", struct.pack("d", number))[0]
-    return bits
+    def _check(self, tensor: Tensor | None, dtype: torch.dtype | None) -> None:
+        """Raise _UndescribedError for one that no kernel reads at its address as ``dtype``."""
+        odd = tensor is not None and dtype is not None and tensor.dtype != dtype
+        if tensor is not None and (odd or not tensor.is_contiguous()):
+            raise _UndescribedError
