@@ -154,17 +154,19 @@ def mkl_is_slow() -> bool:
 
 
 def compiler_flags() -> tuple[str, ...]:
-    """What tells GCC and clang which instructions to use. Raises ConfigError as `requested_isa`."""
+    """What tells GCC and clang, and the kernels' sources, which instructions to use. Raises ConfigError as `requested_isa`."""
     isa, x86 = requested_isa(), platform.machine() in X86
     # as wide as there is: GCC prefers 256 bits on its own, which clocks of today no longer ask for
     wide = ("-mprefer-vector-width=512",) if x86 else ()
+    # which are worth it no compiler knows
+    dots = ("-DLORRY_DOTS",) if has_fast_dots() else ()
     match isa:
         case None | "amx":
-            return ("-march=native", *wide)
+            return ("-march=native", *wide, *dots)
         case "avx512_bf16":
             # a compiler for a processor without tiles may not know their names
             tiles = ("-mno-amx-bf16", "-mno-amx-int8", "-mno-amx-tile")
-            return ("-march=native", *(tiles if "amx_tile" in processor_flags() else ()), *wide)
+            return ("-march=native", *(tiles if "amx_tile" in processor_flags() else ()), *wide, *dots)
         case "avx512":
             return ("-march=x86-64-v4", *wide)
         case "avx2":

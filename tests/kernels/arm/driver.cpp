@@ -37,7 +37,7 @@ static const struct {
     {"attend_bf16 attend_float", attends},
     {"decode_layers_bf16 decode_layers_float", steps},
     {"largest_bf16 largest_float draw_bf16 draw_float", choices},
-    {"few_rows_bf16 few_rows_float sum_words", rows_of_inputs},
+    {"few_rows_bf16 few_rows_float low_rank_bf16 low_rank_float sum_words", rows_of_inputs},
     {"matmul_float", matrices},
     {"packed_open_flat packed_product_flat", flat_codes},
     {"packed_open_rows packed_product_rows", row_codes},

@@ -8,7 +8,8 @@ extern "C" {
     int attend_##NAME(const T*, T*, const int64_t*, const int64_t*, long, long, long, long, long, float);                       \
     int largest_##NAME(const T*, int64_t*, float*, long, long);                                                                 \
     int draw_##NAME(const T*, const double*, int64_t*, float*, long, long, float);                                              \
-    void few_rows_##NAME(const T*, const T*, const T*, T*, long, long, long, long, long, long, float);                          \
+    void few_rows_##NAME(const T*, const T*, const T*, T*, long, long, long);                                                   \
+    void low_rank_##NAME(const int64_t*, const T*, const int64_t*, long, long, long);                                           \
     void decode_layers_##NAME(const int64_t*, T*, const float*, const float*, const int64_t*, const int64_t*, const int64_t*,   \
                               const int64_t*, long);
 void sum_words(const uint64_t*, uint64_t*, long);
@@ -116,7 +117,7 @@ static void layers_at_once(void (*decode)(const int64_t*, T*, const float*, cons
         for (int norm = 0; norm < 2; norm++) address(width, 0.1, 1), words.push_back(0), bits(eps);
         words.insert(words.end(), 6, 0);  // none of queries and keys
         words.push_back(3), linear(heads * head, width), linear(groups * head, width), linear(groups * head, width);
-        words.insert(words.end(), {1, 1, -1, rank}), address(rank * width, 0.2), words.insert(words.end(), {0, 1, 0, 0, rank});
+        words.insert(words.end(), {1, 1, -1, rank}), address(rank * width, 0.2), words.insert(words.end(), {0, 0, 0, 0, 1, 0, 0, rank});
         address(heads * head * rank, 0.2), bits(scale);
         words.push_back(1), linear(width, heads * head), words.push_back(0);
         words.push_back(2), linear(inner, width), linear(inner, width), words.push_back(0);
@@ -244,31 +245,87 @@ static void choices() { choose<bf16>(largest_bf16, draw_bf16), choose<float>(lar
 // --- a few rows by a matrix
 
 template <typename T>
-static void few_rows(void (*multiply)(const T*, const T*, const T*, T*, long, long, long, long, long, long, float)) {
+static void few_rows(void (*multiply)(const T*, const T*, const T*, T*, long, long, long)) {
     const long shapes[][3] = {{1, 37, 19}, {3, 64, 40}, {7, 5, 1}, {9, 130, 33}};  // rows, width, outputs
     for (const auto& [rows, width, outputs] : shapes)
-        for (const bool add : {false, true}) {
-            const long first = 3, stride = width + 5;
-            const float scale = add ? -0.75f : 1;
-            const List<T> x = numbers<T>(rows * stride), w = numbers<T>(outputs * width), bias = numbers<T>(outputs);
-            List<T> y = numbers<T>(rows * outputs);
-            const List<T> before = y;
-            multiply(x.data(), w.data(), add ? nullptr : bias.data(), y.data(), rows, width, outputs, stride, first, add, scale);
+        for (const bool biased : {false, true}) {
+            const List<T> x = numbers<T>(rows * width), w = numbers<T>(outputs * width), bias = numbers<T>(outputs);
+            List<T> y(rows * outputs);
+            multiply(x.data(), w.data(), biased ? bias.data() : nullptr, y.data(), rows, width, outputs);
             for (long r = 0; r < rows; r++)
                 for (long o = 0; o < outputs; o++) {
-                    const double added = add ? wide(before[r * outputs + o]) : wide(bias[o]);
-                    double sum = 0, size = std::fabs(added);
+                    double truth = biased ? wide(bias[o]) : 0, size = std::fabs(truth);
                     for (long i = 0; i < width; i++) {
-                        const double product = wide(x[r * stride + first + i]) * wide(w[o * width + i]);
-                        sum += product, size += std::fabs(product);
+                        const double product = wide(x[r * width + i]) * wide(w[o * width + i]);
+                        truth += product, size += std::fabs(product);
                     }
-                    const double truth = scale * sum + added;
                     near(wide(y[r * outputs + o]), truth, std::fabs(truth) * (sizeof(T) == 2 ? 0x1p-8 : 0x1p-23) + size * (width + 1) * 0x1p-23);
                 }
         }
 }
+
+// Terms of rows of their own, of shared ones and of none, at two linears; the second has scales and gates of its ranks.
+template <typename T>
+static void low_rank(void (*add)(const int64_t*, const T*, const int64_t*, long, long, long)) {
+    struct Wanted {
+        long start, stop, ranks[2];
+    };
+    const long rows = 9, outputs[2] = {37, 5};
+    for (long width : {1L, 37L, 131L}) {
+        const Wanted terms[] = {{0, 3, {3, 16}}, {2, -1, {1, 0}}, {5, 7, {33, 7}}};
+        const List<T> x = numbers<T>(rows * width);
+        List<T> ys[2] = {numbers<T>(rows * outputs[0]), numbers<T>(rows * outputs[1])};
+        List<double> want[2], sizes[2];
+        for (long i = 0; i < 2; i++)
+            for (T y : ys[i]) want[i].push_back(wide(y)), sizes[i].push_back(std::fabs(wide(y)));
+        List<List<T>> kept;
+        const auto made = [&](long count, double size) {
+            kept.push_back(numbers<T>(count, size));
+            return (int64_t)kept.back().data();
+        };
+        List<int64_t> words = {3}, columns;
+        for (long i = 0; i < 33; i++) columns.push_back(i % 2);
+        for (const Wanted& term : terms) {
+            const long ranks = term.ranks[0] + term.ranks[1], count = (term.stop < 0 ? rows : term.stop) - term.start;
+            const bool weighed = term.stop < 0;
+            words.insert(words.end(), {term.start, term.stop, ranks, made(ranks * width, 1 / std::sqrt((double)width))});
+            const List<T> down = kept.back();
+            words.insert(words.end(), {weighed ? made(ranks, 1) : 0});
+            const List<T> scales = kept.back();
+            words.insert(words.end(), {weighed ? made(count * 2, 1) : 0, weighed ? 2 : 0, weighed ? (int64_t)columns.data() : 0});
+            const List<T> gates = kept.back();
+            words.push_back(1 + (term.ranks[1] > 0));
+            for (long i = 0, first = 0; i < 2 && term.ranks[i]; first += term.ranks[i++]) {
+                const double scale = 0.75 - i;
+                int64_t bits;
+                std::memcpy(&bits, &scale, 8);
+                words.insert(words.end(), {i, first, term.ranks[i], made(outputs[i] * term.ranks[i], 0.3), bits});
+                for (long r = 0; r < count; r++)
+                    for (long k = 0; k < term.ranks[i]; k++) {
+                        double low = 0, size = 0;
+                        for (long j = 0; j < width; j++) {
+                            const double product = wide(x[(term.start + r) * width + j]) * wide(down[(first + k) * width + j]);
+                            low += product, size += std::fabs(product);
+                        }
+                        const double by = weighed ? wide(scales[first + k]) * wide(gates[r * 2 + columns[first + k]]) : 1;
+                        for (long o = 0; o < outputs[i]; o++) {
+                            const double up = scale * by * wide(kept.back()[o * term.ranks[i] + k]);
+                            want[i][(term.start + r) * outputs[i] + o] += up * low;
+                            sizes[i][(term.start + r) * outputs[i] + o] += std::fabs(up) * size;
+                        }
+                    }
+            }
+        }
+        const List<int64_t> to = {(int64_t)ys[0].data(), outputs[0], (int64_t)ys[1].data(), outputs[1]};
+        add(words.data(), x.data(), to.data(), 2, rows, width);
+        // in bfloat16 what A makes is rounded, and again at a scale and a gate, and y at every term
+        for (long i = 0; i < 2; i++)
+            for (size_t at = 0; at < ys[i].size(); at++) near(wide(ys[i][at]), want[i][at], sizes[i][at] * (sizeof(T) == 2 ? 6.0 / 256 : 4e-5));
+    }
+}
 static void rows_of_inputs() {
     few_rows<bf16>(few_rows_bf16), few_rows<float>(few_rows_float);
+    low_rank<bf16>(low_rank_bf16), low_rank<float>(low_rank_float);
     const List<uint64_t> words = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
     uint64_t sum = 0;
     sum_words(words.data(), &sum, 11);
