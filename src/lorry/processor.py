@@ -166,7 +166,12 @@ def compiler_flags() -> tuple[str, ...]:
         case "avx512_bf16":
             # a compiler for a processor without tiles may not know their names
             tiles = ("-mno-amx-bf16", "-mno-amx-int8", "-mno-amx-tile")
-            return ("-march=native", *(tiles if "amx_tile" in processor_flags() else ()), *wide, *dots)
+            return (
+                "-march=native",
+                *(tiles if "amx_tile" in processor_flags() else ()),
+                *wide,
+                *dots,
+            )
         case "avx512":
             return ("-march=x86-64-v4", *wide)
         case "avx2":

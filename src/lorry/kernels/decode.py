@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.build import call_kernel, kernel_status, load_library
-from lorry.kernels.packed import MAX_PACKED_ROWS
+from lorry.kernels.packed import most_packed_rows
 
 KERNEL_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "float"}
 # rows; above it torch's products, which rearrange the weights first, are as fast: on matrix tiles, and in
@@ -73,7 +73,7 @@ def most_few_rows(dtype: torch.dtype, *, packed: bool = False) -> int:
     """Rows up to which the products here are no slower than torch's. ``packed``: of matrices of few bits,
     which no kernel multiplies on matrix tiles."""
     if dtype == torch.bfloat16 and kernel_status().amx:
-        return MAX_PACKED_ROWS if packed else MAX_TILED_ROWS
+        return most_packed_rows() if packed else MAX_TILED_ROWS
     return MAX_FEW_ROWS
 
 

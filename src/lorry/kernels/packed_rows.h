@@ -1,7 +1,9 @@
 // Products of a few rows with matrices of few bits: codes become values in registers and are multiplied there.
 //
-// The values are those that a row is opened to (packed.h), bit for bit; layouts and widths that registers do not fit are opened a panel
-// at a time into the nearest cache.
+// The values are those that a row is opened to (packed.h), bit for bit, and they are summed in the order of `multiply_block`, so that the
+// product is that with the opened matrix, to the bit; but for float products of four-bit codes, whose even and odd places are summed apart
+// (in order they would take two more permutations of every 32). Layouts and widths that registers do not fit are opened a panel at a time into
+// the nearest cache.
 #pragma once
 #include "few_rows.h"
 #include "packed.h"
@@ -10,7 +12,10 @@
 
 #if defined(__AVX512F__)
 constexpr long AHEAD = 4096;  // bytes of codes that are on their way while those before them are multiplied
-constexpr long MOST_IN_REGISTERS = 8;  // rows; with more a panel that is opened once for all costs less
+// Rows that are multiplied in registers; with more a panel that is opened once for all costs less. Measured on Intel's model 207, and where dot
+// products are fast on Zen 5, of Q4_1, Q8_0 and NF4.
+template <typename T>
+constexpr long MOST_IN_REGISTERS = !DOTS ? 8 : sizeof(T) == sizeof(bf16) ? 12 : 32;
 
 // Rounded to bfloat16 as `narrow` does; of finite values.
 static inline __m512 rounded16(__m512 x) {
@@ -20,22 +25,23 @@ static inline __m512 rounded16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32((int)0xffff0000)));
 }
 
-// Two vectors of values, rounded to bfloat16. Where the processor rounds both into one they come back by places: in `a` the first of
-// each two neighbours, in `b` the second. Numbers below 2^-126 it takes for 0, which those of half-precision scales never are.
+// Two vectors of 16 values as they follow one another, rounded to bfloat16: all 32 in order, two a word. Numbers below 2^-126 some
+// processors take for 0, which those of half-precision scales never are.
+static inline __m512i rounded_pairs(__m512 a, __m512 b) {
 #if defined(__AVX512BF16__)
-constexpr bool BY_PLACES = true;
-static inline void round_both(__m512& a, __m512& b) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-    a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
-}
+    return (__m512i)_mm512_cvtne2ps_pbh(b, a);
 #else
-constexpr bool BY_PLACES = false;
-static inline void round_both(__m512& a, __m512& b) {
-    a = rounded16(a);
-    b = rounded16(b);
-}
+    const __m512i upper = _mm512_setr_epi64(0x0007000500030001, 0x000f000d000b0009, 0x0017001500130011, 0x001f001d001b0019, 0x0027002500230021,
+                                            0x002f002d002b0029, 0x0037003500330031, 0x003f003d003b0039);
+    return _mm512_permutex2var_epi16(_mm512_castps_si512(rounded16(a)), upper, _mm512_castps_si512(rounded16(b)));
 #endif
+}
+
+// The same as floats, of even places and of odd ones.
+static inline void open_pairs(__m512i pairs, Floats (&to)[2]) {
+    to[0] = (Floats)_mm512_slli_epi32(pairs, 16);
+    to[1] = (Floats)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
+}
 
 // One scale for all lanes, and two neighbouring ones in turn.
 constexpr auto ALIKE = [](const float* one) { return _mm512_set1_ps(*one); };
@@ -57,6 +63,11 @@ struct Numbers {
 struct Tables {
     __m512 first, second;
 };
+#if DOTS
+struct WordTables {
+    __m512i first, second;
+};
+#endif
 
 // What a number counts at each place: (number - zeros) * by + least; zeros and least may be null.
 struct Places {
@@ -75,16 +86,26 @@ struct Places {
         return ROUNDS ? rounded16(values) : values;
     }
 
+#if DOTS
+    // For products of bfloat16: words, all 16 of them twice.
+    inline __m512i word_table(const Numbers& numbers, long place) const {
+        const __m512 values = value(numbers.all, place, ALIKE);
+        return rounded_pairs(values, values);
+    }
+#endif
+
     // Those of a place and of the next.
     template <bool ROUNDS>
     inline Tables tables(const Numbers& numbers, long place) const {
         if (!ROUNDS) return {table<false>(numbers, place), table<false>(numbers, place + 1)};
-        Tables out;
+#if defined(__AVX512BF16__)
         // in turn: as words then each two neighbours are a code's value in the one table and in the other
-        if (BY_PLACES) out = {value(numbers.lower, place, IN_TURN), value(numbers.upper, place, IN_TURN)};
-        else out = {value(numbers.all, place, ALIKE), value(numbers.all, place + 1, ALIKE)};
-        round_both(out.first, out.second);
-        return out;
+        Floats both[2];
+        open_pairs(rounded_pairs(value(numbers.lower, place, IN_TURN), value(numbers.upper, place, IN_TURN)), both);
+        return {(__m512)both[0], (__m512)both[1]};
+#else
+        return {table<true>(numbers, place), table<true>(numbers, place + 1)};
+#endif
     }
 };
 
@@ -95,29 +116,72 @@ static inline __m512 code_numbers(const uint8_t* codes) {
     return _mm512_cvtepi32_ps(SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 }
 
-// 32 values, rounded if asked, by inputs that lie as `byte_inputs` gives them.
-template <bool ROUNDS, int ROWS>
-static inline void multiply_values(__m512 a, __m512 b, const float* x, long stride, Floats (&even)[ROWS], Floats (&odd)[ROWS]) {
-    if (ROUNDS) round_both(a, b);
+// 32 values of codes of a byte each, as weights of a type are multiplied; those of float rounded if asked.
+template <bool ROUNDS>
+static inline void take_values(__m512 a, __m512 b, Floats (&to)[2], const float*) {
+    to[0] = (Floats)(ROUNDS ? rounded16(a) : a);
+    to[1] = (Floats)(ROUNDS ? rounded16(b) : b);
+}
+#if DOTS
+template <bool ROUNDS>
+static inline void take_values(__m512 a, __m512 b, __m512bh (&to)[1], const bf16*) { to[0] = (__m512bh)rounded_pairs(a, b); }
+#else
+template <bool ROUNDS>
+static inline void take_values(__m512 a, __m512 b, Floats (&to)[2], const bf16*) { open_pairs(rounded_pairs(a, b), to); }
+#endif
+
+// 32 values by a row's inputs.
+template <int ROWS>
+static inline void multiply_values(const Floats (&values)[2], FloatRows x, Floats (&sum)[ROWS]) {
     for (int r = 0; r < ROWS; r++) {
-        even[r] = fused((Floats)a, load(x + r * stride), even[r]);
-        odd[r] = fused((Floats)b, load(x + r * stride + 16), odd[r]);
+        const float* from = x.at + r * x.stride;
+        sum[r] = fused(values[1], load(from + LANES), fused(values[0], load(from), sum[r]));
     }
 }
-template <typename T>
-static FloatRows byte_inputs(bool rounds, const Inputs<T>& x) { return rounds && BY_PLACES ? x.paired() : x.plain(); }
-
-// 32 values of a table by codes of which a byte has two, times inputs of even and of odd places.
+#if DOTS
 template <int ROWS>
-static inline void multiply_nibbles(__m512 table, const uint8_t* codes, FloatRows x, Floats (&even)[ROWS], Floats (&odd)[ROWS]) {
+static inline void multiply_values(const __m512bh (&values)[1], Strided<bf16> x, Floats (&sum)[ROWS]) {
+    for (int r = 0; r < ROWS; r++) {
+        __m512bh in[1];
+        open(x.at + r * x.stride, in);
+        sum[r] = fused(values[0], in[0], sum[r]);
+    }
+}
+#endif
+
+// What 32 values of a type are multiplied as.
+template <typename T>
+struct Values {
+    typedef Floats Type[2];
+};
+#if DOTS
+template <>
+struct Values<bf16> {
+    typedef __m512bh Type[1];
+};
+#endif
+
+// 32 values of a table by codes of which a byte has two: those of even places, and of odd ones.
+static inline void look_up(__m512 table, const uint8_t* codes, Floats (&to)[2]) {
     const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
     // a permutation reads the low four bits of each lane
-    const Floats high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), low = (Floats)_mm512_permutexvar_ps(byte, table);
-    for (int r = 0; r < ROWS; r++) {
-        even[r] = fused(high, load(x.at + r * x.stride), even[r]);
-        odd[r] = fused(low, load(x.at + r * x.stride + 16), odd[r]);
-    }
+    to[0] = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
+    to[1] = (Floats)_mm512_permutexvar_ps(byte, table);
 }
+#if DOTS
+// Of a table of words, in order.
+static inline void look_up(__m512i table, const uint8_t* codes, __m512bh (&to)[1]) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)codes);
+    // a permutation of words reads the low five bits of each, and the table has its 16 twice
+#if defined(__AVX512VBMI__)
+    // of every two bytes the bits from 4, 0, 12 and 8 on
+    const __m512i index = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2008200c20002004), _mm512_cvtepu16_epi64(bytes));
+#else
+    const __m512i byte = _mm512_cvtepu8_epi32(bytes), index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+#endif
+    to[0] = (__m512bh)_mm512_permutexvar_epi16(index, table);
+}
+#endif
 
 // Scales of blocks from the `first` on.
 static inline void block_scales(const Flat& source, long first, long count, float* to) {
@@ -143,15 +207,45 @@ static inline void widen_halves(const uint16_t* from, long count, float* to) {
     for (; i < count; i++) to[i] = half(from[i]);
 }
 
+// Inputs of codes of which a byte has two: floats by even and odd places.
+static inline FloatRows nibble_inputs(const Inputs<float>& x) { return x.paired(); }
+static inline auto nibble_inputs(const Inputs<bf16>& x) { return x.as_factors(); }
+
+// The 32 values from place k on.
+template <typename T, int ROWS, typename Table>
+static inline void multiply_nibbles(Table table, const uint8_t* codes, Strided<typename Factors<T>::Number> x, long k, Floats (&sum)[ROWS]) {
+    typename Values<T>::Type values;
+    look_up(table, codes, values);
+    multiply_values<ROWS>(values, {x.at + k, x.stride}, sum);
+}
+
+template <typename T, bool ROUNDS>
+static inline auto one_table(const Places& places, const Numbers& numbers, long place) {
+#if DOTS
+    if constexpr (sizeof(T) == sizeof(bf16)) return places.word_table(numbers, place);
+    else
+#endif
+        return places.table<ROUNDS>(numbers, place);
+}
+template <typename T, bool ROUNDS>
+static inline auto two_tables(const Places& places, const Numbers& numbers, long place) {
+#if DOTS
+    if constexpr (sizeof(T) == sizeof(bf16)) return WordTables{places.word_table(numbers, place), places.word_table(numbers, place + 1)};
+    else
+#endif
+        return places.tables<ROUNDS>(numbers, place);
+}
+
 // Each kind of source, read by outputs. Made for a panel: `count` outputs from `first` on, whose scales are worked out together.
 template <typename T>
 struct FlatPanel {
+    typedef Strided<typename Factors<T>::Number> In;
     const Flat& source;
     const long first, width;
     std::vector<float>& scales;
 
     static bool fits(const Flat&, long width) { return width % BLOCK == 0; }
-    static FloatRows inputs(const Flat&, const Inputs<T>& x) { return x.paired(); }
+    static In inputs(const Flat&, const Inputs<T>& x) { return nibble_inputs(x); }
 
     FlatPanel(const Flat& source, long first, long count, long width, std::vector<float>& space)
         : source(source), first(first), width(width), scales(space) {
@@ -160,67 +254,64 @@ struct FlatPanel {
     }
 
     template <int ROWS>
-    inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
-        constexpr bool ROUNDS = sizeof(T) == sizeof(bf16);
+    inline void multiply(long output, In x, Floats (&sum)[ROWS]) const {
         const long blocks = width / BLOCK;
         const Places places = {scales.data() + output * blocks, nullptr, nullptr};
         const Numbers numbers(_mm512_loadu_ps(source.levels));
         const uint8_t* codes = source.codes + (first + output) * width / 2;
-        Floats odd[ROWS] = {};
-        const auto multiply_block_of = [&](__m512 table, long b) __attribute__((always_inline)) {
-            multiply_nibbles<ROWS>(table, codes + 32 * b, {x.at + 64 * b, x.stride}, sum, odd);
-            multiply_nibbles<ROWS>(table, codes + 32 * b + 16, {x.at + 64 * b + 32, x.stride}, sum, odd);
+        const auto multiply_block_of = [&](auto table, long b) __attribute__((always_inline)) {
+            multiply_nibbles<T, ROWS>(table, codes + 32 * b, x, 64 * b, sum);
+            multiply_nibbles<T, ROWS>(table, codes + 32 * b + 16, x, 64 * b + 32, sum);
         };
         long b = 0;
         for (; b + 2 <= blocks; b += 2) {
             __builtin_prefetch(codes + 32 * b + AHEAD, 0, 2);
-            const Tables both = places.tables<ROUNDS>(numbers, b);
+            const auto both = two_tables<T, sizeof(T) == sizeof(bf16)>(places, numbers, b);
             multiply_block_of(both.first, b);
             multiply_block_of(both.second, b + 1);
         }
-        if (b < blocks) multiply_block_of(places.table<ROUNDS>(numbers, b), b);
-        for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
+        if (b < blocks) multiply_block_of(one_table<T, sizeof(T) == sizeof(bf16)>(places, numbers, b), b);
     }
 };
 
 template <typename T>
 struct RowsPanel {
-    static constexpr bool ROUNDS = sizeof(T) == sizeof(bf16);
+    typedef Strided<typename Factors<T>::Number> In;
     const Rows& source;
     const long first, width;
 
     static bool fits(const Rows&, long width) { return width % 32 == 0; }
-    static FloatRows inputs(const Rows&, const Inputs<T>& x) { return byte_inputs(ROUNDS, x); }
+    static In inputs(const Rows&, const Inputs<T>& x) { return x.as_factors(); }
 
     RowsPanel(const Rows& source, long first, long, long width, std::vector<float>&) : source(source), first(first), width(width) {}
 
     template <int ROWS>
-    inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
+    inline void multiply(long output, In x, Floats (&sum)[ROWS]) const {
         const uint8_t* codes = (const uint8_t*)source.codes + (first + output) * width;
         const __m512 by = _mm512_set1_ps(source.largest[first + output]), share = _mm512_set1_ps(1.0f / 127);
-        Floats odd[ROWS] = {};
         for (long k = 0; k < width; k += 32) {
             if (k % 64 == 0) __builtin_prefetch(codes + k + AHEAD, 0, 2);
             // one after the other, as a row is opened
             const __m512 a = _mm512_mul_ps(_mm512_mul_ps(code_numbers<true>(codes + k), by), share);
             const __m512 b = _mm512_mul_ps(_mm512_mul_ps(code_numbers<true>(codes + k + 16), by), share);
-            multiply_values<ROUNDS, ROWS>(a, b, x.at + k, x.stride, sum, odd);
+            typename Values<T>::Type values;
+            take_values<false>(a, b, values, (const T*)nullptr);
+            multiply_values<ROWS>(values, {x.at + k, x.stride}, sum);
         }
-        for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
     }
 };
 
 template <typename T>
 struct GridPanel {
+    typedef Strided<typename Factors<T>::Number> In;
     const Grid& source;
     const long first, width, from;  // from: the first row of scales
     Places places;  // of the panel
 
-    static bool rounds(const Grid& source) { return source.rounded || sizeof(T) == sizeof(bf16); }
     static bool fits(const Grid& source, long width) {
         return source.kind < 3 && !source.groups && source.columns % 32 == 0 && width % 32 == 0;
     }
-    static FloatRows inputs(const Grid& source, const Inputs<T>& x) { return source.kind ? byte_inputs(rounds(source), x) : x.paired(); }
+    static In inputs(const Grid& source, const Inputs<T>& x) { return source.kind ? x.as_factors() : nibble_inputs(x); }
 
     GridPanel(const Grid& source, long first, long count, long width, std::vector<float>& space)
         : source(source), first(first), width(width), from(first / source.rows) {
@@ -241,46 +332,42 @@ struct GridPanel {
     }
 
     template <int ROWS>
-    inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
+    inline void multiply(long output, In x, Floats (&sum)[ROWS]) const {
         const long row = source.rows == 1 ? output : (first + output) / source.rows - from;
-        Floats odd[ROWS] = {};
+        const bool rounds = source.rounded || sizeof(T) == sizeof(bf16);
         if (source.kind == 0)
-            rounds(source) ? multiply_halves<true, ROWS>(output, row, x, sum, odd) : multiply_halves<false, ROWS>(output, row, x, sum, odd);
+            rounds ? multiply_halves<true, ROWS>(output, row, x, sum) : multiply_halves<false, ROWS>(output, row, x, sum);
         else
-            rounds(source) ? multiply_bytes<true, ROWS>(output, row, x, sum, odd) : multiply_bytes<false, ROWS>(output, row, x, sum, odd);
-        for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
+            rounds ? multiply_bytes<true, ROWS>(output, row, x, sum) : multiply_bytes<false, ROWS>(output, row, x, sum);
     }
 
     // Codes of which a byte has two.
     template <bool ROUNDS, int ROWS>
-    inline void multiply_halves(long output, long row, FloatRows x, Floats (&sum)[ROWS], Floats (&odd)[ROWS]) const {
+    inline void multiply_halves(long output, long row, In x, Floats (&sum)[ROWS]) const {
         const Places places = this->places;
         const Numbers numbers(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
         const uint8_t* codes = source.codes + (first + output) * width / 2;
-        const auto multiply_32 = [&](__m512 table, long k) __attribute__((always_inline)) {
-            multiply_nibbles<ROWS>(table, codes + k / 2, {x.at + k, x.stride}, sum, odd);
-        };
         long at = 0, place = row * source.across;
         if (source.columns == 32)
             for (; at + 64 <= width; at += 64, place += 2) {
                 if (at % 128 == 0) __builtin_prefetch(codes + at / 2 + AHEAD, 0, 2);
-                const Tables both = places.tables<ROUNDS>(numbers, place);
-                multiply_32(both.first, at);
-                multiply_32(both.second, at + 32);
+                const auto both = two_tables<T, ROUNDS>(places, numbers, place);
+                multiply_nibbles<T, ROWS>(both.first, codes + at / 2, x, at, sum);
+                multiply_nibbles<T, ROWS>(both.second, codes + at / 2 + 16, x, at + 32, sum);
             }
         for (; at < width; at += source.columns, place++) {
             const long end = std::min(at + source.columns, width);
-            const __m512 table = places.table<ROUNDS>(numbers, place);
+            const auto table = one_table<T, ROUNDS>(places, numbers, place);
             for (long k = at; k < end; k += 32) {
                 if (k % 128 == 0) __builtin_prefetch(codes + k / 2 + AHEAD, 0, 2);
-                multiply_32(table, k);
+                multiply_nibbles<T, ROWS>(table, codes + k / 2, x, k, sum);
             }
         }
     }
 
     // Codes of a byte each.
     template <bool ROUNDS, int ROWS>
-    inline void multiply_bytes(long output, long row, FloatRows x, Floats (&sum)[ROWS], Floats (&odd)[ROWS]) const {
+    inline void multiply_bytes(long output, long row, In x, Floats (&sum)[ROWS]) const {
         const Places places = this->places;
         const uint8_t* codes = source.codes + (first + output) * width;
         const auto multiply_places = [&](auto is_signed) __attribute__((always_inline)) {
@@ -290,7 +377,9 @@ struct GridPanel {
                     if (k % 64 == 0) __builtin_prefetch(codes + k + AHEAD, 0, 2);
                     const __m512 a = places.value(code_numbers<SIGNED>(codes + k), place, ALIKE);
                     const __m512 b = places.value(code_numbers<SIGNED>(codes + k + 16), place, ALIKE);
-                    multiply_values<ROUNDS, ROWS>(a, b, x.at + k, x.stride, sum, odd);
+                    typename Values<T>::Type values;
+                    take_values<ROUNDS>(a, b, values, (const T*)nullptr);
+                    multiply_values<ROWS>(values, {x.at + k, x.stride}, sum);
                 }
         };
         source.kind == 2 ? multiply_places(std::true_type()) : multiply_places(std::false_type());
@@ -299,28 +388,24 @@ struct GridPanel {
 
 template <typename T>
 struct HalvesPanel {
+    typedef Strided<typename Factors<T>::Number> In;
     const Halves& source;
     const long first, width;
 
     static bool fits(const Halves&, long width) { return width % (2 * LANES) == 0; }
-    static FloatRows inputs(const Halves&, const Inputs<T>& x) { return x.paired(); }
+    static In inputs(const Halves&, const Inputs<T>& x) { return x.as_factors(); }
 
     HalvesPanel(const Halves& source, long first, long, long width, std::vector<float>&) : source(source), first(first), width(width) {}
 
     template <int ROWS>
-    inline void multiply(long output, FloatRows x, Floats (&sum)[ROWS]) const {
+    inline void multiply(long output, In x, Floats (&sum)[ROWS]) const {
         const bf16* codes = source.codes + (first + output) * width;
-        Floats odd[ROWS] = {};
         for (long k = 0; k < width; k += 2 * LANES) {
             __builtin_prefetch((const char*)(codes + k) + AHEAD, 0, 2);
-            Floats value[2];
-            open(codes + k, value);
-            for (int r = 0; r < ROWS; r++) {
-                sum[r] = fused(value[0], load(x.at + r * x.stride + k), sum[r]);
-                odd[r] = fused(value[1], load(x.at + r * x.stride + k + LANES), odd[r]);
-            }
+            typename Values<T>::Type values;
+            take_values<false>((__m512)load(codes + k), (__m512)load(codes + k + LANES), values, (const T*)nullptr);
+            multiply_values<ROWS>(values, {x.at + k, x.stride}, sum);
         }
-        for (int r = 0; r < ROWS; r++) sum[r] += odd[r];
     }
 };
 
@@ -330,7 +415,7 @@ template <typename T> GridPanel<T> panel_of(const Grid&);
 template <typename T> HalvesPanel<T> panel_of(const Halves&);
 
 template <typename T, int ROWS, typename Source>
-static void multiply_packed_rows(const Source& source, long width, FloatRows x, long row, const Outputs<T>& to) {
+static void multiply_packed_rows(const Source& source, long width, Strided<typename Factors<T>::Number> x, long row, const Outputs<T>& to) {
 #pragma omp parallel if (to.outputs * width > PARALLEL)
     {
         std::vector<float> space;
@@ -356,10 +441,10 @@ static void multiply_packed_rows(const Source& source, long width, FloatRows x, 
 template <typename T, typename Source>
 static bool multiply_in_registers(const Source& source, const Inputs<T>& x, const Outputs<T>& to) {
     typedef decltype(panel_of<T>(source)) Panel;
-    if (x.rows > MOST_IN_REGISTERS || !Panel::fits(source, x.width)) return false;
-    const FloatRows inputs = Panel::inputs(source, x);
+    if (x.rows > MOST_IN_REGISTERS<T> || !Panel::fits(source, x.width)) return false;
+    const auto inputs = Panel::inputs(source, x);
     for (long row = 0; row < x.rows; row += 4) {
-        const FloatRows here = inputs.from(row);
+        const auto here = inputs.from(row);
         switch (std::min(x.rows - row, 4L)) {
             case 1: multiply_packed_rows<T, 1>(source, x.width, here, row, to); break;
             case 2: multiply_packed_rows<T, 2>(source, x.width, here, row, to); break;

@@ -36,8 +36,8 @@ from lorry.adapters.quantization.codes import (
 )
 from lorry.errors import ConfigError
 from lorry.kernels.packed import (
-    MAX_PACKED_ROWS,
     PackedSource,
+    most_packed_rows,
     open_packed,
     packed_product,
     supports_packed,
@@ -134,7 +134,7 @@ class PackedMatrix(ABC):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """x [T,I] -> x W^T + b [T,O] of the values that `open` gives in the dtype of x, summed in fp32 and
         rounded once, of packed bytes alone; None where no kernel does that for so many rows."""
-        if not 0 < x.shape[0] <= MAX_PACKED_ROWS or not supports_packed(self.codes, x.dtype):
+        if not 0 < x.shape[0] <= most_packed_rows() or not supports_packed(self.codes, x.dtype):
             return None
         return packed_product(self.source(), self.shape[0], x, bias)
 
