@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from lorry.adapters.layers.linear import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
+from lorry.adapters.quantization.packed import PackedMatrix
 from lorry.adapters.tensor_parallel.slices import gather_outputs
 from lorry.adapters.variants.own_weights import under, with_own_rows
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
 from lorry.kernels import matmul
+from lorry.kernels.packed import packed_product
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.cache import RowKVCache
 from lorry.models.decoder.low_rank import TermDescription, supports_term
@@ -31,8 +33,11 @@ from lorry.models.decoder.step import StepDescription
 
 class SmallBatchProducts(LinearProducts):
     """The products of linears with one input: with few rows the weights are read once as they stand
-    and never rearranged, and the terms of all rows are one call of the kernel.
+    and never rearranged, and the terms of all rows are one call of the kernel. ``packed``: the matrix of the
+    one linear, of the same values, which is read in its place.
     """
+
+    packed: PackedMatrix | None = None
 
     @staticmethod
     def of(group: LinearGroup, stacks: Sequence[StackedAdapters]) -> SmallBatchProducts:
@@ -74,11 +79,13 @@ class SmallBatchProducts(LinearProducts):
         # a prompt: with many rows the products, not reading the weights, take the time
         if x.shape[0] > kernel.most_few_rows(x.dtype):
             return super().forward(x)
-        ys = (
-            [layer.forward(x) for layer in self.layers]
-            if self.dense is None
-            else [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
-        )
+        if self.packed is not None:
+            (layer,) = self.layers
+            ys = [packed_product(self.packed.source(), layer.shape[0], x, None)]
+        elif self.dense is not None:
+            ys = [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
+        else:
+            ys = [layer.forward(x) for layer in self.layers]
         self._add_terms(x, ys)
         return self._finish(ys)
 
@@ -166,9 +173,10 @@ class DecodeRunner:
         if _has_token_gates(call):
             return self.model.logits(hidden, call)
         head = under(self.model.head, call)
-        (values,) = SmallBatchProducts.of(
-            head.group, head.group.stacks(call, head.path)[0]
-        ).forward(hidden)
+        products = SmallBatchProducts.of(head.group, head.group.stacks(call, head.path)[0])
+        if (file_head := self.model.packed_head) is not None:
+            products.packed = file_head.of(head, len(hidden))
+        (values,) = products.forward(hidden)
         return gather_outputs(with_own_rows(head, hidden, values), head.slices)
 
     def _work(self, call: AdapterContext, *, anew: bool) -> list[LayerLinears[LinearProducts]]:

@@ -30,6 +30,7 @@ from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput, add_at
 from lorry.models.decoder.attention import PackedSegments
 from lorry.models.decoder.block import DecoderBlock, ForwardContext, compute_inv_freq
 from lorry.models.decoder.cache import KVCache
+from lorry.models.decoder.head import PackedHead
 from lorry.models.decoder.layer import apply_layer
 from lorry.models.decoder.pointwise import DecoderNorm
 
@@ -62,6 +63,8 @@ class Decoder(CausalLM):
         # a copy: saving edits it
         self.config = dict(config)
         self.gradient_checkpointing = False
+        # the head in fewer bits, where a file has it so; for generation
+        self.packed_head: PackedHead | None = None
         g = self.local_geometry
         add_at(
             self,

@@ -138,6 +138,8 @@ def load_decoder(
         remember_base_digest(model, samples=samples)
     if reader is not None:
         remember_packed_digest(model, reader.digest)
+        # of a cut model nobody has the whole head
+        model.packed_head = reader.head() if ranks is None and shard is None else None
     return model
 
 

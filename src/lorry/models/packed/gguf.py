@@ -46,6 +46,7 @@ class PackedGguf:
     ConfigError for an architecture whose tensors are not known by name."""
 
     quantization = KEPT_GGUF
+    keeps_head = True
 
     def __init__(self, file: Path, config: Mapping[str, object]) -> None:
         kind = config.get("model_type")

@@ -20,6 +20,7 @@ from lorry.adapters.peft.base_digest import sample_matrix
 from lorry.adapters.quantization.linear import OpenBuffers, hold_packed, parameter_name
 from lorry.adapters.quantization.packed import PackedDigest, PackedMatrix, Quantization, pack
 from lorry.errors import ConfigError, ModelError
+from lorry.models.decoder.head import PackedHead
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading.tensor_files import (
     FLOAT_DTYPES,
@@ -51,6 +52,10 @@ class MatrixSource(Protocol):
     ) -> PackedMatrix | None:
         """The matrix (O, I) of a weight; None where it stays whole. Raises ModelError."""
 
+    @property
+    def keeps_head(self) -> bool:
+        """Whether `read` has the head's matrix of the very values that the model holds of it."""
+
     def notes(self) -> list[str]:
         """What to tell of what was read."""
 
@@ -81,6 +86,11 @@ class PackedWhileRead:
         stored = FLOAT_DTYPES[entry.dtype]
         (weight,) = read_tensors({name: entry}, stored, device).values()
         return pack(weight.t() if self.transposed else weight, self.quantization)
+
+    @property
+    def keeps_head(self) -> bool:
+        """Where nothing is rounded."""
+        return self.quantization.keeps_values
 
     def notes(self) -> list[str]:
         """None."""
@@ -138,6 +148,11 @@ class PackedCheckpoint:
         parts = {part: read_stored(t).clone().to(device) for part, t in entry.parts.items()}
         return self.packed_as.read(f"{entry.file}: {entry.name}", parts, shape)
 
+    @property
+    def keeps_head(self) -> bool:
+        """As the files have it."""
+        return True
+
     def notes(self) -> list[str]:
         """That they stay packed."""
         return [f"its files hold matrices packed ({self.quantization.name}), which stay so"]
@@ -157,7 +172,7 @@ class MatrixReader:
         matrices: MatrixSource,
         dtype: torch.dtype,
     ) -> None:
-        self.wanted, self.matrices, self.dtype = wanted, matrices, dtype
+        self.model, self.wanted, self.matrices, self.dtype = model, wanted, matrices, dtype
         self.samples, self.digest = dict[str, tuple[tuple[int, ...], Tensor]](), PackedDigest()
         self.layers = {
             f"{path}.weight": m
@@ -177,6 +192,18 @@ class MatrixReader:
             if entry.parts:
                 matrices.check(entry, self.shapes[name])
         self._buffers = OpenBuffers()
+
+    def head(self) -> PackedHead | None:
+        """The head's matrix, which the model holds whole, for generation; None where packing rounds it."""
+        family, matrices = self.model.family, self.matrices
+        name = f"{family.head}.weight"
+        name = name if name in self.wanted else f"{family.embed}.weight"
+        entry = self.wanted.get(name)
+        if entry is None or not matrices.keeps_head:
+            return None
+        weight = self.model.get_parameter(name)
+        shape = (weight.shape[0], weight.shape[1])
+        return PackedHead(lambda: matrices.read(name, entry, shape, torch.device("cpu")))
 
     def hold_empty(self) -> None:
         """Give each layer its part without memory, to be cut further before anything is read. Raises
