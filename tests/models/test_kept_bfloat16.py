@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, int]] = {
     "gpt2": {},
 }
 # more than the rows that are multiplied from packed bytes, whose sums have another order
-IDS = torch.tensor([[5, 17, 9, 30, 2, 11, 40, 3]])
+IDS = torch.tensor([[5, 17, 9, 30, 2, 11, 40, 3] * 4])
 
 
 @pytest.fixture(scope="module")

@@ -102,8 +102,12 @@ class SmallBatchProducts(LinearProducts):
                 stack.add_product(ys[part.layer], h[:, part.rows], part.lora_B.t(), part.scale)
         if not direct:
             return
-        gated = any(gate is not None for _, gate in direct)
-        terms = TermDescription.of(*zip(*direct, strict=True), x.dtype) if gated else self.ungated
+        gates = [gate for _, gate in direct]
+        terms = (
+            self.ungated
+            if all(gate is None for gate in gates)
+            else TermDescription.of([stack for stack, _ in direct], gates, x.dtype)
+        )
         kernel.add_low_rank_terms(terms.words, x, ys)
 
 
