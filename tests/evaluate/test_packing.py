@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorry.backends.distributed.deal import deal_batches
 from lorry.backends.protocol import ScoringBackend
-from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.evaluate.packing import PackedSequences, packed_loss_difference, packing_leak
 
 LENGTHS = (5, 9, 7, 3, 8)
@@ -102,6 +103,40 @@ def test_a_leak_from_any_token_to_any_supervised_one_is_found(source: int, sink:
             return leaked
 
         assert packing_leak(packed_of(Scorer(leaking), ROWS)) > 0, (token, to)
+
+
+@dataclass
+class RanksScorer(Scorer):
+    """As ``ranks`` that share a batch score it; on each a sequence hears the one before it."""
+
+    ranks: int = 1
+
+    def _of(self, batch: Batch) -> Tensor:
+        found = torch.zeros(len(batch.tokens))
+        rows = batch.with_extra(rows=BatchExtra(torch.arange(len(batch.tokens)), "token"))
+        for (part,) in deal_batches([rows], self.ranks, 0):
+            if part is None:
+                continue
+            heard = torch.zeros(len(part.tokens))
+            for (before, _), (start, stop) in itertools.pairwise(part.segments):
+                heard[start:stop] = 1e-6 * float(part.tokens[before])
+            own = super()._of(part) + torch.where(part.weights != 0, heard, 0)
+            found[part.extra["rows"].values] = own
+        return found
+
+
+@pytest.mark.parametrize("lengths", [(8,) * 8, (20, *[3] * 7), LENGTHS], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_leak_on_any_rank_is_found(ranks: int, lengths: Sequence[int]) -> None:
+    """Sequences of one length go to the ranks in turn: neighbours in the batch are none on a rank."""
+    rows = [row(length, key) for key, length in enumerate(lengths, 1)]
+    scorer = RanksScorer(ranks=ranks)
+    packed = packed_of(scorer, rows, ranks=ranks)
+    (one,) = scorer.score([packed.batch], {})
+    alone = [scorer.score([collate([example])], {})[0] for example in packed.examples]
+    # a rank that has one sequence alone has no leak
+    leaks = not torch.equal(one["logprob"], torch.cat([each["logprob"] for each in alone]))
+    assert (packing_leak(packed) > 0) == leaks
 
 
 def test_the_loss_of_packed_and_alone_is_compared_by_sequence_and_relative_above_one() -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from lorry.backends.distributed.deal import deal_batches
 from lorry.backends.protocol import ScoringBackend
-from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.data.stream.joint import interleave_adapters, select_sequences
 from lorry.evaluate.loss import mean_nll
 from lorry.models.scoring.score import TokenScore, log_prob
@@ -36,7 +38,7 @@ class PackedSequences:
         ordered = select_sequences(batch, order)
         if adapters > 1:
             ordered = interleave_adapters(ordered, adapters)
-        self.backend = backend
+        self.backend, self.ranks = backend, ranks
         self.examples = split_examples(ordered)[: max(PACKED_SEQUENCES, adapters) * ranks]
         # the first sequence of a pack lies as it would alone
         self.alone = self.examples[-max(ALONE_SEQUENCES, adapters) :]
@@ -50,21 +52,38 @@ class PackedSequences:
         """[T] log-probability of every supervised token, scored once."""
         return score_batch(self.backend, self.batch)
 
+    @cached_property
+    def places(self) -> list[int]:
+        """How many of them come before each on its rank."""
+        numbers = BatchExtra(torch.arange(len(self.examples)), "sequence")
+        places = [0] * len(self.examples)
+        for passes in deal_batches([self.batch.with_extra(number=numbers)], self.ranks, 0):
+            for part in passes:
+                numbered = [] if part is None else part.extra["number"].values.tolist()
+                for place, number in enumerate(numbered):
+                    places[number] = place
+        return places
+
 
 def packing_leak(packed: PackedSequences) -> float:
     """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if
     nothing leaks, since shapes, and with them every kernel and its rounding, stay the same; rounding
     where `CausalLM.shapes_follow_tokens`. Of one sequence the change when it is scored again."""
-    worst, count = 0.0, len(packed.examples)
-    # first the even sequences change and the odd are watched, then the other way round
+    worst = 0.0
+    # first the even sequences of each rank change and the odd are watched, then the other way round
     for parity in (0, 1):
-        watched = [slice(*packed.batch.segments[s]) for s in range(count) if s % 2 != parity]
+        reverses = [place % 2 == parity for place in packed.places]
+        watched = [
+            slice(*segment)
+            for segment, own in zip(packed.batch.segments, reverses, strict=True)
+            if not own
+        ]
         if not watched:
             continue
         neighbours_reversed = [
             # reversed and not drawn anew: experts and vocabulary tiles see the same tokens
-            replace(e, tokens=list(e.tokens)[::-1]) if s % 2 == parity else e
-            for s, e in enumerate(packed.examples)
+            replace(example, tokens=list(example.tokens)[::-1]) if own else example
+            for example, own in zip(packed.examples, reverses, strict=True)
         ]
         after = score_batch(packed.backend, collate(neighbours_reversed))
         worst = max([worst, *(float((after[w] - packed.scores[w]).abs().max()) for w in watched)])
