@@ -144,7 +144,7 @@ def test_verb_help_shows_every_setting_with_its_default_and_help(
         assert field.description in text, dotted
     for shown in (
         "[0.0002]",
-        "[32; where rows choose the ranks of r=auto 2 x r]",
+        "[32; where rows choose the ranks 2 x r]",
         "[smollm2-135m-instruct]",
         "[required, unless mix is given]",
         "[runs/DATA-MODEL]",

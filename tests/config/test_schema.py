@@ -68,13 +68,15 @@ def test_alpha_is_the_same_for_every_rank_unless_given(given: dict[str, Any], al
 
 @pytest.mark.parametrize(
     ("given", "scale"),
-    [({}, 2), ({"use_rslora": True}, 8), ({"lora_alpha": 64}, 1), ({"memory_budget": "2GiB"}, 2)],
-)
+    [({}, 2), ({"use_rslora": True}, 8), ({"lora_alpha": 64}, 1), ({"memory_budget": "2GiB"}, 2),
+     ({"r": 64, "rank_by": "data"}, 2), ({"r": 8, "rank_by": "data"}, 2),
+     ({"r": 8, "rank_by": "data", "lora_alpha": 32}, 4)],
+)  # fmt: skip
 def test_ranks_that_rows_choose_have_the_scale_of_the_default_rank(
     given: dict[str, Any], scale: float
 ) -> None:
-    """Whatever the bound: here the largest that is tried, 64."""
-    lora = run(r="auto", **given).lora
+    """Whatever the bound: with r=auto the largest that is tried here, 64, else r."""
+    lora = run(**{"r": "auto", **given}).lora
     assert lora is not None
     assert lora_spec_of(lora).scale("m") == pytest.approx(scale)
 

@@ -128,14 +128,15 @@ def test_it_resumes_bit_for_bit_with_the_ranks_that_it_has(
 def test_r_and_memory_are_bounds_and_jobs_have_each_their_own(
     world: World, tmp_path: Path, asked: Any
 ) -> None:
-    train_run(world.run(tmp_path / "few", r=3, rank_by="data", max_steps=2), [])
+    few = train_run(world.run(tmp_path / "few", r=3, rank_by="data", max_steps=2), [])
     assert max(asked[-1][1].ranks.values()) == 3
     heard = Heard()
     run = world.run(tmp_path / "memory", r="auto", memory_budget="2GiB", max_steps=2)
     result = train_run(run, [], [heard])
     # whatever would have fitted, the scale is that of the default rank
-    slots = get_bank(result.model)[result.adapter].slots.values()
-    assert {round(slot.scale, 6) for slot in slots} == {2.0}
+    for one in (few, result):
+        slots = get_bank(one.model)[one.adapter].slots.values()
+        assert {round(slot.scale, 6) for slot in slots} == {2.0}
     assert any("memory_budget=2GiB would have given r=" in note for note in heard.notes)
     heard = Heard()
     train_run(

@@ -52,7 +52,7 @@ class LoraConfig(SettingsGroup):
         "lora",
         "dora: as use_dora=true; adalora: ranks go from init_r to target_r where they matter least",
     )
-    # far beyond any matrix; with r=auto lora_alpha may be twice that, its limit
+    # far beyond any matrix; where rows choose ranks lora_alpha may be twice that, its limit
     r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = config_field(
         DEFAULT_RANK, "rank; auto: what the rows ask for (rank_by), at most what fits memory_budget"
     )
@@ -62,7 +62,7 @@ class LoraConfig(SettingsGroup):
         "null: data with r=auto, else memory",
     )
     lora_alpha: PositiveInt | PositiveFloat | None = derived_field(
-        f"{DEFAULT_ALPHA}; where rows choose the ranks of r=auto {DEFAULT_ALPHA // DEFAULT_RANK} x r",
+        f"{DEFAULT_ALPHA}; where rows choose the ranks {DEFAULT_ALPHA // DEFAULT_RANK} x r",
         "the adapter's update is scaled by lora_alpha / r",
         le=2**31,
     )
@@ -196,8 +196,8 @@ class LoraConfig(SettingsGroup):
         return AUTO_RANK if self.r == "auto" else self.r
 
     def alpha_at(self, bound: int) -> float:
-        """lora_alpha, or where r=auto leaves it open what gives ``bound``, within which rows choose
-        ranks of one scale, the scale of the default rank: that of a module hangs on no bound."""
+        """lora_alpha, or where it is left open what gives ``bound``, within which rows choose ranks of one
+        scale, the scale of the default rank: that of a module hangs on no bound."""
         if self.lora_alpha is not None:
             return self.lora_alpha
         ratio = bound / DEFAULT_RANK
@@ -277,8 +277,9 @@ class LoraConfig(SettingsGroup):
     @field_validator("lora_alpha", mode="before")
     @classmethod
     def _one_for_all_ranks(cls, value: Any, info: ValidationInfo) -> Any:
-        # with r=auto it follows once the rank is known (`alpha_at`)
-        return DEFAULT_ALPHA if value is None and info.data.get("r") != "auto" else value
+        # where rows choose the ranks, and with r=auto, it follows from what bounds them (`alpha_at`)
+        follows = info.data.get("r") == "auto" or info.data.get("rank_by") == "data"
+        return DEFAULT_ALPHA if value is None and not follows else value
 
     @model_validator(mode="after")
     def _can_begin_so(self) -> Self:
