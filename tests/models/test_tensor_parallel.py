@@ -4,6 +4,7 @@ process, float64 formulas, and the decoder alone. The ranks are threads (`tests/
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,16 +242,23 @@ def test_a_router_of_the_layers_trains_alike(level: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "recompute"), [("llama", False), ("llama", True), ("gpt2", False)]
+    ("name", "recompute", "dora"),
+    [
+        ("llama", False, False),
+        ("llama", True, False),
+        ("gpt2", False, False),
+        ("llama", False, True),
+    ],
 )
-def test_ranks_divide_what_layers_keep(name: str, recompute: bool) -> None:
+def test_ranks_divide_what_layers_keep(name: str, recompute: bool, dora: bool) -> None:
     """With `sequence_parallel` every number is the same to the bit, and each rank keeps its tokens' part
-    of a layer's input and of the stream before the MLP: [T,D] each, of 45 tokens 23."""
+    of a layer's input and of the stream before the MLP (of DoRA what attention adds to it): [T,D] each, of 45
+    tokens 23."""
 
     def work(ranks: ThreadRanks, divide: bool) -> tuple[Step, int, int]:
         model = decoder_of(model_of(name), ranks, torch.float32)
         model.gradient_checkpointing, model.sequence_parallel = recompute, divide
-        attach(model, TWO["a"])
+        attach(model, replace(TWO["a"], use_dora=dora))
         kept = list[Tensor]()
 
         def keep(tensor: Tensor) -> Tensor:

@@ -172,9 +172,10 @@ def test_the_plan_lies_above_the_floor(case: Any) -> None:
         )
 
 
-def test_magnitudes_keep_what_attention_and_the_mlp_add() -> None:
-    """Two widths a layer, as the engine clones them; a recomputed step keeps those of one layer."""
-    shape = read_model_shape(KNOWN_CONFIGS["smollm2-135m"])
+@pytest.mark.parametrize(("name", "widths"), [("smollm2-135m", 1), ("pythia-160m", 2)])
+def test_magnitudes_keep_what_is_added_to_the_stream(name: str, widths: int) -> None:
+    """What the MLP adds; and attention, where the layer does not keep it in place of the stream behind it."""
+    shape = read_model_shape(KNOWN_CONFIGS[name])
     plain, dora = (
         plan_adapter(shape, LoraConfig.model_validate({"r": 16, "use_dora": on}), 16)
         for on in (False, True)
@@ -183,4 +184,4 @@ def test_magnitudes_keep_what_attention_and_the_mlp_add() -> None:
     outputs = sum(m.outputs for m in dora.matrices)
     assert dora.parameters - plain.parameters == outputs
     saved = [saved_bytes_per_token(shape, each, setup(), layers) for each in (plain, dora)]
-    assert saved[1] - saved[0] == len(layers) * 2 * shape.geometry.width * setup().element
+    assert saved[1] - saved[0] == len(layers) * widths * shape.geometry.width * setup().element

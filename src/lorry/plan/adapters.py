@@ -132,10 +132,11 @@ class PlannedAdapter:
         """Ranks of a layer's adapted matrices that one token passes, of one site or of all."""
         return [s.rank * s.active for s in self._of_layer(layer) if site in (None, s.site)]
 
-    def kept_outputs(self, layer: int) -> int:
-        """Elements per token that a layer keeps for magnitudes alone: what attention and the MLP add to
-        the stream. The other outputs it has anyway."""
-        sites = (SITES.attn_out, SITES.mlp_out)
+    def kept_outputs(self, layer: int, *, attended: bool) -> int:
+        """Elements per token that a layer keeps for magnitudes alone: what the MLP adds to the stream,
+        and attention (``attended``: unless that stands in place of the stream behind it). The other outputs it
+        has anyway."""
+        sites = (SITES.attn_out, SITES.mlp_out) if attended else (SITES.mlp_out,)
         return sum(s.outputs for s in self._of_layer(layer) if s.magnitude and s.site in sites)
 
     def _of_layer(self, layer: int) -> Sequence[AdaptedMatrix]:

@@ -401,9 +401,10 @@ def saved_bytes_per_token(
     shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup, layers: range
 ) -> int:
     """Bytes per token that are held when the last of ``layers`` has run forward."""
+    attended = layer_path(shape) != "fused" or shape.geometry.parallel_residual
     per_layer = {
         i: layer_saved_bytes(shape, setup, adapter.ranks(i))
-        + setup.element * adapter.kept_outputs(i)
+        + setup.element * adapter.kept_outputs(i, attended=attended)
         for i in layers
     }
     if not per_layer:

@@ -16,10 +16,13 @@ from torch.nn import functional as F
 
 from lorry.adapters.attach import attach
 from lorry.adapters.merge import merge, merged_tensors, unmerge
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.families import find_family
+from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.model import Decoder
+from tests.support import tiny
 
 EMBEDDING = {"gpt2": "wte", "gpt_neox": "embed_in"}
 MAGNITUDE = "lora_magnitude_vector"
@@ -195,3 +198,29 @@ def test_beside_biases_that_train(
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-4)
     unmerge(model)
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_a_layer_keeps_little_more_than_loras(model_type: str) -> None:
+    """What the MLP adds to the stream, [T,D]; what attention adds stands in place of the stream behind it, unless
+    the two are parallel."""
+    config = {"llama": tiny.LLAMA, "gpt_neox": tiny.NEOX}[model_type]
+    tokens, kept = list(range(1, 24)), dict[bool, int]()
+    for use_dora in (False, True):
+        model = native(tiny.random_model(config).float())
+        attach(model, LoraSpec(r=2, use_dora=use_dora), "one")
+        call = AdapterContext(Mix.one("one"))
+        seen = dict[int, Tensor]()
+
+        def keep(tensor: Tensor, seen: dict[int, Tensor] = seen) -> Tensor:
+            seen[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden(PackedInput.of([tokens]), call)
+        kept[use_dora] = sum(t.numel() for t in seen.values() if len(t) == len(tokens))
+    parallel = model_type == "gpt_neox"  # its default
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    assert isinstance(layers, int)
+    assert isinstance(width, int)
+    assert kept[True] - kept[False] == layers * (2 if parallel else 1) * len(tokens) * width

@@ -94,10 +94,10 @@ class SavedActivations:
 
     x [T,width]: the layer's input; q [T,H,D], k and v [T,G,D]: q and k as they left their product
     where heads are normed, else already rotated; attn [T,H,D]: the attention's output; residual
-    [T,width]: the stream before the MLP (None where the MLP reads x as well); gate, up [T,mlp]: the
-    MLP's inner products (up None where there is no gate); attended, mlp_output [T,width]: what
-    attention and the MLP add to the stream, where a DoRA term scales it, else None; stats: what the attention's backward
-    wants besides; experts: in place of gate and up, where whole MLPs are mixed.
+    [T,width]: the stream before the MLP (None where the MLP reads x as well, and where it is x and
+    attended); gate, up [T,mlp]: the MLP's inner products (up None where there is no gate); attended, mlp_output
+    [T,width]: what attention and the MLP add to the stream, where a DoRA term scales it, else None; stats: what
+    the attention's backward wants besides; experts: in place of gate and up, where whole MLPs are mixed.
     """
 
     x: Tensor
@@ -112,6 +112,13 @@ class SavedActivations:
     mlp_output: Tensor | None
     stats: AttentionStats
     experts: ExpertMlps | None = None
+
+    def mlp_stream(self, parallel: bool) -> Tensor:
+        """[T,width]: the stream as the MLP's norm read it; ``parallel``: that was x."""
+        if self.residual is not None:
+            return self.residual
+        # rounded once, as it was
+        return self.x if parallel or self.attended is None else self.x + self.attended
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What `save_for_backward` takes; `of` reads it."""
@@ -164,6 +171,11 @@ class DecoderBlock:
         self.norms = family.norms.map(lambda path: cast(DecoderNorm, layer.get_submodule(path)))
         # the dimension of q, k, v where one product makes all of them: [T, 3, H, D] or [T, H, 3, D]
         self.fused_dim = {"separate": None, "thirds": 1, "heads": 2}[family.qkv]
+
+    @property
+    def kept_stream(self) -> tuple[str, ...]:
+        """The fields of `SavedActivations` that are the residual stream, or a part it is made of."""
+        return ("x",) if self.geometry.parallel_residual else ("x", "residual", "attended")
 
     @property
     def activation(self) -> ActivationFunction:
@@ -289,7 +301,7 @@ class DecoderBlock:
                 k,
                 v,
                 attn,
-                None if parallel else residual,
+                None if parallel or kept is not None else residual,
                 gate,
                 up,
                 kept,

@@ -119,9 +119,9 @@ class LayerFunction(torch.autograd.Function):
         if saved is None:
             ctx.save_for_backward(own_rows(x, state.keepers), *gates)
             return y, *logits
-        saved.x = own_rows(saved.x, state.keepers)
-        if saved.residual is not None:
-            saved.residual = own_rows(saved.residual, state.keepers)
+        for name in block.kept_stream:
+            if (part := getattr(saved, name)) is not None:
+                setattr(saved, name, own_rows(part, state.keepers))
         # the attention's own graph is no tensor that save_for_backward could take
         ctx.work, ctx.graph, ctx.experts = call.work, saved.stats.graph, saved.experts
         # none where whole MLPs ran in place of a product
@@ -148,9 +148,10 @@ class LayerFunction(torch.autograd.Function):
             # dropped from ctx at once, so that it is freed as soon as attention's backward is
             # through
             saved = SavedActivations.of(tensors, ctx.graph, ctx.experts)
-            saved.x = all_rows(saved.x, state.keepers, state.positions.numel())
-            if saved.residual is not None:
-                saved.residual = all_rows(saved.residual, state.keepers, state.positions.numel())
+            tokens = state.positions.numel()
+            for name in block.kept_stream:
+                if (part := getattr(saved, name)) is not None:
+                    setattr(saved, name, all_rows(part, state.keepers, tokens))
             ctx.graph, ctx.experts = (), None
             down_outputs_by_product = [[next(tensors) for _ in part] for part in work.stacks]
             products = block.products(work, tensors)
@@ -421,7 +422,7 @@ class LayerBackward:
     def _mlp(self, dy: Tensor, below: bool) -> Tensor | None:
         """The gradient of the MLP's side of the residual stream, that stream's own included."""
         norm, linears, saved = self.norms.mlp, self.linears, self.saved
-        residual = saved.x if saved.residual is None else saved.residual
+        residual = saved.mlp_stream(self.block.geometry.parallel_residual)
         if self.mixes_mlps:
             return self._expert_mlps(dy, residual, below)
         assert saved.gate is not None
