@@ -368,6 +368,7 @@ def rows_record(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             ]
         )  # fmt: skip
     within = sum(told["within"] for told in tasks.values())
+    apart = ", ".join(task for task, told in tasks.items() if told["apart_interval"][0] > 0)
     rows = ", ".join(f"{SIZE.train[task]} of {task}" for task in tasks)
     return {
         "title": "`r=auto`: ranks that rows choose against a sweep",
@@ -375,6 +376,8 @@ def rows_record(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             f"{MODEL} in bfloat16, {rows}, once each, {BATCH} rows a step, learning rate {RATE:g}, alpha 2 r, one seed: "
             f"loss of {SIZE.held} held-out rows [95% of a bootstrap over them] (`benchmarks/rank_choice.py --rows`). In {within} "
             f"of {len(tasks)} tasks the ranks that rows chose are within the best rank's interval."
+            + (f" Row by row they are above it on {apart}." if apart else "")
+            + " At alpha 2 r and one learning rate a larger rank takes larger steps, too."
         ),
         "columns": ["task", *names, "auto", "its ranks, values", "from the best [95%, row by row]"],
         "rows": cells,

@@ -219,14 +219,13 @@ def _lorry(engine: str, folder: Path, case: Mapping[str, Any]) -> dict[str, Any]
 def _variant(engine: str, folder: Path, case: Mapping[str, Any]) -> dict[str, Any]:
     """Whole steps, the longest first: its peak is what is told of memory. Of AdaLoRA all of them are steps at
     which ranks go."""
-    import torch
-
-    from lorry.adapters.attach import attach, get_bank
+    from lorry.adapters.attach import attach
     from lorry.adapters.mix import AdapterContext, Mix
     from lorry.adapters.spec import LoraSpec
     from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
-    from lorry.models.causal_lm import PackedInput
+    from lorry.data.batch import TokenizedExample, collate
     from lorry.models.loading.load import load_model
+    from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
     from lorry.notes import ignore_note
     from lorry.train.resources.peak import tune_allocator
 
@@ -237,17 +236,18 @@ def _variant(engine: str, folder: Path, case: Mapping[str, Any]) -> dict[str, An
     steps = len(VARIANT_LENGTHS) * (case["steps"] + case["warmup"])
     # a few more: of the last ones none takes ranks
     optimizer = ParameterSetOptimizer(adapter, OptimSettings(total_steps=2 * steps))
-    mix = Mix.one("one")
-    get_bank(model).activate(mix)
-    call, losses, norms = AdapterContext(mix), dict[str, float](), list[float]()
+    call = AdapterContext(Mix.one("one"))
+    losses, norms = dict[str, float](), list[float]()
 
     def step(length: int) -> list[float]:
-        packed = PackedInput.of([tokens_of(case, length)])
+        tokens = tokens_of(case, length)
+        batch = collate([TokenizedExample(tokens, [0.0] + [1.0] * (length - 1))])
 
         def once() -> None:
             with adapter.held_still():
-                logits = model.logits(model.hidden(packed, call).last, call)
-                loss = torch.nn.functional.cross_entropy(logits[:-1].float(), packed.tokens[1:])
+                # as a run does: whole logits, of which there are none, would hide what layers keep
+                scores = evaluate_wants(model, batch, {"logprob": TokenScore(log_prob)}, call)
+                loss = -(scores["logprob"] * batch.weights).sum() / (length - 1)
                 loss.backward()
             optimizer.add_penalty_gradients()
             norms.append(adapter.norm())

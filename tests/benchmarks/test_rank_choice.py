@@ -54,5 +54,7 @@ def test_chosen_ranks_are_compared_with_the_best_of_the_sweep() -> None:
     assert max(abs(edge - 0.01) for edge in (near["apart"], *near["apart_interval"])) < 1e-9
     far = rank_choice.compare({**sweep, "rauto": job(1.9)})
     assert not far["within"]
-    told = rank_choice.rows_record({"gsm8k": near, "common_gen": far})
-    assert "In 1 of 2 tasks" in told["text"]
+    level = rank_choice.compare({**sweep, "rauto": job(1.5)})
+    told = rank_choice.rows_record({"gsm8k": near, "common_gen": far, "truthfulqa": level})
+    assert "In 2 of 3 tasks" in told["text"]
+    assert "Row by row they are above it on gsm8k, common_gen." in told["text"]
