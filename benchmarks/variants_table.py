@@ -650,7 +650,11 @@ def describe_record(record: Mapping[str, Any]) -> str:
         f"{size['rows'][task]} rows of {task}, {size['batch'][task]} a step, {size['held'][task]} held out"
         for task in tasks
     )
-    large = [f"{size['large_rows'][t]} of {t}" for t in tasks if t in size["large_rows"]]
+    large = [
+        f"{size['large_rows'][task]} of {task}"
+        for task, found in tasks.items()
+        if any(name.endswith("-batch64") for name in found.curves)
+    ]
     of_batches = f" (for 8 and 64 rows a step {', '.join(large)})" if large else ""
     # the record may be of a study that has not come to them
     again = any(found.fresh for found in tasks.values())
