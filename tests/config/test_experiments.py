@@ -84,7 +84,8 @@ def test_tuned_ones_have_the_numbers_of_the_study(method: str) -> None:
     assert name in study["settings"]["only"]
     assert (run.unlearn.method, run.train.learning_rate) == (method, 1e-3)
     assert run.train.num_train_epochs == int(study["settings"]["epochs"])
-    assert (run.lora.r, run.train.per_device_train_batch_size) == (64, 8)
+    scaled = (run.lora.r, run.lora.lora_alpha)
+    assert (*scaled, run.train.per_device_train_batch_size) == (64, 128, 8)
     text = (SHIPPED_EXPERIMENTS / f"unlearn/tofu/lora_tuned_{method}.yaml").read_text()
     # as told there: two digits of forget quality and three of utility
     quality = f"{values['forget_quality']:.2g}".removeprefix("0")
