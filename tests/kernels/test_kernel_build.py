@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -228,6 +229,19 @@ finally:
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["cleared"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_dot_products_that_the_compiler_does_not_know_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: bool
+) -> None:
+    """An older one builds for a processor that has them without the functions that want them."""
+    functions = {"lorry_amx": lambda: 0} | ({"attention_forward": print} if known else {})
+    library = SimpleNamespace(**functions)
+    compiler_of(monkeypatch, tmp_path, "exit 1")
+    monkeypatch.setattr(build, "_load_intact", lambda folder, digest: library)
+    monkeypatch.setattr(build, "has_fast_dots", lambda: True)
+    assert build.kernel_status().attention == ("dots" if known else "vectors")
 
 
 def test_a_library_without_our_functions_is_built_again(

@@ -180,9 +180,9 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
         return None, KernelStatus(False, f"{compiler} failed: {messages[0]}")
     except OSError as e:
         return None, KernelStatus(False, f"the built kernels cannot be saved or loaded: {e}")
-    return library, KernelStatus(
-        True, "", digest, bool(library.lorry_amx()), has_fast_dots(), isa_in_words()
-    )
+    # an older compiler does not know the processor's, and leaves the functions out
+    dots = has_fast_dots() and hasattr(library, "attention_forward")
+    return library, KernelStatus(True, "", digest, bool(library.lorry_amx()), dots, isa_in_words())
 
 
 def _build_digest(compiler: str) -> str:
