@@ -17,7 +17,7 @@ from lorry.adapters.quantization.packed import QUANTIZATIONS
 from lorry.adapters.spec import LoraSpec
 from lorry.generation.engine import GenerationEngine, generate_completions
 from lorry.generation.sampling import SamplingParams
-from lorry.kernels import kernel_status, load_library
+from lorry.kernels import decode, kernel_status, load_library
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.decoder.model import Decoder
@@ -89,11 +89,12 @@ def decoded(model: Decoder, *, at_once: bool = True, times: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def exact(model: Decoder) -> Tensor:
+def exact(model: Decoder, *, times: int = 1) -> Tensor:
     """The same of the whole forward in float64: no cache, no kernels."""
     wide, out = copy.deepcopy(model).double(), list[Tensor]()
-    for number, (prompt, mix) in enumerate(zip(PROMPTS, MIXES, strict=True)):
-        packed = PackedInput.of([[*prompt, number]], model.device)
+    rows = [row for row in zip(PROMPTS, MIXES, strict=True) for _ in range(times)]
+    for number, (prompt, mix) in enumerate(rows):
+        packed = PackedInput.of([[*prompt, number % VOCAB]], model.device)
         call = AdapterContext(Mix.packed([mix], [0, len(prompt) + 1]))
         states = wide.hidden(packed, call)
         assert states.last is not None
@@ -112,6 +113,15 @@ def test_a_step_is_the_forward_pass_in_float64(family: str, threads: int) -> Non
     size = float(truth.abs().max())
     assert float((narrow - truth).abs().max()) <= 0.05 * size
     assert float((narrow - plain).abs().max()) <= 0.02 * size
+
+
+def test_prompts_of_many_adapters_are_the_forward_pass_in_float64() -> None:
+    """More tokens than are a few rows, of terms that each are (and fewer, of a prompt of one)."""
+    model = adapted("llama tied")
+    total = 8 * sum(len(prompt) for prompt in PROMPTS)
+    assert total > decode.MAX_FEW_ROWS
+    got = decoded(model, times=8).double()
+    torch.testing.assert_close(got, exact(model, times=8), rtol=1e-5, atol=1e-5)
 
 
 def test_threads_take_a_term_each_of_many_rows(threads: int) -> None:
