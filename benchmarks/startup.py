@@ -115,10 +115,14 @@ def work(arguments: list[str], said: Path) -> None:
     clock = Stopwatch()
     clock.watch_imports()
     from lorry import cli
-    from lorry.train import engine
+    from lorry.imports import kept_imports
 
+    with kept_imports():  # as the command imports them
+        from lorry.train import engine
+
+        modules = {place: importlib.import_module(place) for place, _, _ in STAGES}
     for place, name, stage in STAGES:
-        module = importlib.import_module(place)
+        module = modules[place]
         setattr(module, name, clock.watch(getattr(module, name), stage))
     step = engine.TrainingEngine._one_step
 
