@@ -80,7 +80,7 @@ def test_a_busy_rate_gives_way_to_a_better_one_and_to_a_quiet_one() -> None:
     ],
 )
 def test_a_rate_is_believed_until_a_run_contradicts_it(known: KnownRates, trusted: bool) -> None:
-    assert known.trusted("cpu") is trusted
+    assert known.trusted({"fused": 0.35, "plain": 0.12}) is trusted
 
 
 def test_runs_count_for_models_of_like_size() -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lorry.plan import machine, rates
+from lorry.plan.constants import STEP_EFFICIENCIES
 from tests.support.verbworld import TRAIN, World, lorry
 
 MEASURED = rates.RateMeasurement(
@@ -58,7 +59,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert component in out
     assert (
-        "at 35% of 1.00 TFLOP/s, measured here, the best of 40 products on 2026-01-01 10:00 UTC, load 0.5)"
+        f"at {100 * STEP_EFFICIENCIES[machine.attention_kernel()]['fused']:.0f}% of 1.00 TFLOP/s, measured here, the best of 40 products on 2026-01-01 10:00 UTC, load 0.5)"
         in out
     )
     assert out.rstrip().splitlines()[-1].startswith("needs ")

@@ -12,11 +12,13 @@ the MLP once for each of a token's experts. A start that is asked with every ste
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.constants import STEP_EFFICIENCIES
 from lorry.plan.memory import MemorySetup, layer_path, layers_run
+from lorry.plan.rates import LayerPath
 from lorry.plan.shapes import ModelShape
 
 
@@ -66,6 +68,15 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     )
 
 
+def step_efficiencies(setup: MemorySetup) -> Mapping[LayerPath, float]:
+    """The share of the matrix rate that a step is expected to reach, by the path of its layers."""
+    if setup.device == "cuda":
+        return STEP_EFFICIENCIES["cuda"]
+    # the kernels of bfloat16 products leave float32 to vectors
+    products = setup.attention in ("tiles", "dots") and setup.dtype == "float32"
+    return STEP_EFFICIENCIES["vectors" if products else setup.attention]
+
+
 def step_efficiency(shape: ModelShape, setup: MemorySetup) -> float:
-    """The share of the matrix rate that a step is expected to reach."""
-    return STEP_EFFICIENCIES[setup.device, layer_path(shape)]
+    """That of a model's path."""
+    return step_efficiencies(setup)[layer_path(shape)]

@@ -28,7 +28,6 @@ from lorry.disk import documents, durable
 from lorry.disk.documents import is_finite_number
 from lorry.disk.home import lorry_home
 from lorry.errors import DataError
-from lorry.plan.constants import STEP_EFFICIENCIES
 
 RATES_FORMAT = 2  # 1: {name of the processor: FLOP/s}, without when or how
 RATES_FILE = "rates.json"
@@ -36,7 +35,7 @@ BUSY_LOAD = 0.1  # share of its time that a thread waited for a core; more: the 
 # models and micro-batches whose steps reach like rates differ by at most this factor
 LIKE_FACTOR = 3.0
 SATURATED_TOKENS = 1024  # tokens of a micro-batch beyond which more of them bring no better rate
-# a run this many times off the rate that STEP_EFFICIENCIES says contradicts the matrix rate
+# a run this many times off the rate that the usual share of it says contradicts the matrix rate
 FAR_FACTOR = 2.5
 MOST_RUNS, MOST_MACHINES = 16, 64  # kept in the file, the newest
 FASTEST_RATE = 1e18  # FLOP/s that no single machine reaches
@@ -111,23 +110,26 @@ class KnownRates:
         ]
         return max(like, key=lambda run: run.rate, default=None)
 
-    def trusted(self, device: str) -> bool:
+    def trusted(self, efficiencies: Mapping[LayerPath, float]) -> bool:
         """Whether the matrix rate needs no new measurement: quiet, and contradicted by no run."""
         matrix = self.matrix
         return (
             matrix is not None
             and not matrix.busy
-            and not any(contradicts_measurement(run, matrix, device) for run in self.runs)
+            and not any(contradicts_measurement(run, matrix, efficiencies) for run in self.runs)
         )
 
 
-def contradicts_measurement(run: RunRate, matrix: RateMeasurement, device: str) -> bool:
+def contradicts_measurement(
+    run: RunRate, matrix: RateMeasurement, efficiencies: Mapping[LayerPath, float]
+) -> bool:
     """Whether a run that ended after ``matrix`` was measured shows it to be wrong: faster than a
-    step can be, or far from the usual share. A busy run can only show it to be too low."""
+    step can be, or far from the usual share, which is ``efficiencies`` by the path of its layers. A busy
+    run can only show it to be too low."""
     # both are UTC in one format, so text compares as time does
     if run.at <= matrix.at:
         return False
-    usual = STEP_EFFICIENCIES["cuda" if device == "cuda" else "cpu", run.path] * matrix.rate
+    usual = efficiencies[run.path] * matrix.rate
     return run.rate > min(matrix.rate, FAR_FACTOR * usual) or (
         not run.busy and run.rate * FAR_FACTOR < usual
     )

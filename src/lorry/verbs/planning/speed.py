@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from lorry.disk.durable import DiskError
 from lorry.plan import machine, rates
-from lorry.plan.flops import step_efficiency
-from lorry.plan.memory import (
-    DeviceType,
-    MemorySetup,
-    PrecisionName,
-    layer_path,
-)
+from lorry.plan.flops import step_efficiencies, step_efficiency
+from lorry.plan.memory import MemorySetup, layer_path
 from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.report import StepSpeed
 from lorry.plan.shapes import ModelShape
@@ -62,8 +57,8 @@ def _best_measurement(
         known.of_runs(shape.parameters, setup.tokens, path, quiet=only) for only in (True, False)
     )  # fmt: skip
     matrix, not_kept = known.matrix, ""
-    if quiet is None and not known.trusted(setup.device):
-        matrix, not_kept = _matrix_measurement(identity, setup.device, setup.dtype, threads, known)
+    if quiet is None and not known.trusted(step_efficiencies(setup)):
+        matrix, not_kept = _matrix_measurement(identity, setup, threads, known)
     usual = 0.0 if matrix is None else matrix.rate * step_efficiency(shape, setup)
     if fastest is not None and (quiet is not None or fastest.rate > usual):
         return fastest, f"measured here in {fastest.words(f'steps of a run of {fastest.model}')}"
@@ -85,8 +80,7 @@ def _known_rates(identity: rates.MachineIdentity) -> rates.KnownRates:
 
 def _matrix_measurement(
     identity: rates.MachineIdentity,
-    device: DeviceType,
-    precision: PrecisionName,
+    setup: MemorySetup,
     threads: int | None,
     known: rates.KnownRates,
 ) -> tuple[RateMeasurement | None, str]:
@@ -94,11 +88,12 @@ def _matrix_measurement(
     could not be kept, why."""
     from lorry.train.resources.rate import measure_matrix_rate
 
-    measured = measure_matrix_rate(device, precision, threads)
+    measured = measure_matrix_rate(setup.device, setup.dtype, threads)
     if measured is None:
         return None, ""
     wrong = known.matrix is not None and any(
-        rates.contradicts_measurement(run, known.matrix, device) for run in known.runs
+        rates.contradicts_measurement(run, known.matrix, step_efficiencies(setup))
+        for run in known.runs
     )
     try:
         return rates.keep_matrix_rate(identity, measured, instead=wrong), ""
