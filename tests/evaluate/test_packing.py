@@ -16,6 +16,7 @@ from torch import Tensor
 from lorry.backends.distributed.deal import deal_batches
 from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
+from lorry.evaluate import packing
 from lorry.evaluate.packing import PackedSequences, packed_loss_difference, packing_leak
 
 LENGTHS = (5, 9, 7, 3, 8)
@@ -59,7 +60,8 @@ def keys(examples: Sequence[TokenizedExample]) -> list[int]:
     return [example.key for example in examples]
 
 
-def test_the_longest_two_and_the_shortest_are_compared() -> None:
+def test_the_longest_two_and_the_shortest_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MORE_TOKENS", 0)
     packed = packed_of(Scorer(), ROWS)
     assert keys(packed.examples) == [2, 5, 4]
     # the first lies as it would alone
@@ -78,7 +80,21 @@ def test_the_longest_two_and_the_shortest_are_compared() -> None:
     assert [e.adapter for e in five.examples] == [e.adapter for e in five.alone] == [0, 1, 2, 3, 4]
 
 
-def test_a_sound_backend_shows_no_difference() -> None:
+def test_of_short_sequences_more_are_compared() -> None:
+    """Up to eight, and to 256 tokens."""
+    packed = packed_of(Scorer(), [row(9, key) for key in range(1, 12)])
+    assert (len(packed.examples), len(packed.alone)) == (8, 7)
+    packed = packed_of(Scorer(), [row(60, key) for key in range(1, 12)])
+    assert (len(packed.examples), len(packed.alone)) == (4, 3)
+    packed = packed_of(Scorer(), [row(200, key) for key in range(1, 12)])
+    assert (len(packed.examples), len(packed.alone)) == (3, 2)
+    # as many for each rank
+    packed = packed_of(Scorer(), [row(9, key) for key in range(1, 12)], ranks=2)
+    assert (len(packed.examples), len(packed.alone)) == (8, 7)
+
+
+def test_a_sound_backend_shows_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MORE_TOKENS", 0)
     scorer = Scorer()
     packed = packed_of(scorer, ROWS)
     assert (packing_leak(packed), packed_loss_difference(packed)) == (0, 0)

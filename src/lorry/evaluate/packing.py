@@ -4,6 +4,7 @@ others, and alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -20,11 +21,13 @@ from lorry.models.scoring.score import TokenScore, log_prob
 # a first, a middle and a last one: the boundaries behind them are made as these are
 PACKED_SEQUENCES = 3
 ALONE_SEQUENCES = 2
+# of short ones more, up to so many tokens: a mean over few is of rounding as much as of packing
+MOST_SEQUENCES, MORE_TOKENS = 8, 256
 
 
 class PackedSequences:
     """A few sequences of a batch end to end: as many as there are ``adapters``, three at least, and so
-    many for each of the ``ranks`` that they are dealt to. Of each adapter the longest comes first, then
+    many for each of the ``ranks`` that they are dealt to; of short ones up to eight. Of each adapter the longest comes first, then
     the next longest, which torch's attention pads to the longest where they are much alike, then the
     shortest; those of different adapters are neighbours, since a leak between jobs would not show
     within one.
@@ -39,9 +42,12 @@ class PackedSequences:
         if adapters > 1:
             ordered = interleave_adapters(ordered, adapters)
         self.backend, self.ranks = backend, ranks
-        self.examples = split_examples(ordered)[: max(PACKED_SEQUENCES, adapters) * ranks]
+        examples = split_examples(ordered)
+        least = max(PACKED_SEQUENCES, adapters) * ranks
+        self.examples = examples[: _count_short(examples, least, step=ranks)]
         # the first sequence of a pack lies as it would alone
-        self.alone = self.examples[-max(ALONE_SEQUENCES, adapters) :]
+        backwards = self.examples[:0:-1] or self.examples
+        self.alone = self.examples[-_count_short(backwards, max(ALONE_SEQUENCES, adapters)) :]
 
     @cached_property
     def batch(self) -> Batch:
@@ -63,6 +69,17 @@ class PackedSequences:
                 for place, number in enumerate(numbered):
                     places[number] = place
         return places
+
+
+def _count_short(examples: Sequence[TokenizedExample], least: int, *, step: int = 1) -> int:
+    """How many of the examples: ``least``, and of short ones more, ``step`` at a time."""
+    count = least
+    while (
+        count + step <= min(len(examples), MOST_SEQUENCES)
+        and sum(len(e.tokens) for e in examples[: count + step]) <= MORE_TOKENS
+    ):
+        count += step
+    return count
 
 
 def packing_leak(packed: PackedSequences) -> float:
