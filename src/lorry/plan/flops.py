@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.constants import STEP_EFFICIENCIES
 from lorry.plan.memory import MemorySetup, layer_path, layers_run
-from lorry.plan.rates import LayerPath
 from lorry.plan.shapes import ModelShape
 
 
@@ -68,7 +67,7 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     )
 
 
-def step_efficiencies(setup: MemorySetup) -> Mapping[LayerPath, float]:
+def step_efficiencies(setup: MemorySetup) -> Mapping[str, float]:
     """The share of the matrix rate that a step is expected to reach, by the path of its layers."""
     if setup.device == "cuda":
         return STEP_EFFICIENCIES["cuda"]

@@ -110,7 +110,7 @@ class KnownRates:
         ]
         return max(like, key=lambda run: run.rate, default=None)
 
-    def trusted(self, efficiencies: Mapping[LayerPath, float]) -> bool:
+    def trusted(self, efficiencies: Mapping[str, float]) -> bool:
         """Whether the matrix rate needs no new measurement: quiet, and contradicted by no run."""
         matrix = self.matrix
         return (
@@ -121,7 +121,7 @@ class KnownRates:
 
 
 def contradicts_measurement(
-    run: RunRate, matrix: RateMeasurement, efficiencies: Mapping[LayerPath, float]
+    run: RunRate, matrix: RateMeasurement, efficiencies: Mapping[str, float]
 ) -> bool:
     """Whether a run that ended after ``matrix`` was measured shows it to be wrong: faster than a
     step can be, or far from the usual share, which is ``efficiencies`` by the path of its layers. A busy
