@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorry.adapters.product import DenseLinear
@@ -211,6 +212,50 @@ def test_what_the_kernel_does_not_take_is_torchs(calls: list[int]) -> None:
     for wrong in (random(7, 6), random(6), random(2, 6, 7)):
         with pytest.raises(RuntimeError):
             matmul.mm(a, wrong)
+    assert not calls
+
+
+@has_kernels
+def test_memory_that_does_not_say_the_numbers_is_torchs(calls: list[int]) -> None:
+    """Of views with the other sign, of zeros that have none, and of sparse matrices; and rows that share it,
+    which torch refuses to write."""
+    a, b = random(5, 6), random(6, 7, seed=1)
+    truth, bias = a.double() @ b.double(), random(7, seed=2)
+    for got, exact in (
+        (matmul.mm(torch._neg_view(a), b), -truth),
+        (matmul.mm(a, torch._neg_view(b)), -truth),
+        (matmul.addmm(torch._neg_view(bias), a, b), truth - bias),
+        (matmul.mm(a, b, out=torch._neg_view(random(5, 7))), truth),
+        (matmul.addmm_(torch._neg_view(bias.expand(5, 7).clone()), a, b), truth - bias),
+        (matmul.mm(torch._efficientzerotensor(5, 6), b), 0 * truth),
+        (matmul.mm(a.to_sparse(), b), truth),
+    ):
+        torch.testing.assert_close(got, exact.float())
+    for write in (
+        lambda: matmul.mm(a, b, out=torch.zeros(1, 7).expand(5, 7)),
+        lambda: matmul.addmm_(torch.zeros(1, 7).expand(5, 7), a, b),
+    ):
+        with pytest.raises(RuntimeError, match="single memory location"):
+            write()
+    assert not calls
+
+
+@has_kernels
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_is_transformed_is_torchs(calls: list[int]) -> None:
+    """Forward-mode derivatives, several products as one, and a trace, which would hold what the memory said
+    when it was made."""
+    a, b, change = random(5, 6), random(6, 7, seed=1), random(5, 6, seed=2)
+    slope = (change.double() @ b.double()).float()
+    with forward_ad.dual_level(), torch.no_grad():
+        product = matmul.mm(forward_ad.make_dual(a, change), b)
+        torch.testing.assert_close(forward_ad.unpack_dual(product).tangent, slope)
+    torch.testing.assert_close(torch.func.jvp(lambda x: matmul.mm(x, b), (a,), (change,))[1], slope)
+    several = torch.func.vmap(lambda x: matmul.mm(x, b))(torch.stack([a, change]))
+    torch.testing.assert_close(several[1], slope)
+    torch.testing.assert_close(torch.func.functionalize(lambda x: matmul.mm(x, b))(change), slope)
+    traced = torch.jit.trace(lambda x: matmul.mm(x, b), (a,), check_trace=False)
+    torch.testing.assert_close(traced(change), slope)
     assert not calls
 
 

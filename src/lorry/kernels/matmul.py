@@ -17,6 +17,8 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lorry.kernels.build import load_library
@@ -66,8 +68,9 @@ def _serves(a: Tensor, b: Tensor) -> bool:
     """Whether the kernel multiplies these."""
     return (
         # what runs to be recorded is torch's: a compiler's pass, which nothing behind this is to be
-        # traced by, and a count of FLOPs
+        # traced by, a trace, and a count of FLOPs
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and multiplies_float32()
         and _is_plain(a)
         and _is_plain(b)
@@ -76,13 +79,20 @@ def _serves(a: Tensor, b: Tensor) -> bool:
         and a.numel() > 0
         and b.numel() > 0
         and _get_current_dispatch_mode() is None
+        # a transform's tensors (vmap, functionalize) have no memory, and forward-mode derivatives beside them
+        # no kernel
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 
 def _holds(tensor: Tensor, *shape: int) -> bool:
-    """Whether the kernel writes or adds a tensor of this shape: rows, each contiguous."""
+    """Whether the kernel writes or adds a tensor of this shape: rows, each contiguous, apart."""
     return (
-        _is_plain(tensor) and tensor.shape == shape and (tensor.stride(-1) == 1 or shape[-1] == 1)
+        _is_plain(tensor)
+        and tensor.shape == shape
+        and (tensor.stride(-1) == 1 or shape[-1] == 1)
+        and (tensor.stride(0) >= shape[-1] or shape[0] == 1 or len(shape) == 1)
     )
 
 
@@ -91,7 +101,11 @@ def _is_plain(tensor: Tensor) -> bool:
         type(tensor) in PLAIN
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
         and not (tensor.requires_grad and torch.is_grad_enabled())
+        # memory of the other sign, and none at all
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
     )
 
 
