@@ -75,6 +75,9 @@ def test_the_longest_two_and_the_shortest_are_compared(monkeypatch: pytest.Monke
     two = packed_of(Scorer(), mixed, adapters=2)
     assert [e.adapter for e in two.examples] == [0, 1, 0]
     assert {e.adapter for e in two.alone} == {0, 1}
+    # the longest of each, whichever has the longest of all and the shortest
+    uneven = [row(length, key, key > 3) for key, length in enumerate((9, 8, 7, 3, 6, 5), 1)]
+    assert keys(packed_of(Scorer(), uneven, adapters=2).examples) == [1, 5, 2]
     several = [row(4, key, key % 5) for key in range(15)]
     five = packed_of(Scorer(), several, adapters=5)
     assert [e.adapter for e in five.examples] == [e.adapter for e in five.alone] == [0, 1, 2, 3, 4]
@@ -98,14 +101,15 @@ def test_a_sound_backend_shows_no_difference(monkeypatch: pytest.MonkeyPatch) ->
     scorer = Scorer()
     packed = packed_of(scorer, ROWS)
     assert (packing_leak(packed), packed_loss_difference(packed)) == (0, 0)
-    # packed once, with either half of the neighbours reversed, and two alone
-    assert scorer.packs == [3, 3, 3, 1, 1]
+    # packed once, with each of them reversed, and two alone
+    assert scorer.packs == [3, 3, 3, 3, 1, 1]
 
 
-@pytest.mark.parametrize(("source", "sink"), [(0, 1), (1, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize(("source", "sink"), itertools.permutations(range(len(ROWS)), 2))
 def test_a_leak_from_any_token_to_any_supervised_one_is_found(source: int, sink: int) -> None:
-    """However small: to the next sequence, or the one before, of all three."""
+    """However small: to any sequence from any other."""
     packed = packed_of(Scorer(), ROWS)
+    assert len(packed.examples) == len(ROWS)
     (at, end), (first, last) = packed.batch.segments[source], packed.batch.segments[sink]
     into = [t for t in range(first, last) if packed.batch.weights[t]]
     for token, to in itertools.product(range(at, end), into):

@@ -59,8 +59,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert component in out
     assert (
-        f"at {100 * STEP_EFFICIENCIES[machine.attention_kernel()]['fused']:.0f}% of 1.00 TFLOP/s, measured here, the best of 40 products on 2026-01-01 10:00 UTC, load 0.5)"
-        in out
+        f"at {100 * STEP_EFFICIENCIES[machine.attention_kernel()]['fused']:.0f}% of 1.00 TFLOP/s, measured here, "
+        "the best of 40 products on 2026-01-01 10:00 UTC, load 0.5)" in out
     )
     assert out.rstrip().splitlines()[-1].startswith("needs ")
 

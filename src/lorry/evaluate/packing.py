@@ -4,6 +4,8 @@ others, and alone.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -36,8 +38,13 @@ class PackedSequences:
     def __init__(
         self, backend: ScoringBackend, batch: Batch, adapters: int = 1, ranks: int = 1
     ) -> None:
-        by_length = sorted(range(len(batch)), key=lambda s: -int(batch.lengths[s]))
-        order = [*by_length[:2], *by_length[2:][-1:], *by_length[2:-1]]
+        # of one job all, whatever adapters they name
+        numbers = batch.adapter.tolist() if adapters > 1 else [0] * len(batch)
+        order = [
+            s
+            for k in range(max(adapters, 1))
+            for s in _longest_first([n for n, own in enumerate(numbers) if own == k], batch)
+        ]
         ordered = select_sequences(batch, order)
         if adapters > 1:
             ordered = interleave_adapters(ordered, adapters)
@@ -71,6 +78,12 @@ class PackedSequences:
         return places
 
 
+def _longest_first(sequences: Sequence[int], batch: Batch) -> list[int]:
+    """The longest of these sequences, the next longest, the shortest, and the others."""
+    by_length = sorted(sequences, key=lambda s: -int(batch.lengths[s]))
+    return [*by_length[:2], *by_length[2:][-1:], *by_length[2:-1]]
+
+
 def _count_short(examples: Sequence[TokenizedExample], least: int, *, step: int = 1) -> int:
     """How many of the examples: ``least``, and of short ones more, ``step`` at a time."""
     count = least
@@ -83,13 +96,18 @@ def _count_short(examples: Sequence[TokenizedExample], least: int, *, step: int 
 
 
 def packing_leak(packed: PackedSequences) -> float:
-    """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if
+    """Largest change of a sequence's scores when the tokens of others are reversed: exactly 0 if
     nothing leaks, since shapes, and with them every kernel and its rounding, stay the same; rounding
     where `CausalLM.shapes_follow_tokens`. Of one sequence the change when it is scored again."""
+    # so few passes that no sequence of a rank is reversed wherever another is (Sperner's theorem): each is
+    # watched while any other is reversed
+    count, passes = max(packed.places) + 1, 1
+    while math.comb(passes, passes // 2) < count:
+        passes += 1
+    reversed_in = list(itertools.combinations(range(passes), passes // 2))
     worst = 0.0
-    # first the even sequences of each rank change and the odd are watched, then the other way round
-    for parity in (0, 1):
-        reverses = [place % 2 == parity for place in packed.places]
+    for number in range(passes):
+        reverses = [number in reversed_in[place] for place in packed.places]
         watched = [
             slice(*segment)
             for segment, own in zip(packed.batch.segments, reverses, strict=True)
@@ -97,12 +115,12 @@ def packing_leak(packed: PackedSequences) -> float:
         ]
         if not watched:
             continue
-        neighbours_reversed = [
+        others_reversed = [
             # reversed and not drawn anew: experts and vocabulary tiles see the same tokens
             replace(example, tokens=list(example.tokens)[::-1]) if own else example
             for example, own in zip(packed.examples, reverses, strict=True)
         ]
-        after = score_batch(packed.backend, collate(neighbours_reversed))
+        after = score_batch(packed.backend, collate(others_reversed))
         worst = max([worst, *(float((after[w] - packed.scores[w]).abs().max()) for w in watched)])
     return worst
 
