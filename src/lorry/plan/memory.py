@@ -23,6 +23,7 @@ from lorry.plan.constants import (
     ALLOCATOR_SLACK,
     CHUNK_COPIES,
     COMPILED_BYTES,
+    DOTS_GAPS,
     FEWER_GAPS,
     GAPS_PER_LAYER,
     LIBRARY_BYTES,
@@ -517,12 +518,11 @@ def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> in
     # [T, widest side]: gaps are counted in the largest buffer that comes and goes in every layer
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
     is_wide = setup.dtype == "float32"
-    fewer = (
-        shape.norm == "rms"
-        and layer_path(shape) == "fused"
-        and (is_wide or setup.attention != "tiles")
-    )
-    gaps = (FEWER_GAPS if fewer else ALLOCATOR_GAPS)[setup.recompute]
-    none_between = (fewer and is_wide) or (setup.attention == "dots" and setup.recompute == "none")
-    between = 0.0 if none_between else GAPS_PER_LAYER * g.layers
-    return int(ALLOCATOR_SLACK["cpu"] * moving + (gaps + between) * buffer)
+    rms = shape.norm == "rms" and layer_path(shape) == "fused"
+    fewer = rms and (is_wide or setup.attention != "tiles")
+    if setup.attention == "dots" and not is_wide:
+        gaps = DOTS_GAPS[setup.recompute] / (2 if rms and setup.recompute == "none" else 1)
+    else:
+        gaps = (FEWER_GAPS if fewer else ALLOCATOR_GAPS)[setup.recompute]
+        gaps += 0.0 if fewer and is_wide else GAPS_PER_LAYER * g.layers
+    return int(ALLOCATOR_SLACK["cpu"] * moving + gaps * buffer)
