@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry.adapters.attach import get_bank
 from lorry.config import RunConfig, build_settings
+from lorry.config.schema.lora import LoraConfig
 from lorry.errors import ConfigError
 from lorry.runs.read import read_run
 from lorry.runs.summary import describe_run_subject
@@ -24,7 +25,7 @@ from lorry.tasks import ranks
 from lorry.tasks.ranks import ChosenRanks
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
-from tests.support.mortal import World, finished, same
+from tests.support.mortal import World, finished, same, state_of
 from tests.support.mortal import world as world
 from tests.support.tinyrun import Heard, quick  # noqa: F401 - a fixture
 
@@ -123,6 +124,21 @@ def test_it_resumes_bit_for_bit_with_the_ranks_that_it_has(
     monkeypatch.setattr(ranks, "ranks_of_rows", asked_again)
     train_run(world.run(tmp_path / "killed", r="auto", **more), [])
     same(finished(tmp_path / "killed"), finished(tmp_path / "whole"), "r=auto")
+
+
+def test_a_run_of_another_scale_is_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a rule by which lora_alpha was twice the largest rank, whatever it is divided by."""
+    settings: dict[str, Any] = {"r": "auto", "lora.use_rslora": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraConfig, "alpha_at", lambda lora, bound: 2 * bound)
+        with pytest.raises(Stop):
+            train_run(world.run(tmp_path, **settings), [], [StopAt()])
+    before = state_of(tmp_path)
+    with pytest.raises(ConfigError, match='lora_alpha of default "128" -> "64"'):
+        train_run(world.run(tmp_path, **settings), [])
+    assert state_of(tmp_path) == before
 
 
 def test_r_and_memory_are_bounds_and_jobs_have_each_their_own(

@@ -99,7 +99,8 @@ def build_engine(
             opened,
             jobs,
             dict(digest for evaluation in run_evaluations for digest in evaluation.digests.items())
-            | _held_digest(opened.model, trained_names(jobs)),
+            | _held_digest(opened.model, trained_names(jobs))
+            | _open_alphas(jobs),
             backend,
         ),
         checks=ContractChecks(),
@@ -181,6 +182,19 @@ def _held_digest(model: CausalLM, names: Sequence[str]) -> dict[str, str]:
         for tensor, values in adapter.held_tensors().items()
     ]
     return {"frozen halves": hashlib.sha256("\n".join(held).encode()).hexdigest()} if held else {}
+
+
+def _open_alphas(jobs: PreparedJobs) -> dict[str, str]:
+    """lora_alpha where a rule makes it of the largest rank that rows may choose, and rsLoRA scales by the root of
+    ranks: the settings of a run under another rule are the same, and so are the shapes of its tensors."""
+    return {
+        f"lora_alpha of {name}": f"{lora.alpha_at(lora.most_rank):g}"
+        for name, job in jobs.items()
+        if (lora := job.run.lora) is not None
+        and lora.ranks_follow_data
+        and lora.use_rslora
+        and lora.lora_alpha is None
+    }
 
 
 def _run_identity(
