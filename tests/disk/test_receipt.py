@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorry.disk import receipt
-from lorry.errors import DataError
+from lorry.errors import RunFilesError
 from lorry.runs.read import read_run
 from lorry.train.card.card import render_run_card
 from lorry.verbs import doctor, eval
@@ -81,7 +81,7 @@ def test_a_part_of_another_type_is_named_by_every_reader(
         lambda: doctor.describe_decoder(read_run(tmp_path)),
         lambda: eval.note_other_dtype(found),
     ):
-        with pytest.raises(DataError, match=re.escape(str(path)) + ".*" + re.escape(what)):
+        with pytest.raises(RunFilesError, match=re.escape(str(path)) + ".*" + re.escape(what)):
             read()
 
 

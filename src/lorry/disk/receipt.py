@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any] | None:
     writes so, and OSError.
     """
     try:
-        receipt = documents.read_json_document(path)
+        receipt = documents.read_json_document(path, error=RunFilesError)
     except FileNotFoundError:
         return None
     if not isinstance(receipt, dict):
