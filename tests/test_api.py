@@ -107,7 +107,8 @@ def test_the_layer_alone_on_any_torch_model() -> None:
     )
     plain = model(x)
     lorry.attach(model, lorry.LoraSpec(r=4, target_modules="all-linear"))
-    assert torch.equal(model(x), plain)  # B starts at zero
+    # B starts at zero; the kernels' own product may sum in another order
+    torch.testing.assert_close(model(x), plain, rtol=1e-5, atol=1e-6)
     optimizer = torch.optim.AdamW(lorry.lora_parameters(model), lr=1e-2, weight_decay=0.0)
     losses = []
     for _ in range(50):

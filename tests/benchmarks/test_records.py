@@ -21,7 +21,13 @@ flags\t\t: avx avx2 avx512f avx512_bf16
 """
 GRAVITON = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
 # Studies of what models learn, whose pages and settings quote them by name.
-STUDIES = {"instruct-cpu", "experts-small-cpu", "tofu-small-cpu", "variants-study-small-cpu"}
+STUDIES = {
+    "instruct-cpu",
+    "experts-small-cpu",
+    "tofu-small-cpu",
+    "variants-study-small-cpu",
+    "variants-study-small-float32-cpu",
+}
 
 
 @pytest.mark.parametrize(

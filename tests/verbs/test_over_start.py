@@ -169,7 +169,7 @@ def test_chat_with_a_weight(world: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     mixes = []
     monkeypatch.setattr(
         "lorry.generation.engine.stream_tokens",
-        lambda *_, adapter: mixes.append(adapter) or iter([40]),
+        lambda *_, adapter, **__: mixes.append(adapter) or iter([40]),
     )
     assert list(chat.answer("Who?"))
     assert chat.describe_adapter() == "adapter npo times 0.5"

@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_grpo(policy: Policy, tmp_path: Path, grpo: Modu
         if param.grad is not None:
             path, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
             torch.testing.assert_close(
-                ours[f"{path}.lora_{side[0]}"], param.grad, rtol=1e-4, atol=1e-6
+                ours[f"{path}.lora_{side[0]}"], param.grad, rtol=1e-4, atol=5e-6
             )
 
 

@@ -19,7 +19,9 @@ from lorry.adapters.routing.stacking import stack_masters
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.variants.new_tokens import grown_with
 from lorry.config.schema.model import ModelConfig
-from lorry.errors import ConfigError, ModelError
+from lorry.disk import receipt
+from lorry.disk.integrity import file_digest
+from lorry.errors import ConfigError, ModelError, RunFilesError
 from lorry.families.packing import find_packing
 from lorry.models.causal_lm import CausalLM
 from lorry.models.converter import ModelConverter
@@ -38,6 +40,8 @@ from lorry.models.packed.reading import PackedCheckpoint
 from lorry.notes import NoteCallback, ignore_note
 from lorry.runs.layout import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RECEIPT,
     ROUTER,
     ROUTER_FILE,
     RUN_FILE,
@@ -132,6 +136,7 @@ def open_model(
     # a mixture is trained by nobody once it is there: its experts hold no memory for gradients
     trainable = not _mixtures(paths)
     for path in folders:
+        note_changed_adapter(path, add_note)
         name = pick_adapter_name(path, names)
         load_adapter(
             loaded.model,
@@ -148,6 +153,27 @@ def open_model(
         # `attach` makes the sum of all active; a person who opens a run means one
         get_bank(loaded.model).activate(Mix.one(names[0]))
     return opened(names, mixture)
+
+
+def note_changed_adapter(folder: Path, add_note: NoteCallback) -> None:
+    """Say it where an adapter's weights are not the file that the run of this directory, or of the one
+    above, wrote: somebody replaced them on purpose, or a disk lost a bit."""
+    weights = folder / ADAPTER_WEIGHTS
+    # one adapter lies in the run directory itself, several in a folder each
+    for run, only in ((folder, True), (folder.parent, False)):
+        try:
+            digests = receipt.part(receipt.read(run / RECEIPT), "adapters")
+        except (RunFilesError, OSError) as error:
+            add_note(f"what wrote {weights} is unknown: {error}")
+            continue
+        if (len(digests) == 1) != only:
+            continue
+        recorded = next(iter(digests.values())) if only else digests.get(folder.name)
+        if recorded is not None and weights.is_file() and file_digest(weights) != recorded:
+            add_note(
+                f"{weights} is not the file that this run wrote: its SHA-256 differs from {RECEIPT}'s; "
+                "it is used as it is"
+            )
 
 
 def _open_mixture(
