@@ -74,8 +74,6 @@ def main() -> None:
     trainer.train()
     # on every rank: they compare their adapters, and rank 0 writes
     trainers.save_lora(trainer.model, args.output_dir)
-    # or gloo's threads may abort a process that has saved already (rarely)
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
