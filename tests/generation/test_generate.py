@@ -117,16 +117,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["kernels", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the C++ kernels, where there are any, and without."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernel, "supports_decode", lambda dtype, device: False)
-    elif load_library() is None:
-        pytest.skip(f"kernels: {kernel_status().reason}")
-    return str(request.param)
-
-
 both_ways = pytest.mark.usefixtures("way")
 
 

@@ -16,8 +16,6 @@ from lorry.adapters.spec import LoraSpec
 from lorry.generation.engine import GenerationEngine, generate_completions, stream_tokens
 from lorry.generation.prefix_cache import PrefixCache
 from lorry.generation.sampling import SamplingParams
-from lorry.kernels import decode as kernel
-from lorry.kernels import kernel_status, load_library
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
@@ -27,16 +25,6 @@ from tests.support.twins import native
 
 NEW, CALL = 6, (11, 12)
 FIRST = [5, 9, 2, 24, 7, 13, 3, 3]
-
-
-@pytest.fixture(params=["kernels", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Lorry's own decoder with its kernels and cache for them, and without."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernel, "supports_decode", lambda dtype, device: False)
-    elif load_library() is None:
-        pytest.skip(f"kernels: {kernel_status().reason}")
-    return str(request.param)
 
 
 class Talk:
