@@ -21,17 +21,19 @@ two readers of a file come to differ in what they pass over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents, receipt
-from lorry.errors import DataError, LorryError, RunFilesError
+from lorry.disk.integrity import file_digest
+from lorry.errors import DataError, LorryError, ModelError, RunFilesError
 from lorry.runs import evals, ownership, process, series
 from lorry.runs.evals import RunEvals
 from lorry.runs.layout import (
+    ADAPTER_WEIGHTS,
     CONTRACTS,
     EVALUATION,
     EXPERTS,
@@ -42,6 +44,7 @@ from lorry.runs.layout import (
     ROUTER_FILE,
     RUN_FILE,
     SAMPLES,
+    RunDir,
 )
 from lorry.runs.process import RunProcess
 from lorry.runs.series import MetricsLog, is_number
@@ -309,6 +312,28 @@ def read_evaluation(run_dir: Path) -> tuple[EvaluationRecord, ...]:
     """
     items = _read_list(run_dir / EVALUATION, MOST_EVALUATIONS)
     return tuple(_read_evaluation(item, where) for where, item in items)
+
+
+def recorded_weights(run_dir: Path, run_receipt: Mapping[str, Any] | None) -> dict[Path, str]:
+    """SHA-256 of every file of weights that a run wrote, of adapters or a whole model, by its path; empty
+    without a receipt. Raises DataError."""
+    adapters = receipt.part(run_receipt, "adapters")
+    folders = {name: RunDir(run_dir).adapter(name, len(adapters)) for name in adapters}
+    own = {folders[name] / ADAPTER_WEIGHTS: digest for name, digest in adapters.items()}
+    weights = receipt.part(run_receipt, "weights")
+    return own | {run_dir / file: digest for file, digest in weights.items()}
+
+
+def verify_weights(file: Path, digest: str) -> None:
+    """Raises ModelError where a file of weights is missing, or is not the one of this SHA-256 that its run
+    wrote: somebody replaced it, or a disk lost a bit."""
+    if not file.is_file():
+        raise ModelError(f"{file} is missing, and {RECEIPT} lists it")
+    # the file whole and not its header: what an editor of weights changes is inside
+    if file_digest(file) != digest:
+        raise ModelError(
+            f"{file} is not the file that this run wrote: its SHA-256 differs from {RECEIPT}'s"
+        )
 
 
 def _read_text(path: Path) -> str:

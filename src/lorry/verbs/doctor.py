@@ -18,20 +18,18 @@ from lorry.config.schema.backend import TrainBackendConfig
 from lorry.config.settings import DoctorSettings
 from lorry.console import VisibleConsole
 from lorry.disk import receipt
-from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.formatting import format_count
 from lorry.ranks import LaunchedProcess, Mesh, launched_process, mesh_of
 from lorry.report import table
 from lorry.runs import status
 from lorry.runs.layout import (
-    ADAPTER_WEIGHTS,
     ROUTER,
     ROUTER_FILE,
     RUN_FILE,
     list_adapter_subfolders,
 )
-from lorry.runs.read import RUN_FILES, RunRecord
+from lorry.runs.read import RUN_FILES, RunRecord, recorded_weights, verify_weights
 from lorry.runs.read import read_run as load_run
 
 JOIN_SECONDS = 60.0  # for the processes of a job to find each other
@@ -296,23 +294,9 @@ def verify_saved_weights(run: RunRecord) -> str:
     """Whether the adapters' weights, or a whole model's, are those of the receipt. Raises
     ModelError when they are not.
     """
-    # as RunDir.adapter lays them out: one in the run directory itself, several in a folder each
-    adapters = receipt.part(run.receipt, "adapters")
-    recorded = {
-        ("" if len(adapters) == 1 else f"{name}/") + ADAPTER_WEIGHTS: d
-        for name, d in adapters.items()
-    }
-    recorded |= receipt.part(run.receipt, "weights")
+    recorded = recorded_weights(run.path, run.receipt)
     if not recorded:
         return "no receipt.json, so there is nothing to compare with"
     for file, digest in recorded.items():
-        weights = run.path / file
-        if not weights.is_file():
-            raise ModelError(f"{weights} is missing, and receipt.json lists it")
-        # the file whole and not its header: what an editor of weights changes is inside
-        if file_digest(weights) != digest:
-            raise ModelError(
-                f"{weights} is not the file that this run wrote: its SHA-256 "
-                "differs from receipt.json"
-            )
+        verify_weights(file, digest)
     return f"{len(recorded)} intact (SHA-256 as in receipt.json)"

@@ -20,7 +20,6 @@ from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.variants.new_tokens import grown_with
 from lorry.config.schema.model import ModelConfig
 from lorry.disk import receipt
-from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ModelError, RunFilesError
 from lorry.families.packing import find_packing
 from lorry.models.causal_lm import CausalLM
@@ -48,6 +47,7 @@ from lorry.runs.layout import (
     is_adapter_folder,
     list_adapter_subfolders,
 )
+from lorry.runs.read import recorded_weights, verify_weights
 
 
 @dataclass
@@ -160,20 +160,18 @@ def note_changed_adapter(folder: Path, add_note: NoteCallback) -> None:
     above, wrote: somebody replaced them on purpose, or a disk lost a bit."""
     weights = folder / ADAPTER_WEIGHTS
     # one adapter lies in the run directory itself, several in a folder each
-    for run, only in ((folder, True), (folder.parent, False)):
+    for run in (folder, folder.parent):
         try:
-            digests = receipt.part(receipt.read(run / RECEIPT), "adapters")
+            digest = recorded_weights(run, receipt.read(run / RECEIPT)).get(weights)
         except (RunFilesError, OSError) as error:
             add_note(f"what wrote {weights} is unknown: {error}")
             continue
-        if (len(digests) == 1) != only:
-            continue
-        recorded = next(iter(digests.values())) if only else digests.get(folder.name)
-        if recorded is not None and weights.is_file() and file_digest(weights) != recorded:
-            add_note(
-                f"{weights} is not the file that this run wrote: its SHA-256 differs from {RECEIPT}'s; "
-                "it is used as it is"
-            )
+        # a missing file is named by who loads it
+        if digest is not None and weights.is_file():
+            try:
+                verify_weights(weights, digest)
+            except ModelError as error:
+                add_note(f"{error}; it is used as it is")
 
 
 def _open_mixture(
