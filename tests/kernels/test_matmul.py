@@ -144,6 +144,37 @@ def test_what_is_no_number_spoils_its_row_and_column_alone() -> None:
 
 
 @has_kernels
+def test_nothing_of_a_product_is_nothing(calls: list[int]) -> None:
+    """With an alpha of 0 torch reads neither matrix: not even NaN makes a difference."""
+    a, b, into = random(5, 6), random(6, 7, seed=1), random(5, 7, seed=2)
+    into[3, 3] = math.inf
+    for left, right in ((a, b), (a.where(a > 0, math.inf), b), (a, b.where(b > 0, math.nan))):
+        got = matmul.addmm_(into.clone(), left, right, alpha=0.0)
+        assert torch.equal(got, into)
+        assert torch.equal(got, into.clone().addmm_(left, right, alpha=0.0))
+    assert torch.equal(matmul.addmm_(into.clone(), a, b, alpha=2.0)[3, 3], into[3, 3])
+    assert calls == [1]
+
+
+@has_kernels
+def test_under_autocast_torch_multiplies(calls: list[int]) -> None:
+    """In the dtype that it casts to; what is written in its place stays float32, as torch has it."""
+    a, b, bias, into = random(5, 6), random(6, 7, seed=1), random(7, seed=2), random(5, 7, seed=3)
+    truth = a.bfloat16().double() @ b.bfloat16().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        product, shifted = matmul.mm(a, b), matmul.addmm(bias, a, b)
+        written = matmul.addmm_(into.clone(), a, b)
+    for got, exact in ((product, truth), (shifted, truth + bias)):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), exact, rtol=2.0**-8, atol=2.0**-8)
+    near(written, into + a.double() @ b.double(), into.abs() + a.abs() @ b.abs(), 6)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert matmul.mm(a, b).dtype == torch.float32
+    assert calls
+
+
+@has_kernels
 def test_a_linear_forward_and_backward(calls: list[int]) -> None:
     x, g, into = random(70, 50), random(70, 33, seed=1), random(70, 50, seed=2)
     weight, bias = random(33, 50, seed=3), random(33, seed=4)

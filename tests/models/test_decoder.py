@@ -20,6 +20,7 @@ from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
+from lorry.errors import ContractError
 from lorry.families import find_family
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.model import Decoder
@@ -178,6 +179,27 @@ def test_taps_are_layer_outputs_and_stop_ends_there(tmp_path: Path) -> None:
         expected = theirs(input_ids=ids, output_hidden_states=True).hidden_states[1]
     assert hidden.last is None
     assert (hidden.layer_outputs[0] - expected.flatten(0, 1)).abs().max() <= 1e-5
+
+
+def test_autocast_is_followed_or_refused(tmp_path: Path) -> None:
+    """The base is computed in what autocast casts to, as near to float64 as transformers' own; with
+    an adapter, whose sums it does not reach, it is refused."""
+    model = tiny.fresh("llama")
+    ours = tiny.decoder(model, tmp_path)
+    exact = tiny.logits(model.double())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = tiny.logits(ours), tiny.logits(model)
+    assert mine.dtype == theirs.dtype == torch.bfloat16
+    gaps = [float((logits.double() - exact).abs().max()) for logits in (mine, theirs)]
+    assert 0 < gaps[0] < 2 * gaps[1]
+    attach(ours, LoraSpec(r=2, target_modules="all-linear"))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ContractError, match="autocast is on"),
+    ):
+        ours(tiny.text_ids())
+    assert torch.isfinite(tiny.logits(ours)).all()
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:

@@ -58,8 +58,9 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def addmm_(into: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """into [M,N] += alpha * a [M,K] @ b [K,N]; returns it."""
-    if not _serves(a, b) or not _holds(into, a.shape[0], b.shape[1]):
+    """into [M,N] += alpha * a [M,K] @ b [K,N]; returns it. With an alpha of 0 neither is read, as torch has it: NaN
+    and infinity in them change nothing."""
+    if alpha == 0 or not _serves(a, b) or not _holds(into, a.shape[0], b.shape[1]):
         return into.addmm_(a, b, alpha=alpha)
     return _multiply(a, b, into, add=True, alpha=alpha)
 
@@ -67,9 +68,11 @@ def addmm_(into: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
 def _serves(a: Tensor, b: Tensor) -> bool:
     """Whether the kernel multiplies these."""
     return (
+        # autocast has torch multiply in the dtype that it casts to
+        not torch.is_autocast_enabled("cpu")
         # what runs to be recorded is torch's: a compiler's pass, which nothing behind this is to be
         # traced by, a trace, and a count of FLOPs
-        not torch.compiler.is_compiling()
+        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and multiplies_float32()
         and _is_plain(a)

@@ -242,8 +242,15 @@ class DecoderBlock:
         save: bool = False,
     ) -> tuple[Tensor, SavedActivations | None, list[Tensor]]:
         """x [T, width] -> [T, width], without a graph, what backward needs if there is to be one
-        (``save``), and the router's logits.
+        (``save``), and the router's logits. Raises ContractError under autocast where anything trains or
+        an adapter is on: sums in the place of products, and backward, know the weights' dtype alone.
         """
+        if torch.is_autocast_enabled(x.device.type) and (save or any(p.stacks for p in products)):
+            raise ContractError(
+                "torch.autocast is on, and Lorry's own decoder computes with adapters and gradients in the "
+                "dtype of its weights; switch autocast off, and load the model in the dtype wanted "
+                "(dtype=bfloat16)"
+            )
         logits, normed = list[Tensor](), self.norms.attn.compute(x)
         self._route(state, "attn", normed, (products.qkv, products.attn_out), logits)
         heads = self._product("qkv", normed, state, products)
