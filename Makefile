@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-arm test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts study-variants bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-startup bench-unlearn bench-experts bench-variants bench-ranks bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-arm test-tiles test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts study-variants bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-startup bench-unlearn bench-experts bench-variants bench-ranks bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -223,13 +223,16 @@ SEED ?= 0
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.campaign --seconds $(SECONDS) --seed $(SEED) --targets $(TARGETS)
 
-# The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, in a cache of their own, and their tests. Python's own
-# leaks are none of ours; the sanitizers' runtimes have to be there before Python is.
+# The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, and their tests, a file in a process: some five minutes
+# of one core, a minute of them the build. A file alone: make sanitize FILES=tests/kernels/test_softmax.py
 sanitize: setup
-	LORRY_HOME=$(CURDIR)/build/sanitize LORRY_KERNELS_FLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined" \
-	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/kernels $(SANITIZE)
+	$(BIN)/python -m tests.support.checked_kernels sanitized $(FILES)
+
+# The same tests on matrix tiles (AMX), emulated; on x86-64 processors with AVX-512 and bfloat16, whether they have tiles or not.
+# TILES=sanitized-tiles: with both sanitizers.
+TILES ?= tiles
+test-tiles: setup
+	$(BIN)/python -m tests.support.checked_kernels $(TILES) $(FILES)
 
 clean:
 	rm -rf $(VENV) $(ROLLOUT) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -180,9 +180,11 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
         return None, KernelStatus(False, f"{compiler} failed: {messages[0]}")
     except OSError as e:
         return None, KernelStatus(False, f"the built kernels cannot be saved or loaded: {e}")
-    # an older compiler does not know the processor's, and leaves the functions out
-    dots = has_fast_dots() and hasattr(library, "attention_forward")
-    return library, KernelStatus(True, "", digest, bool(library.lorry_amx()), dots, isa_in_words())
+    tiles = bool(library.lorry_amx())
+    # an older compiler does not know the processor's, and leaves the functions out; one that is told to
+    # compile for tiles leaves out the dot products
+    dots = not tiles and has_fast_dots() and hasattr(library, "attention_forward")
+    return library, KernelStatus(True, "", digest, tiles, dots, isa_in_words())
 
 
 def _build_digest(compiler: str) -> str:
