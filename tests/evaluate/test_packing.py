@@ -127,9 +127,11 @@ def test_a_leak_from_any_token_to_any_supervised_one_is_found(source: int, sink:
 
 @dataclass
 class RanksScorer(Scorer):
-    """As ``ranks`` that share a batch score it; on each a sequence hears the one before it."""
+    """As ``ranks`` that share a batch score it; on each a sequence hears the one before it, or only
+    one of another adapter (``across``)."""
 
     ranks: int = 1
+    across: bool = False
 
     def _of(self, batch: Batch) -> Tensor:
         found = torch.zeros(len(batch.tokens))
@@ -138,10 +140,12 @@ class RanksScorer(Scorer):
             if part is None:
                 continue
             heard = torch.zeros(len(part.tokens))
-            for (before, _), (start, stop) in itertools.pairwise(part.segments):
-                heard[start:stop] = 1e-6 * float(part.tokens[before])
-            own = super()._of(part) + torch.where(part.weights != 0, heard, 0)
-            found[part.extra["rows"].values] = own
+            neighbours = itertools.pairwise(zip(part.segments, part.adapter.tolist(), strict=True))
+            for ((before, _), other), ((start, stop), own) in neighbours:
+                if own != other or not self.across:
+                    heard[start:stop] = 1e-6 * float(part.tokens[before])
+            scores = super()._of(part) + torch.where(part.weights != 0, heard, 0)
+            found[part.extra["rows"].values] = scores
         return found
 
 
@@ -157,6 +161,28 @@ def test_a_leak_on_any_rank_is_found(ranks: int, lengths: Sequence[int]) -> None
     # a rank that has one sequence alone has no leak
     leaks = not torch.equal(one["logprob"], torch.cat([each["logprob"] for each in alone]))
     assert (packing_leak(packed) > 0) == leaks
+
+
+@pytest.mark.parametrize(
+    "lengths", [((8,) * 8,) * 2, ((10, 2), (9, 3)), (LENGTHS, (4, 4, 6)), ((7,) * 6,) * 3], ids=str
+)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_leak_between_jobs_is_found_on_any_rank(
+    ranks: int, lengths: Sequence[Sequence[int]]
+) -> None:
+    """Dealt one by one, equal rows of two jobs in turn would give each of two ranks a job of its own."""
+    jobs = len(lengths)
+    rows = [
+        row(length, 1 + job + jobs * n, job)
+        for job, own in enumerate(lengths)
+        for n, length in enumerate(own)
+    ]
+    packed = packed_of(RanksScorer(ranks=ranks, across=True), rows, adapters=jobs, ranks=ranks)
+    assert packing_leak(packed) > 0
+    # and on every rank with as many sequences as there are jobs
+    for (part,) in deal_batches([packed.batch], ranks, 0):
+        if part is not None and len(part) >= jobs and len(set(map(len, lengths))) == 1:
+            assert set(part.adapter.tolist()) == set(range(jobs))
 
 
 def test_the_loss_of_packed_and_alone_is_compared_by_sequence_and_relative_above_one() -> None:

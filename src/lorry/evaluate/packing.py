@@ -31,8 +31,8 @@ class PackedSequences:
     """A few sequences of a batch end to end: as many as there are ``adapters``, three at least, and so
     many for each of the ``ranks`` that they are dealt to; of short ones up to eight. Of each adapter the longest comes first, then
     the next longest, which torch's attention pads to the longest where they are much alike, then the
-    shortest; those of different adapters are neighbours, since a leak between jobs would not show
-    within one.
+    shortest; those of different adapters are neighbours, on the rank too that they are dealt to, since
+    a leak between jobs would not show within one.
     """
 
     def __init__(
@@ -49,9 +49,16 @@ class PackedSequences:
         if adapters > 1:
             ordered = interleave_adapters(ordered, adapters)
         self.backend, self.ranks = backend, ranks
-        examples = split_examples(ordered)
-        least = max(PACKED_SEQUENCES, adapters) * ranks
-        self.examples = examples[: _count_short(examples, least, step=ranks)]
+        # one of each adapter that the batch has: as a group they are dealt to one rank
+        together = len(set(numbers)) if ranks > 1 else 1
+        examples = [
+            replace(example, group=place // together if together > 1 else -1)
+            for place, example in enumerate(split_examples(ordered))
+        ]
+        # as many groups for each rank
+        step = together * ranks
+        least = math.ceil(max(PACKED_SEQUENCES, adapters) / together) * step
+        self.examples = examples[: _count_short(examples, least, step=step)]
         # the first sequence of a pack lies as it would alone
         backwards = self.examples[:0:-1] or self.examples
         self.alone = self.examples[-_count_short(backwards, max(ALONE_SEQUENCES, adapters)) :]
