@@ -61,6 +61,13 @@ def fail(run: Path) -> None:
     (run / "contracts.json").write_text(json.dumps(contracts))
 
 
+def cut_metrics(run: Path) -> None:
+    """In the middle of the line before the last."""
+    path = run / "metrics.jsonl"
+    *before, short, _ = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(before) + short[: len(short) // 2])
+
+
 def change_receipt(run: Path) -> None:
     (run / "receipt.json").write_text('{"adapters": 3}')
 
@@ -75,6 +82,7 @@ def change_receipt(run: Path) -> None:
             4,
             "is missing, and receipt.json lists it",
         ),
+        (cut_metrics, 3, "the line has no end, although the run finished"),
         (change_receipt, 3, "'adapters' is not valid in a receipt"),
         (lambda run: (run / "contracts.json").write_text("{"), 3, "contracts.json:1: not JSON"),
         (shutil.rmtree, 3, "no such run directory"),
@@ -101,6 +109,16 @@ def test_a_run_that_never_finished(run: Path, capsys: pytest.CaptureFixture[str]
     assert "no contracts.json: the run did not start" in out
     assert "no receipt.json, so there is nothing to compare with" in out
     assert "unknown: no receipt.json" in out
+
+
+def test_a_writer_that_was_killed_in_a_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("receipt.json", "contracts.json"):
+        (run / name).unlink()
+    cut_metrics(run)
+    number = len((run / "metrics.jsonl").read_bytes().splitlines())
+    assert lorry("doctor", run) == 0
+    told = "".join(capsys.readouterr().out.split())
+    assert f"metrics.jsonl:{number}:thelinehasnoend" in told.replace("│", "")
 
 
 def test_a_model_is_no_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:

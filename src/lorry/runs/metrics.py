@@ -53,6 +53,16 @@ def iter_metrics(path: Path) -> Iterator[tuple[int, MetricsRecord]]:
         yield number, _parse_record(line, str(path), number)
 
 
+def find_cut_line(path: Path) -> int | None:
+    """The number of a last line that lacks its end, which `iter_metrics` leaves out; None where the file is
+    whole, or not there. Raises DataError where it is too large, and OSError."""
+    try:
+        lines = documents.read_bytes(path, MOST_BYTES).split(b"\n")
+    except FileNotFoundError:
+        return None
+    return len(lines) if lines[-1].strip() and not _is_whole_line(lines[-1]) else None
+
+
 def _is_whole_line(line: bytes) -> bool:
     """Whether an unfinished last line lacks nothing but its line end: no part of an object is
     itself one.

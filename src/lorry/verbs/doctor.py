@@ -18,17 +18,19 @@ from lorry.config.schema.backend import TrainBackendConfig
 from lorry.config.settings import DoctorSettings
 from lorry.console import VisibleConsole
 from lorry.disk import receipt
-from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.errors import ConfigError, ContractError, ModelError, RunFilesError
 from lorry.formatting import format_count
 from lorry.ranks import LaunchedProcess, Mesh, launched_process, mesh_of
 from lorry.report import table
 from lorry.runs import status
 from lorry.runs.layout import (
+    METRICS,
     ROUTER,
     ROUTER_FILE,
     RUN_FILE,
     list_adapter_subfolders,
 )
+from lorry.runs.metrics import find_cut_line
 from lorry.runs.read import RUN_FILES, RunRecord, recorded_weights, verify_weights
 from lorry.runs.read import read_run as load_run
 
@@ -204,6 +206,8 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
         kind = "weights" if receipt.part(run.receipt, "weights") else "adapter"
         facts[kind] = verify_saved_weights(run)
     facts["newest checkpoint"] = newest_checkpoint_status(path)
+    if cut := verify_metrics(run, state):
+        facts["metrics"] = cut
     if over := verify_run_starts(run):
         facts["start"] = f"{over} intact (SHA-256 as when training began)"
     if run.contracts:
@@ -288,6 +292,23 @@ def verify_run_starts(run: RunRecord) -> int:
     from lorry.models.loading.sources import find_adapters_in
 
     return max(map(verify_starts, find_adapters_in(run.path)), default=0)
+
+
+def verify_metrics(run: RunRecord, state: status.RunState) -> str:
+    """What is wrong with the last line of metrics.jsonl: nothing, or what ended its writer. Raises DataError
+    where the run finished, which wrote its lines whole."""
+    path = run.path / METRICS
+    # of a run at work the line is being written
+    line = None if state.state == "running" else find_cut_line(path)
+    if line is None:
+        return ""
+    what = f"{path}:{line}: the line has no end"
+    if state.state == "finished":
+        raise RunFilesError(
+            f"{what}, although the run finished: another program or a disk cut the file; what it held from step "
+            f"{state.step + 1} on is lost, to reports alone"
+        )
+    return f"{what}: its writer was stopped meanwhile; it is left out, and resuming takes it off"
 
 
 def verify_saved_weights(run: RunRecord) -> str:
