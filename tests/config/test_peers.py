@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from lorry.config import RunConfig, parse_settings
 from lorry.errors import ConfigError
@@ -164,6 +165,74 @@ def test_a_llama_factory_file_as_it_is(tmp_path: Path) -> None:
         0.1,
     )
     assert any(note.startswith("template=llama3 changes nothing") for note in notes)
+
+
+def without(text: str, *names: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.split(":")[0] not in names)
+
+
+def test_what_a_llama_factory_file_leaves_out_is_as_there(tmp_path: Path) -> None:
+    """Of transformers' defaults those of TrainingArguments itself."""
+    theirs = TrainingArguments(output_dir="unused")
+    run, notes = read(
+        tmp_path,
+        without(LLAMA_FACTORY, "lora_rank", "cutoff_len", "learning_rate", "num_train_epochs"),
+    )
+    assert run.lora is not None
+    assert (run.lora.r, run.lora.lora_alpha, run.data.max_length) == (8, 16, 2048)
+    assert run.train.learning_rate == theirs.learning_rate
+    assert run.train.num_train_epochs == theirs.num_train_epochs
+    (note,) = [note for note in notes if "LLaMA-Factory" in note]
+    assert "r=8 learning_rate=5e-05 max_length=2048 lora_alpha=16" in note
+    for name in ("lr_scheduler_type", "per_device_train_batch_size", "warmup_ratio"):
+        short, _ = read(tmp_path, without(LLAMA_FACTORY, name))
+        if name == "warmup_ratio":
+            assert short.train.warmup_ratio == 0
+            assert short.train.warmup_steps == theirs.warmup_steps
+        else:
+            assert getattr(short.train, name) == getattr(theirs, name)
+
+
+@pytest.mark.parametrize(
+    ("argv", "alpha"),
+    [
+        ((), 16),
+        (("r=32",), 64),
+        (("lora_rank=4",), 8),
+        (("lora_alpha=5",), 5),
+        (("alpha=5",), 5),
+        (("r=auto",), None),
+    ],
+)
+def test_alpha_is_twice_the_rank_that_counts(
+    tmp_path: Path, argv: tuple[str, ...], alpha: int | None
+) -> None:
+    run, notes = read(tmp_path, LLAMA_FACTORY, *argv, "memory_budget=8GiB")
+    assert run.lora is not None
+    assert run.lora.lora_alpha == alpha
+    assert any("lora_alpha" in note for note in notes if "Factory" in note) == (
+        alpha not in (5, None)
+    )
+
+
+def test_nothing_of_an_adapter_where_none_trains(tmp_path: Path) -> None:
+    run, notes = read(tmp_path, without(LLAMA_FACTORY, "lora_rank", "lora_target"), "lora=null")
+    assert run.lora is None
+    assert not any("LLaMA-Factory" in note for note in notes)
+
+
+def test_what_an_axolotl_file_leaves_out_is_as_there(tmp_path: Path) -> None:
+    gone = ("micro_batch_size", "num_epochs", "lr_scheduler", "sequence_len")
+    run, notes = read(tmp_path, without(AXOLOTL, *gone))
+    train = run.train
+    assert (train.per_device_train_batch_size, train.num_train_epochs) == (1, 1)
+    assert (train.lr_scheduler_type, run.data.max_length) == ("cosine", 512)
+    (note,) = [note for note in notes if "axolotl" in note]
+    assert "num_train_epochs=1" in note
+    # as it is the file leaves nothing out
+    assert not any("by default" in note for note in read(tmp_path, AXOLOTL)[1])
+    # what its own names say, without a value, is left out as well
+    assert read(tmp_path, AXOLOTL.replace("num_epochs: 1", "num_epochs:"))[0].train.num_train_epochs
 
 
 @pytest.mark.parametrize(

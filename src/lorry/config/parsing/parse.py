@@ -30,6 +30,7 @@ from lorry.config.parsing.explain import explain_validation
 from lorry.config.parsing.files import DescriptionFile, read_description_file, write_yaml
 from lorry.config.parsing.names import SchemaNames, schema_names
 from lorry.config.parsing.open_unlearning import strip_launcher, translate_settings
+from lorry.config.parsing.peer_defaults import with_peer_defaults
 from lorry.config.parsing.place import GivenSetting, PlacedSetting, place_setting
 from lorry.config.schema.run import RunConfig
 from lorry.config.sweep import split_model_axes, take_model_axes
@@ -203,7 +204,8 @@ def _resolve_settings(
     expanded = dict[str, GivenSetting]()
     axes, model_axes, errors = list[GivenSetting](), list[GivenSetting](), list[str]()
     model_names = names.within(["model"] if "models" in names.fields else [])
-    for source in _with_experiment(schema, sources, add_note):
+    described = _with_experiment(schema, sources, add_note)
+    for source in with_peer_defaults(names, described, add_note):
         # of one source: the command line may use another name than the file that it overrides
         name_by_setting: dict[str, str] = {}
         for setting in source:
