@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +17,7 @@ from lorry.config import (
     UnlearnRunConfig,
     build_settings,
 )
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, describe_value, require_path
 from lorry.ranks import is_main_process, note_of_one_process
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
     from lorry.models.loading.open import open_model
     from lorry.models.loading.tokenizer import whole_tokenizer
 
+    require_path(path, "path", "; of a model that is open already, lorry.load_adapter(model, path)")
+    if adapter is not None:
+        require_path(adapter, "adapter", " of an adapter's directory")
     settings = {
         "name": os.fspath(path),
         "adapter": None if adapter is None else os.fspath(adapter),
@@ -122,9 +125,11 @@ def generate(
     Mix (`Mix.none()` is the base); left out, what a plain `model(x)` uses. Returns the new text
     only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
     """
-    from lorry.generation.sampling import SamplingParams
+    from lorry.adapters.attach import require_model
+    from lorry.generation.sampling import read_sampling_params
     from lorry.generation.text import generate_texts
 
+    require_model(model)
     if tokenizer is None:
         raise ConfigError(
             "generate needs a tokenizer and this model has none; put "
@@ -132,12 +137,18 @@ def generate(
         )
     # a str is a Sequence of str, too
     single = isinstance(prompt, str)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    listed = isinstance(prompt, Iterable) and not isinstance(prompt, Mapping)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if listed else []
+    if not (listed and all(isinstance(each, str) for each in prompts)):
+        raise ConfigError(
+            f"prompt is {describe_value(prompt)}; give a text or a list of texts (turns of a chat as a text: "
+            "tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), with chat=False)"
+        )
     # what is no parameter of sampling is about the prompts and who answers them
     others = {
         name: options.pop(name)
         for name in ("system", "chat", "adapters", "batch_rows")
         if name in options
     }
-    texts = generate_texts(model, tokenizer, prompts, SamplingParams(**options), **others)
+    texts = generate_texts(model, tokenizer, prompts, read_sampling_params(options), **others)
     return texts[0] if single else texts

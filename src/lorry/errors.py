@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 
 
@@ -121,6 +123,21 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         if isinstance(error, LorryError) or (large := allocation_failure(error)) is None:
             raise
         raise OutOfMemoryError(f"out of memory: could not allocate {large}. {advice}") from error
+
+
+def describe_value(value: object) -> str:
+    """A value of a wrong type for a message: its type, and itself where that is short and says more."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    plain = isinstance(value, str | int | float | list | tuple | dict | os.PathLike)
+    return f"a {kind} ({reprlib.repr(value):.80})" if plain else f"a {kind}"
+
+
+def require_path(path: object, name: str, remedy: str = "") -> None:
+    """Raises ConfigError for what is no path; ``name``: of the argument, ``remedy``: what to do."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"{name} is {describe_value(path)}; give a path{remedy}")
 
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:

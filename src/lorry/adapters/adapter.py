@@ -26,7 +26,7 @@ from lorry.adapters.spec import LoraSpec
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import SIDES, DimensionSlice, LayerSlices, Side
 from lorry.adapters.variants.parameters import FurtherParameter
-from lorry.errors import ConfigError, ContractError
+from lorry.errors import ConfigError, ContractError, describe_value
 
 # not only dots: "." and ".." are folders already; 64 characters fit every file system beside a
 # suffix
@@ -35,6 +35,10 @@ NAME_PATTERN = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 
 def check_adapter_name(name: str) -> str:
     """The name, if it can be that of an adapter and of its folder. Raises ConfigError."""
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"an adapter's name is a text such as 'default', got {describe_value(name)}"
+        )
     if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(
             f"adapter name {name!r:.80}: use 1 to 64 letters, digits, dots, dashes or underscores"

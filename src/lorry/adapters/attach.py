@@ -8,6 +8,7 @@ change).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
@@ -40,7 +41,7 @@ from lorry.adapters.targets.selection import select_modules
 from lorry.adapters.variants.alora import watch_tokens
 from lorry.adapters.variants.own_weights import SITE, has_own_weights
 from lorry.adapters.variants.registry import further_starts
-from lorry.errors import ConfigError, suggest_nearest
+from lorry.errors import ConfigError, describe_value, suggest_nearest
 
 # what shards or replicates a model, by class name: to ask for the classes would import them all
 FSDP1, FSDP2 = "FullyShardedDataParallel", "FSDPModule"
@@ -48,7 +49,8 @@ DATA_PARALLEL = ("DistributedDataParallel", FSDP1, "DeepSpeedEngine")
 
 
 def get_bank(model: nn.Module, *, create: bool = False) -> AdapterBank:
-    """The model's bank. Raises ConfigError when it has none and ``create`` is False."""
+    """The model's bank. Raises ConfigError when it has none and ``create`` is False, or is no model."""
+    require_model(model)
     bank: AdapterBank | None = model.__dict__.get("lorry_bank")
     if bank is None:
         if not create:
@@ -58,6 +60,32 @@ def get_bank(model: nn.Module, *, create: bool = False) -> AdapterBank:
         bank = AdapterBank()
         model.__dict__["lorry_bank"] = bank
     return bank
+
+
+def require_model(model: object) -> None:
+    """Raises ConfigError for what is no torch module: a person's mistake at a public function."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str | os.PathLike):
+        remedy = f"open it first: model, tokenizer = lorry.load({os.fspath(model)!r})"
+    elif isinstance(model, tuple) and any(isinstance(each, nn.Module) for each in model):
+        remedy = "lorry.load gives two: model, tokenizer = lorry.load(...)"
+    else:
+        remedy = "give the torch model, as lorry.load or transformers open it"
+    raise ConfigError(f"expected a torch model, got {describe_value(model)}; {remedy}")
+
+
+def _require_spec(spec: object) -> None:
+    """Raises ConfigError for what is no LoraSpec: PEFT's configuration, a map of its fields, a name."""
+    if isinstance(spec, LoraSpec):
+        return
+    if isinstance(spec, Mapping):
+        remedy = "write lorry.LoraSpec(**settings)"
+    elif hasattr(spec, "peft_type"):
+        remedy = "lorry.LoraSpec has PEFT's names: lorry.LoraSpec(r=..., lora_alpha=..., target_modules=...)"
+    else:
+        remedy = "the adapter's name comes third: lorry.attach(model, lorry.LoraSpec(r=16), 'name')"
+    raise ConfigError(f"spec is {describe_value(spec)}, which is no lorry.LoraSpec; {remedy}")
 
 
 def default_context(model: nn.Module) -> AdapterContext:
@@ -95,8 +123,10 @@ def attach(
     (naming what exists), if the name is taken, if the model is merged, if something that shards
     or replicates it has it already, or if it cannot be initialised so; nothing is attached then.
     """
+    require_model(model)
     _refuse_wrapped(model)
-    spec = spec or LoraSpec()
+    spec = LoraSpec() if spec is None else spec
+    _require_spec(spec)
     if initialize:
         require_sources(spec, run_model, original)
     candidates = find_adaptable(model)

@@ -50,9 +50,10 @@ class AdapterBank:
         self.displaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def __getitem__(self, name: str) -> Adapter:
-        if name not in self.adapters:
+        # a list, too, is named and not looked up
+        if not isinstance(name, str) or name not in self.adapters:
             raise ConfigError(
-                f"no adapter named {name!r}; this model has {', '.join(self.adapters) or 'none'}"
+                f"no adapter named {name!r:.80}; this model has {', '.join(self.adapters) or 'none'}"
             )
         return self.adapters[name]
 

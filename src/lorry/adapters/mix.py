@@ -9,6 +9,7 @@ needs in forward, so recompute sees the same mix.
 
 from __future__ import annotations
 
+import numbers
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -18,7 +19,26 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from lorry.adapters.dropout import DropoutNoise
-from lorry.errors import ContractError
+from lorry.errors import ConfigError, ContractError, describe_value
+
+
+def check_weights(weights: object) -> None:
+    """Raises ConfigError for what is no map of an adapter's name to a number, which a name or a list of
+    them is not."""
+    if not isinstance(weights, Mapping):
+        names = [weights] if isinstance(weights, str) else weights
+        listed = names if isinstance(names, list | tuple) else ()
+        example = {name: 1.0 for name in listed if isinstance(name, str)} or {"name": 1.0}
+        raise ConfigError(
+            f"weights is {describe_value(weights)}; give a number for each adapter: weights={example}"
+        )
+    for name, weight in weights.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"weights names {describe_value(name)}; give the names of adapters")
+        if not isinstance(weight, numbers.Real):
+            raise ConfigError(
+                f"the weight of adapter {name!r:.80} is {describe_value(weight)}; give a number"
+            )
 
 
 @dataclass(frozen=True)
@@ -166,7 +186,9 @@ class Mix:
 
     @staticmethod
     def constants(weights: Mapping[str, float]) -> Mix:
-        """The same g for every token: task arithmetic, negation, interpolation."""
+        """The same g for every token: task arithmetic, negation, interpolation. Raises ConfigError for what
+        are no weights."""
+        check_weights(weights)
         return Mix(tuple(MixTerm(name, None, float(g)) for name, g in weights.items() if g != 0))
 
     @staticmethod

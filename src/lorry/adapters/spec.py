@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, cast
 
 from lorry.adapters.tensor_parallel.slices import SIDES, Side
 from lorry.config.adapter.adalora import AdaLoraSettings
 from lorry.config.adapter.initialization import check_initialization, find_initialization
 from lorry.config.schema.lora import ADALORA_FIELDS, DEFAULT_ALPHA, DEFAULT_RANK, LoraConfig
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, describe_value
 
 BiasTraining = Literal["none", "all", "lora_only"]
 # where layer numbers stand without a layers_pattern: anywhere in a path
@@ -94,6 +94,13 @@ class LoraSpec:
         ):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(
+                    f"{name} is {describe_value(getattr(self, name))}; give a map of names"
+                )
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
+            _check_modules(name, getattr(self, name))
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias is {self.bias!r}; it must be none, all or lora_only")
         _check_names("modules_to_save", self.modules_to_save)
@@ -156,7 +163,14 @@ class LoraSpec:
                 f"lora_bias does not go with init_lora_weights={self.init_lora_weights}; leave one out"
             )
         if isinstance(self.adalora, Mapping):
+            known = [each.name for each in fields(AdaLoraSettings)]
+            if unknown := [name for name in self.adalora if name not in known]:
+                raise ConfigError(f"adalora names {unknown[0]!r:.80}; it has {', '.join(known)}")
             object.__setattr__(self, "adalora", AdaLoraSettings(**self.adalora))
+        if not isinstance(self.adalora, AdaLoraSettings | None):
+            raise ConfigError(
+                f"adalora is {describe_value(self.adalora)}; give a map of its numbers"
+            )
         if self.adalora is not None:
             self.adalora.refuse_rank(self.r)
             self._refuse_with_adalora()
@@ -195,7 +209,7 @@ class LoraSpec:
 
     def _settle_halves(self) -> None:
         """Put the halves that train in order. Raises ConfigError for what they cannot go with."""
-        halves = tuple(self.train)
+        halves = tuple(self.train) if isinstance(self.train, str | tuple | list) else ()
         if not halves or len({*halves}) < len(halves) or not {*halves} <= {*SIDES}:
             raise ConfigError(f"train is {self.train!r}; give A, B or both, each once")
         way = find_initialization(self.init_lora_weights)
@@ -365,6 +379,18 @@ def _compile(where: str, pattern: str) -> None:
         raise ConfigError(
             f"{where} names {pattern!r}, which is not a valid regular expression: {e}"
         ) from e
+
+
+def _check_modules(where: str, modules: object) -> None:
+    """Raises ConfigError for what is no expression and no list of names."""
+    if modules is None and where != "target_modules":
+        return
+    listed = isinstance(modules, Collection) and not isinstance(modules, Mapping)
+    if not listed or not all(isinstance(name, str) for name in cast(Collection[object], modules)):
+        words = "'auto', 'all-linear', " if where == "target_modules" else ""
+        raise ConfigError(
+            f"{where} is {describe_value(modules)}; give {words}names of modules, or one regular expression"
+        )
 
 
 def _check_names(where: str, names: object) -> None:

@@ -8,15 +8,17 @@ else: `row_generator` is the one place that says which. B rows, V vocabulary.
 
 from __future__ import annotations
 
+import numbers
 import random
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lorry.adapters.seeds import derive_seed
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, describe_value, suggest_nearest
 from lorry.kernels import decode as kernel
 
 # A nucleus is looked for among this many tokens before the whole vocabulary is sorted: at the usual
@@ -50,9 +52,23 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        _require_token_ids("stop_token_ids", self.stop_token_ids)
+        if isinstance(self.stop, str) or not isinstance(self.stop, Iterable):
+            raise ConfigError(f"stop is {describe_value(self.stop)}; give lists of token ids")
+        for sequence in self.stop:
+            _require_token_ids("a sequence of stop", sequence)
         # immutable, so that parameters can be compared and be keys
         object.__setattr__(self, "stop_token_ids", frozenset(self.stop_token_ids))
         object.__setattr__(self, "stop", tuple(tuple(sequence) for sequence in self.stop))
+        for name in (
+            "temperature",
+            "top_k",
+            "top_p",
+            "repetition_penalty",
+            "max_new_tokens",
+            "seed",
+        ):
+            _require_number(name, getattr(self, name), none=name in ("top_k", "top_p"))
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
@@ -140,6 +156,37 @@ class SamplingParams:
         if self.top_p is not None:
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0.0)
         return tokens.gather(1, _invert_distribution(probs, draws)[:, None])[:, 0]
+
+
+def read_sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """Parameters by name, as keyword arguments give them. Raises ConfigError for a name that is none, and
+    what `SamplingParams` raises."""
+    known = [each.name for each in fields(SamplingParams)]
+    if unknown := [name for name in options if name not in known]:
+        raise ConfigError(
+            f"unknown option {unknown[0]!r:.80}{suggest_nearest(unknown[0], known)}; there are {', '.join(known)}"
+        )
+    return SamplingParams(**options)
+
+
+def _require_token_ids(name: str, ids: object) -> None:
+    """Raises ConfigError for what are no token ids, such as a text."""
+    listed = isinstance(ids, Iterable) and not isinstance(ids, str | Mapping)
+    if not listed or not all(
+        isinstance(each, numbers.Integral) for each in cast(Iterable[object], ids)
+    ):
+        raise ConfigError(f"{name} is {describe_value(ids)}; give token ids")
+
+
+def _require_number(name: str, value: object, *, none: bool) -> None:
+    """Raises ConfigError for what is no number, a whole one where the name counts something."""
+    whole = name not in ("temperature", "top_p", "repetition_penalty")
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not (isinstance(value, kind) or (none and value is None)):
+        raise ConfigError(
+            f"{name} is {describe_value(value)}; give a {'whole ' if whole else ''}number"
+            + (", or None" if none else "")
+        )
 
 
 def _invert_distribution(probs: Tensor, draws: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ As in PEFT a module that only some adapters have is merged from those. PEFT's ow
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -36,13 +37,13 @@ from lorry.adapters.merging.core_space import (
     truncate,
 )
 from lorry.adapters.merging.methods import combine
-from lorry.adapters.mix import Mix
+from lorry.adapters.mix import Mix, check_weights
 from lorry.adapters.parameters.holders import refuse_adapter_at_parameters
 from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import unscaled_spec
 from lorry.adapters.targets.candidates import find_linears
 from lorry.config.merge import EXACT_METHOD, MERGE_METHODS, MajoritySign, MergeMethod
-from lorry.errors import ConfigError, ModelError, suggest_nearest
+from lorry.errors import ConfigError, ModelError, describe_value, suggest_nearest
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def merge_adapters(
     not finite; nothing is attached then.
     """
     bank = get_bank(model)
+    check_weights(weights)
     # before any work, though `attach` asks both again
     bank.refuse_name(name)
     if bank.before_merge is not None:
@@ -197,10 +199,10 @@ def _checked_method(
     scale: float,
 ) -> MergeMethod:
     """The method of a name. Raises ConfigError for what is no setting of a merge."""
-    if name not in MERGE_METHODS:
+    if not isinstance(name, str) or name not in MERGE_METHODS:
         raise ConfigError(
             f"method={name!r:.80} is not among "
-            f"{', '.join(MERGE_METHODS)}{suggest_nearest(name, MERGE_METHODS)}"
+            f"{', '.join(MERGE_METHODS)}{suggest_nearest(str(name), MERGE_METHODS)}"
         )
     if not weights:
         raise ConfigError(
@@ -210,6 +212,11 @@ def _checked_method(
         bank[each]  # for its ConfigError
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of adapter {each!r} is {weight}; give a finite number")
+    for what, number in {"density": density, "scale": scale}.items():
+        if not isinstance(number, numbers.Real):
+            raise ConfigError(f"{what} is {describe_value(number)}; give a number")
+    if rank is not None and not isinstance(rank, int):
+        raise ConfigError(f"rank is {describe_value(rank)}; give a whole number")
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}; it must be above 0 and at most 1")
     if majority_sign_method not in ("total", "frequency"):

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
-from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.attach import attach, get_bank, require_model
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import concatenate
@@ -92,7 +92,7 @@ from lorry.adapters.variants.new_tokens import (
 )
 from lorry.adapters.variants.registry import further_starts
 from lorry.disk import durable
-from lorry.errors import ConfigError, ModelError
+from lorry.errors import ConfigError, ModelError, require_path
 from lorry.runs.layout import (
     ADAPTER_CONFIG,
     ADAPTER_FACTS,
@@ -244,6 +244,7 @@ def save_adapter(
     DiskError.
     """
     names = get_bank(model).names()
+    require_path(path, "path")
     if name is None and len(names) != 1:
         raise ConfigError(
             f"this model has the adapters {', '.join(names) or '(none)'}; name the one to save"
@@ -280,6 +281,8 @@ def load_adapter(
     unknown, twice, of another shape or not finite; another base or start; a variant that is not
     plain LoRA.
     """
+    require_model(model)
+    require_path(path, "path", " of an adapter's directory")
     folder, name = find_adapter(path, name)
     start = next(iter(start_chain(folder)), None)
     check_start(model, folder, start)

@@ -66,7 +66,7 @@ def find_initialization(value: bool | str) -> Initialization | None:
         return None
     if match := PISSA_NITER.fullmatch(str(value)):
         return Initialization("pissa", "weight", takes_off=True, niter=int(match[1]))
-    if value not in INITIALIZATIONS:
+    if not isinstance(value, str) or value not in INITIALIZATIONS:
         known = ("true", "false", "gaussian", *INITIALIZATIONS, "pissa_niter_16")
         raise ConfigError(
             f"init_lora_weights is {value!r:.80}; give one of {', '.join(known)}"

@@ -59,7 +59,8 @@ def with_peer_defaults(
     that none of them gives."""
     every = [setting for source in sources for setting in source]
     for peer in PEERS:
-        mark = next((setting for setting in every if setting.key in peer.marks), None)
+        # of a file: one word that a person types or passes is no description written for the tool
+        mark = next((one for one in every if one.key in peer.marks and _is_of_file(one)), None)
         # of a schema with a setting of that name it is ours
         if mark is None or names.candidates(mark.key):
             continue
@@ -103,6 +104,11 @@ def _dotted(names: SchemaNames, setting: GivenSetting) -> list[str]:
         return candidates
     # a key without a value in another tool's file leaves its default
     return [] if setting.value is None else [ALIAS_RENAMES.get(key, key)]
+
+
+def _is_of_file(setting: GivenSetting) -> bool:
+    # from Python a setting stands nowhere but under its own name
+    return not setting.typed and setting.where != setting.key
 
 
 def _whole_number(value: Any) -> int | None:
