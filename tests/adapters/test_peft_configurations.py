@@ -43,6 +43,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "excluded": {"target_modules": TWO, "exclude_modules": r".*\.1\..*"},
     "embedding": {"target_modules": ["{e}"]},
     "head": {"target_modules": ["lm_head"]},
+    "embedding, tied": {"target_modules": ["{e}", "{0}"], "ensure_weight_tying": True},
+    "head, tied": {"target_modules": ["lm_head", "{0}"], "ensure_weight_tying": True},
     "both ends": {"target_modules": ["{e}", "lm_head", "{0}"]},
     "gaussian": {"target_modules": TWO, "init_lora_weights": "gaussian"},
     "orthogonal": {"target_modules": TWO, "init_lora_weights": "orthogonal"},

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.support import tiny
 
 # transformers' classes: the usual layout; with a shared expert; with small heads; [E, in, out], biases,
-# gate and up by turns, clamped; another name of the module
+# gate and up by turns, clamped; another name of the module; a router that scores in fp32
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {**tiny.MOE, "model_type": "mixtral", "num_local_experts": 4},
     "qwen2_moe": {
@@ -29,6 +29,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * tiny.MOE["num_hidden_layers"],
     },
     "granitemoe": {**tiny.MOE, "model_type": "granitemoe", "num_local_experts": 4},
+    "deepseek_v3": {
+        **tiny.MOE,
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": tiny.MOE["num_attention_heads"],
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "moe_intermediate_size": 16,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
 }
 UNFUSED = {
     "mixtral": ("model.layers.{}.block_sparse_moe", ("w1", "w3"), "w2"),
@@ -72,27 +87,33 @@ class OddExperts(Experts):
 
 
 class Router(nn.Module):
-    """A weight that is multiplied, and no linear; ``odd``: it is used in another way besides."""
+    """A weight that is multiplied, and no linear; ``use``: cast to fp32 before, or in another way."""
 
-    def __init__(self, width: int = 8, experts: int = 3, *, odd: bool = False) -> None:
+    def __init__(self, width: int = 8, experts: int = 3, *, use: str = "as it is") -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(1)
         self.weight = nn.Parameter(torch.randn(experts, width, generator=draw))
-        self.odd = odd
+        self.use = use
+
+    def scores(self, x: Tensor) -> Tensor:
+        if self.use == "type":
+            return F.linear(x.type(torch.float32), self.weight.type(torch.float32))
+        if self.use == "float":
+            return F.linear(x.float(), self.weight.float())
+        return F.linear(x, self.weight.abs() if self.use == "odd" else self.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        weight = self.weight.float() if self.odd else self.weight
-        share, index = F.linear(x, weight).softmax(-1).topk(2, dim=-1)
+        share, index = self.scores(x).softmax(-1).topk(2, dim=-1)
         return index, share
 
 
 class Mixture(nn.Module):
     """x [T, 8] -> [T, 8]: a linear, a router, experts."""
 
-    def __init__(self, experts: type[Experts] = Experts, *, odd: bool = False) -> None:
+    def __init__(self, experts: type[Experts] = Experts, *, use: str = "as it is") -> None:
         super().__init__()
         self.proj = nn.Linear(8, 8, bias=False)
-        self.gate = Router(odd=odd)
+        self.gate = Router(use=use)
         self.experts = experts()
 
     def forward(self, x: Tensor) -> Tensor:

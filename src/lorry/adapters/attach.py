@@ -36,11 +36,12 @@ from lorry.adapters.parameters.weights import (
     foreign_weight_of,
 )
 from lorry.adapters.spec import LoraSpec, refuse_at_parameters
-from lorry.adapters.targets.candidates import find_adaptable, find_linears, head_and_embedding
+from lorry.adapters.targets.candidates import find_adaptable, find_linears
 from lorry.adapters.targets.selection import select_modules
 from lorry.adapters.variants.alora import watch_tokens
 from lorry.adapters.variants.own_weights import SITE, has_own_weights
 from lorry.adapters.variants.registry import further_starts
+from lorry.adapters.variants.starts import Ends
 from lorry.errors import ConfigError, describe_value, suggest_nearest
 
 # what shards or replicates a model, by class name: to ask for the classes would import them all
@@ -202,12 +203,14 @@ def _refuse_half(spec: LoraSpec, targets: Mapping[str, AdaptableLayer]) -> None:
 
 
 def _refuse_tied_terms(model: nn.Module, chosen: Collection[str]) -> None:
-    """Raises ConfigError for terms at both sides of a tied head: they would train apart."""
-    head, embed = head_and_embedding(model)
-    if head in chosen and embed in chosen:
+    """Raises ConfigError for low-rank terms at a side of a tied head and embedding: PEFT, which reads the
+    setting too, gives the other side the same ones, and here each side has its own or none."""
+    ends = Ends.of(model)
+    if ends.tied and (adapted := [end for end in (ends.head, ends.embed) if end and end in chosen]):
         raise ConfigError(
-            f"ensure_weight_tying with {head} and {embed} both among target_modules: the two have low-rank "
-            "terms of their own here; target one of them, or name them in modules_to_save"
+            f"ensure_weight_tying with {' and '.join(adapted)} among target_modules: the low-rank terms of "
+            f"{ends.embed} and {ends.head} are apart here; leave ensure_weight_tying out, or name both in "
+            "modules_to_save"
         )
 
 

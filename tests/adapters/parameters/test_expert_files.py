@@ -77,6 +77,30 @@ def test_peft_to_lorry_to_peft(kind: str, config: str, tmp_path: Path) -> None:
     assert torch.equal(logits(read), logits(ours))
 
 
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"]], ids=["all", "names"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_names_that_linears_have_too_do_not_ask_for_experts(targets: Any, tmp_path: Path) -> None:
+    """PEFT 0.21 of a Qwen2-MoE adapts the shared expert alone by these names."""
+    base = expert_models.model("qwen2_moe")
+    given = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=3, init_lora_weights=False, target_modules=targets
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), given)
+    theirs.save_pretrained(tmp_path)
+    adapter = load_adapter(ours := copy.deepcopy(base), tmp_path)
+    assert not any(".experts." in path for path in adapter.slots)
+    assert (logits(ours) - logits(theirs)).abs().max() <= 1e-5
+    assert (logits(ours) - logits(base)).abs().max() > 1e-2
+    # of a model without such linears they mean experts, which the file must have
+    other = peft.get_peft_model(expert_models.model("granitemoe"), given)
+    other.save_pretrained(tmp_path / "other")
+    if targets != "all-linear":
+        with pytest.raises(ModelError, match=r"names .*experts.down_proj .* without the experts"):
+            load_adapter(expert_models.model("granitemoe"), tmp_path / "other")
+
+
 def test_a_name_of_every_layer_where_it_selects_just_these(tmp_path: Path) -> None:
     model = expert_models.model("qwen2_moe")
     attach(model, LoraSpec(r=2), "all")

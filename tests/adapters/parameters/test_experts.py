@@ -25,7 +25,7 @@ from lorry.errors import ConfigError, ContractError
 from lorry.models.causal_lm import PackedInput
 from lorry.models.hf.model import HfModel, use_adapter_context
 from tests.support import expert_models
-from tests.support.expert_models import Mixture, OddExperts
+from tests.support.expert_models import Mixture, OddExperts, Router
 from tests.support.tiny import one_thread, text_ids  # noqa: F401 - a fixture
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -312,17 +312,43 @@ def test_a_module_that_computes_otherwise_is_refused_before_it_is_touched() -> N
 
 
 def test_a_weight_that_is_used_otherwise_is_refused() -> None:
-    model = Mixture(odd=True)
+    model = Mixture(use="odd")
     attach(model, spec(target_parameters=["gate.weight"]))
-    with pytest.raises(ContractError, match=r"gate: Router uses its weight otherwise .*\(float\)"):
+    with pytest.raises(ContractError, match=r"gate: Router uses its weight otherwise .*\(abs\)"):
         model(torch.ones(2, 8))
     assert AMBIENT_CONTEXT.get() is None
 
 
+class Scores(Router):
+    """The scores alone."""
+
+    forward = Router.scores
+
+
+@pytest.mark.parametrize("use", ["type", "float"])
+def test_a_weight_that_is_cast_first_is_multiplied_in_that_dtype(use: str) -> None:
+    """A router of a base in bf16 that scores in fp32, as DeepSeek's: by the formula in float64, of which bf16
+    would be some 1e-3 away."""
+    model = nn.Sequential(Scores(use=use)).to(torch.bfloat16)
+    plain = copy.deepcopy(model)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    adapter = attach(model, spec(target_modules=(), target_parameters=["0.weight"]))
+    slot, wide = adapter.slots["0"], x.double()
+    a, b = slot.A.detach().double(), slot.B.detach().double()
+    exact = wide @ (plain[0].weight.detach().double() + slot.scale * b @ a).T
+    scores = model(x)
+    assert scores.dtype == torch.float32
+    assert off(scores.double(), exact) <= 1e-5
+    scores.square().sum().backward()
+    assert off(slot.B.grad.double(), slot.scale * (2 * exact).T @ wide @ a.T) <= 1e-5
+    get_bank(model).activate(Mix.none())
+    assert torch.equal(model(x), plain(x))
+
+
 def test_weights_of_an_adapters_own_in_the_same_module_are_refused() -> None:
     model = expert_models.model("gpt_oss")
-    with pytest.raises(ConfigError, match=r"mlp.experts has adapters at its parameters"):
-        attach(model, LoraSpec(r=2, bias="all"))
+    with pytest.raises(ConfigError, match=r"mlp.router has adapters at its parameters"):
+        attach(model, LoraSpec(r=2, bias="all", target_parameters=["mlp.router.weight"]))
 
 
 def test_names_of_single_experts_mean_the_tensor_of_all() -> None:

@@ -3,6 +3,7 @@ decoder and on transformers' classes; and what it refuses."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -224,3 +225,37 @@ def test_a_layer_keeps_little_more_than_loras(model_type: str) -> None:
     assert isinstance(layers, int)
     assert isinstance(width, int)
     assert kept[True] - kept[False] == layers * (2 if parallel else 1) * len(tokens) * width
+
+
+@pytest.mark.parametrize(
+    "first", [nn.Linear(6, 8), nn.Embedding(6, 8)], ids=["linear", "embedding"]
+)
+def test_a_model_may_change_its_output_in_place(first: nn.Module) -> None:
+    """As torch's own layers allow it; backward of a magnitude reads the output."""
+    theirs = nn.Sequential(first, nn.ReLU(inplace=True), nn.Linear(8, 3))
+    model = copy.deepcopy(theirs)
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=True)
+    config.init_lora_weights = False
+    theirs = peft.get_peft_model(theirs, config)
+    adapter = attach(model, LoraSpec(r=2, lora_alpha=8, target_modules=("0", "2"), use_dora=True))
+    found = dict(theirs.base_model.model.named_parameters())
+    kind = (
+        "lora_embedding_{}.default" if isinstance(first, nn.Embedding) else "lora_{}.default.weight"
+    )
+    names = {
+        "0.lora_A": f"0.{kind.format('A')}",
+        "0.lora_B": f"0.{kind.format('B')}",
+        "2.lora_A": "2.lora_A.default.weight",
+        "2.lora_B": "2.lora_B.default.weight",
+        **{f"{n}.lora_magnitude_vector": f"{n}.lora_magnitude_vector.default.weight" for n in "02"},
+    }
+    with torch.no_grad():
+        for name, value in adapter.tensors().items():
+            value.copy_(found[names[name]])
+    adapter.touch()
+    ids = torch.arange(6)
+    x = ids if isinstance(first, nn.Embedding) else torch.eye(6)
+    for each in (theirs, model):
+        each(x).square().sum().backward()
+    for name, gradient in adapter.split_like(adapter.grads).items():
+        assert relative(gradient, found[names[name]].grad) < 1e-5, name

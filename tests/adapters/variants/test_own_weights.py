@@ -368,6 +368,11 @@ def test_what_has_no_meaning_is_refused(tiny: Any, ids: Tensor, tmp_path: Path) 
         ({"trainable_token_indices": (3,), "modules_to_save": ("embed_tokens",)}, "both train"),
         ({"trainable_token_indices": {"norm": (3,)}}, "takes an embedding or a head"),
         (
+            {"target_modules": ("q_proj", "embed_tokens"), "ensure_weight_tying": True},
+            "model.embed_tokens and lm_head are apart here",
+        ),
+        ({"target_modules": ("lm_head",), "ensure_weight_tying": True}, "are apart here"),
+        (
             {
                 "trainable_token_indices": {"embed_tokens": (3,), "lm_head": (4,)},
                 "ensure_weight_tying": True,

@@ -20,12 +20,19 @@ from lorry.errors import ContractError
 
 class BankEmbedding(AdaptableLayer):
     """An embedding [V, D] with low-rank terms. As PEFT has it, A [R, V] starts at zero and B [D, R]
-    at random.
+    at random. ``embed_scale``: what everything is times, as some models have it; a tensor is a buffer that no
+    checkpoint has.
     """
 
-    def __init__(self, weight: nn.Parameter, *, path: str = "") -> None:
+    def __init__(
+        self, weight: nn.Parameter, *, path: str = "", embed_scale: Tensor | float | None = None
+    ) -> None:
         super().__init__(path)
         self.weight = weight
+        if isinstance(embed_scale, Tensor):
+            self.register_buffer("embed_scale", embed_scale, persistent=False)
+        else:
+            self.embed_scale = embed_scale
 
     def matrix(self) -> Tensor:
         """The table's transpose."""
@@ -53,7 +60,7 @@ class BankEmbedding(AdaptableLayer):
         terms = self.terms(call)
         y = self._look_up(ids, self.weight)
         if not terms:
-            return self._sum_over_ranks(y)
+            return self._times_constant(self._sum_over_ranks(y))
         if any(t.adapter in self.slots and t.route is not None for t in call.mix.terms):
             raise ContractError(
                 f"{self.path}: a layer router cannot gate an adapter on an embedding"
@@ -73,7 +80,7 @@ class BankEmbedding(AdaptableLayer):
             # padded with zeros and added out of place, so that autograd follows it
             before, after = (0, 0) if rows is None else (rows.start, flat.shape[0] - rows.stop)
             flat = flat + F.pad(low, (0, 0, before, after))
-        flat = self._scale(self._sum_over_ranks(flat), call)
+        flat = self._times_constant(self._scale(self._sum_over_ranks(flat), call))
         return flat.to(y.dtype).view_as(y)
 
     def _scale(self, flat: Tensor, call: AdapterContext) -> Tensor:
@@ -91,6 +98,13 @@ class BankEmbedding(AdaptableLayer):
             scaled = MagnitudeFunction.apply(flat[start:stop], slot.magnitude, slot.norm[1], stale)
             flat = torch.cat([flat[:start], scaled, flat[stop:]])
         return flat
+
+    def _times_constant(self, y: Tensor) -> Tensor:
+        scale = self.embed_scale
+        if scale is None:
+            return y
+        # in the weight's dtype, as those models round it
+        return y * (scale.to(self.weight.dtype) if isinstance(scale, Tensor) else scale)
 
     def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         """The rows of a table [V, ...] at ids; where other ranks have some of them, zeros for theirs."""

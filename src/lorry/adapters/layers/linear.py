@@ -161,6 +161,9 @@ class BankLinear(AdaptableLayer):
             rows = rows.to(dtype)
         call = self._with_own_gates(call, rows)
         (y,) = self.group.forward(rows, call, site or self.path, dtype)
+        if y.requires_grad and any(slot.magnitude is not None for slot, *_ in self.terms(call)):
+            # backward reads it, and a model of somebody else's may change it in place (`x += residual`)
+            y = y.clone()
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
     def use_own_weights(self, whole: Mapping[str, OwnTensor]) -> None:

@@ -8,11 +8,19 @@ from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
 
+# of transformers, by name: to ask for the classes would import them. A linear [in, out]; Falcon's linear, which
+# is one that spells out x W^T + b; embeddings times a constant, `embed_scale` (Gemma's, BART's)
+CONV1D, FALCON, SCALED = "Conv1D", "FalconLinear", "ScaledWordEmbedding"
+
 
 def is_linear_or_embedding(module: nn.Module) -> bool:
-    """Whether `wrap_module` knows a foreign module. Only the exact classes count: a subclass computes
+    """Whether `wrap_module` knows a foreign module. Only these classes count: another subclass computes
     something else. Its weight is not looked at: FSDP1 leaves a view in a parameter's place."""
-    return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == "Conv1D"
+    kind = type(module)
+    if isinstance(module, nn.Embedding):
+        # with a max_norm it changes its weight as it runs
+        return module.max_norm is None and (kind is nn.Embedding or kind.__name__.endswith(SCALED))
+    return kind is nn.Linear or kind.__name__ in (CONV1D, FALCON)
 
 
 def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
@@ -23,10 +31,10 @@ def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
         return None
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
     if isinstance(module, nn.Embedding):
-        return BankEmbedding(weight, path=path)
+        return BankEmbedding(weight, path=path, embed_scale=getattr(module, "embed_scale", None))
     return BankLinear(
         weight,
         bias if isinstance(bias, nn.Parameter) else None,
-        transposed=type(module).__name__ == "Conv1D",
+        transposed=type(module).__name__ == CONV1D,
         path=path,
     )

@@ -7,10 +7,11 @@ The module stays, with its names. While its forward runs, `self.weight` is a sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +45,17 @@ class ForeignWeight(BankLinear):
         # a partial and no closure: `copy.deepcopy` of the model copies what a partial holds
         holder.__dict__["forward"] = partial(_run_with_weight, holder)
 
+    def cast_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [..., in] -> [..., out], all of it in ``dtype``, which x is in; as autocast wants it where that
+        is on."""
+        call = self.resolve(None)
+        if dtype == self.dtype or torch.is_autocast_enabled(x.device.type):
+            return self(x, call)
+        if not self.terms(call):
+            return F.linear(x, self.weight.to(dtype))
+        (y,) = self.group.forward(x.reshape(-1, x.shape[-1]), call, self.path, dtype)
+        return y.view(*x.shape[:-1], -1)
+
     def release(self) -> None:
         """Give the module its own forward back."""
         del self.holders[0].__dict__[_LAYER], self.holders[0].__dict__["forward"]
@@ -66,14 +78,27 @@ def find_foreign_weight(module: nn.Module, path: str) -> ForeignWeight | None:
 
 
 class _WeightStandIn:
-    """What a module finds as its weight while it runs: facts about it, and `F.linear`."""
+    """What a module finds as its weight while it runs: facts about it, `F.linear`, and itself in another
+    ``dtype``, in which many a router scores."""
 
-    def __init__(self, layer: ForeignWeight) -> None:
-        self.layer = layer
+    def __init__(self, layer: ForeignWeight, dtype: torch.dtype) -> None:
+        self.layer, self.dtype = layer, dtype
 
-    dtype = property(lambda self: self.layer.weight.dtype)
     device = property(lambda self: self.layer.weight.device)
     shape = property(lambda self: self.layer.weight.shape)
+
+    def float(self) -> _WeightStandIn:
+        return _WeightStandIn(self.layer, torch.float32)
+
+    def to(self, dtype: object) -> _WeightStandIn:
+        """Raises ContractError for anything but a dtype."""
+        if not isinstance(dtype, torch.dtype):
+            raise _other_use(self.layer, f"to({dtype!r:.40})")
+        return _WeightStandIn(self.layer, dtype)
+
+    def type(self, dtype: object) -> _WeightStandIn:
+        """As `to`."""
+        return self.to(dtype)
 
     def __getattr__(self, name: str) -> Any:
         raise _other_use(self.layer, name)
@@ -82,7 +107,7 @@ class _WeightStandIn:
     def __torch_function__(
         cls,
         function: Callable[..., Any],
-        types: Iterable[type],
+        types: object,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
@@ -91,7 +116,7 @@ class _WeightStandIn:
         if function is not F.linear or not isinstance(stand_in, cls):
             layer = next(a.layer for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
             raise _other_use(layer, getattr(function, "__name__", str(function)))
-        y: Tensor = stand_in.layer(given["input"])
+        y = stand_in.layer.cast_forward(given["input"], stand_in.dtype)
         bias = given.get("bias")
         return y if bias is None else y + bias
 
@@ -106,7 +131,8 @@ def _other_use(layer: ForeignWeight, use: str) -> ContractError:
 def _run_with_weight(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, with the stand-in in place of its weight."""
     # an instance attribute hides the parameter, which stays registered under its name
-    holder.__dict__[WEIGHT] = _WeightStandIn(holder.__dict__[_LAYER])
+    layer: ForeignWeight = holder.__dict__[_LAYER]
+    holder.__dict__[WEIGHT] = _WeightStandIn(layer, layer.dtype)
     try:
         return type(holder).forward(holder, *args, **kwargs)
     finally:

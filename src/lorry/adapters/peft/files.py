@@ -74,6 +74,7 @@ from lorry.adapters.peft.tensors import (
     check_modules,
     legacy_name_mapper,
     list_adaptable_layers,
+    name_tied_targets,
     open_adapter_weights,
     read_further_values,
     read_lora_values,
@@ -337,6 +338,7 @@ def _load_checked(
         parts, others = sort_lora_tensors(
             file, weights, layers, lambda module: of_tensor.get(module) or rename(module)
         )
+        spec = name_tied_targets(model, spec, file, weights, parts)
         check_modules(model, spec, set(parts), where)
         if is_adalora:
             spec, parts = fit_ranks(spec, file, weights, parts)

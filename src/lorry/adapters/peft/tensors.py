@@ -28,6 +28,7 @@ from lorry.adapters.targets.candidates import find_adaptable, head_and_embedding
 from lorry.adapters.targets.selection import match_unfused_names
 from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.adapters.variants.parameters import FurtherStart
+from lorry.adapters.variants.starts import Ends
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError, suggest_nearest
 from lorry.families import ModelFamily, find_family
@@ -106,6 +107,36 @@ def tied_as_stored(model: nn.Module, spec: LoraSpec, others: Collection[str]) ->
         both = all(f"{path}.weight" in others for path in ends)
         return replace(spec, ensure_weight_tying=both)
     return spec
+
+
+def name_tied_targets(
+    model: nn.Module,
+    spec: LoraSpec,
+    file: TensorFile,
+    where: str,
+    parts: Mapping[str, Mapping[str, str]],
+) -> LoraSpec:
+    """The spec with both sides of a tied head and embedding among its targets where `ensure_weight_tying` gave
+    both the same low-rank terms, one's A the other's B transposed: PEFT names the embedding alone then. They
+    are terms of their own from here on. Raises ModelError where the two differ."""
+    ends = Ends.of(model)
+    head, embed = ends.head, ends.embed
+    if not (spec.ensure_weight_tying and ends.tied) or head not in parts or embed not in parts:
+        return spec
+    assert head is not None
+    assert embed is not None
+    for side, other in ("AB", "BA"):
+        ours, theirs = parts[head][side], parts[embed][other]
+        if not torch.equal(file.get_tensor(ours), file.get_tensor(theirs).T):
+            raise ModelError(
+                f"{where}: {ours} is {theirs} transposed by its settings (ensure_weight_tying), and the file "
+                "has two different ones"
+            )
+    wanted = spec.target_modules
+    if isinstance(wanted, str):
+        both = f"(?:{wanted})|{re.escape(head)}|{re.escape(embed)}"
+        return replace(spec, target_modules=both, ensure_weight_tying=False)
+    return replace(spec, target_modules=(*wanted, head, embed), ensure_weight_tying=False)
 
 
 def read_further_values(
@@ -271,13 +302,15 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
             )
     # PEFT leaves what the config names and the file lacks at its initial values
     named = match_peft_targets(spec, candidates, inner) | match_peft_parameters(spec, layers)
-    if not isinstance(spec.target_modules, str):
-        unfused = match_unfused_names(spec.target_modules, layers)
-        named |= {path for paths in unfused.values() for path in paths}
-    if missing := sorted(named - present):
+    experts = _unfused_targets(spec, layers, named)
+    if missing := sorted((named | experts) - present):
+        # files of PEFT before 0.21 over models of transformers 5, which had none of those linears
+        hint = "; if it was trained without the experts, take their names out of target_modules"
         raise ModelError(
-            f"{where}: names {missing[0]} as a target ({len(missing)} such), but {ADAPTER_WEIGHTS} has no tensors for it"
+            f"{where}: names {missing[0]} as a target ({len(missing)} such), but {ADAPTER_WEIGHTS} has no "
+            f"tensors for it{hint if missing[0] in experts else ''}"
         )
+    named |= experts
     if extra := sorted(present - named):
         raise ModelError(
             f"{where}: does not name {extra[0]} as a target ({len(extra)} such), but {ADAPTER_WEIGHTS} has tensors for it"
@@ -287,6 +320,19 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
             f"{where}: its target_modules name no layer of this model; the adapter "
             "belongs to another model"
         )
+
+
+def _unfused_targets(
+    spec: LoraSpec, layers: Mapping[str, AdaptableLayer], named: Collection[str]
+) -> set[str]:
+    """The fused experts that a list of targets means by what their linears were called. A name that linears
+    of this model have too (a shared expert's, ``named``) means those alone to PEFT, where it does not turn it
+    into target_parameters."""
+    if isinstance(spec.target_modules, str):
+        return set()
+    leaves = {path.rpartition(".")[2] for path in named}
+    unfused = match_unfused_names(spec.target_modules, layers)
+    return {path for name, paths in unfused.items() if name not in leaves for path in paths}
 
 
 def read_lora_values(

@@ -90,8 +90,8 @@ def _packed_parts(module: nn.Module) -> set[str]:
 def biases(
     model: nn.Module, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer]
 ) -> dict[str, FurtherStart]:
-    """`bias`: of every module (``all``: every parameter with bias in its name, as PEFT has it), or of the
-    adapter's (``lora_only``). PEFT's name of an adapted module's is that of the layer it wraps."""
+    """`bias`: of every module (``all``), or of the adapter's (``lora_only``): the parameters called `bias`, as
+    PEFT 0.21 has it. PEFT's name of an adapted module's is that of the layer it wraps."""
     starts = dict[str, FurtherStart]()
     if spec.bias == "none":
         return starts
@@ -99,7 +99,7 @@ def biases(
     for param, _ in model.named_parameters():
         holder, _, leaf = param.rpartition(".")
         of_target = holder in targets
-        wanted = "bias" in param if spec.bias == "all" else of_target and leaf == "bias"
+        wanted = leaf == "bias" and (spec.bias == "all" or of_target)
         if not wanted or any(holder == p or holder.startswith(f"{p}.") for p in saved):
             continue
         own = _own_start(model, name, holder, leaf)
