@@ -4,6 +4,7 @@ place.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,24 @@ def test_figures_by_hand(tmp_path: Path) -> None:
         "training time": ("4.0 s", "steps only, without loading and evaluation"),
         "steps": ("2", "epoch 1, 400 tokens, 90 supervised"),
     }
+
+
+def test_a_peak_of_loading_is_none_of_training(tmp_path: Path) -> None:
+    full(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 4.0, "peak_memory_bytes": 1073741824}\n'
+        '{"step": 2, "loss": 3.0, "peak_memory_bytes": 1073741824}\n'
+    )
+
+    def peak(**memory: int) -> tuple[str, str]:
+        (tmp_path / "receipt.json").write_text(json.dumps(memory))
+        figures = final_figures(read_run(tmp_path))
+        return next((f.text, f.note) for f in figures if f.name == "peak memory")
+
+    assert peak() == peak(loading_peak_bytes=2**29, trained_bytes=2**30) == ("1.00 GiB", "")
+    text, note = peak(loading_peak_bytes=2**30, trained_bytes=2**29)
+    assert (text, "while the model was loaded" in note) == ("1.00 GiB", True)
+    assert "512.00 MiB after the last step" in note
 
 
 def test_no_figure_is_invented(tmp_path: Path) -> None:

@@ -93,6 +93,16 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
         "default": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     }
     assert (receipt["data"]["rows"], receipt["seed"]) == (10, 3)
+    assert (
+        0
+        < receipt["loading_peak_bytes"]
+        <= max(
+            json.loads(line)["peak_memory_bytes"]
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+            if "peak_memory_bytes" in line
+        )
+    )
+    assert receipt["trained_bytes"] > 0
     assert receipt["base"]["path"] == str(describe().model.name)
     card = (folder / "README.md").read_text()
     assert f"| last loss | {losses(folder)[-1]} |" in card

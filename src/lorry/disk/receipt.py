@@ -18,7 +18,13 @@ from lorry.disk import documents
 from lorry.errors import RunFilesError
 
 OBJECTS = ("data", "base", "code", "environment", "adapters", "weights", "teacher")
-NUMBERS = ("trainable_parameters", "total_parameters", "saved_bytes")
+NUMBERS = (
+    "trainable_parameters",
+    "total_parameters",
+    "saved_bytes",
+    "loading_peak_bytes",
+    "trained_bytes",
+)
 DIGESTS = ("adapters", "weights")  # {file or adapter: SHA-256}
 TEXTS = (
     "name",

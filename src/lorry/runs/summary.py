@@ -66,7 +66,7 @@ def final_figures(run: RunRecord) -> list[RunFigure]:
             *_loss_figures(run.log),
             *_retention_figures(run.log),
             *_suite_figures(run.evals),
-            *_cost_figures(run.log),
+            *_cost_figures(run),
             *_extent_figures(run.log),
         )
         if f.value != MISSING_VALUE
@@ -132,7 +132,8 @@ def _suite_figures(evals: RunEvals) -> Iterable[RunFigure]:
                 yield RunFigure(name.replace("_", " "), value, ", ".join(note))
 
 
-def _cost_figures(log: MetricsLog) -> Iterable[RunFigure]:
+def _cost_figures(run: RunRecord) -> Iterable[RunFigure]:
+    log = run.log
     timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     seconds, tokens = (sum(float(r[name]) for r in timed) for name in ("seconds", "tokens"))
     if seconds > 0:
@@ -142,13 +143,25 @@ def _cost_figures(log: MetricsLog) -> Iterable[RunFigure]:
             f"over {format_number(len(timed))} steps",
             "tokens/s",
         )
-    peaks = [v for v in log.series("peak_memory_bytes")[1] if math.isfinite(v)]
-    yield RunFigure("peak memory", format_bytes(max(peaks, default=None)))
+    yield _memory_figure(run)
     yield RunFigure(
         "training time",
         format_duration(sum(log.series("seconds")[1]) or None),
         "steps only, without loading and evaluation",
     )
+
+
+def _memory_figure(run: RunRecord) -> RunFigure:
+    """The peak of the process, and where that was before the first step what training came to."""
+    peaks = [v for v in run.log.series("peak_memory_bytes")[1] if math.isfinite(v)]
+    peak, note = max(peaks, default=None), ""
+    loading, trained = (
+        (run.receipt or {}).get(name) for name in ("loading_peak_bytes", "trained_bytes")
+    )
+    if peak is not None and is_number(loading) and peak <= loading:
+        note = "while the model was loaded, which converts it where it is used first"
+        note += f"; {format_bytes(trained)} after the last step" if is_number(trained) else ""
+    return RunFigure("peak memory", format_bytes(peak), note)
 
 
 def _extent_figures(log: MetricsLog) -> Iterable[RunFigure]:

@@ -44,7 +44,7 @@ from lorry.train.jobs import (
 )
 from lorry.train.monitoring.events import TrainingListener
 from lorry.train.monitoring.signals import StopRequest, watch_signals
-from lorry.train.resources.peak import peak_memory
+from lorry.train.resources.peak import peak_memory, release_freed_memory, resident_memory
 
 EQUALITY_STEPS = 2  # after each of which ranks compare what they hold
 
@@ -99,6 +99,8 @@ class TrainingEngine:
         self.epochs: dict[str, int] = {}  # of the step just made, by the jobs that took part
         self.newest: Path | None = None  # the checkpoint this run last wrote, or went on from
         self.origin: Path | None = None
+        # bytes: the peak of all that came before the first step, and what is held after the last one
+        self.memory: dict[str, int] = {}
         self.home: RunDirectoryHandle | None = None  # the run directory, while the loop runs
 
     # --- the loop
@@ -107,6 +109,8 @@ class TrainingEngine:
         """Train to the end. Raises RunInterruptedError after a signal (the state is saved), ContractError,
         NonFiniteError, DiskError.
         """
+        release_freed_memory()
+        self.memory["loading_peak_bytes"] = peak_memory()
         self.checks.same_run_on_all_ranks(self.communicator, self.identity)
         self.checks.equal_on_all_ranks(self.backend, 2, "before the first step")
         durable.make_directory(self.run_dir)
@@ -128,6 +132,7 @@ class TrainingEngine:
                     self._after(metrics, stop)
             finally:
                 self._tell("finish")
+        self.memory["trained_bytes"] = resident_memory()
         # Before the best adapter is put back: both speak of the weights that training ended with.
         self.checks.finite(self.backend, self.progress.step)
         self.checks.prove(self.backend)

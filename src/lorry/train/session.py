@@ -340,6 +340,7 @@ def _train_and_finish(
         engine.identity["digests"].get("teacher"),
         backend.communicator.size,
     )
+    receipt |= engine.memory
     # the receipt is what tells a finished run from an unfinished one: after all that it vouches for
     artifacts.write_json(run.output_dir, RECEIPT, receipt)
     if os.path.lexists(run.output_dir / EVALUATION) and not _is_readable_evaluation(run.output_dir):

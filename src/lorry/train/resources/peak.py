@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 
+import psutil
 import torch
 
 
@@ -18,6 +19,32 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory() -> int:
+    """Bytes that this process has now, as `peak_memory` counts them."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def release_freed_memory() -> bool:
+    """Give the system what glibc keeps of freed memory, as `tune_allocator` has it do; whether that could
+    be: of a model's loading, and more of its conversion, training would hold what it has no use for."""
+    libc = _glibc()
+    if libc is None:
+        return False
+    libc.malloc_trim(0)
+    return True
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc and may be told what to keep."""
+    if not sys.platform.startswith("linux") or os.environ.get("LORRY_MALLOC") == "0":
+        return None
+    libc = ctypes.CDLL(None)
+    known = all(hasattr(libc, name) for name in ("mallopt", "malloc_trim", "gnu_get_libc_version"))
+    return libc if known else None
 
 
 # kernels oneDNN keeps: a step needs about 45, and every other (rounded) batch length as many again
@@ -41,10 +68,8 @@ def tune_allocator() -> bool:
         "LRU_CACHE_CAPACITY",
     ):
         os.environ.setdefault(cache, str(PRIMITIVE_CACHE_CAPACITY))
-    if not sys.platform.startswith("linux") or os.environ.get("LORRY_MALLOC") == "0":
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or not hasattr(libc, "gnu_get_libc_version"):
+    libc = _glibc()
+    if libc is None:
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     # 1 GiB, above most activations, and the largest C int: never give memory back
