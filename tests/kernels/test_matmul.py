@@ -1,5 +1,5 @@
-"""Products of float32 matrices by the kernel, against the same in float64, whatever the processor; and where
-torch's own are taken instead."""
+"""Products of float32 matrices by the kernel, against the same in float64, whatever the processor, and of
+bfloat16 where dot products are fast; and where torch's own are taken instead."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from lorry.kernels import kernel_status, load_library, matmul
 has_kernels = pytest.mark.skipif(
     load_library() is None, reason=f"kernels: {kernel_status().reason}"
 )
+has_dots = pytest.mark.skipif(
+    not kernel_status().dots, reason="no fast dot products of bfloat16 on this processor"
+)
 # of edges: a vector, a tile, a panel and a block, one more and one less
 LENGTHS = [1, 2, 3, 7, 15, 16, 17, 31, 33, 47, 48, 49, 96, 100, 255, 257]
 DEPTHS = [1, 2, 15, 16, 17, 64, 193, 255, 256, 257, 576]
@@ -37,9 +40,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each product of the kernel."""
     made, kernel = list[int](), matmul._kernel
 
-    def counted() -> Callable[..., None]:
+    def counted(dtype: torch.dtype) -> Callable[..., None]:
         made.append(1)
-        return kernel()
+        return kernel(dtype)
 
     monkeypatch.setattr(matmul, "_kernel", counted)
     return made
@@ -225,11 +228,16 @@ class Named(Tensor):
 
 
 @has_kernels
-def test_what_the_kernel_does_not_take_is_torchs(calls: list[int]) -> None:
+def test_what_the_kernel_does_not_take_is_torchs(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: False)
     a, b = random(5, 6), random(6, 7, seed=1)
     truth = a.double() @ b.double()
     for dtype in (torch.float64, torch.bfloat16):
         torch.testing.assert_close(matmul.mm(a.to(dtype), b.to(dtype)), (a.to(dtype) @ b.to(dtype)))
+    with pytest.raises(RuntimeError, match="dtype"):
+        matmul.mm(a, b.bfloat16())
     assert matmul.mm(a.to("meta"), b.to("meta")).shape == (5, 7)
     assert type(matmul.mm(a.as_subclass(Named), b)) is Named
     with FakeTensorMode() as mode:
@@ -297,3 +305,98 @@ def test_a_compiler_sees_torchs(calls: list[int]) -> None:
     compiled = torch.compile(matmul.mm, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(a, b), (a.double() @ b.double()).float())
     assert not calls
+
+
+# --- bfloat16
+
+
+def near_bfloat16(got: Tensor, truth: Tensor, size: Tensor, depth: int) -> None:
+    """Within one rounding to bfloat16 of what `near` allows; what is next to nothing may be nothing, as
+    the processor's dot products have it."""
+    unit, sums = torch.finfo(torch.bfloat16).eps / 2, (depth + 3) * torch.finfo(torch.float32).eps
+    assert got.dtype == torch.bfloat16
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((got.double() - truth).abs() <= unit * truth.abs() + sums * size + tiny).all()
+
+
+# beside those above: more than a block of the depth holds, and than one of the rows
+DEEP = [*DEPTHS, 2047, 2048, 2050, 4099]
+
+
+@has_dots
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([*LENGTHS, 1023, 1025]),
+    st.sampled_from(LENGTHS),
+    st.sampled_from(DEEP),
+    st.sampled_from(["rows", "columns", "part", "strided"]),
+    st.sampled_from(["rows", "columns", "part", "strided"]),
+    st.floats(-3, 3, width=32),
+)
+def test_each_form_is_the_product_in_bfloat16(
+    rows: int, columns: int, depth: int, left: str, right: str, alpha: float
+) -> None:
+    a, b = laid(rows, depth, left, 0).bfloat16(), laid(depth, columns, right, 1).bfloat16()
+    bias, base = random(columns, seed=2).bfloat16(), random(rows + 2, columns + 5, seed=3).bfloat16()
+    product, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    near_bfloat16(matmul.mm(a, b), product, size, depth)
+    near_bfloat16(matmul.addmm(bias, a, b), product + bias, size + bias.abs(), depth)
+    for into, out in ((base.clone(), None), (base.clone(), base.clone())):
+        here = into[1:-1, 2:-3]
+        expected, before = base.double(), base[1:-1, 2:-3].double()
+        if out is None:
+            got = matmul.addmm_(here, a, b, alpha=alpha)
+            truth, bound = before + alpha * product, before.abs() + abs(alpha) * size
+        else:
+            got = matmul.mm(a, b, out=here)
+            truth, bound = product, size
+        assert got.data_ptr() == here.data_ptr()
+        near_bfloat16(here, truth, bound, depth)
+        # nothing beside it
+        into[1:-1, 2:-3] = expected[1:-1, 2:-3] = 0
+        assert torch.equal(into.double(), expected)
+
+
+@has_dots
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_row_is_the_same_bit_for_bit_in_bfloat16(layout: str) -> None:
+    """As in float32; of a depth of several blocks."""
+    x, w = random(1100, 2100).bfloat16(), laid(2100, 300, layout, 1).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(matmul.mm(x, w))
+    finally:
+        torch.set_num_threads(before)
+    together = found[0]
+    assert all(torch.equal(other, together) for other in found)
+    for rows in (slice(0, 1), slice(7, 17), slice(1000, 1057), slice(1099, 1100)):
+        assert torch.equal(together[rows], matmul.mm(x[rows], w))
+    for columns in (slice(0, 1), slice(47, 50), slice(100, 299)):
+        assert torch.equal(together[:, columns], matmul.mm(x, w[:, columns]))
+    assert torch.equal(together, matmul.mm(x.t().contiguous().t(), w.t().contiguous().t()))
+
+
+@has_dots
+@pytest.mark.parametrize("depth", [300, 301])
+def test_what_is_no_number_in_bfloat16_spoils_its_row_and_column_alone(depth: int) -> None:
+    a, b = random(37, depth).bfloat16(), random(depth, 101, seed=1).bfloat16()
+    a[2, depth - 1], a[36, 0], b[3, 100] = math.nan, math.inf, -math.inf
+    expected = torch.zeros(37, 101, dtype=torch.bool)
+    expected[[2, 36]], expected[:, 100] = True, True
+    assert torch.equal(~matmul.mm(a, b).isfinite(), expected)
+
+
+@has_dots
+def test_bfloat16_goes_to_the_kernel_where_nothing_records_it(calls: list[int]) -> None:
+    a, b = random(5, 6).bfloat16(), random(6, 7, seed=1).bfloat16()
+    recorded = a.clone().requires_grad_()
+    assert matmul.mm(recorded, b).requires_grad
+    with pytest.raises(RuntimeError, match="dtype"):
+        matmul.mm(a, b.float())
+    torch.testing.assert_close(matmul.mm(a, b, out=torch.empty(7, 5, dtype=a.dtype).t()), a @ b)
+    assert not calls
+    matmul.mm(a, b)
+    assert len(calls) == 1

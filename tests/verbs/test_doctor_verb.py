@@ -33,6 +33,8 @@ def test_the_machine(
         "embedded model",
         "float32 products",
         matmul.float32_library()[:15],  # the table breaks lines
+        "bfloat16 products",
+        matmul.bfloat16_library()[:15],
         "peft",
         "(LORRY_HOME)",
     ):

@@ -79,7 +79,7 @@ def describe_machine() -> dict[str, str]:
 
     from lorry import kernels
     from lorry.disk.home import lorry_home
-    from lorry.kernels.matmul import float32_library
+    from lorry.kernels.matmul import bfloat16_library, float32_library
     from lorry.models.gguf.embedded import converted_by_others
     from lorry.models.loading.load import has_fast_bfloat16, pick_device, pick_dtype
     from lorry.processor import isa_in_words, requested_isa
@@ -98,6 +98,7 @@ def describe_machine() -> dict[str, str]:
         "dtype=auto": str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
         + (" (LORRY_DTYPE)" if os.environ.get("LORRY_DTYPE") else ""),
         "float32 products": float32_library(),
+        "bfloat16 products": bfloat16_library(),
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "processes": _describe_processes(),
         "accelerator": torch.cuda.get_device_name(0) if cuda else "none",

@@ -356,7 +356,12 @@ class DecoderBlock:
     ) -> list[Tensor]:
         """What the linears of a role make of x, whose gates a router of the linears makes first."""
         product, router = getattr(products, role), state.call.router
-        if isinstance(router, LinearRouter) and any(stack.routed for stack in product.stacks):
+        if (
+            # first: what is asked of a protocol takes microseconds
+            router is not None
+            and isinstance(router, LinearRouter)
+            and any(stack.routed for stack in product.stacks)
+        ):
             apply_router_gates(self.linear_gates(router, role, x), product)
         outputs: list[Tensor] = product.forward(x)
         return outputs

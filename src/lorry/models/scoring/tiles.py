@@ -223,8 +223,10 @@ class HeadPass:
         head, self.first = self.head, output_head.first
         self.hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % ROUND_ROWS))
         rows = len(self.hidden)
-        # whole multiples of 64 columns, at least one
-        self.width = max(TILE_ELEMENTS // rows // 64 * 64, 64)
+        # about equal tiles of whole multiples of 64 columns; an odd one, since rows that are a power of two
+        # apart would share their places in a cache
+        count = -(-len(head) * rows // TILE_ELEMENTS)
+        self.width = (-(-len(head) // (64 * max(count, 1))) | 1) * 64
         self.space = hidden.new_empty(rows * min(self.width, len(head)))
         self.part = hidden.new_empty(rows, hidden.shape[1])
         self.edges = [*range(0, len(head), self.width), len(head)]
