@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.adapters.flat_buffer import BLOCK, euclidean_norm, stack_equal
+from lorry.adapters.flat_buffer import BLOCK, euclidean_norm, nonzero_somewhere, stack_equal
 
 
 @pytest.mark.parametrize("count", [0, 1, BLOCK - 1, BLOCK, 5 * BLOCK + 3, 30_000_000])
@@ -27,6 +27,14 @@ def test_a_value_that_is_none_is_in_the_norm(at: int, value: float) -> None:
     flat = torch.ones(2 * BLOCK + 1, dtype=torch.float32)
     flat[at] = value
     assert not math.isfinite(euclidean_norm(flat))
+
+
+def test_first_values_tell_of_parts_that_are_not_zero() -> None:
+    flat = torch.tensor([0.0, 5.0, -0.0, math.nan, 0.0, 1e-45])
+    sizes = [2, 0, 1, 1, 0, 1, 1, 0]
+    # of the first part the second value alone is not zero, which is not looked at; -0.0 is zero
+    assert nonzero_somewhere(flat, sizes) == [False, False, False, True, False, False, True, False]
+    assert nonzero_somewhere(flat[:0], [0, 0]) == [False, False]
 
 
 # of three layers that are alike: q, k, a wide one; and of modules in no order

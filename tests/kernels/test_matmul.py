@@ -337,7 +337,10 @@ def test_each_form_is_the_product_in_bfloat16(
     rows: int, columns: int, depth: int, left: str, right: str, alpha: float
 ) -> None:
     a, b = laid(rows, depth, left, 0).bfloat16(), laid(depth, columns, right, 1).bfloat16()
-    bias, base = random(columns, seed=2).bfloat16(), random(rows + 2, columns + 5, seed=3).bfloat16()
+    bias, base = (
+        random(columns, seed=2).bfloat16(),
+        random(rows + 2, columns + 5, seed=3).bfloat16(),
+    )
     product, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     near_bfloat16(matmul.mm(a, b), product, size, depth)
     near_bfloat16(matmul.addmm(bias, a, b), product + bias, size + bias.abs(), depth)

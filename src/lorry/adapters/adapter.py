@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.flat_buffer import euclidean_norm
+from lorry.adapters.flat_buffer import euclidean_norm, nonzero_somewhere
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
@@ -66,6 +66,8 @@ class Adapter:
     initial: Tensor | None = field(default=None, repr=False)
     sides: tuple[Side, ...] = SIDES
     held: Tensor | None = field(default=None, repr=False)
+    # ``grads``, and the views of it that are the masters' gradients
+    bound: tuple[Tensor, list[Tensor]] | None = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy whose masters are views of its own buffers, as the original's are of its."""
@@ -88,6 +90,7 @@ class Adapter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a pickled one, whose masters come apart from its buffers: views of those again."""
         self.__dict__.update(state)
+        self.bound = None
         if self.buffer is not None:
             self.use_buffers(self.buffer, self.grads)
         if self.initial is not None:
@@ -203,8 +206,17 @@ class Adapter:
 
     def zero_grad_names(self) -> list[str]:
         """The ``targets`` of which nothing has a gradient other than exactly zero."""
-        grads, modules = self.split_like(self.grads), self._names_by_module()
-        seen = [any(bool(grads[name].any()) for name in names) for names in modules.values()]
+        modules = self._names_by_module()
+        first = nonzero_somewhere(self.grads, [param.numel() for param in self.parameters()])
+        moved = {name for name, one in zip(self._names(), first, strict=True) if one}
+        seen = [not moved.isdisjoint(names) for names in modules.values()]
+        if not all(seen):
+            # nearly always the first values tell; all of them are read where they do not
+            grads = self.split_like(self.grads)
+            seen = [
+                one or any(bool(grads[name].any()) for name in names)
+                for one, names in zip(seen, modules.values(), strict=True)
+            ]
         if self.ranks is not None:
             # a slice of a matrix may be zero on one rank alone
             counts = torch.tensor(seen, dtype=torch.int32, device=self.grads.device)
@@ -326,12 +338,16 @@ class Adapter:
         """Point every master's .grad into the flat gradient buffer, so that autograd accumulates
         there. A frozen adapter has no buffer, and nothing to point to.
         """
-        if self.grads.numel() < sum(param.numel() for param in self.parameters()):
+        params = self.parameters()
+        if self.grads.numel() < sum(param.numel() for param in params):
             return
-        for param, view in self._views(self.grads):
+        if self.bound is None or self.bound[0] is not self.grads:
+            self.bound = (self.grads, [view for _, view in self._views(self.grads)])
+        for param, view in zip(params, self.bound[1], strict=True):
             # autograd adds in place to a .grad that exists, so the flat buffer is always the
             # gradient
-            param.grad = view
+            if param.grad is not view:
+                param.grad = view
 
     def use_buffers(self, values: Tensor, grads: Tensor) -> None:
         """Let the masters be views of ``values`` [P], a copy of what they are, and their gradients
@@ -444,7 +460,7 @@ class Adapter:
     def freeze(self) -> None:
         """Nothing of it trains from now on, and it holds no memory for gradients."""
         # as large as its values, and nothing would ever fill it
-        self.grads = self.grads.new_empty(0)
+        self.grads, self.bound = self.grads.new_empty(0), None
         for param in self.parameters():
             param.requires_grad_(False)
             param.grad = None  # a view that would keep the buffer alive

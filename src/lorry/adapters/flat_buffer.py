@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ def euclidean_norm(flat: Tensor) -> float:
     return math.hypot(
         *(float(torch.linalg.vector_norm(part)) for part in (blocks, flat[whole:].double()))
     )
+
+
+def nonzero_somewhere(flat: Tensor, sizes: Sequence[int]) -> list[bool]:
+    """Of each of consecutive parts of a flat buffer the first value that is there, whether it is other than
+    zero: True says that the part is, False nothing; all in one operation."""
+    # of n sizes the sums before each; that of all of them is left over
+    places = zip(accumulate(sizes, initial=0), sizes, strict=False)
+    starts = torch.tensor([at for at, size in places if size], dtype=torch.int64)
+    values = iter(flat[starts.to(flat.device)].ne(0).tolist())
+    return [bool(size) and next(values) for size in sizes]
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,12 @@ def compute_copies(
     entry = cache.get(key)
     if entry is None or entry.stamp != stamp:
         memory = None if entry is None else entry.memory()
-        copies = (
-            _copies_of_several(slots, dtype, constants, columns, memory)
-            if several
-            else _copies_of_one(linears, slots, dtype, memory)
-        )
+        if memory is not None and not several and _written_again(slots, dtype, memory):
+            copies = memory
+        elif several:
+            copies = _copies_of_several(slots, dtype, constants, columns, memory)
+        else:
+            copies = _copies_of_one(linears, slots, dtype, memory)
         if dtype == slots[0][2].A.dtype:
             versions = master_versions([slot for _, _, slot in slots], copies.storages())
             copies = replace(copies, masters=versions)
@@ -87,6 +88,25 @@ def _copies_of_one(
         parts.append(AdapterShare(i, rows, b, slot.scale, trained, scale))
         at = rows.stop
     return ComputeCopies(a, parts)
+
+
+@torch.no_grad()
+def _written_again(slots: Sequence[PlacedSlot], dtype: torch.dtype, memory: ComputeCopies) -> bool:
+    """Write the masters over the copies that `_copies_of_one` has made of them earlier, where they are no more
+    than that: in a training step this is done for every group."""
+    own = [slot for _, _, slot in slots]
+    if any(s.magnitude is not None or s.initial is not None or s.E is not None for s in own):
+        return False
+    into = [memory.lora_A, *(part.lora_B for part in memory.parts)]
+    device = own[0].A.device
+    if own[0].A.dtype == dtype or any(
+        to.dtype != dtype or to.device != device or to.is_inference() for to in into
+    ):
+        return False
+    rows = [memory.lora_A] if len(own) == 1 else memory.lora_A.split([len(s.A) for s in own])
+    masters = [*(slot.A for slot in own), *(slot.B for slot in own)]
+    torch._foreach_copy_([*rows, *into[1:]], masters)
+    return True
 
 
 def _copies_of_several(
