@@ -27,7 +27,7 @@ from lorry.adapters.dropout import SeededDropout
 from lorry.adapters.tensor_parallel.slices import LayerSlices
 from lorry.adapters.variants.magnitude import MatrixProduct, OutputScale
 from lorry.errors import ContractError
-from lorry.kernels import matmul
+from lorry.kernels import adapter_products, matmul
 
 # Whatever stands for a parameter: the tensor itself, a bool (wants a gradient), or a gradient.
 T = TypeVar("T")
@@ -182,6 +182,21 @@ class StackedAdapters:
     def rank_scales(self) -> Tensor | None:
         """[S]: the scale of each rank."""
         return self.copies.rank_scales
+
+    def plain_parts(self, gates: Tensor | None) -> list[adapter_products.AdapterPart] | None:
+        """The shares as `adapter_products` takes them, of one adapter whose ranks nothing multiplies but its
+        scale, in rows that are all the term's own; else None."""
+        if gates is not None or self.dropout is not None or self.term_rows is not None:
+            return None
+        copies = self.copies
+        if copies.slots is not None or copies.rank_scales is not None:
+            return None
+        if any(part.trained is not None for part in copies.parts):
+            return None
+        return [
+            adapter_products.AdapterPart(part.lora_B, part.rows.start, part.scale)
+            for part in copies.parts
+        ]
 
     def slot_shares(self) -> Sequence[SlotShare]:
         """Where the masters' gradients lie in those of the stacked copies, pair by pair."""
@@ -478,6 +493,13 @@ class LinearProducts:
         ys = [layer.forward(x) for layer in self.layers]
         self.down_outputs = []
         for stack, gate in zip(self.stacks, self.gates, strict=True):
+            own = self._in_one_call(stack, gate, ys, x)
+            if own is not None:
+                parts, outputs, (rows,) = own
+                self.down_outputs.append(
+                    adapter_products.add_terms(rows, stack.lora_A, parts, outputs)
+                )
+                continue
             # one product for every linear of the group: columns of h are the ranks of all its
             # adapters, stacked
             h = matmul.mm(stack.dropout_input(x), stack.lora_A.t())
@@ -491,6 +513,23 @@ class LinearProducts:
                     ys[part.layer], weighted[:, part.rows], part.lora_B.t(), part.scale
                 )
         return self._finish(ys)
+
+    def _in_one_call(
+        self, stack: StackedAdapters, gate: Tensor | None, ys: Sequence[Tensor], *others: Tensor
+    ) -> tuple[list[adapter_products.AdapterPart], list[Tensor], list[Tensor]] | None:
+        """What `adapter_products` takes of a stack, where it does: its parts, of the outputs (or their
+        gradients) ``ys`` those of the parts, and of these and ``others`` the stack's rows."""
+        if ys[0].dtype != torch.bfloat16 or self.slices is not None:
+            return None
+        if (parts := stack.plain_parts(gate)) is None:
+            return None
+        rows, own = list(others), [ys[part.layer] for part in stack.parts]
+        if stack.tokens != slice(None):
+            rows, own = ([t[stack.tokens] for t in some] for some in (rows, own))
+        matrices = (stack.lora_A, *(part.lora_B for part in parts))
+        if not adapter_products.supports_adapter(own[0], *own[1:], *rows, *matrices):
+            return None
+        return parts, own, rows
 
     @property
     def scaled(self) -> list[bool]:
@@ -568,6 +607,15 @@ class LinearProducts:
             dx = layer.backward(g, dx) if needed else None
         self.up_grads, self.raw_up_grads = [], []
         for stack, gate in zip(self.stacks, self.gates, strict=True):
+            own = self._in_one_call(stack, gate, grads, *(() if dx is None else (dx,)))
+            if own is not None:
+                parts, own_grads, into = own
+                up = adapter_products.input_gradient(
+                    stack.lora_A, parts, own_grads, into[0] if into else None
+                )
+                self.raw_up_grads.append(up)
+                self.up_grads.append(up)
+                continue
             # [tokens, S] = scale * dy B, filled linear by linear; every column belongs to exactly
             # one of them
             up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.lora_A.shape[0])
@@ -659,6 +707,27 @@ class LinearProducts:
             # stale from here on, even where no version counter will move
             if any(part.A or part.B for part in need.parts) or any(need.vectors):
                 stack.mark_stale()
+            own = self._in_one_call(stack, gate, grads, x) if h.is_contiguous() else None
+            if own is not None:
+                plain, own_grads, (rows,) = own
+                da, dbs = adapter_products.master_gradients(
+                    rows,
+                    h,
+                    up,
+                    plain,
+                    own_grads,
+                    (any(part.A for part in need.parts), [part.B for part in need.parts]),
+                )
+                gradients = [
+                    PartParams(da[part.rows] if da is not None and wanted.A else None, db_)
+                    for part, wanted, db_ in zip(stack.parts, need.parts, dbs, strict=True)
+                ]
+                out.append(
+                    TermParams(
+                        tuple(gradients), None, self._vector_gradients(k, stack, gate, grads, need)
+                    )
+                )
+                continue
             da = (
                 # zeros in both factors: a row of another term may hold inf or NaN, and 0 * inf is
                 # NaN
@@ -695,18 +764,23 @@ class LinearProducts:
             # of a cut linear: a sum over its rows, or with a partial sum of A x, either way a part
             if dgate is not None and self.slices is not None and not self.slices.sums_ranks:
                 self.slices.ranks.add_up(dgate)
-            own_vectors = list[Tensor]()
-            if any(need.vectors):
-                own_vectors = (
-                    self.vector_grads[k]
-                    if stack.scaled
-                    else self._bias_gradients(stack, grads, gate)
-                )
-            vectors = tuple(
-                own_vectors[j].float() if wanted else None for j, wanted in enumerate(need.vectors)
-            )
+            vectors = self._vector_gradients(k, stack, gate, grads, need)
             out.append(TermParams(tuple(parts), dgate, vectors))
         return out
+
+    def _vector_gradients(
+        self,
+        k: int,
+        stack: StackedAdapters,
+        gate: Tensor | None,
+        grads: Sequence[Tensor],
+        need: TermParams[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """fp32 gradients of the magnitudes or biases of stack k, of those that are needed."""
+        if not any(need.vectors):
+            return (None,) * len(need.vectors)
+        own = self.vector_grads[k] if stack.scaled else self._bias_gradients(stack, grads, gate)
+        return tuple(own[j].float() if wanted else None for j, wanted in enumerate(need.vectors))
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,19 @@ def addmm_(into: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
 
 def _serves(a: Tensor, b: Tensor) -> bool:
     """Whether the kernel multiplies these."""
-    dtype = a.dtype
+    return (
+        kernel_runs(a.dtype)
+        and is_plain(a, a.dtype)
+        and is_plain(b, a.dtype)
+        and a.dim() == b.dim() == 2
+        and a.shape[1] == b.shape[0]
+        and a.numel() > 0
+        and b.numel() > 0
+    )
+
+
+def kernel_runs(dtype: torch.dtype) -> bool:
+    """Whether the kernel multiplies numbers of a dtype here and now."""
     return (
         # autocast has torch multiply in the dtype that it casts to
         not torch.is_autocast_enabled("cpu")
@@ -95,12 +107,6 @@ def _serves(a: Tensor, b: Tensor) -> bool:
             if dtype == torch.bfloat16
             else dtype == torch.float32 and multiplies_float32()
         )
-        and _is_plain(a, dtype)
-        and _is_plain(b, dtype)
-        and a.dim() == b.dim() == 2
-        and a.shape[1] == b.shape[0]
-        and a.numel() > 0
-        and b.numel() > 0
         and _get_current_dispatch_mode() is None
         # a transform's tensors (vmap, functionalize) have no memory, and forward-mode derivatives beside them
         # no kernel
@@ -113,14 +119,16 @@ def _holds(tensor: Tensor, like: Tensor, *shape: int) -> bool:
     """Whether the kernel writes or adds a tensor of this shape, in the dtype of another: rows, each
     contiguous, apart."""
     return (
-        _is_plain(tensor, like.dtype)
+        is_plain(tensor, like.dtype)
         and tensor.shape == shape
         and (tensor.stride(-1) == 1 or shape[-1] == 1)
         and (tensor.stride(0) >= shape[-1] or shape[0] == 1 or len(shape) == 1)
     )
 
 
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is memory of a dtype on the CPU that says its numbers, and autograd records nothing
+    of it."""
     return (
         type(tensor) in PLAIN
         and tensor.dtype == dtype

@@ -77,10 +77,11 @@ struct Left {
 };
 
 // Where a tile's sums go: c = scale * sum + bias (or null), or c += scale * sum.
+template <typename T>
 struct Result {
-    bf16* at;
+    T* at;
     long stride;
-    const bf16* bias;
+    const T* bias;
     bool add;
     float scale;
     Result from(long row, long column) const { return {at + row * stride + column, stride, bias ? bias + column : nullptr, add, scale}; }
@@ -95,6 +96,10 @@ struct Part {
 static inline __m512 load_masked(const bf16* from, __mmask16 here) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, from)), 16));
 }
+
+static inline __m512 load_masked(const float* from, __mmask16 here) { return _mm512_maskz_loadu_ps(here, from); }
+
+static inline void store_masked(float* to, __mmask16 here, __m512 x) { _mm512_mask_storeu_ps(to, here, x); }
 
 static inline void store_masked(bf16* to, __mmask16 here, __m512 x) {
     _mm256_mask_storeu_epi16(to, here, (__m256i)_mm512_cvtneps_pbh(x));
@@ -117,8 +122,8 @@ struct Ahead {
 
 // The sums of TILE_ROWS rows and VECTORS vectors of a panel, `rows` and `columns` of which are written. Not inlined: the sums would have
 // to share the registers with what surrounds them.
-template <int VECTORS>
-__attribute__((noinline)) void multiply_tile(const Left& left, const Pair* right, long pairs, long rows, long columns, const Result& to, Part part,
+template <int VECTORS, typename T>
+__attribute__((noinline)) void multiply_tile(const Left& left, const Pair* right, long pairs, long rows, long columns, const Result<T>& to, Part part,
                                               Ahead& ahead, long fetched) {
     const bf16* row[TILE_ROWS];
     // those that are not there are summed as the first
@@ -161,8 +166,8 @@ __attribute__((noinline)) void multiply_tile(const Left& left, const Pair* right
             const long first = v * LANES, count = std::min(columns - first, (long)LANES);
             if (count <= 0) continue;
             const __mmask16 here = (__mmask16)((1u << count) - 1);
-            bf16* c = to.at + i * to.stride + first;
-            const bf16* base = to.add ? c : to.bias ? to.bias + first : nullptr;
+            T* c = to.at + i * to.stride + first;
+            const T* base = to.add ? c : to.bias ? to.bias + first : nullptr;
             store_masked(c, here, base ? _mm512_fmadd_ps(sums[i][v], scale, load_masked(base, here)) : _mm512_mul_ps(sums[i][v], scale));
         }
     }
@@ -186,7 +191,8 @@ struct Space {
 constexpr long BLOCK_DEPTH = 2048;  // numbers of the depth in a panel: with a tile's rows it stays in the second cache
 constexpr long BLOCK_ROWS = 1024;   // of the left operand where it is copied, and of sums that wait
 
-void multiply(const Operand& a, const Operand& b, long rows, long columns, long depth, const Result& to) {
+template <typename T>
+void multiply(const Operand& a, const Operand& b, long rows, long columns, long depth, const Result<T>& to) {
     static thread_local Space right_space, left_space, sum_space;
     const long deepest = std::min(depth + 1, BLOCK_DEPTH) / 2 * 2, steps = (depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH;
     Pair* right = (Pair*)right_space.get(sizeof(Pair) * PANEL * deepest / 2);
@@ -221,7 +227,7 @@ void multiply(const Operand& a, const Operand& b, long rows, long columns, long 
                     const Left left = copies ? Left{(const bf16*)(copied + i / LANES * LANES * pairs + i % LANES + k / 2 * LANES), 2, 2 * LANES}
                                              : Left{mine.at + i * a.stride + k, a.stride, 2};
                     const Part part = {sums + (sums ? i * PANEL : 0), s == 0, s + 1 == steps};
-                    const Result own = to.from(top + i, j);
+                    const Result<T> own = to.from(top + i, j);
                     const long deep_pairs = (deep + 1) / 2;
                     if (vectors == 3) multiply_tile<3>(left, right, deep_pairs, some, here, own, part, ahead, fetched);
                     else if (vectors == 2) multiply_tile<2>(left, right, deep_pairs, some, here, own, part, ahead, fetched);
@@ -232,14 +238,9 @@ void multiply(const Operand& a, const Operand& b, long rows, long columns, long 
     }
 }
 
-}  // namespace
-
-// c [rows, columns], whose rows are c_stride apart, = scale * a b + bias (or null); with `add` instead c += scale * a b. Element (i, k) of a
-// lies at a[i * a_stride + k * a_step], (k, j) of b at b[j * b_stride + k * b_step]; of either one of the two is 1.
-LORRY void matmul_bf16(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long depth, long a_stride, long a_step,
-                       long b_stride, long b_step, long c_stride, long add, float scale) {
-    const Operand left{a, a_stride, a_step}, right{b, b_stride, b_step};
-    const Result to{c, c_stride, bias, add != 0, scale};
+// c (as `to` says) of a [rows, depth] and b, whose rows are here the result's columns.
+template <typename T>
+void multiply_shared(const Operand& left, const Operand& right, long rows, long columns, long depth, const Result<T>& to) {
     // the longer side is shared out
     const bool by_rows = rows > columns;
     const long unit = by_rows ? LANES : PANEL, units = ((by_rows ? rows : columns) + unit - 1) / unit;
@@ -251,6 +252,60 @@ LORRY void matmul_bf16(const bf16* a, const bf16* b, const bf16* bias, bf16* c, 
             if (by_rows) multiply(left.from(first), right, last - first, columns, depth, to.from(first, 0));
             else multiply(left, right.from(first), rows, last - first, depth, to.from(0, first));
         }
+    }
+}
+
+// What an adapter has at one linear of those with the same input: B [outputs, rank], which has `rank` of the stacked A's ranks from the
+// `first` on, the linear's outputs or their gradient y [rows, outputs], and the gradient of B, or null.
+struct AdapterPart {
+    bf16* y;
+    const bf16* lora_B;
+    float* grad_B;
+    int64_t outputs, first, rank;
+    double scale;
+};
+
+}  // namespace
+
+// c [rows, columns], whose rows are c_stride apart, = scale * a b + bias (or null); with `add` instead c += scale * a b. Element (i, k) of a
+// lies at a[i * a_stride + k * a_step], (k, j) of b at b[j * b_stride + k * b_step]; of either one of the two is 1.
+LORRY void matmul_bf16(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long depth, long a_stride, long a_step,
+                       long b_stride, long b_step, long c_stride, long add, float scale) {
+    multiply_shared(Operand{a, a_stride, a_step}, Operand{b, b_stride, b_step}, rows, columns, depth,
+                    Result<bf16>{c, c_stride, bias, add != 0, scale});
+}
+
+// The products of an adapter at linears that read the same input, each a call for all of them: of x [rows, width], A [ranks, width].
+//
+// low [rows, ranks] = x A^T; y += scale * low B^T for each part.
+LORRY void adapter_forward_bf16(const bf16* x, const bf16* lora_A, bf16* low, const AdapterPart* parts, long count, long rows, long width, long ranks) {
+    multiply_shared(Operand{x, width, 1}, Operand{lora_A, width, 1}, rows, ranks, width, Result<bf16>{low, ranks, nullptr, false, 1.0f});
+    for (long p = 0; p < count; p++) {
+        const AdapterPart& part = parts[p];
+        multiply_shared(Operand{low + part.first, ranks, 1}, Operand{part.lora_B, part.rank, 1}, rows, part.outputs, part.rank,
+                        Result<bf16>{part.y, part.outputs, nullptr, true, (float)part.scale});
+    }
+}
+
+// From the gradients y: up [rows, ranks] = scale * y B for each part, and dx [rows, width] (or null) += up A.
+LORRY void adapter_input_gradient_bf16(const bf16* lora_A, bf16* up, bf16* dx, const AdapterPart* parts, long count, long rows, long width, long ranks) {
+    for (long p = 0; p < count; p++) {
+        const AdapterPart& part = parts[p];
+        multiply_shared(Operand{part.y, part.outputs, 1}, Operand{part.lora_B, 1, part.rank}, rows, part.rank, part.outputs,
+                        Result<bf16>{up + part.first, ranks, nullptr, false, (float)part.scale});
+    }
+    if (dx) multiply_shared(Operand{up, ranks, 1}, Operand{lora_A, 1, width}, rows, width, ranks, Result<bf16>{dx, width, nullptr, true, 1.0f});
+}
+
+// grad_A [ranks, width] (or null) = up^T x, and grad_B = scale * y^T low for each part that wants one, in float32.
+LORRY void adapter_gradients_bf16(const bf16* x, const bf16* low, const bf16* up, float* grad_A, const AdapterPart* parts, long count, long rows,
+                                  long width, long ranks) {
+    if (grad_A) multiply_shared(Operand{up, 1, ranks}, Operand{x, 1, width}, ranks, width, rows, Result<float>{grad_A, width, nullptr, false, 1.0f});
+    for (long p = 0; p < count; p++) {
+        const AdapterPart& part = parts[p];
+        if (part.grad_B)
+            multiply_shared(Operand{part.y, 1, part.outputs}, Operand{low + part.first, 1, ranks}, part.outputs, part.rank, rows,
+                            Result<float>{part.grad_B, part.rank, nullptr, false, (float)part.scale});
     }
 }
 #endif

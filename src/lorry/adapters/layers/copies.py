@@ -104,7 +104,7 @@ def _written_again(slots: Sequence[PlacedSlot], dtype: torch.dtype, memory: Comp
     ):
         return False
     rows = [memory.lora_A] if len(own) == 1 else memory.lora_A.split([len(s.A) for s in own])
-    masters = [*(slot.A for slot in own), *(slot.B for slot in own)]
+    masters: list[Tensor] = [*(slot.A for slot in own), *(slot.B for slot in own)]
     torch._foreach_copy_([*rows, *into[1:]], masters)
     return True
 
