@@ -191,7 +191,8 @@ class StackedAdapters:
         copies = self.copies
         if copies.slots is not None or copies.rank_scales is not None:
             return None
-        if any(part.trained is not None for part in copies.parts):
+        # a scale of 0 adds nothing, whatever the ranks hold
+        if any(part.trained is not None or part.scale == 0 for part in copies.parts):
             return None
         return [
             adapter_products.AdapterPart(part.lora_B, part.rows.start, part.scale)
