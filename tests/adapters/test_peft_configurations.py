@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
 from lorry.adapters.merge import merge
-from lorry.adapters.peft.files import load_adapter
+from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.errors import ConfigError, ModelError
 from tests.support.twins import native
 
@@ -260,6 +260,40 @@ def test_of_a_plain_torch_model_too(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     got.square().mean().backward()
     compare_gradients(theirs, adapter)
+    save_adapter(model, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(Plain().eval(), tmp_path / "again")
+    torch.testing.assert_close(again(ids), expected, rtol=0, atol=1e-5)
     whole = copy.deepcopy(theirs).merge_and_unload()
     merge(model)
     torch.testing.assert_close(model(ids), whole(ids), rtol=0, atol=1e-4)
+
+
+class Stack(nn.Module):
+    """Layers in lists inside of one another, at the very top."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"layers": nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(4, 4)}) for _ in range(2))}
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for outer in self.layers:
+            for inner in outer["layers"]:
+                x = x + torch.tanh(inner["lin"](x))
+        return x
+
+
+def test_the_first_of_several_numbers_is_a_layers_pattern(tmp_path: Path) -> None:
+    case = {"target_modules": ["lin"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}
+    theirs = trained(Stack(), {**case, "task_type": None})
+    theirs.save_pretrained(tmp_path)
+    adapter = load_adapter(model := Stack(), tmp_path)
+    assert {path.split(".")[1] for path in adapter.slots} == {"0", "2"}
+    assert len(adapter.slots) == 4
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=1e-5)

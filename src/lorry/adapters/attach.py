@@ -153,6 +153,7 @@ def attach(
     check_experts(m for m in at_parameters if isinstance(m, ExpertMatrices))
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
+    _leave_fast_path(model)
     if trainable:
         _refuse_half(spec, targets)
     further = further_starts(model, name, spec, targets)
@@ -169,6 +170,14 @@ def attach(
     except BaseException:
         detach(model, name)
         raise
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Let torch's encoder layers call the layers inside them. While nothing trains they compute with these
+    layers' parameters themselves, past every adapter, unless their activation is none that they know."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
 
 
 def _refuse_two_forwards(model: nn.Module, owned: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from lorry.errors import ConfigError, describe_value
 
 BiasTraining = Literal["none", "all", "lora_only"]
 # where layer numbers stand without a layers_pattern: anywhere in a path
-LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+LAYER_NUMBER = re.compile(r"(?:^|\.)(?P<number>\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,12 +294,12 @@ class LoraSpec:
                 (
                     m
                     for pattern in _as_tuple(self.layers_pattern)
-                    # PEFT's rule
-                    if (m := re.match(rf".*\.(?:{pattern})\.(\d+)\.", module))
+                    # PEFT's rule: the first of several
+                    if (m := re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", module))
                 ),
                 None,
             )
-        return None if found is None else int(found[found.lastindex or 1])
+        return None if found is None else int(found["number"])
 
     def scale(self, module: str) -> float:
         """s = alpha/r, or alpha/sqrt(r) with use_rslora."""

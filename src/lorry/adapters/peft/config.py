@@ -236,6 +236,7 @@ def to_peft_config(
     *,
     transposed: bool,
     base_name: str | None,
+    task_type: str | None = "CAUSAL_LM",
 ) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it, with the keys that every PEFT since 0.10 knows (a
     strange one stops old versions); `target_parameters` (0.17) where there are any.
@@ -265,7 +266,7 @@ def to_peft_config(
         "rank_pattern": dict(spec.rank_pattern),
         "revision": None,
         "target_modules": target_modules,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
@@ -296,7 +297,8 @@ def over_adapter_config(lora: Mapping[str, Any]) -> dict[str, Any]:
     what `to_peft_config` gives. `lorry export` writes both as one that PEFT reads.
     """
     name = {"base_model_name_or_path": lora["base_model_name_or_path"]}
-    return {"peft_type": OVER_ADAPTER, "task_type": "CAUSAL_LM", **name, "lora": dict(lora)}
+    kind = {"task_type": lora["task_type"]}
+    return {"peft_type": OVER_ADAPTER, **kind, **name, "lora": dict(lora)}
 
 
 def _left_out(word: object) -> str:

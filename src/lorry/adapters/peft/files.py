@@ -186,6 +186,7 @@ def _files_of(
         parameters,
         transposed=transposed,
         base_name=base_name,
+        task_type=_task_type(model),
     )
     first = modules[next(iter(adapter.slots))]
     dtype = first.dtype if isinstance(first, BankLinear) else first.weight.dtype
@@ -479,6 +480,13 @@ def target_names(model: nn.Module, paths: Collection[str]) -> list[str]:
     selected = {p for p, _ in model.named_modules() if p.rpartition(".")[2] in leaves}
     # short names only where they select exactly these: PEFT would otherwise create more layers
     return leaves if selected == set(paths) else list(paths)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """What PEFT wraps a model as: a causal language model, of which it asks that it generates, or any model."""
+    generates = getattr(model, "can_generate", None)
+    is_causal = hasattr(model, "config") if generates is None else generates()
+    return "CAUSAL_LM" if is_causal else None
 
 
 def _base_origin(model: nn.Module) -> str | None:

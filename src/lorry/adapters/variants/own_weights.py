@@ -144,7 +144,7 @@ def under(module: Module, call: AdapterContext) -> Module:
         raise ContractError(
             f"{site.path} is merged; call unmerge(model) before using its adapters again"
         )
-    return _twin(module, site.adapters[owner])
+    return _twin(module, site.adapters[owner], call)
 
 
 def owner_of(mix: Mix, adapters: Mapping[str, object], where: str) -> str | None:
@@ -168,7 +168,7 @@ def owner_of(mix: Mix, adapters: Mapping[str, object], where: str) -> str | None
     )
 
 
-def _twin(module: Module, own: OwnWeights) -> Module:
+def _twin(module: Module, own: OwnWeights, call: AdapterContext) -> Module:
     """A module with an adapter's weights. It registers nothing: as attributes they hide the base's."""
     twin = copy.copy(module)
     twin.__dict__.pop(SITE)
@@ -178,6 +178,10 @@ def _twin(module: Module, own: OwnWeights) -> Module:
         twin.__dict__[leaf] = tensor.values(_dtype_of(module, leaf))
     if own.rows is not None:
         twin.__dict__[ROWS] = own.rows
+    if isinstance(module, nn.MultiheadAttention):
+        # it never calls its out_proj, whose parameters it multiplies with
+        inner = {name: child and under(child, call) for name, child in module._modules.items()}
+        twin.__dict__["_modules"] = inner
     if (follow := getattr(twin, "use_own_weights", None)) is not None:
         follow(own.whole)
     return twin

@@ -57,6 +57,11 @@ def saved_modules(
             )
         packed = _packed_parts(module)
         params = {name: p for name, p in module.named_parameters() if name not in packed}
+        if other := _second_path(model, path):
+            raise ConfigError(
+                f"modules_to_save names {path}, which is {other} too: one module in two places, of which PEFT "
+                "would train one; leave it out"
+            )
         if kept := _saved_buffers(module):
             raise ConfigError(
                 f"modules_to_save names {path}, whose {kept[0]} is no parameter but changes while it "
@@ -74,6 +79,13 @@ def saved_modules(
             holder, _, leaf = f"{path}.{param}".rpartition(".")
             starts[f"{holder}.{leaf}"] = _own_start(model, name, holder, leaf)
     return starts
+
+
+def _second_path(model: nn.Module, path: str) -> str | None:
+    """Where a module stands besides, if it does."""
+    module = model.get_submodule(path)
+    paths = model.named_modules(remove_duplicate=False)
+    return next((other for other, each in paths if each is module and other != path), None)
 
 
 def _packed_parts(module: nn.Module) -> set[str]:
@@ -390,7 +402,17 @@ def _own_at(model: nn.Module, path: str, adapter: str) -> OwnWeights:
     elif getattr(model, "family", None) is None and "forward" not in module.__dict__:
         # Lorry's decoder asks by itself; a partial, so that a deep copy asks its own bank
         module.__dict__["forward"] = partial(run_under, module, partial(_active_call, bank))
+    if (reader := _reader_of(model, path)) is not None:
+        _own_at(model, reader, adapter)
     return site.adapters.setdefault(adapter, OwnWeights())
+
+
+def _reader_of(model: nn.Module, path: str) -> str | None:
+    """The module that reads another one's parameters and never calls it: torch's attention its out_proj."""
+    parent, _, leaf = path.rpartition(".")
+    return (
+        parent if leaf and isinstance(model.get_submodule(parent), nn.MultiheadAttention) else None
+    )
 
 
 def _active_call(bank: object) -> AdapterContext:
@@ -401,7 +423,8 @@ def _active_call(bank: object) -> AdapterContext:
 
 def _forget(model: nn.Module, adapter: str, paths: Sequence[str]) -> None:
     """Take an adapter's weights away from these modules."""
-    for path in paths:
+    readers = {reader for path in paths if (reader := _reader_of(model, path)) is not None}
+    for path in (*paths, *readers):
         module = model.get_submodule(path)
         site_at(module, path).adapters.pop(adapter, None)
         forward = module.__dict__.get("forward")
