@@ -170,6 +170,31 @@ def test_no_number_comes_out_of_nan(way: Way) -> None:
     assert torch.isnan(dq[30:].float()).any(-1).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "grad"])
+def test_what_is_no_number_stays_in_its_segment(way: Way, which: int, bad: float) -> None:
+    """And spoils in it what depends on it: what a token says, all that see it."""
+    given_, starts = inputs(170, 4, 2, 64, way.dtype), [0, 30, 110, 170]
+    clean = run(*given_, starts)
+    given_[which][40] = bad
+    spoiled = run(*given_, starts)
+    for a, b in zip(spoiled, clean, strict=True):
+        assert torch.equal(a[:30], b[:30])
+        assert torch.equal(a[110:], b[110:])
+    out, dq, dk, dv = ((~x.isfinite()).any(-1).any(-1) for x in spoiled)
+    if which in (0, 3):
+        assert dq[40]
+        assert dk[30:41].all()
+        assert dv[30:41].all()
+    if which == 0:
+        assert out[40]
+    elif which == 3:
+        assert not out.any()
+    else:
+        assert out[40:110].all()
+        assert dq[40:110].all()
+
+
 def test_far_scores_are_nothing(way: Way) -> None:
     """Beside a score that is 2000 higher the others have no share, and nothing overflows."""
     q, k, v, grad = inputs(40, 2, 1, 32, way.dtype)

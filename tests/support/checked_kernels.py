@@ -18,12 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "tests" / "kernels" / "tiles" / "emulated_tiles.h"
-# Everything that calls a kernel with shapes of all kinds: in order dropout, attention, generation, low-rank terms, float32
+# Everything that calls a kernel with shapes of all kinds: in order dropout, attention, generation, extreme numbers, low-rank terms, float32
 # products, norms and gates, the vocabulary, packed formats, layers of a step, and the head of packed bytes.
 FILES = (
     "tests/adapters/test_random.py",
     "tests/kernels/test_attention_kernel.py",
     "tests/kernels/test_decode.py",
+    "tests/kernels/test_extremes.py",
     "tests/kernels/test_low_rank.py",
     "tests/kernels/test_matmul.py",
     "tests/kernels/test_pointwise.py",
@@ -87,7 +88,8 @@ def run_here(way: str, file: str) -> int:
         return 1
     import pytest
 
-    return int(pytest.main(["-q", "-rs", "-p", "no:cacheprovider", file]))
+    # what a sanitizer and a tile say last is not to be captured with the process that it ends
+    return int(pytest.main(["-q", "-rs", "-p", "no:cacheprovider", "--capture=sys", file]))
 
 
 def main() -> int:

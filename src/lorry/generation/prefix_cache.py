@@ -38,7 +38,9 @@ class PrefixCache:
     its context, so that they take no more than the longest request does while it runs.
 
     Nothing is kept of a mix with a router of the layers, whose weights are not watched. What was made with
-    other weights, of the base or of an adapter, is forgotten by itself.
+    other weights, of the base or of an adapter, is forgotten by itself: known by where a tensor lies and by
+    torch's count of writes to it. A write that torch does not count (through ``.data``, or into numpy's view of the
+    memory) leaves them; whoever makes one calls `clear`.
     """
 
     def __init__(self, model: CausalLM, max_tokens: int | None = None) -> None:

@@ -30,11 +30,12 @@ static inline float wide(bf16 x) { return widen(x); }
 static inline void put(float& to, float x) { to = x; }
 static inline void put(bf16& to, float x) { to = narrow(x); }
 
-// e^x to about 2 units in the last place of a float, without a branch: 2^n times a polynomial on half an octave either side.
+// e^x to about 2 units in the last place of a float, without a branch: 2^n times a polynomial on half an octave either side. From about
+// 2^127.5 on it is infinity.
 static inline float exp_fast(float x) {
     float y = x * 1.44269504f;
     y = y < -126.0f ? -126.0f : y;  // a NaN passes both comparisons unchanged
-    y = y > 127.0f ? 127.0f : y;
+    y = y > 128.0f ? 128.0f : y;
     float n = (y + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
     float f = (y - n) * 0.693147181f;
     float p = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
