@@ -59,7 +59,6 @@ def value(dotted: str, *argv: str) -> Any:
         (["--lora.r=8"], "lora.r", 8),
         (["r=8", "r=16"], "lora.r", 16),
         (["lora=null"], "lora", None),
-        (["lora=null", "r=4"], "lora.r", 4),
         (["learning_rate=1e-3"], "train.learning_rate", 1e-3),
         (["learning-rate=1e-3"], "train.learning_rate", 1e-3),
         (["--learning-rate", "1E-3"], "train.learning_rate", 1e-3),
@@ -338,6 +337,28 @@ def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
 def test_two_names_for_one_setting(argv: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"both set [a-z_.]+; keep one"):
         run(*argv)
+
+
+@pytest.mark.parametrize(
+    "setting", ["lora_alpha=16", "lora.lora_alpha=16", "r=8", "rank_pattern.q_proj=3"]
+)
+def test_a_group_that_is_not_there_has_no_settings(setting: str, tmp_path: Path) -> None:
+    refused = re.escape(setting) + r": [a-z_.]+ sets something of lora, and lora=null"
+    for argv in (["lora=null", setting], [setting, "lora=null"]):
+        with pytest.raises(ConfigError, match=refused):
+            run(*argv)
+    file = tmp_path / "c.yaml"
+    file.write_text("lora_alpha: 16\nlora: null\n")
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(file))}:1: lora_alpha sets"):
+        run(str(file))
+    # what comes later decides, and says what it takes the place of
+    file.write_text("lora: null\n")
+    notes: list[str] = []
+    given = [str(file), "data=d.jsonl", setting]
+    assert parse_settings(RunConfig, given, notes.append).lora is not None
+    assert f"{setting} takes the place of lora=null ({file}:1)" in notes[0]
+    file.write_text("lora_alpha: 16\n")
+    assert run(str(file), "lora=null").lora is None
 
 
 def test_command_line_over_file(tmp_path: Path) -> None:

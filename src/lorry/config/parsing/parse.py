@@ -208,6 +208,10 @@ def _resolve_settings(
     for source in with_peer_defaults(names, described, add_note):
         # of one source: the command line may use another name than the file that it overrides
         name_by_setting: dict[str, str] = {}
+        earlier_nulls = {
+            group: origins[group] for group in names.groups if group in tree and tree[group] is None
+        }
+        given_in_group: dict[str, PlacedSetting] = {}
         for setting in source:
             if "sweep" in names.fields and is_sweep_axis(job_names, setting):
                 axes.append(setting)
@@ -223,6 +227,7 @@ def _resolve_settings(
                         ),
                         placed,
                     )
+                    _refuse_null_with_settings(names, given_in_group, placed)
                     # set aside: they stand for jobs, which are read once the settings below them
                     # are known
                     if placed.dotted in EXPANDED_KEYS:
@@ -230,6 +235,12 @@ def _resolve_settings(
                         continue
                     set_in_tree(tree, placed)
                     origins[placed.dotted] = placed.setting.where
+        for group, where in earlier_nulls.items():
+            if tree[group] is not None:
+                now = given_in_group[group].setting.where
+                add_note(
+                    f"{now} takes the place of {group}=null ({where}): there is a {group} again"
+                )
     job_notes, jobs = list[str](), list[JobOverrides]()
     with _collect_errors(errors):
         if "models" in names.fields:
@@ -351,6 +362,25 @@ def _validate_jobs(
             )
         differences.append({"name": job.name, **job_differences(run, job_run)})
     return differences
+
+
+def _refuse_null_with_settings(
+    names: SchemaNames, given: dict[str, PlacedSetting], placed: PlacedSetting
+) -> None:
+    """A group that one source sets to null and gives a setting of leaves open whether there is to be one.
+    ``given``: of each group what came last, which `placed` joins."""
+    group = placed.dotted if placed.dotted in names.groups else placed.dotted.rpartition(".")[0]
+    if not group:
+        return
+    other = given.setdefault(group, placed)
+    given[group] = placed
+    nulls = [each.dotted == group and each.value is None for each in (other, placed)]
+    if nulls[0] != nulls[1]:
+        setting = placed if nulls[0] else other
+        raise ConfigError(
+            f"{setting.setting.where}: {setting.setting.key} sets something of {group}, and {group}=null says "
+            "that there is none; keep one"
+        )
 
 
 def _refuse_second_name(first: str, placed: PlacedSetting) -> None:
