@@ -90,6 +90,18 @@ def test_logits_and_gradients_are_pefts(pair: tuple[Any, Any], tiny: Any, logits
         torch.testing.assert_close(grad, theirs[name], atol=1e-5, rtol=1e-4)
 
 
+def test_a_step_whose_rows_invoke_nothing_has_a_gradient_of_zero(
+    pair: tuple[Any, Any],
+) -> None:
+    """As in PEFT; a loop over batches would stop at the first such one."""
+    for each in pair:
+        each.zero_grad()
+        each(input_ids=torch.tensor([[1, 2, 3, 4]])).logits.square().mean().backward()
+    assert not get_bank(pair[0])["default"].grads.any()
+    gradients = [p.grad for n, p in pair[1].named_parameters() if ".lora_" in n]
+    assert not any(bool(g.any()) for g in gradients if g is not None)
+
+
 def test_files_both_ways(pair: tuple[Any, Any], tiny: Any, logits: Any, tmp_path: Path) -> None:
     model, other = pair
     ids = torch.tensor(ROWS)

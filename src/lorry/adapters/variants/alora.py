@@ -33,11 +33,16 @@ def find_invocation(tokens: Sequence[int], invocation: Sequence[int]) -> int | N
 
 
 def with_invocations(
-    bank: AdapterBank, mix: Mix, tokens: Tensor, segments: Sequence[tuple[int, int]]
+    bank: AdapterBank,
+    mix: Mix,
+    tokens: Tensor,
+    segments: Sequence[tuple[int, int]],
+    *,
+    keep_all: bool = False,
 ) -> Mix:
     """The mix with the gates of those of its adapters that tokens invoke: ``tokens`` [T] packed,
-    ``segments``: of the sequences. Terms that no sequence invokes are gone; the mix itself where it
-    has none of these adapters."""
+    ``segments``: of the sequences. Terms that no sequence invokes are gone, or with ``keep_all`` 0
+    everywhere; the mix itself where it has none of these adapters."""
     if not any(_invocation(bank, term) for term in mix.terms):
         return mix
     ids, terms = tokens.tolist(), list[MixTerm]()
@@ -54,7 +59,7 @@ def with_invocations(
             at = find_invocation(ids[start:stop], invocation)
             if at is not None:
                 gate[start + at - first : stop - first] = 1.0
-        if bool(gate.any()):
+        if keep_all or bool(gate.any()):
             terms.append(replace(term, gate=gate.to(tokens.device) * term.gate, invoked=True))
     return replace(mix, terms=tuple(terms))
 
@@ -118,15 +123,19 @@ def watch_tokens(model: nn.Module, bank: AdapterBank) -> None:
     tokens_of_call = list[Any]()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # at once: `after` takes it away, whatever goes wrong here
+        tokens_of_call.append(None)
         call = AMBIENT_CONTEXT.get()
         if call is not None or not has_invocations(bank, bank.active):
-            tokens_of_call.append(None)
             return
         ids = _input_ids(args, kwargs)
         rows, length = ids.shape
         segments = [(row * length, (row + 1) * length) for row in range(rows)]
-        mix = with_invocations(bank, bank.active, ids.reshape(-1), segments)
-        tokens_of_call.append(AMBIENT_CONTEXT.set(AdapterContext(mix, bank.noise)))
+        # a loss that hangs on no adapter would have no backward pass: its gradient is 0, as PEFT's
+        mix = with_invocations(
+            bank, bank.active, ids.reshape(-1), segments, keep_all=torch.is_grad_enabled()
+        )
+        tokens_of_call[-1] = AMBIENT_CONTEXT.set(AdapterContext(mix, bank.noise))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if (token := tokens_of_call.pop()) is not None:
