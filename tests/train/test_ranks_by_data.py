@@ -198,8 +198,6 @@ def test_what_is_to_be_learnt_sets_the_least_rank(
             {"target_modules": ["embed_tokens", "q_proj"]},
             "is for linear layers, and .* is none",
         ),
-        ({"streaming": True}, "reads rows before training"),
-        ({"use_dora": True}, "chooses the ranks of low-rank terms alone"),
     ],
 )
 def test_what_has_no_ranks_to_choose_is_refused(
@@ -213,6 +211,28 @@ def test_what_has_no_ranks_to_choose_is_refused(
 def test_eva_chooses_its_own() -> None:
     with pytest.raises(ConfigError, match=r"eva moves ranks between modules itself"):
         build_settings(RunConfig, {"data": "d", "r": "auto", "init_lora_weights": "eva"}, print)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"streaming": True}, "reads rows before training"),
+        ({"use_dora": True}, "use_dora with r=auto .* the ranks of low-rank terms alone"),
+        ({"variant": "dora"}, "use_dora with r=auto"),
+        ({"variant": "adalora"}, "r=auto does not go with variant=adalora; give init_r"),
+        ({"bias": "all"}, "bias with r=auto"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens with r=auto"),
+        ({"jobs": [{"name": "a"}, {"name": "b", "use_dora": True}]}, "job 'b': .*use_dora with"),
+    ],
+)
+def test_what_has_no_ranks_to_choose_is_refused_before_a_weight_is_read(
+    more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_settings(RunConfig, {"data": "d", "r": "auto", **more}, print)
+    # r=N of memory's choice is another thing
+    if "jobs" not in more:
+        build_settings(RunConfig, {"data": "d", "r": 12, **more}, print)
 
 
 def test_memory_alone_needs_a_budget() -> None:

@@ -231,6 +231,8 @@ class LoraConfig(SettingsGroup):
                 f"r={show_value(r)} and init_r={show_value(init_r)} are both the first rank of AdaLoRA; "
                 "give one"
             )
+        if "auto" in (r, init_r):
+            raise ValueError("r=auto does not go with variant=adalora; give init_r")
         first = next((rank for rank in (init_r, r) if rank is not None), 12)
         return {**data, "r": first, "init_r": first}
 
@@ -244,8 +246,6 @@ class LoraConfig(SettingsGroup):
                     f"{given[0]} is AdaLoRA's{adamw}; add variant=adalora, or leave it out"
                 )
             return self
-        if self.r == "auto":
-            raise ValueError("r=auto does not go with variant=adalora; give init_r")
         assert isinstance(self.r, int)
         if self.target_r >= self.r:
             raise ValueError(
@@ -387,12 +387,24 @@ class LoraConfig(SettingsGroup):
                 "for taking ranks away; make them smaller, or max_steps larger"
             )
 
-    def refuse_budget(self, memory_budget: str | None) -> None:
-        """Raises ValueError where the rank is to be chosen and nothing chooses it, or two things do."""
+    def refuse_budget(self, memory_budget: str | None, *, streaming: bool) -> None:
+        """Raises ValueError where the rank is to be chosen and nothing can choose it, or two things do.
+        ``streaming``: whether rows are read once, while the run trains."""
         if self.ranks_follow_data and self.init_lora_weights == "eva":
             raise ValueError(
                 "lora.init_lora_weights=eva moves ranks between modules itself (rho), and r=auto or "
                 "rank_by=data chooses them; give r=N, or another initialisation"
+            )
+        beside = ("use_dora", "alora_invocation_tokens", *OWN_WEIGHT_FIELDS)
+        asked = [name for name in beside if getattr(self, name) != self._default(name)]
+        if self.ranks_follow_data and asked:
+            raise ValueError(
+                f"lora.{asked[0]} with r=auto or rank_by=data, which chooses the ranks of low-rank terms alone; "
+                "give r=N, or rank_by=memory and memory_budget"
+            )
+        if self.ranks_follow_data and streaming:
+            raise ValueError(
+                "lora.rank_by=data (r=auto) reads rows before training; leave data.streaming out"
             )
         if self.r == "auto" and memory_budget is None and not self.ranks_follow_data:
             raise ValueError(

@@ -180,7 +180,7 @@ class RunConfig(SettingsGroup):
     def _adapter_goes_with_the_run(self) -> RunConfig:
         # here and not in LoraConfig: what it is held against are settings of the run
         if self.lora is not None:
-            self.lora.refuse_budget(self.memory_budget)
+            self.lora.refuse_budget(self.memory_budget, streaming=self.data.streaming)
             self.lora.refuse_backend(self.backend)
             self.lora.refuse_steps(self.train.max_steps)
         return self
