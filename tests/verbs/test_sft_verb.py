@@ -188,6 +188,21 @@ def test_a_warm_up_longer_than_the_run_is_told(
     assert "steps are warmup" not in capsys.readouterr().err
 
 
+def test_a_rank_that_no_update_can_use_is_told(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = json.loads((world.base / "config.json").read_text())
+    side = base["head_dim"] * base["num_key_value_heads"]
+    assert side < base["hidden_size"]
+    train(tmp_path / "run", world.base, world.rows, f"r={side + 1}", steps=1)
+    said = capsys.readouterr().err
+    assert f"r={side + 1} is more than an update of" in said
+    assert f"k_proj, whose smaller side is {side};" in said
+    train(tmp_path / "other", world.base, world.rows, f"r={side}", steps=1)
+    train(tmp_path / "fitted", world.base, world.rows, "r=auto", steps=1)
+    assert "can use" not in capsys.readouterr().err
+
+
 class FullDisk(io.StringIO):
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")

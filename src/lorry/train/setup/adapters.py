@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorry.adapters.adapter import Adapter
 from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.spec import lora_spec_of
 from lorry.adapters.targets.skipped import list_skipped_modules
 from lorry.adapters.variants.new_tokens import begin_rows
@@ -51,6 +52,9 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) 
         if new is not None:
             begin_rows(opened.model, adapter, new)
         _note_skipped_modules(opened.model, adapter, add_note)
+        # a bound is no rank that the adapter will have
+        if not run.lora.ranks_follow_data:
+            _note_idle_ranks(opened.model, adapter, add_note)
         return adapter.name
     if len(opened.adapters) > 1:
         raise ConfigError(
@@ -67,6 +71,24 @@ def attach_adapter(run: RunConfig, opened: OpenedModel, add_note: NoteCallback) 
     adapter = get_bank(opened.model)[opened.adapters[0]]
     _note_skipped_modules(opened.model, adapter, add_note)
     return adapter.name
+
+
+def _note_idle_ranks(model: CausalLM, adapter: Adapter, add_note: NoteCallback) -> None:
+    """Say of which linears the rank is above the smaller side: no update of theirs has as many directions."""
+    modules = get_bank(model).modules
+    sides = {
+        path: min(layer.in_features, layer.out_features)
+        for path, layer in modules.items()
+        # of a share of a matrix the sides are others
+        if path in adapter.slots and isinstance(layer, BankLinear) and layer.slices is None
+    }
+    ranks = {path: adapter.spec.rank(path) for path in sides}
+    if idle := [path for path, side in sides.items() if ranks[path] > side]:
+        first = idle[0]
+        add_note(
+            f"adapter {adapter.name!r}: r={ranks[first]} is more than an update of {len(idle)} modules can use, "
+            f"such as {first}, whose smaller side is {sides[first]}; a smaller r, or rank_pattern, does the same"
+        )
 
 
 def _note_skipped_modules(model: CausalLM, adapter: Adapter, add_note: NoteCallback) -> None:
