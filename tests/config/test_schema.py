@@ -291,7 +291,7 @@ def test_missing_settings_are_named() -> None:
 def test_a_refusal_names_all_that_stands_in_the_way(name: str, setting: str) -> None:
     """Following the advice met the next refusal: `backend=ddp` with `tensor_parallel` left as it was."""
     words = ["data=people.jsonl", f"backend={name}", "backend.tensor_parallel=2", setting]
-    cut = "lora.bias" not in setting
+    cut = "adalora" in setting
     if name == "ddp" and not cut:
         parse_settings(RunConfig, words, print)
         return

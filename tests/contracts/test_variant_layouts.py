@@ -47,13 +47,14 @@ def test_two_processes_are_one(folder: Path, layout: str) -> None:
         compare_training(ranks, alone, layout, training, BOUNDS["float64"])
 
 
-def test_an_embedding_that_is_cut_grows_like_a_whole_one(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["grown", "grown on tensor ranks"])
+def test_an_embedding_that_is_cut_grows_like_a_whole_one(folder: Path, name: str) -> None:
     """float64; every process has the rows where it looks for them."""
     alone = grown(loader(folder, ONE_PROCESS))
     for rank in range(2):
         mine = load_file(folder / f"rank-{rank}.safetensors")
-        for name, true in alone.items():
-            torch.testing.assert_close(mine[f"grown/{name}"], true, rtol=1e-12, atol=1e-12)
+        for tensor, true in alone.items():
+            torch.testing.assert_close(mine[f"{name}/{tensor}"], true, rtol=1e-12, atol=1e-12)
 
 
 def test_a_base_that_is_cut_is_compared_with_a_file_row_by_row(folder: Path) -> None:

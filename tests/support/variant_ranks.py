@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lorry.adapters.attach import detach
-from lorry.adapters.layers.shares import whole_weight
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.variants.new_tokens import NewTokens, grow_vocabulary
 from lorry.backends.distributed.communicator import Communicator, open_communicator
 from lorry.backends.distributed.fsdp import sharder_of
+from lorry.backends.distributed.tensor_ranks import tensor_ranks
 from lorry.backends.local import LocalBackend
 from lorry.config.adapter.adalora import AdaLoraSettings
 from lorry.config.schema.backend import TrainBackendConfig
@@ -143,7 +144,9 @@ def grown(load: Callable[..., Decoder]) -> dict[str, Tensor]:
         grow_vocabulary(model, NewTokens(pieces, init))  # type: ignore[arg-type]
         ends = {"embedding": model.family.embed, "head": model.family.head}
         for end, path in ends.items():
-            tensors[f"{family}/{end}"] = whole_weight(model.get_parameter(f"{path}.weight")).clone()
+            table = model.get_submodule(path)
+            assert isinstance(table, AdaptableLayer)
+            tensors[f"{family}/{end}"] = table.whole_table().contiguous().clone()
         tensors[f"{family}/logits"] = model(torch.tensor([rows, 3, rows + 2, 9])).logits.detach()
     return tensors
 
@@ -164,13 +167,19 @@ def read(out: Path, load: Callable[..., Decoder]) -> dict[str, Tensor]:
     return {"logits": logits, "refused": torch.tensor(refused)}
 
 
-def loader(out: Path, communicator: Communicator) -> Callable[..., Decoder]:
+def loader(out: Path, communicator: Communicator, layout: str = "fsdp") -> Callable[..., Decoder]:
     """Reads a model of ``out``, cut over the processes where there are several."""
-    shard = sharder_of(TrainBackendConfig(name="fsdp"), communicator, "cpu")
+    backend = TrainBackendConfig(**{"name": "fsdp", **LAYOUTS[layout]})
+    shard = sharder_of(backend, communicator, "cpu")
 
     def load(family: str, dtype: torch.dtype) -> Decoder:
         read = load_model(
-            out / family, dtype=dtype, device="cpu", shard=shard, add_note=ignore_note
+            out / family,
+            dtype=dtype,
+            device="cpu",
+            ranks=tensor_ranks(communicator),
+            shard=shard,
+            add_note=ignore_note,
         )
         assert isinstance(read.model, Decoder)
         return read.model
@@ -190,6 +199,8 @@ def main(out: Path) -> None:
     }
     load = loader(out, sharded(out)[0])
     tensors |= flat({"grown": grown(load), "read": read(out, load)})
+    shared = loader(out, sharded(out, **LAYOUTS["tensor"])[0], "tensor")
+    tensors |= flat({"grown on tensor ranks": grown(shared)})
     save_file(tensors, out / f"rank-{communicator.rank}.safetensors")
 
 

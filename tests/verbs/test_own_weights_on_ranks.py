@@ -73,8 +73,13 @@ RUNS: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "fsdp": (["backend=fsdp", "keep_total=true"], ("jobs", "grown", "packed", "kept")),
     "ddp": (["backend=ddp", "keep_total=true"], ("jobs", "grown")),
-    "tensor": (["backend=ddp", "tensor_parallel=2"], ("shared",)),
+    "tensor": (["backend=ddp", "tensor_parallel=2"], ("shared", "grown")),
 }
+
+
+def several_of(layout: str) -> list[str]:
+    """The settings that divide a run, and nothing else."""
+    return [word for word in LAYOUTS[layout][0] if "keep_total" not in word]
 
 
 def words_of(folder: Path, out: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -131,8 +136,9 @@ def pair(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, 
         # behind the checkpoint one of the two fails, and the other hears of it
         made[f"broken {name}"] = [f"{FAULT}fail 1 update {SAVED + 1}", *words]
         made[f"again {name}"] = words
-    run = out / "fsdp" / "grown"
-    made["asked"] = [*asking(run, world, out / "asked.json"), "backend=fsdp"]
+    for layout in ("fsdp", "tensor"):
+        run, asked = out / layout / "grown", out / f"asked-{layout}.json"
+        made[f"asked {layout}"] = [*asking(run, world, asked), *several_of(layout)]
     return run_ranked(out, made), out
 
 
@@ -202,7 +208,8 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("layout", "name"), [("fsdp", "jobs"), ("fsdp", "grown"), ("tensor", "shared")]
+    ("layout", "name"),
+    [("fsdp", "jobs"), ("fsdp", "grown"), ("tensor", "shared"), ("tensor", "grown")],
 )
 def test_peft_opens_what_two_processes_wrote(
     pair: tuple[Ended, Path], world: Path, layout: str, name: str
@@ -222,16 +229,15 @@ def test_peft_opens_what_two_processes_wrote(
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
 def test_a_base_that_is_cut_grows_for_an_adapter_that_is_asked(
-    pair: tuple[Ended, Path], world: Path, tmp_path: Path
+    pair: tuple[Ended, Path], world: Path, tmp_path: Path, layout: str
 ) -> None:
     ended, out = pair
-    assert ended.codes["asked"] == [0, 0], ended.printed["asked"]
-    run = out / "fsdp" / "grown"
-    assert main(asking(run, world, tmp_path / "asked.json")) == 0
-    mine, true = (
-        json.loads((folder / "asked.json").read_text())["sides"] for folder in (out, tmp_path)
-    )
+    assert ended.codes[f"asked {layout}"] == [0, 0], ended.printed[f"asked {layout}"]
+    asked = f"asked-{layout}.json"
+    assert main(asking(out / layout / "grown", world, tmp_path / asked)) == 0
+    mine, true = (json.loads((folder / asked).read_text())["sides"] for folder in (out, tmp_path))
     assert mine.keys() == true.keys()
     for side, summary in true.items():
         for metric, value in summary["metrics"].items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers.shares import is_sharded, local_share
+from lorry.adapters.layers.shares import is_sharded, local_share, whole_weight
 from lorry.adapters.layers.slot import AdapterSlot
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, MixTerm
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices
@@ -71,6 +71,14 @@ class AdaptableLayer(nn.Module):
         """Along which dimension the weight of a layer that ranks share is cut as it lies in memory, and
         how."""
         raise AssertionError("every layer that ranks can share says how it is cut")
+
+    def whole_table(self) -> Tensor:
+        """[V, D]: all of an embedding's or a head's weight; where it is cut over ranks all of them come here
+        together."""
+        here = whole_weight(self.weight)
+        if self.slices is None:
+            return here
+        return self.stored_slice()[1].gather(here.t(), self.slices.ranks).t()
 
     def count_tokens(self, x: Tensor, *others: object) -> int:
         """How many tokens its forward is called with, from the arguments of that."""

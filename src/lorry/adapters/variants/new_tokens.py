@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.adapter import Adapter
+from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.shares import local_rows, local_share, shares_of, whole_weight
+from lorry.adapters.tensor_parallel.slices import DimensionSlice
 from lorry.adapters.variants.starts import TOKEN_ROWS, Ends
 from lorry.errors import ConfigError, ModelError
 
@@ -96,16 +98,10 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
     ends = Ends.of(model)
     if ends.embed is None:
         raise ConfigError("new_tokens: this model does not say which module is its embedding")
-    table = model.get_parameter(f"{ends.embed}.weight")
-    rows = table.shape[0]
+    rows = _row_count(model, ends.embed)
     if odd := [p for own in new.pieces.values() for p in own if p >= rows]:
         raise ModelError(
             f"new tokens are made of token {odd[0]}, and this model has {rows} rows; it is another base"
-        )
-    if getattr(model, "ranks", None) is not None:
-        raise ConfigError(
-            "new_tokens: an embedding that tensor-parallel processes have parts of does not grow; use "
-            "backend=ddp or fsdp"
         )
     # a row between would be of no token, and a wrong file may ask for more than there is memory
     missing = sorted(token for token in new.pieces if token >= rows)
@@ -128,21 +124,40 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
         for path, values in starts.items():
             grown = model.get_parameter(f"{path}.weight")
             here, share = local_rows(model, grown), local_share(grown)
+            # of ranks that share the vocabulary this one has rows from its part's first on
+            part = _part(model, path)
+            first = here.start + (0 if part is None else part.offset)
             for token, row in zip(new.pieces, values, strict=True):
-                if token >= rows and here.start <= token < here.stop:
-                    share[token - here.start] = row.to(share.dtype)
+                if token >= rows and first <= token < first + len(share):
+                    share[token - first] = row.to(share.dtype)
     model.__dict__[GROWN] = (new, rows)
 
 
+def _part(model: nn.Module, path: str) -> DimensionSlice | None:
+    """The rows of an embedding's or a head's table that this one of tensor-parallel ranks has."""
+    layer = model.get_submodule(path)
+    shared = isinstance(layer, AdaptableLayer) and layer.slices is not None
+    return layer.stored_slice()[1] if shared else None
+
+
+def _row_count(model: nn.Module, path: str) -> int:
+    """Of the whole table."""
+    part = _part(model, path)
+    return model.get_parameter(f"{path}.weight").shape[0] if part is None else part.whole
+
+
 def _table(model: nn.Module, path: str) -> Tensor:
-    """[V, D]: all of the weight of an embedding or a head."""
+    """[V, D]: all of the weight of an embedding or a head; where ranks share it all of them ask together."""
+    layer = model.get_submodule(path)
+    if isinstance(layer, AdaptableLayer):
+        return layer.whole_table()
     return whole_weight(model.get_parameter(f"{path}.weight"))
 
 
 def shrink_vocabulary(model: nn.Module) -> None:
     """Take back what `grow_vocabulary` gave a model: nothing is left of it. One that is cut over ranks keeps
     it: they call this together or not at all, and an error of one ends them all."""
-    if shares_of(model) is not None:
+    if shares_of(model) is not None or getattr(model, "ranks", None) is not None:
         return
     new, rows = model.__dict__.pop(GROWN)
     if max(new.pieces) >= rows:

@@ -196,28 +196,19 @@ class RunConfig(SettingsGroup):
 
     @model_validator(mode="after")
     def _own_weights_need_a_whole_base(self) -> Self:
-        b = self.backend
-        megatron = b.name == "megatron"
-        # a part of a vocabulary does not grow; other weights are cut as the base's are
-        refused = (
-            OWN_WEIGHT_FIELDS if megatron else ("new_tokens",) if b.tensor_parallel > 1 else ()
-        )
+        if self.backend.name != "megatron":
+            return self
         # what is a job's own is in plain values there
         each = [
             {} if self.lora is None else self.lora.model_dump(),
             *(job.lora for job in self.jobs),
         ]
         for settings in each:
-            own = [f for f in refused if settings.get(f) not in (None, "none")]
+            own = [f for f in OWN_WEIGHT_FIELDS if settings.get(f) not in (None, "none")]
             if own:
-                cuts = ["backend=megatron"] if megatron else []
-                way_out = "use backend=single, ddp or fsdp"
-                if b.tensor_parallel > 1 and "new_tokens" in own:
-                    cuts.append(f"backend.tensor_parallel={b.tensor_parallel}")
-                    way_out += ", and leave backend.tensor_parallel out"
                 raise ValueError(
                     f"lora.{own[0]} trains weights in the base's place, which has to be whole in every "
-                    f"process; {' and '.join(cuts)}: it is cut there; {way_out}"
+                    "process; backend=megatron: it is cut there; use backend=single, ddp or fsdp"
                 )
         return self
 

@@ -19,6 +19,7 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.embedding import BankEmbedding
 from lorry.adapters.layers.linear import BankLinear
+from lorry.adapters.layers.shares import local_rows, local_share
 from lorry.adapters.mix import AdapterContext, mixes_mlps
 from lorry.adapters.product import LinearProducts
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
@@ -33,6 +34,7 @@ from lorry.models.decoder.cache import KVCache
 from lorry.models.decoder.head import PackedHead
 from lorry.models.decoder.layer import apply_layer
 from lorry.models.decoder.pointwise import DecoderNorm
+from lorry.models.layer_weights import with_rows
 
 # x [T,D] of one token a row, and the pass: what the last layer makes of it
 LayersAtOnce = Callable[[Tensor, ForwardContext], Tensor]
@@ -120,8 +122,13 @@ class Decoder(CausalLM):
                         if role in ("attn_out", "mlp_out")
                         else LayerSlices(ranks, rows=part(out, blocks if role == "qkv" else 1))
                     )
-        self.embed.slices = LayerSlices(ranks, columns=part(whole.vocab))
-        self.head.slices = LayerSlices(ranks, rows=part(whole.vocab))
+        self._describe_vocabulary(ranks)
+
+    def _describe_vocabulary(self, ranks: TensorRanks) -> None:
+        """Tell embedding and head which rows of the vocabulary they have."""
+        part = DimensionSlice(self.geometry.vocab, ranks.size, ranks.rank)
+        self.embed.slices = LayerSlices(ranks, columns=part)
+        self.head.slices = LayerSlices(ranks, rows=part)
 
     def cut_tensors(self) -> dict[str, tuple[int, DimensionSlice]]:
         """See `CausalLM.cut_tensors`."""
@@ -280,13 +287,28 @@ class Decoder(CausalLM):
         tied = self.head.weight is self.embed.weight
         # the old table goes before the other side is made
         for module in (self.embed, self.head):
-            self.layer_weights.resize(module, "weight", rows)
+            self._resize_table(module, rows)
             if tied:
                 self.tie()
                 break
-        self.geometry = replace(self.geometry, vocab=rows)
-        self.local_geometry = self.geometry
+        self.geometry = self.local_geometry = replace(self.geometry, vocab=rows)
+        if (ranks := self.ranks) is not None:
+            here = DimensionSlice(rows, ranks.size, ranks.rank).size
+            self.local_geometry = self.geometry.of_each(ranks.size, here)
+            self._describe_vocabulary(ranks)
         self.config["vocab_size"] = rows
+
+    def _resize_table(self, module: AdaptableLayer, rows: int) -> None:
+        """Of ranks that share a table each has other rows of the one that is larger, so that it is whole
+        on each meanwhile."""
+        if self.ranks is None:
+            self.layer_weights.resize(module, "weight", rows)
+            return
+        grown = with_rows(module.whole_table(), rows)
+        part = DimensionSlice(rows, self.ranks.size, self.ranks.rank)
+        self.layer_weights.resize(module, "weight", part.size)
+        weight = module.weight
+        local_share(weight).copy_(part.cut(grown, 0)[local_rows(self, weight)])
 
     @property
     def context(self) -> int:
