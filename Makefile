@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-arm test-tiles test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts study-variants bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-startup bench-unlearn bench-experts bench-variants bench-ranks bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
+.PHONY: setup demo test test-slow test-arm test-tiles test-other-kind test-numpy1 test-extras test-rollout lock lint docs-check study-instruct study-tofu study-experts study-variants bench bench-setup bench-chat bench-curve bench-sweep bench-jobs bench-startup bench-unlearn bench-experts bench-variants bench-initializations bench-ranks bench-suite bench-layouts bench-rollout results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -136,6 +136,10 @@ bench-experts: bench-setup
 bench-variants: bench-setup
 	$(BIN)/python benchmarks/variants.py
 	$(BIN)/python benchmarks/variants.py --shape 1b --rounds 1
+
+# how long an adapter takes to begin, by init_lora_weights: some minutes
+bench-initializations: bench-setup
+	$(BIN)/python benchmarks/initializations.py
 
 # which ranks r=auto takes: within a memory budget, and by the rows against a sweep
 bench-ranks: bench-setup
