@@ -136,8 +136,9 @@ def grow_vocabulary(model: nn.Module, new: NewTokens) -> None:
 def _part(model: nn.Module, path: str) -> DimensionSlice | None:
     """The rows of an embedding's or a head's table that this one of tensor-parallel ranks has."""
     layer = model.get_submodule(path)
-    shared = isinstance(layer, AdaptableLayer) and layer.slices is not None
-    return layer.stored_slice()[1] if shared else None
+    if not isinstance(layer, AdaptableLayer) or layer.slices is None:
+        return None
+    return layer.stored_slice()[1]
 
 
 def _row_count(model: nn.Module, path: str) -> int:
