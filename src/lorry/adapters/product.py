@@ -672,9 +672,9 @@ class LinearProducts:
             for j, part in enumerate(stack.parts if stack.scaled else ()):
                 scale, layer = part.output_scale, self.layers[part.layer]
                 assert scale is not None
-                assert isinstance(layer, MatrixProduct)
                 if scale.dead is None:
                     continue
+                assert isinstance(layer, MatrixProduct)
                 rows = stack.own_rows(grads[part.layer])[:, scale.dead].to(scale.norm.dtype)
                 u = stack.own_rows(x) @ layer.matrix()[scale.dead].t()
                 low = h if stack.term_rows is None else h[stack.term_rows]

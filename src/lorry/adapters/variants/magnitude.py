@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.kernels import call_kernel, load_library
+from lorry.kernels import call_kernel, load_library, matmul
 
 if TYPE_CHECKING:
     from lorry.adapters.layers.adaptable import AdaptableLayer
@@ -154,7 +154,7 @@ def weight_norm(layer: AdaptableLayer, slot: AdapterSlot) -> Tensor:
     (a, b), s = (factor.to(wide) for factor in slot.factors()), slot.scale
     start = start_terms(layer)
     # rounded as the products read it; of W itself no copy in another dtype is made
-    cross = torch.mm(matrix, a.t().to(matrix.dtype)).to(wide)
+    cross = matmul.mm(matrix, a.to(matrix.dtype).t()).to(wide)
     for k in start:
         own_a, own_b = (factor.to(wide) for factor in k.factors())
         cross += k.scale * (own_b @ (own_a @ a.t()))
