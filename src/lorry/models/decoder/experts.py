@@ -12,23 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorry.adapters.layers.linear import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.errors import ContractError
-from lorry.families import SITES
+from lorry.families import SITES, LayerLinears
 from lorry.models.decoder.pointwise import (
     ActivationFunction,
     gated_activation,
     gated_activation_backward,
 )
-
-if TYPE_CHECKING:
-    from lorry.models.decoder.block import DecoderBlock
 
 ROW_STEP = 64  # rows of a bfloat16 product on a CPU: as `adapters.layers.linear.align_rows`
 
@@ -75,13 +73,24 @@ def _share(
         yield MlpShare(rows, column, narrowed)
 
 
+class MlpBlock(Protocol):
+    """What of a layer its MLP needs: `block.DecoderBlock`."""
+
+    index: int
+    linears: LayerLinears[LinearGroup]
+
+    @property
+    def activation(self) -> ActivationFunction:
+        """Of its gate."""
+
+
 class ExpertMlps:
     """The MLPs of a layer in one pass: ``output`` [T,D], and, if it is to have a backward (``save``),
     the graph that made it. ``normed`` [T,D], ``gates`` [T,K]."""
 
     def __init__(
         self,
-        block: DecoderBlock,
+        block: MlpBlock,
         normed: Tensor,
         gates: Tensor,
         call: AdapterContext,
@@ -110,7 +119,7 @@ class ExpertMlps:
         """m [T,D], which may be overwritten."""
         return self.graph_output.detach()
 
-    def _run(self, block: DecoderBlock, call: AdapterContext) -> Tensor:
+    def _run(self, block: MlpBlock, call: AdapterContext) -> Tensor:
         normed, gates = self.inputs
         total = torch.zeros_like(normed)
         into, out_of = block.linears.mlp_in, block.linears.mlp_out
