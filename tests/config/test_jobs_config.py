@@ -470,6 +470,13 @@ def test_where_no_job_is_of_the_kind_its_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="keep_residual=true"):
         swept("init_lora_weights=true,eva", "keep_residual=true")
     assert swept("init_lora_weights=true,olora", "keep_residual=true") == ["inittrue", "initolora"]
+    with pytest.raises(ConfigError, match="rho is EVA's"):
+        swept("init_lora_weights=true,corda", "rho=3")
+    assert swept("init_lora_weights=true,eva", "rho=3", "init_rows=8") == ["inittrue", "initeva"]
+    # the run's own is EVA's: what is not leaves its settings out
+    for job in ("{name: b, init_lora_weights: true}", "{name: b, init_lora_weights: corda}"):
+        words = ["init_lora_weights=eva", "rho=3", "init_rows=8", f"jobs=[{{name: a}}, {job}]"]
+        assert swept(*words) == ["a", "b"]
 
 
 def test_passes_of_a_few_jobs_each() -> None:

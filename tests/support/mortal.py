@@ -54,6 +54,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "streamed": {"streaming": True, "packing": True, "load_best_model_at_end": False},
 }
 TIMES = ("seconds", "peak_memory_bytes")
+# of receipt.json: what two processes of one run differ in
+MEMORY = ("loading_peak_bytes", "trained_bytes")
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,9 @@ def finished(folder: Path) -> dict[str, Any]:
             found[name] = {**meta, "config": _without_place(meta["config"])}
         elif path.name == "manifest.json":
             found[name] = json.loads(path.read_text())["files"].keys()
+        elif name == "receipt.json":
+            receipt = json.loads(path.read_text())
+            found[name] = {k: v for k, v in receipt.items() if k not in MEMORY}
         elif name == "run.yaml":
             found[name] = _without_place(yaml.safe_load(path.read_text()))
         else:

@@ -46,7 +46,8 @@ class StopAt(Heard):
 
 def settings(init: str, **more: Any) -> dict[str, Any]:
     packed = {"quantize": "nf4"} if init == "loftq" else {}
-    return {"init_lora_weights": init, "init_rows": 8, **packed, **more}
+    rows = {"init_rows": 8} if init in ("eva", "corda", "lora_ga") else {}
+    return {"init_lora_weights": init, **rows, **packed, **more}
 
 
 def test_a_half_that_never_trains_is_made_again(world: World, tmp_path: Path) -> None:
@@ -191,6 +192,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "raw": ({"init_lora_weights": "corda", "keep_residual": True}, "keep_residual=true writes"),
     "dora": ({"init_lora_weights": "pissa", "use_dora": True}, "does not go with use_dora"),
+    "rows": ({"init_rows": 8, "init_lora_weights": "pissa"}, "init_rows says how many rows eva"),
+    "EVA's rho": ({"rho": 3.0, "init_lora_weights": "corda"}, "rho is EVA's; add"),
     "one job": (
         {"jobs": [{"name": "a"}, {"name": "b", "init_lora_weights": "loftq"}]},
         "give model.quantize=nf4",

@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lorry.config.adapter.belongs import drop_foreign
+from lorry.config.adapter.belongs import BELONGS_TO, drop_foreign
 from lorry.config.parsing.names import SchemaNames, show_value, union_members
 from lorry.config.parsing.place import (
     GivenSetting,
@@ -28,7 +28,6 @@ from lorry.config.parsing.place import (
     parse_typed_list,
     place_setting,
 )
-from lorry.config.schema.lora import ADALORA_FIELDS
 from lorry.config.schema.run import JOBS, NO_ADAPTERS_FOR_JOBS, RunConfig
 from lorry.errors import ConfigError
 from lorry.notes import NoteCallback
@@ -154,11 +153,12 @@ class JobOverrides:
 
 
 def _shared_with(own: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's adapter settings without those that a job's ``own`` leave no meaning: AdaLoRA's where
-    the job's variant is another, and its first rank under either of its names."""
+    """The run's adapter settings without those that a job's ``own`` leave no meaning: what belongs to another
+    variant or start, and AdaLoRA's first rank under either of its names."""
     gone = {"r", "init_r"} if {"r", "init_r"} & own.keys() else set()
-    if own.get("variant", "adalora") != "adalora":
-        gone |= {*ADALORA_FIELDS}
+    for name, (decides, values) in BELONGS_TO.items():
+        if decides in own and own[decides] not in values:
+            gone |= {name}
     if "variant" in own:
         gone |= {"use_dora"}
     return {name: value for name, value in lora.items() if name not in gone}

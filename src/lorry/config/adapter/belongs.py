@@ -20,10 +20,13 @@ from lorry.notes import NoteCallback
 # settings by group: {group: {setting: value}}
 SettingsTree = dict[str, dict[str, Any]]
 REPEATABLE = tuple(name for name, way in INITIALIZATIONS.items() if way.is_repeatable)
+FROM_ROWS = tuple(name for name, way in INITIALIZATIONS.items() if way.reads_rows)
 # {setting: (the one that decides, its values)}
 BELONGS_TO: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     **dict.fromkeys(ADALORA_FIELDS[1:], ("variant", ("adalora",))),
     "keep_residual": ("init_lora_weights", REPEATABLE),
+    "init_rows": ("init_lora_weights", FROM_ROWS),
+    "rho": ("init_lora_weights", ("eva",)),
 }
 MOST_NAMED = 4  # jobs in a note
 

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from lorry.config.adapter.initialization import check_initialization
+from lorry.config.adapter.initialization import check_initialization, find_initialization
 from lorry.config.base import CheckedName, PathText, SettingsGroup, config_field, derived_field
 from lorry.config.parsing.names import show_value
 from lorry.config.schema.backend import SharedBackendConfig
@@ -293,6 +293,14 @@ class LoraConfig(SettingsGroup):
             )
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        way = find_initialization(self.init_lora_weights)
+        if self.init_rows != self._default("init_rows") and not (way and way.reads_rows):
+            raise ValueError(
+                "init_rows says how many rows eva, corda and lora_ga begin from; give init_lora_weights, or "
+                "leave it out"
+            )
+        if self.rho != self._default("rho") and not (way and way.name == "eva"):
+            raise ValueError("rho is EVA's; add init_lora_weights=eva, or leave it out")
         return self
 
     @field_validator("target_modules", "exclude_modules", mode="before")
