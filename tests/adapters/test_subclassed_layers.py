@@ -13,6 +13,7 @@ import torch
 from test_peft_configurations import compare_gradients, loss_of, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
 from lorry.adapters.attach import attach, detach, lora_parameters
 from lorry.adapters.merge import merge, unmerge
@@ -115,12 +116,14 @@ def test_without_a_term_they_round_as_the_classes_they_replace(ids: Tensor, logi
 
 
 def test_other_subclasses_are_no_targets() -> None:
-    """Nor an embedding whose weight changes as it runs: what they compute is not known."""
+    """Nor an embedding whose weight changes as it runs, or that puts a parameter of its own in a row's place: what
+    they compute is not known."""
 
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * F.linear(x, self.weight, self.bias)
 
-    for module in (Doubled(4, 4), nn.Embedding(8, 4, max_norm=1.0)):
+    replacing = T5Gemma2TextScaledWordEmbedding(8, 4, 0, eoi_token_index=5)
+    for module in (Doubled(4, 4), nn.Embedding(8, 4, max_norm=1.0), replacing):
         with pytest.raises(ConfigError, match="'0', which matches no"):
             attach(nn.Sequential(module), LoraSpec(r=2, target_modules=("0",)))

@@ -88,6 +88,19 @@ def test_forward_and_backward_are_the_products(
     assert adapter_products.master_gradients(x, low, up, parts, grads, (False, wanted))[0] is None
 
 
+def test_gradients_lie_where_the_factors_do() -> None:
+    """Whatever device is torch's default: the kernel writes into them."""
+    x, low, g, b = (random(*shape, seed=0) for shape in ((4, 6), (4, 2), (4, 3), (3, 2)))
+    with torch.device("meta"):
+        da, (db,) = adapter_products.master_gradients(
+            x, low, low, [AdapterPart(b, 0, 1.0)], [g], (True, [True])
+        )
+    assert da is not None
+    assert db is not None
+    near(da, low.double().t() @ x.double(), low.double().abs().t() @ x.double().abs(), 4)
+    near(db, g.double().t() @ low.double(), g.double().abs().t() @ low.double().abs(), 4)
+
+
 def test_what_the_kernel_takes() -> None:
     x, other = random(4, 6, seed=0), random(3, 6, seed=1)
     assert adapter_products.supports_adapter(x, other)

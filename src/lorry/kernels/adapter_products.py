@@ -88,7 +88,7 @@ def master_gradients(
     ranks, width = up.shape[1], x.shape[1]
     grad_a = x.new_empty(ranks, width, dtype=torch.float32) if of_a else None
     grads_b = [
-        torch.empty(part.lora_B.shape, dtype=torch.float32) if one else None
+        part.lora_B.new_empty(part.lora_B.shape, dtype=torch.float32) if one else None
         for part, one in zip(parts, of_b, strict=True)
     ]
     _kernel("adapter_gradients_bf16", 4)(

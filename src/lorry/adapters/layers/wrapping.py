@@ -19,8 +19,15 @@ def is_linear_or_embedding(module: nn.Module) -> bool:
     kind = type(module)
     if isinstance(module, nn.Embedding):
         # with a max_norm it changes its weight as it runs
-        return module.max_norm is None and (kind is nn.Embedding or kind.__name__.endswith(SCALED))
+        return module.max_norm is None and (kind is nn.Embedding or _only_scales(module))
     return kind is nn.Linear or kind.__name__ in (CONV1D, FALCON)
+
+
+def _only_scales(module: nn.Embedding) -> bool:
+    """Whether it is rows times a constant and no more: T5Gemma 2's has a parameter beside them, which takes a row's
+    place."""
+    named = type(module).__name__.endswith(SCALED) and hasattr(module, "embed_scale")
+    return named and not module._parameters.keys() - {"weight"}
 
 
 def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
