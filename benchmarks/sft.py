@@ -30,11 +30,12 @@ from turns import ENGINES, contest, elsewhere, show
 from lorry.processor import has_bfloat16
 
 ALL = [name for name in ENGINES if name != "lorry-packing"]
-# Lorry, and PEFT as it comes and at its best: by whether the processor multiplies bfloat16. With AVX2
+# Lorry, and PEFT as it comes and at its best: by whether the processor multiplies bfloat16. There the
+# best is with torch.compile or without it, by processor and length. With AVX2
 # torch's products in it have a fifth of the speed of float32 forward and a thirtieth backward, so
 # that peers with such a base run only where --engines asks for them.
 FEW = {
-    True: ["lorry", "peft", "peft-bf16-malloc-compile"],
+    True: ["lorry", "peft", "peft-bf16-malloc", "peft-bf16-malloc-compile"],
     False: ["lorry", "peft-float32", "peft-float32-malloc-compile"],
 }
 DEFAULT = {True: [name for name in ALL if "float32" not in name], False: FEW[False]}
