@@ -18,14 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "tests" / "kernels" / "tiles" / "emulated_tiles.h"
-# Everything that calls a kernel with shapes of all kinds: in order dropout, attention, generation, extreme numbers, low-rank terms, float32
-# products, norms and gates, the vocabulary, packed formats, layers of a step, and the head of packed bytes.
+# Everything that calls a kernel with shapes of all kinds: in order dropout, attention, generation, extreme numbers, low-rank terms, an
+# adapter's and other products, norms and gates, the vocabulary, packed formats, layers of a step, and the head of packed bytes.
 FILES = (
     "tests/adapters/test_random.py",
     "tests/kernels/test_attention_kernel.py",
     "tests/kernels/test_decode.py",
     "tests/kernels/test_extremes.py",
     "tests/kernels/test_low_rank.py",
+    "tests/kernels/test_adapter_products.py",
     "tests/kernels/test_matmul.py",
     "tests/kernels/test_pointwise.py",
     "tests/kernels/test_softmax.py",
