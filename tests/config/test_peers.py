@@ -232,7 +232,8 @@ def test_what_an_axolotl_file_leaves_out_is_as_there(tmp_path: Path) -> None:
     # as it is the file leaves nothing out
     assert not any("by default" in note for note in read(tmp_path, AXOLOTL)[1])
     # what its own names say, without a value, is left out as well
-    assert read(tmp_path, AXOLOTL.replace("num_epochs: 1", "num_epochs:"))[0].train.num_train_epochs
+    empty, _ = read(tmp_path, AXOLOTL.replace("num_epochs: 1", "num_epochs:"))
+    assert empty.train.num_train_epochs == 1
 
 
 @pytest.mark.parametrize(
