@@ -26,7 +26,6 @@ STUDIES = {
     "experts-small-cpu",
     "tofu-small-cpu",
     "variants-study-small-cpu",
-    "variants-study-small-float32-cpu",
 }
 
 
