@@ -390,3 +390,20 @@ def test_the_parameters_of_terms_come_back_in_their_places() -> None:
     assert list(names) == ["base"]
     assert TermParams.flat(terms) == ["A0", "B0", "A1", "B1", "gate", "A", "B", "other gate"]
     assert TermParams.flat(TermParams.none(stacks)) == [None] * 8
+
+
+def test_copies_of_another_scale_are_not_written_over() -> None:
+    """The masters alone are copied anew at a step; a share's scale is that of its slot."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    attach(net, LoraSpec(r=4, lora_alpha=8, target_modules="all-linear"))
+    (slot,) = net[0].slots.values()
+    x = torch.randn(6, 64).bfloat16()
+    for scale in (2.0, -3.0):
+        slot.scale = scale
+        with torch.no_grad():
+            slot.B.normal_()
+        got = net(x).detach().double()
+        weight = net[0].weight.double() + scale * slot.B.double() @ slot.A.double()
+        want = x.double() @ weight.t() + net[0].bias.double()
+        assert (got - want).norm() < 0.01 * want.norm()

@@ -97,6 +97,13 @@ def _written_again(slots: Sequence[PlacedSlot], dtype: torch.dtype, memory: Comp
     own = [slot for _, _, slot in slots]
     if any(s.magnitude is not None or s.initial is not None or s.E is not None for s in own):
         return False
+    # nor with another scale, place or rank, all of which the shares hold
+    held = [
+        (part.layer, part.scale, part.rows.stop - part.rows.start, part.lora_B.shape)
+        for part in memory.parts
+    ]
+    if held != [(i, slot.scale, len(slot.A), slot.B.shape) for i, _, slot in slots]:
+        return False
     into = [memory.lora_A, *(part.lora_B for part in memory.parts)]
     device = own[0].A.device
     if own[0].A.dtype == dtype or any(
