@@ -182,8 +182,15 @@ def test_a_signal_that_ends_a_program_ends_its_compilers(
     probe = "" if at_once else '[ "$1" = --version ] && exit 0\n'
     compiler.write_text(f"#!/bin/sh\n{probe}sleep 300 & echo $! >> {pids}; wait\n")
     compiler.chmod(0o755)
+    # what runs the tests may ignore a hangup (nohup), which a program inherits
+    code = f"""
+import signal
+signal.signal({int(number)}, signal.SIG_DFL)
+from lorry.kernels import kernel_status
+kernel_status()
+"""
     program = subprocess.Popen(
-        [sys.executable, "-c", "from lorry.kernels import kernel_status; kernel_status()"],
+        [sys.executable, "-c", code],
         env={
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import AdapterContext, Mix
@@ -220,7 +220,7 @@ def test_a_term_without_its_gate_is_never_run(tmp_path: Path) -> None:
         Mix.packed([router.mix(), of_layers.mix()], [0, 3, 6])
 
 
-class TokenStates:
+class TokenStates(nn.Module):
     """Stands for a model whose hidden state of a token is [its number, 1]."""
 
     device = torch.device("cpu")

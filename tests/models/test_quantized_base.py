@@ -24,6 +24,7 @@ from lorry.adapters.quantization.linear import quantized_linears
 from lorry.adapters.quantization.packed import QUANTIZATIONS, pack
 from lorry.adapters.spec import LoraSpec
 from lorry.adapters.targets.candidates import find_linears, head_and_embedding
+from lorry.config import RunConfig, build_settings
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.loading.load import load_model
 from lorry.notes import ignore_note
@@ -220,9 +221,10 @@ def test_another_base_of_the_same_format_is_another(models: Path, tmp_path: Path
 
 def test_full_training_is_refused(models: Path, tmp_path: Path) -> None:
     rows = tinyrun.write_rows(tmp_path / "rows.jsonl", tinyrun.rows(8))
+    settings = {"model.name": str(models / "llama"), "model.quantize": "nf4", "data": str(rows)}
     with pytest.raises(ConfigError, match="packed weights cannot train"):
-        tinyrun.described(
-            models / "llama", rows, tmp_path / "run", lora=None, **{"model.quantize": "nf4"}
+        build_settings(
+            RunConfig, {**settings, "lora": None, "output_dir": str(tmp_path / "run")}, print
         )
 
 

@@ -25,6 +25,7 @@ import yaml
 from lorry.backends.local import LocalBackend
 from lorry.config import RunConfig
 from lorry.disk import durable
+from lorry.disk.receipt import MEMORY
 from lorry.models.scoring import score
 from lorry.runs.metrics import MetricsWriter
 from lorry.train import engine
@@ -54,8 +55,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "streamed": {"streaming": True, "packing": True, "load_best_model_at_end": False},
 }
 TIMES = ("seconds", "peak_memory_bytes")
-# of receipt.json: what two processes of one run differ in
-MEMORY = ("loading_peak_bytes", "trained_bytes")
 
 
 @dataclass(frozen=True)

@@ -150,13 +150,11 @@ def test_jobs_have_their_own_and_are_as_they_would_be_alone(
         torch.testing.assert_close(got.values, wanted.values, rtol=1e-4, atol=1e-6)
 
 
-def test_where_matrices_are_cut_they_are_refused(thoughts: World, tmp_path: Path) -> None:
+def test_on_megatrons_layers_they_are_refused(thoughts: World, tmp_path: Path) -> None:
     """Before anything is read; `tests/verbs/test_own_weights_on_ranks.py` trains with the others."""
     for own in (*CASES.values(), {"jobs": [{"name": "a"}, {"name": "b", "bias": "all"}]}):
-        shared = {"backend": "ddp", "processes": 2, "tensor_parallel": 2}
-        for layout in ({"backend": "megatron"}, *([shared] if "new_tokens" in own else [])):
-            with pytest.raises(ConfigError, match="use backend=single, ddp or fsdp"):
-                thoughts.run(tmp_path, **own, **layout)
+        with pytest.raises(ConfigError, match="use backend=single, ddp or fsdp"):
+            thoughts.run(tmp_path, **own, backend="megatron")
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_weights_that_hardly_move_are_another_model(
         ({"metrics": ["forget_quality"]}, "retain_logs_path=FILE"),
         ({"metrics": ["forget_truth_ratio"], "retain_logs_path": "none.json"}, "none.json"),
         ({"holdout_split": "nowhere", "metrics": ["mia_loss"]}, "nowhere"),
-        ({"suite": None}, "metrics is for suite=tofu"),
+        ({"suite": None}, "suite=null says that there is none"),
         ({"suite": "muse", "metrics": [], "forget_split": "forget05"}, "is not used by suite=muse"),
     ],
 )

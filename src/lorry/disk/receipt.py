@@ -18,13 +18,9 @@ from lorry.disk import documents
 from lorry.errors import RunFilesError
 
 OBJECTS = ("data", "base", "code", "environment", "adapters", "weights", "teacher")
-NUMBERS = (
-    "trainable_parameters",
-    "total_parameters",
-    "saved_bytes",
-    "loading_peak_bytes",
-    "trained_bytes",
-)
+# of the process that ended the run: another one's differ
+MEMORY = ("loading_peak_bytes", "trained_bytes")
+NUMBERS = ("trainable_parameters", "total_parameters", "saved_bytes", *MEMORY)
 DIGESTS = ("adapters", "weights")  # {file or adapter: SHA-256}
 TEXTS = (
     "name",
@@ -72,6 +68,21 @@ def read(path: Path) -> dict[str, Any] | None:
         _texts(rows, name, path)
         part(rows, "left_out", path, f"{name}.")
     return receipt
+
+
+def is_of_same_run(path: Path, other: Mapping[str, Any]) -> bool:
+    """Whether a receipt lies there that says what another does, but for a process's memory. Raises
+    OSError.
+    """
+    try:
+        found = read(path)
+    except RunFilesError:
+        return False
+    if found is None:
+        return False
+    return {k: v for k, v in found.items() if k not in MEMORY} == {
+        k: v for k, v in other.items() if k not in MEMORY
+    }
 
 
 def part(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from lorry.adapters.peft.files import adapter_files
-from lorry.disk import durable
+from lorry.disk import durable, receipt
 from lorry.runs import ownership
-from lorry.runs.layout import ADAPTER_WEIGHTS, CONTRACTS, RUN_FILE
+from lorry.runs.layout import ADAPTER_WEIGHTS, CONTRACTS, RECEIPT, RUN_FILE
 
 
 def write_json(run_dir: Path, name: str, value: Any) -> None:
@@ -33,8 +33,12 @@ def json_text(value: Any) -> str:
 
 def write_text(run_dir: Path, name: str, text: str) -> None:
     """One text file of a run, whole or not at all. What somebody put there while the run went moves
-    to previous/N; a description and contracts of the run's earlier lives are written over."""
-    ours = {RUN_FILE: ownership.read_run_description, CONTRACTS: ownership.is_contracts}
+    to previous/N; a description, contracts and a receipt of the run's earlier lives are written over."""
+    ours: dict[str, Callable[[Path], object]] = {
+        RUN_FILE: ownership.read_run_description,
+        CONTRACTS: ownership.is_contracts,
+        RECEIPT: lambda path: receipt.is_of_same_run(path, json.loads(text)),
+    }
     ownership.write_owned_files(
         run_dir, {name: text.encode()}, ours=lambda path: name in ours and bool(ours[name](path))
     )
