@@ -5,6 +5,7 @@ with the first folded into its weights gives; files that no other reader takes f
 from __future__ import annotations
 
 import json
+import pickle
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,20 @@ def test_the_start_keeps_no_gradient_buffer(tiny: Any, shake: Any, tmp_path: Pat
         assert all(master.grad is None for master in frozen.masters().values())
         assert torch.equal(logits(one, ids), before)
         assert all(grad.any() for grad in gradients(one, ids).values())
+
+
+def test_a_gradient_with_other_memory_is_bound_again() -> None:
+    """What sets a gradient's .data leaves the object in place, and the flat buffer would get nothing."""
+    net = nn.Sequential(nn.Linear(6, 5))
+    attach(net, LoraSpec(r=2, lora_alpha=4, target_modules="all-linear"))
+    adapter = get_bank(net)["default"]
+    adapter.bind_grads()
+    for param in adapter.parameters():
+        assert param.grad is not None
+        param.grad.data = param.grad.data.clone()
+    adapter.bind_grads()
+    net(torch.ones(3, 6)).sum().backward()
+    assert adapter.grads.any()
+    # and a pickled one brings each buffer once
+    sizes = {key: len(pickle.dumps(value)) for key, value in adapter.__getstate__().items()}
+    assert sizes["bound"] < 100 < sizes["grads"]

@@ -66,8 +66,8 @@ class Adapter:
     initial: Tensor | None = field(default=None, repr=False)
     sides: tuple[Side, ...] = SIDES
     held: Tensor | None = field(default=None, repr=False)
-    # ``grads``, and the views of it that are the masters' gradients
-    bound: tuple[Tensor, list[Tensor]] | None = field(default=None, repr=False)
+    # ``grads``, and the views of it that are the masters' gradients, each with its address
+    bound: tuple[Tensor, list[tuple[Tensor, int]]] | None = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy whose masters are views of its own buffers, as the original's are of its."""
@@ -87,10 +87,13 @@ class Adapter:
             twin.use_held(self.held.clone())
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views of the gradients, each of which would be pickled with all of the buffer."""
+        return {**self.__dict__, "bound": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a pickled one, whose masters come apart from its buffers: views of those again."""
         self.__dict__.update(state)
-        self.bound = None
         if self.buffer is not None:
             self.use_buffers(self.buffer, self.grads)
         if self.initial is not None:
@@ -341,9 +344,16 @@ class Adapter:
         params = self.parameters()
         if self.grads.numel() < sum(param.numel() for param in params):
             return
-        if self.bound is None or self.bound[0] is not self.grads:
-            self.bound = (self.grads, [view for _, view in self._views(self.grads)])
-        for param, view in zip(params, self.bound[1], strict=True):
+        known = self.bound
+        # a view may hold other memory by now, where somebody has set its .data
+        if (
+            known is None
+            or known[0] is not self.grads
+            or any(view.data_ptr() != at for view, at in known[1])
+        ):
+            views = [view for _, view in self._views(self.grads)]
+            known = self.bound = (self.grads, [(view, view.data_ptr()) for view in views])
+        for param, (view, _) in zip(params, known[1], strict=True):
             # autograd adds in place to a .grad that exists, so the flat buffer is always the
             # gradient
             if param.grad is not view:
