@@ -221,6 +221,14 @@ def test_nothing_of_an_adapter_where_none_trains(tmp_path: Path) -> None:
     assert not any("LLaMA-Factory" in note for note in notes)
 
 
+def test_adalora_over_a_file_without_a_rank_has_its_own(tmp_path: Path) -> None:
+    own = ("variant=adalora", "init_r=12", "target_r=4")
+    run, notes = read(tmp_path, without(LLAMA_FACTORY, "lora_rank"), *own)
+    assert run.lora is not None
+    assert (run.lora.init_r, run.lora.target_r) == (12, 4)
+    assert not any("lora_alpha" in note for note in notes if "LLaMA-Factory" in note)
+
+
 def test_what_an_axolotl_file_leaves_out_is_as_there(tmp_path: Path) -> None:
     gone = ("micro_batch_size", "num_epochs", "lr_scheduler", "sequence_len")
     run, notes = read(tmp_path, without(AXOLOTL, *gone))

@@ -91,6 +91,9 @@ def _defaults_left_out(
         left_out.add("train.warmup_ratio")
     if given.get("lora", "") in (None, "null"):
         left_out |= {RANK, ALPHA}
+    # which has ranks of its own, and no peer's file does it
+    if given.get("lora.variant") == "adalora":
+        left_out |= {RANK, ALPHA}
     return {n: v for n, v in defaults.items() if n not in left_out and n in names.fields}
 
 
