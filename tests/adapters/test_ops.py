@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.layers.stacks import ComputeCopies, StackedAdapters
 from lorry.adapters.mix import AMBIENT_CONTEXT, AdapterContext, Mix, MixTerm
-from lorry.adapters.product import ComputeCopies, PartParams, StackedAdapters, TermParams
+from lorry.adapters.product import PartParams, TermParams
 from lorry.adapters.spec import LoraSpec
 
 I, O, T, V = 7, 5, 12, 11  # noqa: E741

@@ -54,7 +54,7 @@ def test_forward_and_backward_are_the_products(
     before = [y.double() for y in ys]
     exact = [part.lora_B.double() for part in parts]
 
-    low = adapter_products.add_terms(x, lora_A, parts, ys)
+    low = adapter_products.add_adapter_terms(x, lora_A, parts, ys)
     near(low, x.double() @ lora_A.double().t(), x.double().abs() @ lora_A.double().abs().t(), width)
     rows = [slice(part.first, part.first + part.lora_B.shape[1]) for part in parts]
     for part, own, y, start, b in zip(parts, rows, ys, before, exact, strict=True):

@@ -50,7 +50,7 @@ WAYS = [
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     chosen: Way = request.param
     if not chosen.products:
-        monkeypatch.setattr(kernel, "multiplies_bfloat16", lambda q: False)
+        monkeypatch.setattr(kernel, "attends_in_bfloat16", lambda q: False)
     return chosen
 
 

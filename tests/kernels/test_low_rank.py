@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorry.adapters.product import AdapterShare, ComputeCopies, StackedAdapters
+from lorry.adapters.layers.stacks import AdapterShare, ComputeCopies, StackedAdapters
 from lorry.kernels import decode, kernel_status, load_library
 from lorry.models.decoder.low_rank import TermDescription, supports_term
 

@@ -4,7 +4,7 @@ bfloat16 where dot products are fast; and where torch's own are taken instead.""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorry.adapters.product import DenseLinear
+from lorry.adapters.layers.frozen_linear import DenseLinear
 from lorry.kernels import kernel_status, load_library, matmul
 
 has_kernels = pytest.mark.skipif(
@@ -108,11 +108,10 @@ def test_each_form_is_the_product(
         assert torch.equal(into.double(), expected)
 
 
-@has_kernels
-@pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_a_row_is_the_same_bit_for_bit_whatever_surrounds_it(layout: str) -> None:
-    """Rows beside it, threads, where it lies, and how either operand is laid."""
-    x, w = random(777, 576), laid(576, 1300, layout, 1)
+def same_whatever_surrounds(
+    x: Tensor, w: Tensor, rows: Sequence[slice], columns: Sequence[slice]
+) -> None:
+    """x @ w bit for bit, of one to three threads, of some rows or columns alone, and laid otherwise."""
     before = torch.get_num_threads()
     try:
         found = []
@@ -123,11 +122,21 @@ def test_a_row_is_the_same_bit_for_bit_whatever_surrounds_it(layout: str) -> Non
         torch.set_num_threads(before)
     together = found[0]
     assert all(torch.equal(other, together) for other in found)
-    for rows in (slice(0, 1), slice(15, 17), slice(300, 557), slice(776, 777)):
-        assert torch.equal(together[rows], matmul.mm(x[rows], w))
-    for columns in (slice(0, 1), slice(47, 50), slice(640, 1299)):
-        assert torch.equal(together[:, columns], matmul.mm(x, w[:, columns]))
+    assert all(torch.equal(together[some], matmul.mm(x[some], w)) for some in rows)
+    assert all(torch.equal(together[:, some], matmul.mm(x, w[:, some])) for some in columns)
     assert torch.equal(together, matmul.mm(x.t().contiguous().t(), w.t().contiguous().t()))
+
+
+@has_kernels
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_row_is_the_same_bit_for_bit_whatever_surrounds_it(layout: str) -> None:
+    """Rows beside it, threads, where it lies, and how either operand is laid."""
+    same_whatever_surrounds(
+        random(777, 576),
+        laid(576, 1300, layout, 1),
+        rows=(slice(0, 1), slice(15, 17), slice(300, 557), slice(776, 777)),
+        columns=(slice(0, 1), slice(47, 50), slice(640, 1299)),
+    )
 
 
 @has_kernels
@@ -364,22 +373,12 @@ def test_each_form_is_the_product_in_bfloat16(
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_a_row_is_the_same_bit_for_bit_in_bfloat16(layout: str) -> None:
     """As in float32; of a depth of several blocks."""
-    x, w = random(1100, 2100).bfloat16(), laid(2100, 300, layout, 1).bfloat16()
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(matmul.mm(x, w))
-    finally:
-        torch.set_num_threads(before)
-    together = found[0]
-    assert all(torch.equal(other, together) for other in found)
-    for rows in (slice(0, 1), slice(7, 17), slice(1000, 1057), slice(1099, 1100)):
-        assert torch.equal(together[rows], matmul.mm(x[rows], w))
-    for columns in (slice(0, 1), slice(47, 50), slice(100, 299)):
-        assert torch.equal(together[:, columns], matmul.mm(x, w[:, columns]))
-    assert torch.equal(together, matmul.mm(x.t().contiguous().t(), w.t().contiguous().t()))
+    same_whatever_surrounds(
+        random(1100, 2100).bfloat16(),
+        laid(2100, 300, layout, 1).bfloat16(),
+        rows=(slice(0, 1), slice(7, 17), slice(1000, 1057), slice(1099, 1100)),
+        columns=(slice(0, 1), slice(47, 50), slice(100, 299)),
+    )
 
 
 @has_dots

@@ -77,7 +77,7 @@ def test_attention_and_its_gradients(
     heads: int, groups: int, width: int, starts: list[int]
 ) -> None:
     given = inputs(starts[-1], heads, groups, width, torch.bfloat16)
-    assert kernel.multiplies_bfloat16(given[0])
+    assert kernel.attends_in_bfloat16(given[0])
     assert worst(given, starts, PRODUCTS.floor) < PRODUCTS.bound
 
 

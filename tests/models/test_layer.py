@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.layers.frozen_linear import FrozenLinear
 from lorry.adapters.layers.linear import BankLinear
 from lorry.adapters.merge import merge
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
-from lorry.adapters.product import FrozenLinear
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError
 from lorry.kernels import kernel_status

@@ -70,6 +70,12 @@ def cut_metrics(run: Path) -> None:
     path.write_bytes(b"".join(before) + short[: len(short) // 2])
 
 
+def lose_a_line(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    first, _, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"".join(rest))
+
+
 def change_receipt(run: Path) -> None:
     (run / "receipt.json").write_text('{"adapters": 3}')
 
@@ -85,6 +91,9 @@ def change_receipt(run: Path) -> None:
             "is missing, and receipt.json lists it",
         ),
         (cut_metrics, 3, "the line has no end, although the run finished"),
+        (lose_a_line, 3, "lines of training (step 2 first), although the run finished"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), 3, "(step 1 first), although the run"),
+        (lambda run: (run / "metrics.jsonl").unlink(), 3, "metrics.jsonl"),
         (change_receipt, 3, "'adapters' is not valid in a receipt"),
         (lambda run: (run / "contracts.json").write_text("{"), 3, "contracts.json:1: not JSON"),
         (shutil.rmtree, 3, "no such run directory"),
@@ -101,6 +110,16 @@ def test_what_is_wrong_with_a_run(
     assert lorry("doctor", run) == code
     out, err = capsys.readouterr()
     assert message in " ".join((out + err).split())
+
+
+def test_a_report_of_a_run_that_lost_a_line_says_so(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lorry("report", run) == 0
+    assert "warning" not in capsys.readouterr().err
+    lose_a_line(run)
+    assert lorry("report", run) == 0
+    assert "lines of training (step 2 first)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_that_never_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def supports_adapter(x: Tensor, *others: Tensor) -> bool:
     )
 
 
-def add_terms(
+def add_adapter_terms(
     x: Tensor, lora_A: Tensor, parts: Sequence[AdapterPart], ys: Sequence[Tensor]
 ) -> Tensor:
     """x A^T [T,S] of x [T,I] and A [S,I]; to each y [T,O] its scale * x A^T B^T is added."""
@@ -83,7 +83,7 @@ def master_gradients(
     wanted: tuple[bool, Sequence[bool]],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """fp32 gradients of A [S,I] and of each B [O,R], of those that are ``wanted``. low, up [T,S]: what
-    `add_terms` and `input_gradient` gave."""
+    `add_adapter_terms` and `input_gradient` gave."""
     of_a, of_b = wanted
     ranks, width = up.shape[1], x.shape[1]
     grad_a = x.new_empty(ranks, width, dtype=torch.float32) if of_a else None

@@ -32,7 +32,7 @@ def supports_attention(q: Tensor, k: Tensor) -> bool:
     )
 
 
-def multiplies_bfloat16(q: Tensor) -> bool:
+def attends_in_bfloat16(q: Tensor) -> bool:
     """Whether q [T,H,D] is attended to in products of bfloat16, on matrix tiles or in dot products; else it
     is widened to float32 vectors."""
     return (
@@ -85,7 +85,7 @@ def _call_with_scratch(
     """
     q, k = tensors[:2]
     (tokens, heads, width), groups, segments = q.shape, k.shape[1], len(starts) - 1
-    of_bfloat16 = multiplies_bfloat16(q)
+    of_bfloat16 = attends_in_bfloat16(q)
     kernel = "attention" if of_bfloat16 else "attention_vectors"
     sizes = (starts, segments, tokens, heads, groups, width)
     # two calls: the kernel says what it needs, torch allocates it

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorry.runs.layout import METRICS
+from lorry.disk import documents
+from lorry.errors import RunFilesError
+from lorry.runs.layout import LOSSES, METRICS
 from lorry.runs.metrics import iter_metrics
 
 
@@ -29,6 +31,31 @@ def collect_losses(run_dir: Path) -> dict[str, Any]:
         for name, own in record.get("adapters", {}).items():
             _add_record(adapters.setdefault(name, _empty_lists()), record["step"], own)
     return {**whole, "adapters": adapters} if adapters else whole
+
+
+def describe_lost_lines(run_dir: Path) -> str:
+    """Which steps of losses.json, which a run writes at its end, metrics.jsonl has no more, in words; empty
+    where it has all, or the run did not end. Raises DataError naming what is damaged.
+    """
+    path = run_dir / LOSSES
+    try:
+        # a run that diverged has numbers that are none of JSON's
+        kept = documents.read_json_document(path, error=RunFilesError, nonfinite=True)
+    except FileNotFoundError:
+        return ""
+    there = collect_losses(run_dir)
+    for name, what in (("step", "of training"), ("eval_step", "of an evaluation")):
+        steps = kept.get(name, []) if isinstance(kept, dict) else None
+        if not isinstance(steps, list):
+            raise RunFilesError(f"{path}: expected an object with a list {name!r}")
+        known = set(there[name])
+        if lost := [step for step in steps if step not in known]:
+            return (
+                f"{run_dir / METRICS} lacks {len(lost)} of {len(steps)} lines {what} (step {lost[0]} first), "
+                f"although the run finished and {LOSSES} has them: another program or a disk took them; "
+                "they are lost to reports alone"
+            )
+    return ""
 
 
 def _empty_lists() -> dict[str, list[Any]]:

@@ -324,7 +324,7 @@ def recorded_weights(run_dir: Path, run_receipt: Mapping[str, Any] | None) -> di
     return own | {run_dir / file: digest for file, digest in weights.items()}
 
 
-def verify_weights(file: Path, digest: str) -> None:
+def verify_weight_file(file: Path, digest: str) -> None:
     """Raises ModelError where a file of weights is missing, or is not the one of this SHA-256 that its run
     wrote: somebody replaced it, or a disk lost a bit."""
     if not file.is_file():

@@ -159,7 +159,8 @@ def _memory_figure(run: RunRecord) -> RunFigure:
         (run.receipt or {}).get(name) for name in ("loading_peak_bytes", "trained_bytes")
     )
     if peak is not None and is_number(loading) and peak <= loading:
-        note = "while the model was loaded, which converts it where it is used first"
+        # a model used for the first time is converted, and a start may read rows
+        note = "before the first step"
         note += f"; {format_bytes(trained)} after the last step" if is_number(trained) else ""
     return RunFigure("peak memory", format_bytes(peak), note)
 

@@ -30,8 +30,9 @@ from lorry.runs.layout import (
     RUN_FILE,
     list_adapter_subfolders,
 )
+from lorry.runs.losses import describe_lost_lines
 from lorry.runs.metrics import find_cut_line
-from lorry.runs.read import RUN_FILES, RunRecord, recorded_weights, verify_weights
+from lorry.runs.read import RUN_FILES, RunRecord, recorded_weights, verify_weight_file
 from lorry.runs.read import read_run as load_run
 
 JOIN_SECONDS = 60.0  # for the processes of a job to find each other
@@ -296,12 +297,14 @@ def verify_run_starts(run: RunRecord) -> int:
 
 
 def verify_metrics(run: RunRecord, state: status.RunState) -> str:
-    """What is wrong with the last line of metrics.jsonl: nothing, or what ended its writer. Raises DataError
-    where the run finished, which wrote its lines whole."""
+    """What is wrong with metrics.jsonl: nothing, or what ended its writer in a line. Raises DataError where the
+    run finished, which wrote its lines whole, and one is cut or gone."""
     path = run.path / METRICS
     # of a run at work the line is being written
     line = None if state.state == "running" else find_cut_line(path)
     if line is None:
+        if state.state == "finished" and (lost := describe_lost_lines(run.path)):
+            raise RunFilesError(lost)
         return ""
     what = f"{path}:{line}: the line has no end"
     if state.state == "finished":
@@ -320,5 +323,5 @@ def verify_saved_weights(run: RunRecord) -> str:
     if not recorded:
         return "no receipt.json, so there is nothing to compare with"
     for file, digest in recorded.items():
-        verify_weights(file, digest)
+        verify_weight_file(file, digest)
     return f"{len(recorded)} intact (SHA-256 as in receipt.json)"

@@ -97,7 +97,8 @@ def merge_onto_original(settings: MergeSettings) -> int:
     losses.append(loss_of_rows(written, rows, Mix.none(), evaluation.batch_size))
     print_note(
         f"loss on {format_count(len(rows.rows), 'row')} of {settings.data.path}: {losses[0]:.4f} over the base "
-        f"held in {held}, as trained; {losses[1]:.4f} merged onto the original weights ({losses[1] - losses[0]:+.4f})"
+        f"held in {held}, as trained; {losses[1]:.4f} merged onto the original weights and stored in {dtype} "
+        f"({losses[1] - losses[0]:+.4f}, of which rounding to {dtype} is a part); computed in {computed}"
     )
     print(settings.output_dir)
     return 0

@@ -10,8 +10,10 @@ from lorry.config.settings import ReportSettings
 from lorry.console import VisibleConsole
 from lorry.errors import DataError
 from lorry.report import table, write_report
+from lorry.runs.losses import describe_lost_lines
 from lorry.runs.read import read_readable_runs
 from lorry.runs.status import list_runs_of
+from lorry.verbs.open_model import print_note
 
 
 def main(settings: ReportSettings) -> int:
@@ -29,5 +31,8 @@ def main(settings: ReportSettings) -> int:
     page = write_report(paths, output)
     runs, damaged = read_readable_runs(paths)
     VisibleConsole(stderr=True).print(table.render_runs(runs, damaged=damaged))
+    for run in runs:
+        if run.receipt is not None and (lost := describe_lost_lines(run.path)):
+            print_note(f"warning: {lost}")
     print(page)
     return DataError.exit_code if damaged else 0

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.layers.frozen_linear import DenseLinear, FrozenLinear
 from lorry.adapters.layers.linear import BankLinear
-from lorry.adapters.product import DenseLinear, FrozenLinear
 from lorry.errors import ConfigError, ContractError
 
 RunModel = Callable[[], None]

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.joined import cast_values, joined_columns, joined_rows
 from lorry.adapters.layers.slot import AdapterSlot, StackEntry, master_versions
-from lorry.adapters.product import AdapterShare, ComputeCopies, SlotBias, SlotShare
+from lorry.adapters.layers.stacks import AdapterShare, ComputeCopies, SlotBias, SlotShare
 from lorry.adapters.variants.magnitude import output_scale
 
 # (the linear's and the term's number, the slot of that term's adapter at that linear)

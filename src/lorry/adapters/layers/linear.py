@@ -16,19 +16,12 @@ from torch.nn import functional as F
 
 from lorry.adapters.layers.adaptable import AdaptableLayer
 from lorry.adapters.layers.copies import compute_copies
+from lorry.adapters.layers.frozen_linear import CastLinear, DenseLinear, FrozenLinear
 from lorry.adapters.layers.shares import whole_weight
 from lorry.adapters.layers.slot import AdapterSlot, touch_slots
+from lorry.adapters.layers.stacks import StackedAdapters
 from lorry.adapters.mix import AdapterContext, LinearRouter, MixTerm
-from lorry.adapters.product import (
-    CastLinear,
-    DenseLinear,
-    FrozenLinear,
-    Linears,
-    LowRankFunction,
-    PartParams,
-    StackedAdapters,
-    TermParams,
-)
+from lorry.adapters.product import Linears, LowRankFunction, PartParams, TermParams
 from lorry.adapters.tensor_parallel.slices import DimensionSlice, LayerSlices, gather_inputs
 from lorry.adapters.variants.magnitude import MatrixProduct
 from lorry.adapters.variants.own_weights import OwnTensor, under, with_own_rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers.joined import lie_at
-from lorry.adapters.product import ComputeCopies, MasterVersion
+from lorry.adapters.layers.stacks import ComputeCopies, MasterVersion
 from lorry.adapters.tensor_parallel.slices import LayerSlices, Side
 
 

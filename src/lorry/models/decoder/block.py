@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers.linear import BankLinear, LinearGroup
+from lorry.adapters.layers.stacks import StackedAdapters
 from lorry.adapters.mix import AdapterContext, Half, LinearRouter, mixes_mlps
-from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
+from lorry.adapters.product import LinearProducts, TermParams
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.adapters.tensor_parallel.slices import gather_inputs
 from lorry.adapters.variants.own_weights import has_own_weights, under

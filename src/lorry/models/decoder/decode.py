@@ -15,9 +15,11 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
+from lorry.adapters.layers.frozen_linear import DenseLinear
 from lorry.adapters.layers.linear import LinearGroup
+from lorry.adapters.layers.stacks import StackedAdapters
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
+from lorry.adapters.product import LinearProducts
 from lorry.adapters.quantization.packed import PackedMatrix
 from lorry.adapters.tensor_parallel.slices import gather_outputs
 from lorry.adapters.variants.own_weights import under, with_own_rows

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorry.adapters.layers.stacks import StackedAdapters
 from lorry.adapters.mix import AnyRouter, Half, LinearRouter, mixes_mlps
-from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
+from lorry.adapters.product import LinearProducts, TermParams
 from lorry.adapters.tensor_parallel.ranks import TensorRanks
 from lorry.families import LayerLinears
 from lorry.models.decoder import attention

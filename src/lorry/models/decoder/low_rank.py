@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorry.adapters.product import StackedAdapters
+from lorry.adapters.layers.stacks import StackedAdapters
 from lorry.kernels import decode as kernel
 
 

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorry.adapters.product import DenseLinear, FrozenLinear, LinearProducts, StackedAdapters
+from lorry.adapters.layers.frozen_linear import DenseLinear, FrozenLinear
+from lorry.adapters.layers.stacks import StackedAdapters
+from lorry.adapters.product import LinearProducts
 from lorry.adapters.quantization.linear import QuantizedLinear
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel

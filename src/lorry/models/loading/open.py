@@ -47,7 +47,7 @@ from lorry.runs.layout import (
     is_adapter_folder,
     list_adapter_subfolders,
 )
-from lorry.runs.read import recorded_weights, verify_weights
+from lorry.runs.read import recorded_weights, verify_weight_file
 
 
 @dataclass
@@ -169,7 +169,7 @@ def note_changed_adapter(folder: Path, add_note: NoteCallback) -> None:
         # a missing file is named by who loads it
         if digest is not None and weights.is_file():
             try:
-                verify_weights(weights, digest)
+                verify_weight_file(weights, digest)
             except ModelError as error:
                 add_note(f"{error}; it is used as it is")
 
