@@ -12,7 +12,7 @@ from lorry.errors import DataError
 from lorry.report import table, write_report
 from lorry.runs.losses import describe_lost_lines
 from lorry.runs.read import read_readable_runs
-from lorry.runs.status import list_runs_of
+from lorry.runs.status import list_runs_of, run_state_of
 from lorry.verbs.open_model import print_note
 
 
@@ -32,7 +32,8 @@ def main(settings: ReportSettings) -> int:
     runs, damaged = read_readable_runs(paths)
     VisibleConsole(stderr=True).print(table.render_runs(runs, damaged=damaged))
     for run in runs:
-        if run.receipt is not None and (lost := describe_lost_lines(run.path)):
+        # of a run that goes on after its end lines are taken off on purpose
+        if run_state_of(run).state == "finished" and (lost := describe_lost_lines(run.path)):
             print_note(f"warning: {lost}")
     print(page)
     return DataError.exit_code if damaged else 0
