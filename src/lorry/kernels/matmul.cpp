@@ -3,6 +3,7 @@
 // Both are copied, a block at a time, into panels that a tile of the result reads in order: whichever way they lie, they are read once
 // and never rearranged whole. Every number is summed alone, in an order that only the depth decides: a row's result depends neither on
 // its neighbours nor on threads.
+#include "operands.h"
 #include "vectors.h"
 
 #include <omp.h>
@@ -23,16 +24,9 @@ constexpr long LEFT = BLOCK_ROWS * BLOCK_DEPTH, RIGHT = BLOCK_COLUMNS * BLOCK_DE
 constexpr long ALONE = 1 << 21;  // multiplications; with fewer one thread is faster than waking another
 static_assert(BLOCK_ROWS % LANES == 0);
 
-// A matrix whose element (i, k), k of the depth, lies at at[i * stride + k * step]; one of the two is 1.
-struct Operand {
-    const float* at;
-    long stride, step;
-    Operand from(long i, long k) const { return {at + i * stride + k * step, stride, step}; }
-};
-
 // to [depth, WIDTH]: count <= WIDTH of the operand's rows, side by side; zeros beside them.
 template <long WIDTH>
-void copy_panel(const Operand& from, long count, long depth, float* to) {
+void copy_panel(const Operand<float>& from, long count, long depth, float* to) {
     if (from.stride == 1) {
         for (long k = 0; k < depth; k++) {
             const float* row = from.at + k * from.step;
@@ -60,19 +54,10 @@ void copy_panel(const Operand& from, long count, long depth, float* to) {
     }
 }
 
-// Where a tile's sums go: c = scale * sum + bias (or null), or c += scale * sum.
-struct Result {
-    float* at;
-    long stride;
-    const float* bias;
-    bool add;
-    float scale;
-};
-
 // The sums of ROWS rows of a panel of the left operand and VECTORS vectors of one of the right, `rows` and `columns` of which are written.
 // Not inlined: the sums would have to share the registers with what surrounds them.
 template <int ROWS, int VECTORS>
-__attribute__((noinline)) void multiply_tile(const float* left, const float* right, long width, long depth, long rows, long columns, const Result& to) {
+__attribute__((noinline)) void multiply_tile(const float* left, const float* right, long width, long depth, long rows, long columns, const Result<float>& to) {
     Floats sums[ROWS][VECTORS] = {};
     for (long i = 0; i < rows; i++)
         for (int v = 0; v < VECTORS; v++) __builtin_prefetch(to.at + i * to.stride + v * LANES, 1);
@@ -109,7 +94,7 @@ __attribute__((noinline)) void multiply_tile(const float* left, const float* rig
 
 // `rows` of a panel of the left operand by `columns` of one of the right.
 template <int VECTORS>
-inline void multiply_panel(const float* left, const float* right, long width, long depth, long rows, long columns, const Result& to) {
+inline void multiply_panel(const float* left, const float* right, long width, long depth, long rows, long columns, const Result<float>& to) {
     // of few columns all rows at once: a sum has to wait for itself
     constexpr int ROWS = VECTORS == 1 ? LANES : TILE_ROWS;
     for (long i = 0; i < rows; i += ROWS)
@@ -117,15 +102,9 @@ inline void multiply_panel(const float* left, const float* right, long width, lo
                                      {to.at + i * to.stride, to.stride, to.bias, to.add, to.scale});
 }
 
-// Room for a block of either operand, of each thread, kept.
-struct Space {
-    float* const at = (float*)std::aligned_alloc(64, sizeof(float) * (LEFT + RIGHT));
-    ~Space() { std::free(at); }
-};
-
-void multiply(Operand a, Operand b, long rows, long columns, long depth, Result to) {
-    static thread_local Space space;
-    float *left = space.at, *right = left + LEFT;
+void multiply(Operand<float> a, Operand<float> b, long rows, long columns, long depth, Result<float> to) {
+    static thread_local Space space;  // a block of either operand
+    float *left = (float*)space.get(sizeof(float) * (LEFT + RIGHT)), *right = left + LEFT;
     for (long j = 0; j < columns; j += BLOCK_COLUMNS) {
         const long wide = std::min(BLOCK_COLUMNS, columns - j);
         for (long k = 0; k < depth; k += BLOCK_DEPTH) {
@@ -138,7 +117,7 @@ void multiply(Operand a, Operand b, long rows, long columns, long depth, Result 
                 for (long p = 0; p < wide; p += PANEL) {
                     const long here = std::min(PANEL, wide - p), vectors = (here + LANES - 1) / LANES;
                     for (long g = 0; g < high; g += LANES) {
-                        const Result own{to.at + (i + g) * to.stride + j + p, to.stride, to.bias ? to.bias + j + p : nullptr, to.add || k, to.scale};
+                        const Result<float> own{to.at + (i + g) * to.stride + j + p, to.stride, to.bias ? to.bias + j + p : nullptr, to.add || k, to.scale};
                         const long some = std::min(high - g, (long)LANES);
                         const float *l = left + g * deep, *r = right + p * deep;
                         if (vectors == 3) multiply_panel<3>(l, r, PANEL, deep, some, here, own);
@@ -157,8 +136,8 @@ void multiply(Operand a, Operand b, long rows, long columns, long depth, Result 
 // lies at a[i * a_stride + k * a_step], (k, j) of b at b[j * b_stride + k * b_step]; of either one of the two is 1.
 LORRY void matmul_float(const float* a, const float* b, const float* bias, float* c, long rows, long columns, long depth, long a_stride,
                         long a_step, long b_stride, long b_step, long c_stride, long add, float scale) {
-    const Operand left{a, a_stride, a_step}, right{b, b_stride, b_step};
-    const Result to{c, c_stride, bias, add != 0, scale};
+    const Operand<float> left{a, a_stride, a_step}, right{b, b_stride, b_step};
+    const Result<float> to{c, c_stride, bias, add != 0, scale};
     // the longer side is shared out: each thread copies the whole of the other operand, which is then the smaller
     const bool by_rows = rows > columns;
     const long unit = by_rows ? LANES : PANEL, units = ((by_rows ? rows : columns) + unit - 1) / unit;

@@ -5,6 +5,7 @@
 // it multiplies, and of an adapter's ranks most of it. The right operand is copied into panels of pairs that a tile of the result reads
 // in order, each while the memory of the next is fetched; the left one is read as it lies where its rows are contiguous. Every number is
 // summed alone, in an order that only the depth decides: a row's result depends neither on its neighbours nor on threads.
+#include "operands.h"
 #include "vectors.h"
 
 #if DOTS
@@ -24,16 +25,9 @@ static_assert(LANES == 16);
 
 typedef uint32_t Pair;  // two numbers of the depth
 
-// A matrix whose element (i, k), k of the depth, lies at at[i * stride + k * step]; one of the two is 1.
-struct Operand {
-    const bf16* at;
-    long stride, step;
-    Operand from(long i) const { return {at + i * stride, stride, step}; }
-};
-
 // to [depth in pairs, WIDTH]: count <= WIDTH of the operand's rows, side by side; zeros beside them and behind an odd depth.
 template <long WIDTH>
-void copy_panel(const Operand& from, long count, long depth, Pair* to) {
+void copy_panel(const Operand<bf16>& from, long count, long depth, Pair* to) {
     if (from.stride == 1) {
         const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         for (long k = 0; k < depth; k += 2, to += WIDTH) {
@@ -74,17 +68,6 @@ void copy_panel(const Operand& from, long count, long depth, Pair* to) {
 struct Left {
     const bf16* at;
     long stride, step;
-};
-
-// Where a tile's sums go: c = scale * sum + bias (or null), or c += scale * sum.
-template <typename T>
-struct Result {
-    T* at;
-    long stride;
-    const T* bias;
-    bool add;
-    float scale;
-    Result from(long row, long column) const { return {at + row * stride + column, stride, bias ? bias + column : nullptr, add, scale}; }
 };
 
 // Of `count` sums that float32 holds until the depth is through: `first`, they begin; `last`, they go where the result does.
@@ -173,26 +156,11 @@ __attribute__((noinline)) void multiply_tile(const Left& left, const Pair* right
     }
 }
 
-// Room of a thread, kept.
-struct Space {
-    void* at = nullptr;
-    size_t size = 0;
-    ~Space() { std::free(at); }
-    void* get(size_t wanted) {
-        if (wanted > size) {
-            std::free(at);
-            size = (wanted + 4095) / 4096 * 4096;
-            at = std::aligned_alloc(64, size);
-        }
-        return at;
-    }
-};
-
 constexpr long BLOCK_DEPTH = 2048;  // numbers of the depth in a panel: with a tile's rows it stays in the second cache
 constexpr long BLOCK_ROWS = 1024;   // of the left operand where it is copied, and of sums that wait
 
 template <typename T>
-void multiply(const Operand& a, const Operand& b, long rows, long columns, long depth, const Result<T>& to) {
+void multiply(const Operand<bf16>& a, const Operand<bf16>& b, long rows, long columns, long depth, const Result<T>& to) {
     static thread_local Space right_space, left_space, sum_space;
     const long deepest = std::min(depth + 1, BLOCK_DEPTH) / 2 * 2, steps = (depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH;
     Pair* right = (Pair*)right_space.get(sizeof(Pair) * PANEL * deepest / 2);
@@ -200,7 +168,7 @@ void multiply(const Operand& a, const Operand& b, long rows, long columns, long 
     const bool copies = a.step != 1 || depth % 2;
     for (long top = 0; top < rows; top += BLOCK_ROWS) {
         const long high = std::min(BLOCK_ROWS, rows - top), groups = (high + TILE_ROWS - 1) / TILE_ROWS;
-        const Operand mine = a.from(top);
+        const Operand<bf16> mine = a.from(top);
         // [rows / LANES][pairs][LANES]
         const long pairs = (depth + 1) / 2;
         Pair* copied = copies ? (Pair*)left_space.get(sizeof(Pair) * whole_vectors(high) * pairs) : nullptr;
@@ -211,7 +179,7 @@ void multiply(const Operand& a, const Operand& b, long rows, long columns, long 
             const long here = std::min(PANEL, columns - j), vectors = (here + LANES - 1) / LANES;
             for (long s = 0; s < steps; s++) {
                 const long k = s * BLOCK_DEPTH, deep = std::min(BLOCK_DEPTH, depth - k);
-                const Operand panel = {b.at + j * b.stride + k * b.step, b.stride, b.step};
+                const Operand<bf16> panel = {b.at + j * b.stride + k * b.step, b.stride, b.step};
                 copy_panel<PANEL>(panel, here, deep, right);
                 // what comes next
                 const bool down = s + 1 < steps;
@@ -240,7 +208,7 @@ void multiply(const Operand& a, const Operand& b, long rows, long columns, long 
 
 // c (as `to` says) of a [rows, depth] and b, whose rows are here the result's columns.
 template <typename T>
-void multiply_shared(const Operand& left, const Operand& right, long rows, long columns, long depth, const Result<T>& to) {
+void multiply_shared(const Operand<bf16>& left, const Operand<bf16>& right, long rows, long columns, long depth, const Result<T>& to) {
     // the longer side is shared out
     const bool by_rows = rows > columns;
     const long unit = by_rows ? LANES : PANEL, units = ((by_rows ? rows : columns) + unit - 1) / unit;
@@ -271,7 +239,7 @@ struct AdapterPart {
 // lies at a[i * a_stride + k * a_step], (k, j) of b at b[j * b_stride + k * b_step]; of either one of the two is 1.
 LORRY void matmul_bf16(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long depth, long a_stride, long a_step,
                        long b_stride, long b_step, long c_stride, long add, float scale) {
-    multiply_shared(Operand{a, a_stride, a_step}, Operand{b, b_stride, b_step}, rows, columns, depth,
+    multiply_shared(Operand<bf16>{a, a_stride, a_step}, Operand<bf16>{b, b_stride, b_step}, rows, columns, depth,
                     Result<bf16>{c, c_stride, bias, add != 0, scale});
 }
 
@@ -279,10 +247,10 @@ LORRY void matmul_bf16(const bf16* a, const bf16* b, const bf16* bias, bf16* c, 
 //
 // low [rows, ranks] = x A^T; y += scale * low B^T for each part.
 LORRY void adapter_forward_bf16(const bf16* x, const bf16* lora_A, bf16* low, const AdapterPart* parts, long count, long rows, long width, long ranks) {
-    multiply_shared(Operand{x, width, 1}, Operand{lora_A, width, 1}, rows, ranks, width, Result<bf16>{low, ranks, nullptr, false, 1.0f});
+    multiply_shared(Operand<bf16>{x, width, 1}, Operand<bf16>{lora_A, width, 1}, rows, ranks, width, Result<bf16>{low, ranks, nullptr, false, 1.0f});
     for (long p = 0; p < count; p++) {
         const AdapterPart& part = parts[p];
-        multiply_shared(Operand{low + part.first, ranks, 1}, Operand{part.lora_B, part.rank, 1}, rows, part.outputs, part.rank,
+        multiply_shared(Operand<bf16>{low + part.first, ranks, 1}, Operand<bf16>{part.lora_B, part.rank, 1}, rows, part.outputs, part.rank,
                         Result<bf16>{part.y, part.outputs, nullptr, true, (float)part.scale});
     }
 }
@@ -291,20 +259,20 @@ LORRY void adapter_forward_bf16(const bf16* x, const bf16* lora_A, bf16* low, co
 LORRY void adapter_input_gradient_bf16(const bf16* lora_A, bf16* up, bf16* dx, const AdapterPart* parts, long count, long rows, long width, long ranks) {
     for (long p = 0; p < count; p++) {
         const AdapterPart& part = parts[p];
-        multiply_shared(Operand{part.y, part.outputs, 1}, Operand{part.lora_B, 1, part.rank}, rows, part.rank, part.outputs,
+        multiply_shared(Operand<bf16>{part.y, part.outputs, 1}, Operand<bf16>{part.lora_B, 1, part.rank}, rows, part.rank, part.outputs,
                         Result<bf16>{up + part.first, ranks, nullptr, false, (float)part.scale});
     }
-    if (dx) multiply_shared(Operand{up, ranks, 1}, Operand{lora_A, 1, width}, rows, width, ranks, Result<bf16>{dx, width, nullptr, true, 1.0f});
+    if (dx) multiply_shared(Operand<bf16>{up, ranks, 1}, Operand<bf16>{lora_A, 1, width}, rows, width, ranks, Result<bf16>{dx, width, nullptr, true, 1.0f});
 }
 
 // grad_A [ranks, width] (or null) = up^T x, and grad_B = scale * y^T low for each part that wants one, in float32.
 LORRY void adapter_gradients_bf16(const bf16* x, const bf16* low, const bf16* up, float* grad_A, const AdapterPart* parts, long count, long rows,
                                   long width, long ranks) {
-    if (grad_A) multiply_shared(Operand{up, 1, ranks}, Operand{x, 1, width}, ranks, width, rows, Result<float>{grad_A, width, nullptr, false, 1.0f});
+    if (grad_A) multiply_shared(Operand<bf16>{up, 1, ranks}, Operand<bf16>{x, 1, width}, ranks, width, rows, Result<float>{grad_A, width, nullptr, false, 1.0f});
     for (long p = 0; p < count; p++) {
         const AdapterPart& part = parts[p];
         if (part.grad_B)
-            multiply_shared(Operand{part.y, 1, part.outputs}, Operand{low + part.first, 1, ranks}, part.outputs, part.rank, rows,
+            multiply_shared(Operand<bf16>{part.y, 1, part.outputs}, Operand<bf16>{low + part.first, 1, ranks}, part.outputs, part.rank, rows,
                             Result<float>{part.grad_B, part.rank, nullptr, false, (float)part.scale});
     }
 }
